@@ -1,0 +1,39 @@
+"""What the kit ships: the embedded base `tiny-sd`, the `brand` images, the `probe` that reads pictures, the `glyphs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lcm_kit.errors import UserError
+
+_FOLDER = Path(__file__).resolve().parent
+NAMES = ("tiny-sd", "brand", "probe", "glyphs")
+
+
+def path(name: str) -> Path:
+    """The folder of a shipped asset. Raises `UserError` for a name that the kit does not ship."""
+    if name not in NAMES:
+        raise UserError(f"asset {name!r} is not shipped with lcm-kit; choose one of {', '.join(NAMES)}")
+    return _FOLDER / name
+
+
+def resolve(text: str) -> str:
+    """`asset:NAME` as the path of that asset; anything else (a path, a hub id) unchanged."""
+    return str(path(text.removeprefix("asset:"))) if text.startswith("asset:") else text
+
+
+def prompts(text: str) -> list[str]:
+    """The prompts of an asset (`asset:tiny-sd`) or of a text file, one a line; blank lines and `#` lines are skipped.
+
+    Raises `UserError` if the file is missing or holds no prompt.
+    """
+    source = Path(resolve(text))
+    if source.is_dir():
+        source = source / "prompts.txt"
+    if not source.is_file():
+        raise UserError(f"prompts {text!r}: there is no such file; give a text file with one prompt a line")
+    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"prompts {text!r}: the file holds no prompt; write one a line")
+    return found

@@ -1,0 +1,210 @@
+"""Every key of every YAML file, with its default, its range and what it does.
+
+The objects are frozen pydantic dataclasses: what `load.py` validates is what the recipes hold in their hands. Guidance is
+everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w is `guidance_scale - 1` (`lcm_kit/guidance.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=False, frozen=True)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Scale = Annotated[float, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Base:
+    """The Stable Diffusion base: a diffusers folder, a hub id, or `asset:NAME` for one that the kit ships."""
+
+    path: str = "asset:tiny-sd"
+    revision: str | None = None  # hub revision
+    variant: str | None = None  # file variant, as "fp16"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """The images and captions, and where their latents and embeddings are cached."""
+
+    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
+    kind: Literal["auto", "folder", "datasets"] = "auto"  # auto: a folder of images if there is one, else `datasets`
+    split: str = "train"  # datasets only
+    image_column: str = "image"  # datasets only
+    caption_column: str = "text"  # datasets only
+    cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 64  # pixels, a multiple of 8: shorter side resized, then centre crop
+    flip: bool = False  # cache each image's mirror image as well
+    skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
+    shard_size: Positive = 256  # records a safetensors shard
+    batch_size: Positive = 8  # images a VAE pass while encoding
+
+    @model_validator(mode="after")
+    def _multiple(self) -> Data:
+        if self.resolution % 8:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {self.resolution // 8 * 8 or 8}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Adapter:
+    """The LoRA that is trained. Its strength is alpha / rank."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    alpha: Rate = 64.0
+    targets: Literal["lcm", "attention"] = "lcm"  # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
+
+
+@dataclass(frozen=True, config=STRICT)
+class LCM:
+    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378 and 2311.05556)."""
+
+    name: Literal["lcm"] = "lcm"
+    sigma_data: Rate = 0.5
+    timestep_scaling: Rate = 10.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Grid:
+    """The solver's grid over the base's timesteps: `steps` intervals; coarse-to-fine if `steps_start` is smaller.
+
+    The grid doubles from `steps_start` to `steps` in equal parts of the run (as the discretisation curriculum of
+    improved consistency training, arXiv:2310.14189): truth travels from t = 0 upwards one interval a visit, so a coarse
+    grid learns fast and a fine one learns exactly.
+    """
+
+    steps: Annotated[int, Field(ge=2, le=1000)] = 50
+    steps_start: Annotated[int, Field(ge=2, le=1000)] | None = None  # null: `steps` throughout
+
+    @model_validator(mode="after")
+    def _order(self) -> Grid:
+        if self.steps_start is not None and self.steps_start > self.steps:
+            raise ValueError(f"steps_start {self.steps_start} is larger than steps {self.steps}; it may be at most that")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Guidance:
+    """The teacher's guidance_scale, drawn uniformly from [min, max] for each sample and baked into the student."""
+
+    min: Scale = 3.0
+    max: Scale = 8.0
+
+    @model_validator(mode="after")
+    def _order(self) -> Guidance:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}; swap them")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Loss:
+    """Distance between the student's endpoint and its target."""
+
+    name: Literal["huber", "l2"] = "huber"
+    c: Rate = 0.001  # pseudo-Huber constant: sqrt(d^2 + c^2) - c; unused by l2
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    """AdamW on the LoRA weights (float32)."""
+
+    lr: Rate = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
+    warmup_steps: NonNegative = 0
+    grad_clip: Rate = 1.0  # L2 norm over all LoRA weights
+
+
+@dataclass(frozen=True, config=STRICT)
+class Validation:
+    """What is drawn while it trains: fixed prompts and noise, teacher beside student, and their one-step distance."""
+
+    every: NonNegative = 0  # steps; 0: only at the end
+    prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no validation
+    count: Positive = 4
+    guidance_scale: Scale = 5.0  # of the teacher's sample
+    seed: int = 1234
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpoint:
+    """Training state on disk."""
+
+    every: Positive = 500  # steps; the last step is always saved
+    keep: Positive = 2  # newest states kept
+
+
+@dataclass(frozen=True, config=STRICT)
+class Logging:
+    """metrics.jsonl is always written; trackers are accelerate's, by name."""
+
+    every: Positive = 10  # steps
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Distill:
+    """`recipe: train/distill`: LCM-LoRA distillation from a cache that `lcm-kit encode` made of the same file."""
+
+    recipe: Literal["train/distill"]
+    output: str  # the run's folder
+    seed: int = 0
+    steps: Positive = 1000  # optimizer steps
+    batch_size: Positive = 8  # samples a forward, on each process
+    accumulation: Positive = 1  # forwards an optimizer step
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the UNet; auto: float32 on CPU, else float16
+    gradient_checkpointing: bool = False
+    ema: Fraction = 0.0  # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
+    base: Base = field(default_factory=Base)
+    data: Data = field(default_factory=Data)
+    adapter: Adapter = field(default_factory=Adapter)
+    method: LCM = field(default_factory=LCM)
+    solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
+    grid: Grid = field(default_factory=Grid)
+    guidance: Guidance = field(default_factory=Guidance)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Distill:
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is larger than steps {self.steps}; lower it"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Quality:
+    """`recipe: evaluation/quality`: teacher, plain solvers and student on the same prompts and noise."""
+
+    recipe: Literal["evaluation/quality"]
+    run: str  # the run's folder: its adapter is the student, its base the teacher; results.json is written there
+    seed: int = 0
+    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    count: Positive = 128  # prompts, taken from the top of the file and repeated with new noise where it is shorter
+    batch_size: Positive = 32
+    guidance_scale: Scale = 5.0  # of the teacher and of the plain solvers with guidance
+    teacher_steps: Positive = 50
+    student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
+    unet_calls: tuple[Positive, ...] = (2, 4, 8)  # budgets of the plain solvers; guidance costs two calls a step
+    solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    lora_weight: float = 1.0
+    reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
+    pictures: Positive = 16  # prompts whose pictures are kept for the report
+
+
+RECIPES = {"train/distill": Distill, "evaluation/quality": Quality}
