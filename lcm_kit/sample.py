@@ -1,0 +1,220 @@
+"""Sampling with plain diffusers: `StableDiffusionPipeline` and diffusers' own schedulers, so that we judge what users run.
+
+`guidance_scale` is diffusers' (1 = no classifier-free guidance, and then no second pass). The noise of prompt i is a
+function of (seed, i) alone: every sampler starts from the same noise and no batch size changes a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lcm_kit.assets import resolve
+from lcm_kit.errors import UserError
+from lcm_kit.files import atomic_file
+
+SOLVERS = ("lcm", "ddim", "dpmpp_2m")
+ADAPTER_FILE = "export/pytorch_lora_weights.safetensors"  # within a run's folder
+_ADAPTER_NAME = "lcm"
+_BATCH = 8  # prompts a call in `sample_to_folder`
+
+
+def pipeline(
+    base: str,
+    *,
+    unet: torch.nn.Module | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """A `StableDiffusionPipeline` without safety checker; `unet` takes the place of the base's own where it is given.
+
+    `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    path = resolve(base)
+    given = {} if unet is None else {"unet": unet}
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, variant=variant, dtype=dtype, safety_checker=None,
+            requires_safety_checker=False, **given,
+        )  # fmt: skip
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"base {base!r} cannot be opened as a Stable Diffusion pipeline ({reason}); check base.path") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def adapter_file(adapter: str | Path) -> Path:
+    """The LoRA file that `adapter` means: a `.safetensors` file itself, or the export of a run's folder."""
+    path = Path(adapter)
+    if path.is_dir():
+        path = path / ADAPTER_FILE
+        if not path.is_file():
+            raise UserError(f"run {str(adapter)!r} has no {ADAPTER_FILE}; run `lcm-kit export {adapter}` first")
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise UserError(f"adapter {str(adapter)!r} is not a run's folder or a .safetensors file; check the path")
+    return path
+
+
+def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0) -> None:
+    """Load a LoRA (`adapter_file`) into `pipe` as users do, at the strength `weight` (1 = as trained)."""
+    file = adapter_file(adapter)
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_ADAPTER_NAME)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason}); was it trained on it?") from error
+    pipe.set_adapters([_ADAPTER_NAME], [weight])
+
+
+def scheduler(solver: str, config: Any) -> Any:
+    """diffusers' scheduler for `solver`, from the base's scheduler config (betas and prediction type are the base's).
+
+    Plain solvers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which is
+    their best at few steps. Latents are never clipped. Raises `UserError` for an unknown solver.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+
+    if solver == "lcm":
+        return LCMScheduler.from_config(config, clip_sample=False)
+    if solver == "ddim":
+        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    if solver == "dpmpp_2m":
+        return DPMSolverMultistepScheduler.from_config(
+            config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        )
+    raise UserError(f"solver {solver!r} is not known here; choose one of {', '.join(SOLVERS)}")
+
+
+def unet_calls(steps: int, guidance_scale: float) -> int:
+    """UNet passes for one image: guidance costs a second, unconditional pass in each step.
+
+    (The exception are UNets with `time_cond_proj_dim`, which take the guidance as an input; SD bases have none.)
+    """
+    return steps * (2 if guidance_scale > 1 else 1)
+
+
+def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """The generators of samples first .. first+count-1: each depends on (seed, its own index) alone, on the CPU."""
+    digests = (hashlib.sha256(f"{seed}/{i}".encode()).digest() for i in range(first, first + count))
+    return [torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1) for digest in digests]
+
+
+def _check(solver: str, steps: int, guidance_scale: float) -> None:
+    most = 50 if solver == "lcm" else 1000
+    if not 1 <= steps <= most:
+        raise UserError(f"steps {steps} is impossible with solver {solver}; give 1 to {most}")
+    if guidance_scale < 1:
+        raise UserError(f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8")
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    solver: str,
+    steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    size: int | None = None,
+) -> Tensor:
+    """Draw one batch: the picture of `prompts[k]` comes from the noise of (seed, first + k).
+
+    Returns pixels [B, 3, H, W] in [-1, 1], float32, on the CPU. `size` (pixels) is the UNet's own by default. LCM's
+    renewed noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
+    Raises `UserError` for an unknown solver and for impossible steps or guidance.
+    """
+    _check(solver, steps, guidance_scale)
+    own = pipe.scheduler
+    side = size // pipe.vae_scale_factor if size else pipe.unet.config.sample_size
+    shape = (pipe.unet.config.in_channels, side, side)
+    streams = generators(seed, first, len(prompts))
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+    pipe.scheduler = scheduler(solver, own.config)
+    try:
+        images = pipe(
+            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams, height=size,
+            width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="pt",
+        ).images  # fmt: skip
+    finally:
+        pipe.scheduler = own
+    return images.float().cpu() * 2 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [-1, 1] as 8-bit RGB pictures; values outside are clipped."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """All pictures (of one size) on one white sheet, row by row; nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * (width + gap), k // columns * (height + gap)))
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> Path:
+    """Write `picture` as PNG, whole or not at all."""
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+    return path
+
+
+def slug(prompt: str, length: int = 48) -> str:
+    """`prompt` as a file name: lower-case ASCII words with dashes, `image` where nothing is left."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:length].rstrip("-") or "image"
+
+
+def sample_to_folder(
+    base: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    adapter: str | Path | None = None,
+    steps: int = 4,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    lora_weight: float = 1.0,
+    solver: str = "lcm",
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there are left alone.
+
+    `adapter` is a run's folder or a `.safetensors` file. Returns the contact sheet's path. Raises `UserError` for
+    everything that the caller can mend.
+    """
+    if not prompts:
+        raise UserError("there is no prompt to draw; give at least one")
+    _check(solver, steps, guidance_scale)
+    file = None if adapter is None else adapter_file(adapter)
+    pipe = pipeline(base, device=device)
+    if file is not None:
+        load_adapter(pipe, file, lora_weight)
+    pictures: list[Image.Image] = []
+    for first in range(0, len(prompts), _BATCH):
+        batch = prompts[first : first + _BATCH]
+        images = sample(pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first)
+        for k, picture in enumerate(to_pil(images), start=first):
+            save_png(picture, output / f"{k:03d}-{slug(prompts[k])}.png")
+            pictures.append(picture)
+    return save_png(contact_sheet(pictures), output / "contact-sheet.png")
