@@ -1,0 +1,92 @@
+"""Which records a step sees, and its randomness: pure functions of (seed, step, slot), so there is nothing to store.
+
+A slot is a sample's place in the global batch, over all processes. Two processes with n samples each hold the slots
+0..n-1 and n..2n-1 and together see exactly what one process with 2n samples sees, with the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lcm_kit.families.condition import Condition
+
+
+class Samples(Protocol):
+    """What batches are drawn from: `lcm_kit.data.cache.Cache`."""
+
+    ids: list[str]
+
+    def latents(self, index: list[int]) -> Tensor:
+        """Latents [n, C, h, w] of the records at `index`."""
+
+    def condition(self, index: list[int]) -> Condition:
+        """Conditions of the records at `index`."""
+
+
+def _seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_at(seed: int, step: int, slot: int, purpose: str) -> torch.Generator:
+    """The generator (CPU) of one sample's randomness for one purpose, as "noise", "times" or "guidance"."""
+    return torch.Generator().manual_seed(_seed(seed, step, slot, purpose))
+
+
+def draw(
+    seed: int, step: int, slots: Iterable[int], purpose: str, f: Callable[[torch.Generator], Tensor]
+) -> Tensor:
+    """`f` of each slot's own generator, stacked: [n, ...] for n slots."""
+    return torch.stack([f(generator_at(seed, step, slot, purpose)) for slot in slots])
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits n records: int64 [n], a function of (n, seed, epoch)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_seed(seed, epoch, "epoch")))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a global batch."""
+
+    latents: Tensor  # [B, C, h, w] float32
+    condition: Condition  # B conditions, float32
+    ids: list[str]
+    slots: range  # places in the global batch, for `generator_at` and `draw`
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An endless sequence of batches; epoch follows epoch without a gap, so a batch may hold the end of one and more."""
+
+    cache: Samples
+    batch_size: int  # on each process
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def index(self, step: int) -> list[int]:
+        """The records of `step` (it counts forwards, from 0) on this process, one for each slot."""
+        n, first = len(self.cache.ids), step * self.batch_size * self.world
+        places = [divmod(first + slot, n) for slot in self.slots]
+        return [int(permutation(n, self.seed, epoch)[place]) for epoch, place in places]
+
+    @property
+    def slots(self) -> range:
+        """This process's places in the global batch."""
+        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+
+    def at(self, step: int) -> Batch:
+        """The batch of `step`."""
+        index = self.index(step)
+        ids = [self.cache.ids[i] for i in index]
+        return Batch(self.cache.latents(index), self.cache.condition(index), ids, self.slots)

@@ -1,0 +1,61 @@
+"""What the UNet is told besides x_t and t: text embeddings and, for families that have them, pooled text and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Index = int | slice | Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The conditions of B samples. All tensors share the batch dimension."""
+
+    embeds: Tensor  # [B, L, D]
+    pooled: Tensor | None = None  # [B, P], SDXL
+    time_ids: Tensor | None = None  # [B, 6], SDXL: original size, crop corner, target size in pixels
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.embeds)
+
+    def __getitem__(self, index: Index) -> Condition:
+        """The samples at `index`; a single integer keeps the batch dimension (B = 1)."""
+        if isinstance(index, int):
+            index = [index]
+        chosen = index if isinstance(index, slice) else torch.as_tensor(index, device=self.embeds.device)
+        return self._map(lambda tensor: tensor[chosen])
+
+    def kwargs(self) -> dict[str, Tensor | dict[str, Tensor]]:
+        """The keyword arguments of diffusers' `UNet2DConditionModel.forward`."""
+        found: dict[str, Tensor | dict[str, Tensor]] = {"encoder_hidden_states": self.embeds}
+        if self.pooled is not None and self.time_ids is not None:
+            found["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        return found
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """The same conditions on another device or in another dtype."""
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def expand(self, n: int) -> Condition:
+        """One condition (B = 1) for n samples, without a copy."""
+        return self._map(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """The samples of all `conditions`, in order."""
+
+        def join(name: str) -> Tensor | None:
+            parts = [getattr(condition, name) for condition in conditions]
+            return None if parts[0] is None else torch.cat(parts)
+
+        return Condition(torch.cat([c.embeds for c in conditions]), join("pooled"), join("time_ids"))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        pooled = None if self.pooled is None else change(self.pooled)
+        time_ids = None if self.time_ids is None else change(self.time_ids)
+        return Condition(change(self.embeds), pooled, time_ids)
