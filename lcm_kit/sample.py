@@ -6,10 +6,12 @@ function of (seed, i) alone: every sampler starts from the same noise and no bat
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,27 @@ def adapter_file(adapter: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _expecting_unet_only() -> Iterator[None]:
+    """Mute one line: diffusers says of every LoRA without text encoder weights that it has none (and that this is safe)."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0) -> None:
     """Load a LoRA (`adapter_file`) into `pipe` as users do, at the strength `weight` (1 = as trained)."""
     file = adapter_file(adapter)
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_ADAPTER_NAME)
+        with _expecting_unet_only():
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_ADAPTER_NAME)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason}); was it trained on it?") from error

@@ -1,0 +1,14 @@
+"""How far is a picture from the teacher's of the same prompt and noise?"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def distance_to_teacher(images: Tensor, teacher: Tensor) -> float:
+    """Root mean square of the pixel differences, in units of [-1, 1]; the mean over pictures of each one's own RMS.
+
+    Fair for one-step and deterministic samplers. LCM with several steps draws fresh noise on its way, so a right answer
+    may differ from the teacher's: judge those by accuracy, Frechet distance and saturation as well.
+    """
+    return float(((images - teacher) ** 2).mean(dim=(1, 2, 3)).sqrt().mean())

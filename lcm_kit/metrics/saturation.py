@@ -1,0 +1,20 @@
+"""Are the colours too strong? Few-step students that apply baked guidance again and again over-saturate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def chroma(images: Tensor) -> Tensor:
+    """Mean HSV chroma of each picture, max(R, G, B) - min(R, G, B) with channels in [0, 1]: [N, 3, H, W] -> [N]."""
+    return (images.amax(1) - images.amin(1)).mean(dim=(1, 2)) / 2
+
+
+def clipped(images: Tensor) -> float:
+    """Share of channel values that stand at an end of the range, within half an 8-bit step."""
+    return float((images.abs() >= 1 - 1 / 255).float().mean())
+
+
+def saturation(images: Tensor, teacher: Tensor) -> dict[str, float]:
+    """`saturation`: mean chroma as a multiple of the teacher's (1 = as colourful); `clipped`: share of clipped values."""
+    return {"saturation": float(chroma(images).mean() / chroma(teacher).mean()), "clipped": clipped(images)}
