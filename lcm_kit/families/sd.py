@@ -25,7 +25,12 @@ from lcm_kit.files import sha256_bytes, sha256_file
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _STEMS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
-_CONFIGS = {"vae": "config.json", "unet": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
+_CONFIGS = {
+    "vae": "config.json",
+    "unet": "config.json",
+    "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}
 _KINDS = ("epsilon", "v_prediction", "sample")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _LCM = (
@@ -113,7 +118,9 @@ def _read_json(path: Path, base: str) -> dict[str, Any]:
             "StableDiffusionPipeline.save_pretrained wrote"
         ) from None
     except (ValueError, OSError) as error:
-        raise UserError(f"base {base!r}: {path} cannot be read as JSON ({error}); download or save the base again") from error
+        raise UserError(
+            f"base {base!r}: {path} cannot be read as JSON ({error}); download or save the base again"
+        ) from error
 
 
 def _locate(path: str, revision: str | None, variant: str | None) -> Path:
@@ -122,17 +129,25 @@ def _locate(path: str, revision: str | None, variant: str | None) -> Path:
     if local.is_dir():
         return local
     if local.exists():
-        raise UserError(f"base {path!r} is a file, not a diffusers pipeline folder; convert single files with diffusers first")
+        raise UserError(
+            f"base {path!r} is a file, not a diffusers pipeline folder; convert single files with diffusers first"
+        )
     if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"base {path!r}: there is no such folder; check base.path")
     from huggingface_hub import snapshot_download
 
     mark = f".{variant}" if variant else ""
-    weights = [f"{part}/{stem}{end}" for part, stem in _STEMS.items() for end in (f"{mark}.safetensors", f"*-of-*{mark}.*")]
+    weights = [
+        f"{part}/{stem}{end}"
+        for part, stem in _STEMS.items()
+        for end in (f"{mark}.safetensors", f"*-of-*{mark}.*")
+    ]
     wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt", *weights]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
+    except (
+        Exception
+    ) as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check base.path, "
@@ -150,8 +165,14 @@ def inspect_base(path: str, *, revision: str | None = None, variant: str | None 
     index = _read_json(folder / "model_index.json", path)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing or "text_encoder_2" in index:
-        why = "has a second text encoder (SDXL?)" if "text_encoder_2" in index else f"has no {', '.join(missing)}"
-        raise UserError(f"base {path!r} ({index.get('_class_name')}) {why}; give a Stable Diffusion 1.x or 2.x base")
+        why = (
+            "has a second text encoder (SDXL?)"
+            if "text_encoder_2" in index
+            else f"has no {', '.join(missing)}"
+        )
+        raise UserError(
+            f"base {path!r} ({index.get('_class_name')}) {why}; give a Stable Diffusion 1.x or 2.x base"
+        )
     configs = {part: _read_json(folder / part / file, path) for part, file in _CONFIGS.items()}
     info = _describe(configs, path=path, folder=folder, revision=revision, variant=variant)
     for part in _STEMS:
@@ -169,7 +190,9 @@ def _describe(configs: Mapping[str, Mapping[str, Any]], **place: Any) -> BaseInf
         )
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in _KINDS:
-        raise UserError(f"base {place['path']!r}: prediction_type {kind!r} is not supported, only {', '.join(_KINDS)}")
+        raise UserError(
+            f"base {place['path']!r}: prediction_type {kind!r} is not supported, only {', '.join(_KINDS)}"
+        )
     return BaseInfo(
         prediction_type=kind,
         scheduler_config=scheduler,
@@ -190,7 +213,9 @@ def _load(kind: Any, base: BaseInfo, part: str, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base {base.path!r}: {part} cannot be loaded ({reason}); download or save the base again") from error
+        raise UserError(
+            f"base {base.path!r}: {part} cannot be loaded ({reason}); download or save the base again"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -223,7 +248,9 @@ def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
         tokenizer = CLIPTokenizer.from_pretrained(base.folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base {base.path!r}: tokenizer cannot be loaded ({reason}); save the base again") from error
+        raise UserError(
+            f"base {base.path!r}: tokenizer cannot be loaded ({reason}); save the base again"
+        ) from error
     return Text(tokenizer, _load(CLIPTextModel, base, "text_encoder", dtype))
 
 
@@ -235,7 +262,9 @@ def encode_text(text: Text, captions: Sequence[str]) -> Condition:
     """
     tokenizer, encoder = text
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    tokens = tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
     masked = getattr(encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return Condition(encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0])

@@ -1,0 +1,296 @@
+"""`encode` turns images and captions into a folder of latents and text embeddings; `Cache` reads it.
+
+Training then needs neither the VAE nor the text encoder. The folder's format is the affair of `lcm_kit/data/shards.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text as Label
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lcm_kit.config.schema import Data, Distill
+from lcm_kit.data import shards
+from lcm_kit.data.records import Bad, Record, decode, open_records
+from lcm_kit.data.shards import Entry, Shard
+from lcm_kit.data.transforms import to_pixels
+from lcm_kit.errors import UserError
+from lcm_kit.families import BaseInfo, Text, inspect_base, sd
+from lcm_kit.families.condition import Condition
+from lcm_kit.files import sha256_bytes
+
+_LISTED = 100  # bad records that a message names; more are counted
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What a run of `encode` did."""
+
+    folder: Path
+    rows: int  # of the whole cache: images, twice as many with data.flip
+    encoded: int  # of them in this run
+    seconds: float
+    changes: list[str] = field(default_factory=list)  # against the cache that was there before, in words
+    skipped: list[Bad] = field(default_factory=list)
+
+    @property
+    def message(self) -> str:
+        """The report for a person: a sentence or two, then the records that were left out."""
+        lines = (
+            [f"{self.folder} was made from other inputs: {'; '.join(self.changes)}"] if self.changes else []
+        )
+        if self.encoded:
+            lines.append(
+                f"{self.folder}: {self.encoded} of {self.rows} images encoded in {self.seconds:.1f} s"
+            )
+        else:
+            lines.append(f"{self.folder}: {self.rows} images, up to date, nothing to encode")
+        if self.skipped:
+            lines += [f"{len(self.skipped)} left out:", _listing(self.skipped)]
+        return "\n".join(lines)
+
+
+def encode(config: Distill, progress: bool = True) -> EncodeReport:
+    """Bring the cache `config.data.cache` up to date with the images, the captions and the base.
+
+    Only shards that are missing or whose inputs changed are encoded: an interrupted run continues, a second run does
+    nothing. Raises `UserError` if the base or the data cannot be used, and, unless `data.skip_bad`, if any record is
+    unreadable or has no caption: it names them all, before anything is encoded.
+    """
+    started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
+    base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    if data.resolution % base.factor:
+        raise UserError(
+            f"data.resolution {data.resolution} is not a multiple of {base.factor}, the scale of the base's VAE"
+        )
+    old = shards.read_manifest(folder)
+    with _bar(progress) as bar:
+        records, entries, bad = _survey(data, old, bar)
+        made_by = shards.settings(base, data)
+        planned = shards.plan(made_by, entries, data.shard_size)
+        missing = [shard for shard in planned if shards.content_of(folder / shard.file) != shard.content]
+        _encode(base, data, missing, records, bar)
+    new = shards.manifest(base, data, planned, bad)
+    changes = [] if old is None else shards.changes(old, new)
+    if missing or changes or old is None:
+        shards.write_manifest(folder, new)
+    count = sum(len(shard.entries) for shard in missing)
+    report = EncodeReport(folder, len(entries), count, time.monotonic() - started, changes, bad)
+    if progress:
+        Console().print(report.message, markup=False, highlight=False)
+    return report
+
+
+class _Speed(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> Label:
+        speed = task.finished_speed or task.speed
+        return Label(f"{speed:.1f} images/s" if speed else "- images/s", style="progress.data.speed")
+
+
+def _bar(progress: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=not progress)
+
+
+def _listing(bad: Sequence[Bad]) -> str:
+    lines = [f"  {id}: {reason}" for id, reason in bad[:_LISTED]]
+    if len(bad) > _LISTED:
+        lines.append(f"  ... and {len(bad) - _LISTED} more")
+    return "\n".join(lines)
+
+
+def _survey(
+    data: Data, old: Mapping[str, Any] | None, bar: Progress
+) -> tuple[dict[str, Record], list[Entry], list[Bad]]:
+    """Hash every record and try every image that the old cache does not know; stop at bad records if told so."""
+    good, bad = open_records(data)
+    known = {row["image"] for row in old["records"]} if old else set()
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(lambda record: _check(record, known), good)
+        found = list(bar.track(checks, total=len(good), description="checking"))
+    bad += [(record.id, reason) for record, (_, reason) in zip(good, found, strict=True) if reason]
+    total = len(good) + len(bad) - sum(1 for _, reason in found if reason)
+    if bad and not data.skip_bad:
+        raise UserError(
+            f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out with "
+            f"data.skip_bad=true:\n{_listing(bad)}"
+        )
+    if len(bad) == total:
+        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{_listing(bad)}")
+    sides = (False, True) if data.flip else (False,)
+    entries = [
+        Entry(record.id, record.caption, image, sha256_bytes(record.caption.encode()), mirrored)
+        for record, (image, reason) in zip(good, found, strict=True)
+        if not reason
+        for mirrored in sides
+    ]
+    return {record.id: record for record in good}, entries, bad
+
+
+def _check(record: Record, known: set[str]) -> tuple[str, str]:
+    """The hash of a record's image, and why it cannot be read ("" if it can)."""
+    try:
+        content = record.read()
+        image = sha256_bytes(content)
+        if image not in known:
+            decode(content)
+    except UserError as error:
+        return "", str(error)
+    except OSError as error:
+        return "", f"unreadable image: {error.strerror or error}"
+    return image, ""
+
+
+def _encode(
+    base: BaseInfo, data: Data, missing: Sequence[Shard], records: Mapping[str, Record], bar: Progress
+) -> None:
+    """Encode and write the missing shards, each as soon as it is done, and the empty condition."""
+    empty, content = Path(data.cache) / shards.EMPTY, shards.content_hash(shards.settings(base, data))
+    if not missing and shards.content_of(empty) == content:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae, text = sd.load_vae(base).to(device), sd.load_text(base)
+    text.text_encoder.to(device)
+    shards.write_tensors(empty, {"embeds": sd.empty_condition(text, 1).embeds.float().cpu()}, content)
+    task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in missing))
+    for shard in missing:
+        tensors = encode_shard(vae, text, shard, records, data, lambda n: bar.advance(task, n))
+        shards.write_tensors(Path(data.cache) / shard.file, tensors, shard.content)
+
+
+def encode_shard(
+    vae: Any,
+    text: Text,
+    shard: Shard,
+    records: Mapping[str, Record],
+    data: Data,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """The tensors of one shard: `latents` [n, C, h, w] and `embeds` [n, L, D], float32 on the CPU."""
+    latents, embeds = [], []
+    for batch, pixels in _ahead(shard, records, data):
+        encoded = sd.encode_images(vae, pixels).float().cpu()
+        broken = [entry.id for entry, z in zip(batch, encoded, strict=True) if not z.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"the VAE gives latents that are not finite for {', '.join(broken)}; remove these images"
+            )
+        latents.append(encoded)
+        embeds.append(sd.encode_text(text, [entry.caption for entry in batch]).embeds.float().cpu())
+        advance(len(batch))
+    return {"latents": torch.cat(latents), "embeds": torch.cat(embeds)}
+
+
+def _ahead(
+    shard: Shard, records: Mapping[str, Record], data: Data
+) -> Iterator[tuple[Sequence[Entry], Tensor]]:
+    """Entries and pixels [B, 3, H, W], batch by batch; threads decode the next batch while the VAE works on this one."""
+
+    def pixels(entry: Entry) -> Tensor:
+        return to_pixels(records[entry.id].load(), data.resolution, entry.mirrored)
+
+    size = data.batch_size
+    batches = [shard.entries[first : first + size] for first in range(0, len(shard.entries), size)]
+    with ThreadPoolExecutor() as pool:
+        coming = [pool.submit(pixels, entry) for entry in batches[0]]
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            current, coming = coming, [pool.submit(pixels, entry) for entry in following]
+            yield batch, torch.stack([future.result() for future in current])
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """A finished cache. Rows are read from disk when they are asked for; the operating system keeps the hot ones."""
+
+    folder: Path
+    ids: list[str]
+    captions: list[str]
+    _shards: list[dict[str, Any]] = field(repr=False)
+
+    @staticmethod
+    def open(folder: Path | str, *, base: BaseInfo, data: Data) -> Cache:
+        """The cache in `folder`, if it was made for this base and these settings.
+
+        Raises `UserError` if it is missing, unfinished, or was made for another VAE, text encoder, resolution or source.
+        """
+        folder = Path(folder)
+        found = shards.read_manifest(folder)
+        if found is None:
+            raise UserError(
+                f"there is no finished cache in {str(folder)!r}; run `lcm-kit encode` with this config first"
+            )
+        changed = shards.differences(found["settings"], shards.settings(base, data))
+        if changed:
+            raise UserError(
+                f"cache {str(folder)!r} was made with other settings than this config's: {'; '.join(changed)}; run "
+                "`lcm-kit encode` with this config first"
+            )
+        for shard in found["shards"]:
+            if shards.content_of(folder / shard["file"]) != shard["content"]:
+                raise UserError(
+                    f"cache {str(folder)!r} is unfinished or damaged at {shard['file']}; run `lcm-kit encode` again"
+                )
+        rows = found["records"]
+        ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
+        return Cache(folder, ids, [row["caption"] for row in rows], found["shards"])
+
+    def __len__(self) -> int:
+        """Rows: images, twice as many with data.flip."""
+        return len(self.ids)
+
+    def latents(self, index: int | Sequence[int]) -> Tensor:
+        """Latents [n, C, h, w], float32, of the rows at `index` (one row: n = 1)."""
+        return self._rows("latents", index)
+
+    def condition(self, index: int | Sequence[int]) -> Condition:
+        """The conditions of the rows at `index`, float32."""
+        return Condition(self._rows("embeds", index))
+
+    def empty(self, n: int = 1) -> Condition:
+        """The condition of an unconditional pass, n times, float32."""
+        return Condition(load_file(self.folder / shards.EMPTY)["embeds"]).expand(n)
+
+    def _rows(self, name: str, index: int | Sequence[int]) -> Tensor:
+        starts = [0, *accumulate(shard["rows"] for shard in self._shards)]
+        rows = []
+        for i in [index] if isinstance(index, int) else index:
+            number = bisect_right(starts, i) - 1
+            shard, row = self._shards[number], i - starts[number]
+            rows.append(_open(self.folder / shard["file"], shard["content"]).get_slice(name)[row : row + 1])
+        return torch.cat(rows)
+
+
+@lru_cache(maxsize=256)
+def _open(path: Path, content: str) -> Any:
+    """An open shard. `content` is in the key so that a shard that was written anew is opened anew."""
+    return safe_open(path, framework="pt")

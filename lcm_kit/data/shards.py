@@ -1,0 +1,175 @@
+"""The cache folder on disk: `manifest.json`, `shard-00000.safetensors`, ..., `empty.safetensors`.
+
+Every shard carries a hash of all that it was made from (settings, images, captions), so whether a shard is done is read
+from the shard itself: an interrupted or repeated run finds out by looking, and nothing else keeps a state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lcm_kit import __version__
+from lcm_kit.config.schema import Data
+from lcm_kit.errors import UserError
+from lcm_kit.families.sd import BaseInfo
+from lcm_kit.files import atomic_write, sha256_bytes
+
+MANIFEST = "manifest.json"
+EMPTY = "empty.safetensors"
+_FORMAT = 1  # raise it when the same inputs would give another cache
+_NAMES = {
+    "family": "the family of the base",
+    "vae": "the VAE of the base",
+    "text_encoder": "the text encoder of the base",
+    "tokenizer": "the tokenizer of the base",
+    "format": "the cache format",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the cache."""
+
+    id: str
+    caption: str
+    image: str  # SHA-256 of the image file
+    text: str  # SHA-256 of the caption
+    mirrored: bool = False
+
+
+def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
+    """All but the records that latents and embeddings depend on, or that says where they come from."""
+    parts = {part: base.hash_of(part) for part in ("vae", "text_encoder", "tokenizer")}
+    keys = ("path", "resolution", "flip")
+    columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
+    return {
+        "format": _FORMAT,
+        "family": base.family,
+        **parts,
+        **{f"data.{key}": getattr(data, key) for key in (*keys, *columns)},
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two `settings`, in words."""
+    changed = [key for key in new if old.get(key) != new[key]]
+    return [
+        _NAMES[key] if key in _NAMES else f"{key} ({old.get(key)!r} there, {new[key]!r} here)"
+        for key in changed
+    ]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two manifests, in words: settings, then images and captions by number."""
+    words = differences(old["settings"], new["settings"])
+    before, after = ({row["id"]: row for row in side["records"]} for side in (old, new))
+    both = before.keys() & after.keys()
+    counts = {
+        "images changed": sum(before[id]["image"] != after[id]["image"] for id in both),
+        "captions changed": sum(before[id]["text"] != after[id]["text"] for id in both),
+        "images added": len(after.keys() - before.keys()),
+        "images removed": len(before.keys() - after.keys()),
+    }
+    words += [f"{count} {what}" for what, count in counts.items() if count]
+    if old["skipped"] != new["skipped"]:
+        words.append("other records left out")
+    if not words and [shard["content"] for shard in old["shards"]] != [shard["content"] for shard in new["shards"]]:
+        words.append("records in another order, or other shards")
+    return words
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The plan of one shard."""
+
+    file: str
+    content: str  # hash of the settings and of what each entry is made from
+    entries: Sequence[Entry]
+
+
+def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
+    """Hash of all that the tensors of `entries` are made from."""
+    # data.path and the columns say where a record comes from; what it is, its own hashes say
+    made_by = {key: value for key, value in settings.items() if key in _NAMES or key == "data.resolution"}
+    rows = [(entry.image, entry.text, entry.mirrored) for entry in entries]
+    return sha256_bytes(json.dumps([made_by, rows], sort_keys=True).encode())
+
+
+def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> list[Shard]:
+    """Entries in shards of `size` rows, in order."""
+    parts = [entries[first : first + size] for first in range(0, len(entries), size)]
+    return [
+        Shard(f"shard-{number:05d}.safetensors", content_hash(settings, part), part)
+        for number, part in enumerate(parts)
+    ]
+
+
+def content_of(path: Path) -> str | None:
+    """The content hash that a shard carries; None if there is no such file or it is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("content")
+    except (OSError, SafetensorError):
+        return None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
+    """Write a shard whole or not at all."""
+    atomic_write(path, save({k: v.contiguous() for k, v in tensors.items()}, {"content": content}))
+
+
+def manifest(
+    base: BaseInfo, data: Data, shards: Sequence[Shard], skipped: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """What manifest.json holds: what made the cache, and every row of it."""
+    made_by = {"path": base.path, "revision": base.revision, "variant": base.variant}
+    return {
+        "settings": settings(base, data),
+        "base": {**made_by, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
+        "data": asdict(data),
+        "versions": {"lcm-kit": __version__, **dict(_versions())},
+        "shards": [{"file": s.file, "content": s.content, "rows": len(s.entries)} for s in shards],
+        "skipped": [{"id": id, "reason": reason} for id, reason in skipped],
+        "records": [asdict(entry) for shard in shards for entry in shard.entries],
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in ("torch", "diffusers", "transformers", "safetensors", "pillow"):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def write_manifest(folder: Path, new: Mapping[str, Any]) -> None:
+    """Write manifest.json, and remove shards that it does not name."""
+    atomic_write(folder / MANIFEST, json.dumps(new, indent=1, ensure_ascii=False))
+    named = {shard["file"] for shard in new["shards"]}
+    for path in folder.glob("shard-*.safetensors"):
+        if path.name not in named:
+            path.unlink()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json of a cache; None if there is none. Raises `UserError` if it is broken or another program's."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["settings"], found["shards"], found["records"][0]["id"]  # noqa: B018
+        return found
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path} is not a manifest of this kit; choose another data.cache, or remove it"
+        ) from error
