@@ -1,0 +1,81 @@
+"""`lcm-kit check`: is everything there that a config names? Loads no weights and downloads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lcm_kit import assets
+from lcm_kit.config.load import Config
+from lcm_kit.config.schema import Base, Data, Distill, Quality
+from lcm_kit.errors import UserError
+
+
+def check(config: Config) -> list[str]:
+    """One line for each thing that is there. Raises one `UserError` that lists everything that is not."""
+    found: list[str] = []
+    missing: list[str] = []
+    for look in _looks(config):
+        try:
+            found.append(look())
+        except UserError as error:
+            missing.append(str(error))
+    if len(missing) == 1:
+        raise UserError(missing[0])
+    if missing:
+        raise UserError(
+            f"{len(missing)} things are missing" + "".join(f"\n  - {sentence}" for sentence in missing)
+        )
+    return found
+
+
+def _looks(config: Config) -> list[Callable[[], str]]:
+    if isinstance(config, Distill):
+        prompts = config.validation.prompts
+        looks = [lambda: _base(config.base), lambda: _data(config.data)]
+        return looks + ([lambda: _prompts(prompts)] if prompts else [])
+    if isinstance(config, Quality):
+        return [lambda: _trained(config.run), lambda: _prompts(config.prompts)]
+    return []
+
+
+def _base(base: Base) -> str:
+    if not base.path.startswith(("asset:", "/", ".", "~")) and not Path(base.path).exists():
+        return f"base: {base.path} on the hub, not looked at"
+    from lcm_kit.families import inspect_base
+
+    info = inspect_base(base.path, revision=base.revision, variant=base.variant)
+    return f"base: {base.path}, {info.prediction_type} prediction, {info.sample_size * info.factor} pixels"
+
+
+def _data(data: Data) -> str:
+    if (
+        not data.path.startswith(("asset:", "/", ".", "~"))
+        and not Path(data.path).exists()
+        and data.kind != "folder"
+    ):
+        return f"data: {data.path} on the hub, not looked at"
+    from lcm_kit.data.records import open_records
+
+    records, bad = open_records(data)
+    if bad and not data.skip_bad:
+        name, reason = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"data.path {data.path!r}: {name} ({reason}){more}; mend them or set data.skip_bad=true"
+        )
+    return f"data: {data.path}, {len(records)} images with captions" + (
+        f", {len(bad)} left out" if bad else ""
+    )
+
+
+def _prompts(prompts: str) -> str:
+    return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+
+
+def _trained(run: str) -> str:
+    if not (Path(run) / "adapter").is_dir():
+        raise UserError(
+            f"run {run!r} has no adapter/ folder; train it first, or give another folder as run=..."
+        )
+    return f"run: {run}"

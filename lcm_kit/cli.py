@@ -1,0 +1,261 @@
+"""The command line. Each verb imports what it needs when it runs, so that help comes at once.
+
+The one place where errors become exit codes: a `UserError` is printed as `error: ...` with code 2, and so is a
+full disk; an interruption says that the same command continues, with code 130; anything else is a bug and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from lcm_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from lcm_kit.config.load import Config
+    from lcm_kit.config.schema import Distill
+
+
+class _Group(TyperGroup):
+    """Runs a verb and turns what the user can mend into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("stopped; the same command continues where it left off", 130)
+        except Exception as error:
+            if not _disk_full(error):
+                raise
+            _fail(
+                f"the disk is full ({error}); free some space and run the same command again, it continues", 2
+            )
+
+
+def _fail(sentence: str, code: int) -> None:
+    typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether the file system ran out of space; safetensors says so in the text of its own error type."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Brand images in, a LoRA out that draws in 1-8 steps what its base draws in 50.",
+    epilog="Start with `lcm-kit quickstart`, then `lcm-kit cp distill/tiny_lcm my.yaml` and change it.",
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config (`lcm-kit ls`).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as optimizer.lr=3e-4 grid.steps=8."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lcm_kit import __version__
+
+        typer.echo(f"lcm-kit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Start here")
+def quickstart(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+) -> None:
+    """Encode, train, export, sample, evaluate and report on the embedded base: minutes on a CPU."""
+    from lcm_kit import quickstart as story
+
+    story.main(output, overrides or [])
+
+
+@app.command(rich_help_panel="Recipes and configs")
+def ls() -> None:
+    """List the recipes and configs that come with the kit."""
+    from lcm_kit import shipped
+
+    names = shipped.names()
+    width = max(map(len, names))
+    for name in names:
+        typer.echo(f"{name:<{width}}  {shipped.describe(name)}".rstrip())
+
+
+@app.command(rich_help_panel="Recipes and configs")
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A name that `lcm-kit ls` lists.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A file, or a folder to put it in.")],
+) -> None:
+    """Copy a recipe or a config, to change it."""
+    from lcm_kit import shipped
+
+    typer.echo(shipped.copy(source, target))
+
+
+@app.command(rich_help_panel="Recipes and configs")
+def show(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Print a config with every key resolved."""
+    from lcm_kit.config.load import dump
+
+    typer.echo(dump(_load(config, overrides)), nl=False)
+
+
+@app.command(rich_help_panel="Recipes and configs")
+def check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Check a config and that what it names is there, without loading weights."""
+    from lcm_kit.check import check as examine
+
+    loaded = _load(config, overrides)
+    for line in examine(loaded):
+        typer.echo(line)
+    typer.echo(f"ok: {config}")
+
+
+@app.command(rich_help_panel="The stages")
+def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Turn images and captions into cached latents and text embeddings."""
+    loaded = _distill(config, overrides)
+    from lcm_kit.data import cache
+
+    cache.encode(loaded)
+
+
+@app.command(rich_help_panel="The stages")
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train; the same command continues a run that was stopped."""
+    _run("train", config, overrides)
+
+
+@app.command(rich_help_panel="The stages")
+def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Compare teacher, plain solvers and student on the same prompts and noise."""
+    _run("evaluation", config, overrides)
+
+
+@app.command(rich_help_panel="The stages")
+def export(
+    run: Run,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights in the file.")
+    ] = "float32",
+) -> None:
+    """Write the adapter as a file that diffusers loads, and check it by loading it."""
+    from lcm_kit.export import export_run
+
+    typer.echo(export_run(run, dtype=dtype))
+
+
+@app.command(rich_help_panel="The stages")
+def sample(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; repeat it for more pictures.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, or asset:tiny-sd.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: the run's]")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Solver steps: 1 to 8 for an adapter.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    weight: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(help="guidance_scale; 1 is none, and right for an adapter.")
+    ] = 1.0,
+    solver: Annotated[Literal["lcm", "ddim", "dpmpp_2m"], typer.Option(help="lcm for an adapter.")] = "lcm",
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+) -> None:
+    """Draw pictures and a contact sheet."""
+    from lcm_kit import assets
+    from lcm_kit.sample import sample_to_folder
+
+    wanted = [*(prompt or []), *(assets.prompts(prompts) if prompts else [])]
+    if not wanted:
+        raise UserError(
+            "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
+        )
+    sheet = sample_to_folder(
+        base or _base_of(adapter), wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance,
+        seed=seed, lora_weight=weight, solver=solver,
+    )  # fmt: skip
+    typer.echo(sheet)
+
+
+@app.command(rich_help_panel="The stages")
+def report(run: Run) -> None:
+    """Write the run's report.html from its results and pictures."""
+    from lcm_kit.report.build import write_report
+
+    typer.echo(write_report(run))
+
+
+def _load(config: str, overrides: list[str] | None) -> Config:
+    from lcm_kit import shipped
+    from lcm_kit.config.load import load
+
+    return load(shipped.config_path(config), overrides or [])
+
+
+def _distill(config: str, overrides: list[str] | None) -> Distill:
+    from lcm_kit.config.schema import Distill
+
+    loaded = _load(config, overrides)
+    if not isinstance(loaded, Distill):
+        raise UserError(
+            f"config {config} is for {loaded.recipe}, which has no data to encode; give one for train/distill"
+        )
+    return loaded
+
+
+def _run(stage: str, config: str, overrides: list[str] | None) -> None:
+    """Run the recipe that the config names, if it belongs to the stage."""
+    from lcm_kit import shipped
+
+    loaded = _load(config, overrides)
+    if not loaded.recipe.startswith(f"{stage}/"):
+        verb = "train" if loaded.recipe.startswith("train/") else "evaluate"
+        raise UserError(f"config {config} is for {loaded.recipe}; run `lcm-kit {verb} {config}`")
+    shipped.load_recipe(loaded.recipe).main(loaded)
+
+
+def _base_of(adapter: Path | None) -> str:
+    """The base that a run was made with; the embedded one if there is no run to ask."""
+    config = adapter / "config.yaml" if adapter else None
+    if config is None or not config.is_file():
+        return "asset:tiny-sd"
+    return _distill(str(config), None).base.path
+
+
+def main() -> None:
+    """Entry point of `lcm-kit` and of `python -m lcm_kit`."""
+    app(prog_name="lcm-kit")
