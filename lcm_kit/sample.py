@@ -1,7 +1,8 @@
-"""Sampling with plain diffusers: `StableDiffusionPipeline` and diffusers' own schedulers, so that we judge what users run.
+"""Sampling with plain diffusers, `StableDiffusionPipeline` and its own schedulers: we judge what users run.
 
-`guidance_scale` is diffusers' (1 = no classifier-free guidance, and then no second pass). The noise of prompt i is a
-function of (seed, i) alone: every sampler starts from the same noise and no batch size changes a picture.
+`guidance_scale` is diffusers' (1 = no classifier-free guidance, and then no second pass). The noise of prompt
+i is a function of (seed, i) alone: every sampler starts from the same noise and no batch size changes a
+picture.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit.assets import resolve
+from lcm_kit import families
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_file
 
@@ -27,6 +28,13 @@ SOLVERS = ("lcm", "ddim", "dpmpp_2m")
 ADAPTER_FILE = "export/pytorch_lora_weights.safetensors"  # within a run's folder
 _ADAPTER_NAME = "lcm"
 _BATCH = 8  # prompts a call in `sample_to_folder`
+
+
+def placement() -> dict[str, Any]:
+    """Device and dtype for drawing on this machine: float16 on CUDA if there is one, else float32."""
+    if torch.cuda.is_available():
+        return {"device": "cuda", "dtype": torch.float16}
+    return {"device": "cpu", "dtype": torch.float32}
 
 
 def pipeline(
@@ -38,22 +46,18 @@ def pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Any:
-    """A `StableDiffusionPipeline` without safety checker; `unet` takes the place of the base's own where it is given.
+    """A `StableDiffusionPipeline` without safety checker; `unet`, if given, takes the place of its own.
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
     from diffusers import StableDiffusionPipeline
 
-    path = resolve(base)
+    info = families.inspect_base(base, revision=revision, variant=variant)
     given = {} if unet is None else {"unet": unet}
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, dtype=dtype, safety_checker=None,
-            requires_safety_checker=False, **given,
-        )  # fmt: skip
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base {base!r} cannot be opened as a Stable Diffusion pipeline ({reason}); check base.path") from error
+    pipe = StableDiffusionPipeline.from_pretrained(
+        info.folder, variant=variant, dtype=dtype, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, **given,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -64,15 +68,19 @@ def adapter_file(adapter: str | Path) -> Path:
     if path.is_dir():
         path = path / ADAPTER_FILE
         if not path.is_file():
-            raise UserError(f"run {str(adapter)!r} has no {ADAPTER_FILE}; run `lcm-kit export {adapter}` first")
+            raise UserError(
+                f"run {str(adapter)!r} has no {ADAPTER_FILE}; run `lcm-kit export {adapter}` first"
+            )
     if not path.is_file() or path.suffix != ".safetensors":
-        raise UserError(f"adapter {str(adapter)!r} is not a run's folder or a .safetensors file; check the path")
+        raise UserError(
+            f"adapter {str(adapter)!r} is not a run's folder or a .safetensors file; check the path"
+        )
     return path
 
 
 @contextlib.contextmanager
 def _expecting_unet_only() -> Iterator[None]:
-    """Mute one line: diffusers says of every LoRA without text encoder weights that it has none (and that this is safe)."""
+    """Mute what diffusers says of every LoRA without text encoder weights: that it has none (safe)."""
     logger = logging.getLogger("diffusers.loaders.lora_base")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -93,25 +101,31 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0) -> None:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_ADAPTER_NAME)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason}); was it trained on it?") from error
+        raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason})") from error
     pipe.set_adapters([_ADAPTER_NAME], [weight])
 
 
 def scheduler(solver: str, config: Any) -> Any:
-    """diffusers' scheduler for `solver`, from the base's scheduler config (betas and prediction type are the base's).
+    """diffusers' scheduler for `solver`, with the betas and the prediction type of the base's own `config`.
 
-    Plain solvers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which is
-    their best at few steps. Latents are never clipped. Raises `UserError` for an unknown solver.
+    Plain solvers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which
+    is their best at few steps. Latents are never clipped. Raises `UserError` for an unknown solver.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
     if solver == "lcm":
         return LCMScheduler.from_config(config, clip_sample=False)
     if solver == "ddim":
-        return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+        return DDIMScheduler.from_config(
+            config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
     if solver == "dpmpp_2m":
         return DPMSolverMultistepScheduler.from_config(
-            config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+            config,
+            timestep_spacing="trailing",
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            final_sigmas_type="zero",
         )
     raise UserError(f"solver {solver!r} is not known here; choose one of {', '.join(SOLVERS)}")
 
@@ -119,13 +133,14 @@ def scheduler(solver: str, config: Any) -> Any:
 def unet_calls(steps: int, guidance_scale: float) -> int:
     """UNet passes for one image: guidance costs a second, unconditional pass in each step.
 
-    (The exception are UNets with `time_cond_proj_dim`, which take the guidance as an input; SD bases have none.)
+    (The exception are UNets with `time_cond_proj_dim`, which take the guidance as an input; SD bases have
+    none.)
     """
     return steps * (2 if guidance_scale > 1 else 1)
 
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """The generators of samples first .. first+count-1: each depends on (seed, its own index) alone, on the CPU."""
+    """CPU generators of samples first .. first+count-1: each depends on (seed, its own index) alone."""
     digests = (hashlib.sha256(f"{seed}/{i}".encode()).digest() for i in range(first, first + count))
     return [torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1) for digest in digests]
 
@@ -135,11 +150,13 @@ def _check(solver: str, steps: int, guidance_scale: float) -> None:
     if not 1 <= steps <= most:
         raise UserError(f"steps {steps} is impossible with solver {solver}; give 1 to {most}")
     if guidance_scale < 1:
-        raise UserError(f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8")
+        raise UserError(
+            f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8"
+        )
 
 
 @torch.no_grad()
-def sample(
+def latents(
     pipe: Any,
     prompts: Sequence[str],
     *,
@@ -150,11 +167,11 @@ def sample(
     first: int = 0,
     size: int | None = None,
 ) -> Tensor:
-    """Draw one batch: the picture of `prompts[k]` comes from the noise of (seed, first + k).
+    """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k).
 
-    Returns pixels [B, 3, H, W] in [-1, 1], float32, on the CPU. `size` (pixels) is the UNet's own by default. LCM's
-    renewed noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
-    Raises `UserError` for an unknown solver and for impossible steps or guidance.
+    `size` (pixels) is the UNet's own by default. LCM's renewed noise follows the same generators, so it too
+    is a function of (seed, index). `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError`
+    for an unknown solver and for impossible steps or guidance.
     """
     _check(solver, steps, guidance_scale)
     own = pipe.scheduler
@@ -164,13 +181,26 @@ def sample(
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     pipe.scheduler = scheduler(solver, own.config)
     try:
-        images = pipe(
-            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams, height=size,
-            width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="pt",
+        drawn = pipe(
+            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams,
+            height=size, width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own
-    return images.float().cpu() * 2 - 1
+    return drawn.float().cpu()
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
+    vae = pipe.vae
+    pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+    return pixels.float().cpu().clamp(-1, 1)
+
+
+def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> Tensor:
+    """Draw one batch as pixels [B, 3, H, W] in [-1, 1]; `settings` are those of `latents`."""
+    return decode(pipe, latents(pipe, prompts, **settings))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -214,24 +244,25 @@ def sample_to_folder(
     seed: int = 0,
     lora_weight: float = 1.0,
     solver: str = "lcm",
-    device: str | torch.device = "cpu",
 ) -> Path:
-    """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there are left alone.
+    """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
-    `adapter` is a run's folder or a `.safetensors` file. Returns the contact sheet's path. Raises `UserError` for
-    everything that the caller can mend.
+    `adapter` is a run's folder or a `.safetensors` file. Returns the contact sheet's path. Raises `UserError`
+    for everything that the caller can mend.
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
     _check(solver, steps, guidance_scale)
     file = None if adapter is None else adapter_file(adapter)
-    pipe = pipeline(base, device=device)
+    pipe = pipeline(base, **placement())
     if file is not None:
         load_adapter(pipe, file, lora_weight)
     pictures: list[Image.Image] = []
     for first in range(0, len(prompts), _BATCH):
         batch = prompts[first : first + _BATCH]
-        images = sample(pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first)
+        images = sample(
+            pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first
+        )
         for k, picture in enumerate(to_pil(images), start=first):
             save_png(picture, output / f"{k:03d}-{slug(prompts[k])}.png")
             pictures.append(picture)

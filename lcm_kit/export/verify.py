@@ -16,14 +16,14 @@ from lcm_kit import adapter
 from lcm_kit.errors import UserError
 from lcm_kit.sample import load_adapter, pipeline
 
-# Largest relative error of the UNet's output, by the dtype of the file's weights. The halves round each weight (2^-11,
-# 2^-8 relative), and the errors of a few hundred layers add up.
+# Largest relative error of the UNet's output, by the dtype of the file's weights. The halves round each
+# weight (2^-11, 2^-8 relative), and the errors of a few hundred layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @contextlib.contextmanager
 def complaints() -> Iterator[list[str]]:
-    """Collect what diffusers, peft and transformers log at WARNING or above, and Python's `UserWarning`s, in the block."""
+    """Collect what diffusers, peft and transformers log at WARNING or above, and Python's `UserWarning`s."""
     found: list[str] = []
 
     class Collect(logging.Handler):
@@ -45,7 +45,7 @@ def complaints() -> Iterator[list[str]]:
 
 
 def probe_unet(unet: Any, seed: int = 0) -> Tensor:
-    """The UNet's outputs [3, C, h, w] for fixed random latents and conditions, early, midway and late; float32."""
+    """The UNet's outputs [3, C, h, w] for fixed random latents and embeddings at three timesteps; float32."""
     generator = torch.Generator().manual_seed(seed)
     size = min(int(unet.config.sample_size), 32)  # the error does not depend on the size; the time does
     x = torch.randn((3, unet.config.in_channels, size, size), generator=generator)
@@ -67,12 +67,13 @@ def _layers(unet: Any) -> dict[str, tuple[float, Tensor, Tensor]]:
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             (key,) = module.lora_A
-            layers[name] = (module.scaling[key], module.lora_A[key].weight.data, module.lora_B[key].weight.data)
+            down, up = module.lora_A[key].weight, module.lora_B[key].weight
+            layers[name] = (module.scaling[key], down.data, up.data)
     return layers
 
 
 def _compare_layers(found: Mapping[str, Any], wanted: Mapping[str, Any], dtype: str) -> str | None:
-    """The first disagreement in words, or None: the same modules, the same scales, the same weights (in `dtype`)."""
+    """The first disagreement in words, or None: modules, scales and weights (rounded) are equal."""
     if odd := sorted(found.keys() ^ wanted.keys()):
         return f"{len(odd)} modules are not matched, such as {odd[0]}"
     for name, (scale, *weights) in wanted.items():
@@ -85,11 +86,11 @@ def _compare_layers(found: Mapping[str, Any], wanted: Mapping[str, Any], dtype: 
 
 
 def check(file: Path, trained: Path, base: Mapping[str, Any], dtype: str = "float32") -> float:
-    """Load `file` onto `base` with plain diffusers, compare with the adapter folder `trained`; returns the error.
+    """Load `file` onto `base` with plain diffusers, compare with adapter folder `trained`; give the error.
 
     Modules, scales and weights must be the same (after rounding to `dtype`), nothing may be warned about, and
-    ||UNet(loaded) - UNet(trained)|| / ||UNet(trained)|| must not exceed `TOLERANCE[dtype]`, all computed in float32.
-    Raises `UserError` that says what disagrees.
+    ||UNet(loaded) - UNet(trained)|| / ||UNet(trained)|| must not exceed `TOLERANCE[dtype]`, all computed in
+    float32. Raises `UserError` that says what disagrees.
     """
     where = {key: base.get(key) for key in ("revision", "variant")}
     unet = pipeline(base["path"], **where).unet
@@ -102,7 +103,9 @@ def check(file: Path, trained: Path, base: Mapping[str, Any], dtype: str = "floa
     error = relative_error(probe_unet(pipe.unet.float()), wanted)
     problem = _compare_layers(_layers(pipe.unet), wanted_layers, dtype) or (found[0] if found else None)
     if problem is None and not error <= TOLERANCE[dtype]:
-        problem = f"the UNet's output differs by {error:.1e} relative; at most {TOLERANCE[dtype]:.0e} is right for {dtype}"
+        problem = (
+            f"the UNet's output is off by {error:.1e} relative, above {TOLERANCE[dtype]:.0e} for {dtype}"
+        )
     if problem:
         raise UserError(f"export of {trained.parent} failed its check: {problem}; nothing was written")
     return error

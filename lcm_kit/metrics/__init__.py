@@ -1,1 +1,1 @@
-"""One file a metric. Images are pixels [N, 3, H, W] in [-1, 1], float32; what needs the embedded world says so."""
+"""One file a metric. Images are pixels [N, 3, H, W] in [-1, 1], float32."""

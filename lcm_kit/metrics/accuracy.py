@@ -24,11 +24,13 @@ def standard_error(p: float, n: int) -> float:
 def attribute_accuracy(probe: Any, images: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
     """Fractions of pictures that show their scene, as the probe reads them (`lcm_kit.tiny.probe`).
 
-    `attribute_accuracy`: object and colour and pattern all right; `attribute_accuracy_stderr`: its binomial standard
-    error; `object_accuracy`, `colour_accuracy`, `pattern_accuracy`: each alone. `images` [N, 3, 64, 64], N scenes.
+    `attribute_accuracy`: object and colour and pattern all right; `attribute_accuracy_stderr`: its binomial
+    standard error; `object_accuracy`, `colour_accuracy`, `pattern_accuracy`: each alone. `images` [N, 3, 64,
+    64], N scenes.
     """
     seen = probe.read(images)
-    right = [[got[name] == getattr(scene, name) for name in ATTRIBUTES] for got, scene in zip(seen, scenes, strict=True)]
+    pairs = zip(seen, scenes, strict=True)
+    right = [[got[name] == getattr(scene, name) for name in ATTRIBUTES] for got, scene in pairs]
     n = len(right)
     both = sum(map(all, right)) / n
     each = {f"{name}_accuracy": sum(row[k] for row in right) / n for k, name in enumerate(ATTRIBUTES)}

@@ -6,9 +6,10 @@ from torch import Tensor
 
 
 def distance_to_teacher(images: Tensor, teacher: Tensor) -> float:
-    """Root mean square of the pixel differences, in units of [-1, 1]; the mean over pictures of each one's own RMS.
+    """Pixel RMS in units of [-1, 1]: sqrt(mean of squared differences) of each picture, then the mean of all.
 
-    Fair for one-step and deterministic samplers. LCM with several steps draws fresh noise on its way, so a right answer
-    may differ from the teacher's: judge those by accuracy, Frechet distance and saturation as well.
+    Fair for one-step and deterministic samplers. LCM with several steps draws fresh noise on its way, so a
+    right answer may differ from the teacher's: judge those by accuracy, Frechet distance and saturation as
+    well.
     """
     return float(((images - teacher) ** 2).mean(dim=(1, 2, 3)).sqrt().mean())

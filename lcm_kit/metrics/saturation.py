@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def chroma(images: Tensor) -> Tensor:
-    """Mean HSV chroma of each picture, max(R, G, B) - min(R, G, B) with channels in [0, 1]: [N, 3, H, W] -> [N]."""
+    """[N, 3, H, W] -> [N]: each picture's mean HSV chroma, max - min of R, G, B taken as [0, 1]."""
     return (images.amax(1) - images.amin(1)).mean(dim=(1, 2)) / 2
 
 
@@ -16,5 +16,5 @@ def clipped(images: Tensor) -> float:
 
 
 def saturation(images: Tensor, teacher: Tensor) -> dict[str, float]:
-    """`saturation`: mean chroma as a multiple of the teacher's (1 = as colourful); `clipped`: share of clipped values."""
+    """`saturation`: mean chroma over the teacher's (1 = as colourful); `clipped`: share of clipped values."""
     return {"saturation": float(chroma(images).mean() / chroma(teacher).mean()), "clipped": clipped(images)}
