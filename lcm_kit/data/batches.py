@@ -1,7 +1,7 @@
-"""Which records a step sees, and its randomness: pure functions of (seed, step, slot), so there is nothing to store.
+"""Which records a step sees, and its randomness: pure functions of (seed, step, slot); nothing is stored.
 
-A slot is a sample's place in the global batch, over all processes. Two processes with n samples each hold the slots
-0..n-1 and n..2n-1 and together see exactly what one process with 2n samples sees, with the same noise.
+A slot is a sample's place in the global batch, over all processes. Two processes with n samples each hold
+the slots 0..n-1 and n..2n-1; together they see what one process with 2n samples sees, with the same noise.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """An endless sequence of batches; epoch follows epoch without a gap, so a batch may hold the end of one and more."""
+    """An endless sequence of batches. Epoch follows epoch without a gap, within a batch too."""
 
     cache: Samples
     batch_size: int  # on each process

@@ -1,6 +1,6 @@
 """`encode` turns images and captions into a folder of latents and text embeddings; `Cache` reads it.
 
-Training then needs neither the VAE nor the text encoder. The folder's format is the affair of `lcm_kit/data/shards.py`.
+Training then needs neither the VAE nor the text encoder. The folder's format is the affair of `shards.py`.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ class EncodeReport:
 def encode(config: Distill, progress: bool = True) -> EncodeReport:
     """Bring the cache `config.data.cache` up to date with the images, the captions and the base.
 
-    Only shards that are missing or whose inputs changed are encoded: an interrupted run continues, a second run does
-    nothing. Raises `UserError` if the base or the data cannot be used, and, unless `data.skip_bad`, if any record is
-    unreadable or has no caption: it names them all, before anything is encoded.
+    Only shards that are missing or whose inputs changed are encoded: an interrupted run continues, a second
+    run does nothing. Raises `UserError` if the base or the data cannot be used, and, unless `data.skip_bad`,
+    if any record is unreadable or has no caption: it names them all, before anything is encoded.
     """
     started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     if data.resolution % base.factor:
         raise UserError(
-            f"data.resolution {data.resolution} is not a multiple of {base.factor}, the scale of the base's VAE"
+            f"data.resolution {data.resolution} is not a multiple of {base.factor}, as the base's VAE needs"
         )
     old = shards.read_manifest(folder)
     with _bar(progress) as bar:
@@ -132,18 +132,21 @@ def _listing(bad: Sequence[Bad]) -> str:
 def _survey(
     data: Data, old: Mapping[str, Any] | None, bar: Progress
 ) -> tuple[dict[str, Record], list[Entry], list[Bad]]:
-    """Hash every record and try every image that the old cache does not know; stop at bad records if told so."""
+    """Hash every record, and try every image that the old cache does not know."""
     good, bad = open_records(data)
+    total = len(good) + len(bad)
     known = {row["image"] for row in old["records"]} if old else set()
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(lambda record: _check(record, known), good)
-        found = list(bar.track(checks, total=len(good), description="checking"))
+    pool = ThreadPoolExecutor()
+    try:
+        checks = [pool.submit(_check, record, known) for record in good]
+        found = [check.result() for check in bar.track(checks, description="checking")]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
     bad += [(record.id, reason) for record, (_, reason) in zip(good, found, strict=True) if reason]
-    total = len(good) + len(bad) - sum(1 for _, reason in found if reason)
     if bad and not data.skip_bad:
         raise UserError(
-            f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out with "
-            f"data.skip_bad=true:\n{_listing(bad)}"
+            f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out "
+            f"with data.skip_bad=true:\n{_listing(bad)}"
         )
     if len(bad) == total:
         raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{_listing(bad)}")
@@ -214,7 +217,7 @@ def encode_shard(
 def _ahead(
     shard: Shard, records: Mapping[str, Record], data: Data
 ) -> Iterator[tuple[Sequence[Entry], Tensor]]:
-    """Entries and pixels [B, 3, H, W], batch by batch; threads decode the next batch while the VAE works on this one."""
+    """Entries and pixels [B, 3, H, W] by batches; threads decode the next while the VAE works on this one."""
 
     def pixels(entry: Entry) -> Tensor:
         return to_pixels(records[entry.id].load(), data.resolution, entry.mirrored)
@@ -230,7 +233,7 @@ def _ahead(
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A finished cache. Rows are read from disk when they are asked for; the operating system keeps the hot ones."""
+    """A finished cache. Rows are read from disk when asked for; the operating system keeps the hot ones."""
 
     folder: Path
     ids: list[str]
@@ -241,7 +244,8 @@ class Cache:
     def open(folder: Path | str, *, base: BaseInfo, data: Data) -> Cache:
         """The cache in `folder`, if it was made for this base and these settings.
 
-        Raises `UserError` if it is missing, unfinished, or was made for another VAE, text encoder, resolution or source.
+        Raises `UserError` if it is missing, unfinished, or was made for another VAE, text encoder, resolution
+        or source.
         """
         folder = Path(folder)
         found = shards.read_manifest(folder)
@@ -252,13 +256,13 @@ class Cache:
         changed = shards.differences(found["settings"], shards.settings(base, data))
         if changed:
             raise UserError(
-                f"cache {str(folder)!r} was made with other settings than this config's: {'; '.join(changed)}; run "
+                f"cache {str(folder)!r} was made for another config ({'; '.join(changed)}); run "
                 "`lcm-kit encode` with this config first"
             )
         for shard in found["shards"]:
             if shards.content_of(folder / shard["file"]) != shard["content"]:
                 raise UserError(
-                    f"cache {str(folder)!r} is unfinished or damaged at {shard['file']}; run `lcm-kit encode` again"
+                    f"cache {str(folder)!r} is unfinished or damaged at {shard['file']}; run `lcm-kit encode`"
                 )
         rows = found["records"]
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]

@@ -1,7 +1,7 @@
-"""Where images and captions come from: a folder, or a data set of the `datasets` library, local or on the hub.
+"""Where images and captions come from: a folder, or a data set of the `datasets` library (local or hub).
 
-A source gives usable records and, for the rest, what is wrong with each; whether that stops a run is decided elsewhere
-(`lcm_kit/data/cache.py`). Images are opened later: `Record.load` finds out whether one can be read.
+A source gives usable records and, for the rest, what is wrong with each; whether that stops a run is decided
+in `cache.py`. Images are opened later: `Record.load` finds out whether one can be read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lcm_kit.assets import resolve
 from lcm_kit.config.schema import Data
@@ -48,8 +48,9 @@ def decode(content: bytes) -> Image.Image:
             return to_rgb(image)
     # PIL's plugins raise nearly anything on broken files (struct.error, SyntaxError, IndexError, ...)
     except Exception as error:
-        reason = "not an image, or broken" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(f"unreadable image: {reason or type(error).__name__}") from error
+        known = not isinstance(error, UnidentifiedImageError)  # that one's text is only a memory address
+        reason = (str(error) or type(error).__name__) if known else "not an image, or broken"
+        raise UserError(f"unreadable image: {reason}") from error
 
 
 def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
@@ -87,7 +88,7 @@ def _holds_dataset(folder: Path) -> bool:
 
 
 def _folder(folder: Path, name: str) -> Iterator[Record | Bad]:
-    """Every image below `folder` by path. A `.txt` beside an image goes before its line in a `metadata.jsonl`."""
+    """Every image below `folder` by path. A `.txt` beside one goes before its line in `metadata.jsonl`."""
     if not folder.is_dir():
         raise UserError(f"data.path {name!r}: there is no such folder; check the path")
     lines = _metadata(folder)
@@ -124,10 +125,10 @@ def _checked(id: str, caption: Any, read: Callable[[], bytes]) -> Record | Bad:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Captions by image path from every metadata.jsonl below `folder` (`file_name` counts from where the file lies)."""
+    """Captions by image path from every metadata.jsonl below `folder`; `file_name` counts from beside it."""
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
             if not line.strip():
                 continue
             try:
@@ -150,12 +151,12 @@ def _open_dataset(folder: Path, data: Data) -> Any:
             found = datasets.load_from_disk(str(folder))
             return found[data.split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(str(folder) if folder.is_dir() else data.path, split=data.split)
-    # a wrong name, a wrong split, the network, a broken file: `datasets` raises of all kinds, and none is our bug
+    # a wrong name or split, the network, a broken file: `datasets` raises of all kinds, and none is our bug
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"data.path {data.path!r} is neither a folder of images nor a data set that can be opened with split "
-            f"{data.split!r} ({reason}); check data.path and data.split"
+            f"data.path {data.path!r} is neither a folder of images nor a data set that can be opened with "
+            f"split {data.split!r} ({reason}); check data.path and data.split"
         ) from error
 
 
@@ -166,7 +167,7 @@ def _datasets(folder: Path, data: Data) -> Iterator[Record | Bad]:
     for key, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
         if column not in rows.column_names:
             raise UserError(
-                f"data.{key} {column!r} is not a column of {data.path!r}; it has {', '.join(rows.column_names)}"
+                f"data.{key} {column!r} is no column of {data.path!r}; it has {', '.join(rows.column_names)}"
             )
     images = rows.select_columns([data.image_column]).cast_column(
         data.image_column, datasets.Image(decode=False)

@@ -1,7 +1,7 @@
 """The cache folder on disk: `manifest.json`, `shard-00000.safetensors`, ..., `empty.safetensors`.
 
-Every shard carries a hash of all that it was made from (settings, images, captions), so whether a shard is done is read
-from the shard itself: an interrupted or repeated run finds out by looking, and nothing else keeps a state.
+Every shard carries a hash of all that it was made from (settings, images, captions). So whether a shard is
+done is read from the shard itself: an interrupted or repeated run just looks, and nothing else keeps a state.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     words += [f"{count} {what}" for what, count in counts.items() if count]
     if old["skipped"] != new["skipped"]:
         words.append("other records left out")
-    if not words and [shard["content"] for shard in old["shards"]] != [shard["content"] for shard in new["shards"]]:
+    if not words and old["shards"] != new["shards"]:
         words.append("records in another order, or other shards")
     return words
 
@@ -161,7 +161,7 @@ def write_manifest(folder: Path, new: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json of a cache; None if there is none. Raises `UserError` if it is broken or another program's."""
+    """manifest.json of a cache; None if there is none. Raises `UserError` if it is broken or not ours."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8."""
+    """The picture as a person sees it: EXIF orientation, transparency on white, 16-bit grey scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL clips 16-bit grey to white instead of scaling it
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
@@ -30,7 +30,7 @@ def to_square(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, resolution: int, mirrored: bool = False) -> Tensor:
-    """An RGB image as pixels [3, resolution, resolution], float32 in [-1, 1]; its mirror image if `mirrored`."""
+    """An RGB image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1]."""
     square = to_square(image, resolution)
     if mirrored:
         square = ImageOps.mirror(square)

@@ -1,6 +1,6 @@
-"""The families of bases. Each is a module with the same functions; `inspect_base` and `load` choose it by the base.
+"""The families of bases: each is a module with the same functions.
 
-Only Stable Diffusion 1.x and 2.x (`sd.py`) so far.
+Stable Diffusion 1.x and 2.x (`sd.py`) so far.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load(
 ) -> Parts:
     """Load `parts` (of "unet", "vae", "text") of a base: a diffusers folder, a hub id or `asset:NAME`.
 
-    `dtype` is the UNet's; the VAE and the text encoder are float32. Raises `UserError` as `inspect_base` does.
+    `dtype` is the UNet's; VAE and text encoder are float32. Raises `UserError` as `inspect_base` does.
     """
     info = inspect_base(path, revision=revision, variant=variant)
     return Parts(

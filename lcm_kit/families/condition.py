@@ -1,4 +1,4 @@
-"""What the UNet is told besides x_t and t: text embeddings and, for families that have them, pooled text and sizes."""
+"""What the UNet is told besides x_t and t: text embeddings and, for SDXL, pooled text and sizes."""
 
 from __future__ import annotations
 

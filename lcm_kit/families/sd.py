@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.x and 2.x: what a base is, loading its parts, text to condition, pixels to latents, LoRA targets.
+"""Stable Diffusion 1.x and 2.x: what a base is, its parts, text and image encoding, LoRA targets.
 
 Spaces: pixels [B, 3, H, W] in [-1, 1]; raw latents as the VAE gives them; latents = (raw - shift_factor) *
-scaling_factor, [B, C, H/f, W/f], which is what the UNet sees. diffusers and transformers are imported on use: it takes
-seconds.
+scaling_factor, [B, C, H/f, W/f], which is what the UNet sees. diffusers and transformers are imported on use:
+it takes seconds.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _LCM = (
 
 
 def lora_targets(kind: str) -> list[str]:
-    """Name endings of the layers that a LoRA adapts: `lcm`, all that LCM-LoRA adapts (arXiv:2311.05556); `attention`."""
+    """Name endings of the layers that a LoRA adapts: `lcm` (LCM-LoRA, arXiv:2311.05556) or `attention`."""
     return list({"lcm": _LCM, "attention": _ATTENTION}[kind])
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What a base says of itself on disk; no weights are loaded. Hashes are computed when they are asked for."""
+    """What a base says of itself on disk; no weights are loaded. Hashes are computed when asked for."""
 
     path: str  # as it was asked for: folder, hub id or asset:NAME
     folder: Path  # where it lies
@@ -63,7 +63,7 @@ class BaseInfo:
     family: str = "sd"
 
     def hash_of(self, part: str) -> str:
-        """Content hash of one of PARTS: its configuration and its weight files (unchanged by a plain re-save)."""
+        """Content hash of one of PARTS: configuration and weight files (unchanged by a plain re-save)."""
         folder = self.folder / part
         if part == "tokenizer":
             files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
@@ -80,7 +80,10 @@ class BaseInfo:
 
 
 def weight_files(base: BaseInfo, part: str) -> list[Path]:
-    """The safetensors files of `vae`, `unet` or `text_encoder` in the base's variant. Raises `UserError` if none is there."""
+    """The safetensors files of `vae`, `unet` or `text_encoder`, in the base's variant.
+
+    Raises `UserError` if there is none.
+    """
     mark = re.escape(f".{base.variant}") if base.variant else ""
     piece = r"(-\d+-of-\d+)?"
     name = re.compile(rf"{_STEMS[part]}({piece}{mark}|{mark}{piece})\.safetensors")
@@ -88,14 +91,14 @@ def weight_files(base: BaseInfo, part: str) -> list[Path]:
     if not files:
         wanted = f" of variant {base.variant!r}" if base.variant else ""
         raise UserError(
-            f"base {base.path!r} has no safetensors weights{wanted} in {part}/; choose another base.variant, or save the "
-            "base again with diffusers' save_pretrained"
+            f"base {base.path!r} has no safetensors weights{wanted} in {part}/; choose another base.variant, "
+            "or save the base again with diffusers' save_pretrained"
         )
     return files
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file; the hub's cache already names large files by it. Read once a process while unchanged."""
+    """SHA-256 of a file, read once a process while unchanged; the hub's cache names large files by it."""
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
@@ -124,13 +127,15 @@ def _read_json(path: Path, base: str) -> dict[str, Any]:
 
 
 def _locate(path: str, revision: str | None, variant: str | None) -> Path:
-    """The base's folder: local, or downloaded from the hub (only the files that are needed) into its cache."""
+    """The base's folder: local, or in the hub's cache, where only what is needed is downloaded."""
     local = Path(resolve(path)).expanduser()
+    if local.is_dir() and revision is not None:
+        raise UserError(f"base.revision {revision!r} means nothing for the folder {path!r}; remove it")
     if local.is_dir():
         return local
     if local.exists():
         raise UserError(
-            f"base {path!r} is a file, not a diffusers pipeline folder; convert single files with diffusers first"
+            f"base {path!r} is a file, not a diffusers pipeline folder; convert it with diffusers first"
         )
     if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"base {path!r}: there is no such folder; check base.path")
@@ -140,7 +145,7 @@ def _locate(path: str, revision: str | None, variant: str | None) -> Path:
     weights = [
         f"{part}/{stem}{end}"
         for part, stem in _STEMS.items()
-        for end in (f"{mark}.safetensors", f"*-of-*{mark}.*")
+        for end in (f"{mark}.safetensors", f"*-of-*{mark}*.safetensors")
     ]
     wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt", *weights]
     try:
@@ -150,16 +155,16 @@ def _locate(path: str, revision: str | None, variant: str | None) -> Path:
     ) as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check base.path, "
-            "base.revision and the connection"
+            f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check "
+            "base.path, base.revision and the connection"
         ) from error
 
 
 def inspect_base(path: str, *, revision: str | None = None, variant: str | None = None) -> BaseInfo:
     """Read a base's configuration, without its weights.
 
-    `path` is a diffusers folder, a hub id or `asset:NAME`. Raises `UserError` if it is not found, not a pipeline folder,
-    not of this family, or without safetensors weights.
+    `path` is a diffusers folder, a hub id or `asset:NAME`. Raises `UserError` if it is not found, not a
+    pipeline folder, not of this family, or without safetensors weights.
     """
     folder = _locate(path, revision, variant)
     index = _read_json(folder / "model_index.json", path)
@@ -174,7 +179,10 @@ def inspect_base(path: str, *, revision: str | None = None, variant: str | None 
             f"base {path!r} ({index.get('_class_name')}) {why}; give a Stable Diffusion 1.x or 2.x base"
         )
     configs = {part: _read_json(folder / part / file, path) for part, file in _CONFIGS.items()}
-    info = _describe(configs, path=path, folder=folder, revision=revision, variant=variant)
+    try:
+        info = _describe(configs, path=path, folder=folder, revision=revision, variant=variant)
+    except KeyError as error:
+        raise UserError(f"base {path!r}: its configuration lacks {error}; save the base again") from error
     for part in _STEMS:
         weight_files(info, part)
     return info
@@ -185,8 +193,8 @@ def _describe(configs: Mapping[str, Mapping[str, Any]], **place: Any) -> BaseInf
     channels = vae.get("latent_channels", 4)
     if unet.get("in_channels", 4) != channels:
         raise UserError(
-            f"base {place['path']!r}: its UNet takes {unet.get('in_channels')} channels and its VAE gives {channels}; "
-            "inpainting and depth bases are not supported, give the plain one"
+            f"base {place['path']!r}: its UNet takes {unet.get('in_channels')} channels, its VAE gives "
+            f"{channels}; inpainting and depth bases are not supported, give the plain one"
         )
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in _KINDS:
@@ -256,7 +264,7 @@ def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
 
 @torch.no_grad()
 def encode_text(text: Text, captions: Sequence[str]) -> Condition:
-    """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state, in its dtype and device.
+    """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state.
 
     Captions longer than L tokens are cut there, as in StableDiffusionPipeline.
     """
@@ -277,7 +285,7 @@ def empty_condition(text: Text, n: int) -> Condition:
 
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] to latents [B, C, H/f, W/f]: the posterior's mean, (raw - shift_factor) * scaling_factor."""
+    """Pixels [B, 3, H, W] to latents [B, C, H/f, W/f]: (posterior mean - shift_factor) * scaling_factor."""
     raw = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
     return (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
