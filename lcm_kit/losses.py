@@ -12,14 +12,14 @@ Distance = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber distance of each sample, [B]: the mean of sqrt(d^2 + c^2) - c, d = a - b (c > 0 in units of latents)."""
+    """Pseudo-Huber distance [B]: mean of sqrt(d^2 + c^2) - c with d = a - b; c > 0, in units of latents."""
     square = (a.float() - b.float()) ** 2
     # The same value as the difference of roots, which would lose every digit of d much smaller than c.
     return (square / (torch.sqrt(square + c**2) + c)).flatten(1).mean(1)
 
 
 def l2(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """Squared distance of each sample, [B]: the mean of (a - b)^2. It has no constant: c is there for the signature."""
+    """Squared distance [B]: mean of (a - b)^2. It has no constant: c is there for the signature."""
     return ((a.float() - b.float()) ** 2).flatten(1).mean(1)
 
 

@@ -1,4 +1,4 @@
-"""The one border between what a UNet outputs and (x0, eps), which everything behind it speaks; float32 out."""
+"""The one border between what a UNet outputs and (x0, eps), which everything behind it speaks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ KINDS = ("epsilon", "v_prediction", "sample")
 
 def _check(schedule: Schedule, kind: str) -> None:
     if kind not in KINDS:
-        raise UserError(
-            f"the base's scheduler config has prediction_type {kind!r}; lcm-kit knows {', '.join(KINDS)}"
-        )
+        known = ", ".join(KINDS)
+        raise UserError(f"the base's scheduler config has prediction_type {kind!r}; lcm-kit knows {known}")
     if kind == "epsilon" and schedule.zero_terminal_snr:
         raise UserError(
-            "the base predicts epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): its last timestep is "
-            "pure noise, from which epsilon cannot tell x0; use a v_prediction or sample base, or switch the rescaling off"
+            "the base predicts epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): its "
+            "last timestep is pure noise, of which epsilon cannot tell x0; use a v_prediction or sample base, "
+            "or switch the rescaling off"
         )
 
 
 def to_x0_eps(schedule: Schedule, kind: str, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x0, eps), float32 [B, C, h, w], that a model's `output` at (x [B, C, h, w], t int64 [B]) stands for.
+    """Return (x0, eps), float32 [B, C, h, w], that a model's `output` at latents x, t int64 [B] stands for.
 
     `kind` is diffusers' prediction_type: "epsilon" outputs eps, "sample" x0, and "v_prediction"
-    v = alpha eps - sigma x0 (arXiv:2202.00512, appendix D). Raises UserError for another kind, and for "epsilon" on a
-    schedule with zero terminal SNR, where x0 = (x - sigma eps) / alpha divides by zero.
+    v = alpha eps - sigma x0 (arXiv:2202.00512, appendix D). Raises UserError for another kind, and for
+    "epsilon" on a schedule with zero terminal SNR, where x0 = (x - sigma eps) / alpha divides by zero.
     """
     _check(schedule, kind)
     alpha, sigma = schedule.at(t)
@@ -49,7 +49,8 @@ def to_x0_eps(schedule: Schedule, kind: str, output: Tensor, x: Tensor, t: Tenso
 def from_x0_eps(schedule: Schedule, kind: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Return the raw output of `kind`, float32 [B, C, h, w], that stands for (x0, eps) at t int64 [B].
 
-    The inverse of `to_x0_eps`, and with the true x0 and noise the target of the denoising loss. Raises as `to_x0_eps`.
+    The inverse of `to_x0_eps`, and with the true x0 and noise the target of the denoising loss. Raises as
+    `to_x0_eps`.
     """
     _check(schedule, kind)
     alpha, sigma = schedule.at(t)
@@ -59,7 +60,7 @@ def from_x0_eps(schedule: Schedule, kind: str, x0: Tensor, eps: Tensor, t: Tenso
 
 
 def predictor(model: Model, schedule: Schedule, kind: str) -> Predict:
-    """Wrap a raw model as Predict: (x_t, t) -> (x0, eps) in float32. Raises as `to_x0_eps`, before the first call."""
+    """Wrap a raw model as Predict. Raises as `to_x0_eps` does, before the first call."""
     _check(schedule, kind)
 
     def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

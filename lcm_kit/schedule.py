@@ -1,4 +1,4 @@
-"""The noise schedule x_t = alpha_t x0 + sigma_t eps over integer timesteps, and the solver's grid on it; float32 throughout."""
+"""The noise schedule x_t = alpha_t x0 + sigma_t eps over integer timesteps, the solver's grid; float32."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from lcm_kit.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """Variance-preserving schedule: alpha = sqrt(abar), sigma = sqrt(1 - abar), float32 [T] each, for t = 0 .. T-1."""
+    """Variance preserving: alpha = sqrt(abar), sigma = sqrt(1 - abar), float32 [T] each, for t = 0 .. T-1."""
 
     alpha: Tensor
     sigma: Tensor
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Build the schedule that a diffusers scheduler config describes, in the arithmetic of diffusers' schedulers.
+        """Build what a diffusers scheduler config describes, in the arithmetic of diffusers' schedulers.
 
-        Missing keys take diffusers' defaults. Raises UserError for a `beta_schedule` that is none of those known here
-        and for betas outside of (0, 1].
+        Missing keys take diffusers' defaults. Raises UserError for a `beta_schedule` that is none of those
+        known here and for betas outside of (0, 1].
         """
         betas = _betas(config)
         if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
@@ -45,7 +45,7 @@ class Schedule:
 
     @cached_property
     def zero_terminal_snr(self) -> bool:
-        """True if some timestep is pure noise (alpha = 0), where an epsilon prediction says nothing about x0."""
+        """True if a timestep is pure noise (alpha = 0), where an epsilon prediction says nothing of x0."""
         return bool((self.alpha == 0).any())
 
     def to(self, device: torch.device | str) -> Schedule:
@@ -53,7 +53,7 @@ class Schedule:
         return Schedule(self.alpha.to(device), self.sigma.to(device))
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (alpha_t, sigma_t), each [B, 1, 1, 1] to multiply latents [B, C, h, w], for timesteps t int64 [B]."""
+        """Return (alpha_t, sigma_t) at t int64 [B], each [B, 1, 1, 1], to multiply latents [B, C, h, w]."""
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
 
@@ -93,13 +93,13 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
 
 
 def _zero_terminal_snr(alpha: Tensor) -> Tensor:
-    """Shift and scale alpha [T] so that its last value is 0 and its first stays, arXiv:2305.08891 algorithm 1."""
+    """Shift and scale alpha [T] to end at 0 and keep its first value, arXiv:2305.08891 algorithm 1."""
     first, last = alpha[0], alpha[-1]
     return (alpha - last) * (first / (first - last))
 
 
 def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Return x_t = alpha_t x0 + sigma_t noise, float32 [B, C, h, w], for latents and noise of that shape and t int64 [B].
+    """Return x_t = alpha_t x0 + sigma_t noise, float32, for latents and noise [B, C, h, w] and t int64 [B].
 
     It is float32 also for half-precision latents: in bfloat16 sigma would be 4.8% off at t = 19.
     """
@@ -108,10 +108,10 @@ def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tenso
 
 
 def grid(steps: int, n: int) -> Tensor:
-    """Return the solver's n timesteps of `steps`, int64 [n], ascending and ending at steps - 1: 19, 39, .., 999 for (1000, 50).
+    """Return the solver's n timesteps of `steps`, int64 [n], ascending: 19, 39, .., 999 for (1000, 50).
 
-    The last one is always steps - 1, where sampling starts, also when n does not divide `steps`. t = 0 is where the
-    first interval lands and is not among them (unless n = steps). Raises UserError unless 1 <= n <= steps.
+    The last one is always steps - 1, where sampling starts, also when n does not divide `steps`. t = 0, where
+    the first interval lands, is not among them (unless n = steps). Raises UserError unless 1 <= n <= steps.
     """
     if not 1 <= n <= steps:
         raise UserError(
@@ -123,8 +123,9 @@ def grid(steps: int, n: int) -> Tensor:
 def grid_steps(step: int, total: int, start: int | None, end: int) -> int:
     """Return the number of grid steps at optimizer step `step` of `total`: it doubles from `start` to `end`.
 
-    Each size has an equal part of the run, and the last one is `end` itself: (8, 50) gives 8, 16, 32, 50. With
-    `start` None it is `end` throughout. The idea is the discretisation curriculum of arXiv:2310.14189, section 3.4.
+    Each size has an equal part of the run, and the last one is `end` itself: (8, 50) gives 8, 16, 32, 50.
+    With `start` None it is `end` throughout. The idea is the discretisation curriculum of arXiv:2310.14189,
+    section 3.4.
     """
     if start is None:
         return end

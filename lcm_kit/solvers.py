@@ -1,4 +1,4 @@
-"""One step of the probability-flow ODE from timestep t to s <= t; finite also where alpha_t = 0 (zero terminal SNR)."""
+"""One step of the probability-flow ODE from timestep t to s <= t; finite also where alpha_t is 0."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def _ddim(schedule: Schedule, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
 
 
 def ddim(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """First order, one model call: x_s = alpha_s x0 + sigma_s eps (arXiv:2010.02502, eq. 12 with no noise)."""
+    """First order, one model call: x_s = alpha_s x0 + sigma_s eps (arXiv:2010.02502, eq. 12, no noise)."""
     return _ddim(schedule, *predict(x, t), s)
 
 
 def heun(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Second order, two model calls: Heun's method in the angle phi of (alpha, sigma) = (cos phi, sin phi).
 
-    There the ODE is dx/dphi = v, v = alpha eps - sigma x0 (arXiv:2202.00512, appendix D), which is regular at both ends,
-    unlike in sigma / alpha. tan(h/2) in the place of h/2 makes the trapezoid exact for constant x0 and eps, as DDIM is.
+    There the ODE is dx/dphi = v, v = alpha eps - sigma x0 (arXiv:2202.00512, appendix D), which is regular at
+    both ends, unlike in sigma / alpha. tan(h/2) in the place of h/2 makes the trapezoid exact for constant x0
+    and eps, as DDIM is.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
     x0, eps = predict(x, t)
@@ -42,9 +43,10 @@ def heun(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) 
 
 
 def dpmpp_2s(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Second order, two model calls: DPM-Solver++(2S), arXiv:2211.01095 algorithm 1, in lambda = log(alpha / sigma).
+    """Second order, two model calls: DPM-Solver++(2S), arXiv:2211.01095 algorithm 1.
 
-    The intermediate time is the timestep whose lambda is nearest to the middle, strictly below t; r is its true place.
+    It is a midpoint rule in lambda = log(alpha / sigma). The intermediate time is the timestep whose lambda
+    is nearest to the middle, strictly below t; r is its true place.
     """
     lam = schedule.alpha.clamp_min(_SMALLEST_ALPHA).log() - schedule.sigma.log()
     mid = _middle(lam, t, s)
@@ -58,7 +60,7 @@ def dpmpp_2s(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tens
 
 
 def _middle(lam: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return the timesteps m int64 [B], s <= m < t (m = s where t = s), whose lambda is nearest to the mean of t's and s's."""
+    """Return m int64 [B], s <= m < t (m = s where t = s), with lambda nearest to the mean of t's and s's."""
     falling = lam.neg()  # lambda falls with t; searchsorted wants it rising
     wanted = (falling[t] + falling[s]) / 2
     above = torch.searchsorted(falling, wanted).clamp(1, len(lam) - 1)

@@ -1,7 +1,7 @@
-"""The algorithm on one screen: the loss of one batch, from plugs that say how to step, where to land and how to compare.
+"""The algorithm on one screen: a batch's loss from plugs that say how to step, where to land, how to compare.
 
-`teacher`, `target` and `student` are Predict: conditions and guidance are bound inside them. `loss` is an entry of
-`losses.LOSSES` with its constant bound: `partial(LOSSES["huber"], c=0.001)`.
+`teacher`, `target` and `student` are Predict: conditions and guidance are bound inside them. `loss` is an
+entry of `losses.LOSSES` with its constant bound: `partial(LOSSES["huber"], c=0.001)`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def consistency_loss(
 ) -> Tensor:
     """Return the consistency distillation loss of each sample, float32 [B] (arXiv:2310.04378, algorithm 1).
 
-    d(f_target(x_s, s), f_student(x_t, t)), x_s being the teacher's ODE step from x_t = alpha_t x0 + sigma_t noise.
-    `x0`, `noise`: latents [B, C, h, w]. `target` is the student itself or the EMA of it, never the teacher, which would
-    distil nothing. Only the student's call has a gradient; it comes last, so that the teacher's activations are gone.
+    d(f_target(x_s, s), f_student(x_t, t)), x_s being the teacher's ODE step from x_t = alpha_t x0 + sigma_t
+    noise. `x0`, `noise`: latents [B, C, h, w]. `target` is the student itself or the EMA of it, never the
+    teacher, which would distil nothing. Only the student's call has a gradient; it comes last, so that the
+    teacher's activations are gone.
     """
     t, s, end = times
     x_t = add_noise(schedule, x0, noise, t)
@@ -53,8 +54,9 @@ def diffusion_loss(
 ) -> Tensor:
     """Return the denoising loss of each sample, float32 [B], in the units of the prediction type `kind`.
 
-    d(output(x_t, t), wanted), x_t = alpha_t x0 + sigma_t noise: for "epsilon" with l2, eq. 14 of arXiv:2006.11239.
-    `x0`, `noise`: latents [B, C, h, w]; t int64 [B]. Raises UserError as `prediction.to_x0_eps`.
+    d(output(x_t, t), wanted), x_t = alpha_t x0 + sigma_t noise: for "epsilon" with l2, eq. 14 of
+    arXiv:2006.11239. `x0`, `noise`: latents [B, C, h, w]; t int64 [B]. Raises UserError as
+    `prediction.to_x0_eps`.
     """
     x_t = add_noise(schedule, x0, noise, t)
     output = from_x0_eps(schedule, kind, *student(x_t, t), t)

@@ -11,7 +11,7 @@ from lcm_kit.schedule import Schedule
 
 
 class Times(NamedTuple):
-    """The teacher steps from t to s; the student must land at `end` from both. Each int64 [B], end <= s <= t."""
+    """The teacher steps from t to s, the student must land at `end` from both; int64 [B], end <= s <= t."""
 
     t: Tensor
     s: Tensor
@@ -32,5 +32,5 @@ class Method(Protocol):
     def endpoint(
         self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
     ) -> Tensor:
-        """Return the consistency function's value at `end` for latents x at t, of which a model says (x0, eps)."""
+        """Return the consistency function at `end` for latents x at t, where a model says (x0, eps)."""
         ...

@@ -1,4 +1,4 @@
-"""Latent consistency models: every point of a trajectory maps to its start (arXiv:2310.04378, LoRA: 2311.05556)."""
+"""Latent consistency models (arXiv:2310.04378, LoRA 2311.05556): a trajectory's points map to its start."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lcm_kit.schedule import Schedule, grid
 
 @dataclass(frozen=True)
 class LCM:
-    """sigma_data and timestep_scaling are those of diffusers' LCMScheduler, and must be, or its samples are off."""
+    """The constants are those of diffusers' LCMScheduler; with others its samples would be off."""
 
     sigma_data: float = 0.5
     timestep_scaling: float = 10.0
 
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
-        """Draw t uniformly from the solver grid, int64 [batch]; s is the grid point before it (0 for the first), end is 0."""
+        """Draw t uniformly from the solver grid; s is the grid point before (0 for the first), end is 0."""
         points = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, n_grid)])
         index = torch.randint(n_grid, (batch,), generator=generator)
         return Times(t=points[index + 1], s=points[index], end=torch.zeros_like(index))
@@ -27,10 +27,11 @@ class LCM:
     def endpoint(
         self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
     ) -> Tensor:
-        """Return f(x, t) = c_skip x + c_out x0, float32 [B, C, h, w] (arXiv:2310.04378, eq. 9); f(x, 0) = x exactly.
+        """Return f(x, t) = c_skip x + c_out x0, float32 [B, C, h, w]; f(x, 0) = x exactly.
 
-        c_skip = d^2 / (u^2 + d^2) and c_out = u / sqrt(u^2 + d^2) with u = timestep_scaling * t and d = sigma_data.
-        LCM always lands at t = 0, so neither eps nor `end` enters.
+        arXiv:2310.04378, eq. 9, with the scalings of its public implementation: c_skip = d^2 / (u^2 + d^2)
+        and c_out = u / sqrt(u^2 + d^2) with u = timestep_scaling * t and d = sigma_data. LCM always lands at
+        t = 0, so neither eps nor `end` enters.
         """
         u = self.timestep_scaling * t.view(-1, 1, 1, 1).float()
         square = u**2 + self.sigma_data**2
