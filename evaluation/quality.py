@@ -1,0 +1,216 @@
+"""Is the student as good as the teacher, and better than plain solvers at equal cost?
+
+    lcm-kit evaluate configs/evaluation/quality.yaml
+
+The same prompts are drawn from the same noise by the teacher (the base, many steps, guidance), by the base
+under plain solvers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
+student at each number of steps. All of it is plain diffusers with the exported file: what users run. Writes
+`results.json` and `pictures/` into the run's folder. Samples are kept in `evaluation/`, so that a second
+evaluation with the same inputs only measures again. Copy this file and change it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcm_kit import __version__, assets, families, sample
+from lcm_kit.adapter import read_facts
+from lcm_kit.config.schema import Quality
+from lcm_kit.errors import UserError
+from lcm_kit.files import atomic_file, atomic_folder, atomic_write, sha256_bytes, sha256_file
+from lcm_kit.metrics.distance import distance_to_teacher
+from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
+from lcm_kit.metrics.saturation import saturation
+
+LIBRARIES = ("torch", "diffusers", "peft", "transformers")
+
+
+class Row(NamedTuple):
+    """One way to draw all prompts."""
+
+    name: str  # teacher, base or student
+    solver: str
+    steps: int
+    guidance_scale: float
+
+    @property
+    def unet_calls(self) -> int:
+        """UNet passes for one image."""
+        return sample.unet_calls(self.steps, self.guidance_scale)
+
+    @property
+    def slug(self) -> str:
+        """The row as a file name."""
+        return f"{self.name}-{self.solver}-{self.steps}-g{self.guidance_scale:g}"
+
+
+def plan(config: Quality) -> list[Row]:
+    """The teacher first, then plain solvers by budget (guidance needs an even one), then the student."""
+    rows = [Row("teacher", "ddim", config.teacher_steps, config.guidance_scale)]
+    for calls in config.unet_calls:
+        for solver in config.solvers:
+            if calls % 2 == 0 and config.guidance_scale > 1:
+                rows.append(Row("base", solver, calls // 2, config.guidance_scale))
+            rows.append(Row("base", solver, calls, 1.0))
+    return rows + [Row("student", "lcm", steps, 1.0) for steps in config.student_steps]
+
+
+def draw(
+    pipe: Any, row: Row, prompts: Sequence[str], config: Quality, size: int, advance: Callable[[int], None]
+) -> tuple[Tensor, float]:
+    """All prompts as 8-bit pixels [N, 3, H, W], and seconds an image: text, UNet and VAE, in batches."""
+    batches, seconds = [], 0.0
+    for first in range(0, len(prompts), config.batch_size):
+        batch = prompts[first : first + config.batch_size]
+        start = time.perf_counter()
+        pixels = sample.sample(
+            pipe, batch, solver=row.solver, steps=row.steps, guidance_scale=row.guidance_scale,
+            seed=config.seed, first=first, size=size,
+        )  # fmt: skip
+        seconds += time.perf_counter() - start
+        batches.append(((pixels + 1) * 127.5).round().to(torch.uint8))
+        advance(row.unet_calls * len(batch))
+    return torch.cat(batches), seconds / len(prompts)
+
+
+def kept(file: Path, make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+    """What `make` gives (8-bit pictures, seconds an image), from `file` if it has been made before."""
+    if not file.is_file():
+        images, seconds = make()
+        for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 12}.safetensors"):
+            old.unlink()  # the same row from other inputs
+        with atomic_file(file) as temporary:
+            save_file({"images": images}, temporary, metadata={"seconds_per_image": repr(seconds)})
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor("images"), float(opened.metadata()["seconds_per_image"])
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """8-bit [N, 3, H, W] as pixels in [-1, 1], float32."""
+    return images / 127.5 - 1
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    shown = {
+        "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",
+        "saturation": "colour", "seconds_per_image": "s/image",
+    }  # fmt: skip
+    table = Table("", "steps", "guidance", "calls", *shown.values())
+    for row in rows:
+        figures = ("-" if row[key] is None else f"{row[key]:.3f}" for key in shown)
+        cost = (str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))
+        table.add_row(f"{row['name']} {row['solver']}", *cost, *figures)
+    Console().print(table)
+
+
+def main(config: Quality) -> Path:
+    """Evaluate a run; returns the path of its `results.json`."""
+    # -- Parts: the run, its base, its exported file
+    # -----------------------------------------------------------
+    run = Path(config.run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
+    size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
+    facts = read_facts(run / "adapter")["base"]
+    base = families.inspect_base(facts["path"], revision=facts.get("revision"), variant=facts.get("variant"))
+    adapter = sample.adapter_file(run)
+    adapter_hash = sha256_file(adapter)
+
+    # -- Prompts, rows and the judge
+    # ---------------------------------------------------------------------------
+    prompts = list(islice(cycle(assets.prompts(config.prompts)), config.count))
+    rows = plan(config)
+    judge = judge_for(prompts, size, config.reference_count)
+    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
+
+    # -- Draw: the base's rows first, then with the adapter on
+    # -------------------------------------------------
+    inputs = [base.base_hash, prompts, config.seed, size, versions]
+    pipes: dict[bool, Any] = {}  # by whether the adapter is on; opened only if there is something to draw
+
+    def pipe(adapted: bool) -> Any:
+        if adapted not in pipes:
+            pipes.clear()
+            pipes[adapted] = sample.pipeline(
+                base.path, revision=base.revision, variant=base.variant, **sample.placement()
+            )
+            if adapted:
+                sample.load_adapter(pipes[adapted], adapter, config.lora_weight)
+            sample.sample(pipes[adapted], prompts[:1], solver="ddim", steps=1, size=size)  # warm up the clock
+        return pipes[adapted]
+
+    drawn: list[tuple[Tensor, float]] = []
+    total = 0  # UNet calls
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=sum(row.unet_calls for row in rows) * len(prompts))
+        for row in rows:
+            label = f"{row.name} {row.solver}, {row.unet_calls} UNet calls"
+            bar.update(task, description=label, completed=total)
+            own = [adapter_hash, config.lora_weight] if row.name == "student" else []
+            key = sha256_bytes(json.dumps([inputs, row, own]).encode())[:12]
+
+            def make(row: Row = row) -> tuple[Tensor, float]:
+                return draw(
+                    pipe(row.name == "student"), row, prompts, config, size, partial(bar.advance, task)
+                )
+
+            drawn.append(kept(run / "evaluation" / f"{row.slug}-{key}.safetensors", make))
+            total += row.unet_calls * len(prompts)
+        bar.update(task, completed=total)
+
+    # -- Measure
+    # -----------------------------------------------------------------------------------------------
+    teacher = to_pixels(drawn[0][0])
+    measured: list[dict[str, Any]] = []
+    for row, (images, seconds) in zip(rows, drawn, strict=True):
+        pixels = to_pixels(images)
+        figures = {"distance_to_teacher": distance_to_teacher(pixels, teacher), **saturation(pixels, teacher)}
+        pictures = [f"pictures/{row.slug}-{i:03d}.png" for i in range(min(config.pictures, len(prompts)))]
+        measured.append(
+            {**row._asdict(), "unet_calls": row.unet_calls, "seconds_per_image": seconds, **figures,
+             **(judge(pixels) if judge else ABSENT), "pictures": pictures}
+        )  # fmt: skip
+
+    # -- Write
+    # -------------------------------------------------------------------------------------------------
+    with atomic_folder(run / "pictures") as folder:
+        for result, (images, _) in zip(measured, drawn, strict=True):
+            names = result["pictures"]
+            for name, picture in zip(names, sample.to_pil(to_pixels(images[: len(names)])), strict=True):
+                picture.save(folder / Path(name).name, optimize=True)
+    results = {
+        "rows": measured,
+        "n": len(prompts),
+        "frechet_floor": judge.floor if judge else None,
+        "reference_count": config.reference_count if judge else None,
+        "lora_weight": config.lora_weight,
+        "batch_size": config.batch_size,
+        "resolution": size,
+        "base": {"path": base.path, "revision": base.revision, "hash": base.base_hash},
+        "adapter": {"file": sample.ADAPTER_FILE, "sha256": adapter_hash},
+        "seeds": {"noise": config.seed, "reference": REFERENCE_SEED, "floor": FLOOR_SEED},
+        "versions": versions,
+        "machine": {"device": sample.placement()["device"], "threads": torch.get_num_threads()},
+        "prompts": prompts,
+    }
+    atomic_write(run / "results.json", json.dumps(results, indent=1) + "\n")
+    show(measured)
+    return run / "results.json"
