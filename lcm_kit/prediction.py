@@ -24,7 +24,7 @@ def _check(schedule: Schedule, kind: str) -> None:
     if kind == "epsilon" and schedule.zero_terminal_snr:
         raise UserError(
             "the base predicts epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): its "
-            "last timestep is pure noise, of which epsilon cannot tell x0; use a v_prediction or sample base, "
+            "last timestep is pure noise, of which epsilon cannot tell x0; use a v_prediction or sample base "
             "or switch the rescaling off"
         )
 
