@@ -1,8 +1,8 @@
 """The command line. Each verb imports what it needs when it runs, so that help comes at once.
 
-The one place where errors become exit codes: a `UserError` is printed as `error: ...` with code 2, and so is a
-full disk; an interruption says that the same command continues, with code 130; anything else is a bug and keeps
-its traceback.
+The one place where errors become exit codes: a `UserError` is printed as `error: ...` with code 2, and so
+is a full disk; an interruption says that the same command continues, with code 130; anything else is a bug
+and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def main(output: Path, overrides: Sequence[str] = ()) -> Path:
     """Run all stages into `output` and return the path of its report.html.
 
     `overrides` are keys of `configs/quickstart.yaml`, or with `evaluation.` before them of
-    `configs/evaluation/quality.yaml`. A stage that is done already does nothing or continues. Raises `UserError`
-    as the stages do.
+    `configs/evaluation/quality.yaml`. A stage that is done already does nothing or continues. Raises
+    `UserError` as the stages do.
     """
     config, quality = _configs(output, overrides)
     console, began = Console(stderr=True), time.perf_counter()
@@ -93,7 +93,7 @@ def _recipe(config: Distill | Quality) -> None:
 
 
 def _summary(rows: list[dict[str, Any]]) -> None:
-    """Print the rows that tell the story: the teacher, the best plain solver and the student at 4 UNet calls."""
+    """Print the teacher, and at 4 UNet calls the best plain solver and the student."""
     chosen = [row for row in rows if row["name"] == "teacher"][:1]
     plain = [row for row in rows if row["name"] == "base" and row["unet_calls"] == 4]
     chosen += sorted(plain, key=lambda row: row.get("frechet", row["distance_to_teacher"]))[:1]

@@ -1,8 +1,9 @@
 """Finds, lists, copies and loads the recipes and configs, in a checkout or in an installed wheel.
 
-In a wheel `train/`, `evaluation/` and `configs/` travel as `lcm_kit/_shipped/`; in a checkout they stand beside
-the package. Names are their paths, with or without ending: `train/distill`, `configs/distill/tiny_lcm.yaml`; a
-config's may leave out `configs/` as well: `distill/tiny_lcm`, `quickstart`.
+In a wheel `train/`, `evaluation/` and `configs/` travel as `lcm_kit/_shipped/`; in a checkout they stand
+beside the package. Names are their paths, with or without ending: `train/distill`,
+`configs/distill/tiny_lcm.yaml`; a config's may leave out `configs/` as well: `distill/tiny_lcm`,
+`quickstart`.
 """
 
 from __future__ import annotations

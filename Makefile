@@ -1,0 +1,47 @@
+# Every target does the set-up it needs and is safe to repeat. `make quickstart` in a fresh clone is the whole story.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format hooks build clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
+
+install: $(STAMP) ## a virtual environment in .venv with the kit and the tools to develop it
+	@echo "Installed. Next: make quickstart, or . $(BIN)/activate and lcm-kit --help"
+
+# Installed again whenever pyproject.toml is newer than the last complete installation.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11; try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP) ## encode, train, export, sample, evaluate and report on the embedded base
+	$(BIN)/lcm-kit quickstart $(ARGS)
+
+test: $(STAMP) ## the tests, offline; ARGS="-m 'not slow'" for the fast ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+hooks: $(STAMP) ## lint before every commit
+	$(BIN)/pre-commit install
+
+build: $(STAMP) ## wheel and sdist into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove what was built, but no runs and no caches of images
+	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache

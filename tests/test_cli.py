@@ -1,0 +1,262 @@
+"""The command line: what each verb calls with what, exit codes, and that help loads nothing heavy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from lcm_kit import __version__, shipped
+from lcm_kit.cli import app
+from lcm_kit.config.load import load
+from lcm_kit.errors import UserError
+
+
+def cli(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lcm_kit.cli\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(lcm_kit.cli.app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'pydantic', 'yaml', 'numpy', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = python("-m", "lcm_kit", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"lcm-kit {__version__}")
+
+
+def test_help_names_every_verb() -> None:
+    verbs = [
+        "quickstart",
+        "ls",
+        "cp",
+        "show",
+        "check",
+        "encode",
+        "train",
+        "evaluate",
+        "export",
+        "sample",
+        "report",
+    ]
+    text = cli("--help").output
+    assert [verb for verb in verbs if f" {verb} " not in text] == []
+    assert all(cli(verb, "--help").exit_code == 0 for verb in verbs)
+
+
+def test_ls_prints_one_line_a_file() -> None:
+    lines = cli("ls").output.splitlines()
+    assert [line.split()[0] for line in lines] == shipped.names()
+
+
+def test_cp_then_show_then_check(tmp_path: Path) -> None:
+    assert cli("cp", "configs/pretrain/tiny_sd.yaml", tmp_path / "mine.yaml").exit_code == 0
+    shown = cli("show", tmp_path / "mine.yaml", "seed=7")
+    assert shown.exit_code == 0 and yaml.safe_load(shown.stdout)["seed"] == 7
+    (tmp_path / "resolved.yaml").write_text(shown.stdout)
+    assert load(tmp_path / "resolved.yaml") == load(tmp_path / "mine.yaml", ["seed=7"])
+    checked = cli("check", tmp_path / "mine.yaml")
+    assert checked.exit_code == 0 and checked.output.endswith(f"ok: {tmp_path / 'mine.yaml'}\n")
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Recipes that only note what they were called with."""
+    calls: list[tuple[str, Any]] = []
+
+    def load_recipe(name: str) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda config: calls.append((name, config)))
+
+    monkeypatch.setattr(shipped, "load_recipe", load_recipe)
+    return calls
+
+
+def test_train_and_evaluate_run_the_recipe_that_the_config_names(recipes: list[tuple[str, Any]]) -> None:
+    assert cli("train", "quickstart", "steps=70").exit_code == 0
+    assert cli("evaluate", "evaluation/quality", "run=runs/mine").exit_code == 0
+    (first, distill), (second, quality) = recipes
+    assert (first, distill.steps) == ("train/distill", 70)
+    assert (second, quality.run) == ("evaluation/quality", "runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "right"),
+    [("train", "evaluation/quality", "evaluate"), ("evaluate", "quickstart", "train")],
+)
+def test_a_config_of_another_stage_names_the_right_verb(
+    verb: str, config: str, right: str, recipes: list[tuple[str, Any]]
+) -> None:
+    done = cli(verb, config)
+    assert done.exit_code == 2 and f"run `lcm-kit {right} {config}`" in done.stderr and recipes == []
+
+
+def test_encode_refuses_a_config_without_data() -> None:
+    done = cli("encode", "evaluation/quality")
+    assert done.exit_code == 2 and "has no data to encode" in done.stderr
+
+
+def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcm_kit.data import cache
+
+    seen: list[Any] = []
+    monkeypatch.setattr(cache, "encode", seen.append)
+    assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
+    assert seen[0].data.resolution == 128
+
+
+def test_export_passes_run_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lcm_kit.export
+
+    monkeypatch.setattr(lcm_kit.export, "export_run", lambda run, dtype: run / dtype)
+    assert cli("export", "runs/x").output == "runs/x/float32\n"
+    assert cli("export", "runs/x", "--dtype", "bfloat16").output == "runs/x/bfloat16\n"
+    assert cli("export", "runs/x", "--dtype", "int4").exit_code == 2
+
+
+def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import lcm_kit.sample
+
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
+    )
+    (tmp_path / "prompts.txt").write_text("# held out\n\ntwo\nthree\n")
+    (tmp_path / "run").mkdir()
+    config = (
+        (shipped.root() / "configs" / "quickstart.yaml")
+        .read_text()
+        .replace("asset:tiny-sd # or", "my/base # or")
+    )
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    done = cli(
+        "sample", "--prompt", "one", "--prompts", tmp_path / "prompts.txt", "--adapter", tmp_path / "run",
+        "--steps", "2", "--seed", "5", "--weight", "0.8", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert done.output == "sheet.png\n"
+    assert calls[0][0] == ("my/base", ["one", "two", "three"], tmp_path / "out")
+    assert calls[0][1] == {
+        "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
+        "seed": 5, "lora_weight": 0.8, "solver": "lcm",
+    }  # fmt: skip
+    cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
+    cli("sample", "--prompt", "one")
+    assert [call[0][0] for call in calls[1:]] == ["other", "asset:tiny-sd"]
+
+
+def test_sample_without_prompts_says_how() -> None:
+    done = cli("sample")
+    assert done.exit_code == 2 and "give --prompt TEXT" in done.stderr
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
+    def main(config: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(shipped, "load_recipe", lambda name: SimpleNamespace(main=main))
+    return cli("train", "quickstart")
+
+
+def test_user_errors_are_one_sentence_and_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = failing(monkeypatch, UserError("base 'x': not there; give another"))
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", "error: base 'x': not there; give another\n")
+
+
+def test_an_interruption_says_that_the_command_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = failing(monkeypatch, KeyboardInterrupt())
+    assert (
+        done.exit_code == 130
+        and done.stderr == "error: stopped; the same command continues where it left off\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    done = failing(monkeypatch, error)
+    assert done.exit_code == 2 and done.stderr.startswith("error: the disk is full (")
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "broken")])
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    assert failing(monkeypatch, error).exception is error
+
+
+def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import lcm_kit.export
+    import lcm_kit.sample
+    from lcm_kit import quickstart
+    from lcm_kit.data import cache
+
+    output, order = tmp_path / "run", list[Any]()
+    row = {"solver": "ddim", "unet_calls": 4, "seconds_per_image": 0.5, "distance_to_teacher": 0.1}
+    rows = [
+        {**row, "name": "teacher", "unet_calls": 100, "attribute_accuracy": 0.97, "frechet": 1.0},
+        {**row, "name": "base", "attribute_accuracy": 0.11, "frechet": 60.0},
+        {**row, "name": "base", "solver": "dpmpp_2m", "attribute_accuracy": 0.31, "frechet": 40.0},
+        {**row, "name": "student", "solver": "lcm", "attribute_accuracy": 0.93, "frechet": 8.0},
+    ]
+
+    def recipe(name: str) -> SimpleNamespace:
+        def main(config: Any) -> None:
+            order.append((name, config))
+            output.mkdir(exist_ok=True)
+            (output / "results.json").write_text(json.dumps({"rows": rows}))
+
+        return SimpleNamespace(main=main)
+
+    monkeypatch.setattr(shipped, "load_recipe", recipe)
+    monkeypatch.setattr(cache, "encode", lambda config: order.append(("encode", config)))
+    monkeypatch.setattr(lcm_kit.export, "export_run", lambda run, dtype: order.append(("export", run)))
+    monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])
+    monkeypatch.setattr(lcm_kit.sample, "sample_to_folder", lambda *a, **k: order.append(("sample", (a, k))))
+    report = SimpleNamespace(write_report=lambda run: order.append(("report", run)))
+    monkeypatch.setitem(sys.modules, "lcm_kit.report", SimpleNamespace(build=report))
+    monkeypatch.setitem(sys.modules, "lcm_kit.report.build", report)
+
+    done = cli("quickstart", "steps=30", "evaluation.count=4", "--output", output)
+    assert done.exit_code == 0, done.output
+    stages = ["encode", "train/distill", "export", "sample", "evaluation/quality", "report"]
+    assert [name for name, _ in order] == stages
+    calls = dict(order)
+    assert (calls["train/distill"].steps, calls["train/distill"].output) == (30, str(output))
+    assert (calls["evaluation/quality"].count, calls["evaluation/quality"].run) == (4, str(output))
+    assert len(calls["sample"][0][1]) == quickstart.PICTURES and calls["sample"][1]["adapter"] == output
+    assert calls["export"] == calls["report"] == output
+    summary = done.stdout
+    assert "97.0%" in summary and "93.0%" in summary and "31.0%" in summary and "11.0%" not in summary
+    assert str(output / "report.html") in summary.replace("\n", "")
+
+
+def test_quickstart_checks_both_configs_before_it_starts(tmp_path: Path) -> None:
+    assert "steps: 0 is not allowed" in cli("quickstart", "steps=0", "--output", tmp_path / "r").stderr
+    assert (
+        "count: 0 is not allowed"
+        in cli("quickstart", "evaluation.count=0", "--output", tmp_path / "r").stderr
+    )
+    assert not (tmp_path / "r").exists()

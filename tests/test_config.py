@@ -1,0 +1,151 @@
+"""Config files: every mistake at once, with its place, what is allowed and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lcm_kit import shipped
+from lcm_kit.config import schema
+from lcm_kit.config.load import dump, load
+from lcm_kit.errors import UserError
+
+CONFIGS = [name for name in shipped.names() if name.startswith("configs/")]
+MINIMAL = "recipe: train/distill\noutput: runs/x\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistakes(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The sentences of the error, without the file's name before them."""
+    path = write(folder, text)
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    head, *lines = str(caught.value).split("\n  - ")
+    assert head.startswith(f"config {path}")
+    return lines or [head.removeprefix(f"config {path}: ")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_config_validates_and_survives_the_round_trip(name: str, tmp_path: Path) -> None:
+    config = load(shipped.find(name))
+    assert load(write(tmp_path, dump(config))) == config
+    assert next(iter(shipped.find(name).read_text().splitlines())) == f"recipe: {config.recipe}"
+
+
+def test_defaults_are_the_schemas_and_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "optimizer: {lr: 1e-5}\n")
+    config = load(path)
+    expected = schema.Distill(recipe="train/distill", output="runs/x", optimizer=schema.Optimizer(lr=1e-5))
+    assert config == expected
+    changed = load(
+        path, ["optimizer.lr=3e-4", "grid.steps_start=4", "data.flip=true", "optimizer.betas=[0.8, 0.9]"]
+    )
+    assert isinstance(changed, schema.Distill)
+    assert changed.optimizer.lr == 3e-4 and changed.grid.steps_start == 4 and changed.data.flip is True
+    assert changed.optimizer.betas == (0.8, 0.9)
+    assert load(path, ["grid.steps_start=4", "grid.steps_start=null"]) == expected
+
+
+def test_a_config_is_frozen(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError):
+        load(write(tmp_path, MINIMAL)).output = "elsewhere"  # type: ignore[misc]
+
+
+def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+    text = MINIMAL + (
+        "steps: 0\nbatchsize: 4\nprecision: fp16\nrank: 8\nadapter: {rnk: 8, rank: many}\n"
+        "guidance: {min: 9, max: 3}\noptimizer: {betas: [0.9], lr: true}\nvalidation: null\n"
+        "logging: {trackers: tensorboard}\n"
+    )
+    found = mistakes(tmp_path, text, "foo", "steps.x=3", "loss.name=hubber", "ema=.nan")
+    assert sorted(found) == sorted(
+        [
+            "foo: an override is written key=value, as optimizer.lr=3e-4",
+            "steps.x: steps is 0, not a block of keys, so x cannot be set in it",
+            "optimizer.lr: true is not allowed; it must be a number of more than 0",
+            "steps: 0 is not allowed; it must be a whole number of at least 1",
+            "precision: 'fp16' is not allowed; it must be one of auto, float32, float16, bfloat16",
+            "ema: nan is not allowed; it must be a number of at least 0 and less than 1",
+            "adapter.rank: 'many' is not allowed; it must be a whole number of at least 1 and at most 1024",
+            "adapter.rnk: there is no such key; did you mean `rank`?",
+            "guidance: min 9.0 is larger than max 3.0; swap them",
+            "loss.name: 'hubber' is not allowed; it must be one of huber, l2; did you mean `huber`?",
+            "optimizer.betas.1: missing; it must be a number of at least 0 and less than 1",
+            "validation: null is not allowed; it must be a block of keys "
+            "(every, prompts, count, guidance_scale, seed)",
+            "logging.trackers: 'tensorboard' is not allowed; it must be a list, each text",
+            "batchsize: there is no such key; did you mean `batch_size`?",
+            "rank: there is no such key; did you mean `adapter.rank`?",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("output: x\n", "recipe: missing; the first line must name the recipe: one of train/distill"),
+        (
+            "recipe: [1]\n",
+            "recipe: [1] is not text; the first line must name the recipe: one of train/distill",
+        ),
+        ("output: x\nrecipe: train/distill\n", "recipe: it must be the first key"),
+        ("recipe: train/distill\n", "output: missing; it must be text"),
+        (MINIMAL + "zzz: 1\n", "zzz: there is no such key; allowed here: recipe, output, seed, steps"),
+        (MINIMAL + "loss: {c: .inf}\n", "loss.c: inf is not allowed; it must be a number of more than 0"),
+        (MINIMAL + "steps: 2.5\n", "steps: 2.5 is not allowed; it must be a whole number of at least 1"),
+        (MINIMAL + "data: {resolution: 63}\n", "data: resolution 63 is not a multiple of 8; try 56"),
+        (
+            MINIMAL + "grid: {steps_start: x}\n",
+            "grid.steps_start: 'x' is not allowed; it must be a whole number",
+        ),
+        (MINIMAL + "base: tiny-sd\n", "base: 'tiny-sd' is not allowed; it must be a block of keys (path, "),
+        (MINIMAL + "seed: yes\n", "seed: true is not allowed; it must be a whole number"),
+        (
+            MINIMAL + "steps: 5\noptimizer: {warmup_steps: 9}\n",
+            "optimizer.warmup_steps 9 is larger than steps 5",
+        ),
+    ],
+)
+def test_one_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    found = mistakes(tmp_path, text)
+    assert len(found) == 1 and found[0].startswith(sentence)
+
+
+def test_an_unknown_recipe_is_guessed(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, "recipe: train/distil\n")[0].endswith("did you mean `train/distill`?")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("steps: 3\nsteps: 4\n", ", line 2: not valid YAML (key `steps` is there twice); mend that line"),
+        ("recipe: a\nb:\n  yes: 1\n", ", line 3: not valid YAML (key `yes` is not text; quote it)"),
+        ("a: [\n", ", line 2: not valid YAML ("),
+        ("- 1\n", ": it holds no keys; its first line must be `recipe: train/distill`"),
+        ("", ": it holds no keys; its first line must be `recipe: train/distill`"),
+        ("\x00", ": not a text file in YAML"),
+        (
+            "recipe: !!python/object:os.system {}\n",
+            ", line 1: not valid YAML (could not determine a constructor",
+        ),
+    ],
+)
+def test_what_is_not_a_config_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"config {path}{sentence}")
+
+
+def test_a_folder_and_binary_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "picture.png").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="not a text file"):
+        load(tmp_path / "picture.png")
