@@ -74,12 +74,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = ({row["id"]: row for row in side["records"]} for side in (old, new))
     both = before.keys() & after.keys()
     counts = {
-        "images changed": sum(before[id]["image"] != after[id]["image"] for id in both),
-        "captions changed": sum(before[id]["text"] != after[id]["text"] for id in both),
-        "images added": len(after.keys() - before.keys()),
-        "images removed": len(before.keys() - after.keys()),
+        "image changed": sum(before[id]["image"] != after[id]["image"] for id in both),
+        "caption changed": sum(before[id]["text"] != after[id]["text"] for id in both),
+        "image added": len(after.keys() - before.keys()),
+        "image removed": len(before.keys() - after.keys()),
     }
-    words += [f"{count} {what}" for what, count in counts.items() if count]
+    for what, count in counts.items():
+        noun, verb = what.split()
+        if count:
+            words.append(f"{count} {noun}{'s' * (count > 1)} {verb}")
     if old["skipped"] != new["skipped"]:
         words.append("other records left out")
     if not words and old["shards"] != new["shards"]:

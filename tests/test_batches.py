@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcm_kit.data.batches import Batches, draw, generator_at
+from lcm_kit.families.condition import Condition
+
+
+@dataclass
+class Rows:
+    """A cache of 10 records whose latents and embeddings are their number."""
+
+    ids: list[str] = field(default_factory=lambda: [f"r{i}" for i in range(10)])
+
+    def latents(self, index: list[int]) -> Tensor:
+        return torch.tensor(index, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 2, 2)
+
+    def condition(self, index: list[int]) -> Condition:
+        return Condition(torch.tensor(index, dtype=torch.float32)[:, None, None].expand(-1, 3, 5))
+
+
+def test_every_epoch_visits_every_record_once_in_its_own_order():
+    batches = Batches(Rows(), batch_size=4, seed=0)
+    visited = [
+        i for step in range(10) for i in batches.index(step)
+    ]  # 40 places: four epochs, across batch borders
+    epochs = [visited[k : k + 10] for k in range(0, 40, 10)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 4
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert Batches(Rows(), 4, seed=1).index(0) != batches.index(0)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 7])
+def test_two_ranks_are_one_process_with_twice_the_batch(step: int):
+    one = Batches(Rows(), batch_size=6, seed=3).at(step)
+    two = [Batches(Rows(), batch_size=3, seed=3, rank=rank, world=2).at(step) for rank in (0, 1)]
+    assert two[0].ids + two[1].ids == one.ids
+    assert torch.equal(torch.cat([b.latents for b in two]), one.latents)
+    assert torch.equal(Condition.cat([b.condition for b in two]).embeds, one.condition.embeds)
+    noise = [
+        draw(3, step, b.slots, "noise", lambda g: torch.randn(4, 2, 2, generator=g)) for b in (*two, one)
+    ]
+    assert torch.equal(torch.cat(noise[:2]), noise[2])
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_batch_is_a_function_of_its_step_alone():
+    batches = Batches(Rows(), batch_size=4, seed=0)
+    forward = [batches.at(step).ids for step in range(8)]
+    assert [Batches(Rows(), 4, 0).at(step).ids for step in reversed(range(8))] == forward[::-1]
+    batch = batches.at(5)
+    assert batch.ids == [f"r{int(z[0, 0, 0])}" for z in batch.latents]
+    assert batch.condition.embeds[:, 0, 0].tolist() == batch.latents[:, 0, 0, 0].tolist()
+
+
+def test_a_batch_may_be_larger_than_the_cache():
+    batch = Batches(Rows(), batch_size=25, seed=0).at(0)
+    assert sorted(batch.ids[:10]) == sorted(batch.ids[10:20]) == sorted(Rows().ids)
+
+
+def test_generators_differ_in_seed_step_slot_and_purpose_and_repeat():
+    places = [
+        (0, 0, 0, "noise"),
+        (1, 0, 0, "noise"),
+        (0, 1, 0, "noise"),
+        (0, 0, 1, "noise"),
+        (0, 0, 0, "times"),
+    ]
+    first = [torch.rand(1, generator=generator_at(*place)).item() for place in places]
+    assert len(set(first)) == len(places)
+    assert [torch.rand(1, generator=generator_at(*place)).item() for place in places] == first
+
+
+def test_draws_of_many_slots_look_like_independent_normals():
+    x = draw(0, 0, range(2000), "noise", lambda g: torch.randn(4, generator=g))
+    assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
+    assert (torch.corrcoef(x.T) - torch.eye(4)).abs().max() < 0.1
