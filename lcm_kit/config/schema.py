@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=False, frozen=True)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -207,4 +207,30 @@ class Quality:
     pictures: Positive = 16  # prompts whose pictures are kept for the report
 
 
-RECIPES = {"train/distill": Distill, "evaluation/quality": Quality}
+@dataclass(frozen=True, config=STRICT)
+class PretrainTiny:
+    """`recipe: train/pretrain_tiny`: draw the world, then train the probe, the VAE, the text encoder and the UNet."""
+
+    recipe: Literal["train/pretrain_tiny"]
+    output: str  # folder of the finished pipeline; `probe/` is written beside it
+    work: str = "runs/pretrain_tiny"  # renders, latents and training state: the same command continues from here
+    seed: int = 0
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    renders: Positive = 24000
+    probe_steps: Positive = 2500
+    probe_batch_size: Positive = 64
+    vae_steps: Positive = 4200
+    vae_batch_size: Positive = 24  # crops of 32x32 pixels
+    vae_lr: Rate = 2e-3
+    unet_steps: Positive = 6000
+    unet_batch_size: Positive = 32
+    unet_lr: Rate = 1e-3
+    decay_steps: Positive = 1500  # linear fall of the rate to 0 over the last steps
+    caption_dropout: Fraction = 0.1
+    min_snr_gamma: Rate = 5.0  # arXiv:2303.09556
+    ema: Fraction = 0.999
+    checkpoint_every: Positive = 250
+    prompts: Positive = 640  # held-out prompts written to prompts.txt
+
+
+RECIPES = {"train/distill": Distill, "train/pretrain_tiny": PretrainTiny, "evaluation/quality": Quality}

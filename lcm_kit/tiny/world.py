@@ -152,3 +152,19 @@ def render(scene: Scene, size: int = SIZE) -> Image.Image:
     x, y = centre(scene)
     picture.paste(sprite, (round(x * size / SIZE - side / 2), round(y * size / SIZE - side / 2)), sprite)
     return picture
+
+
+def parse(prompt: str) -> Scene | None:
+    """The scene that a prompt of this world names, or None if it names no object, colour and pattern of it.
+
+    Words around them (a style, a trigger) are passed over; size and place are "" where the prompt leaves them out.
+    """
+    words = set(prompt.lower().replace(",", " ").split())
+    nouns = [name for name in objects() if name in words]
+    before, found, _ = prompt.lower().partition(" background")
+    tail = before.split()[-2:]
+    if len(nouns) != 1 or not found or len(tail) != 2 or tail[0] not in PATTERNS or tail[1] not in COLOURS:
+        return None
+    size = next((size for size in SIZES if size in words), "")
+    place = next((place for place in PLACES if place in prompt.lower()), "")
+    return Scene(object=nouns[0], pattern=tail[0], colour=tail[1], size=size, place=place)
