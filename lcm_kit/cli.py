@@ -64,7 +64,7 @@ ConfigArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as optimizer.lr=3e-4 grid.steps=8."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, as optimizer.lr=3e-4 grid.steps=8."),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")]
 
