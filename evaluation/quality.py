@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -112,7 +113,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",
         "saturation": "colour", "seconds_per_image": "s/image",
     }  # fmt: skip
-    table = Table("", "steps", "guidance", "calls", *shown.values())
+    table = Table("", "steps", "CFG", "calls", *shown.values(), box=SIMPLE, pad_edge=False)
     for row in rows:
         figures = ("-" if row[key] is None else f"{row[key]:.3f}" for key in shown)
         cost = (str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))

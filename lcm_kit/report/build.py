@@ -1,0 +1,256 @@
+"""Builds `report.html` from a run's folder: all is embedded, nothing fetched, and text escaped by Jinja2."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from lcm_kit import __version__, adapter, assets
+from lcm_kit.errors import UserError
+from lcm_kit.files import atomic_write
+from lcm_kit.report import plots
+
+_CALLS = 4  # UNet calls of the headline comparison
+_SHOWN = 8  # pictures a row
+_LARGEST = 256  # pixels: larger pictures are embedded smaller, as JPEG
+_BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"
+_SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "lcm": "LCM"}
+Row = dict[str, Any]
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` and return its path.
+
+    Reads `results.json` and `pictures/` (`lcm-kit evaluate`), and `config.yaml`, `metrics.jsonl` and
+    `validation/` where they are. Raises `UserError` if the run has not been evaluated.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters.update(number=number, percent=percent, seconds=seconds, describe=describe)
+    page = environment.get_template("template.html.j2").render(context(run))
+    atomic_write(run / "report.html", page)
+    return run / "report.html"
+
+
+def context(run: Path) -> dict[str, Any]:
+    """What the template shows."""
+    results = _results(run)
+    rows: list[Row] = [{**row, "images": _images(run, row)} for row in results["rows"]]
+    head = headline(rows)
+    metrics = _metrics(run / "metrics.jsonl")
+    config = run / "config.yaml"
+    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return {
+        "name": run.resolve().name,
+        "results": results,
+        "rows": rows,
+        "head": head,
+        "verdict": verdict(head),
+        "prompts": results["prompts"][:_SHOWN],
+        "gallery": _gallery(rows),
+        "folded": _OTHERS,
+        "plots": _plots(results, metrics),
+        "facts": _facts(run, yaml.safe_load(settings) or {}),
+        "settings": settings,
+        "validation": _validation(run),
+        "snippet": snippet(run, results),
+        "version": __version__,
+    }
+
+
+def _results(run: Path) -> dict[str, Any]:
+    file = run / "results.json"
+    if not file.is_file():
+        raise UserError(f"run {str(run)!r} has no results.json; run `lcm-kit evaluate` on it first")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# -- Numbers as text -----------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with `digits` significant digits, or a dash where nothing was measured."""
+    return "–" if value is None else f"{value:#.{digits}g}".rstrip(".")
+
+
+def percent(value: float | None) -> str:
+    """A share as whole percent, or a dash."""
+    return "–" if value is None else f"{value:.0%}".replace("%", "\u00a0%")
+
+
+def seconds(value: float) -> str:
+    """A duration a person can compare: 0.31 s, 12 ms."""
+    return f"{value * 1000:.0f}\u00a0ms" if value < 0.1 else f"{value:.2f}\u00a0s"
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """How a row was drawn, in words: `DDIM, 2 steps with guidance`."""
+    steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
+    guided = " with guidance" if row["guidance_scale"] > 1 else ""
+    return f"{_SOLVERS.get(row['solver'], row['solver'])}, {steps}{guided}"
+
+
+# -- Does it work? -------------------------------------------------------------------------------------------
+
+
+def best_plain(rows: Sequence[Row], calls: int) -> Row | None:
+    """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
+    found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
+
+    def rank(row: Row) -> tuple[float, float, float]:
+        return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
+
+    return min(found, key=rank, default=None)
+
+
+def headline(rows: Sequence[Row]) -> dict[str, Any]:
+    """The comparison that matters: teacher, best plain solver and student, the last two at equal UNet calls.
+
+    The student's row is the one at 4 calls or the nearest to it; `plain` is None where no plain solver ran at
+    it.
+    """
+    teacher = next(row for row in rows if row["name"] == "teacher")
+    students = [row for row in rows if row["name"] == "student"]
+    student = min(students, key=lambda row: abs(row["unet_calls"] - _CALLS))
+    plain = best_plain(rows, student["unet_calls"])
+    return {
+        "teacher": teacher,
+        "plain": plain,
+        "student": student,
+        "fewer": teacher["unet_calls"] / student["unet_calls"],
+        "faster": teacher["seconds_per_image"] / student["seconds_per_image"],
+        "columns": [row for row in (teacher, plain, student) if row],
+    }
+
+
+def verdict(head: Mapping[str, Any]) -> str:
+    """Yes: within 10 points of the teacher, and at most half the plain solver's Frechet distance."""
+    teacher, plain, student = head["teacher"], head["plain"], head["student"]
+    if plain is None or student["attribute_accuracy"] is None:
+        return "Judge by eye"
+    close = student["attribute_accuracy"] >= teacher["attribute_accuracy"] - 0.10
+    better = student["attribute_accuracy"] > plain["attribute_accuracy"]
+    if close and better and student["frechet"] <= 0.5 * plain["frechet"]:
+        return "Yes"
+    return "In part" if better else "No"
+
+
+def _gallery(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows to look at by heading; plain solvers: the best at each budget of UNet calls, and the rest."""
+    plain = [row for row in rows if row["name"] == "base"]
+    best = [best_plain(rows, calls) for calls in sorted({row["unet_calls"] for row in plain})]
+    return {
+        "Teacher": [row for row in rows if row["name"] == "teacher"],
+        "Student": [row for row in rows if row["name"] == "student"],
+        _BEST: [row for row in best if row],
+        _OTHERS: [row for row in plain if not any(row is one for one in best)],
+    }
+
+
+# -- Pictures and plots --------------------------------------------------------------------------------------
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_uri(file: Path, largest: int = _LARGEST) -> str:
+    """A picture as data URI: the PNG itself if it is small, else a smaller JPEG."""
+    with Image.open(file) as picture:
+        if max(picture.size) <= largest:
+            return _uri(file.read_bytes(), "png")
+        small = picture.convert("RGB")
+        small.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return _uri(buffer.getvalue(), "jpeg")
+
+
+def _images(run: Path, row: Mapping[str, Any]) -> list[str]:
+    return [picture_uri(run / name) for name in row["pictures"][:_SHOWN] if (run / name).is_file()]
+
+
+def _validation(run: Path) -> dict[str, Any] | None:
+    """The last grid that the training drew, and the step it was drawn at."""
+    last = max((run / "validation").glob("step-*.png"), default=None)
+    return {"step": int(last.stem.partition("-")[2]), "uri": picture_uri(last, 1024)} if last else None
+
+
+def _metrics(file: Path) -> list[dict[str, float]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, str | None]:
+    """The plots by name as data URIs; None where there is nothing to plot."""
+    rows = results["rows"]
+    read = all(row["attribute_accuracy"] is not None for row in rows)
+    floor = results["frechet_floor"]
+    drawn = {
+        "accuracy": plots.by_calls(rows, "attribute_accuracy", "share of pictures all right")
+        if read
+        else None,
+        "frechet": plots.by_calls(rows, "frechet", "Fréchet distance", floor) if read else None,
+        "distance": None
+        if read
+        else plots.by_calls(rows, "distance_to_teacher", "pixel distance to the teacher"),
+        "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
+        "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
+    }
+    return {name: _uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
+
+
+# -- How was it made, how is it used -------------------------------------------------------------------------
+
+
+def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a person asks for first."""
+    if not config:
+        return {}
+    lora, guidance, grid = config["adapter"], config["guidance"], config["grid"]
+    steps = adapter.read_facts(run / "adapter")["steps"] if (run / "adapter").is_dir() else config["steps"]
+    images = config["batch_size"] * config["accumulation"]
+    start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
+    return {
+        "base": config["base"]["path"],
+        "images": config["data"]["path"],
+        "training": f"{steps} steps of {images} images a process",
+        "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
+        "guidance baked in": f"{guidance['min']:g} to {guidance['max']:g}",
+        "solver": f"{config['solver']}, grid of {grid['steps']} steps{start}",
+        "loss": config["loss"]["name"],
+        "learning rate": f"{config['optimizer']['lr']:g}",
+        "seed": str(config["seed"]),
+    }
+
+
+_SNIPPET = """import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+base = {base}
+lora = {lora}
+pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+
+image = pipe({prompt}, num_inference_steps={steps}, guidance_scale=1.0).images[0]
+image.save("picture.png")"""
+
+
+def snippet(run: Path, results: Mapping[str, Any]) -> str:
+    """A Python program that draws with the exported file and plain diffusers."""
+    return _SNIPPET.format(
+        base=json.dumps(assets.resolve(results["base"]["path"])),
+        lora=json.dumps(str((run / "export").resolve())),
+        prompt=json.dumps(results["prompts"][0], ensure_ascii=False),
+        steps=headline(results["rows"])["student"]["steps"],
+    )
