@@ -1,4 +1,4 @@
-"""Writing to disk so that nothing is ever half there: a temporary name first, then a rename. And content hashes."""
+"""Writing so that nothing is ever half there: a temporary name first, then a rename. And content hashes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from lcm_kit.errors import UserError
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another output")
+    reason = error.strerror or error
+    return UserError(f"{path}: cannot be written ({reason}); free some space or choose another output")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
+    """Yield a temporary path beside `path`, renamed onto it when the block ends well, else removed.
 
-    Raises `UserError` if the file system refuses (full disk, no permission); what stood at `path` is then unharmed.
+    Raises `UserError` if the file system refuses (full disk, no permission); what stood at `path` is then
+    unharmed.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:

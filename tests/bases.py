@@ -1,4 +1,4 @@
-"""Small Stable Diffusion bases with random weights and the real structure, for tests: no download, no asset."""
+"""Small Stable Diffusion bases: random weights, real structure, no download, no asset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def build_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write a `StableDiffusionPipeline` folder: 16x16x4 latents of 64x64 pixels (f=4), 24 tokens, random weights."""
+    """Write a `StableDiffusionPipeline` folder: 16x16x4 latents of 64x64 pixels (f=4), 24 tokens."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -20,7 +20,8 @@ def build_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> P
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24)
-    ends = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": len(vocabulary) - 1}
+    last = len(vocabulary) - 1
+    ends = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -29,17 +30,17 @@ def build_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> P
     )  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
-        mid_block_add_attention=False, scaling_factor=0.5,
+        block_out_channels=(8, 8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=64, mid_block_add_attention=False, scaling_factor=0.5,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
     )  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,

@@ -17,7 +17,7 @@ from tests.bases import build_sd
 
 @pytest.fixture(scope="session")
 def sd_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`sd_base("epsilon")`: the folder of a small random base, built once a session for each prediction type."""
+    """`sd_base("epsilon")`: the folder of a small random base, built once for each prediction type."""
 
     @cache
     def build(prediction_type: str = "epsilon") -> Path:

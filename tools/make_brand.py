@@ -2,9 +2,10 @@
 
     python tools/make_brand.py
 
-Two-ink prints: objects in navy and cream on one of three brand tones, a sun disc behind them, a double navy frame.
-Writes lcm_kit/assets/brand/NNN-object.png (128 x 128 pixels) with NNN-object.txt beside each, and prompts.txt: held-out
-prompts, of object and tone pairs that no picture shows; six objects (`UNSEEN`) are in no picture at all.
+Two-ink prints: objects in navy and cream on one of three brand tones, a sun disc behind them, a double navy
+frame. Writes lcm_kit/assets/brand/NNN-object.png (128 x 128 pixels) with NNN-object.txt beside each, and
+prompts.txt: held-out prompts, of object and tone pairs that no picture shows; six objects (`UNSEEN`) are in
+no picture at all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from lcm_kit.tiny import world
 OUTPUT = Path(__file__).resolve().parent.parent / "lcm_kit" / "assets" / "brand"
 SIZE, SEED, COUNT = 128, 7, 96
 NAVY, CREAM = (27, 36, 82), (250, 241, 224)
-TONES = {"red": ((238, 106, 89), (247, 160, 138)), "yellow": ((240, 196, 90), (248, 222, 150)), "green": ((108, 178, 158), (160, 210, 194))}
+TONES = {
+    "red": ((238, 106, 89), (247, 160, 138)),
+    "yellow": ((240, 196, 90), (248, 222, 150)),
+    "green": ((108, 178, 158), (160, 210, 194)),
+}
 UNSEEN = ("panda", "pineapple", "guitar", "sailboat", "tulip", "octopus")
 
 
@@ -30,7 +35,9 @@ def two_ink(name: str, side: int) -> Image.Image:
     """The glyph as a print in cream with navy shadows and outline: RGBA, `side` x `side` pixels."""
     glyph = world.glyph(name).resize((side, side), Image.Resampling.LANCZOS)
     alpha = glyph.getchannel("A").point(lambda a: 255 if a > 100 else 0)
-    grey = ImageOps.autocontrast(ImageOps.grayscale(glyph.convert("RGB")), mask=alpha).filter(ImageFilter.MedianFilter(3))
+    grey = ImageOps.autocontrast(ImageOps.grayscale(glyph.convert("RGB")), mask=alpha).filter(
+        ImageFilter.MedianFilter(3)
+    )
     dark = np.asarray(grey) < 118
     print_ = Image.fromarray(np.where(dark[..., None], NAVY, CREAM).astype(np.uint8))
     outline = alpha.filter(ImageFilter.MaxFilter(5))
@@ -77,7 +84,9 @@ def main() -> int:
         stem.with_suffix(".txt").write_text(caption(name, tone, size) + "\n")
     unseen = [(o, t, "large") for o, t in product(UNSEEN, TONES)]
     held_out = [caption(*p) for p in [*pairs[COUNT : COUNT + 30], *unseen]]
-    (OUTPUT / "prompts.txt").write_text("# held out: no brand picture shows these\n" + "\n".join(held_out) + "\n")
+    (OUTPUT / "prompts.txt").write_text(
+        "# held out: no brand picture shows these\n" + "\n".join(held_out) + "\n"
+    )
     return 0
 
 

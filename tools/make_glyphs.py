@@ -3,8 +3,8 @@
     apt-get install fonts-noto-color-emoji
     python tools/make_glyphs.py
 
-Writes lcm_kit/assets/glyphs/sheet.png (8 cells a row, 128 x 128 pixels a cell, RGBA) and glyphs.json. Only needed to
-change the set of objects: the sheet is checked in, so nobody else needs the font.
+Writes lcm_kit/assets/glyphs/sheet.png (8 cells a row, 128 x 128 pixels a cell, RGBA) and glyphs.json. Only
+needed to change the set of objects: the sheet is checked in, so nobody else needs the font.
 """
 
 from __future__ import annotations
@@ -81,8 +81,12 @@ def main() -> int:
         sheet.paste(draw(character), (CELL * (index % COLUMNS), CELL * (index // COLUMNS)))
     OUTPUT.mkdir(parents=True, exist_ok=True)
     sheet.save(OUTPUT / "sheet.png", optimize=True)
-    table = {name: {"codepoint": f"U+{ord(c):04X}", "unicode": unicodedata.name(c)} for name, c in OBJECTS.items()}
-    (OUTPUT / "glyphs.json").write_text(json.dumps({"font": "Noto Color Emoji", "objects": table}, indent=1) + "\n")
+    table = {
+        name: {"codepoint": f"U+{ord(c):04X}", "unicode": unicodedata.name(c)} for name, c in OBJECTS.items()
+    }
+    (OUTPUT / "glyphs.json").write_text(
+        json.dumps({"font": "Noto Color Emoji", "objects": table}, indent=1) + "\n"
+    )
     return 0
 
 

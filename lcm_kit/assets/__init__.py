@@ -1,4 +1,4 @@
-"""What the kit ships: the embedded base `tiny-sd`, the `brand` images, the `probe` that reads pictures, the `glyphs`."""
+"""What the kit ships: the base `tiny-sd`, the `brand` images, the `probe` that reads pictures, the `glyphs`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def resolve(text: str) -> str:
 
 
 def prompts(text: str) -> list[str]:
-    """The prompts of an asset (`asset:tiny-sd`) or of a text file, one a line; blank lines and `#` lines are skipped.
+    """The prompts of an asset (`asset:tiny-sd`) or of a text file, one a line.
 
-    Raises `UserError` if the file is missing or holds no prompt.
+    Blank lines and `#` lines are skipped. Raises `UserError` if the file is missing or holds no prompt.
     """
     source = Path(resolve(text))
     if source.is_dir():

@@ -1,7 +1,8 @@
 """Every key of every YAML file, with its default, its range and what it does.
 
-The objects are frozen pydantic dataclasses: what `load.py` validates is what the recipes hold in their hands. Guidance is
-everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w is `guidance_scale - 1` (`lcm_kit/guidance.py`).
+The objects are frozen pydantic dataclasses: what `load.py` validates is what the recipes hold in their hands.
+Guidance is everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w is `guidance_scale - 1`
+(`lcm_kit/guidance.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Data:
     """The images and captions, and where their latents and embeddings are cached."""
 
     path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
-    kind: Literal["auto", "folder", "datasets"] = "auto"  # auto: a folder of images if there is one, else `datasets`
+    # auto: a folder of images if there is one, else `datasets`
+    kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only
     image_column: str = "image"  # datasets only
     caption_column: str = "text"  # datasets only
     cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
-    resolution: Annotated[int, Field(ge=8, le=4096)] = 64  # pixels, a multiple of 8: shorter side resized, then centre crop
+    # pixels, a multiple of 8: shorter side resized, then centre crop
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 64
     flip: bool = False  # cache each image's mirror image as well
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
     shard_size: Positive = 256  # records a safetensors shard
@@ -49,7 +52,8 @@ class Data:
     @model_validator(mode="after")
     def _multiple(self) -> Data:
         if self.resolution % 8:
-            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {self.resolution // 8 * 8 or 8}")
+            near = self.resolution // 8 * 8
+            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
         return self
 
 
@@ -59,7 +63,8 @@ class Adapter:
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 64
     alpha: Rate = 64.0
-    targets: Literal["lcm", "attention"] = "lcm"  # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
+    # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
+    targets: Literal["lcm", "attention"] = "lcm"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,11 +78,11 @@ class LCM:
 
 @dataclass(frozen=True, config=STRICT)
 class Grid:
-    """The solver's grid over the base's timesteps: `steps` intervals; coarse-to-fine if `steps_start` is smaller.
+    """The solver's grid over the base's timesteps: `steps` intervals; `steps_start`: coarse to fine.
 
-    The grid doubles from `steps_start` to `steps` in equal parts of the run (as the discretisation curriculum of
-    improved consistency training, arXiv:2310.14189): truth travels from t = 0 upwards one interval a visit, so a coarse
-    grid learns fast and a fine one learns exactly.
+    The grid doubles from `steps_start` to `steps` in equal parts of the run (as the discretisation curriculum
+    of improved consistency training, arXiv:2310.14189): truth travels from t = 0 upwards one interval a
+    visit, so a coarse grid learns fast and a fine one learns exactly.
     """
 
     steps: Annotated[int, Field(ge=2, le=1000)] = 50
@@ -86,13 +91,13 @@ class Grid:
     @model_validator(mode="after")
     def _order(self) -> Grid:
         if self.steps_start is not None and self.steps_start > self.steps:
-            raise ValueError(f"steps_start {self.steps_start} is larger than steps {self.steps}; it may be at most that")
+            raise ValueError(f"steps_start {self.steps_start} is larger than steps {self.steps}; lower it")
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class Guidance:
-    """The teacher's guidance_scale, drawn uniformly from [min, max] for each sample and baked into the student."""
+    """The teacher's guidance_scale: uniform in [min, max] for each sample, baked into the student."""
 
     min: Scale = 3.0
     max: Scale = 8.0
@@ -120,14 +125,15 @@ class Optimizer:
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
+    # after the warm-up; linear and cosine end at 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
     grad_clip: Rate = 1.0  # L2 norm over all LoRA weights
 
 
 @dataclass(frozen=True, config=STRICT)
 class Validation:
-    """What is drawn while it trains: fixed prompts and noise, teacher beside student, and their one-step distance."""
+    """What is drawn while it trains: teacher beside student, fixed prompts and noise, one-step distance."""
 
     every: NonNegative = 0  # steps; 0: only at the end
     prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no validation
@@ -154,7 +160,7 @@ class Logging:
 
 @dataclass(frozen=True, config=STRICT)
 class Distill:
-    """`recipe: train/distill`: LCM-LoRA distillation from a cache that `lcm-kit encode` made of the same file."""
+    """`recipe: train/distill`: LCM-LoRA distillation from a cache made by `lcm-kit encode`."""
 
     recipe: Literal["train/distill"]
     output: str  # the run's folder
@@ -162,9 +168,11 @@ class Distill:
     steps: Positive = 1000  # optimizer steps
     batch_size: Positive = 8  # samples a forward, on each process
     accumulation: Positive = 1  # forwards an optimizer step
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the UNet; auto: float32 on CPU, else float16
+    # of the UNet; auto: float32 on CPU, else float16
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
-    ema: Fraction = 0.0  # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
+    # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
+    ema: Fraction = 0.0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
     adapter: Adapter = field(default_factory=Adapter)
@@ -181,9 +189,8 @@ class Distill:
     @model_validator(mode="after")
     def _warmup(self) -> Distill:
         if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is larger than steps {self.steps}; lower it"
-            )
+            warmup = self.optimizer.warmup_steps
+            raise ValueError(f"optimizer.warmup_steps {warmup} is larger than steps {self.steps}; lower it")
         return self
 
 
@@ -192,15 +199,18 @@ class Quality:
     """`recipe: evaluation/quality`: teacher, plain solvers and student on the same prompts and noise."""
 
     recipe: Literal["evaluation/quality"]
-    run: str  # the run's folder: its adapter is the student, its base the teacher; results.json is written there
+    # the run's folder: its adapter is the student, its base the teacher; results.json is written there
+    run: str
     seed: int = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Positive = 128  # prompts, taken from the top of the file and repeated with new noise where it is shorter
+    # prompts, taken from the top of the file and repeated with new noise where it is shorter
+    count: Positive = 128
     batch_size: Positive = 32
     guidance_scale: Scale = 5.0  # of the teacher and of the plain solvers with guidance
     teacher_steps: Positive = 50
     student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
-    unet_calls: tuple[Positive, ...] = (2, 4, 8)  # budgets of the plain solvers; guidance costs two calls a step
+    # budgets of the plain solvers; guidance costs two calls a step
+    unet_calls: tuple[Positive, ...] = (2, 4, 8)
     solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
     lora_weight: float = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
@@ -209,11 +219,12 @@ class Quality:
 
 @dataclass(frozen=True, config=STRICT)
 class PretrainTiny:
-    """`recipe: train/pretrain_tiny`: draw the world, then train the probe, the VAE, the text encoder and the UNet."""
+    """`recipe: train/pretrain_tiny`: draw the world, train the probe, the VAE, the text encoder, the UNet."""
 
     recipe: Literal["train/pretrain_tiny"]
     output: str  # folder of the finished pipeline; `probe/` is written beside it
-    work: str = "runs/pretrain_tiny"  # renders, latents and training state: the same command continues from here
+    # renders, latents and training state: the same command continues from here
+    work: str = "runs/pretrain_tiny"
     seed: int = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     renders: Positive = 24000

@@ -1,6 +1,7 @@
 """The parts of tiny-sd before training: a real Stable Diffusion pipeline in small.
 
-Latents are [B, 4, 16, 16] for [B, 3, 64, 64] pixels (f = 4); text is at most `TOKENS` tokens of `WIDTH` channels.
+Latents are [B, 4, 16, 16] for [B, 3, 64, 64] pixels (f = 4); text is at most `TOKENS` tokens of `WIDTH`
+channels.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are learned from `captions` (byte-level BPE: any other text still has tokens).
+    """A CLIP tokenizer with merges learned from `captions`.
 
-    Writes vocab.json and merges.txt into `folder`.
+    It is byte-level BPE, so any other text has tokens too. Writes vocab.json and merges.txt into `folder`.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -69,9 +70,15 @@ def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(captions, trainer)
     merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(m.replace(" ", "") for m in merges), START, END]

@@ -1,7 +1,8 @@
-"""The attribute probe: a small CNN that reads object, colour and pattern from a picture of the embedded world.
+"""The attribute probe: a small CNN that reads object, colour and pattern from a picture of this world.
 
-It judges samples of tiny-sd (attribute accuracy) and gives the features of the Frechet distance. It was trained by
-`train/pretrain_tiny.py` on real renders only, blurred and noised a little so that it does not live on single pixels.
+It judges samples of tiny-sd (attribute accuracy) and gives the features of the Frechet distance. It was
+trained by `train/pretrain_tiny.py` on real renders only, blurred and noised a little so that it does not live
+on single pixels.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ FEATURES = 64
 
 
 class Probe(nn.Module):
-    """[B, 3, 64, 64] pixels in [-1, 1] -> logits by attribute; `features` gives the layer before them, [B, 64]."""
+    """[B, 3, 64, 64] pixels in [-1, 1] -> logits by attribute; `features`: the layer before, [B, 64]."""
 
     def __init__(self, classes: dict[str, list[str]]) -> None:
+        """`classes`: attribute -> its names, in the order of the logits."""
         super().__init__()
         self.classes = classes
         layers: list[nn.Module] = []
@@ -33,12 +35,16 @@ class Probe(nn.Module):
             width = out
         self.trunk = nn.Sequential(*layers)
         self.neck = nn.Linear(2 * width, FEATURES)
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in classes.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(FEATURES, len(values)) for name, values in classes.items()}
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, 64, 64] pixels in [-1, 1] -> [B, 64]."""
         maps = self.trunk(images.float())
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)  # amax: a small object is not averaged away
+        pooled = torch.cat(
+            [maps.mean((2, 3)), maps.amax((2, 3))], dim=1
+        )  # amax: a small object is not averaged away
         return torch.tanh(self.neck(pooled))  # bounded: no single picture rules a covariance
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -57,13 +63,18 @@ class Probe(nn.Module):
 
 def new_probe() -> Probe:
     """An untrained probe for the world as it is now."""
-    return Probe({"object": list(world.objects()), "colour": list(world.COLOURS), "pattern": list(world.PATTERNS)})
+    return Probe(
+        {"object": list(world.objects()), "colour": list(world.COLOURS), "pattern": list(world.PATTERNS)}
+    )
 
 
 def save_probe(probe: Probe, folder: Path) -> None:
     """Write `probe.safetensors` (float16) and `probe.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in probe.state_dict().items()}, folder / "probe.safetensors")
+    save_file(
+        {name: value.half().contiguous() for name, value in probe.state_dict().items()},
+        folder / "probe.safetensors",
+    )
     (folder / "probe.json").write_text(json.dumps({"classes": probe.classes}, indent=1) + "\n")
 
 
@@ -71,7 +82,11 @@ def load_probe(folder: Path | None = None) -> Probe:
     """The shipped probe, or the one in `folder`; float32, in evaluation mode, no gradients."""
     folder = folder or assets.path("probe")
     if not (folder / "probe.json").is_file():
-        raise UserError(f"{folder}: there is no probe here (probe.json); train one with train/pretrain_tiny.py")
+        raise UserError(
+            f"{folder}: there is no probe here (probe.json); train one with train/pretrain_tiny.py"
+        )
     probe = Probe(json.loads((folder / "probe.json").read_text())["classes"])
-    probe.load_state_dict({name: value.float() for name, value in load_file(folder / "probe.safetensors").items()})
+    probe.load_state_dict(
+        {name: value.float() for name, value in load_file(folder / "probe.safetensors").items()}
+    )
     return probe.eval().requires_grad_(False)

@@ -1,11 +1,11 @@
 """The world that tiny-sd draws: one named object on a patterned, coloured background.
 
-Every attribute of a picture is known, so a probe can say whether a sample shows what its prompt asked for. What the
-caption does not say (the pattern's phase, a few pixels of place) varies freely: a sampler that takes too few steps
-shows the mean of those possibilities, a blur, which is what distillation has to avoid.
+Every attribute of a picture is known, so a probe can say whether a sample shows what its prompt asked for.
+What the caption does not say (the pattern's phase, a few pixels of place) varies freely: a sampler that takes
+too few steps shows the mean of those possibilities, a blur, which is what distillation has to avoid.
 
-Pixels are 8-bit RGB, `SIZE` x `SIZE`. All randomness comes from the `numpy.random.Generator` that is passed in.
-The glyphs are Noto Color Emoji images (Apache-2.0, Google Inc.); see `lcm_kit/assets/glyphs/README.md`.
+Pixels are 8-bit RGB, `SIZE` x `SIZE`. All randomness comes from the `numpy.random.Generator` that is passed
+in. The glyphs are Noto Color Emoji images (Apache-2.0, Google Inc.); see `lcm_kit/assets/glyphs/README.md`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def background(scene: Scene, size: int = SIZE) -> Image.Image:
         period = 12 * unit
         for k in range(-1, int(2 * full / period) + 1):
             x = (k + scene.phase[0]) * period
-            draw.polygon([(x, 0), (x + period / 2, 0), (x + period / 2 - full, full), (x - full, full)], fill=light)
+            draw.polygon(
+                [(x, 0), (x + period / 2, 0), (x + period / 2 - full, full), (x - full, full)], fill=light
+            )
     elif scene.pattern == "dotted":
         period, radius = 12 * unit, 3.2 * unit
         for i in range(-1, 8):
@@ -155,9 +157,10 @@ def render(scene: Scene, size: int = SIZE) -> Image.Image:
 
 
 def parse(prompt: str) -> Scene | None:
-    """The scene that a prompt of this world names, or None if it names no object, colour and pattern of it.
+    """The scene that a prompt names, or None if it names no object, colour and pattern of this world.
 
-    Words around them (a style, a trigger) are passed over; size and place are "" where the prompt leaves them out.
+    Words around them (a style, a trigger) are passed over; size and place are "" where the prompt leaves them
+    out.
     """
     words = set(prompt.lower().replace(",", " ").split())
     nouns = [name for name in objects() if name in words]
