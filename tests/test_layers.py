@@ -1,0 +1,106 @@
+"""Who may import whom: ground < pure < models < disk < runtime < recipes < top, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = ("ground", "pure", "models", "disk", "runtime", "recipes", "top")
+LAYERS = {
+    "ground": {
+        "__init__",
+        "errors",
+        "files",
+        "assets",
+        "config",
+    },  # plain data and paths: for everybody but the pure
+    "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
+    "models": {"families", "adapter", "sample"},
+    "disk": {"data", "export", "metrics", "report", "tiny", "shipped"},
+    "runtime": {"runtime", "validation"},
+    "top": {"cli", "__main__", "quickstart", "check"},
+}
+LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
+RECIPE = LEVELS.index("recipes")
+MAY_USE_ACCELERATE = {LEVELS.index("runtime"), RECIPE}
+
+
+def sources() -> list[Path]:
+    return sorted(path for top in ("lcm_kit", "train", "evaluation") for path in (ROOT / top).rglob("*.py"))
+
+
+def level(path: Path) -> int:
+    top, part = path.relative_to(ROOT).with_suffix("").parts[:2]
+    if top != "lcm_kit":
+        return RECIPE
+    assert part in LEVEL_OF, f"lcm_kit/{part} is in no layer: add it to LAYERS"
+    return LEVEL_OF[part]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that the file names, wherever in it; `from lcm_kit import a` is lcm_kit.a."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            whole = node.module == "lcm_kit"
+            yield from (f"lcm_kit.{alias.name}" for alias in node.names) if whole else (node.module or "",)
+
+
+def own(module: str) -> str | None:
+    """The part of lcm_kit that a module is of; None for a third party's, `__init__` for its own names."""
+    top, _, rest = module.partition(".")
+    if top != "lcm_kit":
+        return None
+    part = rest.split(".")[0]
+    return (
+        part
+        if (ROOT / "lcm_kit" / part).is_dir() or (ROOT / "lcm_kit" / f"{part}.py").is_file()
+        else "__init__"
+    )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    mine = level(path)
+    for module in imports(path):
+        assert module.split(".")[0] not in ("train", "evaluation", "tests"), (
+            f"{module}: recipes are run, not imported"
+        )
+        part = own(module)
+        if part and part != "__init__":
+            assert level(ROOT / "lcm_kit" / f"{part}.py") <= mine, f"{module} is of a layer above"
+        if module.split(".")[0] == "accelerate":
+            assert mine in MAY_USE_ACCELERATE, "accelerate belongs to runtime.py and the recipes"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sources() if level(path) == LEVEL_OF["step"]], ids=lambda path: path.stem
+)
+def test_pure_files_know_torch_the_standard_library_and_each_other(path: Path) -> None:
+    """And `errors`, one small class, so that a bad base is told to the user as any other mistake is."""
+    for module in imports(path):
+        part = own(module)
+        if part is None:
+            assert module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module
+        else:
+            assert part in LAYERS["pure"] | {"errors"}, module
+
+
+@pytest.mark.parametrize("name", ["errors.py", "files.py"])
+def test_errors_and_files_cost_nothing_to_import(name: str) -> None:
+    for module in imports(ROOT / "lcm_kit" / name):
+        assert own(module) == "errors" or module.split(".")[0] in sys.stdlib_module_names, module
+
+
+def test_the_pure_layer_is_all_there() -> None:
+    present = {
+        path.relative_to(ROOT / "lcm_kit").with_suffix("").parts[0] for path in sources() if level(path) == 1
+    }
+    assert present == LAYERS["pure"]
