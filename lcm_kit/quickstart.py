@@ -96,7 +96,8 @@ def _summary(rows: list[dict[str, Any]]) -> None:
     """Print the teacher, and at 4 UNet calls the best plain solver and the student."""
     chosen = [row for row in rows if row["name"] == "teacher"][:1]
     plain = [row for row in rows if row["name"] == "base" and row["unet_calls"] == 4]
-    chosen += sorted(plain, key=lambda row: row.get("frechet", row["distance_to_teacher"]))[:1]
+    measure = "distance_to_teacher" if any(row.get("frechet") is None for row in plain) else "frechet"
+    chosen += sorted(plain, key=lambda row: row[measure])[:1]
     chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
     table = Table(*columns, box=None, pad_edge=False)

@@ -260,3 +260,21 @@ def test_quickstart_checks_both_configs_before_it_starts(tmp_path: Path) -> None
         in cli("quickstart", "evaluation.count=0", "--output", tmp_path / "r").stderr
     )
     assert not (tmp_path / "r").exists()
+
+
+def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lcm_kit.quickstart import _summary
+
+    row = {"unet_calls": 4, "seconds_per_image": 0.5, "attribute_accuracy": None, "frechet": None}
+    _summary(
+        [
+            {**row, "name": "teacher", "solver": "ddim", "unet_calls": 100, "distance_to_teacher": 0.0},
+            {**row, "name": "base", "solver": "ddim", "distance_to_teacher": 0.3},
+            {**row, "name": "base", "solver": "dpmpp_2m", "distance_to_teacher": 0.2},
+            {**row, "name": "base", "solver": "ddim", "unet_calls": 8, "distance_to_teacher": 0.1},
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == ["teacher", "base, dpmpp_2m"]
