@@ -130,7 +130,7 @@ def main(config: Quality) -> Path:
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
     facts = read_facts(run / "adapter")["base"]
-    base = families.inspect_base(facts["path"], revision=facts.get("revision"), variant=facts.get("variant"))
+    base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
     adapter = sample.adapter_file(run)
     adapter_hash = sha256_file(adapter)
 

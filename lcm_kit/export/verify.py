@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit import adapter
+from lcm_kit import adapter, families
 from lcm_kit.errors import UserError
 from lcm_kit.sample import load_adapter, pipeline
 
@@ -93,6 +93,10 @@ def check(file: Path, trained: Path, base: Mapping[str, Any], dtype: str = "floa
     float32. Raises `UserError` that says what disagrees.
     """
     where = {key: base.get(key) for key in ("revision", "variant")}
+    if families.inspect_base(base["path"], **where).base_hash != base["hash"]:
+        raise UserError(
+            f"base {base['path']!r} has changed since {trained.parent} was trained on it; put it back"
+        )
     unet = pipeline(base["path"], **where).unet
     adapter.load_adapter(trained, unet)
     wanted, wanted_layers = probe_unet(unet.eval()), _layers(unet)

@@ -1,0 +1,153 @@
+"""Sampling: what a sample depends on, what it costs, and what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm_kit import sample
+from lcm_kit.errors import UserError
+
+PROMPTS = ["a cat", "a dog", "an owl", "a fox", "a fish"]
+
+
+@pytest.fixture(scope="module")
+def pipe(sd_base: Callable[..., Path]) -> Any:
+    return sample.pipeline(str(sd_base("epsilon")))
+
+
+@pytest.mark.parametrize("solver", sample.SOLVERS)
+def test_batch_size_changes_no_picture(pipe: Any, solver: str) -> None:
+    together = sample.sample(pipe, PROMPTS, solver=solver, steps=3, seed=5)
+    parts = [
+        sample.sample(pipe, PROMPTS[a:b], solver=solver, steps=3, seed=5, first=a)
+        for a, b in ((0, 2), (2, 5))
+    ]
+    assert together.shape == (5, 3, 64, 64)
+    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=2e-5)
+
+
+def test_noise_is_a_function_of_seed_and_index() -> None:
+    def draw(seed: int, first: int, count: int) -> list[torch.Tensor]:
+        return [torch.randn(8, generator=g) for g in sample.generators(seed, first, count)]
+
+    assert torch.equal(draw(0, 0, 4)[3], draw(0, 3, 1)[0])
+    everything = torch.stack(draw(0, 0, 4) + draw(1, 0, 4))
+    assert len(torch.unique(everything, dim=0)) == 8
+    # a shared seed arithmetic (seed + index) would make sample 1 of seed 0 sample 0 of seed 1
+    assert not torch.equal(draw(0, 1, 1)[0], draw(1, 0, 1)[0])
+
+
+@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(1, 1.0), (4, 1.0), (4, 5.0)])
+def test_unet_calls(pipe: Any, solver: str, steps: int, guidance_scale: float) -> None:
+    """Counted in the pipeline: samples that pass through the UNet for one picture."""
+    seen: list[int] = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+    try:
+        sample.latents(pipe, PROMPTS[:2], solver=solver, steps=steps, guidance_scale=guidance_scale)
+    finally:
+        hook.remove()
+    assert (
+        sum(seen) / 2 == sample.unet_calls(steps, guidance_scale) == steps * (2 if guidance_scale > 1 else 1)
+    )
+    assert len(seen) == steps
+
+
+def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
+    expected = {"lcm": [999, 759, 499, 259], "ddim": [999, 749, 499, 249], "dpmpp_2m": [999, 749, 499, 249]}
+    for solver, timesteps in expected.items():
+        scheduler = sample.scheduler(solver, pipe.scheduler.config)
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == timesteps
+    fifty = sample.scheduler("ddim", pipe.scheduler.config)
+    fifty.set_timesteps(50)
+    assert sorted(fifty.timesteps.tolist()) == list(
+        range(19, 1000, 20)
+    )  # the grid that the student is trained on
+
+
+def test_one_ddim_step_is_the_predicted_clean_latent(pipe: Any) -> None:
+    """From t = 999 to clean data in one step: x0 = (x - sigma eps) / alpha, with the pipeline's own UNet."""
+    drawn = sample.latents(pipe, PROMPTS[:1], solver="ddim", steps=1, seed=3)
+    x = torch.randn((1, 4, 16, 16), generator=sample.generators(3, 0, 1)[0])
+    embeds = pipe.encode_prompt(PROMPTS[:1], "cpu", 1, False)[0]
+    with torch.no_grad():
+        eps = pipe.unet(x, torch.tensor(999), encoder_hidden_states=embeds).sample
+    alpha_bar = pipe.scheduler.alphas_cumprod[999]
+    torch.testing.assert_close(
+        drawn, (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt(), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
+    before = pipe.scheduler
+    sample.latents(pipe, PROMPTS[:1], solver="lcm", steps=1)
+    assert pipe.scheduler is before
+
+
+def test_guidance_changes_the_picture_and_one_is_none(pipe: Any) -> None:
+    plain, guided = (
+        sample.latents(pipe, PROMPTS[:1], solver="ddim", steps=2, guidance_scale=g) for g in (1.0, 5.0)
+    )
+    assert (plain - guided).abs().max() > 1e-3
+
+
+def test_size(pipe: Any) -> None:
+    assert sample.sample(pipe, PROMPTS[:1], solver="lcm", steps=1, size=32).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"solver": "lcm", "steps": 0}, "steps 0"),
+        ({"solver": "lcm", "steps": 51}, "1 to 50"),
+        ({"solver": "euler", "steps": 4}, "lcm, ddim, dpmpp_2m"),
+        ({"solver": "ddim", "steps": 4, "guidance_scale": 0.5}, "guidance_scale 0.5"),
+    ],
+)
+def test_impossible_settings(pipe: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        sample.latents(pipe, PROMPTS[:1], **settings)
+
+
+def test_to_pil_rounds_and_clips() -> None:
+    values = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5])
+    picture = sample.to_pil(values.expand(1, 3, 1, 5))[0]
+    assert [picture.getpixel((x, 0))[0] for x in range(5)] == [0, 0, 128, 255, 255]
+
+
+def test_contact_sheet_places_every_picture() -> None:
+    colours = [(10 * k, 0, 0) for k in range(1, 6)]
+    sheet = sample.contact_sheet([Image.new("RGB", (8, 6), c) for c in colours], columns=2, gap=2)
+    assert sheet.size == (18, 22)
+    assert [sheet.getpixel((k % 2 * 10 + 4, k // 2 * 8 + 3)) for k in range(5)] == colours
+    assert sheet.getpixel((14, 19)) == (255, 255, 255)
+
+
+def test_folder(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("stays")
+    sheet = sample.sample_to_folder(
+        str(sd_base("epsilon")), ["A cat/..!", "ärger"], tmp_path, steps=1, seed=2
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000-a-cat.png", "001-rger.png", "contact-sheet.png", "mine.txt",
+    ]  # fmt: skip
+    with Image.open(sheet) as opened:
+        assert opened.size == (64 * 2 + 4, 64)
+
+
+def test_missing_adapter_and_prompts(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = str(sd_base("epsilon"))
+    with pytest.raises(UserError, match="lcm-kit export"):
+        sample.sample_to_folder(base, ["a"], tmp_path / "out", adapter=tmp_path)
+    with pytest.raises(UserError, match="not a run's folder or a .safetensors file"):
+        sample.sample_to_folder(base, ["a"], tmp_path / "out", adapter=tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="no prompt"):
+        sample.sample_to_folder(base, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
