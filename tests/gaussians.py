@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,20 +28,21 @@ class Gaussian:
     spread: tuple[float, float]
     turn: float
 
-    def frame(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mu [2], eigenvectors [2, 2] in columns, eigenvalues [2]) in the dtype of `like`."""
+    @cache  # noqa: B019 - there are two of them
+    def frame(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(mu [2], eigenvectors [2, 2] in columns, eigenvalues [2])."""
         c, s = math.cos(self.turn), math.sin(self.turn)
-        rows = torch.tensor([[c, -s], [s, c]], dtype=like.dtype)
-        return torch.tensor(self.mu, dtype=like.dtype), rows, torch.tensor(self.spread, dtype=like.dtype)
+        rows = torch.tensor([[c, -s], [s, c]], dtype=dtype)
+        return torch.tensor(self.mu, dtype=dtype), rows, torch.tensor(self.spread, dtype=dtype)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(n, 2, generator=generator)
-        mu, axes, spread = self.frame(noise)
+        mu, axes, spread = self.frame(noise.dtype)
         return (mu + (noise * spread.sqrt()) @ axes.T)[..., None, None]
 
     def x0_eps(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """E[x0 | x_t] and E[eps | x_t] for x_t [B, 2], alpha and sigma [B, 1] or [1]."""
-        mu, axes, spread = self.frame(x)
+        mu, axes, spread = self.frame(x.dtype)
         white = ((x - alpha * mu) @ axes) / (alpha**2 * spread + sigma**2)
         return mu + alpha * (white * spread) @ axes.T, sigma * white @ axes.T
 
@@ -61,7 +63,7 @@ class Gaussian:
 
     def flow(self, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The exact solution at s of the probability-flow ODE from x at t: each axis keeps its quantile."""
-        mu, axes, spread = self.frame(x.double())
+        mu, axes, spread = self.frame(torch.float64)
         alpha, sigma = (table.double()[:, None] for table in (schedule.alpha, schedule.sigma))
         ratio = ((alpha[s] ** 2 * spread + sigma[s] ** 2) / (alpha[t] ** 2 * spread + sigma[t] ** 2)).sqrt()
         moved = alpha[s] * mu + (((x.double()[..., 0, 0] - alpha[t] * mu) @ axes) * ratio) @ axes.T
@@ -78,7 +80,7 @@ def guided_v(x: Tensor, alpha: Tensor, sigma: Tensor, guidance_scale: float) -> 
     return uncond + guidance_scale * (BRAND.v(x, alpha, sigma) - uncond)
 
 
-def guided_flow(schedule: Schedule, x: Tensor, t: Tensor, guidance_scale: float, fine: int = 200) -> Tensor:
+def guided_flow(schedule: Schedule, x: Tensor, t: Tensor, guidance_scale: float, fine: int = 80) -> Tensor:
     """The guided ODE dx/dphi = v, (cos, sin) phi = (alpha, sigma), from t to 0: Runge-Kutta in float64."""
     y, phi = x[..., 0, 0].double(), torch.atan2(schedule.sigma[t], schedule.alpha[t]).double()[:, None]
     h = (torch.atan2(schedule.sigma[0], schedule.alpha[0]).double() - phi) / fine

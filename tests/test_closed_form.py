@@ -18,7 +18,7 @@ from lcm_kit.step import consistency_loss
 from tests.gaussians import ALL, BRAND, SD, Gaussian, guided_flow
 
 SCHEDULE = Schedule.from_config(SD)
-STEPS, BATCH = 800, 128
+STEPS, BATCH = 600, 128
 BOUND = 0.08  # RMS in units of the data, whose own spread is 0.8
 CHECKED = (249, 499, 749, 999)
 
