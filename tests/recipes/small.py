@@ -1,0 +1,58 @@
+"""A distillation small enough for a test: eight pictures, their cache on a random base, and a config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+from lcm_kit.config.schema import Distill
+from lcm_kit.data.cache import encode
+
+TEMPLATE: dict[str, Any] = {
+    "recipe": "train/distill",
+    "steps": 4,
+    "batch_size": 2,
+    "adapter": {"rank": 4, "alpha": 8.0},
+    "optimizer": {"lr": 1e-2},
+    "guidance": {"min": 2.0, "max": 6.0},
+    "validation": {"prompts": None},
+    "checkpoint": {"every": 100},
+    "logging": {"every": 1, "trackers": []},
+}
+
+
+def prepare(folder: Path, base: Path) -> dict[str, Any]:
+    """Write eight captioned PNGs under `folder`, encode them, and return a config's keys for training."""
+    images, generator = folder / "images", torch.Generator().manual_seed(7)
+    images.mkdir(parents=True)
+    for i in range(8):
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {'abcdefgh'[i]}")
+    data = {"path": str(images), "cache": str(folder / "cache"), "resolution": 64}
+    keys = {**TEMPLATE, "base": {"path": str(base)}, "data": data}
+    encode(configure(keys, folder / "none"), progress=False)
+    return keys
+
+
+def configure(keys: dict[str, Any], output: Path, **changes: Any) -> Distill:
+    """The config of `keys` with `changes` laid over it, block by block; it writes to `output`."""
+    merged = {**keys, "output": str(output)}
+    for key, value in changes.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return TypeAdapter(Distill).validate_python(merged)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """For a subprocess: offline, on the CPU, importing this checkout.
+
+    Sums depend on the number of threads in their last bits: give this process's own where bits are compared.
+    """
+    root = str(Path(__file__).parents[2])
+    fixed = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
+    return {**os.environ, **fixed, "OMP_NUM_THREADS": str(threads)}

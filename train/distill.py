@@ -1,0 +1,186 @@
+"""LCM-LoRA distillation: a LoRA that draws in 1-8 steps what its base draws in 50 with guidance.
+
+    lcm-kit train configs/distill/tiny_lcm.yaml
+    accelerate launch --num_processes 4 -m lcm_kit train configs/distill/tiny_lcm.yaml
+
+One UNet plays three parts (arXiv:2310.04378, 2311.05556). With its LoRA off it is the teacher, which takes
+one ODE step under classifier-free guidance from t to s. With its LoRA on it is the student, which must land
+at the same point from t as from s; the one from s is the target, optionally with an EMA of the LoRA's
+weights.
+
+`lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
+command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
+it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_kit import __version__, runtime
+from lcm_kit.adapter import add_lora, save_adapter, swapped, teacher, update_ema
+from lcm_kit.config.schema import Distill
+from lcm_kit.data.batches import Batch, Batches, draw
+from lcm_kit.data.cache import Cache
+from lcm_kit.families import sd
+from lcm_kit.families.condition import Condition
+from lcm_kit.guidance import guide, sample_guidance
+from lcm_kit.losses import LOSSES
+from lcm_kit.methods import METHODS, Method, Times
+from lcm_kit.prediction import predictor
+from lcm_kit.schedule import Schedule, grid_steps
+from lcm_kit.solvers import SOLVERS
+from lcm_kit.step import consistency_loss
+from lcm_kit.validation import Validation
+
+
+class Draws(NamedTuple):
+    """The randomness of one step for the samples of this process, each from its own (seed, step, slot)."""
+
+    noise: Tensor  # [B, C, h, w]
+    times: Times  # [B] each
+    guidance: Tensor  # [B] guidance_scale
+
+
+def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int) -> Draws:
+    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`."""
+    n_grid = grid_steps(step, config.steps, config.grid.steps_start, config.grid.steps)
+    of = partial(draw, config.seed, step, batch.slots)
+    noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
+    times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
+    guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
+    return Draws(noise, Times(*times.unbind(1)), guidance.flatten())
+
+
+def facts(config: Distill, base: sd.BaseInfo, steps: int) -> dict[str, Any]:
+    """What an adapter's file says of its making; the whole config lies beside it in config.yaml."""
+    return {
+        "kit_version": __version__,
+        "base": {**asdict(config.base), "hash": base.base_hash},
+        "prediction_type": base.prediction_type,
+        "steps": steps,
+        **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "guidance", "loss")},
+        "solver": config.solver,
+    }
+
+
+def main(config: Distill) -> Path:
+    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
+    # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
+    run = Path(config.output)
+    accelerator = runtime.start(config)
+    device, dtype = accelerator.device, runtime.dtype(accelerator)
+    if not runtime.claim(config, accelerator):
+        return run
+
+    # -- Parts: the base's UNet and schedule, and the four plugs ---------------------------------------------
+    base = sd.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    schedule = Schedule.from_config(base.scheduler_config).to(device)
+    method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
+    solver, loss = SOLVERS[config.solver], partial(LOSSES[config.loss.name], c=config.loss.c)
+    unet = sd.load_unet(base, dtype).to(device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    # -- Adapter: everything else is frozen ------------------------------------------------------------------
+    lora = add_lora(unet, config.adapter, seed=config.seed)
+    ema = [p.detach().clone() for p in lora] if config.ema else []
+
+    # -- Data: latents and embeddings; accumulation splits what one step sees --------------------------------
+    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    share = config.batch_size * config.accumulation
+    batches = Batches(cache, share, config.seed, accelerator.process_index, accelerator.num_processes)
+    empty = cache.empty(config.batch_size).to(device, dtype)
+    validation = Validation.prepare(config, base.base_hash)
+
+    # -- Optimizer -------------------------------------------------------------------------------------------
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    student_unet, optimizer = accelerator.prepare(unet, optimizer)
+
+    # -- Resume ----------------------------------------------------------------------------------------------
+    done, window = 0, []
+    if state := runtime.newest_state(run):
+        runtime.restore(accelerator, state, unet, ema, optimizer)
+        done, window = state.step, state.window
+        accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
+    metrics = runtime.Metrics.open(config, accelerator, done)
+
+    # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
+    def as_teacher(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        both = Condition.cat([empty, condition])
+        with teacher(unet):
+            output = unet(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
+        return guide(*output.chunk(2), guidance)
+
+    def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with swapped(lora, ema or lora):
+            return unet(x.to(dtype), t, **condition.kwargs()).sample
+
+    def as_student(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return student_unet(x.to(dtype), t, **condition.kwargs()).sample
+
+    predict = partial(predictor, schedule=schedule, kind=base.prediction_type)
+
+    # -- Loop ------------------------------------------------------------------------------------------------
+    with runtime.progress(accelerator, done, config.steps) as advance:
+        for step in range(done, config.steps):
+            started = time.perf_counter()
+            batch = batches.at(step)
+            drawn = draws(config, method, schedule, batch, step)
+            rate = runtime.learning_rate(o, step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total = torch.zeros((), device=device)
+            for first in range(0, share, config.batch_size):
+                part = slice(first, first + config.batch_size)
+                condition = batch.condition[part].to(device, dtype)
+                with accelerator.accumulate(student_unet):
+                    guided = partial(as_teacher, condition=condition, guidance=drawn.guidance[part])
+                    losses = consistency_loss(
+                        method=method, solver=solver, loss=loss, schedule=schedule,
+                        teacher=predict(guided),
+                        target=predict(partial(as_target, condition=condition)),
+                        student=predict(partial(as_student, condition=condition)),
+                        x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),
+                        times=Times(*(time[part] for time in drawn.times)).to(device),
+                    )  # fmt: skip
+                    accelerator.backward(losses.mean())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(lora, o.grad_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                total += losses.detach().mean() / config.accumulation
+            if ema:
+                update_ema(ema, lora, config.ema)
+
+            done = step + 1
+            window.append(runtime.finite(accelerator.reduce(total, "mean"), done))
+            images = share * accelerator.num_processes
+            speed = advance(window[-1], images, time.perf_counter() - started)
+            if done % config.logging.every == 0 or done == config.steps:
+                mean = sum(window) / len(window)
+                metrics.log(done, loss=mean, grad_norm=float(norm), lr=rate, images_per_second=speed)
+                window = []
+            if validation and validation.due(done, config.steps):
+                distance = validation(unet, done) if accelerator.is_main_process else 0.0
+                accelerator.wait_for_everyone()
+                metrics.log(done, one_step_distance=distance)
+            if done % config.checkpoint.every == 0 or done == config.steps:
+                state = runtime.capture(accelerator, done, unet, ema, optimizer, window)
+                if accelerator.is_main_process:
+                    runtime.save_state(run, state, config.checkpoint.keep)
+
+    # -- Save: the live weights, not their EMA, which is the target's affair ---------------------------------
+    if accelerator.is_main_process:
+        save_adapter(run / "adapter", unet, facts(config, base, done))
+    accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    accelerator.end_training()
+    return run
