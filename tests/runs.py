@@ -1,4 +1,4 @@
-"""A small finished run (adapter, config, metrics) on the random base, for the tests of what comes after training."""
+"""A small finished run (adapter, config, metrics) on the random base, for tests of what comes after."""
 
 from __future__ import annotations
 

@@ -92,16 +92,16 @@ def check(file: Path, trained: Path, base: Mapping[str, Any], dtype: str = "floa
     ||UNet(loaded) - UNet(trained)|| / ||UNet(trained)|| must not exceed `TOLERANCE[dtype]`, all computed in
     float32. Raises `UserError` that says what disagrees.
     """
-    where = {key: base.get(key) for key in ("revision", "variant")}
-    if families.inspect_base(base["path"], **where).base_hash != base["hash"]:
+    info = families.inspect_base(base["path"], revision=base["revision"], variant=base["variant"])
+    if info.base_hash != base["hash"]:
         raise UserError(
-            f"base {base['path']!r} has changed since {trained.parent} was trained on it; put it back"
+            f"base {info.path!r} has changed since {trained.parent} was trained on it; put it back"
         )
-    unet = pipeline(base["path"], **where).unet
+    unet = pipeline(info.path, revision=info.revision, variant=info.variant).unet
     adapter.load_adapter(trained, unet)
     wanted, wanted_layers = probe_unet(unet.eval()), _layers(unet)
     del unet  # so that a large base is never held twice
-    pipe = pipeline(base["path"], **where)
+    pipe = pipeline(info.path, revision=info.revision, variant=info.variant)
     with complaints() as found:
         load_adapter(pipe, file)
     error = relative_error(probe_unet(pipe.unet.float()), wanted)

@@ -1,0 +1,108 @@
+"""The quality recipe on a random base: its rows, what they cost, what is kept, and what is null where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lcm_kit import sample, shipped
+from lcm_kit.config.schema import Quality
+from lcm_kit.errors import UserError
+from lcm_kit.export import export_run
+from tests.runs import build_run
+
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    return shipped.load_recipe("evaluation/quality")
+
+
+@pytest.fixture(scope="module")
+def run(sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = build_run(tmp_path_factory.mktemp("runs") / "run", sd_base("epsilon"))
+    export_run(run)
+    (run / "prompts.txt").write_text("\n".join(PROMPTS))
+    return run
+
+
+def config(run: Path, **changes: object) -> Quality:
+    settings: dict[str, object] = {
+        "recipe": "evaluation/quality", "run": str(run), "prompts": str(run / "prompts.txt"), "count": 3,
+        "batch_size": 2, "teacher_steps": 4, "student_steps": (1, 2), "unet_calls": (2,), "pictures": 2,
+    }  # fmt: skip
+    return Quality(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_plan_spends_equal_calls(quality: ModuleType, run: Path) -> None:
+    rows = quality.plan(config(run, unet_calls=(2, 3), teacher_steps=50, student_steps=(1, 4)))
+    assert [(row.name, row.solver, row.steps, row.guidance_scale, row.unet_calls) for row in rows] == [
+        ("teacher", "ddim", 50, 5.0, 100),
+        ("base", "ddim", 1, 5.0, 2),
+        ("base", "ddim", 2, 1.0, 2),
+        ("base", "dpmpp_2m", 1, 5.0, 2),
+        ("base", "dpmpp_2m", 2, 1.0, 2),
+        ("base", "ddim", 3, 1.0, 3),  # guidance cannot spend an odd number of calls
+        ("base", "dpmpp_2m", 3, 1.0, 3),
+        ("student", "lcm", 1, 1.0, 1),
+        ("student", "lcm", 4, 1.0, 4),
+    ]
+
+
+def test_results(quality: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = quality.main(config(run))
+    assert file == run / "results.json"
+    results = json.loads(file.read_text())
+    assert results["n"] == 3
+    assert results["prompts"] == ["a cat", "a dog", "a cat"]  # repeated, with new noise
+    assert results["seeds"]["noise"] == 0
+    assert set(results["versions"]) == {"lcm_kit", "torch", "diffusers", "peft", "transformers"}
+    rows = {(row["name"], row["solver"], row["steps"]): row for row in results["rows"]}
+    assert len(rows) == 7
+    teacher, student = rows["teacher", "ddim", 4], rows["student", "lcm", 1]
+    assert teacher["unet_calls"] == 8 and teacher["distance_to_teacher"] == 0 and teacher["saturation"] == 1
+    assert student["unet_calls"] == 1 and student["distance_to_teacher"] > 0
+    assert all(row["seconds_per_image"] > 0 for row in results["rows"])
+    assert {row["attribute_accuracy"] for row in results["rows"]} == {None}  # "a cat" names no background
+    assert results["frechet_floor"] is None
+
+    # the student is plain diffusers with the exported file: drawn again here, picture by picture
+    pipe = sample.pipeline(str(json.loads((run / "adapter/adapter.json").read_text())["base"]["path"]))
+    sample.load_adapter(pipe, run)
+    wanted = sample.to_pil(sample.sample(pipe, ["a dog"], solver="lcm", steps=1, first=1))[0]
+    assert student["pictures"] == ["pictures/student-lcm-1-g1-000.png", "pictures/student-lcm-1-g1-001.png"]
+    with Image.open(run / student["pictures"][1]) as picture:
+        difference = torch.tensor(list(picture.tobytes()), dtype=torch.int16) - torch.tensor(
+            list(wanted.tobytes()), dtype=torch.int16
+        )
+    assert difference.abs().max() <= 1
+
+    # the same inputs again: nothing is drawn, the figures are the same
+    monkeypatch.setattr(
+        sample, "pipeline", lambda *args, **settings: pytest.fail("something was drawn again")
+    )
+    kept = {p.name: p.stat().st_mtime_ns for p in (run / "evaluation").iterdir()}
+    assert json.loads(quality.main(config(run)).read_text()) == results
+    assert {p.name: p.stat().st_mtime_ns for p in (run / "evaluation").iterdir()} == kept
+    monkeypatch.undo()
+
+    # another weight of the LoRA: only the student's rows are drawn again, and replace the old ones
+    quality.main(config(run, lora_weight=0.5))
+    now = {p.name for p in (run / "evaluation").iterdir()}
+    assert {name.split("-")[0] for name in kept.keys() - now} == {"student"}
+    assert len(now) == len(kept) == 7
+    images = [load_file(p)["images"] for p in (run / "evaluation").glob("*.safetensors")]
+    assert {tuple(image.shape) for image in images} == {(3, 3, 64, 64)}
+
+
+def test_what_is_missing_is_named(quality: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config.yaml"):
+        quality.main(config(tmp_path))

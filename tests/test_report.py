@@ -1,0 +1,198 @@
+"""The report: one file, nothing fetched, all text escaped, and an honest verdict."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lcm_kit.errors import UserError
+from lcm_kit.report import build, plots
+from lcm_kit.report.build import best_plain, headline, snippet, verdict, write_report
+from tests.runs import build_run
+
+EVIL = '<script>alert(1)</script> & "quotes"'
+
+
+def row(name: str, solver: str, steps: int, guidance: float, **figures: Any) -> dict[str, Any]:
+    calls = steps * (2 if guidance > 1 else 1)
+    return {
+        "name": name, "solver": solver, "steps": steps, "guidance_scale": guidance, "unet_calls": calls,
+        "seconds_per_image": 0.01 * calls, "attribute_accuracy": 0.5, "attribute_accuracy_stderr": 0.04,
+        "object_accuracy": 0.6, "colour_accuracy": 0.7, "pattern_accuracy": 0.8, "frechet": 1.0,
+        "distance_to_teacher": 0.2, "saturation": 1.1, "clipped": 0.01, "pictures": [], **figures,
+    }  # fmt: skip
+
+
+def rows(**student: Any) -> list[dict[str, Any]]:
+    return [
+        row("teacher", "ddim", 50, 5, attribute_accuracy=0.95, frechet=0.1),
+        row("base", "ddim", 2, 5, attribute_accuracy=0.3, frechet=0.8),
+        row("base", "dpmpp_2m", 2, 5, attribute_accuracy=0.4, frechet=0.7),
+        row("base", "ddim", 8, 1, attribute_accuracy=0.9, frechet=0.1),
+        row("student", "lcm", 1, 1, attribute_accuracy=0.6),
+        row("student", "lcm", 4, 1, **{"attribute_accuracy": 0.9, "frechet": 0.3, **student}),
+    ]
+
+
+def write_results(run: Path, found: list[dict[str, Any]], prompts: list[str]) -> None:
+    (run / "pictures").mkdir(parents=True, exist_ok=True)
+    for k, result in enumerate(found):
+        result["pictures"] = [f"pictures/{k}-{i}.png" for i in range(len(prompts))]
+        for name in result["pictures"]:
+            Image.new("RGB", (64, 64), (40 * k, 90, 120)).save(run / name)
+    results = {
+        "rows": found, "n": 128, "frechet_floor": 0.05, "reference_count": 1024, "lora_weight": 1.0,
+        "batch_size": 32, "resolution": 64, "base": {"path": "some/base", "hash": "b" * 64},
+        "adapter": {"file": "export/pytorch_lora_weights.safetensors", "sha256": "a" * 64},
+        "seeds": {"noise": 7}, "versions": {"diffusers": "0.42"},
+        "machine": {"device": "cpu", "threads": 2}, "prompts": prompts,
+    }  # fmt: skip
+    (run / "results.json").write_text(json.dumps(results))
+
+
+class Page(HTMLParser):
+    """Collects images and whatever could load from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.links: list[str | None] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(found)
+        self.links += [found[key] for key in ("src", "href") if key in found]
+
+
+@pytest.fixture
+def run(sd_base: Callable[..., Path], tmp_path: Path) -> Path:
+    run = build_run(tmp_path / "run", sd_base("epsilon"))
+    write_results(run, rows(), [EVIL, "a cat"])
+    (run / "validation").mkdir()
+    Image.new("RGB", (90, 60)).save(run / "validation" / "step-000020.png")
+    return run
+
+
+def test_one_file_without_network_and_with_alternatives(run: Path) -> None:
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert all(link and link.startswith("data:image/") for link in page.links)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert "url(" not in text and "@import" not in text
+    assert all(image.get("alt") for image in page.images)
+    # headline 3 rows and gallery 6 rows of 2 pictures, 4 plots, 1 validation grid
+    assert len(page.images) == (3 + 6) * 2 + 4 + 1
+    first = page.images[0]["src"] or ""
+    assert base64.b64decode(first.partition(",")[2]) == (run / "pictures" / "0-0.png").read_bytes()
+
+
+def test_prompts_are_escaped(run: Path) -> None:
+    text = write_report(run).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34;" in text
+
+
+def test_the_story_has_its_order_and_its_numbers(run: Path) -> None:
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", write_report(run).read_text().replace("\u00a0", " ")))
+    questions = [
+        "Does it work? Yes.",
+        "How much faster?",
+        "What does it look like?",
+        "How was it made?",
+        "How do I use",
+    ]
+    places = [text.index(question) for question in questions]
+    assert places == sorted(places)
+    assert "With 4 UNet calls an image the student draws 90 % of 128 pictures right" in text
+    assert "needs 100 calls for 95 %" in text
+    assert "best plain solver at 4 calls (DPM-Solver++ 2M, 2 steps with guidance) draws 40 % right" in text
+    assert "25 ×" in text
+    assert (
+        "20 steps of 8 images a process" in text
+    )  # from the adapter's facts: what was done, not what was planned
+
+
+def test_the_best_plain_solver_is_chosen_at_equal_calls() -> None:
+    head = headline(rows())
+    assert head["student"]["steps"] == 4
+    assert head["plain"]["solver"] == "dpmpp_2m"
+    assert head["fewer"] == 25
+    assert best_plain(rows(), 6) is None
+    unread = [{**r, "attribute_accuracy": None, "frechet": None} for r in rows()]
+    unread[1]["distance_to_teacher"] = 0.1
+    assert best_plain(unread, 4) is unread[1]
+
+
+@pytest.mark.parametrize(
+    ("student", "wanted"),
+    [
+        ({}, "Yes"),
+        ({"attribute_accuracy": 0.84}, "In part"),  # 11 points below the teacher
+        ({"frechet": 0.36}, "In part"),  # more than half of 0.7
+        ({"attribute_accuracy": 0.4}, "No"),  # no better than the plain solver
+        ({"attribute_accuracy": None, "frechet": None}, "Judge by eye"),
+    ],
+)
+def test_verdict(student: dict[str, Any], wanted: str) -> None:
+    assert verdict(headline(rows(**student))) == wanted
+
+
+def test_a_base_that_nothing_can_read(run: Path) -> None:
+    """Another base: no accuracy, no Frechet distance, no training files; the page stands all the same."""
+    blank = dict.fromkeys(
+        ("attribute_accuracy", "attribute_accuracy_stderr", "object_accuracy", "colour_accuracy",
+         "pattern_accuracy", "frechet")
+    )  # fmt: skip
+    write_results(run, [{**r, **blank} for r in rows()], ["a cat"])
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "frechet_floor": None, "reference_count": None}))
+    (run / "metrics.jsonl").unlink()
+    text = write_report(run).read_text()
+    assert "Judge by eye" in text
+    assert "look for yourself" in text
+
+
+def test_the_snippet_is_a_program(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    text = snippet(run, results)
+    compile(text, "snippet", "exec")
+    assert f"pipe({json.dumps(EVIL)}, num_inference_steps=4, guidance_scale=1.0)" in text
+    assert str((run / "export").resolve()) in text
+
+
+def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
+    Image.effect_noise((512, 512), 60).convert("RGB").save(tmp_path / "a.png")
+    uri = build.picture_uri(tmp_path / "a.png")
+    assert uri.startswith("data:image/jpeg")
+    assert len(uri) < (tmp_path / "a.png").stat().st_size / 4
+
+
+def test_running_mean_has_no_bias_at_its_start() -> None:
+    assert plots._running_mean([3.0] * 50) == pytest.approx([3.0] * 50)
+    steps = [0.0] * 50 + [1.0] * 50
+    assert plots._running_mean(steps)[49] == 0
+    assert 0.99 < plots._running_mean(steps)[99] < 1
+
+
+def test_numbers_as_text() -> None:
+    assert [build.number(v) for v in (None, 0.0312, 1.0, 25.0)] == ["–", "0.0312", "1.00", "25.0"]
+    assert build.number(25.0, 2) == "25"
+    assert [build.seconds(v) for v in (0.0123, 1.5)] == ["12\u00a0ms", "1.50\u00a0s"]
+    assert build.percent(0.905) == "90\u00a0%"
+
+
+def test_an_unevaluated_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lcm-kit evaluate"):
+        write_report(tmp_path)
