@@ -8,7 +8,7 @@ fall or rise.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -101,7 +101,7 @@ class Validation:
         return load_file(file)["latents"]
 
 
-def _grid(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
+def _grid(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """Columns of pictures of one size, each under its name (who drew it, in how many steps)."""
     rows = sample.contact_sheet([p for row in zip(*columns.values(), strict=True) for p in row], len(columns))
     sheet = Image.new("RGB", (rows.width, rows.height + _HEADING), "white")

@@ -84,7 +84,7 @@ def main(config: Distill) -> Path:
     base = sd.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
-    solver, loss = SOLVERS[config.solver], partial(LOSSES[config.loss.name], c=config.loss.c)
+    solver, distance = SOLVERS[config.solver], LOSSES[config.loss.name]
     unet = sd.load_unet(base, dtype).to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -118,7 +118,8 @@ def main(config: Distill) -> Path:
         both = Condition.cat([empty, condition])
         with teacher(unet):
             output = unet(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
-        return guide(*output.chunk(2), guidance)
+        uncond, cond = output.chunk(2)
+        return guide(uncond, cond, guidance)
 
     def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with swapped(lora, ema or lora):
@@ -145,7 +146,8 @@ def main(config: Distill) -> Path:
                 with accelerator.accumulate(student_unet):
                     guided = partial(as_teacher, condition=condition, guidance=drawn.guidance[part])
                     losses = consistency_loss(
-                        method=method, solver=solver, loss=loss, schedule=schedule,
+                        method=method, solver=solver, schedule=schedule,
+                        loss=lambda a, b: distance(a, b, config.loss.c),
                         teacher=predict(guided),
                         target=predict(partial(as_target, condition=condition)),
                         student=predict(partial(as_student, condition=condition)),
@@ -170,9 +172,9 @@ def main(config: Distill) -> Path:
                 metrics.log(done, loss=mean, grad_norm=float(norm), lr=rate, images_per_second=speed)
                 window = []
             if validation and validation.due(done, config.steps):
-                distance = validation(unet, done) if accelerator.is_main_process else 0.0
+                far = validation(unet, done) if accelerator.is_main_process else 0.0
                 accelerator.wait_for_everyone()
-                metrics.log(done, one_step_distance=distance)
+                metrics.log(done, one_step_distance=far)
             if done % config.checkpoint.every == 0 or done == config.steps:
                 state = runtime.capture(accelerator, done, unet, ema, optimizer, window)
                 if accelerator.is_main_process:

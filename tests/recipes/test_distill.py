@@ -216,6 +216,7 @@ def test_validation_measures_and_disturbs_nothing(distill_keys: Keys, tmp_path: 
     assert list((run / "trackers").glob("events.out.tfevents.*"))
     pictures = sorted(run.glob("validation/step-*.png"))
     assert [p.name for p in pictures] == ["step-000001.png", "step-000002.png"]
+    assert len(list(run.glob("validation/teacher-*.safetensors"))) == 1
     assert Image.open(pictures[0]).width == 4 * 64 + 3 * 4
     # The number again, from the files alone.
     pipe = sample.pipeline(distill_keys["base"]["path"])
