@@ -1,6 +1,7 @@
 """Is the student as good as the teacher, and better than plain solvers at equal cost?
 
     lcm-kit evaluate configs/evaluation/quality.yaml
+    lcm-kit evaluate configs/evaluation/tiny_base.yaml     # a base alone
 
 The same prompts are drawn from the same noise by the teacher (the base, many steps, guidance), by the base
 under plain solvers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
@@ -22,22 +23,18 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lcm_kit import __version__, assets, families, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.schema import Quality
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_file, atomic_folder, atomic_write, sha256_bytes, sha256_file
+from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
+from lcm_kit.results import kept, show
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
@@ -62,14 +59,15 @@ class Row(NamedTuple):
 
 
 def plan(config: Quality) -> list[Row]:
-    """The teacher first, then plain solvers by budget (guidance needs an even one), then the student."""
+    """The teacher first, then plain solvers by budget (guidance needs an even one), then any student."""
     rows = [Row("teacher", "ddim", config.teacher_steps, config.guidance_scale)]
     for calls in config.unet_calls:
         for solver in config.solvers:
             if calls % 2 == 0 and config.guidance_scale > 1:
                 rows.append(Row("base", solver, calls // 2, config.guidance_scale))
             rows.append(Row("base", solver, calls, 1.0))
-    return rows + [Row("student", "lcm", steps, 1.0) for steps in config.student_steps]
+    steps = () if config.base else config.student_steps
+    return rows + [Row("student", "lcm", n, 1.0) for n in steps]
 
 
 def draw(
@@ -90,59 +88,34 @@ def draw(
     return torch.cat(batches), seconds / len(prompts)
 
 
-def kept(file: Path, make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
-    """What `make` gives (8-bit pictures, seconds an image), from `file` if it has been made before."""
-    if not file.is_file():
-        images, seconds = make()
-        for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 12}.safetensors"):
-            old.unlink()  # the same row from other inputs
-        with atomic_file(file) as temporary:
-            save_file({"images": images}, temporary, metadata={"seconds_per_image": repr(seconds)})
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor("images"), float(opened.metadata()["seconds_per_image"])
-
-
 def to_pixels(images: Tensor) -> Tensor:
     """8-bit [N, 3, H, W] as pixels in [-1, 1], float32."""
     return images / 127.5 - 1
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    shown = {
-        "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",
-        "saturation": "colour", "seconds_per_image": "s/image",
-    }  # fmt: skip
-    table = Table("", "steps", "CFG", "calls", *shown.values(), box=SIMPLE, pad_edge=False)
-    for row in rows:
-        figures = ("-" if row[key] is None else f"{row[key]:.3f}" for key in shown)
-        cost = (str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))
-        table.add_row(f"{row['name']} {row['solver']}", *cost, *figures)
-    Console().print(table)
-
-
 def main(config: Quality) -> Path:
     """Evaluate a run; returns the path of its `results.json`."""
-    # -- Parts: the run, its base, its exported file
-    # -----------------------------------------------------------
+    # -- Parts: the run, its base, its exported file ---------------------------------------------------------
     run = Path(config.run)
-    if not (run / "config.yaml").is_file():
+    if config.base is not None:
+        base = families.inspect_base(config.base)
+        size, adapter = base.sample_size * base.factor, None
+    elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
-    size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
-    facts = read_facts(run / "adapter")["base"]
-    base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
-    adapter = sample.adapter_file(run)
-    adapter_hash = sha256_file(adapter)
+    else:
+        size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
+        facts = read_facts(run / "adapter")["base"]
+        base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
+        adapter = sample.adapter_file(run)
+    adapter_hash = sha256_file(adapter) if adapter else None
 
-    # -- Prompts, rows and the judge
-    # ---------------------------------------------------------------------------
+    # -- Prompts, rows and the judge -------------------------------------------------------------------------
     prompts = list(islice(cycle(assets.prompts(config.prompts)), config.count))
     rows = plan(config)
     judge = judge_for(prompts, size, config.reference_count)
     versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
 
-    # -- Draw: the base's rows first, then with the adapter on
-    # -------------------------------------------------
+    # -- Draw: the base's rows first, then with the adapter on -----------------------------------------------
     inputs = [base.base_hash, prompts, config.seed, size, versions]
     pipes: dict[bool, Any] = {}  # by whether the adapter is on; opened only if there is something to draw
 
@@ -152,7 +125,7 @@ def main(config: Quality) -> Path:
             pipes[adapted] = sample.pipeline(
                 base.path, revision=base.revision, variant=base.variant, **sample.placement()
             )
-            if adapted:
+            if adapted and adapter:
                 sample.load_adapter(pipes[adapted], adapter, config.lora_weight)
             sample.sample(pipes[adapted], prompts[:1], solver="ddim", steps=1, size=size)  # warm up the clock
         return pipes[adapted]
@@ -177,8 +150,7 @@ def main(config: Quality) -> Path:
             total += row.unet_calls * len(prompts)
         bar.update(task, completed=total)
 
-    # -- Measure
-    # -----------------------------------------------------------------------------------------------
+    # -- Measure ---------------------------------------------------------------------------------------------
     teacher = to_pixels(drawn[0][0])
     measured: list[dict[str, Any]] = []
     for row, (images, seconds) in zip(rows, drawn, strict=True):
@@ -190,8 +162,7 @@ def main(config: Quality) -> Path:
              **(judge(pixels) if judge else ABSENT), "pictures": pictures}
         )  # fmt: skip
 
-    # -- Write
-    # -------------------------------------------------------------------------------------------------
+    # -- Write -----------------------------------------------------------------------------------------------
     with atomic_folder(run / "pictures") as folder:
         for result, (images, _) in zip(measured, drawn, strict=True):
             names = result["pictures"]
@@ -206,7 +177,7 @@ def main(config: Quality) -> Path:
         "batch_size": config.batch_size,
         "resolution": size,
         "base": {"path": base.path, "revision": base.revision, "hash": base.base_hash},
-        "adapter": {"file": sample.ADAPTER_FILE, "sha256": adapter_hash},
+        "adapter": {"file": sample.ADAPTER_FILE, "sha256": adapter_hash} if adapter else None,
         "seeds": {"noise": config.seed, "reference": REFERENCE_SEED, "floor": FLOOR_SEED},
         "versions": versions,
         "machine": {"device": sample.placement()["device"], "threads": torch.get_num_threads()},

@@ -35,7 +35,9 @@ def _looks(config: Config) -> list[Callable[[], str]]:
         looks = [lambda: _base(config.base), lambda: _data(config.data)]
         return looks + ([lambda: _prompts(prompts)] if prompts else [])
     if isinstance(config, Quality):
-        return [lambda: _trained(config.run), lambda: _prompts(config.prompts)]
+        alone = config.base
+        subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
+        return [subject, lambda: _prompts(config.prompts)]
     return []
 
 

@@ -36,7 +36,8 @@ def build_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> P
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
         cross_attention_dim=32, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,

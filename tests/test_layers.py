@@ -21,7 +21,7 @@ LAYERS = {
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "sample"},
-    "disk": {"data", "export", "metrics", "report", "tiny", "shipped"},
+    "disk": {"data", "export", "metrics", "report", "results", "tiny", "shipped"},
     "runtime": {"runtime", "validation"},
     "top": {"cli", "__main__", "quickstart", "check"},
 }

@@ -1,4 +1,4 @@
-"""What the kit ships: the base `tiny-sd`, the `brand` images, the `probe` that reads pictures, the `glyphs`."""
+"""What the kit ships: the base `tiny-sd`, the `brand` images, the `probe` of pictures, the `glyphs`."""
 
 from __future__ import annotations
 

@@ -201,6 +201,8 @@ class Quality:
     recipe: Literal["evaluation/quality"]
     # the run's folder: its adapter is the student, its base the teacher; results.json is written there
     run: str
+    # a base (as base.path of a run) to evaluate alone, without a student; `run` is then just where results go
+    base: str | None = None
     seed: int = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     # prompts, taken from the top of the file and repeated with new noise where it is shorter

@@ -21,7 +21,9 @@ from lcm_kit.families.condition import Condition
 class Samples(Protocol):
     """What batches are drawn from: `lcm_kit.data.cache.Cache`."""
 
-    ids: list[str]
+    @property
+    def ids(self) -> list[str]:
+        """Names of the records, in order."""
 
     def latents(self, index: list[int]) -> Tensor:
         """Latents [n, C, h, w] of the records at `index`."""

@@ -106,3 +106,17 @@ def test_results(quality: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_missing_is_named(quality: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no config.yaml"):
         quality.main(config(tmp_path))
+
+
+def test_a_base_alone_has_no_student(
+    quality: ModuleType, sd_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = config(tmp_path, base=str(sd_base("epsilon")), guidance_scale=1.0)
+    results = json.loads(quality.main(settings).read_text())
+    assert [(row["name"], row["unet_calls"]) for row in results["rows"]] == [
+        ("teacher", 4), ("base", 2), ("base", 2)
+    ]  # fmt: skip
+    assert results["adapter"] is None and results["resolution"] == 64
+    with pytest.raises(UserError, match="nowhere"):
+        quality.main(config(tmp_path, base="/nowhere"))

@@ -1,0 +1,68 @@
+"""What ships: sizes, names, and that held-out prompts are held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lcm_kit import assets
+from lcm_kit.errors import UserError
+from lcm_kit.tiny import world
+from lcm_kit.tiny.probe import load_probe
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_sizes() -> None:
+    assert sum(size(assets.path(name)) for name in assets.NAMES) <= 25e6
+    assert size(assets.path("brand")) <= 2e6
+
+
+def test_the_brand_set_is_whole_and_its_prompts_are_held_out() -> None:
+    pictures = sorted(assets.path("brand").glob("*.png"))
+    assert 60 <= len(pictures) <= 120
+    captions = {path.with_suffix(".txt").read_text().strip() for path in pictures}
+    assert all(world.parse(caption) for caption in captions)
+    held_out = assets.prompts("asset:brand")
+    assert len(held_out) >= 24 and not captions & set(held_out)
+    assert all(world.parse(prompt) for prompt in held_out)
+    drawn = {world.parse(caption).object for caption in captions}  # type: ignore[union-attr]
+    assert {world.parse(prompt).object for prompt in held_out} - drawn  # type: ignore[union-attr]
+
+
+def test_held_out_prompts_of_the_base() -> None:
+    prompts = assets.prompts("asset:tiny-sd")
+    assert len(prompts) == len(set(prompts)) >= 500
+    assert all(world.parse(prompt) for prompt in prompts)
+
+
+def test_the_probe_reads_real_renders_that_it_has_not_seen() -> None:
+    rng = np.random.default_rng(4711)
+    scenes = [world.random_scene(rng) for _ in range(600)]
+    pictures = np.stack([np.asarray(world.render(scene)) for scene in scenes])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    seen = load_probe().read(images)
+    right = [all(got[n] == getattr(s, n) for n in got) for got, s in zip(seen, scenes, strict=True)]
+    assert np.mean(right) >= 0.99
+
+
+def test_names_that_are_not_shipped() -> None:
+    with pytest.raises(UserError, match="big-sd.*tiny-sd"):
+        assets.path("big-sd")
+    with pytest.raises(UserError, match="no such file"):
+        assets.prompts("/nowhere/prompts.txt")
+    assert assets.resolve("some/hub-id") == "some/hub-id"
+
+
+def test_prompt_files_skip_blanks_and_comments(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# comment\n\n  a cat  \na dog\n")
+    assert assets.prompts(str(file)) == ["a cat", "a dog"]
+    file.write_text("# nothing\n")
+    with pytest.raises(UserError, match="no prompt"):
+        assets.prompts(str(file))
