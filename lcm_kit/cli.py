@@ -94,6 +94,7 @@ def quickstart(
     """Encode, train, export, sample, evaluate and report on the embedded base: minutes on a CPU."""
     from lcm_kit import quickstart as story
 
+    _quiet()
     story.main(output, overrides or [])
 
 
@@ -142,6 +143,7 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Turn images and captions into cached latents and text embeddings."""
     loaded = _distill(config, overrides)
+    _quiet()
     from lcm_kit.data import cache
 
     cache.encode(loaded)
@@ -169,6 +171,7 @@ def export(
     """Write the adapter as a file that diffusers loads, and check it by loading it."""
     from lcm_kit.export import export_run
 
+    _quiet()
     typer.echo(export_run(run, dtype=dtype))
 
 
@@ -204,6 +207,7 @@ def sample(
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
+    _quiet()
     sheet = sample_to_folder(
         base or _base_of(adapter), wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance,
         seed=seed, lora_weight=weight, solver=solver,
@@ -245,7 +249,17 @@ def _run(stage: str, config: str, overrides: list[str] | None) -> None:
     if not loaded.recipe.startswith(f"{stage}/"):
         verb = "train" if loaded.recipe.startswith("train/") else "evaluate"
         raise UserError(f"config {config} is for {loaded.recipe}; run `lcm-kit {verb} {config}`")
+    _quiet()
     shipped.load_recipe(loaded.recipe).main(loaded)
+
+
+def _quiet() -> None:
+    """Turn off the bars of the libraries that load models: they break ours. Their warnings stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _base_of(adapter: Path | None) -> str:
