@@ -109,9 +109,9 @@ def encode(work: Path, vae: Any, renders: np.ndarray) -> tuple[Tensor, float]:
 def captions(drawn: list[world.Scene], tokenizer: Any) -> Tensor:
     """Token ids of each scene's four captions (size and place said or not): int64 [N, 4, TOKENS]."""
     texts = [
-        replace(s, **gone).prompt
-        for s in drawn
-        for gone in ({}, {"size": ""}, {"place": ""}, {"size": "", "place": ""})
+        replace(scene, size=size, place=place).prompt
+        for scene in drawn
+        for size, place in ((scene.size, scene.place), ("", scene.place), (scene.size, ""), ("", ""))
     ]
     return models.token_ids(tokenizer, texts).view(len(drawn), 4, models.TOKENS)
 

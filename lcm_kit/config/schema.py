@@ -230,12 +230,12 @@ class PretrainTiny:
     seed: int = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     renders: Positive = 24000
-    probe_steps: Positive = 2500
+    probe_steps: Positive = 1500
     probe_batch_size: Positive = 64
     vae_steps: Positive = 4200
     vae_batch_size: Positive = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
-    unet_steps: Positive = 6000
+    unet_steps: Positive = 4500
     unet_batch_size: Positive = 32
     unet_lr: Rate = 1e-3
     decay_steps: Positive = 1500  # linear fall of the rate to 0 over the last steps
