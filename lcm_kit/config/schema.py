@@ -235,10 +235,10 @@ class PretrainTiny:
     vae_steps: Positive = 4200
     vae_batch_size: Positive = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
-    unet_steps: Positive = 4500
+    unet_steps: Positive = 3750
     unet_batch_size: Positive = 32
     unet_lr: Rate = 1e-3
-    decay_steps: Positive = 1500  # linear fall of the rate to 0 over the last steps
+    decay_steps: Positive = 500  # linear fall of the rate to 0 over the last steps
     caption_dropout: Fraction = 0.1
     min_snr_gamma: Rate = 5.0  # arXiv:2303.09556
     ema: Fraction = 0.999
