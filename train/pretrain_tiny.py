@@ -10,8 +10,8 @@ Every stage leaves its result in `work`, so the same command continues where it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +155,12 @@ def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[wo
     return {"unet": unet.cpu(), "text_encoder": text.cpu(), "tokenizer": tokenizer, "scheduler": scheduler}
 
 
-def held_out(config: PretrainTiny, drawn: list[world.Scene]) -> Iterator[str]:
-    """Prompts whose object, colour, pattern, size and place together were in no training picture."""
-    seen, rng = {scene.prompt for scene in drawn}, np.random.default_rng((config.seed, 4))
-    count = 0
-    while count < config.prompts:
-        prompt = world.random_scene(rng).prompt
-        if prompt not in seen:
-            seen.add(prompt)
-            count += 1
-            yield prompt
+def held_out(config: PretrainTiny, drawn: list[world.Scene]) -> list[str]:
+    """Full captions that no training picture has, in random order: `config.prompts` at the most."""
+    attributes = (world.objects(), world.COLOURS, world.PATTERNS, world.SIZES, world.PLACES)
+    unseen = {world.Scene(*names).prompt for names in product(*attributes)} - {scene.prompt for scene in drawn}
+    order = np.random.default_rng((config.seed, 4)).permutation(sorted(unseen))
+    return [str(prompt) for prompt in order[: config.prompts]]
 
 
 def main(config: PretrainTiny) -> Path:
