@@ -66,3 +66,14 @@ def test_prompt_files_skip_blanks_and_comments(tmp_path: Path) -> None:
     file.write_text("# nothing\n")
     with pytest.raises(UserError, match="no prompt"):
         assets.prompts(str(file))
+
+
+def test_general_pictures_leave_the_held_out_prompts_out() -> None:
+    from lcm_kit.config.schema import Data
+    from lcm_kit.data.records import open_records
+
+    records, bad = open_records(Data(path="asset:general"))
+    assert len(records) == 384 and not bad
+    captions = {record.caption for record in records}
+    assert all(world.parse(caption) for caption in captions)
+    assert not captions & set(assets.prompts("asset:tiny-sd"))

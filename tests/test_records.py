@@ -156,3 +156,15 @@ def test_pixels_are_the_centre_square_in_minus_one_to_one():
     tall = to_pixels(Image.new("RGB", (33, 301), (255, 0, 127)), 64)  # odd sizes, enlarged
     assert tall.shape == (3, 64, 64)
     assert torch.allclose(tall.mean((1, 2)), torch.tensor([1, -1, 127 / 127.5 - 1]), atol=1e-6)
+
+
+def test_regularisation_pictures_follow_under_their_own_names(tmp_path: Path):
+    _save(tmp_path / "brand" / "a.png", caption="ours")
+    _save(tmp_path / "general" / "a.png", caption="general")
+    _save(tmp_path / "general" / "b.png")
+    good, bad = _open(tmp_path / "brand", regularisation=str(tmp_path / "general"))
+    assert good == {"a.png": "ours", "regularisation/a.png": "general"}
+    assert list(bad) == ["regularisation/b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="data.regularisation .*empty.* no image"):
+        _open(tmp_path / "brand", regularisation=str(tmp_path / "empty"))

@@ -36,6 +36,9 @@ class Data:
     """The images and captions, and where their latents and embeddings are cached."""
 
     path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
+    # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
+    # adapter can still draw (docs/training.md)
+    regularisation: str | None = None
     # auto: a folder of images if there is one, else `datasets`
     kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only

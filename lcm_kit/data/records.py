@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def decode(content: bytes) -> Image.Image:
 def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     """The records of `data.path`, in a fixed order, and those without a usable caption with the reason.
 
-    Raises `UserError` if there is no such source, or nothing in it.
+    The pictures of `data.regularisation` follow, their ids under `regularisation/`. Raises `UserError` if
+    there is no such source, or nothing in it.
     """
     folder = Path(resolve(data.path)).expanduser()
     if data.kind == "folder" or (data.kind == "auto" and _holds_images(folder)):
@@ -67,7 +68,20 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
         found = list(_datasets(folder, data))
     if not found:
         raise UserError(f"data.path {data.path!r} holds no image; put images and their captions there")
+    if data.regularisation is not None:
+        general = list(_folder(Path(resolve(data.regularisation)).expanduser(), data.regularisation))
+        if not general:
+            raise UserError(
+                f"data.regularisation {data.regularisation!r} holds no image; give another folder"
+            )
+        found += [_below("regularisation", item) for item in general]
     return [r for r in found if isinstance(r, Record)], [b for b in found if not isinstance(b, Record)]
+
+
+def _below(prefix: str, item: Record | Bad) -> Record | Bad:
+    if isinstance(item, Record):
+        return replace(item, id=f"{prefix}/{item.id}")
+    return f"{prefix}/{item[0]}", item[1]
 
 
 def _images(folder: Path) -> Iterator[Path]:

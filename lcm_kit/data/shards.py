@@ -49,7 +49,7 @@ class Entry:
 def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
     """All but the records that latents and embeddings depend on, or that says where they come from."""
     parts = {part: base.hash_of(part) for part in ("vae", "text_encoder", "tokenizer")}
-    keys = ("path", "resolution", "flip")
+    keys = ("path", "regularisation", "resolution", "flip")
     columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
     return {
         "format": _FORMAT,
