@@ -129,6 +129,7 @@ def test_the_best_plain_solver_is_chosen_at_equal_calls() -> None:
     assert head["student"]["steps"] == 4
     assert head["plain"]["solver"] == "dpmpp_2m"
     assert head["fewer"] == 25
+    assert head["plain_frechet"] == 0.7  # not the 0.1 of eight calls
     assert best_plain(rows(), 6) is None
     unread = [{**r, "attribute_accuracy": None, "frechet": None} for r in rows()]
     unread[1]["distance_to_teacher"] = 0.1

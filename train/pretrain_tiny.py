@@ -158,7 +158,9 @@ def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[wo
 def held_out(config: PretrainTiny, drawn: list[world.Scene]) -> list[str]:
     """Full captions that no training picture has, in random order: `config.prompts` at the most."""
     attributes = (world.objects(), world.COLOURS, world.PATTERNS, world.SIZES, world.PLACES)
-    unseen = {world.Scene(*names).prompt for names in product(*attributes)} - {scene.prompt for scene in drawn}
+    unseen = {world.Scene(*names).prompt for names in product(*attributes)} - {
+        scene.prompt for scene in drawn
+    }
     order = np.random.default_rng((config.seed, 4)).permutation(sorted(unseen))
     return [str(prompt) for prompt in order[: config.prompts]]
 
