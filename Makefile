@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format hooks build clean
+.PHONY: help install quickstart test test-slow lint format hooks build clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
 
 install: $(STAMP) ## a virtual environment in .venv with the kit and the tools to develop it
 	@echo "Installed. Next: make quickstart, or . $(BIN)/activate and lcm-kit --help"
@@ -25,8 +25,11 @@ $(STAMP): pyproject.toml
 quickstart: $(STAMP) ## encode, train, export, sample, evaluate and report on the embedded base
 	$(BIN)/lcm-kit quickstart $(ARGS)
 
-test: $(STAMP) ## the tests, offline; ARGS="-m 'not slow'" for the fast ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the tests but for the slow ones, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## the slow tests: a whole quickstart, held to its promise
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -254,7 +254,15 @@ def _run(stage: str, config: str, overrides: list[str] | None) -> None:
 
 
 def _quiet() -> None:
-    """Turn off the bars of the libraries that load models: they break ours. Their warnings stay."""
+    """Turn off the bars of the libraries that load models: they break ours. Their warnings stay.
+
+    But for one that a user can do nothing with: that an image processor, which this kit does not use, would
+    rather have torchvision.
+    """
+    import logging
+
+    unused = logging.getLogger("transformers.utils.import_utils")
+    unused.addFilter(lambda record: "requires torchvision" not in record.getMessage())
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,0 +1,33 @@
+"""The promise of the README, measured: minutes of training on a CPU give an adapter that is worth having."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from lcm_kit import quickstart
+
+
+@pytest.mark.slow
+def test_quickstart_keeps_its_promise(tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    report = quickstart.main(run, [f"data.cache={tmp_path / 'cache'}"])
+    files = ("config.yaml", "metrics.jsonl", "export/pytorch_lora_weights.safetensors", "results.json")
+    assert all((run / name).is_file() for name in files) and report == run / "report.html"
+    with safe_open(run / files[2], "pt") as file:
+        assert "lora_adapter_metadata" in file.metadata()
+    page = report.read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page and 'src="http' not in page
+
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    teacher = next(row for row in rows if row["name"] == "teacher")
+    student = next(row for row in rows if row["name"] == "student" and row["unet_calls"] == 4)
+    plain = [row for row in rows if row["name"] == "base" and row["unet_calls"] == 4]
+    assert student["guidance_scale"] == 1 and teacher["unet_calls"] == 100
+    assert student["attribute_accuracy"] >= teacher["attribute_accuracy"] - 0.10
+    assert student["frechet"] <= 0.5 * min(row["frechet"] for row in plain)
+    assert 0.9 <= student["saturation"] <= 1.1  # chroma against the teacher's
+    assert max(row["attribute_accuracy"] for row in plain) <= teacher["attribute_accuracy"] - 0.20
