@@ -18,7 +18,7 @@ from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
     from lcm_kit.config.load import Config
-    from lcm_kit.config.schema import Distill
+    from lcm_kit.config.schema import Base, Distill
 
 
 class _Group(TyperGroup):
@@ -200,6 +200,7 @@ def sample(
 ) -> None:
     """Draw pictures and a contact sheet."""
     from lcm_kit import assets
+    from lcm_kit.config.schema import Base
     from lcm_kit.sample import sample_to_folder
 
     wanted = [*(prompt or []), *(assets.prompts(prompts) if prompts else [])]
@@ -208,9 +209,10 @@ def sample(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
     _quiet()
+    found = Base(path=base) if base else _base_of(adapter)
     sheet = sample_to_folder(
-        base or _base_of(adapter), wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance,
-        seed=seed, lora_weight=weight, solver=solver,
+        found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
+        lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
     )  # fmt: skip
     typer.echo(sheet)
 
@@ -270,12 +272,14 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _base_of(adapter: Path | None) -> str:
+def _base_of(adapter: Path | None) -> Base:
     """The base that a run was made with; the embedded one if there is no run to ask."""
+    from lcm_kit.config.schema import Base
+
     config = adapter / "config.yaml" if adapter else None
     if config is None or not config.is_file():
-        return "asset:tiny-sd"
-    return _distill(str(config), None).base.path
+        return Base(path="asset:tiny-sd")
+    return _distill(str(config), None).base
 
 
 def main() -> None:

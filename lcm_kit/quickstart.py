@@ -73,7 +73,11 @@ def _stages(config: Distill, quality: Quality) -> Iterator[tuple[str, Callable[[
         from lcm_kit.sample import sample_to_folder
 
         prompts = assets.prompts(config.validation.prompts or quality.prompts)[:PICTURES]
-        sample_to_folder(config.base.path, prompts, run / "samples", adapter=run, seed=config.seed)
+        base = config.base
+        sample_to_folder(
+            base.path, prompts, run / "samples", adapter=run, seed=config.seed,
+            revision=base.revision, variant=base.variant,
+        )  # fmt: skip
 
     def report() -> None:
         from lcm_kit.report.build import write_report

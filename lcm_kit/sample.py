@@ -244,6 +244,8 @@ def sample_to_folder(
     seed: int = 0,
     lora_weight: float = 1.0,
     solver: str = "lcm",
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
@@ -254,7 +256,7 @@ def sample_to_folder(
         raise UserError("there is no prompt to draw; give at least one")
     _check(solver, steps, guidance_scale)
     file = None if adapter is None else adapter_file(adapter)
-    pipe = pipeline(base, **placement())
+    pipe = pipeline(base, revision=revision, variant=variant, **placement())
     if file is not None:
         load_adapter(pipe, file, lora_weight)
     pictures: list[Image.Image] = []

@@ -146,7 +146,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     config = (
         (shipped.root() / "configs" / "quickstart.yaml")
         .read_text()
-        .replace("asset:tiny-sd # or", "my/base # or")
+        .replace("asset:tiny-sd # or", "my/base\n  variant: fp16 # or")
     )
     (tmp_path / "run" / "config.yaml").write_text(config)
     done = cli(
@@ -157,7 +157,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert calls[0][0] == ("my/base", ["one", "two", "three"], tmp_path / "out")
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
-        "seed": 5, "lora_weight": 0.8, "solver": "lcm",
+        "seed": 5, "lora_weight": 0.8, "solver": "lcm", "revision": None, "variant": "fp16",
     }  # fmt: skip
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")
