@@ -63,6 +63,11 @@ def test_prompt_files_skip_blanks_and_comments(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("# comment\n\n  a cat  \na dog\n")
     assert assets.prompts(str(file)) == ["a cat", "a dog"]
+    file.write_bytes("\ufeffa cat\n".encode())  # as Notepad saves it
+    assert assets.prompts(str(file)) == ["a cat"]
+    file.write_bytes("ärger\n".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        assets.prompts(str(file))
     file.write_text("# nothing\n")
     with pytest.raises(UserError, match="no prompt"):
         assets.prompts(str(file))

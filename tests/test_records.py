@@ -168,3 +168,5 @@ def test_regularisation_pictures_follow_under_their_own_names(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="data.regularisation .*empty.* no image"):
         _open(tmp_path / "brand", regularisation=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="data.regularisation .*nowhere.* no such folder"):
+        _open(tmp_path / "brand", regularisation=str(tmp_path / "nowhere"))

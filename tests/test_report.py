@@ -197,3 +197,12 @@ def test_numbers_as_text() -> None:
 def test_an_unevaluated_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lcm-kit evaluate"):
         write_report(tmp_path)
+
+
+def test_a_base_alone_has_no_report(run: Path) -> None:
+    file = run / "results.json"
+    results = json.loads(file.read_text())
+    results["rows"] = [row for row in results["rows"] if row["name"] != "student"]
+    file.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="without a student"):
+        write_report(run)

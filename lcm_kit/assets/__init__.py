@@ -25,14 +25,19 @@ def resolve(text: str) -> str:
 def prompts(text: str) -> list[str]:
     """The prompts of an asset (`asset:tiny-sd`) or of a text file, one a line.
 
-    Blank lines and `#` lines are skipped. Raises `UserError` if the file is missing or holds no prompt.
+    Blank lines and `#` lines are skipped. Raises `UserError` if the file is missing, is not text or holds no
+    prompt.
     """
     source = Path(resolve(text))
     if source.is_dir():
         source = source / "prompts.txt"
     if not source.is_file():
         raise UserError(f"prompts {text!r}: there is no such file; give a text file with one prompt a line")
-    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    try:
+        text_in_file = source.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts {text!r}: the file cannot be read ({error}); save it as UTF-8") from error
+    lines = [line.strip() for line in text_in_file.splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise UserError(f"prompts {text!r}: the file holds no prompt; write one a line")

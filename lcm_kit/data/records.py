@@ -61,7 +61,7 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     """
     folder = Path(resolve(data.path)).expanduser()
     if data.kind == "folder" or (data.kind == "auto" and _holds_images(folder)):
-        found = list(_folder(folder, data.path))
+        found = list(_folder(folder, f"data.path {data.path!r}"))
     else:
         if data.kind == "auto" and folder.is_dir() and not _holds_dataset(folder):
             raise UserError(f"data.path {data.path!r} holds no image; put images and their captions there")
@@ -69,11 +69,10 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     if not found:
         raise UserError(f"data.path {data.path!r} holds no image; put images and their captions there")
     if data.regularisation is not None:
-        general = list(_folder(Path(resolve(data.regularisation)).expanduser(), data.regularisation))
+        name = f"data.regularisation {data.regularisation!r}"
+        general = list(_folder(Path(resolve(data.regularisation)).expanduser(), name))
         if not general:
-            raise UserError(
-                f"data.regularisation {data.regularisation!r} holds no image; give another folder"
-            )
+            raise UserError(f"{name} holds no image; give another folder")
         found += [_below("regularisation", item) for item in general]
     return [r for r in found if isinstance(r, Record)], [b for b in found if not isinstance(b, Record)]
 
@@ -104,7 +103,7 @@ def _holds_dataset(folder: Path) -> bool:
 def _folder(folder: Path, name: str) -> Iterator[Record | Bad]:
     """Every image below `folder` by path. A `.txt` beside one goes before its line in `metadata.jsonl`."""
     if not folder.is_dir():
-        raise UserError(f"data.path {name!r}: there is no such folder; check the path")
+        raise UserError(f"{name}: there is no such folder; check the path")
     lines = _metadata(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in _images(folder)}
     for id in sorted(paths.keys() | lines.keys()):
@@ -118,7 +117,7 @@ def _record(id: str, path: Path, lines: dict[str, Any]) -> Record | Bad:
     beside = path.with_suffix(".txt")
     if beside.is_file():
         try:
-            caption: Any = beside.read_text(encoding="utf-8")
+            caption: Any = beside.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             return id, f"caption file {beside.name} cannot be read ({error})"
     elif id in lines:

@@ -29,7 +29,8 @@ def write_report(run: Path) -> Path:
     """Write `run/report.html` and return its path.
 
     Reads `results.json` and `pictures/` (`lcm-kit evaluate`), and `config.yaml`, `metrics.jsonl` and
-    `validation/` where they are. Raises `UserError` if the run has not been evaluated.
+    `validation/` where they are. Raises `UserError` if the run has not been evaluated, or
+    has no student.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -71,7 +72,13 @@ def _results(run: Path) -> dict[str, Any]:
     file = run / "results.json"
     if not file.is_file():
         raise UserError(f"run {str(run)!r} has no results.json; run `lcm-kit evaluate` on it first")
-    return json.loads(file.read_text(encoding="utf-8"))
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if not any(row["name"] == "student" for row in results["rows"]):
+        raise UserError(
+            f"run {str(run)!r} was evaluated without a student, so there is nothing to report; its figures "
+            "are in results.json"
+        )
+    return results
 
 
 # -- Numbers as text -----------------------------------------------------------------------------------------
