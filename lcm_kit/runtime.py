@@ -234,7 +234,8 @@ def save_state(run: Path, state: State, keep: int) -> None:
     with atomic_folder(run / "state" / f"step-{state.step:06d}") as folder:
         save_file(rest.pop("lora"), folder / "lora.safetensors")
         save_file(rest.pop("ema"), folder / "ema.safetensors")
-        torch.save(rest, folder / "training.pt")
+        with (folder / "training.pt").open("wb") as handle:  # given a path, torch hides that the disk is full
+            torch.save(rest, handle)
     for old in _states(run)[:-keep]:
         shutil.rmtree(old)
 
@@ -262,7 +263,12 @@ class Metrics:
         return cls(accelerator, file)
 
     def log(self, step: int, **values: float) -> None:
-        """Append `values` for `step`, on the main process."""
+        """Append `values` for `step`, on the main process.
+
+        Those that are not finite (the gradient norm of a step that float16's scaler skips) are left out: JSON
+        has no word for them.
+        """
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, **values}) + "\n")

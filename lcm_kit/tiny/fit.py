@@ -86,9 +86,10 @@ def fit(
             with (work / f"{name}.jsonl").open("a") as handle:
                 line = {"step": step + 1, "loss": mean, "seconds": time.monotonic() - since}
                 handle.write(json.dumps(line) + "\n")
-            with atomic_file(state_path) as temporary:
+            # given a path, torch hides that the disk is full
+            with atomic_file(state_path) as temporary, temporary.open("wb") as handle:
                 weights, moments = module.state_dict(), optimizer.state_dict()
-                torch.save({"step": step + 1, "module": weights, "optimizer": moments, "ema": ema}, temporary)
+                torch.save({"step": step + 1, "module": weights, "optimizer": moments, "ema": ema}, handle)
             losses, since = [], time.monotonic()
     if ema:
         module.load_state_dict(ema)

@@ -30,4 +30,5 @@ def test_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     assert student["attribute_accuracy"] >= teacher["attribute_accuracy"] - 0.10
     assert student["frechet"] <= 0.5 * min(row["frechet"] for row in plain)
     assert 0.9 <= student["saturation"] <= 1.1  # chroma against the teacher's
-    assert max(row["attribute_accuracy"] for row in plain) <= teacher["attribute_accuracy"] - 0.20
+    guided = [row["attribute_accuracy"] for row in plain if row["guidance_scale"] > 1]
+    assert guided and max(guided) <= teacher["attribute_accuracy"] - 0.20
