@@ -66,7 +66,11 @@ def adapter_file(adapter: str | Path) -> Path:
     """The LoRA file that `adapter` means: a `.safetensors` file itself, or the export of a run's folder."""
     path = Path(adapter)
     if path.is_dir():
-        path = path / ADAPTER_FILE
+        trained, path = path / "adapter" / "lora.safetensors", path / ADAPTER_FILE
+        if trained.is_file() and path.is_file() and path.stat().st_mtime < trained.stat().st_mtime:
+            raise UserError(
+                f"run {str(adapter)!r} was trained on since its export; run `lcm-kit export {adapter}` again"
+            )
         if not path.is_file():
             raise UserError(
                 f"run {str(adapter)!r} has no {ADAPTER_FILE}; run `lcm-kit export {adapter}` first"

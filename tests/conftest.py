@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared with the CPU's float32
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.bases import build_sd

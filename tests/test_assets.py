@@ -82,3 +82,19 @@ def test_general_pictures_leave_the_held_out_prompts_out() -> None:
     captions = {record.caption for record in records}
     assert all(world.parse(caption) for caption in captions)
     assert not captions & set(assets.prompts("asset:tiny-sd"))
+
+
+def test_the_base_is_as_good_as_its_card_says() -> None:
+    """`quality.json` is what `lcm-kit evaluate evaluation/tiny_base` measured (see the card)."""
+    import json
+
+    rows = json.loads((assets.path("tiny-sd") / "quality.json").read_text())["rows"]
+    teacher = {row["guidance_scale"]: row for row in rows if row["name"] == "teacher"}
+    assert teacher[5.0]["n"] >= 500 and teacher[5.0]["attribute_accuracy"] >= 0.90
+    assert teacher[1.0]["attribute_accuracy"] <= teacher[5.0]["attribute_accuracy"] - 0.05
+    for solver in ("ddim", "dpmpp_2m"):
+        guided = {r["unet_calls"]: r for r in rows if r["solver"] == solver and r["guidance_scale"] == 5.0}
+        assert guided[4]["attribute_accuracy"] <= teacher[5.0]["attribute_accuracy"] - 0.20
+        assert guided[8]["frechet"] >= 1.3 * teacher[5.0]["frechet"]
+    card = (assets.path("tiny-sd") / "README.md").read_text()
+    assert f"{teacher[5.0]['attribute_accuracy']:.1%}" in card
