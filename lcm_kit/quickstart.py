@@ -98,10 +98,11 @@ def _recipe(config: Distill | Quality) -> None:
 
 def _summary(rows: list[dict[str, Any]]) -> None:
     """Print the teacher, and at 4 UNet calls the best plain solver and the student."""
+    from lcm_kit.results import best_plain
+
     chosen = [row for row in rows if row["name"] == "teacher"][:1]
-    plain = [row for row in rows if row["name"] == "base" and row["unet_calls"] == 4]
-    measure = "distance_to_teacher" if any(row.get("frechet") is None for row in plain) else "frechet"
-    chosen += sorted(plain, key=lambda row: row[measure])[:1]
+    plain = best_plain(rows, 4)
+    chosen += [plain] if plain else []
     chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
     table = Table(*columns, box=None, pad_edge=False)

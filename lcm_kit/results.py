@@ -28,6 +28,16 @@ def kept(file: Path, make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, 
         return opened.get_tensor("images"), float(opened.metadata()["seconds_per_image"])
 
 
+def best_plain(rows: Sequence[dict[str, Any]], calls: int) -> dict[str, Any] | None:
+    """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
+    found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
+
+    def rank(row: dict[str, Any]) -> tuple[float, float, float]:
+        return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
+
+    return min(found, key=rank, default=None)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     shown = {

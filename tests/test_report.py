@@ -15,7 +15,8 @@ from PIL import Image
 
 from lcm_kit.errors import UserError
 from lcm_kit.report import build, plots
-from lcm_kit.report.build import best_plain, headline, snippet, verdict, write_report
+from lcm_kit.report.build import headline, snippet, verdict, write_report
+from lcm_kit.results import best_plain
 from tests.runs import build_run
 
 EVIL = '<script>alert(1)</script> & "quotes"'

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lcm_kit.report.build import best_plain
+from lcm_kit.results import best_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5

@@ -16,6 +16,7 @@ from lcm_kit import __version__, adapter, assets
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import plots
+from lcm_kit.results import best_plain
 
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
@@ -107,16 +108,6 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 # -- Does it work? -------------------------------------------------------------------------------------------
-
-
-def best_plain(rows: Sequence[Row], calls: int) -> Row | None:
-    """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
-    found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
-
-    def rank(row: Row) -> tuple[float, float, float]:
-        return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
-
-    return min(found, key=rank, default=None)
 
 
 def lowest_frechet(rows: Sequence[Row], calls: int) -> float | None:
