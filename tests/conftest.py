@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared with the CPU's float32
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests.bases import build_sd
+from tests.bases import build_sd, build_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +25,15 @@ def sd_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return build_sd(tmp_path_factory.mktemp("base") / prediction_type, prediction_type)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def real_sd_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base with all the blocks of SD1.5, narrow: 278 modules for an LCM-LoRA."""
+    return build_sd(tmp_path_factory.mktemp("base") / "real-sd", real_blocks=True)
+
+
+@pytest.fixture(scope="session")
+def sdxl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base with all the blocks of SDXL, narrow: 788 modules for an LCM-LoRA."""
+    return build_sdxl(tmp_path_factory.mktemp("base") / "sdxl")

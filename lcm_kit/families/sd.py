@@ -11,20 +11,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcm_kit.assets import resolve
 from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition
-from lcm_kit.files import sha256_bytes, sha256_file
+from lcm_kit.families.source import STEMS, file_hash, locate, read_json
+from lcm_kit.files import sha256_bytes
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-_STEMS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
+_STEMS = {part: STEMS[part] for part in PARTS if part in STEMS}
 _CONFIGS = {
     "vae": "config.json",
     "unet": "config.json",
@@ -67,10 +66,10 @@ class BaseInfo:
         folder = self.folder / part
         if part == "tokenizer":
             files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
-            return sha256_bytes("".join(f"{p.name}:{_file_hash(p)}\n" for p in files).encode())
-        config = _read_json(folder / _CONFIGS[part], self.path)
+            return sha256_bytes("".join(f"{p.name}:{file_hash(p)}\n" for p in files).encode())
+        config = read_json(folder / _CONFIGS[part], self.path)
         own = {key: config[key] for key in sorted(config) if key[0] != "_" and key != "transformers_version"}
-        weights = [_file_hash(file) for file in weight_files(self, part)] if part in _STEMS else []
+        weights = [file_hash(file) for file in weight_files(self, part)] if part in _STEMS else []
         return sha256_bytes(json.dumps([own, weights]).encode())
 
     @property
@@ -97,77 +96,14 @@ def weight_files(base: BaseInfo, part: str) -> list[Path]:
     return files
 
 
-def _file_hash(path: Path) -> str:
-    """SHA-256 of a file, read once a process while unchanged; the hub's cache names large files by it."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name
-    state = real.stat()
-    return _hash_of_state(real, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def _hash_of_state(path: Path, size: int, modified: int) -> str:
-    return sha256_file(path)
-
-
-def _read_json(path: Path, base: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
-        raise UserError(
-            f"base {base!r} is not a diffusers pipeline folder: {where} is missing; give the folder that "
-            "StableDiffusionPipeline.save_pretrained wrote"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"base {base!r}: {path} cannot be read as JSON ({error}); download or save the base again"
-        ) from error
-
-
-def _locate(path: str, revision: str | None, variant: str | None) -> Path:
-    """The base's folder: local, or in the hub's cache, where only what is needed is downloaded."""
-    local = Path(resolve(path)).expanduser()
-    if local.is_dir() and revision is not None:
-        raise UserError(f"base.revision {revision!r} means nothing for the folder {path!r}; remove it")
-    if local.is_dir():
-        return local
-    if local.exists():
-        raise UserError(
-            f"base {path!r} is a file, not a diffusers pipeline folder; convert it with diffusers first"
-        )
-    if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"base {path!r}: there is no such folder; check base.path")
-    from huggingface_hub import snapshot_download
-
-    mark = f".{variant}" if variant else ""
-    weights = [
-        f"{part}/{stem}{end}"
-        for part, stem in _STEMS.items()
-        for end in (f"{mark}.safetensors", f"*-of-*{mark}*.safetensors")
-    ]
-    wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt", *weights]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except (
-        Exception
-    ) as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check "
-            "base.path, base.revision and the connection"
-        ) from error
-
-
 def inspect_base(path: str, *, revision: str | None = None, variant: str | None = None) -> BaseInfo:
     """Read a base's configuration, without its weights.
 
     `path` is a diffusers folder, a hub id or `asset:NAME`. Raises `UserError` if it is not found, not a
     pipeline folder, not of this family, or without safetensors weights.
     """
-    folder = _locate(path, revision, variant)
-    index = _read_json(folder / "model_index.json", path)
+    folder = locate(path, revision, variant)
+    index = read_json(folder / "model_index.json", path)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing or "text_encoder_2" in index:
         why = (
@@ -178,7 +114,7 @@ def inspect_base(path: str, *, revision: str | None = None, variant: str | None 
         raise UserError(
             f"base {path!r} ({index.get('_class_name')}) {why}; give a Stable Diffusion 1.x or 2.x base"
         )
-    configs = {part: _read_json(folder / part / file, path) for part, file in _CONFIGS.items()}
+    configs = {part: read_json(folder / part / file, path) for part, file in _CONFIGS.items()}
     try:
         info = _describe(configs, path=path, folder=folder, revision=revision, variant=variant)
     except KeyError as error:

@@ -1,0 +1,77 @@
+"""A LoRA in memory, whatever file it came from: one name and one strength for each module.
+
+Names are diffusers' with the part of the pipeline in front, as in
+`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q` or
+`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. Everything that reads, writes, mends or merges
+goes through this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The update of a linear or convolution layer: W + (alpha / rank) up @ down (arXiv:2106.09685, eq. 3)."""
+
+    down: Tensor  # [r, in], or [r, in, kh, kw] for a convolution
+    up: Tensor  # [out, r], or [out, r, 1, 1]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank: what up @ down is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it updates: [out, in] or [out, in, kh, kw]."""
+        return (int(self.up.shape[0]), *map(int, self.down.shape[1:]))
+
+    def delta(self) -> Tensor:
+        """The update itself, float32, in the shape of the module's weight."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (self.scale * product).reshape(self.shape)
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """The same layer with its weights in `dtype`."""
+        return Layer(self.down.to(dtype), self.up.to(dtype), self.alpha)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """All layers by module name, and what the file said of itself (strings, as safetensors keeps them)."""
+
+    layers: Mapping[str, Layer]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self) -> tuple[str, ...]:
+        """Which of `PARTS` it changes."""
+        found = {name.split(".", 1)[0] for name in self.layers}
+        return tuple(part for part in PARTS if part in found)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all down and up weights."""
+        return sum(layer.down.numel() + layer.up.numel() for layer in self.layers.values())
+
+
+def layer_group(module: str) -> str:
+    """The block of a module, for reports: `unet.down_blocks.1`, `unet.mid_block`, `text_encoder`."""
+    part, _, rest = module.partition(".")
+    if part != "unet":
+        return part
+    words = rest.split(".")
+    return ".".join([part, *words[: 2 if words[0] in ("down_blocks", "up_blocks") else 1]])

@@ -1,0 +1,178 @@
+"""Which modules a base has, and the shapes of their weights: what a LoRA file is held against.
+
+Built from configuration alone, on torch's meta device: no weights are loaded and none are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lcm_kit.errors import UserError
+from lcm_kit.export.names import kohya_names, sgm_names
+from lcm_kit.families.source import locate, read_json
+
+Generation = Literal["sd1", "sd2", "sdxl"]
+Shape = tuple[int, ...]
+
+# The UNets of the published bases, as their unet/config.json has them (the rest is diffusers' default)
+_SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_SD2 = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+_SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# (layers, width, width of the hidden layer) of the text encoders
+_CLIP_L, _CLIP_H, _CLIP_G = (12, 768, 3072), (23, 1024, 4096), (32, 1280, 5120)
+_KNOWN: dict[Generation, tuple[str, dict[str, Any], dict[str, tuple[int, int, int]]]] = {
+    "sd1": ("Stable Diffusion 1.x", _SD, {"text_encoder": _CLIP_L}),
+    "sd2": ("Stable Diffusion 2.x", _SD2, {"text_encoder": _CLIP_H}),
+    "sdxl": ("SDXL", _SDXL, {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G}),
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The modules of a base that a LoRA can change, in the model's own order, by name with their part."""
+
+    label: str  # what to call it in a sentence
+    generation: Generation
+    modules: Mapping[str, Shape]  # shape of the weight: [out, in] or [out, in, kh, kw]
+    unet_config: Mapping[str, Any]
+    prediction_type: str | None = None  # None: not known, as for a generation instead of a base
+    factor: int = 8  # pixels along one side of a latent
+
+    @property
+    def family(self) -> str:
+        """`sd` or `sdxl`."""
+        return "sdxl" if self.generation == "sdxl" else "sd"
+
+    @property
+    def width(self) -> int:
+        """Of the text embeddings: 768 for SD1.x, 1024 for SD2.x, 2048 for SDXL."""
+        return int(self.unet_config["cross_attention_dim"])
+
+    @property
+    def published(self) -> bool:
+        """Whether it has the size of a published base, which apps know; a base in small does not."""
+        return self.width == {"sd1": 768, "sd2": 1024, "sdxl": 2048}[self.generation]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side that the base was made for."""
+        return int(self.unet_config["sample_size"]) * self.factor
+
+    @cached_property
+    def unet(self) -> dict[str, Shape]:
+        """The UNet's modules, without `unet.` in front."""
+        return {k.removeprefix("unet."): v for k, v in self.modules.items() if k.startswith("unet.")}
+
+    @cached_property
+    def sgm(self) -> dict[str, str]:
+        """The UNet's modules in the original spelling (`lcm_kit.export.names`), no part in front."""
+        return sgm_names(self.unet)
+
+    @cached_property
+    def kohya(self) -> dict[str, str]:
+        """What a kohya file calls each module that it has a name for."""
+        return kohya_names(self.modules, self.family)
+
+
+@cache
+def known(generation: Generation) -> Structure:
+    """The structure of SD1.x, SD2.x or SDXL."""
+    label, config, text = _KNOWN[generation]
+    return _structure(label, generation, config, text)
+
+
+def of_base(path: str, *, revision: str | None = None, variant: str | None = None) -> Structure:
+    """The structure of a base: a diffusers folder, a hub id or `asset:NAME`; no weights are loaded.
+
+    Raises `UserError` if it is not found or is not the folder of a Stable Diffusion pipeline.
+    """
+    return of_folder(locate(path, revision, variant), path)
+
+
+def of_folder(folder: Path, path: str) -> Structure:
+    """The structure of the base in `folder`, which a user calls `path`."""
+    read_json(folder / "model_index.json", path)
+    config = read_json(folder / "unet" / "config.json", path)
+    if config.get("_class_name") != "UNet2DConditionModel":
+        raise UserError(
+            f"base {path!r} has a {config.get('_class_name')}, not a Stable Diffusion UNet; give an SD1.x, "
+            "SD2.x or SDXL base"
+        )
+    text = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        if (folder / part / "config.json").is_file():
+            clip = read_json(folder / part / "config.json", path)
+            text[part] = (clip["num_hidden_layers"], clip["hidden_size"], clip["intermediate_size"])
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", path)
+    vae = read_json(folder / "vae" / "config.json", path)
+    return _structure(
+        path, _generation(config), config, text,
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        factor=2 ** (len(vae["block_out_channels"]) - 1),
+    )  # fmt: skip
+
+
+def _generation(config: Mapping[str, Any]) -> Generation:
+    """Told by the text embeddings' width; a base in small by what sets the families apart."""
+    by_width: dict[Any, Generation] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+    if found := by_width.get(config.get("cross_attention_dim")):
+        return found
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if config.get("use_linear_projection") else "sd1"
+
+
+def _structure(
+    label: str,
+    generation: Generation,
+    config: Mapping[str, Any],
+    text: Mapping[str, tuple[int, int, int]],
+    **more: Any,
+) -> Structure:
+    modules = {f"unet.{name}": shape for name, shape in _weight_shapes(empty_unet(config)).items()}
+    for part, (layers, width, hidden) in text.items():
+        for k in range(layers):
+            layer = f"{part}.text_model.encoder.layers.{k}"
+            modules |= {f"{layer}.self_attn.{end}_proj": (width, width) for end in ("k", "v", "q", "out")}
+            modules |= {f"{layer}.mlp.fc1": (hidden, width), f"{layer}.mlp.fc2": (width, hidden)}
+    return Structure(label, generation, modules, config, **more)
+
+
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """diffusers' UNet of this configuration without weights: its parameters are on the meta device."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config)).eval().requires_grad_(False)
+
+
+def _weight_shapes(model: Any) -> dict[str, Shape]:
+    from torch.nn import Conv2d, Linear
+
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Conv2d)
+    }

@@ -1,0 +1,89 @@
+"""Where a base lies, on disk or in the hub's cache, and what its files say; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lcm_kit.assets import resolve
+from lcm_kit.errors import UserError
+from lcm_kit.files import sha256_file
+
+# The parts of a pipeline whose weights are read, and how diffusers and transformers name their files
+STEMS = {
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+_FOLDERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+
+
+def locate(path: str, revision: str | None, variant: str | None) -> Path:
+    """The base's folder: local, or in the hub's cache, where only what is needed is downloaded.
+
+    Raises `UserError` if there is no such folder and the hub cannot give it.
+    """
+    local = Path(resolve(path)).expanduser()
+    if local.is_dir() and revision is not None:
+        raise UserError(f"base.revision {revision!r} means nothing for the folder {path!r}; remove it")
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UserError(
+            f"base {path!r} is a file, not a diffusers pipeline folder; convert it with diffusers first"
+        )
+    if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"base {path!r}: there is no such folder; check base.path")
+    from huggingface_hub import snapshot_download
+
+    mark = f".{variant}" if variant else ""
+    weights = [
+        f"{part}/{stem}{end}"
+        for part, stem in STEMS.items()
+        for end in (f"{mark}.safetensors", f"*-of-*{mark}*.safetensors")
+    ]
+    wanted = ["model_index.json", *(f"{part}/*.json" for part in _FOLDERS), "tokenizer*/*.txt", *weights]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except (
+        Exception
+    ) as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check "
+            "base.path, base.revision and the connection"
+        ) from error
+
+
+def read_json(path: Path, base: str) -> dict[str, Any]:
+    """A JSON file of the base called `base`; raises `UserError` if it is missing or unreadable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
+        raise UserError(
+            f"base {base!r} is not a diffusers pipeline folder: {where} is missing; give the folder that "
+            "StableDiffusionPipeline.save_pretrained wrote"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"base {base!r}: {path} cannot be read as JSON ({error}); download or save the base again"
+        ) from error
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read once a process while unchanged; the hub's cache names large files by it."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    state = real.stat()
+    return _hash_of_state(real, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _hash_of_state(path: Path, size: int, modified: int) -> str:
+    return sha256_file(path)
