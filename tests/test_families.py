@@ -10,7 +10,7 @@ import torch
 
 from lcm_kit import families
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base, sd
+from lcm_kit.families import inspect_base, sd, source
 from lcm_kit.files import sha256_file
 
 SD15_UNET = {  # unet/config.json of Stable Diffusion 1.5
@@ -138,7 +138,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache_without_a_connection(sd_base, tmp_
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     info = inspect_base("some/base")
     assert info.folder == folder and info.base_hash == inspect_base(str(sd_base())).base_hash
-    monkeypatch.setattr(sd, "sha256_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(source, "sha256_file", lambda path: pytest.fail(f"{path} was read"))
     assert len(info.hash_of("unet")) == 64
 
 
