@@ -1,0 +1,260 @@
+"""The model card: `README.md` beside the exported files, for whoever gets them without the kit.
+
+Where a file goes and what to set was read in the apps' own code. ComfyUI: the `lcm` sampling of
+`comfy_extras/nodes_model_advanced.py` derives from `EPS`, and without that node `sample_lcm` of
+`comfy/k_diffusion/sampling.py` gets what the base itself predicts. A1111 and Forge: `LCMCompVisDenoiser` of
+`modules/sd_samplers_lcm.py` takes every output for epsilon (in A1111 since 1.8, pull request 14583).
+InvokeAI draws with diffusers' `LCMScheduler` (pull request 5052).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from lcm_kit.export.lora import Lora, layer_group
+from lcm_kit.export.structure import Structure
+from lcm_kit.files import atomic_write
+from lcm_kit.guidance import paper_w
+from lcm_kit.report.build import describe, headline, number, percent
+from lcm_kit.results import best_plain
+from lcm_kit.sample import contact_sheet, save_png
+
+if TYPE_CHECKING:
+    from lcm_kit.export.metadata import Facts
+
+SHEET = "pictures/teacher-and-student.png"  # within the card's folder
+_COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
+_GENERATIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+_METHODS = {"lcm": "latent consistency distillation (LCM)"}
+_PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+_NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
+
+
+def write(
+    folder: Path,
+    *,
+    title: str,
+    files: Mapping[str, Path],
+    structure: Structure,
+    facts: Facts,
+    lora: Lora,
+    checks: Sequence[tuple[str, str, str]],
+    results: Mapping[str, Any] | None = None,
+    pictures_from: Path | None = None,
+) -> Path:
+    """Write `folder/README.md`, and the contact sheet that it shows, and return the card's path.
+
+    `files`: the LoRA's files in `folder` by format, `diffusers` or `kohya` or both. `checks`: app, format and
+    a sentence on how much of the file it loads. `results`: what `results.json` holds, whose pictures lie in
+    the run's folder `pictures_from`; without a student in it nothing is shown of it. `facts.method` None: a
+    LoRA that does not make sampling shorter. Raises `UserError` if the file system refuses.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters.update(text=text, code=code, literal=literal, number=number)
+    names = {style: Path(file).name for style, file in files.items()}
+    drawn = evaluation(results)
+    prompts = _sheet(folder, drawn, pictures_from) if drawn else []
+    page = environment.get_template("card.md.j2").render(
+        title=title,
+        diffusers_file=names.get("diffusers"),
+        kohya_file=names.get("kohya"),
+        tag=_prompt_tag(names.get("kohya", f"{title}.safetensors")),
+        facts=facts,
+        fast=facts.method is not None,
+        method=_METHODS.get(facts.method or "", facts.method),
+        guidance=_baked(facts.guidance),
+        base=_base(facts.base, structure),
+        structure=structure,
+        kind=_GENERATIONS[structure.generation],
+        prediction=prediction(structure),
+        resolution=facts.resolution or structure.resolution,
+        tags=_tags(structure, facts),
+        layers=_layers(lora),
+        checks=checks,
+        commands=[_verify_command(name, facts.base) for name in names.values()],
+        evaluation=drawn,
+        sheet=SHEET if prompts else None,
+        prompts=prompts,
+        asked=drawn["asked"] if drawn else "a lighthouse by the sea at sunset",
+    )
+    # A file name need not be text: what cannot be encoded is shown as `?`
+    atomic_write(folder / "README.md", page.encode("utf-8", "replace"))
+    return folder / "README.md"
+
+
+# -- Foreign text in Markdown --------------------------------------------------------------------------------
+
+
+def text(value: object) -> str:
+    """`value` as Markdown that shows it as it is, on one line, in a table's cell too."""
+    line = re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(value)).strip()
+    line = re.sub(r"[\\`*_~\[\]#!]", r"\\\g<0>", line)
+    line = re.sub(r"^(\d*)([-+.)])(?=[\s-]|$)", r"\1\\\2", line)  # else a list in a list
+    # A table splits its rows before it looks for escapes, so these become entities
+    return re.sub(r"[<>&|]", lambda found: f"&#{ord(found[0])};", line)
+
+
+def code(value: object) -> str:
+    """`value` as code in Markdown, also within a table: between backticks if they can hold it."""
+    plain = str(value)
+    if plain and plain == plain.strip() and plain.isprintable() and not set(plain) & set("`|"):
+        return f"`{plain}`"
+    return f"<code>{text(plain)}</code>"
+
+
+def literal(value: object) -> str:
+    """`value` as a JSON literal on one line, which Python and YAML read as well."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _verify_command(file: str, base: str | None) -> str:
+    command = f"lcm-kit verify {shlex.quote(file)} --base {shlex.quote(base or 'BASE')}"
+    return re.sub(r"[\r\n]+", " ", command)  # a line of its own could end the block of code
+
+
+def _prompt_tag(file: str) -> str:
+    """The name for A1111's `<lora:NAME:1>`, in which `:` and `>` end the name."""
+    return re.sub(r'[<>:"/\\|?*\r\n]+', "-", file.removesuffix(".safetensors"))
+
+
+# -- What it is ----------------------------------------------------------------------------------------------
+
+
+def prediction(structure: Structure) -> str:
+    """What the base predicts: `epsilon`, `v_prediction`, ..., or `unknown` where only the generation is."""
+    if structure.prediction_type is None:
+        return "unknown" if structure.generation == "sd2" else "epsilon"
+    return structure.prediction_type
+
+
+def _base(path: str | None, structure: Structure) -> dict[str, Any]:
+    """How to name the base, and how to load it: an asset, a hub id or a folder."""
+    path = path or None
+    hub = (
+        bool(path and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path, re.ASCII))
+        and not Path(path or "").exists()
+    )
+    asset = path.removeprefix("asset:") if path and path.startswith("asset:") else None
+    return {"path": path, "hub": hub, "asset": asset, "name": path or structure.label}
+
+
+def _tags(structure: Structure, facts: Facts) -> list[str]:
+    family = "stable-diffusion-xl" if structure.family == "sdxl" else "stable-diffusion"
+    fast = ["lcm", "lcm-lora"] if facts.method is not None else []
+    return ["text-to-image", family, "lora", *fast, "diffusers"]
+
+
+def _range(values: Iterable[float]) -> str:
+    """`4`, or `4 to 6` where the values differ."""
+    values = list(values)
+    ends = [f"{end:g}" for end in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _baked(guidance: Sequence[float] | float | None) -> dict[str, str] | None:
+    """The guidance in both conventions, `guidance_scale` and the LCM paper's w; None where there is none."""
+    if guidance is None:
+        return None
+    ends = [float(guidance)] if isinstance(guidance, int | float) else [float(end) for end in guidance]
+    return {"scale": _range(ends), "w": _range(float(paper_w(end)) for end in ends)}
+
+
+def _layers(lora: Lora) -> dict[str, Any]:
+    """Sizes, and the modules of each block: `UNet` -> `down_blocks.0: 44, mid_block: 46`."""
+    blocks = Counter(layer_group(name) for name in lora.layers)
+    parts = {}
+    for part in lora.parts():
+        within = {
+            name.removeprefix(f"{part}."): n for name, n in blocks.items() if name.startswith(f"{part}.")
+        }
+        detail = ", ".join(f"{name}: {n}" for name, n in within.items())
+        total = sum(within.values()) or blocks[part]
+        parts[_PARTS[part]] = f"{_count(total, 'module')}" + (f" ({detail})" if detail else "")
+    return {
+        "rank": _range(layer.rank for layer in lora.layers.values()),
+        "alpha": _range(layer.alpha for layer in lora.layers.values()),
+        "modules": len(lora.layers),
+        "parameters": _millions(lora.parameters),
+        "parts": parts,
+    }
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("s" if n != 1 else "")
+
+
+def _millions(n: int) -> str:
+    return f"{n / 1e6:.2f} million" if n >= 1e6 else f"{n:,}"
+
+
+# -- What was measured ---------------------------------------------------------------------------------------
+
+
+def evaluation(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The rows to show, and whether there is anything in each column; None without a student.
+
+    The teacher, then for each number of UNet calls the best plain solver, if one ran at it, and the student.
+    """
+    rows = results["rows"] if results else []
+    students = sorted((row for row in rows if row["name"] == "student"), key=lambda row: row["unet_calls"])
+    if results is None or not students:
+        return None
+    shown = [row for row in rows if row["name"] == "teacher"][:1]
+    for student in students:
+        plain = best_plain(rows, student["unet_calls"])
+        shown += [plain, student] if plain else [student]
+    measured = {key: any(row[key] is not None for row in shown) for key in ("attribute_accuracy", "frechet")}
+    return {
+        "rows": [
+            {**row, "who": _NAMES[row["name"]], "how": describe(row), "right": _right(row)} for row in shown
+        ],
+        "head": headline(rows),
+        "measured": measured,
+        "n": results["n"],
+        "weight": results.get("lora_weight") or 1.0,
+        "floor": results.get("frechet_floor"),
+        "prompts": results["prompts"],
+        "asked": results["prompts"][0],
+    }
+
+
+def _right(row: Mapping[str, Any]) -> str:
+    """The share of right pictures with its standard error: `76 % ± 4`, or a dash."""
+    share, error = row["attribute_accuracy"], row.get("attribute_accuracy_stderr")
+    return percent(share) + (f"\u00a0±\u00a0{100 * error:.0f}" if share is not None and error else "")
+
+
+def _sheet(folder: Path, drawn: Mapping[str, Any], run: Path | None) -> list[str]:
+    """Write the contact sheet, teacher above student; returns the prompts of its columns, maybe none."""
+    teacher, student = drawn["head"]["teacher"]["pictures"], drawn["head"]["student"]["pictures"]
+    pairs = zip(drawn["prompts"], teacher, student, strict=False)
+    found = [] if run is None else [
+        (prompt, run / above, run / below)
+        for prompt, above, below in pairs
+        if (run / above).is_file() and (run / below).is_file()
+    ][:_COLUMNS]  # fmt: skip
+    if not found:
+        return []
+    prompts, above, below = zip(*found, strict=True)
+    save_png(contact_sheet([_small(file) for file in (*above, *below)], len(found)), folder / SHEET)
+    return list(prompts)
+
+
+def _small(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    return small
