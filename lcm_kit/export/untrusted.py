@@ -13,8 +13,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
         if path.is_dir():
             raise _Refused("this is a folder; name the .safetensors file in it")
@@ -102,7 +103,7 @@ def _pickle() -> _Refused:
     )
 
 
-def _header(handle: BinaryIO) -> Header:
+def _header(handle: BufferedReader) -> Header:
     """Checks everything but the values; leaves `handle` at the first byte of the tensors."""
     size = os.fstat(handle.fileno()).st_size
     length = _header_length(handle.read(64), size)
@@ -231,10 +232,10 @@ def _check_bytes(spans: list[tuple[str, int, int]], available: int) -> None:
         raise _Refused(f"{available - place} bytes follow its last tensor; {_AGAIN}")
 
 
-def _tensor(handle: BinaryIO, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def _tensor(handle: BufferedReader, dtype: str, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=DTYPES[dtype])
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
-    if handle.readinto(data) != len(data):  # type: ignore[attr-defined]
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    if handle.readinto(data) != len(data):
         raise _Refused("it became shorter while it was read; wait until its download is done")
     return tensor
 

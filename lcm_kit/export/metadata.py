@@ -1,0 +1,338 @@
+"""What a LoRA file says of itself: the string metadata of a safetensors header, in the keys that apps read.
+
+Three families of keys. `ss_*` is kohya's (sd-scripts, `train_network.py`; A1111 and Forge tell the base by
+`ss_base_model_version` and `ss_v2`, and a name by `ss_output_name`: `extensions-builtin/Lora/network.py`).
+`modelspec.*` is Stability AI's ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec). `lcm_kit.*` holds
+what only this kit knows. What is not known has no key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_kit.export.lora import Lora
+from lcm_kit.export.structure import Structure
+
+PREFIX = "lcm_kit."
+VERSION = "1"  # of the keys under PREFIX
+CONVENTION = (
+    "diffusers' guidance_scale, where 1 means no guidance; the LCM paper's w (arXiv:2310.04378) is "
+    "guidance_scale - 1"
+)
+_LABEL = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+_SGM = "https://github.com/Stability-AI/generative-models"
+# A maker's own words, which a converted file keeps; the second row speaks for a few-step LoRA better itself
+_KEPT = (
+    "ss_clip_skip", "ss_tag_frequency", "modelspec.author", "modelspec.license", "modelspec.tags",
+    "modelspec.trigger_phrase", "modelspec.encoder_layer",
+)  # fmt: skip
+_KEPT_IF_PLAIN = ("modelspec.description", "modelspec.usage_hint")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of how a LoRA was made; None where nothing is."""
+
+    title: str
+    base: str | None = None  # as the user called it: a hub id, `asset:NAME` or a folder
+    base_hash: str | None = None
+    method: str | None = None  # of few-step distillation; None for a plain LoRA
+    steps: int | None = None  # optimizer steps
+    guidance: tuple[float, float] | None = None  # baked in, lowest and highest, by CONVENTION
+    data_fingerprint: str | None = None
+    resolution: int | None = None  # pixels along one side of the training images
+    date: str | None = None  # ISO 8601
+    kit_version: str | None = None  # that trained it
+    parents: tuple[str, ...] = ()  # the files that it was merged or converted from
+
+
+def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
+    """From the content of a run's `adapter/adapter.json`; `data` and `date` are missing in old runs."""
+
+    def section(name: str) -> Mapping[str, Any]:
+        return adapter_facts.get(name) or {}
+
+    guidance = section("guidance")
+    return Facts(
+        title=title,
+        base=section("base").get("path"),
+        base_hash=section("base").get("hash"),
+        method=section("method").get("name"),
+        steps=adapter_facts.get("steps"),
+        guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
+        data_fingerprint=section("data").get("fingerprint"),
+        resolution=section("data").get("resolution"),
+        date=adapter_facts.get("date"),
+        kit_version=adapter_facts.get("kit_version"),
+    )
+
+
+def build(lora: Lora, structure: Structure, facts: Facts, *, style: str = "kohya") -> dict[str, str]:
+    """The metadata of a file that holds `lora`, in `style` ("kohya" or "diffusers").
+
+    What `lora.metadata` says of author, licence, trigger words and the like is kept. The hashes are not in
+    it: they need the tensors as they are written (`tensor_hash`).
+    """
+    kept = _KEPT + (_KEPT_IF_PLAIN if facts.method is None else ())
+    return {
+        **_kohya(lora, structure, facts),
+        **_modelspec(structure, facts, style),
+        **{PREFIX + key: value for key, value in _own(facts).items()},
+        **{key: value for key, value in _said(lora.metadata).items() if key in kept},
+    }
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of what follows the header in a safetensors file of `tensors`.
+
+    ModelSpec has it as `modelspec.hash_sha256` ("0x" in front), sd-scripts and A1111 as `sshs_model_hash`
+    (sd-scripts, `library/train_util.py`, `addnet_hash_safetensors`).
+    """
+    digest = hashlib.sha256()
+    for name in _file_order(tensors):
+        content = tensors[name].detach().cpu().contiguous()
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """safetensors sorts by dtype and name; a file with one element for each tensor tells how."""
+    from safetensors.torch import save
+
+    small = save({name: torch.empty(1, dtype=tensor.dtype) for name, tensor in tensors.items()})
+    header = json.loads(small[8 : 8 + int.from_bytes(small[:8], "little")])
+    return sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
+def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
+    """The facts back from a header: all of them from one of ours, else what kohya's keys and ModelSpec tell.
+
+    `title` is the caller's, because a stranger's header can say anything and a title becomes a file's name. A
+    value that does not parse counts as unknown.
+    """
+    known = _said(metadata)
+    if PREFIX + "metadata" in known:
+        own = {key.removeprefix(PREFIX): value for key, value in known.items() if key.startswith(PREFIX)}
+        low, high = _number(own.get("guidance_min")), _number(own.get("guidance_max"))
+        return Facts(
+            title=title,
+            base=own.get("base"),
+            base_hash=own.get("base_hash"),
+            method=own.get("method"),
+            steps=_whole(own.get("steps")),
+            guidance=None if low is None or high is None else (low, high),
+            data_fingerprint=own.get("data_fingerprint"),
+            resolution=_square(known.get("ss_resolution")),
+            date=known.get("modelspec.date"),
+            kit_version=own.get("kit_version"),
+            parents=_names(own.get("parents")),
+        )
+    merged = known.get("modelspec.merged_from")
+    return Facts(
+        title=title,
+        base=known.get("ss_sd_model_name"),
+        steps=_whole(known.get("ss_steps")),
+        resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
+        date=known.get("modelspec.date"),
+        parents=tuple(merged.split(", ")) if merged else (),
+    )
+
+
+def _said(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without what sd-scripts writes as "None"."""
+    return {key: value for key, value in metadata.items() if value not in ("", "None")}
+
+
+def _known(**values: Any) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _kohya(lora: Lora, structure: Structure, facts: Facts) -> dict[str, str]:
+    return _known(
+        ss_base_model_version=_base_version(structure),
+        ss_v2=structure.generation == "sd2",
+        ss_network_module="networks.lora",
+        **_sizes(lora),
+        ss_output_name=facts.title,
+        ss_sd_model_name=_public(facts.base),
+        ss_resolution=facts.resolution and f"({facts.resolution}, {facts.resolution})",
+        ss_steps=facts.steps,
+    )
+
+
+def _base_version(structure: Structure) -> str:
+    """By sd-scripts: `library/model_util.py`, get_model_version_str_for_sd1_sd2, and `sdxl_model_util.py`."""
+    if structure.generation == "sdxl":
+        return "sdxl_base_v1-0"
+    v = "_v" if structure.prediction_type == "v_prediction" else ""
+    return {"sd1": "sd_v1", "sd2": "sd_v2"}[structure.generation] + v
+
+
+def _sizes(lora: Lora) -> dict[str, str]:
+    """Rank and alpha; sd-scripts' `conv_dim` and `conv_alpha` are those of the kernels above 1x1.
+
+    "Dynamic" where they differ by module, as sd-scripts' `networks/resize_lora.py` and `merge_lora.py` write
+    it. Nothing reads these keys back: sd-scripts and the apps take ranks and alphas from the tensors.
+    """
+
+    def is_conv(shape: tuple[int, ...]) -> bool:
+        return math.prod(shape[2:]) > 1
+
+    conv = [layer for layer in lora.layers.values() if is_conv(layer.shape)]
+    plain = [layer for layer in lora.layers.values() if not is_conv(layer.shape)] or conv
+    found = {}
+    if plain:
+        found["ss_network_dim"] = _common(layer.rank for layer in plain)
+        found["ss_network_alpha"] = _common(float(layer.alpha) for layer in plain)
+    if conv:
+        sizes = {
+            "conv_dim": _common(layer.rank for layer in conv),
+            "conv_alpha": _common(float(layer.alpha) for layer in conv),
+        }
+        found["ss_network_args"] = json.dumps(sizes)
+    return found
+
+
+def _common(values: Iterable[float]) -> str:
+    different = set(values)
+    return str(different.pop()) if len(different) == 1 else "Dynamic"
+
+
+def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]:
+    side = facts.resolution or structure.resolution
+    prediction = structure.prediction_type
+    keys = _known(
+        sai_model_spec="1.0.1",
+        architecture=_architecture(structure),
+        implementation=_SGM if style == "kohya" and structure.family == "sdxl" else "diffusers",
+        title=facts.title,
+        description=_description(structure, facts),
+        date=facts.date,
+        resolution=f"{side}x{side}",
+        prediction_type="v" if prediction == "v_prediction" else prediction,
+        usage_hint=_usage_hint(structure, facts),
+        merged_from=", ".join(facts.parents) if len(facts.parents) > 1 else None,
+    )
+    return {f"modelspec.{key}": value for key, value in keys.items()}
+
+
+def _architecture(structure: Structure) -> str | None:
+    """One of ModelSpec's names. SD2.x has two, so it is unknown there if the prediction type is."""
+    if structure.generation != "sd2":
+        base = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[structure.generation]
+    elif structure.prediction_type is None:
+        return None
+    else:
+        v = structure.prediction_type == "v_prediction"
+        base = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
+    return f"{base}/lora"
+
+
+def _description(structure: Structure, facts: Facts) -> str:
+    label = _LABEL[structure.generation]
+    base = _public(facts.base) or label
+    if facts.method:
+        steps = f" in {facts.steps} optimizer steps" if facts.steps is not None else ""
+        text = f"A LoRA for few-step sampling with {base}, distilled by {facts.method.upper()}{steps}."
+    else:
+        text = f"A LoRA for {base}."
+    if not structure.published:
+        text += (
+            f" Its base is a {label} in small, with text embeddings of width {structure.width}: it fits none "
+            "of the published bases."
+        )
+    return text
+
+
+def _usage_hint(structure: Structure, facts: Facts) -> str | None:
+    if facts.method is None:
+        return (
+            "Sampler, steps and guidance_scale / CFG as usual for its base, unless its maker says otherwise. "
+            "LoRA strength 1.0, less for a weaker effect."
+        )
+    if facts.method != "lcm":
+        return None
+    hint = (
+        f"Sampler LCM (TCD also works), 4 steps (1 to 8), guidance_scale / CFG 1.0{_baked(facts.guidance)}. "
+        "LoRA strength 1.0."
+    )
+    if structure.prediction_type == "v_prediction":
+        hint += " ComfyUI's LCM sampler works on epsilon bases only, and this base predicts v."
+    return hint
+
+
+def _baked(guidance: tuple[float, float] | None) -> str:
+    if guidance is None:
+        return ""
+    low, high = guidance
+    if high <= 1:
+        return ": no guidance is baked in"
+    return (
+        f": the guidance of {low} is baked in"
+        if low == high
+        else f": the guidance of {low} to {high} is baked in"
+    )
+
+
+def _own(facts: Facts) -> dict[str, str]:
+    low, high = facts.guidance or (None, None)
+    fast = facts.method == "lcm"
+    return {"metadata": VERSION} | _known(
+        method=facts.method,
+        steps=facts.steps,
+        guidance_min=low,
+        guidance_max=high,
+        guidance_convention=CONVENTION if facts.guidance else None,
+        base=_public(facts.base),
+        base_hash=facts.base_hash,
+        data_fingerprint=facts.data_fingerprint,
+        kit_version=facts.kit_version,
+        parents=json.dumps(facts.parents) if facts.parents else None,
+        sampling_steps="1-8" if fast else None,
+        sampling_guidance_scale="1" if fast else None,
+    )
+
+
+def _public(base: str | None) -> str | None:
+    """A hub id or an asset as it is, of a folder its name alone: a path tells about its owner's machine."""
+    if base is None:
+        return None
+    parts = [part for part in re.split(r"[/\\]", base) if part]
+    is_path = base[0:1] in ("/", "~", ".") or "\\" in base or len(parts) > 2
+    return parts[-1] if is_path and parts else base
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,15}", text) else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _square(text: str | None) -> int | None:
+    """The side, from "(512, 512)", "512,512", "512x512" or "512"; None for other than squares."""
+    numbers = set(re.findall(r"[0-9]+", text or ""))
+    return _whole(numbers.pop()) if len(numbers) == 1 else None
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    try:
+        names = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if fine else ()
