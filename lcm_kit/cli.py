@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from lcm_kit import cli_lora
 from lcm_kit.errors import UserError
+from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
     from lcm_kit.config.load import Config
@@ -94,7 +96,7 @@ def quickstart(
     """Encode, train, export, sample, evaluate and report on the embedded base: minutes on a CPU."""
     from lcm_kit import quickstart as story
 
-    _quiet()
+    quiet()
     story.main(output, overrides or [])
 
 
@@ -143,7 +145,7 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Turn images and captions into cached latents and text embeddings."""
     loaded = _distill(config, overrides)
-    _quiet()
+    quiet()
     from lcm_kit.data import cache
 
     cache.encode(loaded)
@@ -159,20 +161,6 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Compare teacher, plain solvers and student on the same prompts and noise."""
     _run("evaluation", config, overrides)
-
-
-@app.command(rich_help_panel="The stages")
-def export(
-    run: Run,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights in the file.")
-    ] = "float32",
-) -> None:
-    """Write the adapter as a file that diffusers loads, and check it by loading it."""
-    from lcm_kit.export import export_run
-
-    _quiet()
-    typer.echo(export_run(run, dtype=dtype))
 
 
 @app.command(rich_help_panel="The stages")
@@ -208,7 +196,7 @@ def sample(
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
-    _quiet()
+    quiet()
     found = Base(path=base) if base else _base_of(adapter)
     sheet = sample_to_folder(
         found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
@@ -223,6 +211,9 @@ def report(run: Run) -> None:
     from lcm_kit.report.build import write_report
 
     typer.echo(write_report(run))
+
+
+app.add_typer(cli_lora.verbs)
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
@@ -251,25 +242,8 @@ def _run(stage: str, config: str, overrides: list[str] | None) -> None:
     if not loaded.recipe.startswith(f"{stage}/"):
         verb = "train" if loaded.recipe.startswith("train/") else "evaluate"
         raise UserError(f"config {config} is for {loaded.recipe}; run `lcm-kit {verb} {config}`")
-    _quiet()
+    quiet()
     shipped.load_recipe(loaded.recipe).main(loaded)
-
-
-def _quiet() -> None:
-    """Turn off the bars of the libraries that load models: they break ours. Their warnings stay.
-
-    But for one that a user can do nothing with: that an image processor, which this kit does not use, would
-    rather have torchvision.
-    """
-    import logging
-
-    unused = logging.getLogger("transformers.utils.import_utils")
-    unused.addFilter(lambda record: "requires torchvision" not in record.getMessage())
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _base_of(adapter: Path | None) -> Base:

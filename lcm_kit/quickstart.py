@@ -37,7 +37,7 @@ def main(output: Path, overrides: Sequence[str] = ()) -> Path:
     report = output / "report.html"
     _summary(json.loads((output / "results.json").read_text(encoding="utf-8"))["rows"])
     print(f"\nDone in {_duration(time.perf_counter() - began)}.")
-    print(f"The file to load into an app: {output / 'export' / 'pytorch_lora_weights.safetensors'}")
+    print(f"The files to load into an app, and how (README.md): {output / 'export'}")
     print(f"The whole story, for a browser: {report}")
     return report
 
@@ -65,9 +65,9 @@ def _stages(config: Distill, quality: Quality) -> Iterator[tuple[str, Callable[[
         cache.encode(config)
 
     def export() -> None:
-        from lcm_kit.export import export_run
+        from lcm_kit.export.run import export_run
 
-        export_run(run, dtype="float32")
+        export_run(run)
 
     def sample() -> None:
         from lcm_kit.sample import sample_to_folder
@@ -80,13 +80,15 @@ def _stages(config: Distill, quality: Quality) -> Iterator[tuple[str, Callable[[
         )  # fmt: skip
 
     def report() -> None:
+        from lcm_kit.export.run import write_card
         from lcm_kit.report.build import write_report
 
+        write_card(run)  # again, now that there are numbers and pictures
         write_report(run)
 
     yield "encode: images and captions become latents and embeddings", encode
     yield "train: the student learns to land where the teacher lands", lambda: _recipe(config)
-    yield "export: the file that apps load, checked by loading it", export
+    yield "export: the files that apps load, each checked in each app", export
     yield f"sample: {PICTURES} pictures in 4 steps", sample
     yield "evaluate: teacher, plain solvers and student from the same noise", lambda: _recipe(quality)
     yield "report: one page that shows it", report

@@ -125,13 +125,21 @@ def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0].data.resolution == 128
 
 
-def test_export_passes_run_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lcm_kit.export
+def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcm_kit.export import run
 
-    monkeypatch.setattr(lcm_kit.export, "export_run", lambda run, dtype: run / dtype)
-    assert cli("export", "runs/x").output == "runs/x/float32\n"
-    assert cli("export", "runs/x", "--dtype", "bfloat16").output == "runs/x/bfloat16\n"
+    calls: list[Any] = []
+    monkeypatch.setattr(run, "export_run", lambda *args: calls.append(args))
+    assert cli("export", "runs/x").exit_code == 0
+    assert (
+        cli("export", "runs/x", "--format", "kohya", "--dtype", "bfloat16", "--output", "out").exit_code == 0
+    )
+    assert calls == [
+        (Path("runs/x"), "both", "float16", None),
+        (Path("runs/x"), "kohya", "bfloat16", Path("out")),
+    ]
     assert cli("export", "runs/x", "--dtype", "int4").exit_code == 2
+    assert cli("export", "runs/x", "--format", "ckpt").exit_code == 2
 
 
 def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,10 +216,10 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, erro
 
 
 def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import lcm_kit.export
     import lcm_kit.sample
     from lcm_kit import quickstart
     from lcm_kit.data import cache
+    from lcm_kit.export import run as exporting
 
     output, order = tmp_path / "run", list[Any]()
     row = {"solver": "ddim", "unet_calls": 4, "seconds_per_image": 0.5, "distance_to_teacher": 0.1}
@@ -232,7 +240,8 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(shipped, "load_recipe", recipe)
     monkeypatch.setattr(cache, "encode", lambda config: order.append(("encode", config)))
-    monkeypatch.setattr(lcm_kit.export, "export_run", lambda run, dtype: order.append(("export", run)))
+    monkeypatch.setattr(exporting, "export_run", lambda run: order.append(("export", run)))
+    monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
     monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])
     monkeypatch.setattr(lcm_kit.sample, "sample_to_folder", lambda *a, **k: order.append(("sample", (a, k))))
     report = SimpleNamespace(write_report=lambda run: order.append(("report", run)))
@@ -241,7 +250,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
 
     done = cli("quickstart", "steps=30", "evaluation.count=4", "--output", output)
     assert done.exit_code == 0, done.output
-    stages = ["encode", "train/distill", "export", "sample", "evaluation/quality", "report"]
+    stages = ["encode", "train/distill", "export", "sample", "evaluation/quality", "card", "report"]
     assert [name for name, _ in order] == stages
     calls = dict(order)
     assert (calls["train/distill"].steps, calls["train/distill"].output) == (30, str(output))

@@ -1,9 +1,8 @@
-"""Export: plain diffusers gets back exactly the adapter that was trained, or there is no file."""
+"""Export: plain diffusers gets back what was trained, every app all of it, or no file is kept."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,147 +14,298 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit import adapter, sample
 from lcm_kit.errors import UserError
-from lcm_kit.export import diffusers_format, export_run, verify
+from lcm_kit.export import delivery, loading, structure, verify, write
+from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.export.metadata import Facts
+from lcm_kit.export.run import export_run
+from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run
+
+APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai")
 
 
 @pytest.fixture
 def run(sd_base: Callable[..., Path], tmp_path: Path) -> Path:
-    return build_run(tmp_path / "run", sd_base("epsilon"))
+    return build_run(tmp_path / "lumo", sd_base("epsilon"))
+
+
+@pytest.fixture
+def real_run(real_sd_base: Path, tmp_path: Path) -> Path:
+    """With the blocks that the apps have rules for."""
+    return build_run(tmp_path / "lumo", real_sd_base)
 
 
 def outputs(unet: Any) -> torch.Tensor:
-    return verify.probe_unet(unet)
+    return loading.probe({"unet": unet})["unet"]
 
 
-def test_plain_diffusers_gets_the_trained_adapter_back(
-    run: Path, sd_base: Callable[..., Path], caplog: pytest.LogCaptureFixture
+def test_plain_diffusers_gets_the_trained_adapter_back_from_both_files(
+    run: Path, sd_base: Callable[..., Path]
 ) -> None:
     """rank 8, alpha 16: the scale is 2, and the weight delta B A is applied twice over, in every module."""
     from diffusers import StableDiffusionPipeline
 
     base = str(sd_base("epsilon"))
-    file = export_run(run)
-    assert file == run / "export" / "pytorch_lora_weights.safetensors"
-    with safe_open(file, "pt") as opened:
+    files = export_run(run, dtype="float32")
+    assert files == {
+        "diffusers": run / "export" / "pytorch_lora_weights.safetensors",
+        "kohya": run / "export" / "lumo.safetensors",
+    }
+    with safe_open(files["diffusers"], "pt") as opened:
         assert json.loads(opened.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 16
-        assert all(key.startswith("unet.") for key in opened.keys())  # noqa: SIM118
-
-    pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
-    plain = {name: w.clone() for name, w in pipe.unet.state_dict().items()}
-    logging.getLogger("diffusers").addHandler(caplog.handler)
-    try:
-        pipe.load_lora_weights(str(file.parent))
-    finally:
-        logging.getLogger("diffusers").removeHandler(caplog.handler)
-    # diffusers says of every file without text encoder weights that it has none; nothing else may be said
-    assert [r for r in caplog.messages if "No LoRA keys associated to CLIPTextModel" not in r] == []
+        keys = set(opened.keys())
+    assert {key.split(".")[0] for key in keys} == {"unet"}
+    assert {key.rpartition(".lora_")[2] for key in keys} == {"A.weight", "B.weight"}
+    with safe_open(files["kohya"], "pt") as opened:
+        assert "lora_adapter_metadata" not in opened.metadata()
+        assert opened.metadata()["ss_network_alpha"] == "16.0"
+        assert {key.split(".", 1)[1] for key in opened.keys()} == {  # noqa: SIM118
+            "lora_down.weight", "lora_up.weight", "alpha"
+        }  # fmt: skip
 
     trained = sample.pipeline(base).unet
     adapter.load_adapter(run / "adapter", trained)
-    assert verify.relative_error(outputs(pipe.unet), outputs(trained)) <= 1e-6
+    for file in files.values():
+        pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+        with loading.complaints() as said:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        assert said == []
+        assert loading.relative_error(outputs(pipe.unet), outputs(trained)) <= 1e-6
 
     # and against arithmetic, without peft: W + (16 / 8) B A
     merged = sample.pipeline(base).unet
+    plain = {name: w.clone() for name, w in merged.state_dict().items()}
     weights = load_file(run / "adapter" / "lora.safetensors")
     for key in [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]:
         a, b = weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"]
         delta = (b.flatten(1) @ a.flatten(1)).reshape(plain[f"{key}.weight"].shape)
         merged.get_submodule(key).weight.data += 2 * delta
-    error = verify.relative_error(outputs(merged), outputs(pipe.unet))
-    assert error <= 1e-4
+    error = loading.relative_error(outputs(merged), outputs(trained))
     bare = sample.pipeline(base).unet
-    assert verify.relative_error(outputs(bare), outputs(pipe.unet)) > 1000 * error  # the LoRA matters
+    assert error <= 1e-4 < 1e-2 < loading.relative_error(outputs(bare), outputs(trained))
+
+
+def test_the_proof_lies_beside_the_files(real_run: Path) -> None:
+    files = export_run(real_run)
+    record = json.loads((real_run / "export" / "verified.json").read_text())["files"]
+    assert record.keys() == {"pytorch_lora_weights.safetensors", "lumo.safetensors"}
+    count = len(load_file(real_run / "adapter" / "lora.safetensors")) // 2
+    for style, apps in (("diffusers", APPS[:1]), ("kohya", APPS)):
+        told = record[files[style].name]
+        assert (told["format"], told["dtype"]) == (style, "float16")
+        assert tuple(told["apps"]) == apps
+        for row in told["apps"].values():
+            assert (row["modules"], row["loaded"], row["verdict"]) == (count, count, "ok")
+    card = (real_run / "export" / "README.md").read_text()
+    assert "lumo.safetensors" in card and "pytorch_lora_weights.safetensors" in card
+
+
+def test_apps_are_not_asked_about_blocks_that_they_do_not_know(run: Path) -> None:
+    """Two blocks of one layer: only diffusers can load such a base, so only diffusers answers."""
+    export_run(run, "kohya")
+    record = json.loads((run / "export" / "verified.json").read_text())["files"]
+    assert tuple(record["lumo.safetensors"]["apps"]) == ("diffusers",)
+
+
+def test_one_style_into_another_folder(run: Path, tmp_path: Path) -> None:
+    assert export_run(run, "kohya", output=tmp_path / "out") == {
+        "kohya": tmp_path / "out" / "lumo.safetensors"
+    }
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "lumo.safetensors",
+        "verified.json",
+        "README.md",
+    }
+    assert not (run / "export").exists()
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float16", 1e-6, 2e-3), ("bfloat16", 1e-5, 2e-2)])
 def test_half_precision_rounds_the_weights_only(run: Path, dtype: str, least: float, most: float) -> None:
-    file = export_run(run, dtype)
-    assert {value.dtype for value in load_file(file).values()} == {getattr(torch, dtype)}
-    base = adapter.read_facts(run / "adapter")["base"]
-    assert least < verify.check(file, run / "adapter", base, dtype) < most
+    for style, file in export_run(run, dtype=dtype).items():
+        weights = {value.dtype for key, value in load_file(file).items() if not key.endswith(".alpha")}
+        assert weights == {getattr(torch, dtype)}
+        record = json.loads((run / "export" / "verified.json").read_text())["files"][file.name]
+        assert least < record["apps"]["diffusers"]["output_error"] < most, style
 
 
-def damage(
-    run: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], dict[str, str]], None]
+def real_files(base: Path, folder: Path, lora: Lora, style: str) -> Any:
+    """Write `lora` and load it with the pipeline of the base that a user has; gives the pipeline."""
+    from diffusers import DiffusionPipeline
+
+    place = structure.of_base(str(base))
+    write.write(folder / "lora.safetensors", lora, place, style, "float32", Facts("lora"))
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    with loading.complaints() as said:
+        pipe.load_lora_weights(str(folder), weight_name="lora.safetensors", adapter_name="it")
+    assert said == []
+    return pipe
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+@pytest.mark.parametrize("fixture", ["real_sd_base", "sdxl_base"])
+@pytest.mark.parametrize(
+    ("ranks", "alphas"), [((4,), (10.0,)), ((*[4] * 15, 2), (8.0,)), ((*[4] * 15, 2), (*[8.0] * 8, 1.5))]
+)
+def test_both_files_give_the_exact_output_on_the_real_blocks(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    style: str,
+    fixture: str,
+    ranks: tuple[int, ...],
+    alphas: tuple[float, ...],
 ) -> None:
-    """Make the writer's file pass through `change(weights, header)`."""
-    write = diffusers_format.write
+    """All LCM targets, linear and convolution: against W + alpha / r up down by arithmetic."""
+    base = request.getfixturevalue(fixture)
+    place = structure.of_base(str(base))
+    lora = random_lora(place, ranks=ranks, alphas=alphas, size=0.05)
+    assert len(lora.layers) == (278 if fixture == "real_sd_base" else 788)
+    pipe = real_files(base, tmp_path, lora, style)
+    assert loading.layers({"unet": pipe.unet}).keys() == lora.layers.keys()
+    found = outputs(pipe.unet)
+    pipe.unload_lora_weights()
+    bare = outputs(pipe.unet)
+    wanted = outputs(fuse(pipe.unet, lora))
+    assert loading.relative_error(found, wanted) <= 1e-4
+    assert loading.relative_error(bare, wanted) > 0.05  # the LoRA matters
 
-    def wrong(*args: Any) -> Path:
-        file = write(*args)
-        with safe_open(file, "pt") as opened:
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+@pytest.mark.parametrize("fixture", ["real_sd_base", "sdxl_base"])
+def test_text_encoders_come_back_too(
+    request: pytest.FixtureRequest, tmp_path: Path, style: str, fixture: str
+) -> None:
+    base = request.getfixturevalue(fixture)
+    place = structure.of_base(str(base))
+    modules = lcm_modules(place)[:4] + text_modules(place)
+    lora = random_lora(place, modules, ranks=(4, 2), alphas=(8.0, 3.0), size=0.2)
+    pipe = real_files(base, tmp_path, lora, style)
+    names = ["text_encoder", "text_encoder_2"] if fixture == "sdxl_base" else ["text_encoder"]
+    parts = {name: getattr(pipe, name) for name in names}
+    assert {n for n in lora.layers if n.startswith("text")} == loading.layers(parts).keys()
+    found = loading.probe(parts)
+    fresh = loading.models(lora, place, base, None)
+    bare = loading.probe(fresh)
+    loading.fuse(fresh, lora)
+    wanted = loading.probe(fresh)
+    for name in names:
+        assert loading.relative_error(found[name], wanted[name]) <= 1e-5
+        assert loading.relative_error(bare[name], wanted[name]) > 0.05
+
+
+def test_a_weight_beyond_float16_is_an_error(run: Path, sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    place = structure.of_base(str(sd_base("epsilon")))
+    lora = random_lora(place)
+    name = next(iter(lora.layers))
+    layer = lora.layers[name]
+    big = Lora({**lora.layers, name: Layer(layer.down, layer.up * 1e7, layer.alpha)})
+    with pytest.raises(
+        UserError, match=rf"{name}.lora_B.weight overflows float16: .* write bfloat16 or float32"
+    ):
+        write.write(tmp_path / "a.safetensors", big, place, "diffusers", "float16", Facts("a"))
+    assert list(tmp_path.glob("*.safetensors")) == []
+    write.write(tmp_path / "a.safetensors", big, place, "diffusers", "bfloat16", Facts("a"))
+    broken = Lora({**lora.layers, name: Layer(layer.down * float("nan"), layer.up, layer.alpha)})
+    with pytest.raises(UserError, match=r"lora_A.weight holds NaN or Inf \(1 tensors do\)"):
+        write.write(tmp_path / "b.safetensors", broken, place, "diffusers", "float32", Facts("b"))
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
+    """Make each written file pass through `change(weights, header)`."""
+    real = write.write
+
+    def wrong(path: Path, *args: Any) -> Lora:
+        written = real(path, *args)
+        with safe_open(path, "pt") as opened:
             header = dict(opened.metadata())
-        weights = load_file(file)
+        weights = load_file(path)
         change(weights, header)
-        save_file(weights, file, metadata=header)
-        return file
+        save_file(weights, path, metadata=header)
+        return written
 
-    monkeypatch.setattr(diffusers_format, "write", wrong)
+    monkeypatch.setattr(delivery, "write", wrong)
 
 
 def lose_alpha(weights: dict[str, Any], header: dict[str, str]) -> None:
-    del header["lora_adapter_metadata"]
+    header.pop("lora_adapter_metadata", None)
+    header.pop("ss_network_alpha", None)
+    for key in [key for key in weights if key.endswith(".alpha")]:
+        del weights[key]
 
 
 def lose_a_module(weights: dict[str, Any], header: dict[str, str]) -> None:
-    for key in [key for key in weights if "down_blocks.0.resnets.0.conv1" in key]:
+    for key in [key for key in weights if "down_blocks" in key and "resnets" in key and "conv1" in key]:
         del weights[key]
 
 
 def change_a_weight(weights: dict[str, Any], header: dict[str, str]) -> None:
-    weights[next(key for key in weights if "lora_B" in key)][0] += 1e-6
+    weights[next(key for key in weights if "lora_B" in key or "lora_up" in key)][0] += 1e-6
 
 
 def add_a_key(weights: dict[str, Any], header: dict[str, str]) -> None:
     weights["unet.nowhere.lora_A.weight"] = torch.ones(8, 4)
-    weights["unet.nowhere.lora_B.weight"] = torch.ones(4, 8)
 
 
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lose_alpha, "scale 1 instead of 2"),
-        (lose_a_module, "(not matched, such as down_blocks.0.resnets.0.conv1|comes back with other weights)"),
-        (change_a_weight, "comes back with other weights"),
-        (add_a_key, "nowhere"),
+        (lose_alpha, "modules come back with other weights"),
+        (lose_a_module, "modules do not come back, such as unet.down_blocks.0.resnets.0.conv1"),
+        (change_a_weight, "1 modules come back with other weights"),
+        (add_a_key, "belong to no module of .*, such as unet.nowhere"),
     ],
 )
 def test_a_file_that_disagrees_is_not_kept(
-    run: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], words: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], words: str, style: str
 ) -> None:
-    damage(run, monkeypatch, change)
+    damage(monkeypatch, change)
     with pytest.raises(UserError, match=words):
-        export_run(run)
+        export_run(run, style, "float32")
     assert not (run / "export").exists()
+
+
+def test_an_app_that_would_drop_a_module_stops_the_export(
+    real_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lcm_kit.export.apps import APPS as rules
+    from lcm_kit.export.apps import Loaded
+
+    real = rules["forge"]
+
+    def forgetful(tensors: Any, place: Any) -> Loaded:
+        loaded = real(tensors, place)
+        return loaded._replace(modules=dict(list(loaded.modules.items())[1:]))
+
+    monkeypatch.setitem(rules, "forge", forgetful)
+    with pytest.raises(UserError, match="Forge: drops 1 modules, such as unet"):
+        export_run(real_run)
+    assert not (real_run / "export").exists()
 
 
 def test_the_output_itself_is_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verify.TOLERANCE, "float32", -1.0)
-    with pytest.raises(UserError, match="output is off"):
-        export_run(run)
+    with pytest.raises(UserError, match="diffusers: its output is off by"):
+        export_run(run, dtype="float32")
 
 
-def test_changed_base_and_wrong_dtype_and_no_adapter(run: Path, tmp_path: Path) -> None:
+def test_changed_base_and_wrong_options_and_no_adapter(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float32, float16, bfloat16"):
+        export_run(run, dtype="int8")
+    with pytest.raises(UserError, match="format 'ckpt' is not known here; choose diffusers, kohya or both"):
+        export_run(run, "ckpt")
+    with pytest.raises(UserError, match="lcm-kit train"):
+        export_run(tmp_path)
     facts = adapter.read_facts(run / "adapter")
     facts["base"]["hash"] = "0" * 64
     (run / "adapter" / "adapter.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="has changed since"):
         export_run(run)
-    with pytest.raises(UserError, match="float32, float16, bfloat16"):
-        export_run(run, "int8")
-    with pytest.raises(UserError, match="lcm-kit train"):
-        export_run(tmp_path)
 
 
 def test_lora_weight_scales_the_adapter(run: Path, sd_base: Callable[..., Path]) -> None:
     base = str(sd_base("epsilon"))
-    file = export_run(run)
-
-    def scales(weight: float) -> set[float]:
-        pipe = sample.pipeline(base)
-        sample.load_adapter(pipe, file, weight)
-        return {scale for scale, _, _ in verify._layers(pipe.unet).values()}
-
-    assert scales(1.0) == {2.0}
-    assert scales(0.5) == {1.0}
+    for file in export_run(run).values():
+        for weight in (1.0, 0.5):
+            pipe = sample.pipeline(base)
+            sample.load_adapter(pipe, file, weight)
+            assert {layer.scale for layer in loading.layers({"unet": pipe.unet}).values()} == {2.0 * weight}

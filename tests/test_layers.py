@@ -23,7 +23,7 @@ LAYERS = {
     "models": {"families", "adapter", "sample"},
     "disk": {"data", "export", "metrics", "report", "results", "tiny", "shipped"},
     "runtime": {"runtime", "validation"},
-    "top": {"cli", "__main__", "quickstart", "check"},
+    "top": {"cli", "cli_lora", "quiet", "__main__", "quickstart", "check"},
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
 RECIPE = LEVELS.index("recipes")

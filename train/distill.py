@@ -59,8 +59,8 @@ def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, ste
     return Draws(noise, Times(*times.unbind(1)), guidance.flatten())
 
 
-def facts(config: Distill, base: sd.BaseInfo, steps: int) -> dict[str, Any]:
-    """What an adapter's file says of its making; the whole config lies beside it in config.yaml."""
+def facts(config: Distill, base: sd.BaseInfo, cache: Cache, steps: int) -> dict[str, Any]:
+    """What an adapter says of its making; the whole config lies beside it in config.yaml."""
     return {
         "kit_version": __version__,
         "base": {**asdict(config.base), "hash": base.base_hash},
@@ -68,6 +68,7 @@ def facts(config: Distill, base: sd.BaseInfo, steps: int) -> dict[str, Any]:
         "steps": steps,
         **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "guidance", "loss")},
         "solver": config.solver,
+        "data": {"fingerprint": cache.fingerprint, "resolution": config.data.resolution},
     }
 
 
@@ -182,7 +183,7 @@ def main(config: Distill) -> Path:
 
     # -- Save: the live weights, not their EMA, which is the target's affair ---------------------------------
     if accelerator.is_main_process:
-        save_adapter(run / "adapter", unet, facts(config, base, done))
+        save_adapter(run / "adapter", unet, facts(config, base, cache, done))
     accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

@@ -268,6 +268,11 @@ class Cache:
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
         return Cache(folder, ids, [row["caption"] for row in rows], found["shards"])
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that the cached tensors were made from: images, captions, resolution and base."""
+        return sha256_bytes("".join(shard["content"] for shard in self._shards).encode())
+
     def __len__(self) -> int:
         """Rows: images, twice as many with data.flip."""
         return len(self.ids)

@@ -75,6 +75,11 @@ class Structure:
         return self.width == {"sd1": 768, "sd2": 1024, "sdxl": 2048}[self.generation]
 
     @property
+    def familiar(self) -> bool:
+        """Whether its UNet has the blocks of a published base, of any width: apps take them for granted."""
+        return self.unet.keys() == known(self.generation).unet.keys()
+
+    @property
     def resolution(self) -> int:
         """Pixels along one side that the base was made for."""
         return int(self.unet_config["sample_size"]) * self.factor

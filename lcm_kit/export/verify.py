@@ -1,115 +1,180 @@
-"""Does the written file give the trained adapter? Load it as a user does, and compare numbers."""
+"""Would the apps load this file whole and at the right strength? A table of answers, none of them a guess.
+
+For ComfyUI, A1111, Forge and InvokeAI the answer follows from each app's own naming rules
+(`lcm_kit.export.apps`); diffusers itself is run (`lcm_kit.export.loading`).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from lcm_kit import adapter, families
 from lcm_kit.errors import UserError
-from lcm_kit.sample import load_adapter, pipeline
+from lcm_kit.export import loading, reading, structure
+from lcm_kit.export.apps import APPS, TITLES, Loaded
+from lcm_kit.export.lora import Lora
+from lcm_kit.export.structure import Structure
+from lcm_kit.families.source import locate
 
-# Largest relative error of the UNet's output, by the dtype of the file's weights. The halves round each
-# weight (2^-11, 2^-8 relative), and the errors of a few hundred layers add up.
+ALL = ("diffusers", *APPS)
+# Largest relative error of a model's output, by the dtype of the file's weights, against the LoRA before it
+# was rounded. The halves round each weight (2^-11, 2^-8 relative); the errors of a few hundred layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-@contextlib.contextmanager
-def complaints() -> Iterator[list[str]]:
-    """Collect what diffusers, peft and transformers log at WARNING or above, and Python's `UserWarning`s."""
-    found: list[str] = []
+@dataclass(frozen=True)
+class Row:
+    """What one app makes of a file."""
 
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+    app: str
+    loaded: int  # modules of the LoRA that it changes, at whatever strength
+    right: int  # of those, at the right strength
+    of: int  # modules of the LoRA
+    verdict: str  # "ok", or what goes wrong, in words
+    error: float | None = None  # diffusers: relative error of the output, where it was measured
 
-    handler = Collect(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("diffusers", "peft", "transformers")]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for logger in loggers:
-            logger.addHandler(handler)
-        try:
-            yield found
-        finally:
-            for logger in loggers:
-                logger.removeHandler(handler)
-            found.extend(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    @property
+    def ok(self) -> bool:
+        """Whole and at the right strength."""
+        return self.verdict == "ok"
 
-
-def probe_unet(unet: Any, seed: int = 0) -> Tensor:
-    """The UNet's outputs [3, C, h, w] for fixed random latents and embeddings at three timesteps; float32."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(int(unet.config.sample_size), 32)  # the error does not depend on the size; the time does
-    x = torch.randn((3, unet.config.in_channels, size, size), generator=generator)
-    embeds = torch.randn((3, 8, unet.config.cross_attention_dim), generator=generator)
-    with torch.no_grad():
-        return unet(x, torch.tensor([999, 499, 19]), encoder_hidden_states=embeds).sample.float()
+    @property
+    def title(self) -> str:
+        """The app's name."""
+        return TITLES.get(self.app, self.app)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||, over all elements."""
-    return float((found - wanted).norm() / wanted.norm())
+@dataclass(frozen=True)
+class Report:
+    """A row an app, and what the file itself is like."""
+
+    file: reading.Reading
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Every app loads all of it and nothing is wrong with the file."""
+        return not self.file.problems and all(row.ok for row in self.rows)
 
 
-def _layers(unet: Any) -> dict[str, tuple[float, Tensor, Tensor]]:
-    """(scale, A, B) of each LoRA layer by its module's name, whatever the adapter is called."""
-    from peft.tuners.lora import LoraLayer
+@dataclass(frozen=True)
+class Against:
+    """The base that a file is checked on: its structure, and its folder where its weights are at hand."""
 
-    layers = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, LoraLayer):
-            (key,) = module.lora_A
-            down, up = module.lora_A[key].weight, module.lora_B[key].weight
-            layers[name] = (module.scaling[key], down.data, up.data)
-    return layers
+    structure: Structure
+    folder: Path | None = None
+    variant: str | None = None
 
 
-def _compare_layers(found: Mapping[str, Any], wanted: Mapping[str, Any], dtype: str) -> str | None:
-    """The first disagreement in words, or None: modules, scales and weights (rounded) are equal."""
-    if odd := sorted(found.keys() ^ wanted.keys()):
-        return f"{len(odd)} modules are not matched, such as {odd[0]}"
-    for name, (scale, *weights) in wanted.items():
-        if found[name][0] != scale:
-            return f"{name} comes back with scale {found[name][0]:g} instead of {scale:g}"
-        rounded = (w.to(getattr(torch, dtype)).float() for w in weights)
-        if not all(torch.equal(a.float(), b) for a, b in zip(found[name][1:], rounded, strict=True)):
-            return f"{name} comes back with other weights"
-    return None
+def base_of(path: str, revision: str | None = None, variant: str | None = None) -> Against:
+    """A base by its folder, hub id or `asset:NAME`. Raises `UserError` if there is none."""
+    folder = locate(path, revision, variant)
+    return Against(structure.of_folder(folder, path), folder, variant)
 
 
-def check(file: Path, trained: Path, base: Mapping[str, Any], dtype: str = "float32") -> float:
-    """Load `file` onto `base` with plain diffusers, compare with adapter folder `trained`; give the error.
+def verify(
+    file: Path,
+    against: Against | None = None,
+    *,
+    apps: Sequence[str] = ALL,
+    reference: Lora | None = None,
+    tolerance: float = TOLERANCE["float32"],
+    alpha: float | None = None,
+) -> Report:
+    """Check `file` for each of `apps`.
 
-    Modules, scales and weights must be the same (after rounding to `dtype`), nothing may be warned about, and
-    ||UNet(loaded) - UNet(trained)|| / ||UNet(trained)|| must not exceed `TOLERANCE[dtype]`, all computed in
-    float32. Raises `UserError` that says what disagrees.
+    Apps other than diffusers have rules for the blocks of the published bases alone: a LoRA of a base with
+    other blocks gets no row of theirs. Without `against` the base is told from the file, and diffusers'
+    loader runs without a base's weights.
+    `reference` is the LoRA that the file should give, before it was rounded: outputs may differ from its by
+    `tolerance`, relative. Without one it is what the file itself says. Raises `UserError` if the file is not
+    a LoRA at all.
     """
-    info = families.inspect_base(base["path"], revision=base["revision"], variant=base["variant"])
-    if info.base_hash != base["hash"]:
-        raise UserError(
-            f"base {info.path!r} has changed since {trained.parent} was trained on it; put it back"
+    if odd := sorted(set(apps) - set(ALL)):
+        raise UserError(f"app {odd[0]!r} is not known here; choose among {', '.join(ALL)}")
+    read = reading.read(file, against.structure if against else None, alpha=alpha)
+    place = against or Against(read.structure)
+    rows = [
+        _diffusers_row(read, place, reference or read.lora, tolerance)
+        if app == "diffusers"
+        else _row(app, APPS[app](read.tensors, read.structure), read.lora)
+        for app in ALL
+        if app in apps and (app == "diffusers" or read.structure.familiar)
+    ]
+    return Report(read, tuple(rows))
+
+
+def _row(app: str, loaded: Loaded, lora: Lora) -> Row:
+    """Compare what an app would load with what the file holds."""
+    wanted = {name: layer.scale for name, layer in lora.layers.items()}
+    held = wanted.keys() & loaded.modules.keys()
+    right = [name for name in held if math.isclose(loaded.modules[name], wanted[name], rel_tol=1e-6)]
+    return Row(app, len(held), len(right), len(wanted), _verdict(loaded, wanted, len(right)))
+
+
+def _verdict(loaded: Loaded, wanted: Mapping[str, float], right: int) -> str:
+    if loaded.refused:
+        return f"refuses the file: {loaded.refused}"
+    missing = [name for name in wanted if name not in loaded.modules]
+    wrong = [
+        name
+        for name, scale in wanted.items()
+        if name in loaded.modules and not math.isclose(loaded.modules[name], scale, rel_tol=1e-6)
+    ]
+    elsewhere = sorted(loaded.modules.keys() - wanted.keys())
+    found = []
+    if missing:
+        found.append(f"drops {len(missing)} modules, such as {missing[0]}")
+    if elsewhere:
+        found.append(f"changes {len(elsewhere)} other modules, such as {elsewhere[0]}")
+    if wrong:
+        name = wrong[0]
+        found.append(
+            f"{len(wrong)} modules at strength {loaded.modules[name]:g} instead of {wanted[name]:g}, "
+            f"such as {name}"
         )
-    unet = pipeline(info.path, revision=info.revision, variant=info.variant).unet
-    adapter.load_adapter(trained, unet)
-    wanted, wanted_layers = probe_unet(unet.eval()), _layers(unet)
-    del unet  # so that a large base is never held twice
-    pipe = pipeline(info.path, revision=info.revision, variant=info.variant)
-    with complaints() as found:
-        load_adapter(pipe, file)
-    error = relative_error(probe_unet(pipe.unet.float()), wanted)
-    problem = _compare_layers(_layers(pipe.unet), wanted_layers, dtype) or (found[0] if found else None)
-    if problem is None and not error <= TOLERANCE[dtype]:
-        problem = (
-            f"the UNet's output is off by {error:.1e} relative, above {TOLERANCE[dtype]:.0e} for {dtype}"
-        )
-    if problem:
-        raise UserError(f"export of {trained.parent} failed its check: {problem}; nothing was written")
-    return error
+    if loaded.unmatched and not missing:
+        found.append(f"ignores {len(loaded.unmatched)} keys, such as {loaded.unmatched[0]}")
+    return "; ".join(found) or "ok"
+
+
+def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, tolerance: float) -> Row:
+    count = len(read.lora.layers)
+    try:
+        parts = loading.models(read.lora, place.structure, place.folder, place.variant)
+        pipe = loading.pipeline(place.structure, parts)
+        said = loading.load(pipe, read.path)
+    except UserError as error:
+        return Row("diffusers", 0, 0, count, f"refuses the file: {error}")
+    found = loading.layers(parts)
+    loaded = {name: layer.scale for name, layer in found.items() if _same_weights(layer, read.lora, name)}
+    row = _row("diffusers", Loaded(loaded, []), read.lora)
+    error = None
+    if place.folder is not None:
+        outputs = loading.probe(parts)
+        pipe.unload_lora_weights()
+        loading.fuse(parts, wanted)
+        exact = loading.probe(parts)
+        error = max(loading.relative_error(outputs[part], exact[part]) for part in parts)
+    verdict = row.verdict
+    if verdict == "ok" and said:
+        verdict = f"warns: {said[0].splitlines()[0][:200]}"
+    if verdict == "ok" and error is not None and not error <= tolerance:
+        verdict = f"its output is off by {error:.1e} relative, above {tolerance:.0e}"
+    return Row("diffusers", row.loaded, row.right, row.of, verdict, error)
+
+
+def _same_weights(layer: loading.LoadedLayer, lora: Lora, name: str) -> bool:
+    """Whether peft holds the file's own weights for the module; one that was left at its start does not."""
+    if name not in lora.layers:
+        return True  # reported as a module that should not change
+    mine = lora.layers[name]
+    return (
+        layer.down.shape == mine.down.shape
+        and torch.equal(layer.down.float(), mine.down.float())
+        and torch.equal(layer.up.float(), mine.up.float())
+    )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lcm_kit import sample, shipped
 from lcm_kit.config.schema import Quality
 from lcm_kit.errors import UserError
-from lcm_kit.export import export_run
+from lcm_kit.export.run import export_run
 from tests.runs import build_run
 
 PROMPTS = ["a cat", "a dog"]

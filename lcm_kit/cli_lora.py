@@ -1,0 +1,191 @@
+"""The verbs about LoRA files: export, verify, convert, merge. `cli.py` puts them beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lcm_kit.errors import UserError
+from lcm_kit.quiet import quiet
+
+if TYPE_CHECKING:
+    from lcm_kit.export import verify as checks
+    from lcm_kit.export.merge import Interference
+
+verbs = typer.Typer()
+_PANEL = "LoRA files"
+
+Style = Annotated[
+    Literal["diffusers", "kohya", "both"],
+    typer.Option("--format", help="kohya is what every app reads; diffusers is for diffusers alone."),
+]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: SD1.x, SD2.x or SDXL, as it fits]"),
+]
+Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="What it was trained with, for a file that does not say it.")
+]
+
+
+@verbs.command(rich_help_panel=_PANEL)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    style: Style = "both",
+    output: Annotated[Path | None, typer.Option(help="Folder. [default: RUN/export]")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights in the files.")] = "float16",
+) -> None:
+    """Write a run's adapter for every app, check each file in each, and write a model card."""
+    from lcm_kit.export.run import export_run
+
+    quiet()
+    export_run(run, style, dtype, output)
+
+
+@verbs.command(rich_help_panel=_PANEL)
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors LoRA, anybody's.")],
+    base: Base = None,
+    variant: Variant = None,
+    apps: Annotated[
+        list[str] | None,
+        typer.Option("--app", help="diffusers, comfyui, a1111, forge or invokeai; repeat it. [default: all]"),
+    ] = None,
+    alpha: Alpha = None,
+) -> None:
+    """Say how much of a LoRA file each app would load; exit code 1 if any would drop or change something."""
+    from lcm_kit.export import verify as checks
+
+    quiet()
+    against = checks.base_of(base, variant=variant) if base else None
+    report = checks.verify(file, against, apps=apps or checks.ALL, alpha=alpha)
+    _print_report(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@verbs.command(rich_help_panel=_PANEL)
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors LoRA, anybody's.")],
+    style: Style = "both",
+    output: Annotated[Path | None, typer.Option(help="Folder. [default: beside FILE]")] = None,
+    base: Base = None,
+    variant: Variant = None,
+    alpha: Alpha = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
+    drop_unknown: Annotated[
+        bool, typer.Option("--drop-unknown", help="Leave out keys that belong to no module of the base.")
+    ] = False,
+) -> None:
+    """Mend a LoRA file and write it in the styles that apps load; FILE itself is left as it is."""
+    from lcm_kit.export import convert as mending
+    from lcm_kit.export import delivery
+    from lcm_kit.export import verify as checks
+
+    quiet()
+    against = checks.base_of(base, variant=variant) if base else None
+    read, reports = mending.convert(
+        file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype,
+        drop_unknown=drop_unknown,
+    )  # fmt: skip
+    typer.echo(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.layers)} modules")
+    for line in read.findings:
+        typer.echo(f"  found: {line}")
+    if drop_unknown and read.unknown:
+        typer.echo(f"  left out: {len(read.unknown)} keys, such as {read.unknown[0]}")
+    for path, report in reports.items():
+        typer.echo(f"wrote {delivery.summary(str(path), dtype or mending.own_dtype(read), report)}")
+
+
+@verbs.command(rich_help_panel=_PANEL)
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE:WEIGHT...", help="LoRA files or runs, as style.safetensors:0.8."),
+    ],
+    style: Style = "both",
+    output: Annotated[
+        Path, typer.Option(help="NAME: NAME_kohya.safetensors and NAME_diffusers.safetensors; or the folder.")
+    ] = Path("merged"),
+    rank: Annotated[
+        int | None, typer.Option(help="Reduce to this rank by SVD. [default: exact, the ranks add up]")
+    ] = None,
+    fuse_into: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Write this base with the LoRAs in its weights instead."),
+    ] = None,
+    base: Base = None,
+    variant: Variant = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float16",
+) -> None:
+    """Merge LoRAs, such as a style and an acceleration, into one file or into a base."""
+    from lcm_kit.export import merge_files
+
+    quiet()
+    parts = [_weighted(text) for text in adapters]
+    if fuse_into is not None and rank is not None:
+        raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
+    if fuse_into is not None:
+        merge_files.fuse(parts, fuse_into, output, variant=variant)
+        typer.echo(f"wrote {output}: {fuse_into} with {len(parts)} LoRAs in its weights")
+        return
+    done = merge_files.merge(parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype)
+    _print_interference(done.interference)
+    for group, error in (done.errors or {}).items():
+        typer.echo(f"  relative error of rank {rank} in {group}: {error:.3g}")
+    for line in done.written:
+        typer.echo(f"wrote {line}")
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """FILE:WEIGHT; the weight is 1 where there is none."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        if Path(text).exists():
+            return Path(text), 1.0
+        raise UserError(
+            f"{text!r} is not FILE:WEIGHT; give a number behind the colon, as {path}:0.8"
+        ) from None
+
+
+def _print_report(report: checks.Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    file = report.file
+    typer.echo(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
+    for line in file.findings:
+        typer.echo(f"  found: {line}")
+    for line in file.problems:
+        typer.echo(f"  problem: {line}")
+    table = Table("app", "modules", "right strength", "verdict")
+    for row in report.rows:
+        error = "" if row.error is None else f" (output within {row.error:.1e} of the exact one)"
+        verdict = Text(row.verdict + error if row.ok else row.verdict, style="" if row.ok else "red")
+        table.add_row(row.title, f"{row.loaded} of {row.of}", f"{row.right} of {row.of}", verdict)
+    Console().print(table)
+    if not file.structure.familiar:
+        typer.echo("Apps other than diffusers cannot load a base with these blocks: they were not asked.")
+    elif not file.structure.published:
+        typer.echo("Apps other than diffusers cannot load a base of this size: their counts go by the names.")
+
+
+def _print_interference(pairs: dict[str, list[Interference]]) -> None:
+    """Where two adapters pull at the same weights: cosine of their updates by block."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, rows in pairs.items():
+        table = Table("block", "cosine", "size of the first", "of the second", "shared modules", title=title)
+        for row in rows:
+            table.add_row(
+                row.group, f"{row.cosine:+.3f}", f"{row.norm_a:.3g}", f"{row.norm_b:.3g}", str(row.shared)
+            )
+        Console().print(table)

@@ -1,0 +1,91 @@
+"""Several LoRA files into one, or into a base: the files around the arithmetic of `lcm_kit.export.merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+from lcm_kit.errors import UserError
+from lcm_kit.export import delivery, metadata, verify
+from lcm_kit.export.convert import whole
+from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
+from lcm_kit.export.reading import Reading
+from lcm_kit.sample import adapter_file
+
+Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written and what was measured on the way."""
+
+    written: tuple[str, ...]  # a line a file
+    interference: dict[str, list[Interference]]  # by pair
+    errors: dict[str, float] | None  # of the reduction to a rank, by block
+
+
+def merge(
+    parts: Sequence[Part],
+    output: Path,
+    *,
+    style: str = "both",
+    rank: int | None = None,
+    base: str | None = None,
+    variant: str | None = None,
+    dtype: str = "float16",
+) -> Merged:
+    """Write the weighted sum of `parts` as `<output>_<style>.safetensors`; exact unless `rank` is given.
+
+    Raises `UserError`, writing nothing, if a file is not whole, they are for different bases, or the result
+    would not load everywhere.
+    """
+    if len(parts) < 2:
+        raise UserError(
+            "there is nothing to merge; give two LoRAs or more, as style.safetensors:0.8 speed.safetensors"
+        )
+    against = verify.base_of(base, variant=variant) if base else None
+    reads = _read(parts, against)
+    place = against or verify.Against(reads[0].structure)
+    weights = [weight for _, weight in parts]
+    lora, errors = concatenate([read.lora for read in reads], weights), None
+    if rank is not None:
+        lora, errors = truncate(lora, rank)
+    names = {s: f"{output.name}_{s}.safetensors" for s in delivery.styles_of(style)}
+    reports = delivery.deliver(lora, place, output.parent, names, dtype, _facts(reads, weights, output.name))
+    lines = (delivery.summary(str(output.parent / names[s]), dtype, reports[s]) for s in names)
+    return Merged(tuple(lines), _pairs(reads, weights), errors)
+
+
+def fuse(parts: Sequence[Part], base: str, output: Path, *, variant: str | None = None) -> None:
+    """Write the pipeline folder `output`: `base` with the weighted sum of `parts` in its weights."""
+    against = verify.base_of(base, variant=variant)
+    assert against.folder is not None
+    reads = _read(parts, against)
+    weights = [weight for _, weight in parts]
+    fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)
+
+
+def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading]:
+    reads = [whole(adapter_file(path), against) for path, _ in parts]
+    labels = {read.structure.label for read in reads}
+    if len(labels) > 1:
+        told = ", ".join(f"{read.path} for {read.structure.label}" for read in reads)
+        raise UserError(f"these LoRAs are for different bases ({told}); merge those of one base")
+    return reads
+
+
+def _pairs(reads: Sequence[Reading], weights: Sequence[float]) -> dict[str, list[Interference]]:
+    return {
+        f"{a.path.stem} and {b.path.stem}": interference(a.lora, b.lora, (v, w))
+        for (a, v), (b, w) in combinations(zip(reads, weights, strict=True), 2)
+    }
+
+
+def _facts(reads: Sequence[Reading], weights: Sequence[float], title: str) -> metadata.Facts:
+    """The merged file draws in few steps if one of its parts makes it: that one's settings are its own."""
+    told = [metadata.facts_from(read.lora.metadata, title) for read in reads]
+    speed = next((facts for facts in told if facts.method is not None), told[0])
+    parents = tuple(f"{read.path.name}:{weight:g}" for read, weight in zip(reads, weights, strict=True))
+    return replace(speed, parents=parents)

@@ -1,0 +1,91 @@
+"""From a trained run to files that other programs load, and the card beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lcm_kit import adapter, families
+from lcm_kit.errors import UserError
+from lcm_kit.export import card, delivery, metadata, trained, verify
+from lcm_kit.export.write import file_name
+
+
+def export_run(
+    run: Path, style: str = "both", dtype: str = "float16", output: Path | None = None
+) -> dict[str, Path]:
+    """Write the adapter of `run` for diffusers and for the apps, with a model card; returns path by style.
+
+    `style` is diffusers, kohya or both; `dtype` float16, bfloat16 or float32; `output` the folder (default
+    `run/export`). Each file is first loaded by plain diffusers onto the run's base and held against the
+    naming rules of each app; `lcm_kit.export.verify` says what must agree. Prints what was measured. Raises
+    `UserError`, and leaves no new file behind, if there is no finished adapter or anything disagrees.
+    """
+    styles = delivery.styles_of(style)
+    folder = output or run / "export"
+    facts, against = _base(run)
+    lora = trained.read(run / "adapter", against.structure)
+    title = run.resolve().name
+    names = {style: file_name(style, title) for style in styles}
+    about = _about(run, facts)
+    reports = delivery.deliver(lora, against, folder, names, dtype, about)
+    for style, report in reports.items():
+        print(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
+    write_card(run, folder)
+    return {style: folder / name for style, name in names.items()}
+
+
+def _base(run: Path) -> tuple[dict[str, Any], verify.Against]:
+    """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
+    facts = adapter.read_facts(run / "adapter")
+    base = facts["base"]
+    place = {key: base[key] for key in ("revision", "variant")}
+    if families.inspect_base(base["path"], **place).base_hash != base["hash"]:
+        raise UserError(f"base {base['path']!r} has changed since {run} was trained on it; put it back")
+    return facts, verify.base_of(base["path"], **place)
+
+
+def _about(run: Path, facts: dict[str, Any]) -> metadata.Facts:
+    """The facts of a run, dated by its weights."""
+    trained_at = datetime.fromtimestamp((run / "adapter" / adapter.WEIGHTS).stat().st_mtime, UTC)
+    known = metadata.facts_of_run(facts, run.resolve().name)
+    return replace(known, date=trained_at.isoformat(timespec="seconds"))
+
+
+def write_card(run: Path, folder: Path | None = None) -> Path | None:
+    """Write the model card beside the exported files of `run`, with the numbers of its evaluation if any.
+
+    Returns None if nothing was exported yet.
+    """
+    folder = folder or run / "export"
+    try:
+        files = json.loads((folder / delivery.RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return None
+    facts, against = _base(run)
+    title = run.resolve().name
+    mine = {info["format"]: Path(name) for name, info in files.items() if name in _names(title)}
+    checks = [
+        (verify.TITLES.get(app, app), files[path.name]["format"], _words(row))
+        for path in mine.values()
+        for app, row in files[path.name]["apps"].items()
+    ]
+    results = run / "results.json"
+    return card.write(
+        folder, title=title, files=mine, structure=against.structure,
+        facts=_about(run, facts), lora=trained.read(run / "adapter", against.structure),
+        checks=checks, pictures_from=run if results.is_file() else None,
+        results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+    )  # fmt: skip
+
+
+def _names(title: str) -> set[str]:
+    return {file_name(style, title) for style in delivery.styles_of("both")}
+
+
+def _words(row: dict[str, Any]) -> str:
+    error = "" if row["output_error"] is None else f", output within {row['output_error']:.1e}"
+    return f"{row['loaded']} of {row['modules']} modules{error}"

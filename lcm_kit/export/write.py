@@ -1,0 +1,60 @@
+"""One LoRA file on disk, in one style, with the metadata that apps read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_kit.errors import UserError
+from lcm_kit.export import diffusers_format, kohya_format, metadata, untrusted
+from lcm_kit.export.lora import Lora
+from lcm_kit.export.structure import Structure
+from lcm_kit.files import atomic_file
+
+FORMATS: dict[str, Any] = {"diffusers": diffusers_format, "kohya": kohya_format}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def file_name(style: str, title: str) -> str:
+    """diffusers looks for one name; apps show a LoRA's file name to the user, so that is the run's."""
+    return diffusers_format.FILE if style == "diffusers" else f"{title}.safetensors"
+
+
+def write(
+    path: Path, lora: Lora, structure: Structure, style: str, dtype: str, facts: metadata.Facts
+) -> Lora:
+    """Write `lora` to `path` as `style` ("diffusers" or "kohya") in `dtype`; returns it as the file has it.
+
+    Raises `UserError`, leaving what stood at `path`, if a weight is NaN or Inf, overflows `dtype` or has no
+    name in the style.
+    """
+    from safetensors.torch import save_file
+
+    form = FORMATS[style]
+    even = form.as_written(lora)
+    rounded = {name: layer.to(DTYPES[dtype]) for name, layer in even.layers.items()}
+    done = Lora(rounded, metadata.build(even, structure, facts, style=style) | form.header(even))
+    tensors = {key: value.contiguous() for key, value in form.tensors(done, structure).items()}
+    _check_finite(form.tensors(even, structure), tensors, dtype)
+    digest = metadata.tensor_hash(tensors)
+    header = {**done.metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **header})
+    return Lora(rounded, header)
+
+
+def _check_finite(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], dtype: str) -> None:
+    if bad := untrusted.not_finite(exact):
+        raise UserError(
+            f"{bad[0]} holds NaN or Inf ({len(bad)} tensors do); train again from a checkpoint before"
+        )
+    if bad := untrusted.not_finite(rounded):
+        most = max(float(exact[name].float().abs().max()) for name in bad)
+        raise UserError(
+            f"{bad[0]} overflows {dtype}: {most:.3g} is above {torch.finfo(DTYPES[dtype]).max:.3g} "
+            f"({len(bad)} tensors do); write bfloat16 or float32 instead"
+        )

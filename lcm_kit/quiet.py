@@ -1,0 +1,20 @@
+"""Less noise from the libraries on the command line."""
+
+from __future__ import annotations
+
+
+def quiet() -> None:
+    """Turn off the bars of the libraries that load models: they break ours. Their warnings stay.
+
+    But for one that a user can do nothing with: that an image processor, which this kit does not use, would
+    rather have torchvision.
+    """
+    import logging
+
+    unused = logging.getLogger("transformers.utils.import_utils")
+    unused.addFilter(lambda record: "requires torchvision" not in record.getMessage())
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

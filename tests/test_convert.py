@@ -1,0 +1,240 @@
+"""verify, convert and merge as a user meets them: the command line on files that others broke."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lcm_kit.cli import app
+from lcm_kit.export import loading, reading, structure, verify
+from lcm_kit.export.lora import Layer, Lora
+from tests import broken
+from tests.loras import fuse, lcm_modules, random_lora, text_modules
+from tests.runs import build_run
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plain(text: str) -> str:
+    """Output on one line: a table breaks its cells."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def base(sdxl_base: Path) -> structure.Structure:
+    return structure.of_base(str(sdxl_base))
+
+
+def rows(report: verify.Report) -> dict[str, tuple[int, int, bool]]:
+    return {row.app: (row.loaded, row.right, row.ok) for row in report.rows}
+
+
+def test_what_each_app_makes_of_the_public_trainers_sdxl_file(
+    base: structure.Structure, sdxl_base: Path, tmp_path: Path
+) -> None:
+    """diffusers' SDXL script: 560 attention modules are dropped, and alpha is lost everywhere."""
+    lora = random_lora(base, alphas=(8.0,))
+    file = broken.save(tmp_path / "mixed.safetensors", broken.mixed_styles(lora, base))
+    report = verify.verify(file, verify.base_of(str(sdxl_base)))
+    assert not report.ok and report.file.lacks_alpha == 788
+    told = rows(report)
+    assert told["diffusers"][0] == 788 - 560
+    assert told["a1111"] == (0, 0, False)
+    assert told["invokeai"] == (0, 0, False)
+    assert not told["forge"][2] and not told["comfyui"][2]
+
+
+@pytest.mark.parametrize("generation", ["sd1", "sdxl"])
+def test_convert_mends_for_every_app_without_a_base_at_hand(tmp_path: Path, generation: Any) -> None:
+    """The published structures, no weights: the base is told from the file, diffusers' own loader runs."""
+    real = structure.known(generation)
+    lora = random_lora(real, lcm_modules(real)[::7], ranks=(1,), alphas=(2.0,))
+    broken.save(tmp_path / "their.safetensors", broken.peft_wrapper(lora, real))
+    done = cli("convert", tmp_path / "their.safetensors")
+    assert done.exit_code == 2
+    assert "does not say the alpha of" in done.stderr and "--alpha" in done.stderr
+    done = cli("convert", tmp_path / "their.safetensors", "--alpha", "2", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "base_model.model." in done.stdout and "taken as given" in done.stdout
+    for style, apps in (("kohya", verify.ALL), ("diffusers", ("diffusers",))):
+        file = tmp_path / "out" / f"their_{style}.safetensors"
+        report = verify.verify(file, apps=apps)
+        assert report.ok and [row.loaded for row in report.rows] == [len(lora.layers)] * len(apps)
+        read = reading.read(file).lora
+        assert all(torch.equal(read.layers[n].delta(), x.delta()) for n, x in lora.layers.items())
+    assert {p.name for p in tmp_path.iterdir()} == {"their.safetensors", "out"}
+
+
+@pytest.mark.parametrize(
+    "breaker",
+    [broken.kohya_two_spellings, broken.kohya_with_peft_header, broken.sgm_with_dots, broken.mixed_styles],
+    ids=lambda value: value.__name__,
+)
+def test_convert_gives_the_original_output_back(
+    base: structure.Structure, sdxl_base: Path, tmp_path: Path, breaker: broken.Breaker
+) -> None:
+    lora = random_lora(base, alphas=(8.0,), size=0.05)
+    file = broken.save(tmp_path / "a.safetensors", breaker(lora, base))
+    done = cli(
+        "convert", file, "--base", sdxl_base, "--alpha", "8", "--format", "kohya", "--dtype", "float32"
+    )
+    assert done.exit_code == 0, done.output
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_base, dtype=torch.float32)
+    pipe.load_lora_weights(str(tmp_path), weight_name="a_kohya.safetensors")
+    found = loading.probe({"unet": pipe.unet})["unet"]
+    pipe.unload_lora_weights()
+    wanted = loading.probe({"unet": fuse(pipe.unet, lora)})["unet"]
+    assert loading.relative_error(found, wanted) <= 1e-4
+
+
+def test_convert_keeps_what_a_stranger_said_of_it_and_where_it_came_from(tmp_path: Path) -> None:
+    real = structure.known("sd1")
+    lora = random_lora(real, text_modules(real)[:12] + lcm_modules(real)[:12], ranks=(2,))
+    tensors, _ = broken.lora_down_up(lora, real)
+    header = {"modelspec.author": "Ada", "modelspec.license": "CC-BY-4.0"}
+    broken.save(tmp_path / "ada.safetensors", (tensors, header))
+    done = cli("convert", tmp_path / "ada.safetensors", "--alpha", "8", "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    with safe_open(tmp_path / "ada_kohya.safetensors", "pt") as opened:
+        told = opened.metadata()
+        prefixes = {key.split("_text")[0].split("_down")[0] for key in opened.keys()}  # noqa: SIM118
+    assert (told["modelspec.author"], told["modelspec.license"]) == ("Ada", "CC-BY-4.0")
+    assert told["ss_base_model_version"] == "sd_v1" and told["ss_network_alpha"] == "8.0"
+    assert prefixes == {"lora_te", "lora_unet"}
+
+
+def test_verify_prints_a_table_and_tells_by_its_exit_code(
+    base: structure.Structure, sdxl_base: Path, tmp_path: Path
+) -> None:
+    lora = random_lora(base, alphas=(8.0,))
+    broken.save(tmp_path / "a.safetensors", broken.kohya_diffusers_spelling(lora, base))
+    done = cli("verify", tmp_path / "a.safetensors", "--base", sdxl_base)
+    assert done.exit_code == 1
+    assert "788 of 788" in done.stdout and "A1111" in done.stdout
+    assert "up_blocks.0.upsamplers.0.conv" in done.stdout.replace("\n", "").replace(" ", "").replace("│", "")
+    done = cli("verify", tmp_path / "a.safetensors", "--base", sdxl_base, "--app", "diffusers")
+    assert done.exit_code == 0, done.output
+    assert cli("convert", tmp_path / "a.safetensors", "--base", sdxl_base).exit_code == 0
+    done = cli("verify", tmp_path / "a_kohya.safetensors", "--base", sdxl_base)
+    assert done.exit_code == 0 and done.stdout.count("788 of 788") == 10
+    done = cli("verify", tmp_path / "a_kohya.safetensors", "--app", "photoshop")
+    assert done.exit_code == 2 and "app 'photoshop' is not known here" in done.stderr
+    done = cli("verify", tmp_path / "none.safetensors")
+    assert done.exit_code == 2 and "none.safetensors" in done.stderr
+
+
+def test_convert_refuses_what_would_be_lost_unless_told(
+    base: structure.Structure, sdxl_base: Path, tmp_path: Path
+) -> None:
+    file = broken.save(
+        tmp_path / "a.safetensors",
+        broken.kohya_diffusers_spelling(random_lora(base, lcm_modules(base)[:9]), base),
+    )
+    tensors = load_file(file) | {"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2)}
+    save_file(tensors, file)
+    done = cli("convert", file, "--base", sdxl_base)
+    assert done.exit_code == 2 and "belong to no module" in done.stderr and "--drop-unknown" in done.stderr
+    assert not list(tmp_path.glob("a_*"))
+    done = cli("convert", file, "--base", sdxl_base, "--drop-unknown")
+    assert done.exit_code == 0 and "left out: 1 keys, such as lora_unet_nowhere" in done.stdout
+    pickle = tmp_path / "evil.safetensors"
+    torch.save({"a": torch.zeros(1)}, pickle)
+    done = cli("convert", pickle)
+    assert done.exit_code == 2 and "pickle" in done.stderr
+
+
+def test_merge_of_two_runs_is_their_sum(sd_base: Any, tmp_path: Path) -> None:
+    """Two adapters through the whole command line; diffusers with both loaded is the truth."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = sd_base("epsilon")
+    place = structure.of_base(str(folder))
+    style, speed = (
+        random_lora(place, alphas=(8.0,), size=0.05),
+        random_lora(place, ranks=(3,), seed=1, size=0.05),
+    )
+    for name, lora in (("style", style), ("speed", speed)):
+        broken.save(tmp_path / f"{name}.safetensors", broken.kohya_diffusers_spelling(lora, place))
+    done = cli(
+        "merge", f"{tmp_path}/style.safetensors:0.8", f"{tmp_path}/speed.safetensors", "--base", folder,
+        "--output", tmp_path / "both", "--dtype", "float32",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "cosine" in done.stdout and "mid_block" in done.stdout
+
+    def output(*loras: tuple[str, float]) -> torch.Tensor:
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        for name, _ in loras:
+            pipe.load_lora_weights(str(tmp_path), weight_name=f"{name}.safetensors", adapter_name=name)
+        pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
+        return loading.probe({"unet": pipe.unet})["unet"]
+
+    wanted = output(("style", 0.8), ("speed", 1.0))
+    for merged in ("both_kohya", "both_diffusers"):
+        assert loading.relative_error(output((merged, 1.0)), wanted) <= 1e-5
+
+    done = cli(
+        "merge", f"{tmp_path}/style.safetensors:0.8", f"{tmp_path}/speed.safetensors", "--base", folder,
+        "--output", tmp_path / "small", "--dtype", "float32", "--rank", "4", "--format", "kohya",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    printed = float(done.stdout.split("relative error of rank 4 in all: ")[1].split()[0])
+    small = reading.read(tmp_path / "small_kohya.safetensors", place).lora
+    exact = {name: 0.8 * style.layers[name].delta() + speed.layers[name].delta() for name in style.layers}
+    off = sum(float((small.layers[n].delta() - d).square().sum()) for n, d in exact.items())
+    whole = sum(float(d.square().sum()) for d in exact.values())
+    assert printed == pytest.approx((off / whole) ** 0.5, rel=2e-2) and printed > 0.1
+
+
+def test_merge_into_a_base_and_its_mistakes(sd_base: Any, real_sd_base: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = sd_base("epsilon")
+    run = build_run(tmp_path / "run", folder)
+    done = cli("merge", f"{run}:0.5", "--fuse-into", folder, "--output", tmp_path / "fused")
+    assert done.exit_code == 2 and "lcm-kit export" in done.stderr
+    assert cli("export", run, "--dtype", "float32").exit_code == 0
+    done = cli("merge", f"{run}:0.5", "--fuse-into", folder, "--output", tmp_path / "fused")
+    assert done.exit_code == 0, done.output
+    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "fused", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.load_lora_weights(str(run / "export"), adapter_name="a")
+    pipe.set_adapters(["a"], [0.5])
+    outputs = [loading.probe({"unet": p.unet})["unet"] for p in (fused, pipe)]
+    assert loading.relative_error(*outputs) <= 1e-5
+
+    file = run / "export" / "run.safetensors"
+    for arguments, words in (
+        ((f"{file}:strong", file), "is not FILE:WEIGHT"),
+        ((file,), "there is nothing to merge"),
+        ((file, file, "--rank", "0", "--base", folder), "rank"),
+        ((file, file, "--rank", "2", "--fuse-into", folder), "--rank has no effect"),
+        ((file, file, "--base", real_sd_base), "is not whole"),
+    ):
+        done = cli("merge", *arguments, "--output", tmp_path / "x")
+        assert done.exit_code == 2 and words in done.stderr, done.output
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_layer_of_zero_strength_stays_silent(base: structure.Structure, tmp_path: Path) -> None:
+    """alpha 0: the update is none, in both styles."""
+    lora = random_lora(base, lcm_modules(base)[:3])
+    first = next(iter(lora.layers))
+    silent = Lora({**lora.layers, first: Layer(lora.layers[first].down, lora.layers[first].up, 0.0)})
+    file = broken.save(tmp_path / "a.safetensors", broken.kohya_diffusers_spelling(silent, base))
+    done = cli("convert", file, "--base", base.label)
+    assert done.exit_code == 0, done.output
+    for style in ("kohya", "diffusers"):
+        read = reading.read(tmp_path / f"a_{style}.safetensors", base).lora
+        assert float(read.layers[first].delta().abs().max()) == 0.0
