@@ -111,13 +111,12 @@ def pipeline(structure: Structure, parts: Mapping[str, Any]) -> Any:
     """A pipeline that has `parts` alone: enough for `load_lora_weights`."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # as the pipelines want it; never used
     if structure.family == "sdxl":
         none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        return StableDiffusionXLPipeline(**none | dict(parts), scheduler=DDIMScheduler())
+        return StableDiffusionXLPipeline(**none | dict(parts), scheduler=scheduler)
     none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(
-        **none | dict(parts), scheduler=DDIMScheduler(), requires_safety_checker=False
-    )
+    return StableDiffusionPipeline(**none | dict(parts), scheduler=scheduler, requires_safety_checker=False)
 
 
 def load(pipe: Any, file: Path) -> list[str]:

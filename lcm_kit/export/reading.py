@@ -66,7 +66,7 @@ def read(path: Path, structure: Structure | None = None, *, alpha: float | None 
         raise UserError(
             f"{path} holds no LoRA ({_what_else(tensors)}); give a LoRA of an SD1.x, SD2.x or SDXL base"
         )
-    fitting = structure or _best_structure(path, tensors, keys)
+    fitting = structure or _best_structure(path, tensors, keys, metadata)
     notes = _Notes()
     pieces = _sort(tensors, keys, fitting, notes)
     layers = _layers(pieces, fitting, metadata, alpha, notes)
@@ -89,7 +89,9 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def _best_structure(path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, Key | None]) -> Structure:
+def _best_structure(
+    path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, Key | None], metadata: Mapping[str, str]
+) -> Structure:
     """The published base most of whose modules fit, names and shapes."""
 
     def fits(candidate: Structure) -> int:
@@ -104,9 +106,10 @@ def _best_structure(path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str
     scores = {generation: fits(structures.known(generation)) for generation in ("sd1", "sd2", "sdxl")}
     best = max(scores, key=lambda generation: scores[generation])
     if scores[best] == 0:
+        told = metadata.get("lcm_kit.base") or metadata.get("ss_sd_model_name")
+        named = f"its header names {told!r}" if told else f"its first key is {next(iter(tensors))!r}"
         raise UserError(
-            f"{path} fits none of SD1.x, SD2.x and SDXL ({next(iter(tensors))!r}); say which base it is for "
-            "with --base"
+            f"{path} fits none of SD1.x, SD2.x and SDXL ({named}); say which base it is for with --base"
         )
     return structures.known(best)
 

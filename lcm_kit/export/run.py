@@ -73,13 +73,20 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
         for path in mine.values()
         for app, row in files[path.name]["apps"].items()
     ]
-    results = run / "results.json"
+    results = _results(run)
     return card.write(
         folder, title=title, files=mine, structure=against.structure,
         facts=_about(run, facts), lora=trained.read(run / "adapter", against.structure),
-        checks=checks, pictures_from=run if results.is_file() else None,
-        results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+        checks=checks, results=results, pictures_from=run if results else None,
     )  # fmt: skip
+
+
+def _results(run: Path) -> dict[str, Any] | None:
+    """The evaluation of these very weights; one from before the last training says nothing about them."""
+    file = run / "results.json"
+    if not file.is_file() or file.stat().st_mtime < (run / "adapter" / adapter.WEIGHTS).stat().st_mtime:
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _names(title: str) -> set[str]:

@@ -148,12 +148,12 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
         parts = loading.models(read.lora, place.structure, place.folder, place.variant)
         pipe = loading.pipeline(place.structure, parts)
         said = loading.load(pipe, read.path)
-    except UserError as error:
-        return Row("diffusers", 0, 0, count, f"refuses the file: {error}")
+    except UserError as refused:
+        return Row("diffusers", 0, 0, count, f"refuses the file: {refused}")
     found = loading.layers(parts)
     loaded = {name: layer.scale for name, layer in found.items() if _same_weights(layer, read.lora, name)}
     row = _row("diffusers", Loaded(loaded, []), read.lora)
-    error = None
+    error: float | None = None
     if place.folder is not None:
         outputs = loading.probe(parts)
         pipe.unload_lora_weights()
