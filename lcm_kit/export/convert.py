@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ def convert(
         )
     place = against or verify.Against(read.structure)
     names = {style: f"{file.stem}_{style}.safetensors" for style in delivery.styles_of(style)}
-    facts = metadata.facts_from(read.lora.metadata, file.stem)
+    told = metadata.facts_from(read.lora.metadata, file.stem)
+    base = told.base or (against.structure.label if against else None)
+    facts = replace(told, base=base, parents=(*told.parents, file.name))
     reports = delivery.deliver(read.lora, place, output, names, dtype or own_dtype(read), facts)
     return read, {output / name: reports[style] for style, name in names.items()}
 
