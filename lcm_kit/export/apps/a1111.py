@@ -1,0 +1,171 @@
+"""A1111: rules that turn what stands before a key's first dot into a module's name in the original code.
+
+Sources: stable-diffusion-webui `extensions-builtin/Lora/networks.py` (names, which modules an attention of
+OpenCLIP takes), `network_lora.py` (what is accepted) and `network.py` (strength), at 873edba and as in 1.10.
+The header is read for the list of files only. A name that leads nowhere is only logged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from lcm_kit.export.apps.loaded import Loaded, Pair, groups, joined, load, refusal
+from lcm_kit.export.structure import Structure
+
+_RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "norm1": "in_layers_0",
+    "norm2": "out_layers_0",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+_ENDINGS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"))
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def a1111(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
+    """What A1111's Lora extension would change."""
+    ours = _modules(structure)
+    containers = {joined(dotted[:k]) for dotted in ours for k, c in enumerate(dotted) if c == "."}
+    targets = {joined(dotted): module for dotted, module in ours.items()}
+    landed: dict[str, dict[str, str]] = {}
+    for name, keys in groups(tensors).items():
+        candidates = _candidates(name, structure.generation == "sd2")
+        target = next((c for c in candidates if c in targets or c in containers), None)
+        if target is not None:
+            landed.setdefault(target, {}).update(keys)
+    pairs = {}
+    for target, keys in landed.items():
+        pair = _pair(keys)
+        if target not in targets or pair is None:
+            what = "has no weight of its own" if target not in targets else "lacks a part that it needs"
+            return refusal(tensors, f"it stops at {next(iter(keys.values()))}, whose layer {what}")
+        pairs[targets[target]] = pair
+    return load(tensors, _whole_attentions(pairs, structure))
+
+
+def _pair(keys: Mapping[str, str]) -> Pair | None:
+    """The keys of one layer, if they are those of a LoRA."""
+    for up, down in _ENDINGS:
+        if up in keys and down in keys:
+            if up == "lora_B.weight":  # it keeps these two alone: the alpha is lost
+                return Pair(keys[up], keys[down])
+            return Pair(keys[up], keys[down], keys.get("alpha"), keys.get("lora_mid.weight"))
+    return None
+
+
+def _openclip(structure: Structure) -> str | None:
+    """The text encoder that is OpenCLIP's in A1111: its attentions are torch's, in one piece."""
+    return {"sd2": "text_encoder", "sdxl": "text_encoder_2"}.get(structure.generation)
+
+
+def _whole_attentions(pairs: Mapping[str, Pair], structure: Structure) -> dict[str, Pair]:
+    """Without those q, k, v and out of an OpenCLIP attention that are not all four there."""
+    part = _openclip(structure)
+
+    def kept(module: str) -> bool:
+        place, found, _ = module.partition(".self_attn.")
+        if not found or module.partition(".")[0] != part:
+            return True
+        return all(f"{place}{found}{end}" in pairs for end in _ATTENTION)
+
+    return {module: pair for module, pair in pairs.items() if kept(module)}
+
+
+def _modules(structure: Structure) -> dict[str, str]:
+    """A1111's name of each module of the base, with dots, -> ours."""
+    found = {f"diffusion_model.{sgm}": f"unet.{module}" for module, sgm in structure.sgm.items()}
+    for name in structure.modules:
+        part, _, module = name.partition(".")
+        if part == "unet":
+            continue
+        # the embedders of SDXL are numbered
+        number = {"text_encoder": "0.", "text_encoder_2": "1."}[part] if structure.family == "sdxl" else ""
+        if part == _openclip(structure):
+            # q, k and v are no modules of their own: the app gets from their names to their attention
+            for theirs, clip in (("self_attn", "attn"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+                module = module.replace(theirs, clip)
+            module = module.replace("text_model.encoder.layers", "model.transformer.resblocks")
+            found[f"{number}{module}"] = name
+        else:
+            found[f"{number}transformer.{module}"] = name
+    return found
+
+
+def _candidates(name: str, is_sd2: bool) -> list[str]:
+    """The names that it tries, in their order."""
+    found = [_convert(name, is_sd2)]
+    if "lora_unet" in name:
+        found.append(name.replace("lora_unet", "diffusion_model"))
+    elif "lora_te1_text_model" in name:
+        found += [name.replace("lora_te1", "0_transformer"), name.replace("lora_te1", "transformer")]
+    return found
+
+
+def _convert(name: str, is_sd2: bool) -> str:
+    for pattern, convert in _RULES:
+        if match := re.match(pattern, name):
+            return convert(match)
+    if match := re.match(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", name):
+        if match[1]:
+            return f"1_model_transformer_resblocks_{match[2]}_{_openclip_layer(match[3])}"
+        if is_sd2:
+            return f"model_transformer_resblocks_{match[2]}_{_openclip_layer(match[3])}"
+        return f"transformer_text_model_encoder_layers_{match[2]}_{match[3]}"
+    return name
+
+
+def _openclip_layer(layer: str) -> str:
+    for theirs, clip in (("mlp_fc1", "mlp_c_fc"), ("mlp_fc2", "mlp_c_proj"), ("self_attn", "attn")):
+        if theirs in layer:
+            return layer.replace(theirs, clip)
+    return layer
+
+
+def _place(side: str, number: int, kind: str, rest: str) -> str:
+    """A residual block is the first thing at its place, an attention the second."""
+    if kind == "attentions":
+        return f"diffusion_model_{side}_{number}_1_{rest}"
+    return f"diffusion_model_{side}_{number}_0_{_RESNET.get(rest, rest)}"
+
+
+def _middle(kind: str, number: int, rest: str) -> str:
+    if kind == "attentions":
+        return f"diffusion_model_middle_block_1_{rest}"
+    return f"diffusion_model_middle_block_{2 * number}_{_RESNET.get(rest, rest)}"
+
+
+# The numbers are SD1.x's: three places to a block, and an upsampler behind an attention in all blocks but the
+# first. SDXL has an attention in its first up block too, so its `up_blocks_0_upsamplers_0_conv` is lost.
+_RULES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"lora_unet_conv_in(.*)", lambda m: f"diffusion_model_input_blocks_0_0{m[1]}"),
+    (r"lora_unet_conv_out(.*)", lambda m: f"diffusion_model_out_2{m[1]}"),
+    (
+        r"lora_unet_time_embedding_linear_(\d+)(.*)",
+        lambda m: f"diffusion_model_time_embed_{2 * int(m[1]) - 2}{m[2]}",
+    ),
+    (
+        r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: _place("input_blocks", 1 + 3 * int(m[1]) + int(m[3]), m[2], m[4]),
+    ),
+    (
+        r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: _middle(m[1], int(m[2]), m[3]),
+    ),
+    (
+        r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
+        lambda m: _place("output_blocks", 3 * int(m[1]) + int(m[3]), m[2], m[4]),
+    ),
+    (
+        r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv",
+        lambda m: f"diffusion_model_input_blocks_{3 + 3 * int(m[1])}_0_op",
+    ),
+    (
+        r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv",
+        lambda m: f"diffusion_model_output_blocks_{2 + 3 * int(m[1])}_{2 if int(m[1]) > 0 else 1}_conv",
+    ),
+)

@@ -1,0 +1,187 @@
+"""ComfyUI: a table of names, each looked for in the file with each of the endings that it knows.
+
+Sources: ComfyUI `comfy/lora.py` (names), `comfy/weight_adapter/lora.py` (endings, strength) and
+`comfy/utils.py` (`unet_to_diffusers`), at 41444b5 and after. The header is never read. A key that
+matches nothing is only logged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from lcm_kit.export.apps.loaded import Loaded, Pair, joined, load, refusal
+from lcm_kit.export.structure import Structure
+
+# Endings of (up, down, mid) behind a name; the first one whose up is in the file counts.
+_ENDINGS: tuple[tuple[str, str, str | None], ...] = (
+    (".lora_up.weight", ".lora_down.weight", ".lora_mid.weight"),
+    ("_lora.up.weight", "_lora.down.weight", None),
+    (".lora_B.weight", ".lora_A.weight", None),
+    (".lora.up.weight", ".lora.down.weight", None),
+    (".lora_B", ".lora_A", None),
+    (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight", None),
+    (".lora_B.default.weight", ".lora_A.default.weight", None),
+)
+
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_TRANSFORMER_BLOCK = (
+    *(f"attn{k}.to_{end}" for k in (1, 2) for end in ("q", "k", "v", "out.0")),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+_CLIP = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{end}_proj" for end in ("k", "q", "v", "out")))
+_CLIP_LAYERS = 32
+
+
+def comfyui(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
+    """What ComfyUI's LoRA loader would change."""
+    ours = {sgm: f"unet.{module}" for module, sgm in structure.sgm.items()}
+    own = {f"lora_prior_unet_{joined(sgm)}": module for sgm, module in ours.items()}
+    for part, clip in _encoders(structure).items():
+        for module in _clip_modules():
+            own[f"text_encoders.{clip}.transformer.{module}"] = f"{part}.{module}"
+    table = own | names(structure)
+    return load_or_refuse(tensors, match(tensors, table, _ENDINGS)[0], structure)
+
+
+def load_or_refuse(
+    tensors: Mapping[str, Tensor], pairs: Sequence[tuple[str, Pair]], structure: Structure
+) -> Loaded:
+    """The pairs of modules that the base has; a pair without its down stops the loader (KeyError).
+
+    Of two pairs for one module the later one counts.
+    """
+    if half := next((pair for _, pair in pairs if pair.down not in tensors), None):
+        return refusal(tensors, f"it stops at {half.up}, because {half.down} is missing")
+    return load(tensors, {module: pair for module, pair in pairs if module in structure.modules})
+
+
+def match(
+    tensors: Mapping[str, Tensor],
+    table: Mapping[str, str],
+    endings: Sequence[tuple[str, str, str | None]],
+) -> tuple[list[tuple[str, Pair]], set[str]]:
+    """The pairs for the modules that the table leads to, and the keys that the app takes as known."""
+    pairs: list[tuple[str, Pair]] = []
+    known: set[str] = set()
+    for name, module in table.items():
+        alpha = f"{name}.alpha" if f"{name}.alpha" in tensors else None
+        for up, down, mid in endings:
+            if name + up in tensors:
+                third = name + mid if mid and name + mid in tensors else None
+                pairs.append((module, Pair(name + up, name + down, alpha, third)))
+                known |= {key for key in pairs[-1][1] if key}
+                break
+        if alpha:
+            known.add(alpha)  # also without a pair
+    return pairs, known
+
+
+def names(structure: Structure) -> dict[str, str]:
+    """All names that ComfyUI and Forge share -> our module, also such as the base lacks (`?` in front)."""
+    ours = {sgm: f"unet.{module}" for module, sgm in structure.sgm.items()}
+    table: dict[str, str] = {}
+    for sgm, module in ours.items():
+        table |= {f"lora_unet_{joined(sgm)}": module, f"diffusion_model.{sgm}": module}
+    for diffusers, sgm in unet_to_diffusers(structure.unet).items():
+        module = ours.get(sgm, f"?{sgm}")
+        # the attention processors of diffusers before 0.21, whose `to_out_lora` was for `to_out.0`
+        dotted = diffusers.replace(".to_", ".processor.to_")
+        dotted = dotted.removesuffix(".0") if dotted.endswith(".to_out.0") else dotted
+        table |= {f"{prefix}{joined(diffusers)}": module for prefix in ("lora_unet_", "lycoris_")}
+        table |= {f"{prefix}{dotted}": module for prefix in ("", "unet.")}
+    return table | _clip_names(structure)
+
+
+def _encoders(structure: Structure) -> dict[str, str]:
+    """Our name of each text encoder -> the app's."""
+    first = "clip_h" if structure.generation == "sd2" else "clip_l"
+    held = {module.partition(".")[0] for module in structure.modules}
+    named = {"text_encoder": first, "text_encoder_2": "clip_g"}
+    return {part: clip for part, clip in named.items() if part in held}
+
+
+def _clip_modules() -> Iterable[str]:
+    return (f"text_model.encoder.layers.{k}.{end}" for k in range(_CLIP_LAYERS) for end in _CLIP)
+
+
+def _clip_names(structure: Structure) -> dict[str, str]:
+    prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+    table: dict[str, str] = {}
+    for part in _encoders(structure):
+        for module in _clip_modules():
+            name = f"{part}.{module}"
+            if name in structure.modules:
+                table |= {f"{prefix}{joined(module)}": name for prefix in prefixes[part]}
+                table[name] = name
+    return table
+
+
+def unet_to_diffusers(unet: Iterable[str]) -> dict[str, str]:
+    """The app's arithmetic from diffusers' names to its own, for a UNet with these modules.
+
+    How many residual blocks and transformer blocks there are is the UNet's; the numbers are the app's.
+    """
+    resnets, depths = _counts(unet)
+    table = dict(_OUTSIDE)
+    for x, count in enumerate(resnets):
+        first = 1 + (count + 1) * x
+        for i in range(count):
+            table |= _renamed(f"down_blocks.{x}.resnets.{i}", f"input_blocks.{first + i}.0", _RESNET)
+            place = f"down_blocks.{x}.attentions.{i}"
+            table |= _renamed(place, f"input_blocks.{first + i}.1", _attention(depths[place]))
+        table[f"down_blocks.{x}.downsamplers.0.conv"] = f"input_blocks.{first + count}.0.op"
+    place = "mid_block.attentions.0"
+    table |= _renamed(place, "middle_block.1", _attention(depths[place]))
+    for i, n in enumerate((0, 2)):
+        table |= _renamed(f"mid_block.resnets.{i}", f"middle_block.{n}", _RESNET)
+    for x, count in enumerate(reversed(resnets)):
+        first = (count + 1) * x
+        for i in range(count + 1):
+            table |= _renamed(f"up_blocks.{x}.resnets.{i}", f"output_blocks.{first + i}.0", _RESNET)
+            place = f"up_blocks.{x}.attentions.{i}"
+            table |= _renamed(place, f"output_blocks.{first + i}.1", _attention(depths[place]))
+        behind = 2 if depths[place] else 1
+        table[f"up_blocks.{x}.upsamplers.0.conv"] = f"output_blocks.{first + count}.{behind}.conv"
+    return table
+
+
+def _counts(unet: Iterable[str]) -> tuple[list[int], Counter[str]]:
+    """Residual blocks of each down block, and transformer blocks of each attention."""
+    resnets, blocks = set(), set()
+    for name in unet:
+        if match := re.match(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", name):
+            resnets.add((int(match[1]), int(match[2])))
+        elif match := re.match(r"(.+\.attentions\.\d+)\.transformer_blocks\.(\d+)\.", name):
+            blocks.add((match[1], match[2]))
+    per_block = Counter(x for x, _ in resnets)
+    return [per_block[x] for x in sorted(per_block)], Counter(place for place, _ in blocks)
+
+
+def _attention(depth: int) -> dict[str, str]:
+    """What is in an attention of `depth` transformer blocks; the app calls it as diffusers does."""
+    inner = [f"transformer_blocks.{k}.{end}" for k in range(depth) for end in _TRANSFORMER_BLOCK]
+    return {name: name for name in ("proj_in", "proj_out", *inner)} if depth else {}
+
+
+def _renamed(place: str, target: str, inner: Mapping[str, str]) -> dict[str, str]:
+    return {f"{place}.{ours}": f"{target}.{theirs}" for ours, theirs in inner.items()}
