@@ -131,7 +131,9 @@ def merge(
         raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
     if fuse_into is not None:
         merge_files.fuse(parts, fuse_into, output, variant=variant)
-        typer.echo(f"wrote {output}: {fuse_into} with {len(parts)} LoRAs in its weights")
+        typer.echo(
+            f"wrote {output}: {fuse_into} with {len(parts)} LoRA{'s' * (len(parts) > 1)} in its weights"
+        )
         return
     done = merge_files.merge(parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype)
     _print_interference(done.interference)
@@ -183,7 +185,9 @@ def _print_interference(pairs: dict[str, list[Interference]]) -> None:
     from rich.table import Table
 
     for title, rows in pairs.items():
-        table = Table("block", "cosine", "size of the first", "of the second", "shared modules", title=title)
+        table = Table(title=title)
+        for heading in ("block", "cosine", "size of first", "of second", "shared modules"):
+            table.add_column(heading, no_wrap=heading == "block")
         for row in rows:
             table.add_row(
                 row.group, f"{row.cosine:+.3f}", f"{row.norm_a:.3g}", f"{row.norm_b:.3g}", str(row.shared)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
+from lcm_kit import __version__
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, metadata, verify
 from lcm_kit.export.convert import whole
 from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
 from lcm_kit.export.reading import Reading
+from lcm_kit.files import atomic_write
 from lcm_kit.sample import adapter_file
 
 Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
@@ -53,18 +56,23 @@ def merge(
     if rank is not None:
         lora, errors = truncate(lora, rank)
     names = {s: f"{output.name}_{s}.safetensors" for s in delivery.styles_of(style)}
-    reports = delivery.deliver(lora, place, output.parent, names, dtype, _facts(reads, weights, output.name))
+    reports = delivery.deliver(lora, place, output.parent, names, dtype, _facts(parts, reads, output.name))
     lines = (delivery.summary(str(output.parent / names[s]), dtype, reports[s]) for s in names)
-    return Merged(tuple(lines), _pairs(reads, weights), errors)
+    return Merged(tuple(lines), _pairs(parts, reads), errors)
 
 
 def fuse(parts: Sequence[Part], base: str, output: Path, *, variant: str | None = None) -> None:
-    """Write the pipeline folder `output`: `base` with the weighted sum of `parts` in its weights."""
+    """Write the pipeline folder `output`: `base` with the weighted sum of `parts` in its weights.
+
+    `fused.json` in it says what was fused; the other texts are the base's own.
+    """
     against = verify.base_of(base, variant=variant)
     assert against.folder is not None
     reads = _read(parts, against)
     weights = [weight for _, weight in parts]
     fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)
+    made = {"base": base, "loras": {str(path): weight for path, weight in parts}, "kit_version": __version__}
+    atomic_write(output / "fused.json", json.dumps(made, indent=2) + "\n")
 
 
 def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading]:
@@ -76,16 +84,16 @@ def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading
     return reads
 
 
-def _pairs(reads: Sequence[Reading], weights: Sequence[float]) -> dict[str, list[Interference]]:
+def _pairs(parts: Sequence[Part], reads: Sequence[Reading]) -> dict[str, list[Interference]]:
+    rows = [(path.stem, weight, read.lora) for (path, weight), read in zip(parts, reads, strict=True)]
     return {
-        f"{a.path.stem} and {b.path.stem}": interference(a.lora, b.lora, (v, w))
-        for (a, v), (b, w) in combinations(zip(reads, weights, strict=True), 2)
+        f"{a} and {b}": interference(one, other, (v, w))
+        for (a, v, one), (b, w, other) in combinations(rows, 2)
     }
 
 
-def _facts(reads: Sequence[Reading], weights: Sequence[float], title: str) -> metadata.Facts:
+def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> metadata.Facts:
     """The merged file draws in few steps if one of its parts makes it: that one's settings are its own."""
     told = [metadata.facts_from(read.lora.metadata, title) for read in reads]
     speed = next((facts for facts in told if facts.method is not None), told[0])
-    parents = tuple(f"{read.path.name}:{weight:g}" for read, weight in zip(reads, weights, strict=True))
-    return replace(speed, parents=parents)
+    return replace(speed, parents=tuple(f"{path.name}:{weight:g}" for path, weight in parts))

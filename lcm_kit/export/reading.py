@@ -7,7 +7,6 @@ then the file is not whole.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,8 +222,10 @@ class _Header:
 
     def of(self, name: str, rank: int) -> float:
         """The alpha that gives `name` its strength in a plain LoRA."""
-        fits = (v for k, v in self.pattern.items() if re.match(rf"(.*\.)?({re.escape(k)})$", name))
-        return float(next(fits, self.alpha)) * (rank**0.5 if self.rank_stabilised else 1.0)
+        words = name.split(".")
+        endings = (".".join(words[first:]) for first in range(len(words)))
+        told = next((self.pattern[ending] for ending in endings if ending in self.pattern), self.alpha)
+        return told * (rank**0.5 if self.rank_stabilised else 1.0)
 
 
 def _header_alphas(metadata: Mapping[str, str]) -> dict[str, _Header]:

@@ -41,11 +41,9 @@ def locate(path: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     mark = f".{variant}" if variant else ""
-    weights = [
-        f"{part}/{stem}{end}"
-        for part, stem in STEMS.items()
-        for end in (f"{mark}.safetensors", f"*-of-*{mark}*.safetensors")
-    ]
+    # pieces of a large model: NAME.fp16-00001-of-00002.safetensors, once NAME-00001-of-00002.fp16.safetensors
+    ends = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
+    weights = [f"{part}/{stem}{end}" for part, stem in STEMS.items() for end in ends]
     wanted = ["model_index.json", *(f"{part}/*.json" for part in _FOLDERS), "tokenizer*/*.txt", *weights]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
