@@ -71,6 +71,35 @@ class Adapter:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TeacherAdapter:
+    """A LoRA in the teacher: a file in any style that `lcm-kit convert` reads, or a run's folder."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Teacher:
+    """What the teacher is besides the base: a style LoRA, or several."""
+
+    adapters: tuple[TeacherAdapter, ...] = ()
+    # true: the student has them too, and its own adapter learns speed alone (use both when sampling);
+    # false: its adapter learns look and speed together
+    in_student: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class Memory:
+    """How the frozen UNet is held and run; the LoRA and the mathematics are float32 whatever is set here."""
+
+    # of its linear layers: nf4 (4 bits) or int8, by bitsandbytes; convolutions keep `precision`
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
+    channels_last: bool = False  # memory format of convolutions: faster on a GPU, slower on a CPU
+    tf32: bool = True  # TensorFloat-32 for float32 matrices on a GPU that has it
+
+
+@dataclass(frozen=True, config=STRICT)
 class LCM:
     """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378 and 2311.05556)."""
 
@@ -124,6 +153,8 @@ class Loss:
 class Optimizer:
     """AdamW on the LoRA weights (float32)."""
 
+    # adamw8bit: its moments in 8 bits, by bitsandbytes
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Rate = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Rate = 1e-8
@@ -174,10 +205,14 @@ class Distill:
     # of the UNet; auto: float32 on CPU, else float16
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    # a loss that is NaN or Inf: stop, or leave that step's update out and go on
+    non_finite: Literal["stop", "skip"] = "stop"
     # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
     ema: Fraction = 0.0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    memory: Memory = field(default_factory=Memory)
     adapter: Adapter = field(default_factory=Adapter)
     method: LCM = field(default_factory=LCM)
     solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
