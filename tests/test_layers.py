@@ -20,10 +20,10 @@ LAYERS = {
         "config",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
-    "models": {"families", "adapter", "sample"},
+    "models": {"families", "adapter", "memory", "sample"},
     "disk": {"data", "export", "metrics", "report", "results", "tiny", "shipped"},
     "runtime": {"runtime", "validation"},
-    "top": {"cli", "cli_lora", "quiet", "__main__", "quickstart", "check"},
+    "top": {"cli", "cli_lora", "cli_plan", "plan", "quiet", "__main__", "quickstart", "check"},
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
 RECIPE = LEVELS.index("recipes")
