@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
-from lcm_kit.families.sd import lora_targets
+from lcm_kit.families import lora_targets
 from lcm_kit.files import atomic_folder
 
 NAME = "default"  # peft's name of the one adapter

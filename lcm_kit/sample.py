@@ -46,18 +46,22 @@ def pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Any:
-    """A `StableDiffusionPipeline` without safety checker; `unet`, if given, takes the place of its own.
+    """The base's pipeline without safety checker; `unet`, if given, takes the place of its own.
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     info = families.inspect_base(base, revision=revision, variant=variant)
-    given = {} if unet is None else {"unet": unet}
-    pipe = StableDiffusionPipeline.from_pretrained(
-        info.folder, variant=variant, dtype=dtype, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False, **given,
-    )  # fmt: skip
+    given: dict[str, Any] = {} if unet is None else {"unet": unet}
+    kind, unused = StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    if info.family == "sdxl":
+        kind, unused = StableDiffusionXLPipeline, {"add_watermarker": False}
+    pipe = kind.from_pretrained(
+        info.folder, variant=variant, dtype=dtype, feature_extractor=None, **unused, **given
+    )
+    if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False) and info.family == "sdxl":
+        pipe.vae.to(torch.float32)  # in float16 it overflows
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -27,6 +27,11 @@ _TWO_BLOCKS = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
 _REAL_SD = {**_SMALL, "block_out_channels": (8, 16, 24, 24)}  # layers and block types are diffusers' default
+# SSD-1B: fewer transformer blocks, a middle without attention (segmind/SSD-1B, unet/config.json)
+_PRUNED = {
+    "transformer_layers_per_block": (1, [2, 2], [4, 4]), "mid_block_type": "UNetMidBlock2D",
+    "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
+}  # fmt: skip
 _REAL_SDXL = {
     **_SMALL, "block_out_channels": (8, 16, 24), "cross_attention_dim": 64,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -58,7 +63,11 @@ def _vae() -> Any:
 
 
 def build_sd(
-    folder: Path, prediction_type: str = "epsilon", seed: int = 0, real_blocks: bool = False
+    folder: Path,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    real_blocks: bool = False,
+    **scheduler_more: Any,
 ) -> Path:
     """Write a `StableDiffusionPipeline` folder: 16x16x4 latents of 64x64 pixels (f=4), 24 tokens.
 
@@ -72,8 +81,9 @@ def build_sd(
     tokenizer, ends = _tokenizer(folder)
     text = CLIPTextModel(CLIPTextConfig(**_TEXT, **ends))
     vae = _vae()
-    unet = UNet2DConditionModel(**(_REAL_SD if real_blocks else _TWO_BLOCKS))
-    scheduler = DDIMScheduler(**_SCHEDULER, prediction_type=prediction_type)
+    shape = _REAL_SD if real_blocks else _TWO_BLOCKS
+    unet = UNet2DConditionModel(**shape, use_linear_projection=prediction_type == "v_prediction")
+    scheduler = DDIMScheduler(**_SCHEDULER, prediction_type=prediction_type, **scheduler_more)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -81,8 +91,11 @@ def build_sd(
     return folder
 
 
-def build_sdxl(folder: Path, seed: int = 0) -> Path:
-    """Write a `StableDiffusionXLPipeline` folder with SDXL's blocks (794 modules in its UNet), but narrow."""
+def build_sdxl(folder: Path, seed: int = 0, pruned: bool = False, zeros_when_empty: bool = True) -> Path:
+    """Write a `StableDiffusionXLPipeline` folder with SDXL's blocks (794 modules in its UNet), but narrow.
+
+    `pruned`: the blocks of SSD-1B instead.
+    """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -90,10 +103,10 @@ def build_sdxl(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, ends = _tokenizer(folder)
     StableDiffusionXLPipeline(
-        vae=_vae(), unet=UNet2DConditionModel(**_REAL_SDXL),
+        vae=_vae(), unet=UNet2DConditionModel(**_REAL_SDXL | (_PRUNED if pruned else {})),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_TEXT, **ends)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT, **ends, projection_dim=32)),
-        tokenizer=tokenizer, tokenizer_2=tokenizer,
+        tokenizer=tokenizer, tokenizer_2=tokenizer, force_zeros_for_empty_prompt=zeros_when_empty,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),

@@ -37,3 +37,16 @@ def real_sd_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base with all the blocks of SDXL, narrow: 788 modules for an LCM-LoRA."""
     return build_sdxl(tmp_path_factory.mktemp("base") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def ssd1b_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base with the blocks of SSD-1B, narrow: SDXL with transformer blocks taken out."""
+    return build_sdxl(tmp_path_factory.mktemp("base") / "ssd1b", pruned=True)
+
+
+@pytest.fixture(scope="session")
+def sd2_v_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base with the blocks of SD2.1, narrow, that predicts v at zero terminal SNR."""
+    folder = tmp_path_factory.mktemp("base") / "sd2-v"
+    return build_sd(folder, "v_prediction", real_blocks=True, rescale_betas_zero_snr=True)

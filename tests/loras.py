@@ -9,7 +9,7 @@ import torch
 
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.structure import Structure
-from lcm_kit.families.sd import lora_targets
+from lcm_kit.families import lora_targets
 
 
 def lcm_modules(structure: Structure) -> list[str]:

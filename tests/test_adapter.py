@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit import adapter
+from lcm_kit import adapter, families
 from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
-from lcm_kit.families import sd
 
 CONFIG = Adapter(rank=4, alpha=8.0)
 
 
 def load(sd_base: Callable[..., Path], dtype: torch.dtype = torch.float32) -> Any:
-    return sd.load_unet(sd.inspect_base(str(sd_base())), dtype)
+    return families.load_unet(families.inspect_base(str(sd_base())), dtype)
 
 
 def trained(unet: Any, seed: int = 0) -> list[torch.nn.Parameter]:
@@ -149,7 +148,7 @@ def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Pat
     facts = adapter.load_adapter(tmp_path / "adapter", other)
     assert facts["steps"] == 7
     assert (facts["lora_config"]["r"], facts["lora_config"]["lora_alpha"]) == (4, 8.0)
-    assert facts["lora_config"]["target_modules"] == sorted(sd.lora_targets("lcm"))
+    assert facts["lora_config"]["target_modules"] == sorted(families.lora_targets("lcm"))
     assert torch.equal(output(other), output(unet))
     state = adapter.lora_state(unet)
     assert all(

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lcm_kit import families
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import cache as module
 from lcm_kit.data.cache import Cache, encode
@@ -65,7 +66,7 @@ def test_rows_are_the_vaes_latents_and_the_text_encoders_embeddings(config):
     images = [Image.open(Path(config().data.path) / name).convert("RGB") for name in cache.ids]
     pixels = torch.stack([to_pixels(image, 64) for image in images])
     with torch.no_grad():
-        vae = sd.load_vae(base)
+        vae = families.load_vae(base)
         expected = vae.encode(pixels).latent_dist.mode() * 0.5
     found = cache.latents(list(range(N)))
     assert found.shape == (N, 4, 16, 16) and found.dtype == torch.float32
@@ -106,7 +107,7 @@ def test_an_interrupted_run_continues_at_the_first_missing_shard(config, tmp_pat
     real, calls = module.encode_shard, []
 
     def interrupted(*args):
-        calls.append(args[2].file)
+        calls.append(args[1].file)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
@@ -160,9 +161,9 @@ def test_flip_adds_the_mirror_image(config):
     assert report.changes == ["data.flip (False there, True here)"] and report.rows == 2 * N
     cache = _open(config(flip=True))
     assert cache.ids[:4] == ["0.png", "0.png (mirrored)", "1.png", "1.png (mirrored)"]
-    vae = sd.load_vae(inspect_base(config().base.path))
+    vae = families.load_vae(inspect_base(config().base.path))
     with Image.open(Path(config().data.path) / "3.png") as image:
-        expected = sd.encode_images(vae, to_pixels(image.convert("RGB"), 64).flip(-1)[None])
+        expected = families.encode_images(vae, to_pixels(image.convert("RGB"), 64).flip(-1)[None])
     torch.testing.assert_close(cache.latents(7), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -254,7 +255,7 @@ def test_nothing_usable_is_an_error_even_with_skip_bad(config):
 
 
 def test_latents_that_are_not_finite_name_their_images(config, monkeypatch):
-    real = sd.encode_images
+    real = families.encode_images
 
     def broken(vae, pixels):
         latents = real(vae, pixels)
@@ -262,7 +263,7 @@ def test_latents_that_are_not_finite_name_their_images(config, monkeypatch):
         return latents
 
     Image.new("RGB", (64, 64), "black").save(Path(config().data.path) / "5.png")
-    monkeypatch.setattr(sd, "encode_images", broken)
+    monkeypatch.setattr(families, "encode_images", broken)
     with pytest.raises(UserError, match="not finite for 5.png; remove"):
         encode(config(), progress=False)
 

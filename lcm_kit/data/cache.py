@@ -9,7 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -31,16 +31,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lcm_kit import families
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.data import shards
 from lcm_kit.data.records import Bad, Record, decode, open_records
 from lcm_kit.data.shards import Entry, Shard
-from lcm_kit.data.transforms import to_pixels
+from lcm_kit.data.transforms import framing, to_pixels
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo, Text, inspect_base, sd
-from lcm_kit.families.condition import Condition
+from lcm_kit.families import BaseInfo, inspect_base
+from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.files import sha256_bytes
 
+_CONDITION = ("embeds", "pooled", "time_ids")
 _LISTED = 100  # bad records that a message names; more are counted
 
 
@@ -182,53 +184,91 @@ def _encode(
     if not missing and shards.content_of(empty) == content:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae, text = sd.load_vae(base).to(device), sd.load_text(base)
-    text.text_encoder.to(device)
-    shards.write_tensors(empty, {"embeds": sd.empty_condition(text, 1).embeds.float().cpu()}, content)
+    encoder = _Encoder.load(base, device)
+    shards.write_tensors(empty, _named(encoder.empty()), content)
     task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in missing))
     for shard in missing:
-        tensors = encode_shard(vae, text, shard, records, data, lambda n: bar.advance(task, n))
+        tensors = encode_shard(encoder, shard, records, data, lambda n: bar.advance(task, n))
         shards.write_tensors(Path(data.cache) / shard.file, tensors, shard.content)
 
 
+@dataclass(frozen=True)
+class _Encoder:
+    """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
+
+    family: Any  # module of lcm_kit.families
+    vae: Any
+    text: Any
+
+    @classmethod
+    def load(cls, base: BaseInfo, device: str) -> _Encoder:
+        family = families.of(base)
+        text = family.load_text(base)
+        for part in text:
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+        return cls(family, families.load_vae(base).to(device), text)
+
+    def empty(self) -> Condition:
+        return self.family.empty_condition(self.text, 1)
+
+    def condition(self, captions: Sequence[str], framings: Sequence[Framing]) -> Condition:
+        return replace(self.family.encode_text(self.text, captions), time_ids=self.family.sizes(framings))
+
+
+def _named(condition: Condition) -> dict[str, Tensor]:
+    """The tensors of a condition by name, float32 on the CPU."""
+    tensors = {name: getattr(condition, name) for name in _CONDITION}
+    return {name: tensor.float().cpu() for name, tensor in tensors.items() if tensor is not None}
+
+
 def encode_shard(
-    vae: Any,
-    text: Text,
+    encoder: _Encoder,
     shard: Shard,
     records: Mapping[str, Record],
     data: Data,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """The tensors of one shard: `latents` [n, C, h, w] and `embeds` [n, L, D], float32 on the CPU."""
-    latents, embeds = [], []
-    for batch, pixels in _ahead(shard, records, data):
-        encoded = sd.encode_images(vae, pixels).float().cpu()
-        broken = [entry.id for entry, z in zip(batch, encoded, strict=True) if not z.isfinite().all()]
+    """The tensors of one shard, float32 on the CPU: `latents` [n, C, h, w] and `embeds` [n, L, D].
+
+    SDXL adds `pooled` [n, P] and `time_ids` [n, 6].
+    """
+    found: dict[str, list[Tensor]] = {}
+    for batch, pictures in _ahead(shard, records, data):
+        pixels = torch.stack([picture for picture, _ in pictures])
+        latents = families.encode_images(encoder.vae, pixels).float().cpu()
+        broken = [entry.id for entry, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
         if broken:
             raise UserError(
                 f"the VAE gives latents that are not finite for {', '.join(broken)}; remove these images"
             )
-        latents.append(encoded)
-        embeds.append(sd.encode_text(text, [entry.caption for entry in batch]).embeds.float().cpu())
+        condition = encoder.condition([entry.caption for entry in batch], [framed for _, framed in pictures])
+        for name, tensor in {"latents": latents, **_named(condition)}.items():
+            found.setdefault(name, []).append(tensor)
         advance(len(batch))
-    return {"latents": torch.cat(latents), "embeds": torch.cat(embeds)}
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+
+Picture = tuple[Tensor, Framing]  # pixels [3, H, W] and how they were cut
 
 
 def _ahead(
     shard: Shard, records: Mapping[str, Record], data: Data
-) -> Iterator[tuple[Sequence[Entry], Tensor]]:
-    """Entries and pixels [B, 3, H, W] by batches; threads decode the next while the VAE works on this one."""
+) -> Iterator[tuple[Sequence[Entry], list[Picture]]]:
+    """Entries and pictures by batches; threads decode the next while the VAE works on this one."""
 
-    def pixels(entry: Entry) -> Tensor:
-        return to_pixels(records[entry.id].load(), data.resolution, entry.mirrored)
+    def picture(entry: Entry) -> Picture:
+        image = records[entry.id].load()
+        framed = framing(image.size, data.resolution, entry.mirrored)
+        return to_pixels(image, data.resolution, entry.mirrored), framed
 
     size = data.batch_size
     batches = [shard.entries[first : first + size] for first in range(0, len(shard.entries), size)]
     with ThreadPoolExecutor() as pool:
-        coming = [pool.submit(pixels, entry) for entry in batches[0]]
+        coming = [pool.submit(picture, entry) for entry in batches[0]]
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
-            current, coming = coming, [pool.submit(pixels, entry) for entry in following]
-            yield batch, torch.stack([future.result() for future in current])
+            current, coming = coming, [pool.submit(picture, entry) for entry in following]
+            yield batch, [future.result() for future in current]
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +323,13 @@ class Cache:
 
     def condition(self, index: int | Sequence[int]) -> Condition:
         """The conditions of the rows at `index`, float32."""
-        return Condition(self._rows("embeds", index))
+        first = _open(self.folder / self._shards[0]["file"], self._shards[0]["content"])
+        held = [name for name in _CONDITION if name in first.keys()]  # noqa: SIM118
+        return Condition(**{name: self._rows(name, index) for name in held})
 
     def empty(self, n: int = 1) -> Condition:
-        """The condition of an unconditional pass, n times, float32."""
-        return Condition(load_file(self.folder / shards.EMPTY)["embeds"]).expand(n)
+        """The condition of an unconditional pass, n times, float32; without sizes (`Condition.sized_as`)."""
+        return Condition(**load_file(self.folder / shards.EMPTY)).expand(n)
 
     def _rows(self, name: str, index: int | Sequence[int]) -> Tensor:
         starts = [0, *accumulate(shard["rows"] for shard in self._shards)]

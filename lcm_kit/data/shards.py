@@ -20,7 +20,7 @@ from torch import Tensor
 from lcm_kit import __version__
 from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
-from lcm_kit.families.sd import BaseInfo
+from lcm_kit.families import BaseInfo
 from lcm_kit.files import atomic_write, sha256_bytes
 
 MANIFEST = "manifest.json"
@@ -31,6 +31,9 @@ _NAMES = {
     "vae": "the VAE of the base",
     "text_encoder": "the text encoder of the base",
     "tokenizer": "the tokenizer of the base",
+    "text_encoder_2": "the second text encoder of the base",
+    "tokenizer_2": "the second tokenizer of the base",
+    "zeros_when_empty": "what the base takes for an empty prompt",
     "format": "the cache format",
 }
 
@@ -48,7 +51,11 @@ class Entry:
 
 def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
     """All but the records that latents and embeddings depend on, or that says where they come from."""
-    parts = {part: base.hash_of(part) for part in ("vae", "text_encoder", "tokenizer")}
+    parts: dict[str, Any] = {
+        part: base.hash_of(part) for part in base.parts if part not in ("unet", "scheduler")
+    }
+    if base.family == "sdxl":
+        parts["zeros_when_empty"] = base.zeros_when_empty
     keys = ("path", "regularisation", "resolution", "flip")
     columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
     return {

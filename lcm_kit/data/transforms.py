@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lcm_kit.families.condition import Framing
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it: EXIF orientation, transparency on white, 16-bit grey scaled to 8."""
@@ -20,12 +22,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def framing(size: tuple[int, int], resolution: int, mirrored: bool = False) -> Framing:
+    """How `to_pixels` cuts its square from a picture of `size` (width, height), and where that lies.
+
+    The corner is that of the picture as it is seen: of the mirror image if `mirrored`.
+    """
+    width, height = _resized(size, resolution)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    if mirrored:
+        left = width - resolution - left
+    return Framing((size[1], size[0]), (top, left), (resolution, resolution))
+
+
+def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) with the shorter side at `resolution`."""
+    short = min(size)
+    width, height = (max(resolution, round(side * resolution / short)) for side in size)
+    return width, height
+
+
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
     """The shorter side resized to `resolution` (LANCZOS), then the centre cropped to a square."""
-    short = min(image.size)
-    width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
+    top, left = framing(image.size, resolution).corner
+    image = image.resize(_resized(image.size, resolution), Image.Resampling.LANCZOS)
     return image.crop((left, top, left + resolution, top + resolution))
 
 

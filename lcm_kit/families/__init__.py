@@ -1,6 +1,7 @@
-"""The families of bases: each is a module with the same functions.
+"""The families of bases: each is a module with the same functions, found by `of(base)`.
 
-Stable Diffusion 1.x and 2.x (`sd.py`) so far.
+Stable Diffusion 1.x and 2.x (`sd.py`), SDXL and UNets pruned from it (`sdxl.py`). What they share is in
+`base.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,29 @@ from typing import Any
 
 import torch
 
-from lcm_kit.families import sd
-from lcm_kit.families.sd import BaseInfo, Text, inspect_base
+from lcm_kit.families import sd, sdxl
+from lcm_kit.families.base import (
+    BaseInfo,
+    decode_latents,
+    encode_images,
+    inspect_base,
+    load_unet,
+    load_vae,
+    lora_targets,
+    weight_files,
+)  # fmt: skip
 
-__all__ = ["BaseInfo", "Parts", "Text", "inspect_base", "load"]
+__all__ = [
+    "BaseInfo", "Parts", "decode_latents", "encode_images", "inspect_base", "load", "load_unet", "load_vae",
+    "lora_targets", "of", "weight_files",
+]  # fmt: skip
+
+_MODULES: dict[str, Any] = {"sd": sd, "sdxl": sdxl}
+
+
+def of(base: BaseInfo) -> Any:
+    """The module of a base's family: `load_text`, `encode_text`, `empty_condition`, `sizes`."""
+    return _MODULES[base.family]
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,7 @@ class Parts:
     info: BaseInfo
     unet: Any = None
     vae: Any = None
-    text: Any = None  # Text(tokenizer, text_encoder)
+    text: Any = None  # the family's Text: tokenizers and text encoders
 
 
 def load(
@@ -37,12 +57,12 @@ def load(
 ) -> Parts:
     """Load `parts` (of "unet", "vae", "text") of a base: a diffusers folder, a hub id or `asset:NAME`.
 
-    `dtype` is the UNet's; VAE and text encoder are float32. Raises `UserError` as `inspect_base` does.
+    `dtype` is the UNet's; VAE and text encoders are float32. Raises `UserError` as `inspect_base` does.
     """
     info = inspect_base(path, revision=revision, variant=variant)
     return Parts(
         info,
-        sd.load_unet(info, dtype) if "unet" in parts else None,
-        sd.load_vae(info) if "vae" in parts else None,
-        sd.load_text(info) if "text" in parts else None,
+        load_unet(info, dtype) if "unet" in parts else None,
+        load_vae(info) if "vae" in parts else None,
+        of(info).load_text(info) if "text" in parts else None,
     )

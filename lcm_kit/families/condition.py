@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Index = int | slice | Tensor | Sequence[int]
+
+
+class Framing(NamedTuple):
+    """How a square was cut from a picture, in pixels; (height, width) and (top, left) in that order."""
+
+    original: tuple[int, int]  # the picture as it came
+    corner: tuple[int, int]  # of the crop, in the resized picture
+    target: tuple[int, int]  # the square
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,10 @@ class Condition:
     def expand(self, n: int) -> Condition:
         """One condition (B = 1) for n samples, without a copy."""
         return self._map(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+
+    def sized_as(self, other: Condition) -> Condition:
+        """The same text with the sizes of `other`: what guidance's unconditional pass is told for it."""
+        return self if other.time_ids is None else replace(self, time_ids=other.time_ids)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:

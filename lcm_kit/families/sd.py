@@ -1,180 +1,27 @@
-"""Stable Diffusion 1.x and 2.x: what a base is, its parts, text and image encoding, LoRA targets.
-
-Spaces: pixels [B, 3, H, W] in [-1, 1]; raw latents as the VAE gives them; latents = (raw - shift_factor) *
-scaling_factor, [B, C, H/f, W/f], which is what the UNet sees. diffusers and transformers are imported on use:
-it takes seconds.
-"""
+"""Stable Diffusion 1.x and 2.x: one text encoder, whose last hidden state is the whole condition."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
+from lcm_kit.families.base import (  # noqa: F401
+    PARTS,
+    BaseInfo,
+    decode_latents,
+    encode_images,
+    inspect_base,
+    load_part,
+    load_unet,
+    load_vae,
+    lora_targets,
+    weight_files,
+)
 from lcm_kit.families.condition import Condition
-from lcm_kit.families.source import STEMS, file_hash, locate, read_json
-from lcm_kit.files import sha256_bytes
-
-PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-_STEMS = {part: STEMS[part] for part in PARTS if part in STEMS}
-_CONFIGS = {
-    "vae": "config.json",
-    "unet": "config.json",
-    "text_encoder": "config.json",
-    "scheduler": "scheduler_config.json",
-}
-_KINDS = ("epsilon", "v_prediction", "sample")
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_LCM = (
-    *_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
-    "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
-
-
-def lora_targets(kind: str) -> list[str]:
-    """Name endings of the layers that a LoRA adapts: `lcm` (LCM-LoRA, arXiv:2311.05556) or `attention`."""
-    return list({"lcm": _LCM, "attention": _ATTENTION}[kind])
-
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """What a base says of itself on disk; no weights are loaded. Hashes are computed when asked for."""
-
-    path: str  # as it was asked for: folder, hub id or asset:NAME
-    folder: Path  # where it lies
-    revision: str | None
-    variant: str | None
-    prediction_type: str  # epsilon, v_prediction or sample
-    scheduler_config: Mapping[str, Any]
-    latent_channels: int
-    factor: int  # f: pixels along one side of a latent
-    sample_size: int  # the UNet's own latent size; sample_size * factor pixels
-    scaling_factor: float
-    shift_factor: float
-    width: int  # D of the text embeddings
-    family: str = "sd"
-
-    def hash_of(self, part: str) -> str:
-        """Content hash of one of PARTS: configuration and weight files (unchanged by a plain re-save)."""
-        folder = self.folder / part
-        if part == "tokenizer":
-            files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
-            return sha256_bytes("".join(f"{p.name}:{file_hash(p)}\n" for p in files).encode())
-        config = read_json(folder / _CONFIGS[part], self.path)
-        own = {key: config[key] for key in sorted(config) if key[0] != "_" and key != "transformers_version"}
-        weights = [file_hash(file) for file in weight_files(self, part)] if part in _STEMS else []
-        return sha256_bytes(json.dumps([own, weights]).encode())
-
-    @property
-    def base_hash(self) -> str:
-        """Content hash of the whole base."""
-        return sha256_bytes("".join(self.hash_of(part) for part in PARTS).encode())
-
-
-def weight_files(base: BaseInfo, part: str) -> list[Path]:
-    """The safetensors files of `vae`, `unet` or `text_encoder`, in the base's variant.
-
-    Raises `UserError` if there is none.
-    """
-    mark = re.escape(f".{base.variant}") if base.variant else ""
-    piece = r"(-\d+-of-\d+)?"
-    name = re.compile(rf"{_STEMS[part]}({piece}{mark}|{mark}{piece})\.safetensors")
-    files = sorted(p for p in (base.folder / part).iterdir() if name.fullmatch(p.name))
-    if not files:
-        wanted = f" of variant {base.variant!r}" if base.variant else ""
-        raise UserError(
-            f"base {base.path!r} has no safetensors weights{wanted} in {part}/; choose another base.variant, "
-            "or save the base again with diffusers' save_pretrained"
-        )
-    return files
-
-
-def inspect_base(path: str, *, revision: str | None = None, variant: str | None = None) -> BaseInfo:
-    """Read a base's configuration, without its weights.
-
-    `path` is a diffusers folder, a hub id or `asset:NAME`. Raises `UserError` if it is not found, not a
-    pipeline folder, not of this family, or without safetensors weights.
-    """
-    folder = locate(path, revision, variant)
-    index = read_json(folder / "model_index.json", path)
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing or "text_encoder_2" in index:
-        why = (
-            "has a second text encoder (SDXL?)"
-            if "text_encoder_2" in index
-            else f"has no {', '.join(missing)}"
-        )
-        raise UserError(
-            f"base {path!r} ({index.get('_class_name')}) {why}; give a Stable Diffusion 1.x or 2.x base"
-        )
-    configs = {part: read_json(folder / part / file, path) for part, file in _CONFIGS.items()}
-    try:
-        info = _describe(configs, path=path, folder=folder, revision=revision, variant=variant)
-    except KeyError as error:
-        raise UserError(f"base {path!r}: its configuration lacks {error}; save the base again") from error
-    for part in _STEMS:
-        weight_files(info, part)
-    return info
-
-
-def _describe(configs: Mapping[str, Mapping[str, Any]], **place: Any) -> BaseInfo:
-    vae, unet, scheduler = configs["vae"], configs["unet"], configs["scheduler"]
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
-        raise UserError(
-            f"base {place['path']!r}: its UNet takes {unet.get('in_channels')} channels, its VAE gives "
-            f"{channels}; inpainting and depth bases are not supported, give the plain one"
-        )
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in _KINDS:
-        raise UserError(
-            f"base {place['path']!r}: prediction_type {kind!r} is not supported, only {', '.join(_KINDS)}"
-        )
-    return BaseInfo(
-        prediction_type=kind,
-        scheduler_config=scheduler,
-        latent_channels=channels,
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
-        sample_size=unet["sample_size"],
-        scaling_factor=vae.get("scaling_factor") or 0.18215,
-        shift_factor=vae.get("shift_factor") or 0.0,
-        width=configs["text_encoder"]["hidden_size"],
-        **place,
-    )
-
-
-def _load(kind: Any, base: BaseInfo, part: str, dtype: torch.dtype) -> Any:
-    try:
-        model = kind.from_pretrained(
-            base.folder / part, variant=base.variant, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {base.path!r}: {part} cannot be loaded ({reason}); download or save the base again"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def load_unet(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
-    """The base's `UNet2DConditionModel`, frozen, in eval mode."""
-    from diffusers import UNet2DConditionModel
-
-    return _load(UNet2DConditionModel, base, "unet", dtype)
-
-
-def load_vae(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
-    """The base's `AutoencoderKL`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL
-
-    return _load(AutoencoderKL, base, "vae", dtype)
 
 
 class Text(NamedTuple):
@@ -186,16 +33,41 @@ class Text(NamedTuple):
 
 def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     """The base's tokenizer and text encoder, frozen, in eval mode."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
+
+    return Text(load_tokenizer(base, "tokenizer"), load_part(CLIPTextModel, base, "text_encoder", dtype))
+
+
+def load_tokenizer(base: BaseInfo, part: str) -> Any:
+    """The CLIP tokenizer in folder `part` of a base."""
+    from transformers import CLIPTokenizer
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(base.folder / "tokenizer", local_files_only=True)
+        return CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base {base.path!r}: tokenizer cannot be loaded ({reason}); save the base again"
+            f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
         ) from error
-    return Text(tokenizer, _load(CLIPTextModel, base, "text_encoder", dtype))
+
+
+class Tokens(NamedTuple):
+    """What an encoder takes: ids [B, L], and a mask where its configuration asks for one."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+
+def tokenize(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tokens:
+    """Captions as tokens on the encoder's device, padded to L and cut there."""
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokens = tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    return Tokens(
+        tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device) if masked else None
+    )
 
 
 @torch.no_grad()
@@ -204,14 +76,8 @@ def encode_text(text: Text, captions: Sequence[str]) -> Condition:
 
     Captions longer than L tokens are cut there, as in StableDiffusionPipeline.
     """
-    tokenizer, encoder = text
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer(
-        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    masked = getattr(encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(encoder.device) if masked else None
-    return Condition(encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0])
+    ids, mask = tokenize(text.tokenizer, text.text_encoder, captions)
+    return Condition(text.text_encoder(ids, attention_mask=mask)[0])
 
 
 def empty_condition(text: Text, n: int) -> Condition:
@@ -219,15 +85,6 @@ def empty_condition(text: Text, n: int) -> Condition:
     return encode_text(text, [""]).expand(n)
 
 
-@torch.no_grad()
-def encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] to latents [B, C, H/f, W/f]: (posterior mean - shift_factor) * scaling_factor."""
-    raw = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
-    return (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, H/f, W/f] to pixels [B, 3, H, W], about [-1, 1], not clipped."""
-    raw = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(raw).sample
+def sizes(framings: Sequence[object]) -> None:
+    """SD's UNet is told nothing of sizes."""
+    return None

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcm_kit import sample
+from lcm_kit import families, sample
 from lcm_kit.adapter import load_adapter
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
 from lcm_kit.data.cache import Cache
 from lcm_kit.errors import UserError
-from lcm_kit.families import sd
 from tests.recipes.small import configure, prepare
 from train import distill
 
@@ -59,13 +58,13 @@ def straight_line(config: Distill, *, wrong_target: bool = False) -> list[float]
     scheduler = DDIMScheduler.from_pretrained(config.base.path, subfolder="scheduler")
     abar, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
     torch.manual_seed(config.seed)
-    targets = sd.lora_targets("lcm")
+    targets = families.lora_targets("lcm")
     unet.add_adapter(
         LoraConfig(r=config.adapter.rank, lora_alpha=config.adapter.alpha, target_modules=targets)
     )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
-    cache = Cache.open(config.data.cache, base=sd.inspect_base(config.base.path), data=config.data)
+    cache = Cache.open(config.data.cache, base=families.inspect_base(config.base.path), data=config.data)
     batches, losses = Batches(cache, config.batch_size, config.seed), []
 
     def x0_eps(x: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,7 @@ def test_first_losses_equal_a_straight_line_script(
     assert abs(wrong[1] / wanted[1] - 1) > 0.01 and abs(wrong[2] / wanted[2] - 1) > 0.01
     facts = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     assert (facts["prediction_type"], facts["steps"]) == (kind, 3)
-    assert facts["base"]["hash"] == sd.inspect_base(str(keys["base"]["path"])).base_hash
+    assert facts["base"]["hash"] == families.inspect_base(str(keys["base"]["path"])).base_hash
 
 
 # -- What the keys do --------------------------------------------------------------------------------
