@@ -2,7 +2,7 @@
 
 One UNet plays all parts: with the adapter on it is the student, with the adapter off (`with teacher(unet):`)
 it is the base, bit for bit, and with an average of the LoRA weights (`with swapped(...)`) it is an EMA
-target.
+target. The teacher can have a style LoRA, frozen, which the student then has too or has not (`add_style`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.families import lora_targets
 from lcm_kit.files import atomic_folder
 
-NAME = "default"  # peft's name of the one adapter
+NAME = "default"  # peft's name of the adapter that is trained
+STYLE = "style"  # and of the teacher's
 WEIGHTS, FACTS = "lora.safetensors", "adapter.json"  # the files of an adapter folder
 
 
@@ -40,38 +41,71 @@ def add_lora(unet: Any, config: schema.Adapter, *, seed: int = 0) -> list[Parame
     return _add(unet, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets), seed)
 
 
-def _add(unet: Any, config: Any, seed: int) -> list[Parameter]:
+def _add(unet: Any, config: Any, seed: int, name: str = NAME) -> list[Parameter]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=NAME)
+        unet.add_adapter(config, adapter_name=name)
     # Kept, because walking all of SD1.5's modules in every step would cost more than flipping 278 flags.
     unet._lora_layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()
+    if getattr(unet, "_style_in_student", False):
+        for layer in unet._lora_layers:
+            layer._active_adapter = [STYLE, NAME]
     return parameters
+
+
+def add_style(
+    unet: Any, layers: Mapping[str, tuple[Tensor, Tensor, float]], *, in_student: bool = False
+) -> None:
+    """Give the teacher a LoRA: (down, up, alpha) by module of `unet`; to be called before `add_lora`.
+
+    It is frozen. `in_student`: the student has it too, under the LoRA that is trained; else it is the
+    teacher's alone. Raises `UserError` if a module is missing or a shape does not fit.
+    """
+    from peft import LoraConfig
+
+    ranks = {name: int(down.shape[0]) for name, (down, _, _) in layers.items()}
+    alphas = {name: alpha for name, (_, _, alpha) in layers.items()}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    alpha = max(set(alphas.values()), key=list(alphas.values()).count)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(layers),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+    )  # fmt: skip
+    _add(unet, config, seed=0, name=STYLE)
+    state = {f"{name}.lora_A.weight": down for name, (down, _, _) in layers.items()}
+    state |= {f"{name}.lora_B.weight": up for name, (_, up, _) in layers.items()}
+    load_lora_state(unet, state, STYLE)
+    unet.requires_grad_(False)
+    unet._style_in_student = in_student
 
 
 @contextlib.contextmanager
 def teacher(unet: Any) -> Iterator[None]:
-    """Within the block `unet` is its base, bitwise; afterwards, also after an exception, what it was before.
+    """Within the block `unet` is its base, bitwise, or its base with the teacher's LoRA if it has one.
 
-    Only peft's flag in each LoRA layer is flipped (1 ms for the 278 of SD1.5): its own `disable_adapter` is
-    80 times slower and changes `requires_grad`. A backward, and what it recomputes, must not run inside the
-    block.
+    Afterwards, also after an exception, it is what it was before. Only peft's flags in each LoRA layer are
+    set (1 ms for the 278 of SD1.5): its own `disable_adapter` is 80 times slower and changes `requires_grad`.
+    A backward, and what it recomputes, must not run inside the block.
     """
     layers = unet._lora_layers
-    before = [layer._disable_adapters for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            if STYLE in layer.lora_A:
+                layer._active_adapter = [STYLE]
+            else:
+                layer._disable_adapters = True
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
 
 
 @contextlib.contextmanager
@@ -97,9 +131,9 @@ def update_ema(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: f
     torch._foreach_lerp_(list(average), [p.data for p in parameters], 1.0 - decay)
 
 
-def _named(unet: nn.Module) -> dict[str, Parameter]:
+def _named(unet: nn.Module, adapter: str = NAME) -> dict[str, Parameter]:
     """The LoRA's parameters by raw peft key (`...to_q.lora_A.weight`), without the adapter's name."""
-    name = f".{NAME}."
+    name = f".{adapter}."
     return {
         key.replace(name, "."): p for key, p in unet.named_parameters() if ".lora_" in key and name in key
     }
@@ -110,13 +144,13 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     return {key: p.detach().float().cpu().clone().contiguous() for key, p in _named(unet).items()}
 
 
-def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_lora_state(unet: nn.Module, state: Mapping[str, Tensor], adapter: str = NAME) -> None:
     """Copy `state` (as `lora_state` gives it) into the LoRA of `unet`.
 
     Raises `UserError` unless keys and shapes are exactly the LoRA's: weights that fit in part are wrong
     weights.
     """
-    named = _named(unet)
+    named = _named(unet, adapter)
     wrong = sorted(named.keys() ^ state.keys()) or [k for k, p in named.items() if p.shape != state[k].shape]
     if wrong:
         raise UserError(

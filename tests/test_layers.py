@@ -21,7 +21,7 @@ LAYERS = {
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample"},
-    "disk": {"data", "export", "metrics", "report", "results", "tiny", "shipped"},
+    "disk": {"data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {"runtime", "validation"},
     "top": {"cli", "cli_lora", "cli_plan", "plan", "quiet", "__main__", "quickstart", "check"},
 }

@@ -37,7 +37,7 @@ def test_the_condition_is_the_pipelines_own(sdxl_base: Path, pipe: Any) -> None:
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_empty_condition_is_what_guidance_uses(tmp_path: Path, zeros: bool) -> None:
-    """diffusers takes zeros where the base says so (force_zeros_for_empty_prompt) and no prompt is negative."""
+    """diffusers takes zeros where the base says so (force_zeros_for_empty_prompt), else encodes it."""
     base = str(build_sdxl(tmp_path / "base", zeros_when_empty=zeros))
     parts = families.load(base, parts=["text"])
     assert parts.info.zeros_when_empty is zeros
