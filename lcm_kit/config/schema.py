@@ -284,4 +284,41 @@ class PretrainTiny:
     prompts: Positive = 128  # held-out prompts written to prompts.txt: no training picture has them
 
 
-RECIPES = {"train/distill": Distill, "train/pretrain_tiny": PretrainTiny, "evaluation/quality": Quality}
+@dataclass(frozen=True, config=STRICT)
+class Speed:
+    """`recipe: evaluation/speed`: a training step of ours beside a straight-line one, on random weights."""
+
+    recipe: Literal["evaluation/speed"]
+    output: str = "runs/speed"  # folder of results.json
+    seed: int = 0
+    structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
+    # share of its channels and attention heads, in the UNet, the VAE and the text encoders: 1, 1/2, 1/4 or 1/8
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
+    batch_size: Positive = 4
+    rank: Annotated[int, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
+    # of both sides; auto: float32 on CPU, else float16
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False  # of both sides
+    memory: Memory = field(default_factory=Memory)  # of our side, as in train/distill
+    steps: Positive = 10  # timed steps of each side, in turns
+    warmup: NonNegative = 2  # steps of each side before them
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Speed:
+        if self.width not in (1.0, 0.5, 0.25, 0.125):
+            raise ValueError(f"width {self.width} does not divide the channels; choose 1, 0.5, 0.25 or 0.125")
+        if self.structure == "tiny" and self.width != 1.0:
+            raise ValueError(f"width {self.width} is for the large structures; leave it at 1 for tiny")
+        if self.resolution % 8:
+            near = self.resolution // 8 * 8
+            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
+        return self
+
+
+RECIPES = {
+    "train/distill": Distill,
+    "train/pretrain_tiny": PretrainTiny,
+    "evaluation/quality": Quality,
+    "evaluation/speed": Speed,
+}
