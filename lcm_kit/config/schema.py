@@ -292,7 +292,7 @@ class Speed:
     output: str = "runs/speed"  # folder of results.json
     seed: int = 0
     structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
-    # share of its channels and attention heads, in the UNet, the VAE and the text encoders: 1, 1/2, 1/4 or 1/8
+    # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
     width: Annotated[float, Field(gt=0, le=1)] = 1.0
     resolution: Annotated[int, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
     batch_size: Positive = 4
