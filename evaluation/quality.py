@@ -2,6 +2,7 @@
 
     lcm-kit evaluate configs/evaluation/quality.yaml
     lcm-kit evaluate configs/evaluation/tiny_base.yaml     # a base alone
+    accelerate launch --num_processes 4 -m lcm_kit evaluate configs/evaluation/quality.yaml
 
 The same prompts are drawn from the same noise by the teacher (the base, many steps, guidance), by the base
 under plain solvers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
@@ -26,7 +27,7 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lcm_kit import __version__, assets, families, sample
+from lcm_kit import __version__, assets, families, processes, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.schema import Quality
 from lcm_kit.errors import UserError
@@ -34,7 +35,8 @@ from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
-from lcm_kit.results import kept, show
+from lcm_kit.results import Drawn, kept, show
+from lcm_kit.share import Share
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
@@ -71,11 +73,17 @@ def plan(config: Quality) -> list[Row]:
 
 
 def draw(
-    pipe: Any, row: Row, prompts: Sequence[str], config: Quality, size: int, advance: Callable[[int], None]
-) -> tuple[Tensor, float]:
-    """All prompts as 8-bit pixels [N, 3, H, W], and seconds an image: text, UNet and VAE, in batches."""
+    pipe: Any,
+    row: Row,
+    prompts: Sequence[str],
+    config: Quality,
+    size: int,
+    share: Share,
+    advance: Callable[[int], None],
+) -> Drawn:
+    """This process's batches as 8-bit pixels [B, 3, H, W], and seconds an image: text, UNet and VAE."""
     batches, seconds = [], 0.0
-    for first in range(0, len(prompts), config.batch_size):
+    for first in share.of(range(0, len(prompts), config.batch_size)):
         batch = prompts[first : first + config.batch_size]
         start = time.perf_counter()
         pixels = sample.sample(
@@ -85,7 +93,7 @@ def draw(
         seconds += time.perf_counter() - start
         batches.append(((pixels + 1) * 127.5).round().to(torch.uint8))
         advance(row.unet_calls * len(batch))
-    return torch.cat(batches), seconds / len(prompts)
+    return batches, seconds / max(sum(map(len, batches)), 1)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -96,7 +104,7 @@ def to_pixels(images: Tensor) -> Tensor:
 def main(config: Quality) -> Path:
     """Evaluate a run; returns the path of its `results.json`."""
     # -- Parts: the run, its base, its exported file ---------------------------------------------------------
-    run = Path(config.run)
+    run, share = Path(config.run), processes.share()
     if config.base is not None:
         base = families.inspect_base(config.base)
         size, adapter = base.sample_size * base.factor, None
@@ -133,7 +141,7 @@ def main(config: Quality) -> Path:
     drawn: list[tuple[Tensor, float]] = []
     total = 0  # UNet calls
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn()) as bar:
+    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
         task = bar.add_task("", total=sum(row.unet_calls for row in rows) * len(prompts))
         for row in rows:
             label = f"{row.name} {row.solver}, {row.unet_calls} UNet calls"
@@ -141,14 +149,15 @@ def main(config: Quality) -> Path:
             own = [adapter_hash, config.lora_weight] if row.name == "student" else []
             key = sha256_bytes(json.dumps([inputs, row, own]).encode())[:12]
 
-            def make(row: Row = row) -> tuple[Tensor, float]:
-                return draw(
-                    pipe(row.name == "student"), row, prompts, config, size, partial(bar.advance, task)
-                )
+            def make(row: Row = row) -> Drawn:
+                advance = partial(bar.advance, task)
+                return draw(pipe(row.name == "student"), row, prompts, config, size, share, advance)
 
-            drawn.append(kept(run / "evaluation" / f"{row.slug}-{key}.safetensors", make))
+            drawn.append(kept(run / "evaluation" / f"{row.slug}-{key}.safetensors", make, share))
             total += row.unet_calls * len(prompts)
         bar.update(task, completed=total)
+    if not share.first:
+        return run / "results.json"
 
     # -- Measure ---------------------------------------------------------------------------------------------
     teacher = to_pixels(drawn[0][0])

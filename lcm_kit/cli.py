@@ -146,9 +146,10 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Turn images and captions into cached latents and text embeddings."""
     loaded = _distill(config, overrides)
     quiet()
+    from lcm_kit import processes
     from lcm_kit.data import cache
 
-    cache.encode(loaded)
+    cache.encode(loaded, share=processes.share())
 
 
 @app.command(rich_help_panel="The stages")
@@ -198,11 +199,19 @@ def sample(
         )
     quiet()
     found = Base(path=base) if base else _base_of(adapter)
+    if adapter is not None:
+        _insist_on_a_pair(adapter, found)
     sheet = sample_to_folder(
         found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
         lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
     )  # fmt: skip
     typer.echo(sheet)
+
+
+@app.command(rich_help_panel="The stages")
+def bench(config: ConfigArgument = "evaluation/speed", overrides: Overrides = None) -> None:
+    """Time a training step on random weights of a real structure, beside a straight-line one."""
+    _run("evaluation", config, overrides)
 
 
 @app.command(rich_help_panel="The stages")
@@ -244,6 +253,15 @@ def _run(stage: str, config: str, overrides: list[str] | None) -> None:
         raise UserError(f"config {config} is for {loaded.recipe}; run `lcm-kit {verb} {config}`")
     quiet()
     shipped.load_recipe(loaded.recipe).main(loaded)
+
+
+def _insist_on_a_pair(adapter: Path, base: Base) -> None:
+    """Raise `UserError` if the LoRA is not for this base, before any of the base's weights are loaded."""
+    from lcm_kit.export import convert, verify
+    from lcm_kit.sample import adapter_file
+
+    against = verify.base_of(base.path, base.revision, base.variant)
+    convert.whole(adapter_file(adapter), against)
 
 
 def _base_of(adapter: Path | None) -> Base:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -14,18 +16,50 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcm_kit.files import atomic_file
+from lcm_kit.share import Share
+
+Drawn = tuple[list[Tensor], float]  # batches of 8-bit pictures [B, 3, H, W], and seconds an image
 
 
-def kept(file: Path, make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
-    """What `make` gives (8-bit pictures, seconds an image), from `file` if it has been made before."""
-    if not file.is_file():
-        images, seconds = make()
+def kept(file: Path, make: Callable[[], Drawn], share: Share) -> tuple[Tensor, float]:
+    """What `make` gives, all pictures [N, 3, H, W], from `file` if it has been made before.
+
+    Of several processes each makes its `share` of the batches; the first joins them, in order.
+    """
+    missing = not file.is_file()
+    if missing:
+        _write(_part(file, share.rank), *make())
+    share.wait()
+    if missing and share.first:
+        parts = [_read(_part(file, rank)) for rank in range(share.world)]
+        batches = [batch for turn in zip_longest(*(part[0] for part in parts)) for batch in turn]
+        counts = [sum(map(len, part[0])) for part in parts]
+        seconds = sum(part[1] * n for part, n in zip(parts, counts, strict=True)) / sum(counts)
         for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 12}.safetensors"):
             old.unlink()  # the same row from other inputs
-        with atomic_file(file) as temporary:
-            save_file({"images": images}, temporary, metadata={"seconds_per_image": repr(seconds)})
+        _write(file, [torch.cat([batch for batch in batches if batch is not None])], seconds)
+        for rank in range(share.world):
+            _part(file, rank).unlink()
+    share.wait()
+    (images,), seconds = _read(file)
+    return images, seconds
+
+
+def _part(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.stem}.part{rank}.safetensors")
+
+
+def _write(file: Path, batches: Sequence[Tensor], seconds: float) -> None:
+    tensors = {"images" if len(batches) == 1 else f"{k:06d}": batch for k, batch in enumerate(batches)}
+    with atomic_file(file) as temporary:
+        save_file(tensors, temporary, metadata={"seconds_per_image": repr(seconds)})
+
+
+def _read(file: Path) -> Drawn:
     with safe_open(file, "pt") as opened:
-        return opened.get_tensor("images"), float(opened.metadata()["seconds_per_image"])
+        return [opened.get_tensor(key) for key in sorted(opened.keys())], float(
+            opened.metadata()["seconds_per_image"]
+        )
 
 
 def best_plain(rows: Sequence[dict[str, Any]], calls: int) -> dict[str, Any] | None:

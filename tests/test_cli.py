@@ -120,9 +120,9 @@ def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcm_kit.data import cache
 
     seen: list[Any] = []
-    monkeypatch.setattr(cache, "encode", seen.append)
+    monkeypatch.setattr(cache, "encode", lambda config, share: seen.extend([config, share]))
     assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
-    assert seen[0].data.resolution == 128
+    assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1)
 
 
 def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ LAYERS = {
         "files",
         "assets",
         "config",
+        "share",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample"},
     "disk": {"data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
-    "runtime": {"runtime", "validation"},
+    "runtime": {"processes", "runtime", "validation"},
     "top": {"cli", "cli_lora", "cli_plan", "plan", "quiet", "__main__", "quickstart", "check"},
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}

@@ -41,7 +41,9 @@ from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.files import sha256_bytes
+from lcm_kit.share import Share
 
+ALONE = Share()
 _CONDITION = ("embeds", "pooled", "time_ids")
 _LISTED = 100  # bad records that a message names; more are counted
 
@@ -74,12 +76,14 @@ class EncodeReport:
         return "\n".join(lines)
 
 
-def encode(config: Distill, progress: bool = True) -> EncodeReport:
+def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> EncodeReport:
     """Bring the cache `config.data.cache` up to date with the images, the captions and the base.
 
     Only shards that are missing or whose inputs changed are encoded: an interrupted run continues, a second
-    run does nothing. Raises `UserError` if the base or the data cannot be used, and, unless `data.skip_bad`,
-    if any record is unreadable or has no caption: it names them all, before anything is encoded.
+    run does nothing. Of several processes each encodes its `share` of the shards, and the first writes the
+    manifest when all are done. Raises `UserError` if the base or the data cannot be used, and, unless
+    `data.skip_bad`, if any record is unreadable or has no caption: it names them all, before anything is
+    encoded.
     """
     started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
@@ -88,19 +92,22 @@ def encode(config: Distill, progress: bool = True) -> EncodeReport:
             f"data.resolution {data.resolution} is not a multiple of {base.factor}, as the base's VAE needs"
         )
     old = shards.read_manifest(folder)
-    with _bar(progress) as bar:
+    with _bar(progress and share.first) as bar:
         records, entries, bad = _survey(data, old, bar)
         made_by = shards.settings(base, data)
         planned = shards.plan(made_by, entries, data.shard_size)
         missing = [shard for shard in planned if shards.content_of(folder / shard.file) != shard.content]
-        _encode(base, data, missing, records, bar)
+        share.wait()  # every process has seen which shards are missing
+        _encode(base, data, missing, share, records, bar)
+    share.wait()
     new = shards.manifest(base, data, planned, bad)
     changes = [] if old is None else shards.changes(old, new)
-    if missing or changes or old is None:
+    if share.first and (missing or changes or old is None):
         shards.write_manifest(folder, new)
     count = sum(len(shard.entries) for shard in missing)
     report = EncodeReport(folder, len(entries), count, time.monotonic() - started, changes, bad)
-    if progress:
+    share.wait()
+    if progress and share.first:
         Console().print(report.message, markup=False, highlight=False)
     return report
 
@@ -177,17 +184,25 @@ def _check(record: Record, known: set[str]) -> tuple[str, str]:
 
 
 def _encode(
-    base: BaseInfo, data: Data, missing: Sequence[Shard], records: Mapping[str, Record], bar: Progress
+    base: BaseInfo,
+    data: Data,
+    missing: Sequence[Shard],
+    share: Share,
+    records: Mapping[str, Record],
+    bar: Progress,
 ) -> None:
-    """Encode and write the missing shards, each as soon as it is done, and the empty condition."""
+    """Encode and write this process's missing shards, each when it is done, and the empty condition."""
     empty, content = Path(data.cache) / shards.EMPTY, shards.content_hash(shards.settings(base, data))
-    if not missing and shards.content_of(empty) == content:
+    mine = share.of(missing)
+    done = not share.first or (not missing and shards.content_of(empty) == content)
+    if not mine and done:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = _Encoder.load(base, device)
-    shards.write_tensors(empty, _named(encoder.empty()), content)
-    task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in missing))
-    for shard in missing:
+    if share.first:
+        shards.write_tensors(empty, _named(encoder.empty()), content)
+    task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in mine))
+    for shard in mine:
         tensors = encode_shard(encoder, shard, records, data, lambda n: bar.advance(task, n))
         shards.write_tensors(Path(data.cache) / shard.file, tensors, shard.content)
 

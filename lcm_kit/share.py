@@ -1,0 +1,31 @@
+"""Work that several processes share: who does which part, and when all must be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def _nobody_to_wait_for() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part; alone, it is everything. `lcm_kit.processes` finds it out."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = _nobody_to_wait_for  # until every process is here
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        """The items of this process: every `world`-th, from `rank` on."""
+        return items[self.rank :: self.world]
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes what all made."""
+        return self.rank == 0
