@@ -142,10 +142,29 @@ def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("export", "runs/x", "--format", "ckpt").exit_code == 2
 
 
+def test_a_lora_for_another_base_is_refused_before_weights_are_loaded(
+    sd_base: Any, sdxl_base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lcm_kit import sample
+    from lcm_kit.export import structure
+    from tests import broken
+    from tests.loras import random_lora
+
+    place = structure.of_base(str(sdxl_base))
+    broken.save(tmp_path / "xl.safetensors", broken.kohya_without_alphas(random_lora(place), place))
+    monkeypatch.setattr(sample, "pipeline", lambda *a, **k: pytest.fail("weights were loaded"))
+    done = cli(
+        "sample", "--prompt", "a", "--base", sd_base("epsilon"), "--adapter", tmp_path / "xl.safetensors"
+    )
+    assert done.exit_code == 2 and "xl.safetensors is not whole" in done.stderr
+
+
 def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import lcm_kit.sample
+    from lcm_kit import cli as command_line
 
     calls: list[Any] = []
+    monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda adapter, base: calls.append(base.variant))
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )
@@ -162,6 +181,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         "--steps", "2", "--seed", "5", "--weight", "0.8", "--output", tmp_path / "out",
     )  # fmt: skip
     assert done.output == "sheet.png\n"
+    assert calls.pop(0) == "fp16"
     assert calls[0][0] == ("my/base", ["one", "two", "three"], tmp_path / "out")
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
