@@ -163,8 +163,8 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     import lcm_kit.sample
     from lcm_kit import cli as command_line
 
-    calls: list[Any] = []
-    monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda adapter, base: calls.append(base.variant))
+    calls, pairs = list[Any](), list[Any]()
+    monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )
@@ -181,7 +181,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         "--steps", "2", "--seed", "5", "--weight", "0.8", "--output", tmp_path / "out",
     )  # fmt: skip
     assert done.output == "sheet.png\n"
-    assert calls.pop(0) == "fp16"
+    assert pairs[0][0] == tmp_path / "run" and pairs[0][1].variant == "fp16"
     assert calls[0][0] == ("my/base", ["one", "two", "three"], tmp_path / "out")
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
