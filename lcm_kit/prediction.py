@@ -17,7 +17,8 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 KINDS = ("epsilon", "v_prediction", "sample")
 
 
-def _check(schedule: Schedule, kind: str) -> None:
+def check(schedule: Schedule, kind: str) -> None:
+    """Raise UserError for an unknown `kind`, and for "epsilon" on a schedule with zero terminal SNR."""
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise UserError(f"the base's scheduler config has prediction_type {kind!r}; lcm-kit knows {known}")
@@ -36,7 +37,7 @@ def to_x0_eps(schedule: Schedule, kind: str, output: Tensor, x: Tensor, t: Tenso
     v = alpha eps - sigma x0 (arXiv:2202.00512, appendix D). Raises UserError for another kind, and for
     "epsilon" on a schedule with zero terminal SNR, where x0 = (x - sigma eps) / alpha divides by zero.
     """
-    _check(schedule, kind)
+    check(schedule, kind)
     alpha, sigma = schedule.at(t)
     output, x = output.float(), x.float()
     if kind == "epsilon":
@@ -52,7 +53,7 @@ def from_x0_eps(schedule: Schedule, kind: str, x0: Tensor, eps: Tensor, t: Tenso
     The inverse of `to_x0_eps`, and with the true x0 and noise the target of the denoising loss. Raises as
     `to_x0_eps`.
     """
-    _check(schedule, kind)
+    check(schedule, kind)
     alpha, sigma = schedule.at(t)
     if kind == "epsilon":
         return eps.float()
@@ -61,7 +62,7 @@ def from_x0_eps(schedule: Schedule, kind: str, x0: Tensor, eps: Tensor, t: Tenso
 
 def predictor(model: Model, schedule: Schedule, kind: str) -> Predict:
     """Wrap a raw model as Predict. Raises as `to_x0_eps` does, before the first call."""
-    _check(schedule, kind)
+    check(schedule, kind)
 
     def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return to_x0_eps(schedule, kind, model(x, t), x, t)

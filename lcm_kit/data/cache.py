@@ -41,6 +41,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.files import sha256_bytes
+from lcm_kit.prediction import check as check_prediction
+from lcm_kit.schedule import Schedule
 from lcm_kit.share import Share
 
 ALONE = Share()
@@ -87,6 +89,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     """
     started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
     if data.resolution % base.factor:
         raise UserError(
             f"data.resolution {data.resolution} is not a multiple of {base.factor}, as the base's VAE needs"
