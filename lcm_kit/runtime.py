@@ -1,7 +1,8 @@
-"""Around the training step: accelerator, the run's folder, state and resume, metrics, learning rate.
+"""Around the training step: accelerator, processes, resume and save, metrics, learning rate.
 
-The only place besides the recipes that knows accelerate. A step's randomness is a function of (seed, step,
-slot) and its learning rate one of (config, step), so a state is the weights and the optimizer's moments.
+A step's randomness is a function of (seed, step, slot) and its learning rate one of (config, step), so a
+state is the weights and the optimizer's moments. Beside this stand `run_folder.py` (whose folder it is),
+`checkpoints.py` (a state's files), `stepping.py` (a step's gradients) and `stopping.py` (signals).
 """
 
 from __future__ import annotations
@@ -9,18 +10,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, parse_flag_from_env
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,43 +31,54 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from lcm_kit.adapter import FACTS, load_lora_state, lora_state
+from lcm_kit import checkpoints
+from lcm_kit.adapter import save_adapter
+from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
-from lcm_kit.config.load import dump
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_folder, atomic_write
+from lcm_kit.files import atomic_write
+from lcm_kit.run_folder import flat
+
+T = TypeVar("T")
 
 PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # ours -> accelerate's
-FREE = (
-    "output",
-    "steps",
-    "validation",
-    "checkpoint",
-    "logging",
-)  # keys that may change when a run is continued
 
 
 # -- Accelerator ---------------------------------------------------------------------------------------------
 
 
 def start(config: schema.Distill) -> Accelerator:
-    """The accelerator of this process, with precision, accumulation and trackers as `config` says.
+    """The accelerator of this process, with precision and trackers as `config` says.
 
-    Raises `UserError` for a tracker that accelerate does not know or that is not installed, and for float16
-    on a CPU.
+    It knows nothing of accumulation, which can change on the way (`stepping.Passes`). Raises `UserError` for
+    a tracker that accelerate does not know or that is not installed, for float16 on a CPU, and for a way to
+    share a model over devices that does not work here.
     """
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     project = ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "trackers"))
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[_precision(config.precision, device.type)],
-        gradient_accumulation_steps=config.accumulation,
         log_with=_trackers(config.logging.trackers) or None,
         project_config=project,
     )
+    _check_sharing(config, accelerator)
     if accelerator.is_main_process:
         _sweep(Path(config.output))
     return accelerator
+
+
+def _check_sharing(config: schema.Distill, accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError(
+            "accelerate is set to DeepSpeed, which does not train an adapter here; choose FSDP with "
+            "fsdp_version 2, which shards the frozen base as ZeRO-3 does, or plain multi-GPU"
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("accelerate is set to FSDP 1, which flattens the adapter away; set fsdp_version to 2")
+    if sharded(accelerator) and config.ema:
+        raise UserError(f"ema {config.ema} does not work where FSDP shards the weights; set it to 0")
 
 
 def _precision(wanted: str, device: str) -> str:
@@ -101,143 +112,134 @@ def dtype(accelerator: Accelerator) -> torch.dtype:
 def _sweep(run: Path) -> None:
     """Remove what a killed process left half-written; nothing reads it."""
     for folder in (run, run / "state"):
-        for leftover in folder.glob(".*.tmp"):
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-# -- The run's folder ----------------------------------------------------------------------------------------
+# -- Processes -----------------------------------------------------------------------------------------------
 
 
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A config (or its dictionary) as {"optimizer.lr": 1e-4, ...}, values as YAML would hold them."""
-    if hasattr(value, "__dataclass_fields__"):
-        value = asdict(value)
-    if not isinstance(value, Mapping):
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {
-        k: v
-        for name, part in value.items()
-        for k, v in flat(part, f"{path}.{name}" if path else name).items()
-    }
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of every weight (FSDP), so that all must call the model together."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
-def claim(config: schema.Distill, accelerator: Accelerator) -> bool:
-    """Make `config.output` this run's folder and write `config.yaml` there; False if the run is finished.
+def prepare(accelerator: Accelerator, unet: Any, optimizer: Any) -> tuple[Any, Any]:
+    """The UNet and the optimizer for this accelerator: precision, and sharding where it is asked for.
 
-    Raises `UserError`, naming the key, if the folder holds a run that another config started: only how long
-    it runs and what it logs, draws and saves may change. Raises it too if a finished run is to go on without
-    its state.
+    There is no DistributedDataParallel: `stepping.Passes` averages the gradients.
     """
-    run = Path(config.output)
-    done, states = adapter_steps(run), _states(run)
-    if done or states:
-        _same_run(run / "config.yaml", config)
-    if done >= config.steps:
-        accelerator.print(f"{run}: finished, {done} steps of {config.steps}; nothing to do")
-        return False
-    if done and not states:
-        raise UserError(
-            f"{run}: its adapter has {done} steps but state/ is gone, so it cannot go on; give another output"
-        )
-    accelerator.wait_for_everyone()  # every process has read the old file
+    if sharded(accelerator):
+        return accelerator.prepare(unet, optimizer)
+    return accelerator.prepare_model(unet, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+
+
+def any_of(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true on any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+
+
+def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
+    """The items of all processes, in their order."""
+    if accelerator.num_processes == 1:
+        return items
+    parts: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def main_does(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on every process; a `UserError` of its is raised by all."""
+    if accelerator.num_processes == 1:
+        return work()
+    said: list[Any] = [None, None]
     if accelerator.is_main_process:
-        atomic_write(run / "config.yaml", dump(config))
-    return True
-
-
-def _same_run(file: Path, config: schema.Distill) -> None:
-    old = flat(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    new = flat(config)
-    for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in FREE and old.get(key) != new.get(key):
-            raise UserError(
-                f"{file.parent}: this run was started with {key} {old.get(key)!r} and the config says "
-                f"{new.get(key)!r}; set it back to continue, or give another output"
-            )
-
-
-def adapter_steps(run: Path) -> int:
-    """How many steps the run's finished adapter was trained for; 0 if there is none yet."""
-    file = run / "adapter" / FACTS
-    return int(json.loads(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else 0
+        try:
+            said[0] = work()
+        except UserError as error:
+            said[1] = str(error)
+    torch.distributed.broadcast_object_list(said)
+    if said[1] is not None:
+        raise UserError(said[1])
+    return said[0]
 
 
 # -- Training state ------------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """What a checkpoint holds. Tensors are on the CPU, under the LoRA's raw peft keys."""
+def resume(
+    accelerator: Accelerator, config: schema.Distill, *, unet: str, data: str, teacher: Sequence[str] = ()
+) -> tuple[Origin, State | None]:
+    """What this run must keep, and its newest good state if there is one: the same on every process.
 
-    step: int  # optimizer steps done
-    lora: dict[str, Tensor]
-    ema: dict[str, Tensor]  # empty without an EMA
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None  # of float16's gradients
-    window: list[float]  # losses since the last logged line
-
-
-def _states(run: Path) -> list[Path]:
-    """The complete checkpoints of `run`, oldest first."""
-    return sorted((run / "state").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def newest_state(run: Path) -> State | None:
-    """The last checkpoint of `run`, if there is one. Raises `UserError` if its files are damaged."""
-    from safetensors.torch import load_file
-
-    if not (folders := _states(run)):
-        return None
-    try:
-        rest = torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
-        return State(
-            lora=load_file(folders[-1] / "lora.safetensors"),
-            ema=load_file(folders[-1] / "ema.safetensors"),
-            **rest,
-        )
-    except Exception as error:  # torch, zip and safetensors raise kinds of their own
+    `unet`, `data`, `teacher`: hashes of the base's UNet, the cached data, the teacher's adapters. A damaged
+    state is passed over with a warning. Raises `UserError` if none is good, if it was made with another base,
+    teacher or other data, or if its batches cannot be shared equally by the processes that there are now.
+    """
+    run, world = Path(config.output), accelerator.num_processes
+    batch = config.batch_size * config.accumulation * world
+    folder = main_does(accelerator, lambda: checkpoints.newest(run, accelerator.print))
+    if folder is None:
+        return Origin(unet, data, tuple(teacher), batch, world), None
+    batch = checkpoints.manifest(folder).get("batch", batch)
+    if batch % world:
         raise UserError(
-            f"{folders[-1]}: this state cannot be read ({error}); remove it to continue from an earlier one"
-        ) from error
+            f"{run}: a step of this run sees {batch} images, which {world} processes cannot share equally; "
+            f"start as many as divide {batch}"
+        )
+    origin = Origin(unet, data, tuple(teacher), batch, world)
+    checkpoints.check_origin(folder, origin)
+    return origin, checkpoints.read(folder)
 
 
-def capture(
-    accelerator: Accelerator,
-    step: int,
-    unet: Any,
-    ema: Sequence[Tensor],
-    optimizer: Any,
-    window: Sequence[float],
-) -> State:
-    """The training's state after `step` optimizer steps, copied to the CPU."""
-    lora = lora_state(unet)
-    averages = {name: t.cpu().clone() for name, t in zip(lora, ema, strict=True)} if ema else {}
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    return State(step, lora, averages, optimizer.state_dict(), scaler, list(window))
+@dataclass(frozen=True)
+class Saver:
+    """Writes the states of a run. All processes call it, since each may hold a part."""
+
+    accelerator: Accelerator
+    run: Path
+    keep: int
+    origin: Origin
+    unet: Any
+    ema: Sequence[Tensor]
+    optimizer: Any
+
+    def save(self, step: int, window: Sequence[float]) -> None:
+        """Write the state after `step` steps; returns when it lies there, on every process."""
+        if self.accelerator.is_main_process or sharded(self.accelerator):
+            scaler = self.accelerator.scaler
+            state = checkpoints.capture(step, self.unet, self.ema, self.optimizer, window, scaler)
+        main_does(self.accelerator, lambda: checkpoints.write(self.run, state, self.origin, self.keep))
+
+    def restore(self, state: State) -> None:
+        """Put `state` back, in place."""
+        checkpoints.restore(state, self.unet, self.ema, self.optimizer, self.accelerator.scaler)
+
+    def adapter(self, facts: Mapping[str, Any]) -> None:
+        """Write the run's finished adapter, as `save_adapter`."""
+        unet = checkpoints.unsharded(self.unet) if sharded(self.accelerator) else self.unet
+        main_does(self.accelerator, lambda: save_adapter(self.run / "adapter", unet, facts))
 
 
-def restore(accelerator: Accelerator, state: State, unet: Any, ema: Sequence[Tensor], optimizer: Any) -> None:
-    """Put `state` back into the LoRA, its EMA and the optimizer, in place."""
-    load_lora_state(unet, state.lora)
-    if ema:
-        for average, key in zip(ema, lora_state(unet), strict=True):  # by key: a file has an order of its own
-            average.copy_(state.ema[key])
-    optimizer.load_state_dict(state.optimizer)
-    if accelerator.scaler and state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
+def validate(accelerator: Accelerator, distance: Callable[[], float]) -> dict[str, float]:
+    """`distance` (a bound `Validation`) measured by the main process, or by all where weights are sharded.
 
-
-def save_state(run: Path, state: State, keep: int) -> None:
-    """Write `state/step-NNNNNN/` whole or not at all, then remove all but the `keep` newest."""
-    from safetensors.torch import save_file
-
-    rest = state._asdict()
-    with atomic_folder(run / "state" / f"step-{state.step:06d}") as folder:
-        save_file(rest.pop("lora"), folder / "lora.safetensors")
-        save_file(rest.pop("ema"), folder / "ema.safetensors")
-        with (folder / "training.pt").open("wb") as handle:  # given a path, torch hides that the disk is full
-            torch.save(rest, handle)
-    for old in _states(run)[:-keep]:
-        shutil.rmtree(old)
+    Empty on the others, and where memory does not suffice to draw: that is said and stops no training.
+    """
+    found: dict[str, float] = {}
+    if accelerator.is_main_process or sharded(accelerator):
+        try:
+            found["one_step_distance"] = distance()
+        except torch.OutOfMemoryError:
+            if sharded(accelerator):
+                raise
+            print("warning: out of memory while drawing for validation, left out; lower validation.count")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the VAE and the text encoders are gone again
+    accelerator.wait_for_everyone()
+    return found
 
 
 # -- Metrics -------------------------------------------------------------------------------------------------
@@ -257,9 +259,8 @@ class Metrics:
         if accelerator.is_main_process:
             old = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
             atomic_write(file, "".join(f"{line}\n" for line in old if _step(line) <= step))
-        accelerator.init_trackers(
-            "", config={k: str(v) for k, v in flat(config).items()} if step == 0 else None
-        )
+        keys = {name: str(value) for name, value in flat(config).items()}
+        accelerator.init_trackers(_name(config), config=keys if step == 0 else None)
         return cls(accelerator, file)
 
     def log(self, step: int, **values: float) -> None:
@@ -269,10 +270,18 @@ class Metrics:
         has no word for them.
         """
         values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if not values:
+            return
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log(values, step=step)
+
+
+def _name(config: schema.Distill) -> str:
+    """The run's name for trackers; TensorBoard alone needs none and would make a folder of it."""
+    alone = set(config.logging.trackers) <= {"tensorboard"}
+    return "" if alone else Path(config.output).resolve().name
 
 
 def _step(line: str) -> float:
@@ -316,13 +325,3 @@ def learning_rate(config: schema.Optimizer, step: int, steps: int) -> float:
     done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return config.lr * factor[config.schedule]
-
-
-def finite(loss: Tensor, step: int) -> float:
-    """The loss as a number. Raises `UserError` if it is none: the last state is still good."""
-    if not math.isfinite(value := float(loss)):
-        raise UserError(
-            f"the loss is {value} at step {step}, training diverged; lower optimizer.lr, or raise "
-            "optimizer.warmup_steps, or with precision float16 try bfloat16"
-        )
-    return value

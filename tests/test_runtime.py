@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from pydantic import TypeAdapter
 
-from lcm_kit import runtime
+from lcm_kit import checkpoints, run_folder, runtime
+from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config.schema import Distill, Optimizer
 from lcm_kit.errors import UserError
 from tests.recipes.small import TEMPLATE, configure
@@ -24,11 +26,6 @@ from tests.recipes.small import TEMPLATE, configure
 @pytest.fixture(autouse=True)
 def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-def state(step: int) -> runtime.State:
-    lora = {"a.lora_A.weight": torch.full((2, 2), float(step))}
-    return runtime.State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
 
 
 def config(output: Path, **changes: Any) -> Distill:
@@ -51,52 +48,25 @@ def test_learning_rates() -> None:
 
 
 def test_flat_names_every_key(tmp_path: Path) -> None:
-    flat = runtime.flat(config(tmp_path))
+    flat = run_folder.flat(config(tmp_path))
     assert flat["optimizer.lr"] == 1e-2
     assert flat["optimizer.betas"] == [0.9, 0.999]
     assert flat["base.path"] == "asset:tiny-sd"
 
 
-def test_states_are_kept_whole_and_pruned(tmp_path: Path) -> None:
-    assert runtime.newest_state(tmp_path) is None
-    for step in (9, 10, 100):
-        runtime.save_state(tmp_path, state(step), keep=2)
-    assert sorted(os.listdir(tmp_path / "state")) == ["step-000010", "step-000100"]
-    found = runtime.newest_state(tmp_path)
-    assert found is not None and found.step == 100 and found.window == [0.5]
-    assert torch.equal(found.lora["a.lora_A.weight"], torch.full((2, 2), 100.0))
+def save(run: Path, step: int, batch: int = 2) -> None:
+    lora = {"a.lora_A.weight": torch.full((2, 2), float(step))}
+    state = State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
+    checkpoints.write(run, state, Origin("unet", "data", (), batch, 1), keep=2)
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    runtime.save_state(tmp_path, state(5), keep=2)
-    (tmp_path / "state/step-000005/training.pt").write_bytes(b"half")
-    with pytest.raises(UserError, match="step-000005: this state cannot be read"):
-        runtime.newest_state(tmp_path)
-
-
-def test_a_half_written_state_is_ignored_and_swept(tmp_path: Path) -> None:
-    runtime.save_state(tmp_path, state(5), keep=2)
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    save(tmp_path, 5)
     (tmp_path / "state/.step-000006.x.tmp").mkdir()
-    found = runtime.newest_state(tmp_path)
-    assert found is not None and found.step == 5
+    (tmp_path / "state/.step-000005.x.old").mkdir()
+    assert [folder.name for folder in checkpoints.folders(tmp_path)] == ["step-000005"]
     runtime.start(config(tmp_path))
     assert os.listdir(tmp_path / "state") == ["step-000005"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_state_on_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = runtime.atomic_folder
-
-    @contextmanager
-    def full(path: Path) -> Iterator[Path]:
-        with whole(path) as folder:
-            (folder / "training.pt").symlink_to("/dev/full")
-            yield folder
-
-    monkeypatch.setattr(runtime, "atomic_folder", full)
-    with pytest.raises(UserError, match="No space left"):
-        runtime.save_state(tmp_path, state(5), keep=2)
-    assert os.listdir(tmp_path / "state") == []
 
 
 def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
@@ -112,13 +82,13 @@ def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
 
 
 def claim(run: Path, **changes: Any) -> bool:
-    return runtime.claim(config(run, **changes), Accelerator())
+    return run_folder.claim(config(run, **changes), Accelerator())
 
 
 def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
     assert claim(tmp_path)
     assert claim(tmp_path, seed=1)  # nothing is trained yet
-    runtime.save_state(tmp_path, state(2), keep=2)
+    save(tmp_path, 2)
     assert claim(tmp_path, seed=1)
     with pytest.raises(UserError, match=r"started with seed 1 and the config says 0"):
         claim(tmp_path)
@@ -152,7 +122,83 @@ def test_impossible_settings_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert runtime.dtype(runtime.start(config(tmp_path))) == torch.float32
 
 
-def test_a_diverged_loss_is_an_error() -> None:
-    assert runtime.finite(torch.tensor(0.25), 3) == 0.25
-    with pytest.raises(UserError, match="nan at step 3"):
-        runtime.finite(torch.tensor(math.nan), 3)
+def test_a_newer_kit_with_more_keys_strands_no_run(tmp_path: Path) -> None:
+    assert claim(tmp_path)
+    save(tmp_path, 2)
+    file = tmp_path / "config.yaml"
+    keys = yaml.safe_load(file.read_text())
+    for key in ("memory", "teacher", "non_finite", "ema"):  # as if they had not been there at the time
+        del keys[key]
+    file.write_text(yaml.safe_dump(keys, sort_keys=False))
+    with pytest.raises(UserError, match=r"started with ema 0\.0 and the config says 0\.5"):
+        claim(tmp_path, ema=0.5)
+    with pytest.raises(UserError, match=r"started with memory\.quantize 'none' and the config says 'nf4'"):
+        claim(tmp_path, memory={"quantize": "nf4"})
+    file.write_text(yaml.safe_dump({**keys, "gone": 1}, sort_keys=False))  # and a key that is not there now
+    with pytest.raises(UserError, match=r"started with ema 0\.0 and the config says 0\.5"):
+        claim(tmp_path, ema=0.5)
+    assert claim(tmp_path)
+
+
+def test_what_helps_a_run_through_may_change(tmp_path: Path) -> None:
+    assert claim(tmp_path)
+    save(tmp_path, 2)
+    memory = {"compile": True, "tf32": False, "channels_last": True}
+    assert claim(tmp_path, non_finite="skip", gradient_checkpointing=True, memory=memory)
+
+
+def test_the_global_batch_is_kept(tmp_path: Path) -> None:
+    """Of a run whose steps see 12 images, whatever the config's batch_size and the processes now."""
+
+    def resume(world: int) -> tuple[Origin, State | None]:
+        accelerator: Any = SimpleNamespace(num_processes=world, print=print)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "main_does", lambda _, work: work())
+            return runtime.resume(accelerator, config(tmp_path), unet="unet", data="data")
+
+    assert resume(3)[0].batch == 2 * 1 * 3  # nothing to resume: batch_size * accumulation * processes
+    save(tmp_path, 2, batch=12)
+    for world in (1, 2, 3, 12):
+        origin, state = resume(world)
+        assert (origin.batch, origin.world) == (12, world) and state is not None and state.step == 2
+    for world in (5, 24):
+        with pytest.raises(UserError, match=rf"sees 12 images, which {world} processes cannot share equally"):
+            resume(world)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "ema", "sentence"),
+    [
+        (DistributedType.DEEPSPEED, False, 0.0, "DeepSpeed.*choose FSDP"),
+        (DistributedType.FSDP, False, 0.0, "set fsdp_version to 2"),
+        (DistributedType.FSDP, True, 0.5, r"ema 0\.5 does not work"),
+    ],
+)
+def test_ways_to_share_that_do_not_work_are_refused(
+    kind: DistributedType, fsdp2: bool, ema: float, sentence: str, tmp_path: Path
+) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2)
+    with pytest.raises(UserError, match=sentence):
+        runtime._check_sharing(config(tmp_path, ema=ema), accelerator)
+
+
+@pytest.mark.parametrize(
+    ("trackers", "name"), [((), ""), (("tensorboard",), ""), (("tensorboard", "mlflow"), "my run")]
+)
+def test_trackers_get_the_runs_name(
+    trackers: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: seen.append(name))
+    run = config(tmp_path / "my run", logging={"trackers": trackers})
+    runtime.Metrics.open(run, Accelerator(), 0)
+    assert seen == [name]
+
+
+def test_validation_without_memory_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def draw() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert runtime.validate(Accelerator(), draw) == {}
+    assert "out of memory while drawing for validation" in capsys.readouterr().out
+    assert runtime.validate(Accelerator(), lambda: 0.5) == {"one_step_distance": 0.5}

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, runtime
-from lcm_kit.adapter import add_lora, save_adapter, swapped, teacher, update_ema
+from lcm_kit import __version__, families, run_folder, runtime, stepping
+from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
-from lcm_kit.families import sd
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.losses import LOSSES
@@ -38,7 +37,25 @@ from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule, grid_steps
 from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
+from lcm_kit.stopping import leave, stoppable
+from lcm_kit.styles import add_teacher_adapters
 from lcm_kit.validation import Validation
+
+try:  # TEMPORARY, until lcm_kit/memory.py is there
+    from lcm_kit.memory import compiled, load_unet, make_optimizer  # type: ignore  # noqa: D103
+except ImportError:
+
+    def load_unet(base, config, device, dtype):  # noqa: D103
+        unet = families.load_unet(base, dtype).to(device)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def make_optimizer(lora, o, device):  # noqa: D103
+        return torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+    def compiled(unet, config):  # noqa: D103
+        return unet
 
 
 class Draws(NamedTuple):
@@ -59,7 +76,9 @@ def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, ste
     return Draws(noise, Times(*times.unbind(1)), guidance.flatten())
 
 
-def facts(config: Distill, base: sd.BaseInfo, cache: Cache, steps: int) -> dict[str, Any]:
+def facts(
+    config: Distill, base: families.BaseInfo, styles: list[dict[str, Any]], cache: Cache, steps: int
+) -> dict[str, Any]:
     """What an adapter says of its making; the whole config lies beside it in config.yaml."""
     return {
         "kit_version": __version__,
@@ -68,6 +87,7 @@ def facts(config: Distill, base: sd.BaseInfo, cache: Cache, steps: int) -> dict[
         "steps": steps,
         **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "guidance", "loss")},
         "solver": config.solver,
+        "teacher": {"adapters": styles, "in_student": config.teacher.in_student},
         "data": {"fingerprint": cache.fingerprint, "resolution": config.data.resolution},
     }
 
@@ -78,112 +98,113 @@ def main(config: Distill) -> Path:
     run = Path(config.output)
     accelerator = runtime.start(config)
     device, dtype = accelerator.device, runtime.dtype(accelerator)
-    if not runtime.claim(config, accelerator):
+    if not run_folder.claim(config, accelerator):
         return run
 
     # -- Parts: the base's UNet and schedule, and the four plugs ---------------------------------------------
-    base = sd.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    validation = Validation.prepare(config, base.base_hash)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
     solver, distance = SOLVERS[config.solver], LOSSES[config.loss.name]
-    unet = sd.load_unet(base, dtype).to(device)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    predict = partial(predictor, schedule=schedule, kind=base.prediction_type)
+    unet = load_unet(base, config, device, dtype)
 
-    # -- Adapter: everything else is frozen ------------------------------------------------------------------
+    # -- Adapters: the teacher's, then the one that is trained; everything else is frozen --------------------
+    styles = add_teacher_adapters(unet, config.teacher, base)
     lora = add_lora(unet, config.adapter, seed=config.seed)
-    ema = [p.detach().clone() for p in lora] if config.ema else []
-
-    # -- Data: latents and embeddings; accumulation splits what one step sees --------------------------------
-    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
-    share = config.batch_size * config.accumulation
-    batches = Batches(cache, share, config.seed, accelerator.process_index, accelerator.num_processes)
-    empty = cache.empty(config.batch_size).to(device, dtype)
-    validation = Validation.prepare(config, base.base_hash)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    optimizer = torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    student_unet, optimizer = accelerator.prepare(unet, optimizer)
+    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
+    lora = [p for p in unet.parameters() if p.requires_grad]  # other objects, if they were sharded
+    ema = [p.detach().clone() for p in lora] if config.ema else []
+    call = compiled(model, config)
 
-    # -- Resume ----------------------------------------------------------------------------------------------
+    # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
+    files = [style["sha256"] for style in styles]
+    origin, state = runtime.resume(
+        accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files
+    )
+    saver = runtime.Saver(accelerator, run, config.checkpoint.keep, origin, unet, ema, optimizer)
     done, window = 0, []
-    if state := runtime.newest_state(run):
-        runtime.restore(accelerator, state, unet, ema, optimizer)
+    if state:
+        saver.restore(state)
         done, window = state.step, state.window
         accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
     metrics = runtime.Metrics.open(config, accelerator, done)
 
+    # -- Data: latents and embeddings ------------------------------------------------------------------------
+    share = origin.batch // origin.world
+    batches = Batches(cache, share, config.seed, accelerator.process_index, accelerator.num_processes)
+    empty = cache.empty().to(device, dtype)
+
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
     def as_teacher(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        both = Condition.cat([empty, condition])
+        both = Condition.cat([empty.expand(len(x)).sized_as(condition), condition])
         with teacher(unet):
-            output = unet(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
+            output = call(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
         uncond, cond = output.chunk(2)
         return guide(uncond, cond, guidance)
 
     def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with swapped(lora, ema or lora):
-            return unet(x.to(dtype), t, **condition.kwargs()).sample
+            return call(x.to(dtype), t, **condition.kwargs()).sample
 
     def as_student(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return student_unet(x.to(dtype), t, **condition.kwargs()).sample
+        return call(x.to(dtype), t, **condition.kwargs()).sample
 
-    predict = partial(predictor, schedule=schedule, kind=base.prediction_type)
+    def losses_of(batch: Batch, drawn: Draws, part: slice) -> Tensor:
+        condition = batch.condition[part].to(device, dtype)
+        return consistency_loss(
+            method=method, solver=solver, schedule=schedule,
+            loss=lambda a, b: distance(a, b, config.loss.c),
+            teacher=predict(partial(as_teacher, condition=condition, guidance=drawn.guidance[part])),
+            target=predict(partial(as_target, condition=condition)),
+            student=predict(partial(as_student, condition=condition)),
+            x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),
+            times=Times(*(time[part] for time in drawn.times)).to(device),
+        )  # fmt: skip
 
-    # -- Loop ------------------------------------------------------------------------------------------------
-    with runtime.progress(accelerator, done, config.steps) as advance:
+    # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
+    passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
+    guard = stepping.Guard(accelerator, config, metrics)
+    with (
+        runtime.progress(accelerator, done, config.steps) as advance,
+        stoppable(accelerator) as asked,
+        stepping.told(run),
+    ):
         for step in range(done, config.steps):
-            started = time.perf_counter()
+            started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
             drawn = draws(config, method, schedule, batch, step)
             rate = runtime.learning_rate(o, step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total = torch.zeros((), device=device)
-            for first in range(0, share, config.batch_size):
-                part = slice(first, first + config.batch_size)
-                condition = batch.condition[part].to(device, dtype)
-                with accelerator.accumulate(student_unet):
-                    guided = partial(as_teacher, condition=condition, guidance=drawn.guidance[part])
-                    losses = consistency_loss(
-                        method=method, solver=solver, schedule=schedule,
-                        loss=lambda a, b: distance(a, b, config.loss.c),
-                        teacher=predict(guided),
-                        target=predict(partial(as_target, condition=condition)),
-                        student=predict(partial(as_student, condition=condition)),
-                        x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),
-                        times=Times(*(time[part] for time in drawn.times)).to(device),
-                    )  # fmt: skip
-                    accelerator.backward(losses.mean())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(lora, o.grad_clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                total += losses.detach().mean() / config.accumulation
-            if ema:
-                update_ema(ema, lora, config.ema)
+            made = passes(done, partial(losses_of, batch, drawn))
+            if guard.accepts(done, made, batch.ids):
+                optimizer.step()
+                if ema:
+                    update_ema(ema, lora, config.ema)
+                window.append(made.loss)
+            optimizer.zero_grad()
 
-            done = step + 1
-            window.append(runtime.finite(accelerator.reduce(total, "mean"), done))
-            images = share * accelerator.num_processes
-            speed = advance(window[-1], images, time.perf_counter() - started)
-            if done % config.logging.every == 0 or done == config.steps:
+            stop = asked() if done < config.steps else 0
+            speed = advance(made.loss, origin.batch, time.perf_counter() - started)
+            if window and (done % config.logging.every == 0 or done == config.steps):
                 mean = sum(window) / len(window)
-                metrics.log(done, loss=mean, grad_norm=float(norm), lr=rate, images_per_second=speed)
+                metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
                 window = []
-            if validation and validation.due(done, config.steps):
-                far = validation(unet, done) if accelerator.is_main_process else 0.0
-                accelerator.wait_for_everyone()
-                metrics.log(done, one_step_distance=far)
-            if done % config.checkpoint.every == 0 or done == config.steps:
-                state = runtime.capture(accelerator, done, unet, ema, optimizer, window)
-                if accelerator.is_main_process:
-                    runtime.save_state(run, state, config.checkpoint.keep)
+            if validation and validation.due(done, config.steps) and not stop:
+                metrics.log(done, **runtime.validate(accelerator, partial(validation, unet, done)))
+            if done % config.checkpoint.every == 0 or done == config.steps or stop:
+                saver.save(done, window)
+            if stop:
+                leave(accelerator, run, stop, done, config.steps)
 
     # -- Save: the live weights, not their EMA, which is the target's affair ---------------------------------
-    if accelerator.is_main_process:
-        save_adapter(run / "adapter", unet, facts(config, base, cache, done))
+    saver.adapter(facts(config, base, styles, cache, done))
     accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import runtime
+from lcm_kit import checkpoints
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.errors import UserError
@@ -53,11 +53,16 @@ def straight(distill_keys: dict[str, Any], tmp_path_factory: pytest.TempPathFact
     return distill.main(configure(distill_keys, tmp_path_factory.mktemp("straight"), **SETTINGS))
 
 
+def newest(run: Path) -> checkpoints.State | None:
+    folder = checkpoints.newest(run)
+    return checkpoints.read(folder) if folder else None
+
+
 def assert_same(run: Path, straight: Path) -> None:
     assert (run / "adapter/lora.safetensors").read_bytes() == (
         straight / "adapter/lora.safetensors"
     ).read_bytes()
-    a, b = runtime.newest_state(run), runtime.newest_state(straight)
+    a, b = newest(run), newest(straight)
     assert a is not None and b is not None and a.step == b.step == 7 and a.window == b.window == []
     assert all(torch.equal(a.ema[key], b.ema[key]) for key in b.ema) and b.ema.keys() == a.ema.keys()
     for index, moments in b.optimizer["state"].items():
@@ -85,7 +90,7 @@ def test_a_run_stopped_by_an_exception_continues(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "draws", stop)
         distill.main(config)
-    state = runtime.newest_state(tmp_path)
+    state = newest(tmp_path)
     assert state is not None and state.step == 4 and len(state.window) == 1
     with pytest.raises(UserError, match=r"started with ema 0\.5 and the config says 0\.0"):
         distill.main(configure(distill_keys, tmp_path, **{**SETTINGS, "ema": 0.0}))
@@ -112,7 +117,7 @@ def test_a_run_killed_at_a_random_step_continues(
     process.kill()
     _, errors = process.communicate()
     assert process.returncode in (-signal.SIGKILL, 0), errors.decode()[-2000:]
-    assert runtime.newest_state(tmp_path / "run") is not None, f"killed before {wanted}"
+    assert newest(tmp_path / "run") is not None, f"killed before {wanted}"
     capsys.readouterr()
     distill.main(config)
     said = capsys.readouterr().out
