@@ -120,8 +120,12 @@ def test_a_base_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="is not shipped with lcm-kit"):
         inspect_base("asset:tiny-sdd")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file, not a diffusers pipeline folder"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file .*; download it again"):
         inspect_base(str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="base.revision 'main' means nothing for the file"):
+        inspect_base(str(tmp_path / "model.safetensors"), revision="main")
+    with pytest.raises(UserError, match="base.variant 'fp16' means nothing for the file"):
+        inspect_base(str(tmp_path / "model.safetensors"), variant="fp16")
 
 
 def test_a_hub_id_is_read_from_the_hubs_cache_without_a_connection(sd_base, tmp_path: Path, monkeypatch):

@@ -25,6 +25,7 @@ _FOLDERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
 def locate(path: str, revision: str | None, variant: str | None) -> Path:
     """The base's folder: local, or in the hub's cache, where only what is needed is downloaded.
 
+    A single .safetensors file is made into a folder first, once.
     Raises `UserError` if there is no such folder and the hub cannot give it.
     """
     local = Path(resolve(path)).expanduser()
@@ -32,10 +33,13 @@ def locate(path: str, revision: str | None, variant: str | None) -> Path:
         raise UserError(f"base.revision {revision!r} means nothing for the folder {path!r}; remove it")
     if local.is_dir():
         return local
-    if local.exists():
-        raise UserError(
-            f"base {path!r} is a file, not a diffusers pipeline folder; convert it with diffusers first"
-        )
+    if local.is_file():
+        for key, value in (("revision", revision), ("variant", variant)):
+            if value is not None:
+                raise UserError(f"base.{key} {value!r} means nothing for the file {path!r}; remove it")
+        from lcm_kit.families.single_file import folder_of
+
+        return folder_of(local)
     if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"base {path!r}: there is no such folder; check base.path")
     from huggingface_hub import snapshot_download

@@ -1,0 +1,56 @@
+"""What is no base of ours is told from a file's header, in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcm_kit.errors import UserError
+from lcm_kit.families import inspect_base
+from lcm_kit.families.checkpoint import FAMILIES
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+UNET = {FIRST: torch.zeros(8, 4, 3, 3)}
+REFUSED = {
+    "lora": (
+        {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2)},
+        "is a LoRA",
+    ),
+    "peft": ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 2)}, "as --adapter"),
+    "flux": ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "is a checkpoint of Flux"),
+    "sd3": ({"model.diffusion_model.joint_blocks.0.x.weight": torch.zeros(2)}, "is a checkpoint of SD3"),
+    "inpainting": ({FIRST: torch.zeros(8, 9, 3, 3)}, "is an inpainting model .*takes 9 channels"),
+    "depth": ({FIRST: torch.zeros(8, 5, 3, 3)}, "not a plain text-to-image model .*takes 5 channels"),
+    "refiner": (UNET | {"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, "SDXL's refiner"),
+    "edm": (UNET | {"edm_vpred.sigma_max": torch.tensor(120.0)}, "trained with EDM's noise"),
+    "unet": (UNET, r"lacks weights of an SD1.x checkpoint \(vae, text_encoder\)"),
+    "part": ({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(2, 2)}, "is one part of a model"),
+    "vae": ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "is one part of a model"),
+    "embedding": ({"emb_params": torch.zeros(2, 2)}, "is not a checkpoint that this kit knows"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_base_is_named(name: str, tmp_path: Path):
+    tensors, sentence = REFUSED[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=sentence) as caught:
+        inspect_base(str(tmp_path / "model.safetensors"))
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.CKPT", "model"])
+def test_pickles_are_refused_unread(name: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(b"\x80\x02cos\nsystem\n")
+    with pytest.raises(UserError, match="can run code when it is loaded"):
+        inspect_base(str(tmp_path / name))
+
+
+def test_the_repositories_are_those_that_diffusers_infers():
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS as known
+
+    for ours, theirs in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base")):
+        assert FAMILIES[ours].repositories[0] == known[theirs]["pretrained_model_name_or_path"]
