@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base
-from lcm_kit.families.checkpoint import FAMILIES
+from lcm_kit.families.checkpoint import FAMILIES, contents_of
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 UNET = {FIRST: torch.zeros(8, 4, 3, 3)}
@@ -54,3 +54,61 @@ def test_the_repositories_are_those_that_diffusers_infers():
 
     for ours, theirs in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base")):
         assert FAMILIES[ours].repositories[0] == known[theirs]["pretrained_model_name_or_path"]
+
+
+SDXL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+
+
+def _whole(*text: str) -> dict[str, torch.Tensor]:
+    """The names that a family is recognised by, and no more."""
+    names = (
+        "model.diffusion_model.middle_block.1.norm.bias",
+        "first_stage_model.decoder.conv_in.bias",
+        *(f"{prefix}x" for prefix in text),
+    )
+    return UNET | {name: torch.zeros(1) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SD1.x", ("cond_stage_model.transformer.",)),
+        ("SD2.x", ("cond_stage_model.model.",)),
+        ("SDXL", SDXL_TEXT),
+    ],
+)
+def test_the_family_is_in_the_names(name: str, text: tuple[str, ...], tmp_path: Path):
+    save_file(_whole(*text), tmp_path / "model.safetensors")
+    contents = contents_of(tmp_path / "model.safetensors")
+    assert contents.family.name == name
+    assert contents.counts == {"unet": 2, "vae": 1} | {f"text_encoder{'_2' * k}": 1 for k in range(len(text))}
+
+
+def test_a_middle_without_attention_is_the_pruned_sdxl(tmp_path: Path):
+    tensors = _whole(*SDXL_TEXT)
+    del tensors["model.diffusion_model.middle_block.1.norm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert contents_of(tmp_path / "model.safetensors").family.repositories == ("segmind/SSD-1B",)
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "said"),
+    [
+        ([], {}, {}),
+        (["v_pred"], {}, {"prediction_type": "v_prediction"}),
+        (["v_pred", "ztsnr"], {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+        ([], {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        (["v_pred"], {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_what_the_file_says_of_its_noise(names, metadata, said, tmp_path: Path):
+    file = tmp_path / "sdxl.safetensors"
+    save_file(_whole(*SDXL_TEXT) | dict.fromkeys(names, torch.tensor([])), file, metadata)
+    assert contents_of(file).scheduler == said
+
+
+def test_sd2_at_its_known_step_is_epsilon(tmp_path: Path):
+    for step, said in ((875_000, {"prediction_type": "epsilon"}), (110_000, {})):
+        tensors = _whole("cond_stage_model.model.") | {"global_step": torch.tensor(step)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        assert contents_of(tmp_path / "model.safetensors").scheduler == said

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base, single_file
-from lcm_kit.families.checkpoint import contents_of
 from lcm_kit.families.single_file import folder_of
 from tests import ldm
 
@@ -157,22 +156,6 @@ def test_precision_is_kept_part_by_part(originals, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("names", "metadata", "said"),
-    [
-        ([], {}, {}),
-        (["v_pred"], {}, {"prediction_type": "v_prediction"}),
-        (["v_pred", "ztsnr"], {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
-        ([], {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
-        (["v_pred"], {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}),
-    ],
-)
-def test_what_the_file_says_of_its_noise(names, metadata, said, files, tmp_path: Path):
-    file = tmp_path / "sdxl.safetensors"
-    save_file(load_file(files["sdxl"]) | dict.fromkeys(names, torch.tensor([])), file, metadata)
-    assert contents_of(file).scheduler == said
-
-
-@pytest.mark.parametrize(
     ("name", "scheduler"), [("sdxl", "EulerDiscreteScheduler"), ("sd1", "PNDMScheduler")]
 )
 def test_its_word_stands_in_the_schedulers_configuration(name, scheduler, files, tmp_path: Path):
@@ -189,13 +172,6 @@ def test_its_word_stands_in_the_schedulers_configuration(name, scheduler, files,
 
     loaded = DiffusionPipeline.from_pretrained(base.folder).scheduler
     assert float(loaded.alphas_cumprod[-1]) < 1e-7  # diffusers' own, too, reaches pure noise
-
-
-def test_sd2_at_its_known_step_is_epsilon(files, tmp_path: Path):
-    for step, said in ((875_000, {"prediction_type": "epsilon"}), (110_000, {})):
-        file = tmp_path / f"{step}.safetensors"
-        save_file(load_file(files["sd2"]) | {"global_step": torch.tensor(step)}, file)
-        assert contents_of(file).scheduler == said
 
 
 # --- the configuration ---
