@@ -42,7 +42,7 @@ import lcm_kit
 from lcm_kit import assets
 from lcm_kit.adapter import add_lora, teacher
 from lcm_kit.config.load import dump, load
-from lcm_kit.config.schema import Adapter, Guidance, Memory, Speed
+from lcm_kit.config.schema import Adapter, Guidance, Memory, Optimizer, Speed
 from lcm_kit.data.batches import draw
 from lcm_kit.errors import UserError
 from lcm_kit.export.structure import known
@@ -51,6 +51,7 @@ from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.losses import huber
+from lcm_kit.memory import compiled, make_optimizer, place
 from lcm_kit.methods import METHODS, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule, add_noise
@@ -118,9 +119,9 @@ class Base:
         return auto if self.config.precision == "auto" else getattr(torch, self.config.precision)
 
     def build(self, make: Callable[[Any], Any], of: Any) -> Any:
-        """The model that `make` makes of its configuration."""
+        """The model that `make` makes of its configuration, on the CPU: the same weights on every device."""
         torch.manual_seed(self.config.seed)
-        with self.device:
+        with torch.device("meta" if self.device.type == "meta" else "cpu"):
             model = make(of)
         nn.Module.to(model, self.dtype)  # diffusers' own warns of layers in float32: there are none
         return model.eval().requires_grad_(False)
@@ -129,10 +130,7 @@ class Base:
         """The UNet."""
         from diffusers import UNet2DConditionModel
 
-        unet = self.build(UNet2DConditionModel.from_config, settings(self.config)[0])
-        if self.config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return unet
+        return self.build(UNet2DConditionModel.from_config, settings(self.config)[0])
 
     def vae(self) -> Any:
         """The VAE."""
@@ -140,25 +138,24 @@ class Base:
 
         return self.build(AutoencoderKL.from_config, settings(self.config)[1])
 
-    def text(self) -> Callable[[Tensor], Condition]:
-        """The text encoders: token ids [B, L] to the condition of B samples."""
+    def texts(self) -> list[Any]:
+        """The text encoders."""
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-        models = [
+        return [
             self.build(kind, CLIPTextConfig(**{**of, "projection_dim": of["hidden_size"]}))
             for kind, of in zip(kinds, settings(self.config)[2], strict=False)
         ]
 
-        @torch.no_grad()
-        def encode(ids: Tensor) -> Condition:
-            if len(models) == 1:
-                return Condition(models[0](ids)[0])
-            outputs = [model(ids, output_hidden_states=True) for model in models]
-            embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-            return Condition(embeds, outputs[1].text_embeds, sizes(self.config).to(ids.device))
-
-        return encode
+    @torch.no_grad()
+    def encode(self, texts: list[Any], ids: Tensor) -> Condition:
+        """The condition of token ids [B, L]."""
+        if len(texts) == 1:
+            return Condition(texts[0](ids)[0])
+        outputs = [model(ids, output_hidden_states=True) for model in texts]
+        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return Condition(embeds, outputs[1].text_embeds, sizes(self.config).to(ids.device, self.dtype))
 
 
 # -- The two sides -------------------------------------------------------------------------------------------
@@ -219,8 +216,9 @@ def cached(config: Speed) -> tuple[Tensor, Condition]:
 def ours(config: Speed, device: torch.device) -> Side:
     """The step of train/distill."""
     base = Base(config, device)
-    unet, dtype = base.unet(), base.dtype
+    unet, dtype = place(base.unet(), config, device), base.dtype
     lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
+    call = compiled(unet, config)
     tables = Schedule.from_config(BETAS)
     schedule = tables.to(device)
     predict = partial(predictor, schedule=schedule, kind=KIND)
@@ -239,12 +237,12 @@ def ours(config: Speed, device: torch.device) -> Side:
         def as_teacher(x: Tensor, t: Tensor) -> Tensor:
             both = Condition.cat([empty.sized_as(condition), condition])
             with part("teacher"), teacher(unet):
-                uncond, cond = run(unet, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+                uncond, cond = run(call, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guide(uncond, cond, drawn.guidance)
 
         def as_student(name: str, x: Tensor, t: Tensor) -> Tensor:
             with part(name):
-                return run(unet, x, t, condition)
+                return run(call, x, t, condition)
 
         return consistency_loss(
             method=METHOD, solver=SOLVER, loss=lambda a, b: huber(a, b, HUBER_C), schedule=schedule,
@@ -253,21 +251,24 @@ def ours(config: Speed, device: torch.device) -> Side:
             x0=x0, noise=drawn.noise, times=drawn.times,
         ).mean()  # fmt: skip
 
-    optimizer = torch.optim.AdamW(lora, lr=1e-4, fused=device.type == "cuda")
-    return Side(inputs, loss, lora, optimizer, scaler(device, dtype))
+    return Side(inputs, loss, lora, make_optimizer(lora, Optimizer(), device), scaler(device, dtype))
 
 
 def baseline(config: Speed, device: torch.device) -> Side:
     """A straight line, as public scripts train."""
     base = Base(config, device)
-    teacher_unet, unet, vae, encode = base.unet(), base.unet(), base.vae(), base.text()
+    teacher_unet, unet, vae, *texts = (
+        model.to(device) for model in (base.unet(), base.unet(), base.vae(), *base.texts())
+    )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
     schedule = Schedule.from_config(BETAS).to(device)
     predict = partial(predictor, schedule=schedule, kind=KIND)
     latents, condition = cached(config)
     (n, tokens), width = condition.embeds.shape[:2], config.resolution
     pixels, ids = torch.rand(n, 3, width, width) * 2 - 1, torch.randint(500, (n, tokens))
-    empty = encode(ids[:1].to(device).expand(n, tokens)).to(dtype=base.dtype)
+    empty = base.encode(texts, ids[:1].to(device).expand(n, tokens))
 
     def inputs(at: int) -> tuple[Tensor, Tensor, Drawn]:
         g = torch.Generator().manual_seed(at)
@@ -277,7 +278,7 @@ def baseline(config: Speed, device: torch.device) -> Side:
         return pixels.to(device, base.dtype), ids.to(device), drawn
 
     def loss(pixels: Tensor, ids: Tensor, drawn: Drawn, part: Part) -> Tensor:
-        condition = encode(ids).to(dtype=base.dtype)
+        condition = base.encode(texts, ids)
         t, s, end = drawn.times
         x_t = add_noise(schedule, encode_images(vae, pixels), drawn.noise, t)
         student = predict(lambda x, t: run(unet, x, t, condition))
@@ -289,7 +290,9 @@ def baseline(config: Speed, device: torch.device) -> Side:
             aim = METHOD.endpoint(schedule, x_s, *student(x_s, s), s, end)
         return huber(landed, aim, HUBER_C).mean()
 
-    return Side(inputs, loss, lora, torch.optim.AdamW(lora, lr=1e-4), scaler(device, base.dtype))
+    o = Optimizer()
+    optimizer = torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    return Side(inputs, loss, lora, optimizer, scaler(device, base.dtype))
 
 
 def scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
