@@ -95,7 +95,7 @@ def test_files_and_manifest(config):
 def test_a_second_run_does_nothing_and_says_so(config, capsys, monkeypatch):
     encode(config(), progress=False)
     before = _times(config())
-    monkeypatch.setattr(sd, "load_vae", lambda base: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(families, "load_vae", lambda base: pytest.fail("the VAE was loaded"))
     report = encode(config(), progress=True)
     assert report.encoded == 0 and _times(config()) == before
     assert f"{N} images, up to date, nothing to encode" in " ".join(capsys.readouterr().out.split())

@@ -32,6 +32,7 @@ from lcm_kit.data.cache import Cache
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.losses import LOSSES
+from lcm_kit.memory import compiled, load_unet, make_optimizer
 from lcm_kit.methods import METHODS, Method, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule, grid_steps
@@ -40,22 +41,6 @@ from lcm_kit.step import consistency_loss
 from lcm_kit.stopping import leave, stoppable
 from lcm_kit.styles import add_teacher_adapters
 from lcm_kit.validation import Validation
-
-try:  # TEMPORARY, until lcm_kit/memory.py is there
-    from lcm_kit.memory import compiled, load_unet, make_optimizer  # type: ignore  # noqa: D103
-except ImportError:
-
-    def load_unet(base, config, device, dtype):  # noqa: D103
-        unet = families.load_unet(base, dtype).to(device)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return unet
-
-    def make_optimizer(lora, o, device):  # noqa: D103
-        return torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-
-    def compiled(unet, config):  # noqa: D103
-        return unet
 
 
 class Draws(NamedTuple):

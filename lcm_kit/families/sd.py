@@ -9,18 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.families.base import (  # noqa: F401
-    PARTS,
-    BaseInfo,
-    decode_latents,
-    encode_images,
-    inspect_base,
-    load_part,
-    load_unet,
-    load_vae,
-    lora_targets,
-    weight_files,
-)
+from lcm_kit.families.base import BaseInfo, load_part
 from lcm_kit.families.condition import Condition
 
 
