@@ -23,7 +23,10 @@ def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every `lcm-kit ...` line in a code block."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        blocks = re.findall(
+            r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        )
+        for block in (text for language, text in blocks if language in ("", "bash", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if "lcm-kit" in words and "git" not in words:

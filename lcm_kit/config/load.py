@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lcm_kit.config.schema import RECIPES, Distill, PretrainTiny, Quality
+from lcm_kit.config.schema import RECIPES, Distill, PretrainTiny, Quality, Speed
 from lcm_kit.errors import UserError
 
-Config = Distill | PretrainTiny | Quality
+Config = Distill | PretrainTiny | Quality | Speed
 Key = tuple[str | int, ...]
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
