@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from lcm_kit.config.schema import Distill
 from lcm_kit.plan.rehearsal import Pass, Rehearsal, Stage, Weights, flops_of_step
-from lcm_kit.plan.tracker import Held
 
 FLOAT = 4  # bytes of a float32
 GIB = 2**30
@@ -23,7 +21,8 @@ CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # nf4: half a byte, the scale of 64 weights in one byte, that of 256 scales in four (double quantisation)
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _ADAM8_SMALL = 4096  # tensors below keep float32 moments
-_CUDA_ALLOWANCE = 128 * 2**20  # workspaces of cuBLAS and cuDNN
+_CUDA_ALLOWANCE = 128 * 2**20  # workspaces of cuBLAS and cuDNN: an allowance, not measured
+_CPU_ALLOWANCE = 24 * 2**20  # objects of Python and primitives of oneDNN, measured (docs/plan.md)
 
 
 @dataclass(frozen=True)
@@ -124,24 +123,27 @@ def _phases(
 ) -> dict[str, int]:
     """Passing bytes: activations, gradients that are not accumulated, workspaces."""
     alone = config.accumulation == 1
-    whole = weights.widest * dtype.itemsize if config.memory.quantize != "none" else 0
+    workspace = _workspace(config, weights, dtype, device)
 
     def peak(of: Pass) -> int:
-        return round(max(_with_workspace(m, config.batch_size, alone, device) for m in of.moments)) + whole
+        return round(max(m.at(config.batch_size, gradients=alone) for m in of.moments)) + workspace
 
     gradients = FLOAT * sum(weights.lora) if alone else 0
-    largest = FLOAT * max(weights.lora)
+    copies = 2 * FLOAT * max(weights.lora) if device == "cpu" else 0  # fused AdamW makes none
     return {
         "teacher pass": peak(rehearsal.teacher),
         "target pass": peak(rehearsal.target),
         "student pass": peak(rehearsal.student),
-        "optimizer step": gradients + (2 * largest if device == "cpu" else 0),
+        "optimizer step": gradients + copies,
     }
 
 
-def _with_workspace(moment: Held, batch: int, gradients: bool, device: str) -> float:
-    held = moment.at(batch, gradients=gradients)
-    return held + _CUDA_ALLOWANCE if device == "cuda" else held
+def _workspace(config: Distill, weights: Weights, dtype: torch.dtype, device: str) -> int:
+    """What kernels hold besides: a layer's weights, expanded from few bits or reordered by oneDNN."""
+    expanded = weights.widest * dtype.itemsize if config.memory.quantize != "none" else 0
+    if device == "cuda":
+        return _CUDA_ALLOWANCE + expanded
+    return _CPU_ALLOWANCE + max(expanded, weights.largest * dtype.itemsize)
 
 
 # -- Disk ----------------------------------------------------------------------------------------------------
@@ -186,8 +188,3 @@ def _records(config: Distill) -> int | None:
     except UserError:
         return None
     return len(found) * (2 if data.flip else 1)
-
-
-def total(values: Mapping[str, Any]) -> Any:
-    """The sum of a table's values."""
-    return sum(values.values())

@@ -32,6 +32,7 @@ class Weights:
     quantizable: int
     rows: int  # outputs of the quantizable layers, each with a scale of its own in int8
     widest: int  # the largest quantizable layer
+    largest: int  # the largest tensor of the base
     lora: tuple[int, ...]  # each tensor's
 
 
@@ -73,6 +74,7 @@ class Stage:
             sum(w.numel() for w in held),
             sum(len(w) for w in held),
             max((w.numel() for w in held), default=0),
+            max(p.numel() for p in self.bare),
             tuple(p.numel() for p in self.lora),
         )
 

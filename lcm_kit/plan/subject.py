@@ -66,7 +66,7 @@ def published(name: str) -> Subject:
         raise UserError(f"structure {name!r} is not known here; choose one of {', '.join(PUBLISHED)}")
     if name == "ssd1b":
         return Subject(_ssd1b(), pooled=1280)
-    return Subject(known(name), pooled=1280 * (name == "sdxl"))  # type: ignore[arg-type]
+    return Subject(known(name), pooled=1280 * (name == "sdxl"))
 
 
 def _ssd1b() -> Structure:

@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._live[storage._cdata] = (-1, storage)
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -121,6 +121,7 @@ class Kernels(TorchFunctionMode):
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, *, cuda: bool = False) -> None:
+        """Autocast to `dtype`, with CUDA's rules or the CPU's."""
         super().__init__()
         self.dtype, self.cuda = dtype, cuda
 
@@ -128,7 +129,7 @@ class Kernels(TorchFunctionMode):
         """The same, for a block within the block or outside of it."""
         return Kernels(self.dtype, cuda=self.cuda)
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
@@ -143,7 +144,7 @@ class Kernels(TorchFunctionMode):
 
 
 def checkpoint(kernels: Kernels, block: Any, *args: Any) -> Any:
-    """Activation checkpointing of `block` as diffusers does it, recomputed under `kernels` in the backward."""
+    """Checkpointing of `block` as diffusers does it; the backward repeats it under `kernels` again."""
     from torch.utils.checkpoint import checkpoint as recompute
 
     def run(*inputs: Any) -> Any:

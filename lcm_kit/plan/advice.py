@@ -1,0 +1,132 @@
+"""What to change where a config does not fit, the smallest change first, each planned and not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from lcm_kit.config.schema import Distill
+from lcm_kit.plan.estimate import CARDS, Estimate, Planner
+
+Overrides = Mapping[str, Any]
+
+CHECKPOINTING: Overrides = {"gradient_checkpointing": True}
+NF4: Overrides = {"memory.quantize": "nf4"}
+ADAM8: Overrides = {"optimizer.name": "adamw8bit"}
+HALF: Overrides = {"precision": "bfloat16"}
+# Of the presets, the cheapest first: nothing, a fifth more time, then less exact weights
+_LEVELS: tuple[Overrides, ...] = (
+    {},
+    CHECKPOINTING,
+    {**CHECKPOINTING, **ADAM8},
+    {**CHECKPOINTING, **NF4, **ADAM8},
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A changed config and what it needs."""
+
+    overrides: Overrides
+    estimate: Estimate
+
+    @property
+    def typed(self) -> str:
+        """The overrides as one types them; "" for none."""
+        shown = {
+            key: str(value).lower() if isinstance(value, bool) else value
+            for key, value in self.overrides.items()
+        }
+        return " ".join(f"{key}={value}" for key, value in shown.items())
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changed(config: Distill, overrides: Overrides) -> Distill:
+    """`config` with `overrides`, by dotted key."""
+    for key, value in overrides.items():
+        block, _, name = key.rpartition(".")
+        if block:
+            config = replace(config, **{block: replace(getattr(config, block), **{name: value})})
+        else:
+            config = replace(config, **{name: value})
+    return config
+
+
+def changes(config: Distill, device: str = "cuda") -> Iterator[Overrides]:
+    """Changes worth a try, smallest first: single ones, then more and more of them together."""
+    singles = list(_singles(config, device))
+    yield from singles
+    together: dict[str, Any] = {}
+    for overrides in singles:
+        together = {**together, **overrides}
+        if together not in singles:
+            yield dict(together)
+    for overrides in _halvings({**_values(config), **together}):
+        together = {**together, **overrides}
+        yield dict(together)
+
+
+def _values(config: Distill) -> dict[str, Any]:
+    return {"batch_size": config.batch_size, "accumulation": config.accumulation}
+
+
+def _singles(config: Distill, device: str) -> Iterator[Overrides]:
+    if not config.gradient_checkpointing:
+        yield CHECKPOINTING
+    yield from list(_halvings(_values(config)))[:1]
+    if config.memory.quantize != "nf4":
+        yield NF4
+    if config.optimizer.name != "adamw8bit":
+        yield ADAM8
+    if config.precision == "float32" or (device == "cpu" and config.precision == "auto"):
+        yield HALF
+
+
+def _halvings(values: Mapping[str, Any]) -> Iterator[Overrides]:
+    """Half the batch and twice the accumulation, again and again: the same samples a step."""
+    batch, accumulation = values["batch_size"], values["accumulation"]
+    while batch % 2 == 0:
+        batch, accumulation = batch // 2, accumulation * 2
+        yield {"batch_size": batch, "accumulation": accumulation}
+
+
+def what_to_change(planner: Planner, config: Distill, card: float) -> list[Option]:
+    """The changes that were tried for a card of `card` GiB; the last one fits, or none does."""
+    tried = []
+    for overrides in changes(config, planner.device):
+        tried.append(Option(overrides, planner(changed(config, overrides))))
+        if tried[-1].estimate.fits(card):
+            break
+    return tried
+
+
+def preset(planner: Planner, config: Distill, card: float) -> Option | None:
+    """The overrides of `config` for a card of `card` GiB: the largest batch that fits, then the fewest savings.
+
+    The samples of an optimizer step stay the same. None if nothing fits.
+    """
+    samples = config.batch_size * config.accumulation
+    plain: Overrides = {"gradient_checkpointing": False, "memory.quantize": "none", "optimizer.name": "adamw"}
+    for batch in sorted((n for n in range(1, samples + 1) if samples % n == 0), reverse=True):
+        for level in _LEVELS:
+            overrides = {"batch_size": batch, "accumulation": samples // batch, **plain, **level}
+            estimate = planner(changed(config, overrides))
+            if estimate.fits(card):
+                new = {key: value for key, value in overrides.items() if _held(config, key) != value}
+                return Option(new, estimate)
+    return None
+
+
+def _held(config: Distill, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+def presets(planner: Planner, config: Distill) -> dict[int, Option | None]:
+    """`preset` for each of `CARDS`."""
+    return {card: preset(planner, config, card) for card in CARDS}
