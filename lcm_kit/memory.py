@@ -132,9 +132,10 @@ def _probe_layer(kind: str, device: torch.device) -> None:
     expected = layer(x).detach()
     try:
         new = _quantized(layer, kind, device)
-        x = x.to(device).requires_grad_()
-        y = new(x)
-        y.sum().backward()
+        with torch.enable_grad():  # whatever the caller is in
+            x = x.to(device).requires_grad_()
+            y = new(x)
+            y.sum().backward()
         error = float((y.detach().cpu() - expected).norm() / expected.norm())
         fault = "" if error < 0.25 and x.grad is not None else f"a trial layer is off by {error:.0%}"
     except Exception as reason:  # a missing kernel is of any kind
