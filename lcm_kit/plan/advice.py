@@ -106,9 +106,10 @@ def what_to_change(planner: Planner, config: Distill, card: float) -> list[Optio
 
 
 def preset(planner: Planner, config: Distill, card: float) -> Option | None:
-    """The overrides of `config` for a card of `card` GiB: the largest batch that fits, then the fewest savings.
+    """The overrides for a card of `card` GiB: the largest batch that fits, then the fewest savings.
 
-    The samples of an optimizer step stay the same. None if nothing fits.
+    Those that `config` has already are left out. The samples of an optimizer step stay the same. None if
+    nothing fits.
     """
     samples = config.batch_size * config.accumulation
     plain: Overrides = {"gradient_checkpointing": False, "memory.quantize": "none", "optimizer.name": "adamw"}

@@ -80,6 +80,7 @@ class Stage:
 
     def rehearse(self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool) -> Rehearsal:
         """The passes at `resolution` pixels with the frozen weights in `dtype`."""
+        cuda &= dtype != torch.float32  # without autocast there is no difference
         key = (resolution, dtype, cuda, checkpointing)
         if key not in self._kept:
             for p in self.bare:

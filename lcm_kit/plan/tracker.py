@@ -72,6 +72,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        """Run the operator, book what it made."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # not by FlopCounterMode: what it hangs on modules keeps recomputed activations alive
@@ -132,6 +133,7 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        """Cast the inputs as autocast would, and put the fused attention in its place."""
         kwargs = dict(kwargs or {})
         if self.dtype != torch.float32:
             to = self.dtype if func in _LOW else torch.float32 if self.cuda and func in _FULL else None
