@@ -25,6 +25,8 @@ from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, largest
 
 TERA = 1e12
 
+pytestmark = pytest.mark.slow  # more than a minute on two cores
+
 
 def config(name: str = "quickstart", *overrides: str) -> Distill:
     loaded = load(shipped.config_path(name), overrides)
