@@ -35,8 +35,11 @@ OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
 
 @pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -333,13 +336,13 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         def forward(self: Any, x: Tensor, t: Tensor, *arguments: Any, **conditions: Any) -> Any:
             student = torch.is_grad_enabled()
+            samples = len(x) if student else len(x) // 2  # the teacher's pass has both conditions
             seen.extend([len(x)] if student else [])
             output = whole(self, x, t, *arguments, **conditions)
-            if len(x) > most * (1 if part != "teacher" else 2) and len(seen) > after:
-                if part == "backward" and student:
-                    output.sample.register_hook(raise_oom)
-                elif (part == "student") == student:
+            if samples > most and len(seen) >= after and student == (part != "teacher"):
+                if part != "backward":
                     raise OOM
+                output.sample.register_hook(raise_oom)
             return output
 
         monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
@@ -351,6 +354,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return arrange
 
 
+BOUND = 1e-4  # sums in another order move weights by 2e-5 at most; parts weighted wrongly by 1e-2
 EXACT: Keys = {
     "steps": 3,
     "batch_size": 8,
@@ -364,20 +368,19 @@ def whole_batch(distill_keys: Keys, tmp_path_factory: pytest.TempPathFactory) ->
     return distill.main(configure(distill_keys, tmp_path_factory.mktemp("whole"), **EXACT))
 
 
-@pytest.mark.parametrize("part", ["student"])
+@pytest.mark.parametrize("part", ["student", "teacher", "backward"])
 def test_memory_that_runs_out_halves_the_micro_batch(
     distill_keys: Keys, whole_batch: Path, tmp_path: Path, limited: Any, part: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    seen = limited(2, part, after=2 if part == "backward" else 0)
+    step = 3 if part == "backward" else 1
+    seen = limited(2, part, after=3 if part == "backward" else 0)  # in a later step that time
     run = distill.main(configure(distill_keys, tmp_path, **EXACT))
     said = " ".join(capsys.readouterr().out.split())
     assert [said.count(f"going on with {n} samples") for n in (8, 4, 2, 1)] == [0, 1, 1, 0]
-    assert "out of memory at step 1: going on with 2 samples a forward and 4 forwards a step" in said or (
-        part == "backward" and "at step 3: going on with 2 samples" in said
-    )
+    assert f"out of memory at step {step}: going on with 2 samples a forward and 4 forwards a step" in said
     assert seen[-4:] == [2, 2, 2, 2]
-    assert largest_difference(run, whole_batch) < 1e-5
+    assert largest_difference(run, whole_batch) < BOUND
     losses = [[line["loss"] for line in metrics(each)] for each in (run, whole_batch)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -388,7 +391,7 @@ def test_an_odd_batch_is_halved_too(distill_keys: Keys, tmp_path: Path, limited:
     seen = limited(2, "student")
     run = distill.main(configure(distill_keys, tmp_path / "parts", **odd))
     assert seen == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]
-    assert largest_difference(run, whole) < 1e-5
+    assert largest_difference(run, whole) < BOUND
 
 
 def test_one_sample_too_many_says_what_helps(distill_keys: Keys, tmp_path: Path, limited: Any) -> None:
