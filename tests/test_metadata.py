@@ -90,6 +90,7 @@ def test_sd1_with_convolutions() -> None:
         "modelspec.prediction_type": "epsilon",
         "modelspec.usage_hint": LCM_HINT,
         **LCM_OWN,
+        "lcm_kit.modules": "3",
     }
 
 
@@ -117,6 +118,7 @@ def test_sd2_with_v_prediction() -> None:
         "predicts v.",
         **{key: value for key, value in LCM_OWN.items() if key != "lcm_kit.steps"},
         **own(**changed),
+        "lcm_kit.modules": "1",
     }
 
 
@@ -149,6 +151,7 @@ def test_sdxl_merged_from_two_files() -> None:
         "modelspec.merged_from": "style, new:0.8, lcm:1",
         **{key: value for key, value in LCM_OWN.items() if key not in guidance},
         "lcm_kit.parents": '["style, new:0.8", "lcm:1"]',
+        "lcm_kit.modules": "2",
     }
     other = metadata.build(lora, base, facts, style="diffusers")
     assert other == built | {"modelspec.implementation": "diffusers"}
@@ -173,6 +176,7 @@ def test_a_style_lora_of_which_nothing_is_known() -> None:
         "modelspec.usage_hint": "Sampler, steps and guidance_scale / CFG as usual for its base, unless its "
         "maker says otherwise. LoRA strength 1.0, less for a weaker effect.",
         "lcm_kit.metadata": "1",
+        "lcm_kit.modules": "1",
     }
 
 

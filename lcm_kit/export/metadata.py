@@ -87,6 +87,7 @@ def build(lora: Lora, structure: Structure, facts: Facts, *, style: str = "kohya
         **_kohya(lora, structure, facts),
         **_modelspec(structure, facts, style),
         **{PREFIX + key: value for key, value in _own(facts).items()},
+        PREFIX + "modules": str(len(lora.layers)),
         **{key: value for key, value in _said(lora.metadata).items() if key in kept},
     }
 
@@ -111,6 +112,11 @@ def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     small = save({name: torch.empty(1, dtype=tensor.dtype) for name, tensor in tensors.items()})
     header = json.loads(small[8 : 8 + int.from_bytes(small[:8], "little")])
     return sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
+def declared_modules(metadata: Mapping[str, str]) -> int | None:
+    """How many modules a file of ours was written with; None if the header does not say."""
+    return _whole(metadata.get(PREFIX + "modules"))
 
 
 def facts_from(metadata: Mapping[str, str], title: str) -> Facts:

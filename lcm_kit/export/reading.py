@@ -20,6 +20,7 @@ from lcm_kit.export import structure as structures
 from lcm_kit.export import untrusted
 from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.export.metadata import declared_modules
 from lcm_kit.export.spelling import Key, Place, Speller, other_kind, take_apart
 from lcm_kit.export.structure import Structure
 
@@ -73,6 +74,8 @@ def read(path: Path, structure: Structure | None = None, *, alpha: float | None 
         notes.problems.append(f"none of its {len(tensors)} tensors belongs to {fitting.label}")
     if bad := untrusted.not_finite(tensors):
         notes.problems.append(f"{len(bad)} tensors hold NaN or Inf, such as {bad[0]}")
+    if (declared := declared_modules(metadata)) is not None and declared > len(layers):
+        notes.problems.append(f"it holds {len(layers)} of the {declared} modules that its header counts")
     unknown = _unknown_words(notes.unknown, fitting)
     problems = [*notes.problems, *([unknown] if unknown else [])]
     return Reading(
