@@ -184,7 +184,9 @@ def sample(
     guidance: Annotated[
         float, typer.Option(help="guidance_scale; 1 is none, and right for an adapter.")
     ] = 1.0,
-    solver: Annotated[Literal["lcm", "ddim", "dpmpp_2m"], typer.Option(help="lcm for an adapter.")] = "lcm",
+    solver: Annotated[
+        Literal["lcm", "tcd", "ddim", "dpmpp_2m"], typer.Option(help="lcm or tcd for an adapter.")
+    ] = "lcm",
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures and a contact sheet."""

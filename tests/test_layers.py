@@ -23,7 +23,16 @@ LAYERS = {
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample"},
     "disk": {"data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
-    "runtime": {"checkpoints", "processes", "run_folder", "runtime", "stepping", "stopping", "validation"},
+    "runtime": {
+        "checkpoints",
+        "processes",
+        "run_folder",
+        "runtime",
+        "stepping",
+        "stopping",
+        "sweep",
+        "validation",
+    },
     "top": {"cli", "cli_lora", "cli_plan", "plan", "quiet", "__main__", "quickstart", "check"},
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}

@@ -60,7 +60,7 @@ def test_unet_calls(pipe: Any, solver: str, steps: int, guidance_scale: float) -
 
 
 def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
-    expected = {"lcm": [999, 759, 499, 259], "ddim": [999, 749, 499, 249], "dpmpp_2m": [999, 749, 499, 249]}
+    expected = {"lcm": [999, 759, 499, 259], "tcd": [999, 759, 499, 259], "ddim": [999, 749, 499, 249], "dpmpp_2m": [999, 749, 499, 249]}
     for solver, timesteps in expected.items():
         scheduler = sample.scheduler(solver, pipe.scheduler.config)
         scheduler.set_timesteps(4)
@@ -107,7 +107,7 @@ def test_size(pipe: Any) -> None:
     [
         ({"solver": "lcm", "steps": 0}, "steps 0"),
         ({"solver": "lcm", "steps": 51}, "1 to 50"),
-        ({"solver": "euler", "steps": 4}, "lcm, ddim, dpmpp_2m"),
+        ({"solver": "euler", "steps": 4}, "lcm, tcd, ddim, dpmpp_2m"),
         ({"solver": "ddim", "steps": 4, "guidance_scale": 0.5}, "guidance_scale 0.5"),
     ],
 )

@@ -13,10 +13,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lcm_kit.config.schema import RECIPES, Distill, PretrainTiny, Quality, Speed
+from lcm_kit.config.schema import Distill, PretrainTiny, Quality, Speed
+from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 
-Config = Distill | PretrainTiny | Quality | Speed
+Config = Distill | PretrainTiny | Quality | Speed | GuidanceSweep
+RECIPES: dict[str, type[Config]] = {
+    "train/distill": Distill,
+    "train/pretrain_tiny": PretrainTiny,
+    "evaluation/quality": Quality,
+    "evaluation/speed": Speed,
+    "evaluation/guidance_sweep": GuidanceSweep,
+}
 Key = tuple[str | int, ...]
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -314,11 +314,3 @@ class Speed:
             near = self.resolution // 8 * 8
             raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
         return self
-
-
-RECIPES = {
-    "train/distill": Distill,
-    "train/pretrain_tiny": PretrainTiny,
-    "evaluation/quality": Quality,
-    "evaluation/speed": Speed,
-}

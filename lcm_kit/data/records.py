@@ -77,6 +77,17 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     return [r for r in found if isinstance(r, Record)], [b for b in found if not isinstance(b, Record)]
 
 
+def pictures(folder: Path, name: str) -> list[Record]:
+    """Every image below `folder` by path, without captions; `name` is what messages call the folder.
+
+    Raises `UserError` if there is no such folder, or no image in it.
+    """
+    paths = sorted(_images(folder)) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"{name}: there is no such folder or no image in it; check the path")
+    return [Record(path.relative_to(folder).as_posix(), "", path.read_bytes) for path in paths]
+
+
 def _below(prefix: str, item: Record | Bad) -> Record | Bad:
     if isinstance(item, Record):
         return replace(item, id=f"{prefix}/{item.id}")

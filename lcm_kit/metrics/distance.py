@@ -13,3 +13,8 @@ def distance_to_teacher(images: Tensor, teacher: Tensor) -> float:
     well.
     """
     return float(((images - teacher) ** 2).mean(dim=(1, 2, 3)).sqrt().mean())
+
+
+def rms(a: Tensor, b: Tensor) -> Tensor:
+    """[N, ...] and [N, ...] -> [N]: root of the mean squared difference of each row, float64."""
+    return (a.double() - b.double()).flatten(1).square().mean(1).sqrt()

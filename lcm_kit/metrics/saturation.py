@@ -15,6 +15,11 @@ def clipped(images: Tensor) -> float:
     return float((images.abs() >= 1 - 1 / 255).float().mean())
 
 
+def clipped_shares(images: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N]: `clipped` of each picture."""
+    return (images.abs() >= 1 - 1 / 255).double().mean(dim=(1, 2, 3))
+
+
 def saturation(images: Tensor, teacher: Tensor) -> dict[str, float]:
     """`saturation`: mean chroma over the teacher's (1 = as colourful); `clipped`: share of clipped values."""
     return {"saturation": float(chroma(images).mean() / chroma(teacher).mean()), "clipped": clipped(images)}

@@ -1,0 +1,152 @@
+"""Which guidance, how many steps, what LoRA weight, and how we know: a grid on the same noise.
+
+    lcm-kit evaluate configs/evaluation/guidance_sweep.yaml
+    lcm-kit evaluate evaluation/guidance_sweep adapters='[my.safetensors]' base=FOLDER output=runs/my-sweep
+    accelerate launch --num_processes 4 -m lcm_kit evaluate configs/evaluation/guidance_sweep.yaml
+
+Every cell draws the same prompts from the same noise with plain diffusers: the base at each guidance_scale
+(the teacher), the base under plain few-step samplers, and each adapter over the grid of samplers, steps,
+guidance_scale and LoRA weight. What is kept of a cell lies in `cells/`, so that a stopped sweep continues and
+a second one only measures. Writes results.json, results.csv, results.parquet, samples.parquet,
+recommended.json, pictures/ and report.html (docs/guidance.md). Copy this file and change it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lcm_kit.report.sweep import write_sweep_report
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lcm_kit import __version__, assets, families, processes, sample
+from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.errors import UserError
+from lcm_kit.export import verify
+from lcm_kit.files import sha256_bytes
+from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.sweep import measure, tables
+from lcm_kit.sweep.cells import Cell, plan, reference
+from lcm_kit.sweep.compare import comparisons
+from lcm_kit.sweep.draw import Pipes, Samples, draw
+from lcm_kit.sweep.look import Looker, reference_features
+from lcm_kit.sweep.recommend import Sweep, breaks, recommend
+from lcm_kit.sweep.store import Table, kept
+from lcm_kit.sweep.subjects import base_facts, subjects
+
+LIBRARIES = ("torch", "diffusers", "peft", "transformers")
+SHOWN = (
+    "prompt_adherence",
+    "kernel_teacher",
+    "effective_guidance",
+    "saturation",
+    "sharpness",
+    "diversity",
+    "seconds",
+)
+
+
+def main(config: GuidanceSweep) -> Path:
+    """Sweep; returns the path of `results.json`."""
+    # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
+    share, device = processes.share(), sample.placement()["device"]
+    where = base_facts(config)
+    base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    found = subjects(config.adapters, verify.base_of(base.path, base.revision, base.variant))
+    folder = Path(config.output or Path(config.adapters[0]) / "sweep")
+    if config.output is None and folder.parent.is_file():
+        raise UserError(f"{folder.parent} is a file; give output=FOLDER for what the sweep writes")
+    prompts = tuple(islice(assets.prompts(config.prompts), config.count))
+    size = config.resolution or base.sample_size * base.factor
+    samples = Samples(
+        prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures
+    )  # fmt: skip
+    look = Looker.of(config, prompts, size, device)
+    cells = plan(config, [subject.name for subject in found])
+
+    # -- Draw ------------------------------------------------------------------------------------------------
+    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
+    inputs = [
+        base.base_hash,
+        repr(samples),
+        config.features,
+        config.text_features,
+        look.kind(),
+        versions,
+        device,
+    ]
+    hashes = {subject.name: subject.sha256 for subject in found}
+    pipes = Pipes(
+        base, {subject.name: subject for subject in found},
+        warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
+    )  # fmt: skip
+    drawn: dict[Cell, Table] = {}
+    total = 0  # UNet calls
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
+        task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
+        for number, cell in enumerate(cells, start=1):
+            bar.update(task, description=f"{number}/{len(cells)} {cell.id}", completed=total)
+            key = sha256_bytes(
+                json.dumps([inputs, cell.settings(), hashes.get(cell.adapter or "")]).encode()
+            )[:12]
+
+            def make(cell: Cell = cell) -> list[Table]:
+                return draw(pipes.get(cell), cell, samples, look, share, partial(bar.advance, task))
+
+            drawn[cell] = kept(folder / "cells" / f"{cell.id}-{key}.safetensors", make, share)
+            total += cell.unet_calls * len(samples)
+        bar.update(task, completed=total)
+    if not share.first:
+        return folder / "results.json"
+
+    # -- Measure: every cell on the same resamples of prompts ------------------------------------------------
+    brand = None
+    if config.brand and config.control:
+        brand = (look.folder(config.brand, size), look.folder(config.control, size))
+    main_teacher = reference(config.teacher)
+    ruler = measure.Ruler(
+        resamples=Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
+        teachers={cell.guidance_scale: drawn[cell] for cell in cells if cell.kind == "teacher"},
+        reference=drawn[main_teacher], real=reference_features(config, look, prompts, size), brand=brand,
+        cost=config.cost, confidence=config.confidence,
+    )  # fmt: skip
+    figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}
+    sweep = Sweep(figures, main_teacher, found, config.confidence, measure.moved(drawn, main_teacher))
+    recommended = recommend(sweep)
+
+    # -- Write -----------------------------------------------------------------------------------------------
+    pictures = tables.write_pictures(folder, drawn, samples)
+    tables.write_samples(folder, drawn, samples)
+    results: dict[str, Any] = {
+        "schema": tables.SCHEMA, "kind": "guidance_sweep", "name": folder.resolve().parent.name,
+        "base": {**where, "hash": base.base_hash, "prediction_type": base.prediction_type},
+        "adapters": [subject.facts() for subject in found],
+        "prompts": list(prompts), "images_per_prompt": config.images_per_prompt, "count": len(samples),
+        "seed": config.seed, "resolution": size, "shown": samples.shown,
+        "teacher": {"sampler": "ddim", "steps": config.teacher.steps,
+                    "guidance_scale": config.teacher.guidance_scale, "cell": main_teacher.id},
+        "extractor": config.features, "adherence": look.kind(), "confidence": config.confidence,
+        "real": config.real, "brand": config.brand, "control": config.control,
+        "metrics": {key: dict(zip(("label", "unit", "better", "help"), about, strict=True))
+                    for key, about in measure.METRICS.items()},
+        "cells": [{**cell.settings(), "metrics": measure.as_json(figures[cell], config.confidence),
+                   "pictures": pictures[cell.id]} for cell in cells],
+        "comparisons": comparisons(sweep),
+        "recommended": recommended.as_json(),
+        "breaks": {subject.name: breaks(sweep, subject.name) for subject in found},
+        "cost": None if config.cost is None else {"price_per_hour": config.cost.price_per_hour,
+                                                  "currency": config.cost.currency},
+        "machine": tables.machine(device), "versions": versions,
+    }  # fmt: skip
+    file = tables.write_results(folder, results)
+    tables.show(results["cells"], SHOWN, {key: about[0] for key, about in measure.METRICS.items()})
+    print(recommended.sentence)
+    for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):
+        print(f"  - {line}")
+    print(f"report: {write_sweep_report(folder)}")
+    return file

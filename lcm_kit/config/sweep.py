@@ -1,0 +1,106 @@
+"""The keys of `recipe: evaluation/guidance_sweep`.
+
+Guidance is diffusers' `guidance_scale` (1 = none): the teacher's is what a sample of the base is drawn with,
+the student's is what is asked of the pipeline with the adapter on, beyond what is baked in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from lcm_kit.config.schema import STRICT, Positive, Rate, Scale
+
+Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SweptTeacher:
+    """The base without the adapter: DDIM, trailing timesteps."""
+
+    steps: Positive = 50
+    guidance_scales: Scales = (
+        1.0,
+        2.0,
+        3.0,
+        5.0,
+        7.0,
+        10.0,
+    )  # what the effective guidance is looked for among
+    guidance_scale: Scale = 5.0  # of the samples that the student's are compared with
+
+
+@dataclass(frozen=True, config=STRICT)
+class SweptStudent:
+    """A grid of settings for each adapter: every combination is a cell."""
+
+    samplers: Annotated[tuple[Literal["lcm", "tcd", "ddim"], ...], Field(min_length=1)] = ("lcm",)
+    steps: Some = (1, 2, 4, 8)
+    guidance_scales: Scales = (1.0, 1.25, 1.5, 2.0, 3.0)
+    lora_weights: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SweptPlain:
+    """The base with few-step samplers that need no training, at the same number of UNet calls."""
+
+    samplers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    unet_calls: tuple[Positive, ...] = (4, 8)  # guidance costs two a step
+    guidance_scales: Scales = (1.0, 5.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cost:
+    """What a machine costs, for the cost of 1,000 pictures."""
+
+    price_per_hour: Rate = 1.0
+    currency: str = "USD"
+
+
+@dataclass(frozen=True, config=STRICT)
+class GuidanceSweep:
+    """`recipe: evaluation/guidance_sweep`: which guidance, how many steps, what weight, and how we know."""
+
+    recipe: Literal["evaluation/guidance_sweep"]
+    # runs (their export is taken) or .safetensors files of any maker
+    adapters: Annotated[tuple[str, ...], Field(min_length=1)]
+    # folder of results.json, report.html and the rest; null: `sweep` in the first adapter's run
+    output: str | None = None
+    base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what the first adapter was made on
+    revision: str | None = None  # hub revision
+    variant: str | None = None  # file variant, as "fp16"
+    seed: int = 0
+    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    count: Annotated[int, Field(ge=2)] = 24  # prompts, from the top of the file
+    images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
+    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    batch_size: Positive = 32
+    teacher: SweptTeacher = field(default_factory=SweptTeacher)
+    student: Annotated[tuple[SweptStudent, ...], Field(min_length=1)] = (SweptStudent(),)
+    plain: SweptPlain = field(default_factory=SweptPlain)
+    # of the pictures: asset:probe, or a folder or hub id of a CLIP, SigLIP or DINOv2 model, or inception
+    features: str = "asset:probe"
+    # of prompt adherence, as `features`: CLIP or SigLIP; null: `features` if it reads text, the probe's
+    # attributes with asset:probe
+    text_features: str | None = None
+    # images for the Frechet and kernel distances: folder or asset:NAME; null: renders of tiny-sd's world where
+    # the prompts are of it, else none
+    real: str | None = None
+    brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
+    control: str | None = None  # images of other looks, to compare with; needed with `brand`
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
+    resamples: Annotated[int, Field(ge=100)] = 1000  # bootstrap rounds
+    cost: Cost | None = None
+    pictures: Positive = 6  # samples whose pictures the report shows, at most one a prompt
+
+    @model_validator(mode="after")
+    def _pairs(self) -> GuidanceSweep:
+        if (self.brand is None) != (self.control is None):
+            raise ValueError("brand and control need each other; give both or neither")
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ValueError("adapters: one of them is there twice; name each once")
+        return self

@@ -1,0 +1,107 @@
+"""Drawing the cells of a sweep: plain diffusers with the files that users load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_kit import sample
+from lcm_kit.families import BaseInfo
+from lcm_kit.metrics.energy import Energy
+from lcm_kit.share import Share
+from lcm_kit.sweep.cells import Cell
+from lcm_kit.sweep.look import Looker
+from lcm_kit.sweep.store import Table
+from lcm_kit.sweep.subjects import Subject
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What every cell draws: sample i has prompt i // images_per_prompt and the noise of (seed, i)."""
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    seed: int
+    size: int  # pixels
+    batch_size: int
+    pictures: int  # prompts of which the first picture is kept
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of every sample."""
+        return [prompt for prompt in self.prompts for _ in range(self.images_per_prompt)]
+
+    @property
+    def shown(self) -> list[int]:
+        """The samples whose pictures are kept."""
+        return [p * self.images_per_prompt for p in range(min(self.pictures, len(self.prompts)))]
+
+
+@dataclass
+class Pipes:
+    """The base's pipeline, opened when something is to be drawn, with one adapter or none on it."""
+
+    base: BaseInfo
+    subjects: dict[str, Subject]
+    warm: Callable[[Any], object]  # runs once on a new pipeline, so that the clock sees warm code only
+    _pipe: Any = field(default=None, init=False)
+    _on: tuple[str | None, float] | None = field(default=None, init=False)
+
+    def get(self, cell: Cell) -> Any:
+        """A pipeline for `cell`."""
+        if self._pipe is None:
+            self._pipe = sample.pipeline(
+                self.base.path, revision=self.base.revision, variant=self.base.variant, **sample.placement()
+            )
+        wanted = (cell.adapter, cell.lora_weight) if cell.adapter else (None, 1.0)
+        if self._on != wanted:
+            if self._on and self._on[0]:
+                self._pipe.unload_lora_weights()
+            if cell.adapter:
+                sample.load_adapter(self._pipe, self.subjects[cell.adapter].file, cell.lora_weight)
+            self._on = wanted
+            self.warm(self._pipe)
+        return self._pipe
+
+
+def draw(
+    pipe: Any, cell: Cell, samples: Samples, look: Looker, share: Share, advance: Callable[[int], None]
+) -> list[Table]:
+    """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (text encoder,
+    UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and `pictures`
+    [shown, 3, H, W], 8 bits, of those of `samples.shown` that lie in the batch.
+    """
+    texts, shown, tables = samples.texts, set(samples.shown), []
+    for first in share.of(range(0, len(samples), samples.batch_size)):
+        prompts = texts[first : first + samples.batch_size]
+        started = time.perf_counter()
+        with Energy(str(pipe.device)) as energy:
+            latents = sample.latents(
+                pipe, prompts, solver=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
+                seed=samples.seed, first=first, size=samples.size,
+            )  # fmt: skip
+            pixels = sample.decode(pipe, latents)
+        seconds, n = time.perf_counter() - started, len(prompts)
+        eight_bit = ((pixels + 1) * 127.5).round().to(torch.uint8)
+        joules = float("nan") if energy.joules is None else energy.joules
+        tables.append({
+            **look(eight_bit / 127.5 - 1, prompts),
+            "latents": latents,
+            "seconds": torch.full((n,), seconds / n),
+            "joules": torch.full((n,), joules / n),
+            "pictures": _of(eight_bit, [i - first for i in sorted(shown) if first <= i < first + n]),
+        })  # fmt: skip
+        advance(cell.unet_calls * n)
+    return tables
+
+
+def _of(pictures: Tensor, rows: list[int]) -> Tensor:
+    return pictures[torch.tensor(rows, dtype=torch.long)]

@@ -1,0 +1,78 @@
+"""What is swept: the adapters' files, whatever made them, and the base that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_kit import sample
+from lcm_kit.adapter import read_facts
+from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.errors import UserError
+from lcm_kit.export import metadata, untrusted, verify
+from lcm_kit.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter of the sweep."""
+
+    name: str  # in the sweep: of its run, or of its file
+    file: Path
+    sha256: str
+    layers: int  # modules that the file holds
+    fault: str | None  # what diffusers would not load of it, or would load wrongly, in words
+
+    def facts(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        return {
+            "name": self.name, "file": str(self.file), "sha256": self.sha256, "layers": self.layers,
+            "fault": self.fault,
+        }  # fmt: skip
+
+
+def base_facts(config: GuidanceSweep) -> dict[str, Any]:
+    """`path`, `revision` and `variant` of the base: the config's, or what the first adapter was made on.
+
+    Raises `UserError` if neither says.
+    """
+    if config.base is not None:
+        return {"path": config.base, "revision": config.revision, "variant": config.variant}
+    first = Path(config.adapters[0])
+    if (first / "adapter").is_dir():
+        facts = read_facts(first / "adapter")["base"]
+        return {key: facts[key] for key in ("path", "revision", "variant")}
+    file = sample.adapter_file(first)
+    path = metadata.facts_from(untrusted.inspect(file).metadata, file.stem).base
+    if path is None:
+        raise UserError(f"{file} does not say which base it is for; give base=FOLDER, a hub id or asset:NAME")
+    return {"path": path, "revision": config.revision, "variant": config.variant}
+
+
+def subjects(adapters: Sequence[str], against: verify.Against) -> list[Subject]:
+    """Find each file and let diffusers load it. Raises `UserError` if one is not a LoRA at all."""
+    files = [sample.adapter_file(path) for path in adapters]
+    names = _names([Path(path) for path in adapters])
+    return [_subject(name, file, against) for name, file in zip(names, files, strict=True)]
+
+
+def _subject(name: str, file: Path, against: verify.Against) -> Subject:
+    report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
+    (row,) = report.rows
+    problems = [*report.file.problems, *([] if row.ok else [f"diffusers {row.verdict}"])]
+    count = len(report.file.lora.layers)
+    return Subject(name, file, sha256_file(file), count, "; ".join(problems) or None)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A name for each: that of its run or file, with a number where two are the same."""
+    names: list[str] = []
+    for path in paths:
+        plain = path.resolve().name if path.is_dir() else path.stem
+        name, number = sample.slug(plain), 2
+        while name in names:
+            name, number = f"{sample.slug(plain)}-{number}", number + 1
+        names.append(name)
+    return names

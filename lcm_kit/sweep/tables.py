@@ -1,0 +1,94 @@
+"""What a sweep leaves on disk: results.json, results.csv, results.parquet, samples.parquet, pictures/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_kit import sample
+from lcm_kit.files import atomic_file, atomic_folder, atomic_write
+from lcm_kit.sweep.cells import Cell
+from lcm_kit.sweep.draw import Samples
+from lcm_kit.sweep.store import Table
+
+SCHEMA = 1  # of results.json: docs/contract.md
+_PER_SAMPLE = ("adherence", "chroma", "clipped", "sharpness", "seconds", "joules")
+
+
+def write_pictures(folder: Path, tables: Mapping[Cell, Table], samples: Samples) -> dict[str, list[str]]:
+    """`pictures/CELL-NNN.png` for every cell and shown sample; the paths by cell, relative to `folder`."""
+    names: dict[str, list[str]] = {}
+    with atomic_folder(folder / "pictures") as inside:
+        for cell, table in tables.items():
+            files = [f"{cell.id}-{i:03d}.png" for i in samples.shown]
+            for file, picture in zip(files, sample.to_pil(table["pictures"] / 127.5 - 1), strict=True):
+                picture.save(inside / file, optimize=True)
+            names[cell.id] = [f"pictures/{file}" for file in files]
+    return names
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
+    """results.json, and its cells as results.csv and results.parquet, a row a cell."""
+    from pyarrow import Table as Columns
+    from pyarrow import csv, parquet
+
+    table = Columns.from_pylist([_flat(cell) for cell in results["cells"]])
+    with atomic_file(folder / "results.csv") as temporary:
+        csv.write_csv(table, temporary)
+    with atomic_file(folder / "results.parquet") as temporary:
+        parquet.write_table(table, temporary)
+    atomic_write(folder / "recommended.json", json.dumps(results["recommended"], indent=1) + "\n")
+    atomic_write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return folder / "results.json"
+
+
+def write_samples(folder: Path, tables: Mapping[Cell, Table], samples: Samples) -> None:
+    """samples.parquet: a row for each sample of each cell."""
+    from pyarrow import Table as Columns
+    from pyarrow import concat_tables, parquet
+
+    texts, parts = samples.texts, []
+    for cell, table in tables.items():
+        known = {name: table[name].tolist() for name in _PER_SAMPLE if name in table}
+        plain = {"cell": [cell.id] * len(texts), "sample": list(range(len(texts))), "prompt": texts}
+        parts.append(Columns.from_pydict({**plain, **known}))
+    with atomic_file(folder / "samples.parquet") as temporary:
+        parquet.write_table(concat_tables(parts), temporary)
+
+
+def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell of results.json as one row: `metric`, `metric_low`, `metric_high`."""
+    row = {key: value for key, value in cell.items() if key not in ("metrics", "pictures")}
+    for key, figure in cell["metrics"].items():
+        for part, name in (("value", key), ("low", f"{key}_low"), ("high", f"{key}_high")):
+            row[name] = None if figure is None else figure[part]
+    return row
+
+
+def show(cells: Sequence[Mapping[str, Any]], keys: Sequence[str], labels: Mapping[str, str]) -> None:
+    """Print the cells as a table, with the metrics in `keys`."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table as Printed
+
+    table = Printed(
+        "", "steps", "CFG", "weight", "calls", *(labels[key] for key in keys), box=SIMPLE, pad_edge=False
+    )
+    for cell in cells:
+        figures = [cell["metrics"][key] for key in keys]
+        table.add_row(
+            f"{cell['adapter'] or cell['kind']} {cell['sampler']}", str(cell["steps"]),
+            f"{cell['guidance_scale']:g}", f"{cell['lora_weight']:g}" if cell["adapter"] else "-",
+            str(cell["unet_calls"]), *("-" if figure is None else f"{figure['value']:.3g}" for figure in figures),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it ran on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return {"device": device, "name": name, "threads": torch.get_num_threads()}
