@@ -16,7 +16,7 @@ from lcm_kit.config.load import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-TAKE_A_CONFIG = ("encode", "train", "evaluate", "show", "check")
+TAKE_A_CONFIG = ("encode", "train", "evaluate", "bench", "show", "check")
 
 
 def commands() -> list[tuple[str, list[str]]]:

@@ -22,7 +22,7 @@ LAYERS = {
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample"},
-    "disk": {"data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
+    "disk": {"bench", "data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {
         "checkpoints",
         "processes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_kit import shipped
 from lcm_kit.adapter import add_lora
+from lcm_kit.bench import measure, models
+from lcm_kit.bench.side import Side, scaler
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Speed
 from lcm_kit.errors import UserError
@@ -42,7 +46,7 @@ def test_both_sides_have_the_same_loss_and_gradient(
 ) -> None:
     """Given the cache that the baseline's pictures and captions make, and the same noise, time and scale."""
     config = tiny()
-    base = speed.Base(config, CPU)
+    base = models.Base(config, CPU)
     straight = speed.baseline(config, CPU)
     pixels, ids, drawn = straight.inputs(0)
     encoded = encode_images(base.vae(), pixels), base.encode(base.texts(), ids)
@@ -56,7 +60,7 @@ def test_both_sides_have_the_same_loss_and_gradient(
         q.data = p.data = p.data + 0.05 * torch.randn(p.shape, generator=g)
 
     def part(name: str) -> Any:
-        return speed.nullcontext()
+        return nullcontext()
 
     losses = [mine.loss(*encoded, drawn, part), straight.loss(pixels, ids, drawn, part)]
     assert losses[0] > 1e-4
@@ -82,8 +86,8 @@ def test_the_baseline_has_a_second_unet_and_ours_has_not(
     speed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
-    unet = speed.Base.unet
-    monkeypatch.setattr(speed.Base, "unet", lambda self: built.append("one") or unet(self))
+    unet = models.Base.unet
+    monkeypatch.setattr(models.Base, "unet", lambda self: built.append("one") or unet(self))
     speed.ours(tiny(), META)
     assert len(built) == 1
     speed.baseline(tiny(), META)
@@ -101,10 +105,8 @@ def test_the_baseline_has_a_second_unet_and_ours_has_not(
         ("sdxl", 2_567_463_684, [123_060_480, 694_659_840]),
     ],
 )
-def test_the_models_have_the_published_sizes(
-    speed: ModuleType, structure: Any, unet: int, texts: list[int]
-) -> None:
-    base = speed.Base(Speed(recipe="evaluation/speed", structure=structure), META)
+def test_the_models_have_the_published_sizes(structure: Any, unet: int, texts: list[int]) -> None:
+    base = models.Base(Speed(recipe="evaluation/speed", structure=structure), META)
 
     def count(model: nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
@@ -114,14 +116,14 @@ def test_the_models_have_the_published_sizes(
     assert count(base.vae()) == 83_653_863
 
 
-def test_a_quarter_of_the_width_is_a_quarter_of_channels_heads_and_groups(speed: ModuleType) -> None:
+def test_a_quarter_of_the_width_is_a_quarter_of_channels_heads_and_groups() -> None:
     config = Speed(recipe="evaluation/speed", width=0.25)
-    unet, vae, (text,) = speed.settings(config)
+    unet, vae, (text,) = models.settings(config)
     assert unet["block_out_channels"] == (80, 160, 320, 320)
     assert (unet["attention_head_dim"], unet["norm_num_groups"], unet["cross_attention_dim"]) == (2, 8, 192)
     assert vae["block_out_channels"] == (32, 64, 128, 128)
     assert (text["hidden_size"], text["num_attention_heads"], text["num_hidden_layers"]) == (192, 3, 12)
-    base = speed.Base(config, META)
+    base = models.Base(config, META)
     unet = base.unet()
     lora = add_lora(unet, Adapter(16, 16))
     assert len(unet._lora_layers) == 278 and sum(p.numel() for p in lora) < 67_250_000 / 15
@@ -139,7 +141,7 @@ def test_impossible_sizes_are_refused(keys: dict[str, Any], words: str) -> None:
 # -- What is counted -----------------------------------------------------------------------------------------
 
 
-def test_flops_of_a_linear_layer_by_closed_form(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_of_a_linear_layer_by_closed_form() -> None:
     """B x I times I x O is 2 B I O, forward; its backward is as much again, for the weight alone."""
     b, i, o = 3, 5, 7
 
@@ -147,45 +149,44 @@ def test_flops_of_a_linear_layer_by_closed_form(speed: ModuleType, monkeypatch: 
         weight = nn.Parameter(torch.randn(i, o, device=device))
         x = torch.randn(b, i, device=device)
         optimizer = torch.optim.AdamW([weight])
-        return speed.Side(
+        return Side(
             lambda at: (x, None, None), lambda x, *rest: (x @ weight).sum(), [weight], optimizer,
-            speed.scaler(device, torch.float32),
+            scaler(device, torch.float32),
         )  # fmt: skip
 
-    monkeypatch.setitem(speed.SIDES, "ours", side)
-    assert speed.flops("ours", tiny()) == 4 * b * i * o
+    assert measure.flops(side, tiny()) == 4 * b * i * o
 
 
 def test_the_baseline_has_the_flops_of_the_encoders_beside_ours(speed: ModuleType) -> None:
     config = tiny()
-    base = speed.Base(config, META)
+    base = models.Base(config, META)
     pixels, ids = torch.randn(2, 3, 64, 64, device=META), torch.zeros(2, 32, dtype=torch.int64, device=META)
-    with speed.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         encode_images(base.vae(), pixels)
         base.encode(base.texts(), ids)
-    mine, straight = speed.flops("ours", config), speed.flops("baseline", config)
+    mine, straight = measure.flops(speed.ours, config), measure.flops(speed.baseline, config)
     assert straight - mine == counter.get_total_flops() > 0
 
 
 def test_parts_and_rest_are_the_whole(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks once each time it is read: two readings a part, one tick apart."""
     ticks = iter(range(1000))
-    monkeypatch.setattr(speed, "clock", lambda device: float(next(ticks)))
-    parts = speed.seconds_by_part(speed.ours(tiny(), CPU), 2, CPU)
+    monkeypatch.setattr(measure, "clock", lambda device: float(next(ticks)))
+    parts = measure.seconds_by_part(speed.ours(tiny(), CPU), 2, CPU)
     assert parts == {
         "data": 1, "teacher": 1, "target": 1, "student forward": 1, "backward": 1, "optimizer": 1, "rest": 6.5
     }  # fmt: skip  # 2 steps of 6 parts read 24 times, the whole twice: 25 ticks, 12 of them in parts
 
 
-def test_resident_memory_sees_what_is_held(speed: ModuleType) -> None:
+def test_resident_memory_sees_what_is_held() -> None:
     if not Path("/proc/self/status").is_file():
-        assert speed.resident("VmRSS") is None
+        assert measure.resident("VmRSS") is None
         return
-    before = speed.resident("VmRSS")
+    before = measure.resident("VmRSS")
     held = torch.ones(2**26)  # 256 MiB, every page of it written
-    assert 0.9 * 2**28 < speed.resident("VmRSS") - before < 1.1 * 2**28
+    assert 0.9 * 2**28 < measure.resident("VmRSS") - before < 1.1 * 2**28
     del held
-    assert speed.resident("VmHWM") >= before + 0.9 * 2**28
+    assert measure.resident("VmHWM") >= before + 0.9 * 2**28
 
 
 # -- The recipe ----------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def keys(value: Any, path: str = "") -> set[str]:
 def test_a_side_is_measured_in_a_process_of_its_own(speed: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump(tiny(rank=8)))
-    found = speed.peak_apart("ours", file)
+    found = measure.peak_apart(speed.__file__, "ours", file)
     if found["library_bytes"] is not None:
         # more than its weights in float32, 5.3 M, and less than three times that and 64 MiB
         assert 4 * 5.3e6 < found["peak_bytes"] < 12 * 5.3e6 + 2**26
@@ -212,7 +213,9 @@ def test_results_are_those_of_the_page(
 ) -> None:
     asked: list[str] = []
     peaks = {"ours": {"peak_bytes": 3, "library_bytes": 1}, "baseline": {"peak_bytes": 4, "library_bytes": 1}}
-    monkeypatch.setattr(speed, "peak_apart", lambda name, file: asked.append(file.read_text()) or peaks[name])
+    monkeypatch.setattr(
+        speed, "peak_apart", lambda recipe, name, file: asked.append(file.read_text()) or peaks[name]
+    )
     file = speed.main(tiny(output=str(tmp_path)))
     assert asked == [dump(tiny(output=str(tmp_path)))] * 2  # each side's process reads the config as resolved
     results = json.loads(file.read_text())
@@ -234,13 +237,11 @@ def test_results_are_those_of_the_page(
     assert results["config"]["structure"] == "tiny"
 
 
-def test_a_measuring_process_that_dies_is_told(
-    speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speed.sys, "executable", "/bin/false")
+def test_a_measuring_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.sys, "executable", "/bin/false")
     if os.path.exists("/bin/false"):
         with pytest.raises(UserError, match="ours: the process .* ended with 1; .* lower batch_size"):
-            speed.peak_apart("ours", tmp_path / "none.yaml")
+            measure.peak_apart("speed.py", "ours", tmp_path / "none.yaml")
 
 
 def test_float16_on_a_cpu_is_refused(speed: ModuleType) -> None:

@@ -1,0 +1,65 @@
+"""A side of the comparison: what a training step takes, its loss, and the optimizer step around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lcm_kit.config.schema import Speed
+from lcm_kit.families.condition import Condition
+from lcm_kit.methods import Times
+
+Part = Callable[[str], AbstractContextManager[None]]  # name of a part of the step -> what is open around it
+
+
+class Drawn(NamedTuple):
+    """A step's randomness."""
+
+    noise: Tensor  # [B, C, h, w]
+    times: Times  # [B] each
+    guidance: Tensor  # [B] guidance_scale
+
+
+class Side(NamedTuple):
+    """One of the two ways to train."""
+
+    inputs: Callable[[int], tuple[Tensor, Any, Drawn]]  # step -> what the loss takes, on the device
+    loss: Callable[[Tensor, Any, Drawn, Part], Tensor]
+    lora: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of float16's gradients
+
+    def step(self, at: int, part: Part = lambda name: nullcontext()) -> Tensor:
+        """One optimizer step, its parts each inside `part(name)`; returns the loss."""
+        with part("data"):
+            inputs = self.inputs(at)
+        loss = self.loss(*inputs, part)
+        with part("backward"):
+            self.scaler.scale(loss).backward()
+        with part("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.lora, 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+Build = Callable[[Speed, torch.device], Side]  # makes a side, ready to step
+
+
+def scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """What keeps float16's gradients from vanishing; it does nothing in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def run(unet: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The UNet's raw output [B, C, h, w], under autocast as accelerate does it where the weights are half."""
+    dtype = condition.embeds.dtype
+    with nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype):
+        output: Tensor = unet(x.to(dtype), t, **condition.kwargs()).sample
+    return output
