@@ -29,25 +29,16 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.results import Rows, kept
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.cells import Cell, plan, reference
 from lcm_kit.sweep.compare import comparisons
 from lcm_kit.sweep.draw import Pipes, Samples, draw
 from lcm_kit.sweep.look import Looker, reference_features
 from lcm_kit.sweep.recommend import Sweep, breaks, recommend
-from lcm_kit.sweep.store import Table, kept
 from lcm_kit.sweep.subjects import base_facts, subjects
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
-SHOWN = (
-    "prompt_adherence",
-    "kernel_teacher",
-    "effective_guidance",
-    "saturation",
-    "sharpness",
-    "diversity",
-    "seconds",
-)
 
 
 def main(config: GuidanceSweep) -> Path:
@@ -84,7 +75,7 @@ def main(config: GuidanceSweep) -> Path:
         base, {subject.name: subject for subject in found},
         warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
     )  # fmt: skip
-    drawn: dict[Cell, Table] = {}
+    drawn: dict[Cell, Rows] = {}
     total = 0  # UNet calls
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
@@ -95,7 +86,7 @@ def main(config: GuidanceSweep) -> Path:
                 json.dumps([inputs, cell.settings(), hashes.get(cell.adapter or "")]).encode()
             )[:12]
 
-            def make(cell: Cell = cell) -> list[Table]:
+            def make(cell: Cell = cell) -> list[Rows]:
                 return draw(pipes.get(cell), cell, samples, look, share, partial(bar.advance, task))
 
             drawn[cell] = kept(folder / "cells" / f"{cell.id}-{key}.safetensors", make, share)
@@ -144,7 +135,7 @@ def main(config: GuidanceSweep) -> Path:
         "machine": tables.machine(device), "versions": versions,
     }  # fmt: skip
     file = tables.write_results(folder, results)
-    tables.show(results["cells"], SHOWN, {key: about[0] for key, about in measure.METRICS.items()})
+    tables.show(results["cells"])
     print(recommended.sentence)
     for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):
         print(f"  - {line}")

@@ -35,7 +35,7 @@ from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
-from lcm_kit.results import Drawn, kept, show
+from lcm_kit.results import Rows, kept, show
 from lcm_kit.share import Share
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
@@ -80,9 +80,9 @@ def draw(
     size: int,
     share: Share,
     advance: Callable[[int], None],
-) -> Drawn:
-    """This process's batches as 8-bit pixels [B, 3, H, W], and seconds an image: text, UNet and VAE."""
-    batches, seconds = [], 0.0
+) -> list[Rows]:
+    """This process's batches: `images` [B, 3, H, W], 8 bits, and `seconds` [B] each: text, UNet and VAE."""
+    tables = []
     for first in share.of(range(0, len(prompts), config.batch_size)):
         batch = prompts[first : first + config.batch_size]
         start = time.perf_counter()
@@ -90,10 +90,10 @@ def draw(
             pipe, batch, solver=row.solver, steps=row.steps, guidance_scale=row.guidance_scale,
             seed=config.seed, first=first, size=size,
         )  # fmt: skip
-        seconds += time.perf_counter() - start
-        batches.append(((pixels + 1) * 127.5).round().to(torch.uint8))
+        seconds = torch.full((len(batch),), (time.perf_counter() - start) / len(batch), dtype=torch.float64)
+        tables.append({"images": ((pixels + 1) * 127.5).round().to(torch.uint8), "seconds": seconds})
         advance(row.unet_calls * len(batch))
-    return batches, seconds / max(sum(map(len, batches)), 1)
+    return tables
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def main(config: Quality) -> Path:
             sample.sample(pipes[adapted], prompts[:1], solver="ddim", steps=1, size=size)  # warm up the clock
         return pipes[adapted]
 
-    drawn: list[tuple[Tensor, float]] = []
+    drawn: list[Rows] = []
     total = 0  # UNet calls
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
@@ -149,7 +149,7 @@ def main(config: Quality) -> Path:
             own = [adapter_hash, config.lora_weight] if row.name == "student" else []
             key = sha256_bytes(json.dumps([inputs, row, own]).encode())[:12]
 
-            def make(row: Row = row) -> Drawn:
+            def make(row: Row = row) -> list[Rows]:
                 advance = partial(bar.advance, task)
                 return draw(pipe(row.name == "student"), row, prompts, config, size, share, advance)
 
@@ -160,10 +160,10 @@ def main(config: Quality) -> Path:
         return run / "results.json"
 
     # -- Measure ---------------------------------------------------------------------------------------------
-    teacher = to_pixels(drawn[0][0])
+    teacher = to_pixels(drawn[0]["images"])
     measured: list[dict[str, Any]] = []
-    for row, (images, seconds) in zip(rows, drawn, strict=True):
-        pixels = to_pixels(images)
+    for row, table in zip(rows, drawn, strict=True):
+        pixels, seconds = to_pixels(table["images"]), float(table["seconds"].mean())
         figures = {"distance_to_teacher": distance_to_teacher(pixels, teacher), **saturation(pixels, teacher)}
         pictures = [f"pictures/{row.slug}-{i:03d}.png" for i in range(min(config.pictures, len(prompts)))]
         measured.append(
@@ -173,9 +173,10 @@ def main(config: Quality) -> Path:
 
     # -- Write -----------------------------------------------------------------------------------------------
     with atomic_folder(run / "pictures") as folder:
-        for result, (images, _) in zip(measured, drawn, strict=True):
+        for result, table in zip(measured, drawn, strict=True):
             names = result["pictures"]
-            for name, picture in zip(names, sample.to_pil(to_pixels(images[: len(names)])), strict=True):
+            images = to_pixels(table["images"][: len(names)])
+            for name, picture in zip(names, sample.to_pil(images), strict=True):
                 picture.save(folder / Path(name).name, optimize=True)
     results = {
         "rows": measured,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,53 @@ from torch import Tensor
 from lcm_kit.files import atomic_file
 from lcm_kit.share import Share
 
-Drawn = tuple[list[Tensor], float]  # batches of 8-bit pictures [B, 3, H, W], and seconds an image
+Rows = dict[str, Tensor]  # every tensor [N, ...]: a row a sample
 
 
-def kept(file: Path, make: Callable[[], Drawn], share: Share) -> tuple[Tensor, float]:
-    """What `make` gives, all pictures [N, 3, H, W], from `file` if it has been made before.
+def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
+    """The table of a cell: from `file` if it is there, else what `make` gives, written to `file`.
 
-    Of several processes each makes its `share` of the batches; the first joins them, in order.
+    `make` returns this process's batches, which are its share of all, every `share.world`-th; the first
+    process joins those of all processes in order. `file` is named `CELL-KEY.safetensors`; other keys of the
+    same cell are from other inputs and are removed.
     """
     missing = not file.is_file()
+    share.wait()  # nobody may see what another writes
     if missing:
-        _write(_part(file, share.rank), *make())
+        tensors = {f"{k:06d}/{name}": value for k, rows in enumerate(make()) for name, value in rows.items()}
+        _save(_part(file, share.rank), tensors)
     share.wait()
     if missing and share.first:
-        parts = [_read(_part(file, rank)) for rank in range(share.world)]
-        batches = [batch for turn in zip_longest(*(part[0] for part in parts)) for batch in turn]
-        counts = [sum(map(len, part[0])) for part in parts]
-        seconds = sum(part[1] * n for part, n in zip(parts, counts, strict=True)) / sum(counts)
-        for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 12}.safetensors"):
-            old.unlink()  # the same row from other inputs
-        _write(file, [torch.cat([batch for batch in batches if batch is not None])], seconds)
-        for rank in range(share.world):
-            _part(file, rank).unlink()
+        parts = [_part(file, rank) for rank in range(share.world)]
+        turns = zip_longest(*(_batches(part) for part in parts))
+        batches = [batch for turn in turns for batch in turn if batch is not None]
+        cell = file.stem.rpartition("-")[0]
+        for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
+            old.unlink()
+        _save(file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        for part in parts:
+            part.unlink()
     share.wait()
-    (images,), seconds = _read(file)
-    return images, seconds
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
 
 
 def _part(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.stem}.part{rank}.safetensors")
 
 
-def _write(file: Path, batches: Sequence[Tensor], seconds: float) -> None:
-    tensors = {"images" if len(batches) == 1 else f"{k:06d}": batch for k, batch in enumerate(batches)}
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with atomic_file(file) as temporary:
-        save_file(tensors, temporary, metadata={"seconds_per_image": repr(seconds)})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def _read(file: Path) -> Drawn:
+def _batches(file: Path) -> list[Rows]:
+    found: dict[str, Rows] = {}
     with safe_open(file, "pt") as opened:
-        return [opened.get_tensor(key) for key in sorted(opened.keys())], float(
-            opened.metadata()["seconds_per_image"]
-        )
+        for key in sorted(opened.keys()):
+            batch, _, name = key.partition("/")
+            found.setdefault(batch, {})[name] = opened.get_tensor(key)
+    return list(found.values())
 
 
 def best_plain(rows: Sequence[dict[str, Any]], calls: int) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the picture follows from the initial noise, so that it can be held against the teacher's."""
+        """Whether the picture follows from the initial noise, so that it compares with the teacher's."""
         return self.steps == 1 or self.sampler not in _STOCHASTIC
 
     def settings(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from lcm_kit import sample
 from lcm_kit.families import BaseInfo
 from lcm_kit.metrics.energy import Energy
+from lcm_kit.results import Rows
 from lcm_kit.share import Share
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.look import Looker
-from lcm_kit.sweep.store import Table
 from lcm_kit.sweep.subjects import Subject
 
 
@@ -32,6 +32,7 @@ class Samples:
     pictures: int  # prompts of which the first picture is kept
 
     def __len__(self) -> int:
+        """Samples a cell."""
         return len(self.prompts) * self.images_per_prompt
 
     @property
@@ -74,10 +75,10 @@ class Pipes:
 
 def draw(
     pipe: Any, cell: Cell, samples: Samples, look: Looker, share: Share, advance: Callable[[int], None]
-) -> list[Table]:
-    """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (text encoder,
-    UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and `pictures`
-    [shown, 3, H, W], 8 bits, of those of `samples.shown` that lie in the batch.
+) -> list[Rows]:
+    """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (of text
+    encoder, UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and
+    `pictures` [shown, 3, H, W], 8 bits, of those of `samples.shown` that lie in the batch.
     """
     texts, shown, tables = samples.texts, set(samples.shown), []
     for first in share.of(range(0, len(samples), samples.batch_size)):

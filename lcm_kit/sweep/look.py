@@ -21,7 +21,7 @@ from lcm_kit.metrics.features import PROBE, Extractor, extractor
 from lcm_kit.metrics.judge import REFERENCE_SEED
 from lcm_kit.metrics.saturation import chroma, clipped_shares
 from lcm_kit.metrics.sharpness import laplacian_energy
-from lcm_kit.sweep.store import Table
+from lcm_kit.results import Rows
 from lcm_kit.tiny import world
 from lcm_kit.tiny.probe import Probe, load_probe
 
@@ -43,8 +43,8 @@ class Looker:
         ours = size == world.SIZE and all(map(world.parse, prompts))
         if config.features == PROBE and size != world.SIZE:
             raise UserError(
-                f"features {PROBE} reads pictures of {world.SIZE} pixels, and these have {size}; set features to "
-                "the folder or hub id of a CLIP, SigLIP or DINOv2 model"
+                f"features {PROBE} reads pictures of {world.SIZE} pixels, and these have {size}; set "
+                "features to the folder or hub id of a CLIP, SigLIP or DINOv2 model"
             )
         features = extractor(config.features, device)
         texts = features if config.text_features is None else extractor(config.text_features, device)
@@ -57,7 +57,7 @@ class Looker:
         return cls(features, texts, None)
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Table:
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Rows:
         """Of pixels [B, 3, H, W] in [-1, 1]: `features` [B, F], `chroma`, `clipped`, `sharpness` [B], and
         `adherence` [B] where prompts are read: CLIP score, or 1 where the probe reads all that was asked.
         """
@@ -82,7 +82,7 @@ class Looker:
 
     @torch.no_grad()
     def folder(self, path: str, size: int) -> Tensor:
-        """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` if there are none."""
+        """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` for none."""
         files = records.pictures(Path(assets.resolve(path)).expanduser(), path)
         rows = []
         for first in range(0, len(files), _BATCH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from lcm_kit.config.sweep import Cost
 from lcm_kit.metrics import diversity, effective_guidance, frechet, kernel, similarity
 from lcm_kit.metrics.bootstrap import Resamples, percentiles, two_sided_p
 from lcm_kit.metrics.distance import rms
+from lcm_kit.results import Rows
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.store import Table
 
 # key -> label, unit, which way is better ("one": nearest to 1), what it is
 METRICS: dict[str, tuple[str, str, str | None, str]] = {
@@ -44,8 +45,8 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "kernel distance to real pictures", "", "lower",
         "unbiased MMD² of the features with a cubic kernel (KID)",
     ),
-    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "the same to the teacher's samples"),
-    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "the same to the teacher's samples"),
+    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "to the teacher's samples"),
+    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "to the teacher's samples"),
     "brand_similarity": (
         "brand similarity", "", "higher",
         "mean cosine of the features to the brand's pictures, less that to the control's",
@@ -59,7 +60,7 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
     "clipped": ("clipped values", "", "lower", "share of channel values at black or white"),
     "sharpness": (
         "sharpness over the teacher's", "", "one",
-        "variance of the Laplacian of the luma over that of the teacher's samples; low is blurred, high is noisy",
+        "variance of the Laplacian of the luma over that of the teacher's; low is blurred, high is noisy",
     ),
     "seconds": ("seconds an image", "s", "lower", "text encoder, UNet and VAE, in batches"),
     "energy": ("energy an image", "J", "lower", "where the device reports it"),
@@ -92,17 +93,18 @@ class Ruler:
     """What all cells are measured with."""
 
     resamples: Resamples
-    teachers: Mapping[float, Table]  # by guidance_scale, rising
-    reference: Table  # of the teacher that is compared with
+    teachers: Mapping[float, Rows]  # by guidance_scale, rising
+    reference: Rows  # of the teacher that is compared with
     real: Tensor | None  # features [M, F]
     brand: tuple[Tensor, Tensor] | None  # features of the brand's and the control's pictures
     cost: Cost | None
     confidence: float
 
-    def figures(self, cell: Cell, table: Table) -> Figures:
+    def figures(self, cell: Cell, table: Rows) -> Figures:
         """All metrics that can be measured of `cell`."""
         found = {
-            **self._colours(table), **self._distances(cell, table), **self._sets(cell, table), **self._costs(table)
+            **self._colours(table), **self._distances(cell, table), **self._sets(cell, table),
+            **self._costs(table),
         }  # fmt: skip
         if "adherence" in table:
             found["prompt_adherence"] = self._mean(table["adherence"])
@@ -126,14 +128,14 @@ class Ruler:
         assert a.resampled is not None and b.resampled is not None
         return Figure(a.value / b.value, a.resampled / b.resampled)
 
-    def _colours(self, table: Table) -> Figures:
+    def _colours(self, table: Rows) -> Figures:
         return {
             "saturation": self._ratio(table["chroma"], self.reference["chroma"]),
             "clipped": self._mean(table["clipped"]),
             "sharpness": self._ratio(table["sharpness"], self.reference["sharpness"]),
         }
 
-    def _distances(self, cell: Cell, table: Table) -> Figures:
+    def _distances(self, cell: Cell, table: Rows) -> Figures:
         if not cell.deterministic or table is self.reference:
             return {}
         return {
@@ -141,7 +143,7 @@ class Ruler:
             for name, part in (("latent", "latents"), ("feature", "features"))
         }
 
-    def _sets(self, cell: Cell, table: Table) -> Figures:
+    def _sets(self, cell: Cell, table: Rows) -> Figures:
         found: Figures = {}
         sets = {"real": self.real, "teacher": None if table is self.reference else self.reference["features"]}
         for name, others in sets.items():
@@ -154,13 +156,13 @@ class Ruler:
             found[f"kernel_{name}"] = Figure(value, rounds)
         return found
 
-    def _guidance(self, table: Table) -> Figure:
+    def _guidance(self, table: Rows) -> Figure:
         scales = torch.tensor(list(self.teachers))
         stack = torch.stack([teacher["latents"] for teacher in self.teachers.values()])
         value, rounds = effective_guidance.effective_guidance(table["latents"], stack, scales, self.resamples)
         return Figure(value, rounds)
 
-    def _costs(self, table: Table) -> Figures:
+    def _costs(self, table: Rows) -> Figures:
         seconds, joules = float(table["seconds"].mean()), float(table["joules"].mean())
         found = {"seconds": Figure(seconds)}
         if joules == joules:  # not NaN
@@ -174,6 +176,8 @@ def compare(a: Figure, b: Figure, confidence: float) -> dict[str, float] | None:
     """a - b on the same resamples: the difference, its interval, and a two-sided bootstrap p-value."""
     if a.resampled is None or b.resampled is None:
         return None
+    if not math.isfinite(a.value - b.value):
+        return None
     difference = Figure(a.value - b.value, a.resampled - b.resampled)
     low, high = difference.interval(confidence)
     p = two_sided_p(a.resampled - b.resampled)
@@ -181,20 +185,22 @@ def compare(a: Figure, b: Figure, confidence: float) -> dict[str, float] | None:
 
 
 def as_json(figures: Figures, confidence: float) -> dict[str, Any]:
-    """`{"value", "low", "high"}` of every metric, null where there is none."""
+    """`{"value", "low", "high"}` of every metric, null where there is none or it is no number."""
 
     def entry(figure: Figure | None) -> dict[str, float] | None:
         if figure is None:
             return None
         low, high = figure.interval(confidence)
+        if not all(map(math.isfinite, (figure.value, low, high))):
+            return None  # a broken adapter's samples hold NaN
         return {"value": figure.value, "low": low, "high": high}
 
     return {key: entry(figures.get(key)) for key in METRICS}
 
 
-def moved(tables: Mapping[Cell, Table], reference: Cell) -> dict[str, float]:
-    """How far each adapter moves the samples: RMS in latents between a cell of it and the same settings on
-    the base alone (a plain cell), over that of the base alone from the teacher; for adapters with such a pair.
+def moved(tables: Mapping[Cell, Rows], reference: Cell) -> dict[str, float]:
+    """How far each adapter moves the samples: RMS in latents between a cell of it and the same settings
+    on the base alone (a plain cell), over that of the base alone from the teacher; where there is a pair.
     """
     found: dict[str, float] = {}
     for cell, table in tables.items():

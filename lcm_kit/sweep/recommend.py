@@ -10,10 +10,12 @@ from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.measure import METRICS, Figures, compare
 from lcm_kit.sweep.subjects import Subject
 
-Kind = Literal["failed_to_load", "no_effect", "collapsed", "blurred", "over_saturated", "worse_than_plain"]
+Kind = Literal[
+    "failed_to_load", "no_effect", "collapsed", "blurred", "noisy", "over_saturated", "worse_than_plain"
+]
 # A cell outside of these looks broken to a person, whatever its prompts say (docs/guidance.md has pictures)
 LEAST_DIVERSITY = 0.5  # of the teacher's
-LEAST_SHARPNESS = 0.5
+LEAST_SHARPNESS, MOST_SHARPNESS = 0.5, 4.0
 MOST_SATURATION = 1.5
 MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
@@ -129,15 +131,18 @@ def _as_good(sweep: Sweep, cell: Cell, best: Cell) -> bool:
 
 def words(cell: Cell, sweep: Sweep) -> str:
     """The settings in words, with the adapter's name where there are several."""
-    steps = f"{cell.steps} step" + ("s" if cell.steps != 1 else "")
     guided = (
         "no guidance beyond what is baked in" if cell.guidance_scale == 1 else "a second UNet call a step"
     )
     who = f"{cell.adapter} with " if len(sweep.subjects) > 1 else ""
     return (
-        f"{who}{steps} of {_NAMES[cell.sampler]}, guidance_scale {cell.guidance_scale:g} ({guided}), "
+        f"{who}{_steps(cell.steps)} of {_NAMES[cell.sampler]}, guidance_scale {cell.guidance_scale:g} ({guided}), "
         f"LoRA weight {cell.lora_weight:g}"
     )
+
+
+def _steps(n: int) -> str:
+    return f"{n} step" + ("s" if n != 1 else "")
 
 
 def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
@@ -154,7 +159,8 @@ def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
         found.append(f"{label} {mine.value:.3g} ({low:.3g} to {high:.3g}{beside})")
     if chosen != best:
         found.append(
-            f"{best.unet_calls} UNet calls ({words(best, sweep)}) are better by no more than the sweep can tell apart"
+            f"{best.unet_calls} UNet calls ({words(best, sweep)}) are better by no more than the sweep can "
+            "tell apart"
         )
     plain = best_plain(sweep, chosen.unet_calls)
     if plain is not None and mine is not None:
@@ -195,8 +201,11 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
         return "over_saturated", f"colours {saturation:.2f} times as strong as the teacher's"
     if clipped > teacher["clipped"].value + MOST_CLIPPED:
         return "over_saturated", f"{clipped:.0%} of the values at black or white"
-    if (sharp := figures["sharpness"].value) < LEAST_SHARPNESS:
+    sharp = figures["sharpness"].value
+    if sharp < LEAST_SHARPNESS:
         return "blurred", f"{sharp:.0%} of the teacher's sharpness"
+    if sharp > MOST_SHARPNESS:
+        return "noisy", f"{sharp:.1f} times the teacher's finest detail: noise"
     return None
 
 
@@ -233,7 +242,7 @@ def _against_plain(sweep: Sweep, name: str) -> Objection | None:
         return None
     return Objection(
         name, "worse_than_plain",
-        f"{name} is worse than plain samplers of the base at the same number of UNet calls ({', '.join(lost)}).",
+        f"{name} is worse than plain samplers of the base at as many UNet calls ({', '.join(lost)}).",
     )  # fmt: skip
 
 
@@ -256,11 +265,11 @@ def breaks(sweep: Sweep, name: str) -> list[dict[str, Any]]:
         start = next((cell for cell in row if cell.guidance_scale == 1), None)
         hurt = next(((c, why) for c in row if start and c != start and (why := _hurt(sweep, start, c))), None)
         if hurt is not None:
-            cell, why = hurt
+            scale, why = hurt[0].guidance_scale, hurt[1]
+            sentence = f"{_NAMES[sampler]}, {_steps(steps)}: from guidance_scale {scale:g} on {why}"
             found.append({
-                "sampler": sampler, "steps": steps, "lora_weight": weight,
-                "guidance_scale": cell.guidance_scale,
-                "sentence": f"{_NAMES[sampler]}, {steps} steps: from guidance_scale {cell.guidance_scale:g} on {why}",
+                "sampler": sampler, "steps": steps, "lora_weight": weight, "guidance_scale": scale,
+                "sentence": sentence,
             })  # fmt: skip
     return found
 

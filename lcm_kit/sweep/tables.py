@@ -11,15 +11,15 @@ import torch
 
 from lcm_kit import sample
 from lcm_kit.files import atomic_file, atomic_folder, atomic_write
+from lcm_kit.results import Rows
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.draw import Samples
-from lcm_kit.sweep.store import Table
 
 SCHEMA = 1  # of results.json: docs/contract.md
 _PER_SAMPLE = ("adherence", "chroma", "clipped", "sharpness", "seconds", "joules")
 
 
-def write_pictures(folder: Path, tables: Mapping[Cell, Table], samples: Samples) -> dict[str, list[str]]:
+def write_pictures(folder: Path, tables: Mapping[Cell, Rows], samples: Samples) -> dict[str, list[str]]:
     """`pictures/CELL-NNN.png` for every cell and shown sample; the paths by cell, relative to `folder`."""
     names: dict[str, list[str]] = {}
     with atomic_folder(folder / "pictures") as inside:
@@ -46,7 +46,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     return folder / "results.json"
 
 
-def write_samples(folder: Path, tables: Mapping[Cell, Table], samples: Samples) -> None:
+def write_samples(folder: Path, tables: Mapping[Cell, Rows], samples: Samples) -> None:
     """samples.parquet: a row for each sample of each cell."""
     from pyarrow import Table as Columns
     from pyarrow import concat_tables, parquet
@@ -69,22 +69,23 @@ def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def show(cells: Sequence[Mapping[str, Any]], keys: Sequence[str], labels: Mapping[str, str]) -> None:
-    """Print the cells as a table, with the metrics in `keys`."""
+_HEADS = {
+    "prompt_adherence": "prompts", "kernel_teacher": "kernel", "effective_guidance": "guidance",
+    "saturation": "colour", "sharpness": "sharp", "diversity": "diverse", "seconds": "s/image",
+}  # fmt: skip
+
+
+def show(cells: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line a cell, with the metrics that a person looks at first."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table as Printed
 
-    table = Printed(
-        "", "steps", "CFG", "weight", "calls", *(labels[key] for key in keys), box=SIMPLE, pad_edge=False
-    )
+    table = Printed("cell", "calls", *_HEADS.values(), box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for cell in cells:
-        figures = [cell["metrics"][key] for key in keys]
-        table.add_row(
-            f"{cell['adapter'] or cell['kind']} {cell['sampler']}", str(cell["steps"]),
-            f"{cell['guidance_scale']:g}", f"{cell['lora_weight']:g}" if cell["adapter"] else "-",
-            str(cell["unet_calls"]), *("-" if figure is None else f"{figure['value']:.3g}" for figure in figures),
-        )  # fmt: skip
+        figures = [cell["metrics"][key] for key in _HEADS]
+        words = ("-" if each is None else f"{each['value']:.2f}" for each in figures)
+        table.add_row(cell["id"], str(cell["unet_calls"]), *words)
     Console().print(table)
 
 
