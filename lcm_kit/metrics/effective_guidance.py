@@ -1,46 +1,92 @@
 """Which of the teacher's guidance_scales do the student's pictures look like, from the same noise?
 
-The teacher's samples at rising guidance_scales, all N of them taken as one point, are the corners of a
-polyline; the student's samples are a point beside it. The effective guidance is where the polyline comes
-nearest to that point: on each segment x(l) = (1 - l) T_i + l T_(i+1) the square distance is a parabola in l,
-whose lowest point in [0, 1] is known. An error of the student that has nothing to do with guidance is
-orthogonal to the line and moves nothing.
+The teacher's samples at rising guidance_scales, all N of them taken as one point of a large space, are the
+corners of a polyline; the student's samples are a point beside it. The effective guidance is where the
+polyline comes nearest to that point: on each segment x(l) = (1 - l) T_i + l T_(i+1) the square distance
+
+    |S - x(l)|^2 = |w|^2 - 2 l (v . w) + l^2 |v|^2,    v = T_(i+1) - T_i,  w = S - T_i
+
+is a parabola with its lowest point at l = (v . w) / |v|^2, cut to [0, 1]; the best segment wins, and the
+scale is interpolated in l. All three products are sums over samples, so a resample of prompts only weighs
+their tables.
+
+An error of the student that has nothing to do with guidance is orthogonal to the line and, on a straight
+line, moves nothing; where the line bends, a large one (`distance` near 1 or above) can pull the value towards
+a corner. The definition is ours.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.metrics.bootstrap import Resamples, percentiles
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The guidance_scale `value`; what it is in every resample, `resampled` [rounds]; and how near that is.
+
+    `distance`: from the student to that point, over the distance between the ends of the polyline; 0 is on
+    it. `at_edge`: the value is the first or last scale, so the truth may lie beyond: it is a bound only.
+    """
+
+    value: float
+    resampled: Tensor
+    distance: float
+    at_edge: bool
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Percentile interval over prompts; at an edge it is one-sided."""
+        return percentiles(self.resampled, confidence)
+
+
+def nearest(student: Tensor, teachers: Tensor, scales: Tensor, resamples: Resamples) -> Nearest:
+    """Where the teacher's polyline comes nearest to the student; float64.
+
+    `student` [N, ...], `teachers` [G, N, ...] at rising `scales` [G], G >= 2, all from the same prompts and
+    noise. Raises `ValueError` for scales that do not rise, or shapes that do not fit.
+    """
+    if len(scales) < 2 or not bool((scales[1:] > scales[:-1]).all()):
+        raise ValueError(f"scales {scales.tolist()} must be two or more, each larger than the one before")
+    if teachers.shape != (len(scales), *student.shape):
+        raise ValueError(
+            f"teachers are {tuple(teachers.shape)}, and must be {(len(scales), *student.shape)}: "
+            "the student's shape for each of the scales"
+        )
+    pairs = zip(teachers[:-1], teachers[1:], strict=True)
+    products = torch.stack([_products(student, a, b) for a, b in pairs], dim=1)  # [3, G-1, N]
+    value, squared = _lowest(products.sum(-1)[..., None], scales)
+    resampled, _ = _lowest(products @ resamples.counts.T, scales)
+    span = float((teachers[-1].double() - teachers[0].double()).square().sum())
+    distance = (float(squared) / span) ** 0.5 if span else float("nan")
+    found = float(value)
+    return Nearest(found, resampled, distance, found in (float(scales[0]), float(scales[-1])))
 
 
 def effective_guidance(
     student: Tensor, teachers: Tensor, scales: Tensor, resamples: Resamples
 ) -> tuple[float, Tensor]:
-    """The guidance_scale, and what it is in every resample [rounds]; float64.
-
-    `student` [N, ...], `teachers` [G, N, ...] at rising `scales` [G], G >= 2. A value at an end of `scales`
-    is only a bound: it may lie beyond. Raises `ValueError` for scales that do not rise.
-    """
-    if len(scales) < 2 or not bool((scales[1:] > scales[:-1]).all()):
-        raise ValueError(f"scales {scales.tolist()} must be two or more, each larger than the one before")
-    s, t = student.flatten(1).double(), teachers.flatten(2).double()
-    leg, way = (
-        t[1:] - t[:-1],
-        s - t[:-1],
-    )  # [G-1, N, D]: along each segment, and from its start to the student
-    tables = torch.stack([(leg * leg).sum(-1), (leg * way).sum(-1), (way * way).sum(-1)])  # [3, G-1, N]
-    value = _nearest(tables.sum(-1)[..., None], scales)
-    return float(value), _nearest(tables @ resamples.counts.T, scales)
+    """Of `nearest`: the value, and what it is in every resample [rounds]."""
+    found = nearest(student, teachers, scales, resamples)
+    return found.value, found.resampled
 
 
-def _nearest(sums: Tensor, scales: Tensor) -> Tensor:
-    """[3, G-1, rounds]: |leg|^2, leg . way, |way|^2, summed over samples -> the scales [rounds]."""
-    length, along, squared = sums
-    share = (along / length.clamp(min=1e-300)).clamp(0, 1)
-    distance = squared - 2 * share * along + share**2 * length
-    best = distance.argmin(0, keepdim=True)
-    scales = scales.double()
-    start, end = scales[best[0]], scales[best[0] + 1]
-    return start + share.gather(0, best)[0] * (end - start)
+def _products(student: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """|v|^2, v . w and |w|^2 of each sample, [3, N]; one segment at a time, for latents of large models."""
+    v = (end.double() - start.double()).flatten(1)
+    w = (student.double() - start.double()).flatten(1)
+    return torch.stack([(v * v).sum(1), (v * w).sum(1), (w * w).sum(1)]).cpu()
+
+
+def _lowest(sums: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """[3, G-1, rounds]: |v|^2, v . w, |w|^2 over all samples -> the scales and square distances [rounds]."""
+    v2, vw, w2 = sums
+    share = (vw / v2.clamp(min=1e-300)).clamp(0, 1)
+    squared = (w2 - 2 * share * vw + share**2 * v2).clamp(min=0)
+    lowest, best = squared.min(0)
+    ends = scales.double().cpu()
+    # lerp is exact at both ends: a student that is the teacher gets the teacher's scale to the bit
+    return torch.lerp(ends[best], ends[best + 1], share.gather(0, best[None])[0]), lowest

@@ -10,24 +10,25 @@ from types import TracebackType
 
 import torch
 
-POWERCAP = Path("/sys/class/powercap")  # Intel's and AMD's RAPL, in Linux
+POWERCAP = Path("/sys/class/powercap")  # Linux's counters, of Intel's and AMD's CPUs
 _EVERY = 0.05  # seconds between two looks at a GPU's power
 
 
 class Energy:
     """`with Energy("cuda") as energy: ...`, then `energy.joules`; None where the device does not say.
 
-    A GPU's power is sampled every 50 ms and integrated, so that runs much shorter than that are rough. A CPU's
-    counters are those of the whole package: what else ran is in them.
+    A GPU's power (NVML, by pynvml) is sampled every 50 ms and integrated, so runs of less than a second are
+    rough. A CPU's counters (RAPL) are those of its whole packages, readable by root only on most systems.
+    Whatever else ran on the device is in the figure, and the rest of the machine is not.
     """
 
     def __init__(
         self, device: str, *, power: Callable[[], float] | None = None, powercap: Path = POWERCAP
     ) -> None:
-        """`power` (watts) is the GPU's own by default; `powercap` is where the CPU's counters lie."""
+        """`power` gives watts, the GPU's own by default; `powercap` is where the CPU's counters lie."""
         self.joules: float | None = None
-        self._cuda = device.startswith("cuda")
-        self._power = power or (lambda: torch.cuda.power_draw(device) / 1000)
+        self._device = device
+        self._given = power
         self._powercap = powercap
         self._samples: list[tuple[float, float]] = []  # seconds, watts
         self._stop = threading.Event()
@@ -35,30 +36,33 @@ class Energy:
         self._before: dict[Path, int] = {}
 
     def __enter__(self) -> Energy:
-        if self._cuda:
-            if self._look():
-                self._thread = threading.Thread(target=self._watch, daemon=True)
-                self._thread.start()
-        else:
+        """Begin to measure."""
+        if not self._device.startswith("cuda"):
             self._before = counters(self._powercap)
+        elif self._look():
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Fill in `joules`."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
-            self._look()
-            self.joules = _integral(self._samples)
+            if self._look():
+                self.joules = integral(self._samples)
         elif self._before:
-            after = counters(self._powercap)
-            self.joules = sum(
-                _spent(file, start, after.get(file, start)) for file, start in self._before.items()
-            )
+            self.joules = spent(self._before, counters(self._powercap))
+
+    def _power(self) -> float:
+        return self._given() if self._given is not None else torch.cuda.power_draw(self._device) / 1000
 
     def _look(self) -> bool:
         try:
+            if self._given is None and self._thread is not None and self._stop.is_set():
+                torch.cuda.synchronize(self._device)  # work that was queued in the block belongs to it
             self._samples.append((time.perf_counter(), self._power()))
         except Exception:  # pynvml is missing, or the driver refuses: of any kind
             return False
@@ -70,24 +74,42 @@ class Energy:
 
 
 def counters(powercap: Path = POWERCAP) -> dict[Path, int]:
-    """Microjoules by counter of a CPU package; empty where there are none or they may not be read."""
+    """Microjoules by zone of a CPU package; empty where there are none or they may not be read.
+
+    Parts of a package (cores, memory: `intel-rapl:0:1`) and the whole board (`psys`) are left out: they would
+    count the same energy twice.
+    """
     found = {}
-    for file in sorted(powercap.glob("intel-rapl:?/energy_uj")):
-        try:
-            found[file] = int(file.read_text())
-        except (OSError, ValueError):
-            return {}
+    try:
+        for zone in sorted(powercap.glob("intel-rapl:*")):
+            name = zone / "name"
+            board = name.is_file() and name.read_text().startswith("psys")
+            if zone.name.count(":") == 1 and not board:
+                found[zone] = int((zone / "energy_uj").read_text())
+    except (OSError, ValueError):
+        return {}
     return found
 
 
-def _spent(file: Path, before: int, after: int) -> float:
-    """Joules between two readings of a counter that starts again at its maximum."""
-    if after < before:
-        after += int((file.parent / "max_energy_range_uj").read_text()) + 1
-    return (after - before) / 1e6
+def spent(before: dict[Path, int], after: dict[Path, int]) -> float | None:
+    """Joules between two readings; None if a counter has gone.
+
+    A counter that reached its end starts at 0 again. That it did so once is seen; twice in between is not (a
+    package of 100 W takes about 40 minutes a turn).
+    """
+    total = 0
+    for zone, start in before.items():
+        if zone not in after:
+            return None
+        used = after[zone] - start
+        try:
+            total += used if used >= 0 else used + int((zone / "max_energy_range_uj").read_text())
+        except (OSError, ValueError):
+            return None
+    return total / 1e6
 
 
-def _integral(samples: list[tuple[float, float]]) -> float:
-    """Watts over seconds, by trapezoids."""
+def integral(samples: list[tuple[float, float]]) -> float:
+    """Joules of (seconds, watts), by trapezoids."""
     pairs = zip(samples, samples[1:], strict=False)
     return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairs)

@@ -1,9 +1,10 @@
 """Distance between two sets of features by a kernel: the squared maximum mean discrepancy (MMD).
 
-KID (Binkowski et al. 2018, arXiv:1801.01401): the unbiased estimate with the kernel (x.y / F + 1)^3. Unlike the
-Frechet distance it has no bias from few samples, and so it can be a little below 0.
-CMMD (Jayasumana et al. 2024, arXiv:2401.09603): the Gaussian kernel of width 10 on features of length 1, times
-1000, meant for CLIP features.
+    MMD^2 = mean k(a, a') + mean k(b, b') - 2 mean k(a, b)      (Gretton et al. 2012, JMLR 13, equation 3)
+
+over pairs of independent samples, so it is unbiased at any number of samples, and can be a little below 0.
+KID (Binkowski et al. 2018, arXiv:1801.01401): the kernel (x.y / F + 1)^3. CMMD (Jayasumana et al. 2024,
+arXiv:2401.09603): the Gaussian kernel of width 10 on features of length 1, times 1000, meant for CLIP's.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lcm_kit.metrics.bootstrap import Resamples
 
 Kernel = Literal["polynomial", "gaussian"]
-_WIDTH, _SCALE = 10.0, 1000.0
+_WIDTH = 10.0
+_SCALE = {"polynomial": 1.0, "gaussian": 1000.0}
 
 
 def gram(a: Tensor, b: Tensor, kernel: Kernel) -> Tensor:
@@ -24,37 +27,59 @@ def gram(a: Tensor, b: Tensor, kernel: Kernel) -> Tensor:
     a, b = a.double(), b.double()
     if kernel == "polynomial":
         return (a @ b.T / a.shape[1] + 1) ** 3
-    a, b = torch.nn.functional.normalize(a), torch.nn.functional.normalize(b)
-    return torch.exp(-(2 - 2 * a @ b.T) / (2 * _WIDTH**2))
+    return torch.exp((normalize(a) @ normalize(b).T - 1) / _WIDTH**2)  # |x - y|^2 = 2 - 2 x.y
+
+
+def mmd2(a: Tensor, b: Tensor, kernel: Kernel = "polynomial") -> float:
+    """Unbiased squared MMD of two independent sets of features, [N, F] and [M, F], all samples independent.
+
+    `polynomial` is KID, on all samples at once rather than averaged over subsets; `gaussian` is CMMD. Raises
+    `ValueError` for fewer than two samples a side.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a kernel distance needs 2 pictures or more a side, not {len(a)} and {len(b)}")
+    cross = float(gram(a, b, kernel).mean())
+    return _SCALE[kernel] * (
+        _off_diagonal(gram(a, a, kernel)) + _off_diagonal(gram(b, b, kernel)) - 2 * cross
+    )
 
 
 def kernel_distance(
     a: Tensor, b: Tensor, resamples: Resamples, *, paired: bool, kernel: Kernel = "polynomial"
 ) -> tuple[float, Tensor]:
-    """Unbiased squared MMD of features `a` [N, F] and `b` [M, F], and what it is in every resample [rounds].
+    """Unbiased squared MMD of pictures `a` [N, F] of prompts to `b` [M, F], and of every resample [rounds].
 
-    `paired`: b_i belongs to the prompt of a_i and is drawn along with it; pairs i, i are left out of the cross
-    term too, since they are not independent. Otherwise `b` stays as it is. A resample holds a sample several
-    times: such a pair of equals is not a pair of independent samples, so pairs of equal samples are left out
-    and the means are over what is left.
+    `paired`: b_i has the prompt of a_i and is drawn along with it. Otherwise `b` are independent pictures,
+    the same in all rounds: the interval then speaks of these M pictures, not of others like them.
+
+    Pairs of one prompt are left out of the means wherever they occur, since they are not independent: k(x, x)
+    itself, which a resample would have many of, other pictures of the prompt, and a_i with b_i. Away from 0
+    the interval of the resamples is right; near 0, where the linear part of the statistic vanishes, it is
+    wider than it need be (Arcones & Gine 1992). Raises `ValueError` for one prompt.
     """
-    n, counts = len(a), resamples.counts
-    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), counts])  # the first row: the set itself
-    within_a = _pairs(gram(a, a, kernel), weights)
+    if len(a) <= resamples.images_per_prompt or len(b) < 2:
+        raise ValueError("a kernel distance needs 2 prompts or more, and 2 pictures to compare with")
+    prompt = torch.arange(len(a)) // resamples.images_per_prompt
+    apart = (prompt[:, None] != prompt).double()
+    weights = torch.cat(
+        [torch.ones(1, len(a), dtype=torch.float64), resamples.counts]
+    )  # first: the set itself
+    total = ((weights @ apart) * weights).sum(1)
+
+    def mean(k: Tensor) -> Tensor:
+        """Of k_ij over pairs of different prompts, each counted w_i w_j times: [1 + rounds]."""
+        return ((weights @ (k * apart)) * weights).sum(1) / total
+
+    found = mean(gram(a, a, kernel))
+    cross = gram(a, b, kernel)
     if paired:
-        found = within_a + _pairs(gram(b, b, kernel), weights) - 2 * _pairs(gram(a, b, kernel), weights)
+        found = found + mean(gram(b, b, kernel)) - 2 * mean(cross)
     else:
-        k = gram(b, b, kernel)
-        m = len(b)
-        within_b = (k.sum() - k.diagonal().sum()) / (m * (m - 1))
-        cross = (weights @ gram(a, b, kernel).mean(1)) / weights.sum(1)
-        found = within_a + within_b - 2 * cross
-    found = found * (_SCALE if kernel == "gaussian" else 1.0)
+        found = found + _off_diagonal(gram(b, b, kernel)) - 2 * (weights @ cross.mean(1)) / len(a)
+    found = found * _SCALE[kernel]
     return float(found[0]), found[1:]
 
 
-def _pairs(k: Tensor, weights: Tensor) -> Tensor:
-    """The mean of k_ij over pairs of different i and j, each counted w_i w_j times: [rounds]."""
-    off = k - torch.diag(k.diagonal())
-    total = weights.sum(1) ** 2 - (weights**2).sum(1)
-    return ((weights @ off) * weights).sum(1) / total
+def _off_diagonal(k: Tensor) -> float:
+    """The mean of k_ij over i != j."""
+    return float(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))

@@ -1,4 +1,9 @@
-"""Does it look like the brand? Nearness to its pictures, over nearness to pictures of other looks."""
+"""Does it look like the brand? Nearness to its pictures, over nearness to pictures of other looks.
+
+The control's mean is taken off all features first: those of any two pictures share a large part, which would
+leave every cosine near 1 and the difference near 0. What is left is what sets a picture apart from the
+control.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +12,34 @@ from torch.nn.functional import normalize
 
 
 def brand_similarity(features: Tensor, brand: Tensor, control: Tensor) -> Tensor:
-    """[N, F], the brand's [B, F] and the control's [C, F] -> [N]: mean cosine to the brand's, less the control's.
+    """[N, F], the brand's [B, F], the control's [C, F] -> [N]: mean cosine to the brand's less the control's.
 
-    The control's mean is taken off first: features of all pictures share a large part, which would leave every
-    cosine near 1. Above 0 is nearer to the brand than to the control; `ends` says how far it can go.
+    In [-2, 2], float64. Above the middle between the two `ends` is nearer to the brand than to the control.
     """
-    centre = control.double().mean(0)
-    a, b, c = (normalize(each.double() - centre) for each in (features, brand, control))
+    a, b, c = _centred(features, brand, control)
     return a @ (b.mean(0) - c.mean(0))
 
 
 def ends(brand: Tensor, control: Tensor) -> tuple[float, float]:
-    """What the control's own pictures and the brand's own get on average, each held against the others.
+    """Floor and ceiling: what the control's own pictures and the brand's own get on average.
 
-    Each picture is left out of the set that it is compared with.
+    Each picture is left out of the set that it is compared with. Raises `ValueError` for a set of one
+    picture.
     """
-    centre = control.double().mean(0)
-    b, c = normalize(brand.double() - centre), normalize(control.double() - centre)
+    if min(len(brand), len(control)) < 2:
+        raise ValueError(f"brand and control need 2 pictures or more, not {len(brand)} and {len(control)}")
+    b, c = _centred(brand, control)
 
     def others(x: Tensor) -> Tensor:
+        """Mean cosine of each to the others of its set."""
         return ((x.sum(0) - x) * x).sum(1) / (len(x) - 1)
 
     floor = (c @ b.mean(0) - others(c)).mean()
     ceiling = (others(b) - b @ c.mean(0)).mean()
     return float(floor), float(ceiling)
+
+
+def _centred(*sets: Tensor) -> list[Tensor]:
+    """Each set less the mean of the last one, the control, at length 1; float64."""
+    centre = sets[-1].double().mean(0)
+    return [normalize(each.double() - centre, dim=1) for each in sets]
