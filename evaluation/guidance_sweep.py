@@ -70,7 +70,7 @@ def main(config: GuidanceSweep) -> Path:
         versions,
         device,
     ]
-    hashes = {subject.name: subject.sha256 for subject in found}
+    hashes = {subject.name: subject.weights for subject in found}
     pipes = Pipes(
         base, {subject.name: subject for subject in found},
         warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
@@ -136,6 +136,7 @@ def main(config: GuidanceSweep) -> Path:
     }  # fmt: skip
     file = tables.write_results(folder, results)
     tables.show(results["cells"])
+    tables.show_comparisons(results)
     print(recommended.sentence)
     for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):
         print(f"  - {line}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from lcm_kit import cli_lora, cli_plan
+from lcm_kit import cli_lora, cli_plan, cli_sweep
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -226,6 +226,7 @@ def report(run: Run) -> None:
 
 app.add_typer(cli_lora.verbs)
 app.add_typer(cli_plan.verbs)
+app.add_typer(cli_sweep.verbs)
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:

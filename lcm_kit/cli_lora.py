@@ -38,12 +38,15 @@ def export(
     style: Style = "both",
     output: Annotated[Path | None, typer.Option(help="Folder. [default: RUN/export]")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the files.")] = "float16",
+    with_evaluation: Annotated[
+        bool, typer.Option("--with-evaluation", help="Write what its guidance sweep recommends into them.")
+    ] = False,
 ) -> None:
     """Write a run's adapter for every app, check each file in each, and write a model card."""
     from lcm_kit.export.run import export_run
 
     quiet()
-    export_run(run, style, dtype, output)
+    export_run(run, style, dtype, output, with_evaluation=with_evaluation)
 
 
 @verbs.command(rich_help_panel=_PANEL)

@@ -129,14 +129,14 @@ def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcm_kit.export import run
 
     calls: list[Any] = []
-    monkeypatch.setattr(run, "export_run", lambda *args: calls.append(args))
-    assert cli("export", "runs/x").exit_code == 0
+    monkeypatch.setattr(run, "export_run", lambda *args, **more: calls.append((*args, *more.items())))
+    assert cli("export", "runs/x", "--with-evaluation").exit_code == 0
     assert (
         cli("export", "runs/x", "--format", "kohya", "--dtype", "bfloat16", "--output", "out").exit_code == 0
     )
     assert calls == [
-        (Path("runs/x"), "both", "float16", None),
-        (Path("runs/x"), "kohya", "bfloat16", Path("out")),
+        (Path("runs/x"), "both", "float16", None, ("with_evaluation", True)),
+        (Path("runs/x"), "kohya", "bfloat16", Path("out"), ("with_evaluation", False)),
     ]
     assert cli("export", "runs/x", "--dtype", "int4").exit_code == 2
     assert cli("export", "runs/x", "--format", "ckpt").exit_code == 2

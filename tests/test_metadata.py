@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from lcm_kit.export import metadata, structure
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.metadata import Facts
+from lcm_kit.export.recommended import Recommended
 from tests.loras import random_lora
 
 CONVENTION = (
@@ -178,6 +179,25 @@ def test_a_style_lora_of_which_nothing_is_known() -> None:
         "lcm_kit.metadata": "1",
         "lcm_kit.modules": "1",
     }
+
+
+def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> None:
+    use = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.8, (), ())
+    built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=use))
+    keys = ("sampler", "sampling_steps", "lora_weight", "recommended")
+    assert {key: built[f"lcm_kit.{key}"] for key in keys} == {
+        "sampler": "tcd", "sampling_steps": "2", "lora_weight": "0.8", "recommended": "Use 2 steps of TCD.",
+    }  # fmt: skip
+    assert built["lcm_kit.sampling_guidance_scale"] == "1.5"
+    assert built["modelspec.usage_hint"] == (
+        "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA strength "
+        "0.8. Chosen by measurement."
+    )
+    none = Recommended("None of these settings can be recommended.", None, None, None, None, (), ())
+    built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=none))
+    assert (
+        built["lcm_kit.recommended"].startswith("None of these") and built["lcm_kit.sampling_steps"] == "1-8"
+    )
 
 
 def test_the_architectures() -> None:

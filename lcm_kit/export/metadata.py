@@ -14,13 +14,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
+
+if TYPE_CHECKING:
+    from lcm_kit.export.recommended import Recommended
 
 PREFIX = "lcm_kit."
 VERSION = "1"  # of the keys under PREFIX
@@ -53,6 +56,7 @@ class Facts:
     date: str | None = None  # ISO 8601
     kit_version: str | None = None  # that trained it
     parents: tuple[str, ...] = ()  # the files that it was merged or converted from
+    recommended: Recommended | None = None  # by a guidance sweep of these weights
 
 
 def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
@@ -260,6 +264,12 @@ def _description(structure: Structure, facts: Facts) -> str:
 
 
 def _usage_hint(structure: Structure, facts: Facts) -> str | None:
+    if facts.recommended is not None and facts.recommended.steps is not None:
+        use = facts.recommended
+        return (
+            f"Sampler {use.sampler_name}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
+            f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. Chosen by measurement."
+        )
     if facts.method is None:
         return (
             "Sampler, steps and guidance_scale / CFG as usual for its base, unless its maker says otherwise. "
@@ -292,20 +302,36 @@ def _baked(guidance: tuple[float, float] | None) -> str:
 def _own(facts: Facts) -> dict[str, str]:
     low, high = facts.guidance or (None, None)
     fast = facts.method == "lcm"
-    return {"metadata": VERSION} | _known(
-        method=facts.method,
-        steps=facts.steps,
-        guidance_min=low,
-        guidance_max=high,
-        guidance_convention=CONVENTION if facts.guidance else None,
-        base=_public(facts.base),
-        base_hash=facts.base_hash,
-        data_fingerprint=facts.data_fingerprint,
-        kit_version=facts.kit_version,
-        parents=json.dumps(facts.parents) if facts.parents else None,
-        sampling_steps="1-8" if fast else None,
-        sampling_guidance_scale="1" if fast else None,
+    return (
+        {"metadata": VERSION}
+        | _known(
+            method=facts.method,
+            steps=facts.steps,
+            guidance_min=low,
+            guidance_max=high,
+            guidance_convention=CONVENTION if facts.guidance else None,
+            base=_public(facts.base),
+            base_hash=facts.base_hash,
+            data_fingerprint=facts.data_fingerprint,
+            kit_version=facts.kit_version,
+            parents=json.dumps(facts.parents) if facts.parents else None,
+            sampling_steps="1-8" if fast else None,
+            sampling_guidance_scale="1" if fast else None,
+        )
+        | _measured(facts.recommended)
     )
+
+
+def _measured(use: Recommended | None) -> dict[str, str]:
+    """What a sweep recommends, in place of what holds for the method in general."""
+    if use is None:
+        return {}
+    if use.steps is None:
+        return {"recommended": use.sentence}
+    return {
+        "sampler": str(use.sampler), "sampling_steps": str(use.steps), "lora_weight": f"{use.lora_weight:g}",
+        "sampling_guidance_scale": f"{use.guidance_scale:g}", "recommended": use.sentence,
+    }  # fmt: skip
 
 
 def _public(base: str | None) -> str | None:

@@ -10,19 +10,26 @@ from typing import Any
 
 from lcm_kit import adapter, families
 from lcm_kit.errors import UserError
-from lcm_kit.export import card, delivery, metadata, trained, verify
+from lcm_kit.export import card, delivery, metadata, recommended, trained, verify
 from lcm_kit.export.write import file_name
 
 
 def export_run(
-    run: Path, style: str = "both", dtype: str = "float16", output: Path | None = None
+    run: Path,
+    style: str = "both",
+    dtype: str = "float16",
+    output: Path | None = None,
+    *,
+    with_evaluation: bool = False,
 ) -> dict[str, Path]:
     """Write the adapter of `run` for diffusers and for the apps, with a model card; returns path by style.
 
     `style` is diffusers, kohya or both; `dtype` float16, bfloat16 or float32; `output` the folder (default
     `run/export`). Each file is first loaded by plain diffusers onto the run's base and held against the
-    naming rules of each app; `lcm_kit.export.verify` says what must agree. Prints what was measured. Raises
-    `UserError`, and leaves no new file behind, if there is no finished adapter or anything disagrees.
+    naming rules of each app; `lcm_kit.export.verify` says what must agree. `with_evaluation` writes what the
+    guidance sweep in `run/sweep` recommends for these weights into the files. Prints what was measured.
+    Raises `UserError`, and leaves no new file behind, if there is no finished adapter, no such sweep, or
+    anything disagrees.
     """
     styles = delivery.styles_of(style)
     folder = output or run / "export"
@@ -31,6 +38,9 @@ def export_run(
     title = run.resolve().name
     names = {style: file_name(style, title) for style in styles}
     about = _about(run, facts)
+    if with_evaluation:
+        swept = recommended.insist(run, run / "export" / file_name("diffusers", title))
+        about = replace(about, recommended=swept)
     reports = delivery.deliver(lora, against, folder, names, dtype, about)
     for style, report in reports.items():
         print(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
@@ -74,10 +84,12 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
         for app, row in files[path.name]["apps"].items()
     ]
     results = _results(run)
+    swept = next((found for name in mine.values() if (found := recommended.of_run(run, folder / name))), None)
+    about = replace(_about(run, facts), recommended=swept)
+    lora = trained.read(run / "adapter", against.structure)
     return card.write(
-        folder, title=title, files=mine, structure=against.structure,
-        facts=_about(run, facts), lora=trained.read(run / "adapter", against.structure),
-        checks=checks, results=results, pictures_from=run if results else None,
+        folder, title=title, files=mine, structure=against.structure, facts=about, lora=lora, checks=checks,
+        results=results, pictures_from=run if results else None,
     )  # fmt: skip
 
 

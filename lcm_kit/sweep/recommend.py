@@ -136,8 +136,8 @@ def words(cell: Cell, sweep: Sweep) -> str:
     )
     who = f"{cell.adapter} with " if len(sweep.subjects) > 1 else ""
     return (
-        f"{who}{_steps(cell.steps)} of {_NAMES[cell.sampler]}, guidance_scale {cell.guidance_scale:g} ({guided}), "
-        f"LoRA weight {cell.lora_weight:g}"
+        f"{who}{_steps(cell.steps)} of {_NAMES[cell.sampler]}, guidance_scale {cell.guidance_scale:g} "
+        f"({guided}), LoRA weight {cell.lora_weight:g}"
     )
 
 

@@ -12,6 +12,7 @@ from lcm_kit.adapter import read_facts
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted, verify
+from lcm_kit.export.recommended import weights_hash
 from lcm_kit.files import sha256_file
 
 
@@ -21,15 +22,16 @@ class Subject:
 
     name: str  # in the sweep: of its run, or of its file
     file: Path
-    sha256: str
+    sha256: str  # of the file
+    weights: str  # hash of what it does: tensors and strength
     layers: int  # modules that the file holds
     fault: str | None  # what diffusers would not load of it, or would load wrongly, in words
 
     def facts(self) -> dict[str, Any]:
         """What results.json says of it."""
         return {
-            "name": self.name, "file": str(self.file), "sha256": self.sha256, "layers": self.layers,
-            "fault": self.fault,
+            "name": self.name, "file": str(self.file), "sha256": self.sha256, "weights": self.weights,
+            "layers": self.layers, "fault": self.fault,
         }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def _subject(name: str, file: Path, against: verify.Against) -> Subject:
     (row,) = report.rows
     problems = [*report.file.problems, *([] if row.ok else [f"diffusers {row.verdict}"])]
     count = len(report.file.lora.layers)
-    return Subject(name, file, sha256_file(file), count, "; ".join(problems) or None)
+    return Subject(name, file, sha256_file(file), weights_hash(file), count, "; ".join(problems) or None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -89,6 +89,28 @@ def show(cells: Sequence[Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+_COMPARED = ("prompt_adherence", "kernel_teacher", "brand_similarity", "saturation", "sharpness", "diversity")
+
+
+def show_comparisons(results: Mapping[str, Any]) -> None:
+    """Print how adapters differ at the same settings without guidance of their own, if there are several."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table as Printed
+
+    cells = {cell["id"]: cell for cell in results["cells"]}
+    table = Printed("a less b", "metric", "difference", "interval", "p", box=SIMPLE, pad_edge=False)
+    for row in results["comparisons"]:
+        a, b = cells[row["a"]], cells[row["b"]]
+        if b["adapter"] is None or a["guidance_scale"] > 1 or row["metric"] not in _COMPARED:
+            continue
+        ends = f"{row['low']:.3g} to {row['high']:.3g}"
+        name = results["metrics"][row["metric"]]["label"]
+        table.add_row(f"{a['id']} less {b['id']}", name, f"{row['difference']:.3g}", ends, f"{row['p']:.3f}")
+    if table.row_count:
+        Console().print(table)
+
+
 def machine(device: str) -> dict[str, Any]:
     """What it ran on."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

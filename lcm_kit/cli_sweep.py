@@ -1,0 +1,45 @@
+"""The verb that holds adapters against each other. `cli.py` puts it beside the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcm_kit.errors import UserError
+from lcm_kit.quiet import quiet
+
+verbs = typer.Typer()
+
+
+@verbs.command(rich_help_panel="The stages")
+def compare(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...] [KEY=VALUE ...]", help="Runs or .safetensors LoRAs.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: what A was made on]")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of report.html and the rest.")] = Path("runs/compare"),
+    config: Annotated[str, typer.Option(help="A guidance sweep's config.")] = "evaluation/compare",
+) -> None:
+    """Sweep adapters over one grid on the same noise, plain samplers beside them, and say what differs."""
+    from lcm_kit import shipped
+    from lcm_kit.config.load import load
+    from lcm_kit.config.sweep import GuidanceSweep
+
+    overrides = [word for word in adapters if "=" in word and not Path(word).exists()]
+    found = [word for word in adapters if word not in overrides]
+    if len(found) < 2:
+        raise UserError(
+            f"compare needs two adapters or more, and {len(found)} are named; name runs or LoRA files"
+        )
+    told = [f"adapters={json.dumps(found)}", f"output={json.dumps(str(output))}"]
+    told += [] if base is None else [f"base={json.dumps(base)}"]
+    loaded = load(shipped.config_path(config), [*overrides, *told])
+    if not isinstance(loaded, GuidanceSweep):
+        raise UserError(f"config {config} is for {loaded.recipe}; give one for evaluation/guidance_sweep")
+    quiet()
+    shipped.load_recipe(loaded.recipe).main(loaded)
