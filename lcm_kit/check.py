@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lcm_kit import assets
 from lcm_kit.config.load import Config
-from lcm_kit.config.schema import Base, Data, Distill, Quality
+from lcm_kit.config.schema import Base, Data, Finetune, Quality, Training
 from lcm_kit.errors import UserError
 
 
@@ -30,10 +31,10 @@ def check(config: Config) -> list[str]:
 
 
 def _looks(config: Config) -> list[Callable[[], str]]:
-    if isinstance(config, Distill):
-        prompts = config.validation.prompts
+    if isinstance(config, Training):
+        asked = [config.validation.prompts, config.prior.prompts if isinstance(config, Finetune) else None]
         looks = [lambda: _base(config.base), lambda: _data(config.data)]
-        return looks + ([lambda: _prompts(prompts)] if prompts else [])
+        return looks + [partial(_prompts, prompts) for prompts in asked if prompts]
     if isinstance(config, Quality):
         alone = config.base
         subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))

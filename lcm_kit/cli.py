@@ -20,7 +20,7 @@ from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
     from lcm_kit.config.load import Config
-    from lcm_kit.config.schema import Base, Distill
+    from lcm_kit.config.schema import Base, Training
 
 
 class _Group(TyperGroup):
@@ -144,12 +144,16 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 @app.command(rich_help_panel="The stages")
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Turn images and captions into cached latents and text embeddings."""
-    loaded = _distill(config, overrides)
+    loaded = _training(config, overrides)
     quiet()
     from lcm_kit import processes
-    from lcm_kit.data import cache
+    from lcm_kit.config.schema import Finetune
+    from lcm_kit.data import cache, prior
 
-    cache.encode(loaded, share=processes.share())
+    share = processes.share()
+    cache.encode(loaded, share=share)
+    if isinstance(loaded, Finetune) and loaded.prior.prompts is not None:
+        prior.encode(loaded, share=share)
 
 
 @app.command(rich_help_panel="The stages")
@@ -236,13 +240,14 @@ def _load(config: str, overrides: list[str] | None) -> Config:
     return load(shipped.config_path(config), overrides or [])
 
 
-def _distill(config: str, overrides: list[str] | None) -> Distill:
-    from lcm_kit.config.schema import Distill
+def _training(config: str, overrides: list[str] | None) -> Training:
+    from lcm_kit.config.schema import Training
 
     loaded = _load(config, overrides)
-    if not isinstance(loaded, Distill):
+    if not isinstance(loaded, Training):
         raise UserError(
-            f"config {config} is for {loaded.recipe}, which has no data to encode; give one for train/distill"
+            f"config {config} is for {loaded.recipe}, which has no data to encode; give one for "
+            "train/distill or train/finetune"
         )
     return loaded
 
@@ -275,7 +280,7 @@ def _base_of(adapter: Path | None) -> Base:
     config = adapter / "config.yaml" if adapter else None
     if config is None or not config.is_file():
         return Base(path="asset:tiny-sd")
-    return _distill(str(config), None).base
+    return _training(str(config), None).base
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ _WHOLE = 32  # transformer blocks up to which a UNet is compiled as a whole (SD1
 _GRAPHS = 64  # variants of one function that dynamo may keep; it falls back to no compiling after 8
 
 
-def load_unet(base: BaseInfo, config: schema.Distill, device: torch.device, dtype: torch.dtype) -> Any:
+def load_unet(base: BaseInfo, config: schema.Training, device: torch.device, dtype: torch.dtype) -> Any:
     """The UNet of `base` as `config.memory` and `config.gradient_checkpointing` say: frozen, in eval mode.
 
     `dtype` is that of its weights; of quantised layers that of their arithmetic. Its attention is diffusers'
@@ -45,7 +45,7 @@ def load_unet(base: BaseInfo, config: schema.Distill, device: torch.device, dtyp
     return place(families.load_unet(base, dtype), config, device)
 
 
-def place(unet: Any, config: schema.Distill | schema.Speed, device: torch.device) -> Any:
+def place(unet: Any, config: schema.Training | schema.Speed, device: torch.device) -> Any:
     """Make `unet`, on the CPU and without adapters, what `load_unet` returns; changes it and returns it."""
     memory = config.memory
     if memory.quantize != "none":
@@ -147,7 +147,7 @@ def _probe_layer(kind: str, device: torch.device) -> None:
 # -- Compiling -----------------------------------------------------------------------------------------------
 
 
-def compiled(unet: Any, config: schema.Distill | schema.Speed, *, backend: str = "inductor") -> Any:
+def compiled(unet: Any, config: schema.Training | schema.Speed, *, backend: str = "inductor") -> Any:
     """What to call as the UNet: `unet`, or where `memory.compile` asks, one compiled, of the same weights.
 
     Call it after the adapters are on. peft's flags are Python values that the compiled code is guarded by,

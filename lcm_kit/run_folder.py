@@ -22,6 +22,7 @@ FREE = (  # keys, or blocks of keys, that may change when a run is continued
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32",
 )  # fmt: skip
+FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -37,7 +38,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def claim(config: schema.Distill, accelerator: Accelerator) -> bool:
+def claim(config: schema.Training, accelerator: Accelerator) -> bool:
     """Make `config.output` this run's folder and write `config.yaml` there; False if the run is finished.
 
     Raises `UserError`, naming the key, if the folder holds a run that another config started: only how long
@@ -61,10 +62,10 @@ def claim(config: schema.Distill, accelerator: Accelerator) -> bool:
     return True
 
 
-def _same_run(file: Path, config: schema.Distill) -> None:
-    old, new = _started_with(file), flat(config)
+def _same_run(file: Path, config: schema.Training) -> None:
+    old, new = _started_with(file, config), flat(config)
     for key in sorted(new):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        free = key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
         if not free and old.get(key) != new[key]:
             raise UserError(
                 f"{file.parent}: this run was started with {key} {old.get(key)!r} and the config says "
@@ -72,7 +73,7 @@ def _same_run(file: Path, config: schema.Distill) -> None:
             )
 
 
-def _started_with(file: Path) -> dict[str, Any]:
+def _started_with(file: Path, config: schema.Training) -> dict[str, Any]:
     """The keys that a run was started with, and the defaults of those that there were not at the time."""
     if not file.is_file():
         return {}
@@ -80,7 +81,7 @@ def _started_with(file: Path) -> dict[str, Any]:
         return flat(load(file))
     except UserError:  # a key of then that this kit does not know any more
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return {**flat(schema.Distill("train/distill", "")), **flat(raw)}
+        return {**flat(type(config)(config.recipe, "")), **flat(raw)}
 
 
 def adapter_steps(run: Path) -> int:

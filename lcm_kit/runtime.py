@@ -47,7 +47,7 @@ PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # ours ->
 # -- Accelerator ---------------------------------------------------------------------------------------------
 
 
-def start(config: schema.Distill) -> Accelerator:
+def start(config: schema.Training) -> Accelerator:
     """The accelerator of this process, with precision and trackers as `config` says.
 
     It knows nothing of accumulation, which can change on the way (`stepping.Passes`). Raises `UserError` for
@@ -68,7 +68,7 @@ def start(config: schema.Distill) -> Accelerator:
     return accelerator
 
 
-def _check_sharing(config: schema.Distill, accelerator: Accelerator) -> None:
+def _check_sharing(config: schema.Training, accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise UserError(
@@ -170,7 +170,7 @@ def main_does(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def resume(
-    accelerator: Accelerator, config: schema.Distill, *, unet: str, data: str, teacher: Sequence[str] = ()
+    accelerator: Accelerator, config: schema.Training, *, unet: str, data: str, teacher: Sequence[str] = ()
 ) -> tuple[Origin, State | None]:
     """What this run must keep, and its newest good state if there is one: the same on every process.
 
@@ -217,29 +217,30 @@ class Saver:
         """Put `state` back, in place."""
         checkpoints.restore(state, self.unet, self.ema, self.optimizer, self.accelerator.scaler)
 
-    def adapter(self, facts: Mapping[str, Any]) -> None:
-        """Write the run's finished adapter, as `save_adapter`."""
+    def adapter(self, facts: Mapping[str, Any], name: str = "adapter") -> None:
+        """Write the weights as they are now into the folder `name` of the run, as `save_adapter`."""
         unet = checkpoints.unsharded(self.unet) if sharded(self.accelerator) else self.unet
-        main_does(self.accelerator, lambda: save_adapter(self.run / "adapter", unet, facts))
+        main_does(self.accelerator, lambda: save_adapter(self.run / name, unet, facts))
 
 
-def validate(accelerator: Accelerator, distance: Callable[[], float]) -> dict[str, float]:
-    """`distance` (a bound `Validation`) measured by the main process, or by all where weights are sharded.
+def validate(
+    accelerator: Accelerator, measure: Callable[[], float], name: str = "one_step_distance"
+) -> dict[str, float]:
+    """What `measure` returns under its name, measured by the main process, or by all if weights are sharded.
 
-    Empty on the others, and where memory does not suffice to draw: that is said and stops no training.
+    The same on every process. Empty where memory does not suffice: that is said and stops no training.
     """
     found: dict[str, float] = {}
     if accelerator.is_main_process or sharded(accelerator):
         try:
-            found["one_step_distance"] = distance()
+            found[name] = measure()
         except torch.OutOfMemoryError:
             if sharded(accelerator):
                 raise
             print("warning: out of memory while drawing for validation, left out; lower validation.count")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the VAE and the text encoders are gone again
-    accelerator.wait_for_everyone()
-    return found
+    return main_does(accelerator, lambda: found)
 
 
 # -- Metrics -------------------------------------------------------------------------------------------------
@@ -253,15 +254,25 @@ class Metrics:
     file: Path
 
     @classmethod
-    def open(cls, config: schema.Distill, accelerator: Accelerator, step: int) -> Metrics:
+    def open(cls, config: schema.Training, accelerator: Accelerator, step: int) -> Metrics:
         """Continue the run's metrics after `step`: later lines, and one cut short by a kill, are dropped."""
         file = Path(config.output) / "metrics.jsonl"
         if accelerator.is_main_process:
             old = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            atomic_write(file, "".join(f"{line}\n" for line in old if _step(line) <= step))
+            atomic_write(file, "".join(f"{line}\n" for line in old if step and _step(line) <= step))
         keys = {name: str(value) for name, value in flat(config).items()}
         accelerator.init_trackers(_name(config), config=keys if step == 0 else None)
         return cls(accelerator, file)
+
+    def of(self, name: str) -> dict[int, float]:
+        """What was logged under `name`, by step: the same on every process."""
+
+        def look() -> dict[int, float]:
+            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+            known = [json.loads(line) for line in lines]
+            return {line["step"]: line[name] for line in known if name in line}
+
+        return main_does(self.accelerator, look)
 
     def log(self, step: int, **values: float) -> None:
         """Append `values` for `step`, on the main process.
@@ -278,7 +289,7 @@ class Metrics:
         self.accelerator.log(values, step=step)
 
 
-def _name(config: schema.Distill) -> str:
+def _name(config: schema.Training) -> str:
     """The run's name for trackers; TensorBoard alone needs none and would make a folder of it."""
     alone = set(config.logging.trackers) <= {"tensorboard"}
     return "" if alone else Path(config.output).resolve().name

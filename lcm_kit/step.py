@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.methods.base import Method, Times
-from lcm_kit.prediction import Predict, from_x0_eps
+from lcm_kit.prediction import Predict, check, from_x0_eps
 from lcm_kit.schedule import Schedule, add_noise
 from lcm_kit.solvers import Solver
 
@@ -61,3 +61,18 @@ def diffusion_loss(
     x_t = add_noise(schedule, x0, noise, t)
     output = from_x0_eps(schedule, kind, *student(x_t, t), t)
     return loss(output, from_x0_eps(schedule, kind, x0, noise, t))
+
+
+def min_snr_weight(schedule: Schedule, kind: str, gamma: float | None) -> Tensor:
+    """Return the weight of the denoising loss at every timestep, float32 [T] (min-SNR, arXiv:2303.09556).
+
+    An error in x0 counts min(snr, gamma), snr = alpha^2 / sigma^2; in the units of the raw output that is
+    min(snr, gamma) / snr for "epsilon", / (snr + 1) for "v_prediction" and / 1 for "sample" (sections 3.2 and
+    3.4). `gamma` None weighs nothing: ones. Raises UserError as `prediction.check`.
+    """
+    check(schedule, kind)
+    if gamma is None:
+        return torch.ones_like(schedule.alpha)
+    snr = (schedule.alpha / schedule.sigma) ** 2
+    unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+    return snr.clamp(max=gamma) / unit

@@ -151,7 +151,7 @@ class Guard:
     """Keeps an update away whose loss or gradient is NaN or Inf: `config.non_finite` says how."""
 
     accelerator: Accelerator
-    config: schema.Distill
+    config: schema.Training
     metrics: Metrics
     skipped: int = 0  # steps in a row
 

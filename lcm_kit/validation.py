@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL import Image, ImageDraw
@@ -25,12 +25,18 @@ from lcm_kit.files import atomic_file, sha256_bytes
 
 TEACHER_STEPS = 50
 STUDENT_STEPS = (1, 2, 4)
+STYLE_STEPS = 30
 _HEADING = 14  # pixels above the columns
 
 
 def rms(a: Tensor, b: Tensor) -> float:
     """Root of the mean squared difference over all elements of two equal shapes."""
     return float((a.float() - b.float()).square().mean().sqrt())
+
+
+def due(config: schema.Validation, step: int, steps: int) -> bool:
+    """Whether to validate after `step` of `steps`: every `config.every` steps and at the end."""
+    return step == steps or bool(config.every and step % config.every == 0)
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class Validation:
     resolution: int  # pixels
     folder: Path  # validation/ of the run
     prompts: tuple[str, ...]
+    teacher_steps: ClassVar[int] = TEACHER_STEPS
 
     @classmethod
-    def prepare(cls, config: schema.Distill, base_hash: str) -> Validation | None:
+    def prepare(cls, config: schema.Training, base_hash: str) -> Self | None:
         """What `config.validation` asks for, if anything. Raises `UserError` for missing prompts."""
         if config.validation.prompts is None:
             return None
@@ -54,8 +61,8 @@ class Validation:
         return cls(config.validation, config.base, base_hash, config.data.resolution, folder, prompts)
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether to validate after `step` of `steps`: every `config.every` steps and at the end."""
-        return step == steps or bool(self.config.every and step % self.config.every == 0)
+        """As the function `due`."""
+        return due(self.config, step, steps)
 
     @torch.no_grad()
     def __call__(self, unet: Any, step: int) -> float:
@@ -64,16 +71,23 @@ class Validation:
         `unet` carries the adapter and is left as it was. The VAE and the text encoder are loaded for this
         call only. No number is taken from the global random state.
         """
-        pipe = sample.pipeline(
-            self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
-            dtype=next(unet.parameters()).dtype, device=unet.device,
-        )  # fmt: skip
+        pipe = self._pipe(unet)
         wanted = self._teacher(pipe)
         drawn = {n: self._latents(pipe, "lcm", n, 1.0) for n in STUDENT_STEPS}
         columns = {f"teacher {TEACHER_STEPS}": wanted, **{f"student {n}": x for n, x in drawn.items()}}
+        self._show(pipe, columns, step)
+        return rms(drawn[1], wanted)
+
+    def _pipe(self, unet: Any) -> Any:
+        return sample.pipeline(
+            self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
+            dtype=next(unet.parameters()).dtype, device=unet.device,
+        )  # fmt: skip
+
+    def _show(self, pipe: Any, columns: Mapping[str, Tensor], step: int) -> None:
+        """Write the pictures of `columns` (latents by heading) as `step-NNNNNN.png`."""
         pictures = {name: sample.to_pil(sample.decode(pipe, x)) for name, x in columns.items()}
         sample.save_png(_grid(pictures), self.folder / f"step-{step:06d}.png")
-        return rms(drawn[1], wanted)
 
     def _latents(self, pipe: Any, solver: str, steps: int, guidance_scale: float) -> Tensor:
         return sample.latents(
@@ -95,10 +109,28 @@ class Validation:
         file = self.folder / f"teacher-{sha256_bytes(json.dumps(drawn_from).encode())[:12]}.safetensors"
         if not file.is_file():
             with teacher(pipe.unet):
-                latents = self._latents(pipe, "ddim", TEACHER_STEPS, self.config.guidance_scale)
+                latents = self._latents(pipe, "ddim", self.teacher_steps, self.config.guidance_scale)
             with atomic_file(file) as temporary:
                 save_file({"latents": latents}, temporary)
         return load_file(file)["latents"]
+
+
+class StyleValidation(Validation):
+    """The base beside the base with the LoRA, both as users draw with a style LoRA, from the same noise."""
+
+    teacher_steps: ClassVar[int] = STYLE_STEPS
+
+    @torch.no_grad()
+    def __call__(self, unet: Any, step: int) -> float:
+        """Write `step-NNNNNN.png`, a row a prompt: base, LoRA; return their RMS distance in latents.
+
+        Both at 30 steps of DDIM with `config.guidance_scale`. Otherwise as `Validation`.
+        """
+        pipe = self._pipe(unet)
+        plain = self._teacher(pipe)
+        drawn = self._latents(pipe, "ddim", STYLE_STEPS, self.config.guidance_scale)
+        self._show(pipe, {f"base {STYLE_STEPS}": plain, f"with LoRA {STYLE_STEPS}": drawn}, step)
+        return rms(drawn, plain)
 
 
 def _grid(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:

@@ -25,6 +25,7 @@ LAYERS = {
     "disk": {"bench", "data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {
         "checkpoints",
+        "held_out",
         "processes",
         "run_folder",
         "runtime",

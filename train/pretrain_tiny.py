@@ -24,6 +24,7 @@ from lcm_kit.config.schema import PretrainTiny
 from lcm_kit.files import atomic_file
 from lcm_kit.prediction import from_x0_eps
 from lcm_kit.schedule import Schedule, add_noise
+from lcm_kit.step import min_snr_weight
 from lcm_kit.tiny import models, probe, world
 from lcm_kit.tiny.fit import fit, one_cycle
 
@@ -125,8 +126,7 @@ def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[wo
     unet, text = models.build_unet().to(device), models.build_text_encoder(tokenizer).to(device)
     kind, scheduler = config.prediction_type, models.build_scheduler(config.prediction_type)
     schedule = Schedule.from_config(scheduler.config).to(device)
-    snr = (schedule.alpha / schedule.sigma) ** 2
-    weight = snr.clamp(max=config.min_snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    weight = min_snr_weight(schedule, kind, config.min_snr_gamma)
     size = config.unet_batch_size
 
     def loss_at(step: int) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lcm_kit.config.schema import Distill, PretrainTiny, Quality, Speed
+from lcm_kit.config.schema import Distill, Finetune, PretrainTiny, Quality, Speed, Training
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 
-Config = Distill | PretrainTiny | Quality | Speed | GuidanceSweep
+Config = Distill | Finetune | PretrainTiny | Quality | Speed | GuidanceSweep
 RECIPES: dict[str, type[Config]] = {
     "train/distill": Distill,
+    "train/finetune": Finetune,
     "train/pretrain_tiny": PretrainTiny,
     "evaluation/quality": Quality,
     "evaluation/speed": Speed,
@@ -70,7 +71,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Config | Training) -> str:
     """The resolved config as YAML text, every key written out; `load` gives the same object back."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=110)
 

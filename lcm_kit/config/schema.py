@@ -193,10 +193,10 @@ class Logging:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Distill:
-    """`recipe: train/distill`: LCM-LoRA distillation from a cache made by `lcm-kit encode`."""
+class Training:
+    """What every recipe that trains a LoRA on a cache made by `lcm-kit encode` takes."""
 
-    recipe: Literal["train/distill"]
+    recipe: str
     output: str  # the run's folder
     seed: int = 0
     steps: Positive = 1000  # optimizer steps
@@ -207,29 +207,87 @@ class Distill:
     gradient_checkpointing: bool = False
     # a loss that is NaN or Inf: stop, or leave that step's update out and go on
     non_finite: Literal["stop", "skip"] = "stop"
-    # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
+    # decay of an EMA of the LoRA weights, 0: none; each recipe says what it is for
     ema: Fraction = 0.0
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
-    teacher: Teacher = field(default_factory=Teacher)
     memory: Memory = field(default_factory=Memory)
     adapter: Adapter = field(default_factory=Adapter)
-    method: LCM = field(default_factory=LCM)
-    solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
-    grid: Grid = field(default_factory=Grid)
-    guidance: Guidance = field(default_factory=Guidance)
-    loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
 
     @model_validator(mode="after")
-    def _warmup(self) -> Distill:
+    def _warmup(self) -> Training:
         if self.optimizer.warmup_steps > self.steps:
             warmup = self.optimizer.warmup_steps
             raise ValueError(f"optimizer.warmup_steps {warmup} is larger than steps {self.steps}; lower it")
         return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Distill(Training):
+    """`recipe: train/distill`: LCM-LoRA distillation from a cache made by `lcm-kit encode`."""
+
+    recipe: Literal["train/distill"]
+    # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
+    ema: Fraction = 0.0
+    teacher: Teacher = field(default_factory=Teacher)
+    method: LCM = field(default_factory=LCM)
+    solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
+    grid: Grid = field(default_factory=Grid)
+    guidance: Guidance = field(default_factory=Guidance)
+    loss: Loss = field(default_factory=Loss)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Denoising:
+    """The denoising loss: squared distance between what the UNet outputs and what it should, weighted."""
+
+    # weight min(snr, gamma) / snr of each sample, / (snr + 1) for v (arXiv:2303.09556); null: all weigh 1
+    min_snr_gamma: Rate | None = 5.0
+    # share of a random constant, one a channel, in the noise: learns darker and brighter pictures
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Prior:
+    """Prior preservation (DreamBooth, arXiv:2208.12242): pictures of the base's own beside the brand's.
+
+    `lcm-kit encode` draws them once, into `<data.cache>-prior`; in every step as many of them as brand
+    pictures are trained on, which keeps what the base can draw and costs as much again.
+    """
+
+    prompts: str | None = None  # text file, one prompt a line, or an asset; null: no prior preservation
+    weight: Rate = 1.0  # of their loss; a brand picture's is 1
+    count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM
+    guidance_scale: Scale = 5.0
+    seed: int = 0  # of their noise
+
+
+@dataclass(frozen=True, config=STRICT)
+class StyleValidation(Validation):
+    """What is drawn and measured while it trains: base beside base with LoRA, and the held-out loss."""
+
+    # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
+    # them, and 0: none, and the last weights are the result
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class Finetune(Training):
+    """`recipe: train/finetune`: a style LoRA by the denoising loss, from a cache by `lcm-kit encode`."""
+
+    recipe: Literal["train/finetune"]
+    # decay of an EMA of the LoRA weights, which is then what is measured and saved; 0: the weights themselves
+    ema: Fraction = 0.0
+    loss: Denoising = field(default_factory=Denoising)
+    # share of captions that are replaced by the empty one, which guidance is drawn away from
+    caption_dropout: Fraction = 0.1
+    prior: Prior = field(default_factory=Prior)
+    validation: StyleValidation = field(default_factory=StyleValidation)
 
 
 @dataclass(frozen=True, config=STRICT)

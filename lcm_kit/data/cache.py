@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import families
-from lcm_kit.config.schema import Data, Distill
+from lcm_kit.config.schema import Data, Training
 from lcm_kit.data import shards
 from lcm_kit.data.records import Bad, Record, decode, open_records
 from lcm_kit.data.shards import Entry, Shard
@@ -78,7 +78,7 @@ class EncodeReport:
         return "\n".join(lines)
 
 
-def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> EncodeReport:
+def encode(config: Training, progress: bool = True, share: Share = ALONE) -> EncodeReport:
     """Bring the cache `config.data.cache` up to date with the images, the captions and the base.
 
     Only shards that are missing or whose inputs changed are encoded: an interrupted run continues, a second
@@ -296,6 +296,7 @@ class Cache:
     folder: Path
     ids: list[str]
     captions: list[str]
+    images: list[str]  # hash of each row's image file: the same for a picture and its mirror image
     _shards: list[dict[str, Any]] = field(repr=False)
 
     @staticmethod
@@ -324,7 +325,8 @@ class Cache:
                 )
         rows = found["records"]
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
-        return Cache(folder, ids, [row["caption"] for row in rows], found["shards"])
+        captions, images = ([row[key] for row in rows] for key in ("caption", "image"))
+        return Cache(folder, ids, captions, images, found["shards"])
 
     @property
     def fingerprint(self) -> str:

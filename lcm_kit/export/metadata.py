@@ -71,7 +71,7 @@ def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
         base=section("base").get("path"),
         base_hash=section("base").get("hash"),
         method=section("method").get("name"),
-        steps=adapter_facts.get("steps"),
+        steps=adapter_facts.get("step", adapter_facts.get("steps")),  # of the weights, then of the run
         guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
         data_fingerprint=section("data").get("fingerprint"),
         resolution=section("data").get("resolution"),

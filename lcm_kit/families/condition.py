@@ -58,6 +58,17 @@ class Condition:
         """The same text with the sizes of `other`: what guidance's unconditional pass is told for it."""
         return self if other.time_ids is None else replace(self, time_ids=other.time_ids)
 
+    def replaced(self, chosen: Tensor, other: Condition) -> Condition:
+        """The text of `other` (B = 1) where `chosen` bool [B] is true; sizes stay those of each sample."""
+
+        def pick(own: Tensor, new: Tensor) -> Tensor:
+            return torch.where(chosen.to(own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
+
+        pooled = self.pooled
+        if pooled is not None and other.pooled is not None:
+            pooled = pick(pooled, other.pooled)
+        return replace(self, embeds=pick(self.embeds, other.embeds), pooled=pooled)
+
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
         """The samples of all `conditions`, in order."""

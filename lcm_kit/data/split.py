@@ -1,0 +1,72 @@
+"""Records that are kept out of training, so that the loss on them tells what was learned by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lcm_kit.errors import UserError
+from lcm_kit.families.condition import Condition
+from lcm_kit.files import sha256_bytes
+
+if TYPE_CHECKING:
+    from lcm_kit.data.cache import Cache
+
+MIRRORED = " (mirrored)"  # ends the id of a mirror image
+GENERAL = "regularisation/"  # begins the id of a picture of data.regularisation
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a cache, to draw batches from as from the whole."""
+
+    cache: Cache
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the records, in order."""
+        return [self.cache.ids[row] for row in self.rows]
+
+    def latents(self, index: Sequence[int]) -> Tensor:
+        """Latents [n, C, h, w], float32, of the rows at `index` among these."""
+        return self.cache.latents([self.rows[i] for i in index])
+
+    def condition(self, index: Sequence[int]) -> Condition:
+        """Conditions, float32, of the rows at `index` among these."""
+        return self.cache.condition([self.rows[i] for i in index])
+
+
+def split(cache: Cache, share: float, seed: int) -> tuple[Rows, Rows]:
+    """The rows to train on, and those of the `share` of pictures to measure on: a function of the seed.
+
+    Whole pictures are held out: no row that is trained on shows one of them, under another name or mirrored.
+    Only pictures of `data.path` are chosen, at least one if `share` is above 0, and without mirror images. A
+    picture's place in the draw depends on its content alone, so that a set that grows keeps most of its
+    choice. Raises `UserError` if nothing would be left to train on.
+    """
+    own = {image for id, image in zip(cache.ids, cache.images, strict=True) if not id.startswith(GENERAL)}
+    count = max(1, round(share * len(own))) if share else 0
+    if count and count == len(own):
+        raise UserError(
+            f"validation.held_out {share} keeps {count} of {len(own)} pictures out of training, which leaves "
+            "none; set it to 0, or add pictures"
+        )
+    held = set(sorted(own, key=lambda image: sha256_bytes(f"{seed}/{image}".encode()))[:count])
+    places = range(len(cache.ids))
+    trained = [i for i in places if cache.images[i] not in held]
+    measured = [
+        i
+        for i in places
+        if cache.images[i] in held
+        and not cache.ids[i].startswith(GENERAL)
+        and not cache.ids[i].endswith(MIRRORED)
+    ]
+    return Rows(cache, trained), Rows(cache, measured)

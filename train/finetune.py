@@ -1,0 +1,217 @@
+"""Style LoRA: the ordinary denoising loss on brand pictures; draws as its base does, in another look.
+
+    lcm-kit train configs/finetune/tiny_brand.yaml
+    accelerate launch --num_processes 4 -m lcm_kit train configs/finetune/tiny_brand.yaml
+
+The UNet with its LoRA must tell the noise that was mixed into a cached picture (or v, if that is what the
+base outputs), errors weighted by min-SNR (arXiv:2303.09556), some captions left out so that guidance keeps
+working. Beside each brand picture the base's own pictures can be trained on (prior preservation, DreamBooth,
+arXiv:2208.12242). The result are the weights with the lowest loss on held-out pictures, not the last.
+
+`lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
+command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
+it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_kit import __version__, families, run_folder, runtime, stepping
+from lcm_kit.adapter import add_lora, swapped, update_ema
+from lcm_kit.config.schema import Finetune
+from lcm_kit.data import prior
+from lcm_kit.data.batches import Batch, Batches, draw
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.split import split
+from lcm_kit.families.condition import Condition
+from lcm_kit.held_out import NAME, Best, HeldOut
+from lcm_kit.losses import l2
+from lcm_kit.memory import compiled, load_unet, make_optimizer
+from lcm_kit.prediction import predictor
+from lcm_kit.schedule import Schedule
+from lcm_kit.step import diffusion_loss, min_snr_weight
+from lcm_kit.stopping import leave, stoppable
+from lcm_kit.validation import StyleValidation, due
+
+
+class Draws(NamedTuple):
+    """The randomness of one step for the samples of this process, each from its own (seed, step, slot)."""
+
+    noise: Tensor  # [B, C, h, w]
+    t: Tensor  # int64 [B]
+    dropped: Tensor  # bool [B]: trained on without its caption
+
+
+def draws(config: Finetune, timesteps: int, batch: Batch, step: int, whose: str = "") -> Draws:
+    """Draw noise, a time of `timesteps` and whether the caption is left out, for every sample of `batch`.
+
+    `whose` tells the prior's randomness from the brand's.
+    """
+    shape = batch.latents.shape[1:]
+
+    def of(purpose: str, f: Any) -> Tensor:
+        return draw(config.seed, step, batch.slots, whose + purpose, f)
+
+    noise = of("noise", lambda g: torch.randn(shape, generator=g))
+    if config.loss.noise_offset:
+        noise += config.loss.noise_offset * of("offset", lambda g: torch.randn(shape[0], 1, 1, generator=g))
+    times = of("times", lambda g: torch.randint(timesteps, (), generator=g))
+    chance = of("dropout", lambda g: torch.rand((), generator=g))
+    return Draws(noise, times, chance < config.caption_dropout)
+
+
+def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: int) -> dict[str, Any]:
+    """What an adapter says of its making; the whole config lies beside it in config.yaml."""
+    return {
+        "kit_version": __version__,
+        "base": {**asdict(config.base), "hash": base.base_hash},
+        "prediction_type": base.prediction_type,
+        "steps": steps,
+        **{name: asdict(getattr(config, name)) for name in ("adapter", "loss", "prior")},
+        "caption_dropout": config.caption_dropout,
+        "data": {"fingerprint": fingerprint, "resolution": config.data.resolution},
+    }
+
+
+def main(config: Finetune) -> Path:
+    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
+    # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
+    run = Path(config.output)
+    accelerator = runtime.start(config)
+    device, dtype = accelerator.device, runtime.dtype(accelerator)
+    if not run_folder.claim(config, accelerator):
+        return run
+
+    # -- Parts: the base's UNet and schedule, the pictures ---------------------------------------------------
+    base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    kind = base.prediction_type
+    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    trained, kept = split(cache, config.validation.held_out, config.seed)
+    own = prior.open_cache(config, base)
+    fingerprint = cache.fingerprint + (f"+{own.fingerprint}" if own else "")
+    validation = StyleValidation.prepare(config, base.base_hash)
+    schedule = Schedule.from_config(base.scheduler_config).to(device)
+    weight = min_snr_weight(schedule, kind, config.loss.min_snr_gamma)
+    unet = load_unet(base, config, device, dtype)
+
+    # -- Adapter: the LoRA that is trained; everything else is frozen ----------------------------------------
+    lora = add_lora(unet, config.adapter, seed=config.seed)
+
+    # -- Optimizer -------------------------------------------------------------------------------------------
+    o = config.optimizer
+    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
+    lora = [p for p in unet.parameters() if p.requires_grad]  # other objects, if they were sharded
+    ema = [p.detach().clone() for p in lora] if config.ema else []
+    call = compiled(model, config)
+
+    # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
+    origin, state = runtime.resume(accelerator, config, unet=base.hash_of("unet"), data=fingerprint)
+    saver = runtime.Saver(accelerator, run, config.checkpoint.keep, origin, unet, ema, optimizer)
+    done, window = 0, []
+    if state:
+        saver.restore(state)
+        done, window = state.step, state.window
+        accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
+    metrics = runtime.Metrics.open(config, accelerator, done)
+    best = Best.open(saver, metrics, done)
+
+    # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
+    share = origin.batch // origin.world
+    place = accelerator.process_index, accelerator.num_processes
+    batches = Batches(trained, share, config.seed, *place)
+    beside = Batches(own, share, config.seed + 1, *place) if own else None
+    empty = cache.empty().to(device, dtype)
+
+    # -- Loss: of the raw output against what it should be, as it weighs at its time -------------------------
+    def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor) -> Tensor:
+        told, t = condition.to(device, dtype).kwargs(), t.to(device)
+        student = predictor(lambda x, t: call(x.to(dtype), t, **told).sample, schedule, kind)
+        return weight[t] * diffusion_loss(
+            kind=kind, loss=lambda a, b: l2(a, b, 0.0), schedule=schedule, student=student,
+            x0=x0.to(device), noise=noise.to(device), t=t,
+        )  # fmt: skip
+
+    def losses_of(batches: list[tuple[float, Batch, Draws]], part: slice) -> Tensor:
+        losses = torch.zeros((), device=device)
+        for factor, batch, drawn in batches:
+            condition = batch.condition[part].to(device, dtype).replaced(drawn.dropped[part], empty)
+            losses = losses + factor * losses_at(
+                batch.latents[part], condition, drawn.noise[part], drawn.t[part]
+            )
+        return losses
+
+    # -- Measuring: the weights that would be saved, on what is not trained on -------------------------------
+    held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size) if len(kept) else None
+
+    def measure(step: int) -> None:
+        if held_out:
+            with swapped(lora, ema or lora):
+                found = runtime.validate(accelerator, partial(held_out, losses_at), NAME)
+                metrics.log(step, **found)
+                if found and step:
+                    best.offer(step, found[NAME], facts(config, base, fingerprint, step))
+
+    def show(step: int) -> None:
+        if validation:
+            with swapped(lora, ema or lora):
+                found = runtime.validate(accelerator, partial(validation, unet, step), "distance_to_base")
+            metrics.log(step, **found)
+
+    # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
+    passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
+    guard = stepping.Guard(accelerator, config, metrics)
+    with (
+        runtime.progress(accelerator, done, config.steps) as advance,
+        stoppable(accelerator) as asked,
+        stepping.told(run),
+    ):
+        if (not done or due(config.validation, done, config.steps)) and done not in metrics.of(NAME):
+            measure(done)  # the base; or what a run that was stopped here had no time for
+        for step in range(done, config.steps):
+            started, done = time.perf_counter(), step + 1
+            batch = batches.at(step)
+            parts = [(1.0, batch, draws(config, schedule.steps, batch, step))]
+            if beside:
+                other = beside.at(step)
+                parts.append(
+                    (config.prior.weight, other, draws(config, schedule.steps, other, step, "prior "))
+                )
+            rate = runtime.learning_rate(o, step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            made = passes(done, partial(losses_of, parts))
+            if guard.accepts(done, made, batch.ids):
+                optimizer.step()
+                if ema:
+                    update_ema(ema, lora, config.ema)
+                window.append(made.loss)
+            optimizer.zero_grad()
+
+            stop = asked() if done < config.steps else 0
+            speed = advance(made.loss, origin.batch, time.perf_counter() - started)
+            if window and (done % config.logging.every == 0 or done == config.steps):
+                mean = sum(window) / len(window)
+                metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
+                window = []
+            if due(config.validation, done, config.steps) and not stop:
+                show(done)
+                measure(done)
+            if done % config.checkpoint.every == 0 or done == config.steps or stop:
+                saver.save(done, window)
+            if stop:
+                leave(accelerator, run, stop, done, config.steps)
+
+    # -- Save: the best weights by the held-out loss, or their EMA -------------------------------------------
+    with swapped(lora, ema or lora):
+        best.finish(facts(config, base, fingerprint, done))
+    accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    accelerator.end_training()
+    return run
