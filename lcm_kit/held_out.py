@@ -110,8 +110,8 @@ def verdict(run: str, losses: Mapping[int, float], best: int) -> list[str]:
         more = losses[last] / losses[best] - 1
         said.append(
             f"{run}: over-trained: the loss on held-out pictures was lowest at step {best} "
-            f"({losses[best]:.4g}) and is {more:.0%} higher at step {last}; adapter/ holds step {best}. Fewer steps, a lower "
-            "optimizer.lr, more pictures or prior.prompts help"
+            f"({losses[best]:.4g}) and is {more:.0%} higher at step {last}; adapter/ holds step {best}. Fewer steps, "
+            "a lower optimizer.lr, more pictures or prior.prompts help"
         )
     elif best != last:
         said.append(f"{run}: adapter/ holds step {best}, which has the lowest loss on held-out pictures")

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcm_kit.errors import UserError
 from lcm_kit.guidance import guide
 from lcm_kit.losses import LOSSES
 from lcm_kit.methods import LCM, METHODS, Times
 from lcm_kit.prediction import KINDS, Predict, predictor
 from lcm_kit.schedule import Schedule
 from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss, diffusion_loss
+from lcm_kit.step import consistency_loss, diffusion_loss, min_snr_weight
 from tests.gaussians import SD
 
 SCHEDULE = Schedule.from_config(SD)
@@ -202,6 +203,28 @@ def test_the_denoising_loss_compares_raw_outputs(kind: str) -> None:
     output = network(alpha * x0 + sigma * noise, t)
     wanted = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[kind]
     torch.testing.assert_close(loss, (output - wanted).square().mean((1, 2, 3)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weights_are_those_of_diffusers_snr(kind: str) -> None:
+    """As diffusers' training scripts write them, from `compute_snr` of its own scheduler."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    snr = compute_snr(DDPMScheduler(**config), torch.arange(1000))
+    least = torch.stack([snr, 5.0 * torch.ones_like(snr)], 1).min(1)[0]
+    wanted = {"epsilon": least / snr, "v_prediction": least / (snr + 1), "sample": least}[kind]
+    weight = min_snr_weight(Schedule.from_config(config), kind, 5.0)
+    torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=0)
+    assert torch.equal(min_snr_weight(Schedule.from_config(config), kind, None), torch.ones(1000))
+
+
+def test_min_snr_weighs_pure_noise_of_a_v_base_with_nothing() -> None:
+    weight = min_snr_weight(ZERO_SNR, "v_prediction", 5.0)
+    assert weight[-1] == 0 and bool((weight[:-1] > 0).all())
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        min_snr_weight(ZERO_SNR, "epsilon", 5.0)
 
 
 def test_lcm_endpoint_at_its_end_is_x_exactly() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.load import RECIPES
 from lcm_kit.data.cache import encode
 
 TEMPLATE: dict[str, Any] = {
@@ -40,12 +40,15 @@ def prepare(folder: Path, base: Path) -> dict[str, Any]:
     return keys
 
 
-def configure(keys: dict[str, Any], output: Path, **changes: Any) -> Distill:
-    """The config of `keys` with `changes` laid over it, block by block; it writes to `output`."""
+def configure(keys: dict[str, Any], output: Path, **changes: Any) -> Any:
+    """The config of `keys`, of the recipe that they name, with `changes` laid over it, block by block.
+
+    It writes to `output`.
+    """
     merged = {**keys, "output": str(output)}
     for key, value in changes.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return TypeAdapter(Distill).validate_python(merged)
+    return TypeAdapter(RECIPES[merged["recipe"]]).validate_python(merged)
 
 
 def environment(threads: int) -> dict[str, str]:
