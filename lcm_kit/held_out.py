@@ -20,11 +20,10 @@ from lcm_kit.data.batches import draw
 from lcm_kit.data.split import Rows
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_folder
+from lcm_kit.overtraining import NAME, verdict
 from lcm_kit.runtime import Metrics, Saver, main_does
 
 TIMES = 8  # timesteps at which each picture is measured, in the middles of as many equal parts
-OVERTRAINED = 0.02  # a last held-out loss this share above the lowest is told as over-training
-NAME = "held_out_loss"  # in metrics.jsonl
 BEST = "best"  # folder of the run: the best weights so far, as in adapter/
 
 LossesAt = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
@@ -92,8 +91,8 @@ class Best:
             self.saver.adapter({**facts, "step": facts["steps"]})
             return
         main_does(self.saver.accelerator, lambda: self._copy(facts))
-        for sentence in verdict(str(self.saver.run), self.metrics.of(NAME), self.step):
-            self.saver.accelerator.print(sentence)
+        for sentence in verdict(self.metrics.of(NAME), self.step):
+            self.saver.accelerator.print(f"{self.saver.run}: {sentence}")
 
     def _copy(self, facts: Mapping[str, Any]) -> None:
         best = self.saver.run / BEST
@@ -101,23 +100,3 @@ class Best:
             (folder / WEIGHTS).write_bytes((best / WEIGHTS).read_bytes())
             text = json.dumps({**read_facts(best), **facts}, indent=2)
             (folder / FACTS).write_text(text + "\n", encoding="utf-8")
-
-
-def verdict(run: str, losses: Mapping[int, float], best: int) -> list[str]:
-    """What held-out losses by step (0: of the base) say of a run whose weights of step `best` are kept."""
-    last, said = max(losses), []
-    if losses[last] > losses[best] * (1 + OVERTRAINED):
-        more = losses[last] / losses[best] - 1
-        said.append(
-            f"{run}: over-trained: the loss on held-out pictures was lowest at step {best} "
-            f"({losses[best]:.4g}) and is {more:.0%} higher at step {last}; adapter/ holds step {best}. Fewer steps, "
-            "a lower optimizer.lr, more pictures or prior.prompts help"
-        )
-    elif best != last:
-        said.append(f"{run}: adapter/ holds step {best}, which has the lowest loss on held-out pictures")
-    if 0 in losses and losses[best] >= losses[0]:
-        said.append(
-            f"{run}: warning: the loss on held-out pictures never fell below the base's ({losses[0]:.4g}), "
-            "so what was learned does not hold for them; are they of one look, and do the captions fit?"
-        )
-    return said

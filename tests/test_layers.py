@@ -16,6 +16,7 @@ LAYERS = {
         "__init__",
         "errors",
         "files",
+        "overtraining",
         "assets",
         "config",
         "share",

@@ -17,8 +17,6 @@ def cache(own: int, general: int = 0, mirrored: bool = False) -> Any:
     ids = [f"{i}.png" for i in range(own)] + [f"regularisation/{i}.png" for i in range(general)]
     others = ["image 0", *(f"general {i}" for i in range(1, general))]
     images = [f"image {i}" for i in range(own)] + others[:general]
-        :general
-    ]
     if mirrored:
         ids = [name for id in ids for name in (id, f"{id} (mirrored)")]
         images = [image for image in images for _ in range(2)]

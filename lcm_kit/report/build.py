@@ -15,7 +15,7 @@ from PIL import Image
 from lcm_kit import __version__, adapter, assets
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
-from lcm_kit.report import plots
+from lcm_kit.report import plots, style
 from lcm_kit.results import best_plain
 
 _CALLS = 4  # UNet calls of the headline comparison
@@ -31,16 +31,42 @@ def write_report(run: Path) -> Path:
 
     Reads `results.json` and `pictures/` (`lcm-kit evaluate`), and `config.yaml`, `metrics.jsonl` and
     `validation/` where they are. Raises `UserError` if the run has not been evaluated, or
-    has no student.
+    has no student. A style LoRA's report (`style.py`) needs no evaluation.
     """
+    config = _config(run)
+    if config.get("recipe") == style.RECIPE:
+        page = _page("style.html.j2", _style(run, config))
+    else:
+        page = _page("template.html.j2", context(run))
+    atomic_write(run / "report.html", page)
+    return run / "report.html"
+
+
+def _style(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    found = style.context(run, config, _metrics(run / "metrics.jsonl"))
+    drawn = {name: _svg_uri(svg) for name, svg in found["plots"].items()}
+    settings = (run / "config.yaml").read_text(encoding="utf-8")
+    return {
+        **found,
+        "plots": drawn,
+        "validation": _validation(run),
+        "settings": settings,
+        "version": __version__,
+    }
+
+
+def _page(name: str, found: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters.update(number=number, percent=percent, seconds=seconds, describe=describe)
-    page = environment.get_template("template.html.j2").render(context(run))
-    atomic_write(run / "report.html", page)
-    return run / "report.html"
+    return environment.get_template(name).render(found)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
 
 
 def context(run: Path) -> dict[str, Any]:
@@ -168,6 +194,11 @@ def _gallery(rows: Sequence[Row]) -> dict[str, list[Row]]:
 # -- Pictures and plots --------------------------------------------------------------------------------------
 
 
+def _svg_uri(svg: str | None) -> str | None:
+    """A plot as data URI, if there is one."""
+    return _uri(svg.encode(), "svg+xml") if svg else None
+
+
 def _uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -215,7 +246,7 @@ def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
     }
-    return {name: _uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
+    return {name: _svg_uri(svg) for name, svg in drawn.items()}
 
 
 # -- How was it made, how is it used -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
 from lcm_kit.families.condition import Condition
+from lcm_kit.report.build import write_report
 from tests.recipes.small import configure, prepare
 from train import distill, finetune
 
@@ -344,6 +345,15 @@ def test_the_export_is_a_plain_style_lora_and_a_teacher_wears_it(
     styled = distill.main(configure(distill_keys, tmp_path / "styled", steps=1, teacher=worn))
     assert facts(styled)["teacher"]["adapters"][0]["path"] == str(overtrained)
     assert abs(metrics(styled)[1] / metrics(plain)[1] - 1) > 1e-3
+
+
+def test_the_report_needs_no_evaluation_and_says_over_trained(overtrained: Path) -> None:
+    page = write_report(overtrained).read_text()
+    losses, best = metrics(overtrained, "held_out_loss"), facts(overtrained)["step"]
+    answer = f"Yes, at step {best}." if losses[best] < losses[0] else "No."
+    assert f'<span class="verdict">{answer}</span>' in page
+    assert f"Over-trained: the loss on held-out pictures was lowest at step {best}" in page
+    assert page.count("data:image/svg+xml") == 2 and 'src="http' not in page  # two curves, nothing fetched
 
 
 def test_without_held_out_pictures_the_last_weights_are_the_result(keys: Keys, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""The report of a style LoRA: was the look learned, on which step is it best, was it over-trained?
+
+Its figures are those of the training, so it needs no evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcm_kit import adapter
+from lcm_kit.overtraining import NAME, OVERTRAINED, verdict
+from lcm_kit.report import plots
+
+RECIPE = "train/finetune"
+
+
+def context(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What the page shows, plots as SVG text. Raises `UserError` if the run has no finished adapter."""
+    facts = adapter.read_facts(run / "adapter")
+    losses = {int(line["step"]): line[NAME] for line in metrics if NAME in line}
+    said = verdict(losses, facts["step"]) if losses else []
+    return {
+        "name": run.resolve().name,
+        "answer": answer(losses, facts["step"]),
+        "said": [sentence[0].upper() + sentence[1:] + "." * (sentence[-1] not in ".?") for sentence in said],
+        "step": facts["step"],
+        "base_loss": losses.get(0),
+        "best_loss": losses.get(facts["step"]),
+        "facts": _facts(config, facts),
+        "plots": {
+            "held_out": plots.curve(metrics, NAME, "loss on held-out pictures"),
+            "loss": plots.curve(metrics, "loss", "denoising loss"),
+            "distance": plots.curve(metrics, "distance_to_base", "distance to the base"),
+        },
+    }
+
+
+def answer(losses: Mapping[int, float], best: int) -> str:
+    """Yes: the held-out loss fell below the base's, and the weights with the lowest one are kept."""
+    if 0 not in losses or best not in losses:
+        return "Judge by eye"
+    if losses[best] >= losses[0]:
+        return "No"
+    over = losses[max(losses)] > losses[best] * (1 + OVERTRAINED)
+    return f"Yes, at step {best}" if over else "Yes"
+
+
+def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a person asks for first."""
+    lora, loss, prior = config["adapter"], config["loss"], config["prior"]
+    images = config["batch_size"] * config["accumulation"]
+    own = f"{prior['count']} pictures, weight {prior['weight']:g}" if prior["prompts"] else "none"
+    return {
+        "base": config["base"]["path"],
+        "images": config["data"]["path"],
+        "held out": f"{config['validation']['held_out']:.0%} of them",
+        "training": f"{facts['steps']} steps of {images} images a process; step {facts['step']} is kept",
+        "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
+        "min-SNR gamma": f"{loss['min_snr_gamma']:g}" if loss["min_snr_gamma"] else "off",
+        "captions left out": f"{config['caption_dropout']:.0%}",
+        "the base's own pictures": own,
+        "learning rate": f"{config['optimizer']['lr']:g}",
+        "seed": str(config["seed"]),
+    }
