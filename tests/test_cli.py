@@ -116,6 +116,24 @@ def test_encode_refuses_a_config_without_data() -> None:
     assert done.exit_code == 2 and "has no data to encode" in done.stderr
 
 
+def test_encode_draws_the_bases_own_pictures_if_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcm_kit.data import cache, prior
+
+    seen: list[str] = []
+    monkeypatch.setattr(cache, "encode", lambda config, share: seen.append("brand"))
+    monkeypatch.setattr(prior, "encode", lambda config, share: seen.append("prior"))
+    assert cli("encode", "finetune/tiny_brand").exit_code == 0 and seen == ["brand"]
+    assert cli("encode", "finetune/tiny_brand", "prior.prompts=asset:tiny-sd").exit_code == 0
+    assert seen == ["brand", "brand", "prior"]
+
+
+def test_check_looks_for_the_prompts_of_the_prior() -> None:
+    done = cli("check", "finetune/tiny_brand", "prior.prompts=nowhere.txt")
+    assert done.exit_code == 2 and "prompts 'nowhere.txt': there is no such file" in done.stderr
+    done = cli("check", "finetune/tiny_brand")
+    assert done.exit_code == 0 and "96 images with captions" in done.stdout
+
+
 def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcm_kit.data import cache
 
