@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import adapter, checkpoints, families, sample
+from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Finetune
 from lcm_kit.data import prior
 from lcm_kit.data.batches import Batch, Batches, generator_at
@@ -24,7 +27,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
 from lcm_kit.families.condition import Condition
 from lcm_kit.report.build import write_report
-from tests.recipes.small import configure, prepare
+from tests.recipes.small import configure, environment, prepare
 from train import distill, finetune
 
 Keys = dict[str, Any]
@@ -432,6 +435,40 @@ def test_a_stopped_run_continues_bit_for_bit(
         assert same(a.optimizer["state"][index], moments)
     finetune.main(config(keys, run, own=True, **RESUMED))
     assert "nothing to do" in capsys.readouterr().out
+
+
+RANK = """
+import sys
+from pathlib import Path
+from lcm_kit.config.load import load
+from train import finetune
+finetune.main(load(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow  # two processes that import torch anew
+def test_two_ranks_equal_one_process_with_twice_the_batch(keys: Keys, tmp_path: Path) -> None:
+    optimizer = {"eps": 1e-3}  # Adam's sign of a gradient of nothing would amplify float error
+    both: Keys = {"own": True, "steps": 3, "optimizer": optimizer, "validation": {"every": 1}}
+    two = config(keys, tmp_path / "two", batch_size=1, **both)
+    (tmp_path / "config.yaml").write_text(dump(two))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    arguments = [str(tmp_path / "rank.py"), str(tmp_path / "config.yaml")]
+    done = subprocess.run(
+        command + arguments, env=environment(1), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = finetune.main(config(keys, tmp_path / "one", batch_size=2, **both))
+    a, b = weights(tmp_path / "two"), weights(one)
+    assert max(float((a[key] - b[key]).abs().max()) for key in b) < 1e-4
+    for name in ("loss", "held_out_loss"):
+        found, wanted = metrics(tmp_path / "two", name), metrics(one, name)
+        assert list(found) == list(wanted) and [*found.values()] == pytest.approx(
+            [*wanted.values()], rel=1e-4
+        )
+    assert facts(tmp_path / "two")["step"] == facts(one)["step"] > 0
 
 
 def test_best_weights_of_steps_that_are_done_again_are_forgotten(overtrained: Path) -> None:
