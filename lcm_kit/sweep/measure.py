@@ -115,7 +115,7 @@ class Ruler:
             found["brand_similarity"] = self._mean(
                 similarity.brand_similarity(table["features"], *self.brand)
             )
-        if len(self.teachers) > 1 and cell.kind == "student":
+        if len(self.teachers) > 1 and cell.kind != "teacher":
             found["effective_guidance"] = self._guidance(table)
         return {key: found[key] for key in METRICS if key in found}
 
@@ -150,9 +150,16 @@ class Ruler:
             if others is None:
                 continue
             mine = table["features"]
-            value, low, high = frechet.frechet_interval(mine, others, self.resamples, self.confidence)
+            paired = name == "teacher"
+            value, low, high = frechet.frechet_interval(
+                mine, others, self.resamples, self.confidence, paired=paired
+            )
+            if min(len(mine), len(others)) < frechet.ENOUGH * mine.shape[1]:
+                value = frechet.frechet(
+                    mine, others
+                )  # its bias cannot be taken off, and is that of all cells
             found[f"frechet_{name}"] = Figure(value, bounds=(low, high))
-            value, rounds = kernel.kernel_distance(mine, others, self.resamples, paired=name == "teacher")
+            value, rounds = kernel.kernel_distance(mine, others, self.resamples, paired=paired)
             found[f"kernel_{name}"] = Figure(value, rounds)
         return found
 

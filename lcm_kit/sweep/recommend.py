@@ -85,7 +85,7 @@ def recommend(sweep: Sweep) -> Recommendation:
 
     As good: not worse in `quality` beyond the interval of the paired difference, and in the kernel distance
     to the teacher's samples (where there is one) at most the best cell's upper end. Of equal UNet calls the
-    one with the better look wins. An adapter with a warning is never recommended.
+    better one wins. An adapter with a warning is never recommended.
     """
     warnings = tuple(warning for subject in sweep.subjects for warning in warn(sweep, subject))
     excluded = {warning.adapter for warning in warnings}
@@ -99,7 +99,9 @@ def recommend(sweep: Sweep) -> Recommendation:
     best = max(healthy, key=lambda cell: _goodness(sweep, cell))
     equal = [cell for cell in healthy if cell == best or _as_good(sweep, cell, best)]
     calls = min(cell.unet_calls for cell in equal)
-    chosen = max((cell for cell in equal if cell.unet_calls == calls), key=lambda cell: _look(sweep, cell))
+    chosen = max(
+        (cell for cell in equal if cell.unet_calls == calls), key=lambda cell: _goodness(sweep, cell)
+    )
     return Recommendation(
         sentence=f"Use {words(chosen, sweep)}.",
         adapter=chosen.adapter, cell=chosen.id, sampler=chosen.sampler, steps=chosen.steps,
