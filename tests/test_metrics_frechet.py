@@ -16,10 +16,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def coverage(
-    n: int, features: int, shift: float, *, per: int = 1, paired: bool = False, seeds: int = 40
-) -> float:
-    """How often the 95% interval holds |m|^2, for N(m, I) of pictures whose prompt is half of their variance."""
+def coverage(n: int, features: int, shift: float, per: int = 1, paired: bool = False) -> float:
+    """How often the 95% interval holds |m|^2, for N(m, I); a prompt is half of the variance."""
     held, truth = [], features * shift**2
     reference = normal(4000, features, seed=999)
     for seed in range(40):
