@@ -14,16 +14,17 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lcm_kit.config.schema import Distill, PretrainTiny, Quality, Speed
-from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
-Config = Distill | PretrainTiny | Quality | Speed | GuidanceSweep
+Config = Distill | PretrainTiny | Quality | Speed | GuidanceSweep | Compose
 RECIPES: dict[str, type[Config]] = {
     "train/distill": Distill,
     "train/pretrain_tiny": PretrainTiny,
     "evaluation/quality": Quality,
     "evaluation/speed": Speed,
     "evaluation/guidance_sweep": GuidanceSweep,
+    "evaluation/compose": Compose,
 }
 Key = tuple[str | int, ...]
 

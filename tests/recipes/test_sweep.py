@@ -23,7 +23,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, structure
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import write
-from lcm_kit.families.source import locate
 from lcm_kit.metrics.distance import rms
 from tests.loras import random_lora
 from tests.recipes.small import environment
@@ -47,16 +46,18 @@ def run(config: GuidanceSweep) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def tiny() -> structure.Structure:
+    return structure.of_base("asset:tiny-sd")
+
+
 @pytest.fixture(scope="module")
 def lora() -> Lora:
     """A weak random LoRA of the embedded base: it moves pictures without breaking them."""
-    tiny = structure.of_folder(locate("asset:tiny-sd", None, None), "asset:tiny-sd")
-    return random_lora(tiny, size=0.02)
+    return random_lora(tiny(), size=0.02)
 
 
 def save(lora: Lora, path: Path) -> Path:
-    tiny = structure.of_folder(locate("asset:tiny-sd", None, None), "asset:tiny-sd")
-    write(path, lora, tiny, "diffusers", "float32", metadata.Facts(path.stem, base="asset:tiny-sd"))
+    write(path, lora, tiny(), "diffusers", "float32", metadata.Facts(path.stem, base="asset:tiny-sd"))
     return path
 
 
