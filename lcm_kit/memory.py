@@ -213,7 +213,8 @@ def _probe_optimizer(kind: Any, device: torch.device) -> None:
     weight.grad = torch.ones_like(weight)
     try:
         kind([weight], lr=1.0).step()
-        fault = "" if float((weight + 1).abs().max()) < 0.1 else "a trial step is wrong"  # Adam's first: -lr
+        off = float((weight.detach() + 1).abs().max())  # Adam's first step is -lr
+        fault = "" if off < 0.1 else "a trial step is wrong"
     except Exception as reason:
         fault = _first_line(reason)
     if fault:

@@ -32,6 +32,7 @@ WIDE = {
 }  # fmt: skip
 SMALL = {**WIDE, "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
          "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}  # fmt: skip
+SMALLEST = {**SMALL, "up_block_types": ("UpBlock2D",)}  # one transformer block, not three: dynamo takes long
 
 
 def config(checkpointing: bool = False, **more: Any) -> Distill:
@@ -191,7 +192,7 @@ def test_a_lora_on_few_bits_trains_alone_and_is_the_base_when_off(kind: str, tmp
 
 @pytest.mark.usefixtures("_bnb")
 @pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("of", ["sd_base", "real_sd_base", "sdxl_base"])
+@pytest.mark.parametrize("of", ["sd_base", "real_sd_base", "ssd1b_base"])  # the last: SDXL, of fewer blocks
 def test_the_families_bases_train_in_few_bits_with_checkpointing(
     kind: str, of: str, request: pytest.FixtureRequest
 ) -> None:
@@ -350,8 +351,8 @@ def test_adamw8bit_walks_with_adamw_on_a_quarter_of_its_memory_and_resumes_exact
     )
     for optimizer, weight in ((eight, weights[0]), (full, weights[1])):
         _steps(optimizer, weight, range(5))
-    moved = float((weights[1] - 1).norm())
-    assert 0 < float((weights[0] - weights[1]).norm()) < 0.05 * moved
+    moved = [weight.detach() - 1 for weight in weights[:2]]
+    assert 0 < relative(*moved) < 0.05
     state = eight.state[weights[0]]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
 
@@ -430,17 +431,17 @@ def _three_passes(
     return aim, target, call(x, t, text).sample
 
 
-def _graphs(*, whole: bool, backend: str, **more: Any) -> list[int]:
+def _graphs(shape: dict[str, Any], *, whole: bool) -> list[int]:
     """Graphs made until the end of each of four steps, whose outputs are compared with uncompiled ones."""
     from torch._dynamo.utils import counters
 
     counters.clear()
-    setup = config(compile=True, **more)
-    unet = place(network(SMALL), setup, CPU)
+    setup = config(compile=True)
+    unet = place(network(shape), setup, CPU)
     lora = add_lora(unet, Adapter(rank=2, alpha=2.0))
-    plain = place(network(SMALL), config(), CPU)
+    plain = place(network(shape), config(), CPU)
     theirs = add_lora(plain, Adapter(rank=2, alpha=2.0))
-    call = compiled(unet, setup, backend=backend)
+    call = compiled(unet, setup, backend="eager")
     assert (call is unet) == (not whole)
     optimizers = [make_optimizer(of, Optimizer(lr=1e-2), CPU) for of in (lora, theirs)]
     made = []
@@ -461,14 +462,14 @@ def _graphs(*, whole: bool, backend: str, **more: Any) -> list[int]:
 
 @pytest.mark.usefixtures("_dynamo")
 def test_three_graphs_and_no_recompiling() -> None:
-    assert _graphs(whole=True, backend="eager") == [3, 3, 3, 3]
+    assert _graphs(SMALLEST, whole=True) == [3, 3, 3, 3]
 
 
 @pytest.mark.usefixtures("_dynamo")
 def test_a_large_unet_is_compiled_by_blocks_that_share_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three transformer blocks of one width: three graphs, not nine."""
     monkeypatch.setattr(memory, "_WHOLE", 0)
-    assert _graphs(whole=False, backend="eager") == [3, 3, 3, 3]
+    assert _graphs(SMALL, whole=False) == [3, 3, 3, 3]
 
 
 def test_what_is_not_asked_for_is_not_compiled() -> None:
