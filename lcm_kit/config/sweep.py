@@ -75,7 +75,7 @@ class GuidanceSweep:
     variant: str | None = None  # file variant, as "fp16"
     seed: int = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=2)] = 24  # prompts, from the top of the file
+    count: Annotated[int, Field(ge=3)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: Positive = 32
@@ -122,7 +122,7 @@ class Compose:
     variant: str | None = None  # file variant, as "fp16"
     seed: int = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=2)] = 16  # prompts, from the top of the file
+    count: Annotated[int, Field(ge=3)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: Positive = 32

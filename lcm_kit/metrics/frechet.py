@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.metrics.jackknife import Jackknife, jackknife, student_t
+from lcm_kit.metrics.jackknife import Jackknife, jackknife
 
 ENOUGH = 4  # samples a feature, for the bias to be of order 1/N; tests/test_metrics_frechet.py tries it
-_student_t = student_t  # tests/test_metric_sets.py holds it against scipy under this name
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "the teacher's guidance_scale whose samples are nearest from the same noise: what was baked in, and "
         "what the student's own guidance_scale adds to it",
     ),
+    "guidance_misfit": (
+        "distance from the teacher's line", "", "lower",
+        "how far the samples are from the teacher's at the effective guidance, over how far the teacher's at "
+        "the least and the most guidance are apart; near 1 or above, effective guidance says little",
+    ),
     "frechet_real": (
         "Fréchet distance to real pictures", "", "lower",
         "between Gaussians fitted to the features; biased upwards by few samples",
@@ -116,7 +121,7 @@ class Ruler:
                 similarity.brand_similarity(table["features"], *self.brand)
             )
         if len(self.teachers) > 1 and cell.kind != "teacher":
-            found["effective_guidance"] = self._guidance(table)
+            found |= self._guidance(table)
         return {key: found[key] for key in METRICS if key in found}
 
     def _mean(self, values: Tensor) -> Figure:
@@ -163,11 +168,14 @@ class Ruler:
             found[f"kernel_{name}"] = Figure(value, rounds)
         return found
 
-    def _guidance(self, table: Rows) -> Figure:
+    def _guidance(self, table: Rows) -> Figures:
         scales = torch.tensor(list(self.teachers))
         stack = torch.stack([teacher["latents"] for teacher in self.teachers.values()])
-        value, rounds = effective_guidance.effective_guidance(table["latents"], stack, scales, self.resamples)
-        return Figure(value, rounds)
+        found = effective_guidance.nearest(table["latents"], stack, scales, self.resamples)
+        return {
+            "effective_guidance": Figure(found.value, found.resampled, found.interval(self.confidence)),
+            "guidance_misfit": Figure(found.distance),
+        }
 
     def _costs(self, table: Rows) -> Figures:
         seconds, joules = float(table["seconds"].mean()), float(table["joules"].mean())

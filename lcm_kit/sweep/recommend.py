@@ -175,7 +175,11 @@ def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
     guidance = sweep.cells[chosen].get("effective_guidance")
     if guidance is not None:
         low, high = guidance.interval(sweep.confidence)
-        found.append(f"its pictures are nearest to the teacher's at guidance_scale {low:.3g} to {high:.3g}")
+        misfit = sweep.cells[chosen]["guidance_misfit"].value
+        far = "" if misfit < 1 else ", though not near: the teacher's at its ends are closer to each other"
+        found.append(
+            f"its pictures are nearest to the teacher's at guidance_scale {low:.3g} to {high:.3g}{far}"
+        )
     return found
 
 
