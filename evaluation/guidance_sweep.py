@@ -18,13 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit.report.sweep import write_sweep_report
-
 from lcm_kit import __version__, assets, families, processes, sample
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.cells import plan, reference
 from lcm_kit.sweep.compare import comparisons
@@ -53,6 +52,10 @@ def main(config: GuidanceSweep) -> Path:
     )  # fmt: skip
     look = Looker.of(config, prompts, size, device)
     cells = plan(config, [subject.name for subject in found])
+    real = reference_features(config, look, prompts, size)
+    brand = None
+    if config.brand and config.control:
+        brand = (look.folder(config.brand, size), look.folder(config.control, size))
 
     # -- Draw ------------------------------------------------------------------------------------------------
     versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
@@ -78,14 +81,11 @@ def main(config: GuidanceSweep) -> Path:
         return folder / "results.json"
 
     # -- Measure: every cell on the same resamples of prompts ------------------------------------------------
-    brand = None
-    if config.brand and config.control:
-        brand = (look.folder(config.brand, size), look.folder(config.control, size))
     main_teacher = reference(config.teacher)
     ruler = measure.Ruler(
         resamples=Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
         teachers={cell.guidance_scale: drawn[cell] for cell in cells if cell.kind == "teacher"},
-        reference=drawn[main_teacher], real=reference_features(config, look, prompts, size), brand=brand,
+        reference=drawn[main_teacher], real=real, brand=brand,
         cost=config.cost, confidence=config.confidence,
     )  # fmt: skip
     figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}
