@@ -18,6 +18,7 @@ LEAST_DIVERSITY = 0.5  # of the teacher's
 LEAST_SHARPNESS, MOST_SHARPNESS = 0.5, 4.0
 MOST_SATURATION = 1.5
 MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
+MARGIN = 0.02  # of the best cell's prompt adherence that a cheaper one may lose
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
 BREAKS = {"saturation": 1.25, "clipped": 0.05}  # guidance hurts: colours beyond this, over those at 1
 _NAMES = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M"}
@@ -81,11 +82,12 @@ class Sweep:
 
 
 def recommend(sweep: Sweep) -> Recommendation:
-    """The cheapest cell that is as good as the best of the healthy ones, as far as the sweep can tell.
+    """The cheapest cell that is as good as the best of the healthy ones.
 
-    As good: not worse in `quality` beyond the interval of the paired difference, and in the kernel distance
-    to the teacher's samples (where there is one) at most the best cell's upper end. Of equal UNet calls the
-    better one wins. An adapter with a warning is never recommended.
+    As good: prompts are followed within `MARGIN` of the best and not less beyond the interval of the paired
+    difference (without the margin, few prompts would speak for cheap settings), and the intervals of the
+    kernel distance to the teacher's samples overlap. Of equal UNet calls the better one wins. An adapter with
+    a warning is never recommended.
     """
     warnings = tuple(warning for subject in sweep.subjects for warning in warn(sweep, subject))
     excluded = {warning.adapter for warning in warnings}
@@ -127,8 +129,13 @@ def _look(sweep: Sweep, cell: Cell) -> float:
 def _as_good(sweep: Sweep, cell: Cell, best: Cell) -> bool:
     if sweep.better(best, cell, sweep.quality):
         return False
+    asked, most = (sweep.cells[each].get("prompt_adherence") for each in (cell, best))
+    if asked is not None and most is not None and asked.value < (1 - MARGIN) * most.value:
+        return False
     mine, its = (sweep.cells[each].get("kernel_teacher") for each in (cell, best))
-    return mine is None or its is None or mine.value <= its.interval(sweep.confidence)[1]
+    if mine is None or its is None:
+        return True
+    return mine.interval(sweep.confidence)[0] <= its.interval(sweep.confidence)[1]
 
 
 def words(cell: Cell, sweep: Sweep) -> str:

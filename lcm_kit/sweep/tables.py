@@ -72,7 +72,7 @@ def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 _HEADS = {
     "prompt_adherence": "prompts", "kernel_teacher": "kernel", "effective_guidance": "guidance",
-    "saturation": "colour", "sharpness": "sharp", "diversity": "diverse", "seconds": "s/image",
+    "saturation": "colour", "sharpness": "sharp", "diversity": "diverse",
 }  # fmt: skip
 
 
