@@ -14,12 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from lcm_kit.tiny import world
 
-PROMPTS = (
-    "a large fox on a striped red background, in the middle",
-    "a small owl on a plain blue background, on the left",
-    "a large crown on a dotted green background, in the middle",
-    "a small rocket on a checkered yellow background, on the right",
-)
+PROMPTS = tuple(world.random_scene(np.random.default_rng(k)).prompt for k in range(4))
 LABELS = {
     "prompt_adherence": ("prompt adherence", "", "higher"),
     "latent_distance": ("distance to the teacher, latents", "", "lower"),

@@ -22,6 +22,7 @@ from PIL import Image
 from lcm_kit.errors import UserError
 from lcm_kit.report import build, shared, sweep, sweep_plots
 from lcm_kit.report.sweep import write_sweep_report
+from lcm_kit.report.sweep_sheets import sheets
 from tests.sweeps import PROMPTS, build_sweep
 
 EVIL = '<script>alert(1)</script></script><img src="http://evil.example/a.png"> & "quotes" </svg>'
@@ -147,6 +148,17 @@ def test_sheets_hold_every_cell(found: dict[str, Any], text: str) -> None:
     assert plain.rows[0][0] == "1"
     shown = {button["data-cell"] for button in Page(text).of("button") if "of" in (button.get("class") or "")}
     assert shown == {str(n) for n in range(len(found["cells"]))}
+
+
+def test_a_sheet_of_one_number_of_steps_lies_on_its_side() -> None:
+    scales = (1.0, 1.5, 2.0)
+    cells = [
+        {"id": f"a-{g}", "kind": "student", "adapter": "a", "sampler": "lcm", "steps": 4, "guidance_scale": g,
+         "lora_weight": 1.0, "unet_calls": 4} for g in scales
+    ]  # fmt: skip
+    (sheet,) = sheets(cells)
+    assert (sheet.columns, sheet.rows) == (("1", "1.5", "2"), (("4 steps", tuple(cells)),))
+    assert sheet.holds("a-2.0") and not sheet.holds("a-3.0")
 
 
 def test_the_headline(found: dict[str, Any], text: str) -> None:

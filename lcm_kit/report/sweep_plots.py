@@ -44,7 +44,6 @@ def lines(
     if not measured:
         return None
     drawn, axes = figure(layout=None)  # there are dozens of these, all of one shape
-    drawn.subplots_adjust(left=0.17, right=0.97, top=0.92, bottom=0.31)
     for name, style in zip(sorted({cell[series] for cell in cells}), _styles(), strict=False):
         line = [cell for cell in measured if cell[series] == name]
         if line:
@@ -53,6 +52,8 @@ def lines(
     if level is not None:
         _level(axes, level, "teacher")
     _axes(axes, sorted({cell[x] for cell in cells}), _words(x), about)
+    below = -(-len(axes.get_lines()) // 3)  # rows of the legend
+    drawn.subplots_adjust(left=0.17, right=0.97, top=0.92, bottom=0.17 + 0.065 * below)
     drawn.legend(loc="lower center", ncols=3, fontsize=9, frameon=False)
     return drawn
 
@@ -136,13 +137,13 @@ def pareto(
 
     if not best:
         return None
-    drawn, axes = figure(7.2, 4.6)
+    drawn, axes = figure(5.6, 4.6)
     for (name, cells), style in zip(groups.items(), _group_styles(groups), strict=True):
         line = [cell for cell in cells if cell["metrics"].get(key)]
-        axes.scatter(
-            [cell["unet_calls"] for cell in line], [value(cell, key) for cell in line],
-            color=style[0], marker=style[1], s=34, alpha=0.75, linewidths=0, label=name if line else None,
-        )  # fmt: skip
+        at, mid = [cell["unet_calls"] for cell in line], [value(cell, key) for cell in line]
+        size = 130 if style[1] == "*" else 34
+        label = name if line else None
+        axes.scatter(at, mid, size, style[0], style[1], alpha=0.75, linewidths=0, label=label)
     _front(axes, best, key)
     calls = sorted({cell["unet_calls"] for cells in groups.values() for cell in cells})
     axes.set_xscale("log", base=2)
@@ -154,7 +155,7 @@ def pareto(
     axes.set_title(BETTER.get(about.get("better") or "", ""), loc="left", fontsize=9, color="#565b64")
     if about.get("better") == "lower":
         axes.invert_yaxis()  # so that good is up, as ever
-    drawn.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    drawn.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return drawn
 
 
@@ -188,6 +189,6 @@ def _apart(calls: Sequence[int]) -> list[int]:
     """Those ticks that do not lie on each other on a logarithmic axis."""
     shown: list[int] = []
     for number in calls:
-        if not shown or number >= 1.3 * shown[-1]:
+        if not shown or number >= 1.2 * shown[-1]:
             shown.append(number)
     return shown

@@ -87,7 +87,7 @@ def sheets(cells: Sequence[Cell]) -> list[Sheet]:
     plain = groups(of_kind(cells, "plain"))
     inside = {cell["id"] for line in varied.values() for cell in line}
     return [
-        *([Sheet(first, "guidance_scale", scales, (("", tuple(teachers)),))] if teachers else []),
+        *([Sheet(first, "guidance →", scales, (("", tuple(teachers)),))] if teachers else []),
         *(
             _grid(title(of, line), line, "guidance_scale")
             for of, line in groups(students).items()
@@ -130,17 +130,16 @@ def weighed(students: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def _grid(name: str, cells: Sequence[Cell], rows: str) -> Sheet:
-    """Cells by `rows` and steps."""
-    steps = sorted({cell["steps"] for cell in cells})
+    """Cells by `rows` and steps; on its side, in one row, where there is one number of steps."""
+    steps, heads = sorted({cell["steps"] for cell in cells}), sorted({cell[rows] for cell in cells})
+    words = {"lora_weight": "LoRA weight", "guidance_scale": "guidance"}[rows]
     at = {(cell[rows], cell["steps"]): cell for cell in cells}
-    words = {"lora_weight": "LoRA weight"}.get(rows, rows)
-    heads = sorted({cell[rows] for cell in cells})
-    return Sheet(
-        name,
-        f"{words} ↓, steps →",
-        tuple(f"{n} step" + ("s" if n != 1 else "") for n in steps),
-        tuple((f"{r:g}", tuple(at.get((r, n)) for n in steps)) for r in heads),
-    )  # fmt: skip
+    counts = tuple(f"{n} step" + ("s" if n != 1 else "") for n in steps)
+    labels = tuple(f"{head:g}" for head in heads)
+    if len(steps) == 1:
+        return Sheet(name, f"{words} →", labels, ((counts[0], tuple(at[head, steps[0]] for head in heads)),))
+    lines = tuple(tuple(at.get((head, n)) for n in steps) for head in heads)
+    return Sheet(name, f"{words} ↓ steps →", counts, tuple(zip(labels, lines, strict=True)))
 
 
 # -- Pictures ------------------------------------------------------------------------------------------------
