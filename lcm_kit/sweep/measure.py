@@ -42,6 +42,11 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "how far the samples are from the teacher's at the effective guidance, over how far the teacher's at "
         "the least and the most guidance are apart; near 1 or above, effective guidance says little",
     ),
+    "astray": (
+        "astray", "", "lower",
+        "RMS in latents to the teacher's sample of the same noise, over that between the teacher's samples "
+        "of different prompts; 1 and above is not the teacher's picture any more",
+    ),
     "frechet_real": (
         "Fréchet distance to real pictures", "", "lower",
         "between Gaussians fitted to the features; biased upwards by few samples",
@@ -141,9 +146,14 @@ class Ruler:
         }
 
     def _distances(self, cell: Cell, table: Rows) -> Figures:
-        if not cell.deterministic or table is self.reference:
+        if table is self.reference:
             return {}
-        return {
+        teacher = self.reference["latents"]
+        others = teacher.roll(self.resamples.images_per_prompt, 0)  # of the prompt before
+        astray = {"astray": self._ratio(rms(table["latents"], teacher), rms(others, teacher))}
+        if not cell.deterministic:
+            return astray
+        return astray | {
             f"{name}_distance": self._mean(rms(table[part], self.reference[part]))
             for name, part in (("latent", "latents"), ("feature", "features"))
         }

@@ -11,12 +11,20 @@ from lcm_kit.sweep.measure import METRICS, Figures, compare
 from lcm_kit.sweep.subjects import Subject
 
 Kind = Literal[
-    "failed_to_load", "no_effect", "collapsed", "blurred", "noisy", "over_saturated", "worse_than_plain"
+    "failed_to_load",
+    "no_effect",
+    "astray",
+    "collapsed",
+    "blurred",
+    "noisy",
+    "over_saturated",
+    "worse_than_plain",
 ]
 # A cell outside of these looks broken to a person, whatever its prompts say (docs/guidance.md has pictures)
 LEAST_DIVERSITY = 0.5  # of the teacher's
 LEAST_SHARPNESS, MOST_SHARPNESS = 0.5, 4.0
 MOST_SATURATION = 1.5
+MOST_ASTRAY = 1.5
 MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
 MARGIN = 0.02  # of the best cell's prompt adherence that a cheaper one may lose
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
@@ -207,6 +215,9 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
         mine, its = figures.get(key), teacher.get(key)
         return None if mine is None or its is None or not its.value else mine.value / its.value
 
+    far = figures.get("astray")
+    if far is not None and not far.value <= MOST_ASTRAY:  # NaN too
+        return "astray", f"pictures {far.value:.1f} times as far from the teacher's as those of other prompts"
     if (ratio := over("diversity")) is not None and ratio < LEAST_DIVERSITY:
         return "collapsed", f"pictures of one prompt differ {ratio:.0%} as much as the teacher's"
     saturation, clipped = figures["saturation"].value, figures["clipped"].value
