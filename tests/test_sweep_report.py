@@ -289,7 +289,7 @@ def test_several_adapters_are_compared(tmp_path: Path) -> None:
     text = plain_text(tmp_path)
     assert (
         "Adapters at the same settings (4)" in text
-        and "Against other cells at as many UNet calls (4)" in text
+        and "Against plain samplers at as many UNet calls (4)" in text
     )
     assert "first: LCM, 4 steps, guidance_scale 1, LoRA weight 1 less base: DDIM, 4 steps" in text
     assert "▲" in text

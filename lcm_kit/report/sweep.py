@@ -277,7 +277,7 @@ def _comparisons(results: Results, cells: Sequence[Cell], metrics: Mapping[str, 
     for (a, b), found in pairs.items():
         if a in by_id and b in by_id:
             both = by_id[b]["kind"] == "student"
-            name = "Adapters at the same settings" if both else "Against other cells at as many UNet calls"
+            name = "Adapters at the same settings" if both else "Against plain samplers at as many UNet calls"
             tables.setdefault(name, []).append({"a": by_id[a], "b": by_id[b], "metrics": found})
     return [
         {

@@ -52,7 +52,7 @@ def lines(
     if level is not None:
         _level(axes, level, "teacher")
     _axes(axes, sorted({cell[x] for cell in cells}), _words(x), about)
-    below = -(-len(axes.get_lines()) // 3)  # rows of the legend
+    below = -(-len(axes.get_legend_handles_labels()[1]) // 3)  # rows of the legend
     drawn.subplots_adjust(left=0.17, right=0.97, top=0.92, bottom=0.17 + 0.065 * below)
     drawn.legend(loc="lower center", ncols=3, fontsize=9, frameon=False)
     return drawn
