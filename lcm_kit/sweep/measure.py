@@ -30,7 +30,7 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "samplers without noise on their way, since others end elsewhere by chance",
     ),
     "feature_distance": (
-        "distance to the teacher, features", "", "lower", "the same between feature vectors",
+        "distance to the teacher, features", "", "lower", "RMS between the feature vectors of the sample and of the teacher's from the same noise",
     ),
     "effective_guidance": (
         "effective guidance", "", None,
@@ -55,8 +55,8 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "kernel distance to real pictures", "", "lower",
         "unbiased MMD² of the features with a cubic kernel (KID)",
     ),
-    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "to the teacher's samples"),
-    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "to the teacher's samples"),
+    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "as to real pictures"),
+    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "as to real pictures"),
     "brand_similarity": (
         "brand similarity", "", "higher",
         "mean cosine of the features to the brand's pictures, less that to the control's",
