@@ -13,27 +13,21 @@ recommended.json, pictures/ and report.html (docs/guidance.md). Copy this file a
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit.report.sweep import write_sweep_report
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from lcm_kit import __version__, assets, families, processes, sample
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
-from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.results import Rows, kept
+from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.sweep import measure, tables
-from lcm_kit.sweep.cells import Cell, plan, reference
+from lcm_kit.sweep.cells import plan, reference
 from lcm_kit.sweep.compare import comparisons
-from lcm_kit.sweep.draw import Pipes, Samples, draw
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all
 from lcm_kit.sweep.look import Looker, reference_features
 from lcm_kit.sweep.recommend import Sweep, breaks, recommend
 from lcm_kit.sweep.subjects import base_facts, subjects
@@ -45,7 +39,7 @@ def main(config: GuidanceSweep) -> Path:
     """Sweep; returns the path of `results.json`."""
     # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    where = base_facts(config)
+    where = base_facts(config, config.adapters[0])
     base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     found = subjects(config.adapters, verify.base_of(base.path, base.revision, base.variant))
     folder = Path(config.output or Path(config.adapters[0]) / "sweep")
@@ -58,6 +52,10 @@ def main(config: GuidanceSweep) -> Path:
     )  # fmt: skip
     look = Looker.of(config, prompts, size, device)
     cells = plan(config, [subject.name for subject in found])
+    real = reference_features(config, look, prompts, size)
+    brand = None
+    if config.brand and config.control:
+        brand = (look.folder(config.brand, size), look.folder(config.control, size))
 
     # -- Draw ------------------------------------------------------------------------------------------------
     versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
@@ -75,35 +73,19 @@ def main(config: GuidanceSweep) -> Path:
         base, {subject.name: subject for subject in found},
         warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
     )  # fmt: skip
-    drawn: dict[Cell, Rows] = {}
-    total = 0  # UNet calls
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
-        task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
-        for number, cell in enumerate(cells, start=1):
-            bar.update(task, description=f"{number}/{len(cells)} {cell.id}", completed=total)
-            key = sha256_bytes(
-                json.dumps([inputs, cell.settings(), hashes.get(cell.adapter or "")]).encode()
-            )[:12]
-
-            def make(cell: Cell = cell) -> list[Rows]:
-                return draw(pipes.get(cell), cell, samples, look, share, partial(bar.advance, task))
-
-            drawn[cell] = kept(folder / "cells" / f"{cell.id}-{key}.safetensors", make, share)
-            total += cell.unet_calls * len(samples)
-        bar.update(task, completed=total)
+    drawn = draw_all(
+        cells, folder / "cells", pipes.get, samples, look,
+        lambda cell: [inputs, hashes.get(cell.adapter or "")], share,
+    )  # fmt: skip
     if not share.first:
         return folder / "results.json"
 
     # -- Measure: every cell on the same resamples of prompts ------------------------------------------------
-    brand = None
-    if config.brand and config.control:
-        brand = (look.folder(config.brand, size), look.folder(config.control, size))
     main_teacher = reference(config.teacher)
     ruler = measure.Ruler(
         resamples=Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
         teachers={cell.guidance_scale: drawn[cell] for cell in cells if cell.kind == "teacher"},
-        reference=drawn[main_teacher], real=reference_features(config, look, prompts, size), brand=brand,
+        reference=drawn[main_teacher], real=real, brand=brand,
         cost=config.cost, confidence=config.confidence,
     )  # fmt: skip
     figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from lcm_kit import assets
 from lcm_kit.config.load import Config
 from lcm_kit.config.schema import Base, Data, Finetune, Quality, Training
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
 
@@ -39,6 +40,15 @@ def _looks(config: Config) -> list[Callable[[], str]]:
         alone = config.base
         subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
         return [subject, lambda: _prompts(config.prompts)]
+    if isinstance(config, GuidanceSweep | Compose):
+        adapters = config.adapters if isinstance(config, GuidanceSweep) else (config.style, config.speed)
+        folders = [path for path in (config.brand, config.control) if path is not None]
+        return [
+            *(partial(_adapter, path) for path in adapters),
+            *([partial(_base, Base(config.base, config.revision, config.variant))] if config.base else []),
+            lambda: _prompts(config.prompts),
+            *(partial(_pictures, path) for path in folders),
+        ]
     return []
 
 
@@ -78,6 +88,20 @@ def _data(data: Data) -> str:
 
 def _prompts(prompts: str) -> str:
     return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+
+
+def _adapter(path: str) -> str:
+    from lcm_kit.export import untrusted
+    from lcm_kit.sample import adapter_file
+
+    file = adapter_file(path)
+    return f"adapter: {file}, {len(untrusted.inspect(file).entries)} tensors"
+
+
+def _pictures(path: str) -> str:
+    from lcm_kit.data.records import pictures
+
+    return f"images: {path}, {len(pictures(Path(assets.resolve(path)).expanduser(), path))} of them"
 
 
 def _trained(run: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -27,9 +30,10 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Make two real steps on random weights, and measure.")
     ] = False,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What to plan for.")] = "cuda",
     device_memory: Annotated[
         float | None,
-        typer.Option(metavar="GB", min=0.0, help="Of the card to plan for. [default: the one that is here]"),
+        typer.Option(metavar="GB", min=0.0, help="Of the device. [default: of the one that is here]"),
     ] = None,
     structure: Annotated[
         Literal["sd1", "sd2", "sdxl", "ssd1b"] | None,
@@ -38,7 +42,7 @@ def plan(
 ) -> None:
     """Say what a run will need, and what to change if it does not fit; no weights are loaded.
 
-    Exit code 1 if the card's memory is too small.
+    Exit code 1 if the device's memory is too small.
     """
     wanted = _distill(config, overrides or [])
     quiet()
@@ -50,16 +54,18 @@ def plan(
         typer.echo(f"note: {found.note}")
     if wanted.teacher.adapters:
         typer.echo("note: the teacher's adapters are not counted")
-    planner = estimate.Planner(Stage(found, wanted.adapter))
+    planner = estimate.Planner(Stage(found, wanted.adapter), device)
     planned = planner(wanted)
     show.facts(planned, estimate.disk(wanted, planner))
-    show.cards(planned)
-    show.presets(advice.presets(planner, wanted))
+    if device == "cuda":
+        show.presets(advice.presets(planner, wanted))
+    memory = device_memory if device_memory is not None else _memory(device)
+    fits = memory is None or planned.fits(memory)
+    if memory is not None:
+        show.verdict(planned, memory, [] if fits else advice.what_to_change(planner, wanted, memory))
     if probe:
         _probe(wanted, structure, planner)
-    card = device_memory if device_memory is not None else _card()
-    if card is not None and not planned.fits(card):
-        show.advice(advice.what_to_change(planner, wanted, card), card)
+    if not fits:
         raise typer.Exit(1)
 
 
@@ -77,15 +83,33 @@ def _distill(config: str, overrides: list[str]) -> Distill:
 def _probe(config: Distill, structure: str | None, planner: Planner) -> None:
     from lcm_kit.plan import estimate, probe, show
 
+    device = "cpu" if _memory("cuda") is None else "cuda"
+    here = planner if planner.device == device else estimate.Planner(planner.stage, device)
+    expected, free = here(config), _free()
+    if device == "cpu" and free is not None and expected.peak > free:
+        raise UserError(
+            f"the probe needs {show.size(expected.peak)} of memory on this CPU and {show.size(free)} are "
+            "free; lower batch_size, or probe on the machine that will train"
+        )
+    typer.echo(f"probe: {probe.STEPS} steps on the {device}, in a process of its own ...")
     measured = probe.run(config, structure)
-    here = planner if measured.device == "cuda" else estimate.Planner(planner.stage, "cpu")
+    if measured.weights == "random":  # they come from no file
+        here.stage.subject = replace(here.stage.subject, stored=None)
     show.probe(measured, here(config))
 
 
-def _card() -> float | None:
-    """GiB of the CUDA device that is here; None without one."""
+def _memory(device: str) -> float | None:
+    """GiB of the device that is here; None without one, or if the system does not say."""
+    if device == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30 or None
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+
+
+def _free() -> int | None:
+    """Bytes of memory that can be had without swapping; None where there is no /proc."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -43,3 +43,32 @@ def compare(
         raise UserError(f"config {config} is for {loaded.recipe}; give one for evaluation/guidance_sweep")
     quiet()
     shipped.load_recipe(loaded.recipe).main(loaded)
+
+
+@verbs.command(rich_help_panel="The stages")
+def compose(
+    style: Annotated[str, typer.Argument(metavar="STYLE", help="A run or a .safetensors LoRA.")],
+    speed: Annotated[str, typer.Argument(metavar="SPEED", help="The one that makes sampling short.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, as steps=8.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: SPEED's]")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the merged file and the map.")] = Path(
+        "runs/compose"
+    ),
+    config: Annotated[str, typer.Option(help="A compose config.")] = "evaluation/compose",
+) -> None:
+    """Find the weights at which a style and an acceleration LoRA serve best together, and merge them."""
+    from lcm_kit import shipped
+    from lcm_kit.config.load import load
+    from lcm_kit.config.sweep import Compose
+
+    told = {"style": style, "speed": speed, "output": str(output), **({"base": base} if base else {})}
+    given = [f"{key}={json.dumps(value)}" for key, value in told.items()]
+    loaded = load(shipped.config_path(config), [*(overrides or []), *given])
+    if not isinstance(loaded, Compose):
+        raise UserError(f"config {config} is for {loaded.recipe}; give one for evaluation/compose")
+    quiet()
+    shipped.load_recipe(loaded.recipe).main(loaded)

@@ -102,16 +102,19 @@ def _expecting_unet_only() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0) -> None:
-    """Load a LoRA (`adapter_file`) into `pipe` as users do, at the strength `weight` (1 = as trained)."""
+def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: str = _ADAPTER_NAME) -> None:
+    """Load a LoRA (`adapter_file`) into `pipe` as users do, at the strength `weight` (1 = as trained).
+
+    It is the one that is on then; others that were loaded under other names stay, and are off.
+    """
     file = adapter_file(adapter)
     try:
         with _expecting_unet_only():
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_ADAPTER_NAME)
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason})") from error
-    pipe.set_adapters([_ADAPTER_NAME], [weight])
+    pipe.set_adapters([name], [weight])
 
 
 def scheduler(solver: str, config: Any) -> Any:
@@ -195,7 +198,8 @@ def latents(
     try:
         drawn = pipe(
             list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams,
-            height=size, width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent", **extra,
+            height=size, width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
+            **extra,
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own

@@ -325,3 +325,32 @@ def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["teacher", "base, dpmpp_2m"]
+
+
+def test_compare_and_compose_make_their_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lcm_kit import shipped
+
+    ran: list[Any] = []
+    monkeypatch.setattr(shipped, "load_recipe", lambda name: SimpleNamespace(main=ran.append))
+    odd = tmp_path / "a=b.safetensors"
+    odd.touch()
+    assert cli("compare", "runs/a", str(odd), "count=8", "--base", "B", "--output", "out").exit_code == 0
+    assert cli("compose", "style.safetensors", "runs/b", "steps=2", "--base", "B").exit_code == 0
+    sweep, pair = ran
+    assert (sweep.adapters, sweep.count, sweep.base) == (("runs/a", str(odd)), 8, "B")
+    assert (sweep.output, pair.output) == ("out", "runs/compose")
+    assert (pair.style, pair.speed, pair.steps, pair.base) == ("style.safetensors", "runs/b", 2, "B")
+    alone = cli("compare", "runs/a", "count=8")
+    assert alone.exit_code == 2 and "two adapters or more, and 1 are named" in alone.stderr
+    other = cli("compare", "runs/a", "runs/b", "--config", "quickstart")
+    assert other.exit_code == 2 and "adapters: there is no such key" in other.stderr
+
+
+def test_check_looks_at_what_a_sweep_names(tmp_path: Path) -> None:
+    done = cli(
+        "check", "evaluation/guidance_sweep", f"adapters=['{tmp_path}/no.safetensors']", "brand=nowhere"
+    )
+    assert (
+        done.exit_code == 2 and "no.safetensors" in done.stderr and "nowhere: there is no such" in done.stderr
+    )
+    assert "count" in cli("check", "evaluation/compose", "count=2").stderr

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit import adapter, sample
 from lcm_kit.errors import UserError
-from lcm_kit.export import delivery, loading, structure, verify, write
+from lcm_kit.export import delivery, loading, recommended, structure, untrusted, verify, write
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.metadata import Facts
 from lcm_kit.export.run import export_run
@@ -309,3 +309,37 @@ def test_lora_weight_scales_the_adapter(run: Path, sd_base: Callable[..., Path])
             pipe = sample.pipeline(base)
             sample.load_adapter(pipe, file, weight)
             assert {layer.scale for layer in loading.layers({"unet": pipe.unet}).values()} == {2.0 * weight}
+
+
+def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> None:
+    """And only that of these very weights; the file still counts as the one that was swept."""
+    with pytest.raises(UserError, match="holds no sweep of these weights; run `lcm-kit evaluate"):
+        export_run(run, "both", "float32", with_evaluation=True)
+    files = export_run(run, "both", "float32")
+    before = recommended.weights_hash(files["diffusers"])
+    warnings = {"other": "other is bad", "lumo": "Mind it."}
+    found = {
+        "sentence": "Use 2 steps of TCD.", "adapter": "lumo", "sampler": "tcd", "steps": 2,
+        "guidance_scale": 1.5, "lora_weight": 0.8, "reasons": ["because"],
+        "warnings": [{"adapter": name, "sentence": text} for name, text in warnings.items()],
+    }  # fmt: skip
+
+    def sweep(weights: str) -> None:
+        results = {"adapters": [{"name": "lumo", "weights": weights}], "recommended": found}
+        (run / "sweep").mkdir(exist_ok=True)
+        (run / "sweep/results.json").write_text(json.dumps(results))
+
+    sweep("of other weights")
+    with pytest.raises(UserError, match="no sweep of these weights"):
+        export_run(run, "both", "float32", with_evaluation=True)
+    sweep(before)
+    files = export_run(run, "both", "float32", with_evaluation=True)
+    for file in files.values():
+        header = untrusted.inspect(file).metadata
+        assert header["lcm_kit.sampler"] == "tcd" and header["lcm_kit.sampling_steps"] == "2"
+        assert header["modelspec.usage_hint"].startswith("Sampler TCD, 2 steps, guidance_scale / CFG 1.5")
+    assert recommended.weights_hash(files["diffusers"]) == before
+    card = (files["kohya"].parent / "README.md").read_text()
+    for line in ("| sampler | TCD |", "| steps | 2 |", "| guidance (CFG) | 1.5 |", "| LoRA strength | 0.8 |"):
+        assert line in card
+    assert "**Warning.** Mind it." in card and "because" in card and "other is bad" not in card

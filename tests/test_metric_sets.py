@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics import diversity, effective_guidance, energy, frechet, kernel, sharpness, similarity
+from lcm_kit.metrics import diversity, kernel, sharpness, similarity
 from lcm_kit.metrics.bootstrap import Resamples, percentiles, two_sided_p
-from lcm_kit.metrics.distance import rms
 from lcm_kit.metrics.saturation import chroma, clipped_shares
 
 
@@ -48,44 +46,6 @@ def test_p_is_that_of_a_normal_difference() -> None:
     assert two_sided_p(torch.zeros(10)) == 1.0
 
 
-# -- Effective guidance --------------------------------------------------------------------------------------
-
-SCALES = torch.tensor([1.0, 2.0, 4.0, 7.0])
-
-
-def line(scales: Tensor, n: int = 40) -> Tensor:
-    """Teachers [G, N, 6] that move along a direction of each sample's own as guidance rises."""
-    start, way = normal(n, 6, seed=1), normal(n, 6, seed=2)
-    return start + scales[:, None, None].double() * way
-
-
-def test_a_teacher_is_its_own_guidance() -> None:
-    teachers, drawn = line(SCALES), Resamples.draw(40)
-    for k, scale in enumerate(SCALES.tolist()):
-        value, rounds = effective_guidance.effective_guidance(teachers[k], teachers, SCALES, drawn)
-        assert value == pytest.approx(scale, abs=1e-9) and bool((rounds - scale).abs().max() < 1e-9)
-    between = line(torch.tensor([3.25]))[0]
-    assert effective_guidance.effective_guidance(between, teachers, SCALES, drawn)[0] == pytest.approx(3.25)
-
-
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    hits = []
-    for seed in range(120):
-        student = line(torch.tensor([3.0]))[0] + 2.0 * normal(40, 6, seed=100 + seed)
-        drawn = Resamples.draw(40, rounds=300, seed=seed)
-        _, rounds = effective_guidance.effective_guidance(student, line(SCALES), SCALES, drawn)
-        low, high = percentiles(rounds, 0.95)
-        hits.append(low <= 3.0 <= high)
-    assert 0.88 <= sum(hits) / len(hits) <= 0.99
-
-
-def test_beyond_the_ends_is_the_end() -> None:
-    far = line(torch.tensor([12.0]))[0]
-    assert effective_guidance.effective_guidance(far, line(SCALES), SCALES, Resamples.draw(40))[0] == 7.0
-    with pytest.raises(ValueError, match="each larger"):
-        effective_guidance.effective_guidance(far, line(SCALES), SCALES.flip(0), Resamples.draw(40))
-
-
 # -- Kernel and Frechet distances ----------------------------------------------------------------------------
 
 
@@ -101,7 +61,11 @@ def slow_mmd(a: Tensor, b: Tensor, weights: list[int], paired: bool) -> float:
         return sum(u[i] * v[j] * k(x[i], y[j]) for i, j in pairs) / sum(u[i] * v[j] for i, j in pairs)
 
     ones = weights if paired else [1] * len(b)
-    return mean(a, a, weights, weights, True) + mean(b, b, ones, ones, True) - 2 * mean(a, b, weights, ones, paired)
+    return (
+        mean(a, a, weights, weights, True)
+        + mean(b, b, ones, ones, True)
+        - 2 * mean(a, b, weights, ones, paired)
+    )
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -152,34 +116,18 @@ def test_cmmd_is_the_gaussian_kernel_on_unit_vectors() -> None:
     assert value == pytest.approx(1000 * (sum(off) - 2 * float(k.mean())), rel=1e-9)
 
 
-def test_the_frechet_interval_takes_the_bias_off() -> None:
-    """Of N(0, I) and N(m, I) it is |m|^2; the plain estimate of 48 samples is far above."""
-    truth, plain, hits, values = 4 * 0.5**2, [], [], []
-    reference = normal(20_000, 4, seed=99)
-    for seed in range(60):
-        a = normal(48, 4, seed=seed) + 0.5
-        plain.append(frechet.frechet(a, reference))
-        value, low, high = frechet.frechet_interval(a, reference, Resamples.draw(24, 2, rounds=1), 0.95)
-        values.append(value)
-        hits.append(low <= truth <= high)
-    error = float(np.std(values) / math.sqrt(len(values)))
-    assert np.mean(values) == pytest.approx(truth, abs=3 * error + 0.01)
-    assert np.mean(plain) > truth + 0.05
-    assert sum(hits) / len(hits) >= 0.85
-
-
-def test_students_t() -> None:
-    for freedom in (5, 15, 40):
-        assert frechet._student_t(0.975, freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=0.01)
-
-
 # -- Diversity, sharpness, colours ---------------------------------------------------------------------------
 
 
 def test_diversity_is_the_mean_distance_of_pairs() -> None:
     features = normal(6, 5)
     expected = [
-        np.mean([float((features[p + i] - features[p + j]).norm()) for i, j in itertools.combinations(range(3), 2)])
+        np.mean(
+            [
+                float((features[p + i] - features[p + j]).norm())
+                for i, j in itertools.combinations(range(3), 2)
+            ]
+        )
         for p in (0, 3)
     ]
     assert diversity.within_prompts(features, 3).tolist() == pytest.approx(expected)
@@ -208,15 +156,8 @@ def test_the_slope_of_a_known_spectrum(slope: float) -> None:
     assert float(sharpness.spectral_slope(images)) == pytest.approx(slope, abs=1e-6)
 
 
-def test_blur_lowers_both() -> None:
-    images = normal(3, 3, 32, 32)
-    blurred = torch.from_numpy(scipy.ndimage.gaussian_filter(images.numpy(), (0, 0, 1.0, 1.0)))
-    assert bool((sharpness.laplacian_energy(blurred) < 0.1 * sharpness.laplacian_energy(images)).all())
-    assert bool((sharpness.spectral_slope(blurred) < sharpness.spectral_slope(images) - 1).all())
-
-
 def test_a_colour_shift_is_measured() -> None:
-    """Chroma is max - min: stretched about grey by 1.5 it is 1.5 times as large; +0.5 on all clips what it clips."""
+    """Chroma is max - min: stretched about grey by 1.5 it is 1.5 times as large."""
     images = 0.4 * normal(4, 3, 8, 8).clamp(-1, 1)
     assert chroma(1.5 * images).tolist() == pytest.approx((1.5 * chroma(images)).tolist())
     shifted = (2.5 * images).clamp(-1, 1)
@@ -225,18 +166,15 @@ def test_a_colour_shift_is_measured() -> None:
     assert clipped_shares(images).tolist() == [0.0] * 4
 
 
-def test_rms() -> None:
-    a = normal(2, 3, 4)
-    assert rms(a, a + torch.tensor([1.0, -2.0]).view(2, 1, 1)).tolist() == pytest.approx([1.0, 2.0])
-
-
 # -- Brand ---------------------------------------------------------------------------------------------------
 
 
 def test_brand_similarity_is_between_its_ends() -> None:
     brand, control = normal(20, 8) + torch.tensor([3.0] + [0.0] * 7), normal(30, 8, seed=1)
     floor, ceiling = similarity.ends(brand, control)
-    inside = similarity.brand_similarity(normal(50, 8, seed=2) + torch.tensor([3.0] + [0.0] * 7), brand, control)
+    inside = similarity.brand_similarity(
+        normal(50, 8, seed=2) + torch.tensor([3.0] + [0.0] * 7), brand, control
+    )
     outside = similarity.brand_similarity(normal(50, 8, seed=3), brand, control)
     assert float(inside.mean()) == pytest.approx(ceiling, abs=0.08)
     assert float(outside.mean()) == pytest.approx(floor, abs=0.08)
@@ -248,34 +186,3 @@ def test_brand_similarity_by_hand() -> None:
     # centre (1, 0): brand (1, 1), control (0, 1) and (0, -1), the picture (0, 2)
     found = similarity.brand_similarity(torch.tensor([[1.0, 2.0]]), brand, control)
     assert found.tolist() == pytest.approx([math.sqrt(0.5) - 0.0])
-
-
-# -- Energy --------------------------------------------------------------------------------------------------
-
-
-def test_a_processors_counters(tmp_path: Path) -> None:
-    for name, start in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 1)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{start}\n")
-        (tmp_path / name / "max_energy_range_uj").write_text("9999999\n")
-    with energy.Energy("cpu", powercap=tmp_path) as spent:
-        (tmp_path / "intel-rapl:0/energy_uj").write_text("6500000\n")
-        (tmp_path / "intel-rapl:1/energy_uj").write_text("1000000\n")  # over its maximum
-    assert spent.joules == pytest.approx(1.5 + 2.0)
-    with energy.Energy("cpu", powercap=tmp_path / "none") as spent:
-        pass
-    assert spent.joules is None
-
-
-def test_a_gpus_power_is_integrated() -> None:
-    with energy.Energy("cuda", power=lambda: 250.0) as spent:
-        pass
-    (start, _), *_, (end, _) = spent._samples
-    assert spent.joules == pytest.approx(250 * (end - start))
-
-    def missing() -> float:
-        raise ModuleNotFoundError("pynvml")
-
-    with energy.Energy("cuda", power=missing) as spent:
-        pass
-    assert spent.joules is None

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lcm_kit.errors import UserError
-from lcm_kit.report import build, plots
+from lcm_kit.report import plots, shared
 from lcm_kit.report.build import headline, snippet, verdict, write_report
 from lcm_kit.results import best_plain
 from tests.runs import build_run
@@ -176,7 +176,7 @@ def test_the_snippet_is_a_program(run: Path) -> None:
 
 def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
     Image.effect_noise((512, 512), 60).convert("RGB").save(tmp_path / "a.png")
-    uri = build.picture_uri(tmp_path / "a.png")
+    uri = shared.picture_uri(tmp_path / "a.png")
     assert uri.startswith("data:image/jpeg")
     assert len(uri) < (tmp_path / "a.png").stat().st_size / 4
 
@@ -189,10 +189,10 @@ def test_running_mean_has_no_bias_at_its_start() -> None:
 
 
 def test_numbers_as_text() -> None:
-    assert [build.number(v) for v in (None, 0.0312, 1.0, 25.0)] == ["–", "0.0312", "1.00", "25.0"]
-    assert build.number(25.0, 2) == "25"
-    assert [build.seconds(v) for v in (0.0123, 1.5)] == ["12\u00a0ms", "1.50\u00a0s"]
-    assert build.percent(0.905) == "90\u00a0%"
+    assert [shared.number(v) for v in (None, 0.0312, 1.0, 25.0)] == ["–", "0.0312", "1.00", "25.0"]
+    assert shared.number(25.0, 2) == "25"
+    assert [shared.seconds(v) for v in (0.0123, 1.5)] == ["12\u00a0ms", "1.50\u00a0s"]
+    assert shared.percent(0.905) == "90\u00a0%"
 
 
 def test_an_unevaluated_run(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lcm_kit.config.schema import Distill, Finetune, PretrainTiny, Quality, Speed, Training
-from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
-Config = Distill | Finetune | PretrainTiny | Quality | Speed | GuidanceSweep
+Config = Distill | Finetune | PretrainTiny | Quality | Speed | GuidanceSweep | Compose
 RECIPES: dict[str, type[Config]] = {
     "train/distill": Distill,
     "train/finetune": Finetune,
@@ -25,6 +25,7 @@ RECIPES: dict[str, type[Config]] = {
     "evaluation/quality": Quality,
     "evaluation/speed": Speed,
     "evaluation/guidance_sweep": GuidanceSweep,
+    "evaluation/compose": Compose,
 }
 Key = tuple[str | int, ...]
 

@@ -75,7 +75,7 @@ class GuidanceSweep:
     variant: str | None = None  # file variant, as "fp16"
     seed: int = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=2)] = 24  # prompts, from the top of the file
+    count: Annotated[int, Field(ge=3)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: Positive = 32
@@ -87,8 +87,8 @@ class GuidanceSweep:
     # of prompt adherence, as `features`: CLIP or SigLIP; null: `features` if it reads text, the probe's
     # attributes with asset:probe
     text_features: str | None = None
-    # images for the Frechet and kernel distances: folder or asset:NAME; null: renders of tiny-sd's world where
-    # the prompts are of it, else none
+    # images for the Frechet and kernel distances: folder or asset:NAME; null: renders of tiny-sd's world
+    # where the prompts are of it, else none
     real: str | None = None
     brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
     control: str | None = None  # images of other looks, to compare with; needed with `brand`
@@ -103,4 +103,48 @@ class GuidanceSweep:
             raise ValueError("brand and control need each other; give both or neither")
         if len(set(self.adapters)) < len(self.adapters):
             raise ValueError("adapters: one of them is there twice; name each once")
+        return self
+
+
+Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Compose:
+    """`recipe: evaluation/compose`: at which weights do a style and an acceleration LoRA work together?"""
+
+    recipe: Literal["evaluation/compose"]
+    style: str  # a run or a .safetensors file
+    speed: str  # as `style`: what makes sampling short
+    output: str = "runs/compose"  # folder of results.json, the merged file, map.png and the rest
+    base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what `speed` was made on
+    revision: str | None = None  # hub revision
+    variant: str | None = None  # file variant, as "fp16"
+    seed: int = 0
+    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    count: Annotated[int, Field(ge=3)] = 16  # prompts, from the top of the file
+    images_per_prompt: Positive = 2
+    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    batch_size: Positive = 32
+    teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
+    teacher_guidance: Scale = 5.0
+    teacher_weight: float = 1.0  # of the style in the teacher
+    sampler: Literal["lcm", "tcd", "ddim"] = "lcm"
+    steps: Positive = 4
+    guidance_scale: Scale = 1.0
+    style_weights: Weights = (0.6, 0.8, 1.0, 1.2)
+    speed_weights: Weights = (0.6, 0.8, 1.0, 1.2)
+    features: str = "asset:probe"  # as in a guidance sweep
+    text_features: str | None = None
+    brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
+    control: str | None = None  # images of other looks; needed with `brand`
+    rank: Annotated[int, Field(ge=1)] | None = None  # of the merged file; null: exact, the ranks add up
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    pictures: Positive = 6
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Compose:
+        if (self.brand is None) != (self.control is None):
+            raise ValueError("brand and control need each other; give both or neither")
         return self

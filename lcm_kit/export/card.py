@@ -23,7 +23,8 @@ from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
-from lcm_kit.report.build import describe, headline, number, percent
+from lcm_kit.report.build import describe, headline
+from lcm_kit.report.shared import number, percent
 from lcm_kit.results import best_plain
 from lcm_kit.sample import contact_sheet, save_png
 

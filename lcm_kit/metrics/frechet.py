@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.metrics.jackknife import Jackknife, jackknife, student_t
+from lcm_kit.metrics.jackknife import Jackknife, jackknife
 
 ENOUGH = 4  # samples a feature, for the bias to be of order 1/N; tests/test_metrics_frechet.py tries it
-_student_t = student_t  # tests/test_metric_sets.py holds it against scipy under this name
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -52,12 +51,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def frechet_jackknife(a: Tensor, b: Tensor, images_per_prompt: int, paired: bool = False) -> Jackknife:
     """Frechet distance of features `a` [N, F] to `b` [M, F] with its bias and error, by leaving prompts out.
 
-    `paired`: b_i has the prompt of a_i, and both are left out together; the value is then the distance between
-    the two laws. Otherwise `b` is taken as it is: the value is the distance to these M pictures, and the bias
-    of their number stays in it (the same for all sets that are held against them).
+    `paired`: b_i has the prompt of a_i, and both are left out together; the value is then the distance
+    between the two laws. Otherwise `b` is taken as it is: the value is the distance to these M pictures, and
+    the bias of their number stays in it (the same for all sets that are held against them).
 
-    The bias is of order 1/N, which is what the jackknife takes off, only with `ENOUGH` times as many samples as
-    features. With twice as many it takes off too much, with fewer than features far too little.
+    The bias is of order 1/N, which is what the jackknife takes off, only with `ENOUGH` times as many samples
+    as features. With twice as many it takes off too much, with fewer than features far too little.
     """
 
     def statistic(index: Tensor) -> float:
@@ -71,10 +70,10 @@ def frechet_interval(
 ) -> tuple[float, float, float]:
     """Of `frechet_jackknife`: the value without most of its bias, which can be below 0, and its interval.
 
-    With fewer than `ENOUGH` samples a feature nothing takes the bias off, and the interval reaches from a lower
-    bound, the distance of the means alone, to an upper one, the biased estimate: wide, and true. The percentile
-    bootstrap would be wrong at any number: a resample has about 63% of the samples, and the distance grows as
-    samples get fewer, so that its whole interval can lie above the truth.
+    With fewer than `ENOUGH` samples a feature nothing takes the bias off, and the interval reaches from a
+    lower bound, the distance of the means alone, to an upper one, the biased estimate: wide, and true. The
+    percentile bootstrap would be wrong at any number: a resample has about 63% of the samples, and the
+    distance grows as samples get fewer, so that its whole interval can lie above the truth.
     """
     per = resamples.images_per_prompt
     found = frechet_jackknife(a, b, per, paired)

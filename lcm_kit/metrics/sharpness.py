@@ -43,7 +43,7 @@ def spectral_slope(images: Tensor) -> Tensor:
     members = torch.bincount(ring[inside] - 1).double()
     sums = torch.zeros(len(y), len(members), dtype=torch.float64, device=y.device)
     sums.index_add_(1, ring[inside] - 1, power.flatten(1)[:, inside])
-    values = (sums / members).clamp(min=1e-300).log()
+    values = (sums / members).clamp(min=1e-20).log()  # less is the rounding of a flat picture
     x = torch.arange(1, len(members) + 1, dtype=torch.float64, device=y.device).log()
     x = x - x.mean()
     return (values * x).sum(1) / (x * x).sum()

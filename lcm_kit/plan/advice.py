@@ -12,11 +12,13 @@ from lcm_kit.plan.estimate import CARDS, Estimate, Planner
 
 Overrides = Mapping[str, Any]
 
+ONE_PICTURE: Overrides = {"validation.count": 1}
 CHECKPOINTING: Overrides = {"gradient_checkpointing": True}
 NF4: Overrides = {"memory.quantize": "nf4"}
 ADAM8: Overrides = {"optimizer.name": "adamw8bit"}
 HALF: Overrides = {"precision": "bfloat16"}
-# Of the presets, the cheapest first: nothing, a fifth more time, then less exact weights
+_WELL_USED = 4  # samples a forward that use a GPU well
+# Of the presets, the cheapest first: nothing, a fifth more time, less exact moments, less exact weights
 _LEVELS: tuple[Overrides, ...] = (
     {},
     CHECKPOINTING,
@@ -31,15 +33,12 @@ class Option:
 
     overrides: Overrides
     estimate: Estimate
+    fits_unchanged: bool = False  # whether the config fits as it is
 
     @property
     def typed(self) -> str:
         """The overrides as one types them; "" for none."""
-        shown = {
-            key: str(value).lower() if isinstance(value, bool) else value
-            for key, value in self.overrides.items()
-        }
-        return " ".join(f"{key}={value}" for key, value in shown.items())
+        return " ".join(f"{key}={_yaml(value)}" for key, value in self.overrides.items())
 
 
 def _yaml(value: Any) -> str:
@@ -58,14 +57,14 @@ def changed(config: Distill, overrides: Overrides) -> Distill:
 
 
 def changes(config: Distill, device: str = "cuda") -> Iterator[Overrides]:
-    """Changes worth a try, smallest first: single ones, then more and more of them together."""
-    singles = list(_singles(config, device))
-    yield from singles
+    """Changes worth a try: those that cost no exactness alone and together, then all, then ever less."""
     together: dict[str, Any] = {}
-    for overrides in singles:
-        together = {**together, **overrides}
-        if together not in singles:
-            yield dict(together)
+    for group in (list(_exact(config)), list(_rounding(config, device))):
+        yield from group
+        for overrides in group:
+            together = {**together, **overrides}
+            if together != overrides:
+                yield dict(together)
     for overrides in _halvings({**_values(config), **together}):
         together = {**together, **overrides}
         yield dict(together)
@@ -75,14 +74,19 @@ def _values(config: Distill) -> dict[str, Any]:
     return {"batch_size": config.batch_size, "accumulation": config.accumulation}
 
 
-def _singles(config: Distill, device: str) -> Iterator[Overrides]:
+def _exact(config: Distill) -> Iterator[Overrides]:
+    if config.validation.prompts is not None and config.validation.count > 1:
+        yield ONE_PICTURE
     if not config.gradient_checkpointing:
         yield CHECKPOINTING
     yield from list(_halvings(_values(config)))[:1]
-    if config.memory.quantize != "nf4":
-        yield NF4
+
+
+def _rounding(config: Distill, device: str) -> Iterator[Overrides]:
     if config.optimizer.name != "adamw8bit":
         yield ADAM8
+    if config.memory.quantize != "nf4":
+        yield NF4
     if config.precision == "float32" or (device == "cpu" and config.precision == "auto"):
         yield HALF
 
@@ -106,20 +110,27 @@ def what_to_change(planner: Planner, config: Distill, card: float) -> list[Optio
 
 
 def preset(planner: Planner, config: Distill, card: float) -> Option | None:
-    """The overrides for a card of `card` GiB: the largest batch that fits, then the fewest savings.
+    """The overrides for a card of `card` GiB: the fewest savings with which it fits, the largest batch then.
 
-    Those that `config` has already are left out. The samples of an optimizer step stay the same. None if
-    nothing fits.
+    Without checkpointing only if a good batch, and the config's own, fits. Overrides that `config` has
+    already are left out. The samples of an optimizer step stay the same; validation draws one picture where
+    several are too many. None if nothing fits.
     """
     samples = config.batch_size * config.accumulation
+    unchanged = planner(config).fits(card)
     plain: Overrides = {"gradient_checkpointing": False, "memory.quantize": "none", "optimizer.name": "adamw"}
-    for batch in sorted((n for n in range(1, samples + 1) if samples % n == 0), reverse=True):
-        for level in _LEVELS:
-            overrides = {"batch_size": batch, "accumulation": samples // batch, **plain, **level}
-            estimate = planner(changed(config, overrides))
-            if estimate.fits(card):
-                new = {key: value for key, value in overrides.items() if _held(config, key) != value}
-                return Option(new, estimate)
+    for level in _LEVELS:
+        for batch in sorted((n for n in range(1, samples + 1) if samples % n == 0), reverse=True):
+            if not level and batch < max(config.batch_size, min(_WELL_USED, samples)):
+                break
+            wanted = {"batch_size": batch, "accumulation": samples // batch, **plain, **level}
+            for overrides in (wanted, {**wanted, **ONE_PICTURE}):
+                estimate = planner(changed(config, overrides))
+                if estimate.fits(card):
+                    new = {key: value for key, value in overrides.items() if _held(config, key) != value}
+                    return Option(new, estimate, unchanged)
+                if estimate.phase != "validation" or config.validation.count == 1:
+                    break
     return None
 
 

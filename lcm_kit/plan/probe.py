@@ -1,4 +1,4 @@
-"""Two real training steps on random weights of the real structure, and the way out: export and reload.
+"""Two real training steps, with random weights if the base's are not there; then export and reload.
 
     python -m lcm_kit.plan.probe CONFIG.yaml [STRUCTURE]
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_kit import memory, runtime, stepping
+from lcm_kit import families, memory, runtime, stepping
 from lcm_kit.adapter import add_lora, lora_state, swapped, teacher, update_ema
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Distill, Logging, Memory
@@ -40,6 +40,7 @@ from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
 
 STEPS = 2
+_MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # glibc then gives back what is freed, and one arena holds it all
 _MALLOC = {
@@ -57,8 +58,11 @@ class Probe:
     """What two steps measured."""
 
     device: str
+    weights: str  # real or random
     seconds: float  # of the second step
     peak: int | None  # bytes: CUDA's, or resident ones beyond the libraries'; None: the system does not say
+    phases: dict[str, int]  # the same in each phase; nothing if the system cannot tell
+    micro: int  # samples a forward: fewer than batch_size if memory ran out
     exported: int  # modules that came back from the file as they were
 
 
@@ -99,6 +103,47 @@ def random_unet(config: Any, dtype: torch.dtype) -> Any:
     return unet
 
 
+@dataclass
+class Meter:
+    """The highest memory in each phase: CUDA's own count, else the kernel's of resident bytes."""
+
+    cuda: bool
+    before: int = 0  # bytes that are not the run's
+    peaks: dict[str, int] = field(default_factory=dict)
+    most: int | None = None
+    _now: str | None = None
+
+    def start(self, phase: str | None) -> None:
+        """From here on it is `phase`; None: nothing that counts."""
+        held = torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")
+        if self._now and held is not None:
+            held -= self.before
+            self.most = max(held, self.most or 0)
+            self.peaks[self._now] = max(held, self.peaks.get(self._now, 0))
+        self._now = phase
+        if not _forget_peak(self.cuda):
+            self.peaks = {}  # they would be those of the run so far
+
+
+def _forget_peak(cuda: bool) -> bool:
+    """Whether the highest memory counts from here on."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes VmRSS
+    except OSError:
+        return False
+    return True
+
+
+def _resident(key: str) -> int | None:
+    """Bytes that /proc calls VmRSS (held now) or VmHWM (held at most); None where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
 @dataclass(frozen=True)
 class _Trial:
     """The step of train/distill on random latents and conditions."""
@@ -111,6 +156,9 @@ class _Trial:
     optimizer: Any
     latents: Tensor
     condition: Condition
+    tables: Schedule
+    kind: str  # of the UNet's output
+    meter: Meter
 
     def losses(self, part: slice) -> Tensor:
         """Losses of the samples in `part`."""
@@ -125,57 +173,83 @@ class _Trial:
             return self.unet(x.to(dtype), t, **condition.kwargs()).sample
 
         def as_teacher(x: Tensor, t: Tensor) -> Tensor:
+            self.meter.start("teacher pass")
             with teacher(self.unet):
                 both = Condition.cat([empty, condition])
                 uncond, cond = call(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guide(uncond, cond, config.guidance.max)
 
         def as_target(x: Tensor, t: Tensor) -> Tensor:
+            self.meter.start("target pass")
             with swapped(self.lora, self.ema or self.lora):
                 return call(x, t, condition)
 
-        tables = Schedule.from_config(_BETAS)
+        def as_student(x: Tensor, t: Tensor) -> Tensor:
+            self.meter.start("student pass")  # until the gradients are clipped
+            return call(x, t, condition)
+
         method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
-        times = method.times(tables, config.grid.steps, n, torch.Generator().manual_seed(0))
-        schedule = tables.to(device)
-        predict = partial(predictor, schedule=schedule, kind="v_prediction")
+        times = method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
+        schedule = self.tables.to(device)
+        predict = partial(predictor, schedule=schedule, kind=self.kind)
         return consistency_loss(
             method=method, solver=SOLVERS[config.solver], schedule=schedule,
             loss=lambda a, b: LOSSES[config.loss.name](a, b, config.loss.c),
-            teacher=predict(as_teacher), target=predict(as_target),
-            student=predict(partial(call, condition=condition)),
+            teacher=predict(as_teacher), target=predict(as_target), student=predict(as_student),
             x0=x0, noise=torch.randn(x0.shape).to(device), times=Times(*times).to(device),
         )  # fmt: skip
 
-    def step(self) -> None:
-        """One optimizer step."""
-        share = self.config.batch_size * self.config.accumulation
-        clip = self.config.optimizer.grad_clip
+    def step(self) -> tuple[float, int]:
+        """One optimizer step: its seconds with all of its micro-batches, and samples a forward."""
+        config = self.config
         passes = stepping.Passes(
-            self.accelerator, self.unet, self.lora, share, self.config.batch_size, clip
+            self.accelerator, self.unet, self.lora, len(self.latents), config.batch_size,
+            config.optimizer.grad_clip,
         )  # fmt: skip
+        start = self._clock()
         passes(1, self.losses)
+        middle = self._clock()
+        self.meter.start("optimizer step")
         self.optimizer.step()
         if self.ema:
-            update_ema(self.ema, self.lora, self.config.ema)
+            update_ema(self.ema, self.lora, config.ema)
         self.optimizer.zero_grad()
+        left_out = config.batch_size * config.accumulation / len(self.latents)
+        seconds = (middle - start) * left_out + self._clock() - middle
+        self.meter.start(None)
+        return seconds, passes.micro
+
+    def _clock(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def _trial(config: Distill, accelerator: Any, found: Subject, unet_config: Any) -> _Trial:
+def _trial(config: Distill, accelerator: Any, found: Subject, unet_config: Any, meter: Meter) -> _Trial:
     device, dtype = accelerator.device, runtime.dtype(accelerator)
-    unet = memory.place(random_unet(unet_config, dtype), config, device)
+    tables, kind = Schedule.from_config(_BETAS), "v_prediction"
+    meter.start("loading")
+    if found.folder is None:
+        unet = memory.place(random_unet(unet_config, dtype), config, device)
+    else:
+        base = families.inspect_base(str(found.folder), variant=config.base.variant)
+        unet = memory.load_unet(base, config, device, dtype)
+        tables, kind = Schedule.from_config(base.scheduler_config), base.prediction_type
+    meter.start(None)
     lora = add_lora(unet, config.adapter, seed=0)
     made = memory.make_optimizer(lora, config.optimizer, device)
     unet, optimizer = runtime.prepare(accelerator, unet, made)
     lora = [p for p in unet.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in lora] if config.ema else []
-    n, side = config.batch_size * config.accumulation, config.data.resolution // found.structure.factor
+    n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
+    side = config.data.resolution // found.structure.factor
     pooled = torch.randn(n, found.pooled) if found.pooled else None
     time_ids = torch.full((n, 6), float(config.data.resolution)) if found.pooled else None
-    width = unet_config["cross_attention_dim"]
-    condition = Condition(torch.randn(n, found.tokens, width), pooled, time_ids)
+    condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
     latents = torch.randn(n, 4, side, side)
-    return _Trial(config, accelerator, unet, lora, ema, optimizer, latents, condition)
+    return _Trial(
+        config, accelerator, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
+    )  # fmt: skip
 
 
 def _warm(config: Distill, accelerator: Any) -> None:
@@ -184,14 +258,8 @@ def _warm(config: Distill, accelerator: Any) -> None:
         config, batch_size=1, accumulation=1, adapter=Adapter(1, 1.0), memory=Memory(tf32=config.memory.tf32),
         data=replace(config.data, resolution=64),
     )  # fmt: skip
-    _trial(small, accelerator, subject.published("sd1"), _SMALL).step()
-
-
-def _resident(key: str) -> int | None:
-    """Bytes that /proc calls VmRSS (held now) or VmHWM (held at most); None where there is no /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    meter = Meter(accelerator.device.type == "cuda")
+    _trial(small, accelerator, subject.published("sd1"), _SMALL, meter).step()
 
 
 def _export(trial: _Trial, found: Subject, folder: Path) -> int:
@@ -222,23 +290,13 @@ def measure(config: Distill, structure: str | None) -> Probe:
     accelerator = runtime.start(config)
     _warm(config, accelerator)
     cuda = accelerator.device.type == "cuda"
-    before = _resident("VmRSS")
-    trial = _trial(config, accelerator, found, found.unet_config)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = 0.0
+    meter = Meter(cuda, 0 if cuda else _resident("VmRSS") or 0)
+    trial = _trial(config, accelerator, found, found.unet_config, meter)
     for _ in range(STEPS):  # the first makes the optimizer's moments, the second works beside them
-        start = time.perf_counter()
-        trial.step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    most = _resident("VmHWM")
-    resident = most - before if most is not None and before is not None else None
-    peak = torch.cuda.max_memory_allocated() if cuda else resident
+        seconds, micro = trial.step()
     return Probe(
-        accelerator.device.type, seconds, peak, _export(trial, found, Path(config.output))
+        accelerator.device.type, "random" if found.folder is None else "real", seconds, meter.most,
+        meter.peaks, micro, _export(trial, found, Path(config.output)),
     )  # fmt: skip
 
 

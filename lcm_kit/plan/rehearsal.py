@@ -5,6 +5,7 @@ It gives FLOPs (a multiply-add counts as two) and the bytes that each pass holds
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,15 +44,27 @@ class Pass:
     flops: float  # of a sample
     moments: tuple[Held, ...]  # one of them is its peak
 
+    def highest(self, batch: int, *, gradients: bool = False) -> Held:
+        """The moment that holds most with `batch` samples."""
+        return max(self.moments, key=lambda moment: moment.at(batch, gradients=gradients))
+
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The passes of a step."""
+    """The passes of a step. The target's is the student's forward without a graph: never the highest."""
 
     teacher: Pass  # both of guidance in one, its flops those of one of them
-    target: Pass
     student: Pass  # forward and backward
-    forward: float  # FLOPs of the student's forward alone
+    forward: float  # FLOPs of the student's forward alone, and of the target's
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A VAE: its passes to latents and back, without gradient."""
+
+    weights: int  # their number
+    encode: Pass
+    decode: Pass
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Stage:
 
     subject: Subject
     adapter: Adapter
-    _kept: dict[Any, Rehearsal] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Build, count, add the LoRA."""
@@ -81,31 +94,30 @@ class Stage:
     def rehearse(self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool) -> Rehearsal:
         """The passes at `resolution` pixels with the frozen weights in `dtype`."""
         cuda &= dtype != torch.float32  # without autocast there is no difference
-        key = (resolution, dtype, cuda, checkpointing)
-        if key not in self._kept:
+        key = (resolution, dtype, cuda)
+        if (key, checkpointing) not in self._kept:
             for p in self.bare:
                 p.data = p.data.to(dtype)
-            kernels = Kernels(dtype, cuda=cuda)
+            kernels, side = Kernels(dtype, cuda=cuda), resolution // self.subject.structure.factor
+            if key not in self._kept:
+                with torch.no_grad(), teacher(self.unet):
+                    self._kept[key], _ = self._pass(2, side, dtype, kernels)
             if checkpointing:
                 self.unet.enable_gradient_checkpointing(partial(checkpoint, kernels))
             else:
                 self.unet.disable_gradient_checkpointing()
-            self._kept[key] = self._rehearse(resolution // self.subject.structure.factor, dtype, kernels)
-        return self._kept[key]
+            self._kept[key, checkpointing] = self._pass(1, side, dtype, kernels)
+        return Rehearsal(self._kept[key], *self._kept[key, checkpointing])
 
-    def _rehearse(self, side: int, dtype: torch.dtype, kernels: Kernels) -> Rehearsal:
-        n = a_prime([side, self.subject.tokens, self.adapter.rank, *(d for p in self.bare for d in p.shape)])
-        with torch.no_grad():
-            with teacher(self.unet):
-                both, _ = self._pass(n, 2, side, dtype, kernels)
-            target, _ = self._pass(n, 1, side, dtype, kernels)
-        student, forward = self._pass(n, 1, side, dtype, kernels)
-        return Rehearsal(both, target, student, forward)
+    def pictures(self, resolution: int, dtype: torch.dtype) -> Pictures:
+        """The VAE's passes at `resolution` pixels, its weights and numbers in `dtype`."""
+        if (resolution, dtype) not in self._kept:
+            self._kept[resolution, dtype] = rehearse_vae(self.subject.vae_config, resolution, dtype)
+        return self._kept[resolution, dtype]
 
-    def _pass(
-        self, n: int, times: int, side: int, dtype: torch.dtype, kernels: Kernels
-    ) -> tuple[Pass, float]:
+    def _pass(self, times: int, side: int, dtype: torch.dtype, kernels: Kernels) -> tuple[Pass, float]:
         """One pass of `times` * n samples, and the FLOPs of its forward alone, of one sample."""
+        n = a_prime([side, self.subject.tokens, self.adapter.rank, *(d for p in self.bare for d in p.shape)])
         inputs = self._inputs(n * times, side, dtype)
         ledger = Ledger(n, frozenset(p.nbytes for p in self.lora))
         ledger.ignore([*self.unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
@@ -134,6 +146,29 @@ class Stage:
         return inputs
 
 
+@torch.no_grad()
+def rehearse_vae(config: Mapping[str, Any], resolution: int, dtype: torch.dtype) -> Pictures:
+    """The VAE of this configuration on the meta device, with pictures of `resolution` pixels."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config)).eval()
+    weights = list(vae.parameters())
+    for p in weights:
+        p.data = p.data.to(dtype)
+    n = a_prime([resolution, *(d for p in weights for d in p.shape)])
+    pixels = torch.empty(n, 3, resolution, resolution, dtype=dtype, device="meta")
+    latents = vae.encode(pixels).latent_dist.mean
+    passes = []
+    for run in (lambda: vae.encode(pixels), lambda: vae.decode(latents)):
+        ledger = Ledger(n)
+        ledger.ignore([*weights, pixels, latents])
+        with ledger, Kernels():
+            run()
+        passes.append(Pass(ledger.flops / n, largest(ledger.moments)))
+    return Pictures(sum(p.numel() for p in weights), *passes)
+
+
 def teacher_calls(config: Distill) -> int:
     """How often the solver asks the teacher in one step: found by letting it."""
     calls = 0
@@ -154,7 +189,7 @@ def flops_of_step(config: Distill, rehearsal: Rehearsal) -> dict[str, float]:
     samples = config.batch_size * config.accumulation
     return {
         "teacher": 2 * teacher_calls(config) * rehearsal.teacher.flops * samples,
-        "target": rehearsal.target.flops * samples,
+        "target": rehearsal.forward * samples,
         "student forward": rehearsal.forward * samples,
         "student backward": (rehearsal.student.flops - rehearsal.forward) * samples,
     }

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lcm_kit.plan.advice import Option
-from lcm_kit.plan.estimate import CARDS, CONTEXT, GIB, Disk, Estimate
+from lcm_kit.plan.estimate import CONTEXT, GIB, MARGIN, Disk, Estimate, room
 
 if TYPE_CHECKING:
     from lcm_kit.plan.probe import Probe
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+_WHERE = {"cuda": "a GPU", "cpu": "the CPU"}
 
 
 def size(count: float) -> str:
@@ -44,84 +45,107 @@ def _print(text: str) -> None:
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
 
 
+def _table(*columns: str) -> Table:
+    """Sizes to the right, the rest to the left."""
+    table = Table(box=SIMPLE)
+    for column in columns:
+        table.add_column(column, justify="right" if column == "size" else "left")
+    return table
+
+
 def facts(estimate: Estimate, disk: Disk) -> None:
-    """Weights, memory by part, FLOPs by part and disk."""
+    """Parameters, memory by part and by phase, FLOPs by part, disk."""
     weights, config = estimate.weights, estimate.config
-    lora = sum(weights.lora)
-    _print(f"weights: {weights.base / 1e6:.1f}M of the UNet, frozen; {lora / 1e6:.2f}M of the LoRA, trained")
-    where = "a GPU" if estimate.device == "cuda" else "the CPU"
-    name = str(estimate.dtype).removeprefix("torch.")
-    table = Table("memory", "GiB", box=SIMPLE, title=f"on {where}, frozen weights in {name}")
-    for part, count in estimate.staying.items():
-        if count:
-            table.add_row(part, f"{count / GIB:.3f}")
-    table.add_section()
-    for part, count in estimate.phases.items():
-        mark = " (the highest)" if part == estimate.phase else ""
-        table.add_row(f"{part}{mark}", f"{count / GIB:.3f}")
-    table.add_section()
-    table.add_row("peak", f"{estimate.peak / GIB:.3f}")
-    Console().print(table)
-    _print(f"The passing parts of the phases never meet: the peak is in the {estimate.phase}.")
-    parts = ", ".join(f"{part} {flops(count)}" for part, count in estimate.flops.items())
-    total = flops(sum(estimate.flops.values()))
-    samples = config.batch_size * config.accumulation
-    _print(f"a step of {samples} samples: {total} ({parts}); a multiply-add counts as two")
-    rows = (
-        "its images cannot be counted here"
-        if disk.cache is None
-        else f"{disk.records} rows, {size(disk.cache)}"
-    )
-    _print(f"cache: {size(disk.record)} a row; {rows}")
+    lora, name = sum(weights.lora), str(estimate.dtype).removeprefix("torch.")
     _print(
-        f"states: {size(disk.state)} each, {size(disk.state * disk.keep)} for the {disk.keep} that are kept"
+        f"parameters: {weights.base / 1e6:.1f}M of the UNet, frozen; {lora / 1e6:.2f}M of the LoRA, trained"
     )
-
-
-def cards(estimate: Estimate) -> None:
-    """Whether it fits into the usual cards."""
-    for card in CARDS:
-        verdict = "fits" if estimate.fits(card) else "does not fit"
-        _print(f"{card:>3} GB card: {verdict}")
-    _print(f"({CONTEXT:g} GiB of a card is left to CUDA and the desktop)")
-
-
-def advice(tried: Sequence[Option], card: float) -> None:
-    """What to change for a card of `card` GiB."""
-    if not tried or not tried[-1].estimate.fits(card):
-        _print(f"Nothing that was tried fits into {card:g} GB; lower data.resolution or adapter.rank.")
-    else:
-        _print(f"To fit into {card:g} GB add: {tried[-1].typed}")
-    table = Table("tried", "peak, GiB", "fits", box=SIMPLE)
-    for option in tried:
-        fits = "yes" if option.estimate.fits(card) else "no"
-        table.add_row(option.typed, f"{option.estimate.peak / GIB:.2f}", fits)
+    _print(
+        f"a step of {config.batch_size * config.accumulation} samples: {flops(sum(estimate.flops.values()))} "
+        f"({', '.join(f'{part} {flops(count)}' for part, count in estimate.flops.items())})"
+    )
+    _print(f"disk: {_cache(disk)}; {disk.keep} training states of {size(disk.state)}")
+    where = _WHERE[estimate.device]
+    _print(f"memory of lcm-kit train on {where}, frozen weights in {name}, at its peak:")
+    table = _table("part", "size")
+    for part, count in estimate.parts.items():
+        table.add_row(part, size(count))
+    table.add_section()
+    table.add_row(f"peak, in the phase {estimate.phase}", size(estimate.peak))
     Console().print(table)
+    staying = sum(estimate.staying.values())
+    _print(
+        "other phases: "
+        + ", ".join(
+            f"{phase} {size(staying + estimate.passing(phase))}"
+            for phase in estimate.phases
+            if phase != estimate.phase
+        )
+    )
+    _print(f"lcm-kit encode, a process of its own: {size(estimate.encode_peak)}")
+
+
+def _cache(disk: Disk) -> str:
+    if disk.cache is None:
+        return f"cache {size(disk.record)} a picture (they are not here to be counted)"
+    return f"cache {size(disk.cache)} ({disk.records} rows of {size(disk.record)})"
 
 
 def presets(found: Mapping[int, Option | None]) -> None:
-    """The overrides for each card."""
-    table = Table("preset", "add to the command", "peak, GiB", box=SIMPLE)
+    """What to add to the command for each card."""
+    _print("presets, what to add to the command:")
     for card, option in found.items():
         if option is None:
-            table.add_row(f"{card} GB", "nothing fits: lower data.resolution or adapter.rank", "")
+            said = "does not fit; nothing helps but a lower data.resolution or adapter.rank"
         else:
-            table.add_row(
-                f"{card} GB", option.typed or "nothing, it fits as it is", f"{option.estimate.peak / GIB:.2f}"
-            )
+            verdict = "fits" if option.fits_unchanged else "does not fit"
+            said = f"{verdict}; {option.typed or 'as it is'}: {size(option.estimate.peak)}"
+        _print(f"{card:>3} GB: {said}")
+    _print(
+        "(the fewest savings that fit, then the largest batch at the same samples a step; "
+        f"{CONTEXT:g} GiB of a card is left to CUDA and the desktop, {MARGIN:.0%} of the rest stays free)"
+    )
+
+
+def verdict(estimate: Estimate, card: float, tried: Sequence[Option]) -> None:
+    """Whether it fits into `card` GiB and, from what was `tried`, what to change."""
+    limit = f"the {room(card):.2f} GiB that a plan may fill of {card:.3g} GiB"
+    if not estimate.encode_fits(card):
+        _print(f"encoding does not fit: {size(estimate.encode_peak)} are more than {limit};")
+        _print(_encode_help(estimate))
+    if estimate.fits(card):
+        _print(f"training fits: {size(estimate.peak)} are within {limit}")
+        return
+    _print(f"training does not fit: {size(estimate.peak)} are more than {limit}")
+    table = _table("tried", "size", "fits")
+    for option in tried:
+        fits = "yes" if option.estimate.fits(card) else "no"
+        table.add_row(option.typed, size(option.estimate.peak), fits)
     Console().print(table)
+    if tried and tried[-1].estimate.fits(card):
+        _print(f"to make it fit, add: {tried[-1].typed}")
+    else:
+        _print("nothing that was tried makes it fit; lower data.resolution or adapter.rank")
+
+
+def _encode_help(estimate: Estimate) -> str:
+    smaller = "set data.batch_size=1, or " if estimate.config.data.batch_size > 1 else ""
+    return f"{smaller}encode on the CPU (CUDA_VISIBLE_DEVICES= lcm-kit encode ...)"
 
 
 def probe(measured: Probe, estimate: Estimate) -> None:
     """Estimate and measurement side by side, and the time of the run."""
+    _print(f"probe on {_WHERE[measured.device]}, {measured.weights} weights:")
+    if measured.micro < estimate.config.batch_size:
+        _print(f"  memory ran out: it went on with {measured.micro} samples a forward")
+    for phase, count in measured.phases.items():
+        expected = sum(estimate.staying.values()) + estimate.passing(phase) if phase in estimate.phases else 0
+        if 2 * expected > estimate.peak:  # what is far below the peak matters to nobody
+            _print(f"  {phase}: {size(count)}, estimated {size(expected)} ({expected / count - 1:+.0%})")
     if measured.peak is None:
-        _print(f"probe on {measured.device}: this system does not say how much memory was used")
-    else:
-        ratio = estimate.peak / measured.peak
-        _print(
-            f"probe on {measured.device}: peak {size(measured.peak)}, estimated {size(estimate.peak)} "
-            f"({ratio - 1:+.0%})"
-        )
+        _print("  this system does not say how much memory was used")
+    elif not measured.phases:
+        _print(f"  peak {size(measured.peak)}, estimated {size(estimate.peak)}")
     steps = estimate.config.steps
-    _print(f"{measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
-    _print(f"export and reload: all {measured.exported} modules came back as they were")
+    _print(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
+    _print(f"  export and reload: all {measured.exported} modules came back as they were")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from lcm_kit import assets
 from lcm_kit.config.schema import Base
@@ -20,7 +23,17 @@ _SSD1B = {
     "mid_block_type": "UNetMidBlock2D",
     "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
 }
-_HINTS = {"ssd1b": ("ssd-1b", "ssd1b"), "sdxl": ("xl",), "sd2": ("-2-", "-2", "sd2", "sd-2", "v2")}
+# The VAE of all published bases
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+_WORDS = 49408  # of CLIP's vocabulary
+_HINTS = {
+    "ssd1b": ("ssd-1b", "ssd1b"),
+    "sdxl": ("xl",),
+    "sd2": ("diffusion-2", "diffusion-v2", "sd2", "sd-2", "sd_2", "sdv2"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,27 @@ class Subject:
     tokens: int = 77  # L of the text embeddings
     pooled: int = 0  # P of SDXL's pooled embedding; 0: there is none
     note: str | None = None  # what was taken for granted, as a sentence
+    vae_config: Mapping[str, Any] = field(default_factory=lambda: _VAE)
+    words: int = _WORDS  # of the text encoders' vocabulary
+    folder: Path | None = None  # of the base with its weights; None: they are not at hand
+    stored: torch.dtype | None = None  # of the UNet's weights in their file, as far as one can tell
 
     @property
     def unet_config(self) -> Mapping[str, Any]:
         """The UNet's."""
         return self.structure.unet_config
+
+    @property
+    def text(self) -> int:
+        """Weights of the text encoders: embeddings, matrices, biases, two norms a layer and a last one."""
+        total = 0
+        for part in ("text_encoder.", "text_encoder_2."):
+            shapes = {k: shape for k, shape in self.structure.modules.items() if k.startswith(part)}
+            width = next((shape[0] for k, shape in shapes.items() if k.endswith("q_proj")), 0)
+            layers = sum(k.endswith("q_proj") for k in shapes)
+            total += sum(rows * (columns + 1) for rows, columns in shapes.values())
+            total += width * (self.words + self.tokens + 4 * layers + 2 * bool(layers))
+        return total + self.pooled * width
 
 
 def find(base: Base, structure: str | None = None) -> Subject:
@@ -44,20 +73,27 @@ def find(base: Base, structure: str | None = None) -> Subject:
     Of a hub id at most the configuration files are downloaded; where they cannot be had, and no structure is
     given, it is guessed from the name, which the note says. Raises `UserError` for a path with nothing there.
     """
-    if structure is not None:
-        return published(structure)
+    found = published(structure) if structure else _find(base)
+    if found.stored is None:
+        return replace(found, stored=torch.float16 if base.variant == "fp16" else torch.float32)
+    return found
+
+
+def _find(base: Base) -> Subject:
     path = Path(assets.resolve(base.path)).expanduser()
     if path.is_file():
         return _single_file(path)
     if path.is_dir() or base.path.startswith(("asset:", "/", ".", "~")) or base.path.count("/") > 1:
         return _of_folder(path, base.path)
-    try:
-        return _of_folder(_configuration(base), base.path)
-    except Exception:  # the hub raises of all kinds; an incomplete cache is a UserError
-        guess = _guess(base.path)
-        label = published(guess).structure.label
-        note = f"base {base.path} is not at hand: planned as {label} by its name; --structure says otherwise"
-        return replace(published(guess), note=note)
+    folder = _configuration(base)
+    if folder is not None:
+        return _of_folder(folder, base.path)
+    guess = published(_guess(base.path))
+    note = (
+        f"base {base.path} is not at hand: planned as {guess.structure.label}, by its name; "
+        f"--structure ({', '.join(PUBLISHED)}) says otherwise"
+    )
+    return replace(guess, note=note)
 
 
 def published(name: str) -> Subject:
@@ -75,6 +111,7 @@ def _ssd1b() -> Structure:
     config = {**known("sdxl").unet_config, **_SSD1B}
     named = empty_unet(config).named_modules()
     modules = {f"unet.{n}": tuple(m.weight.shape) for n, m in named if isinstance(m, Linear | Conv2d)}
+    modules |= {k: shape for k, shape in known("sdxl").modules.items() if not k.startswith("unet.")}
     return Structure("SSD-1B", "sdxl", modules, config)
 
 
@@ -89,9 +126,30 @@ def _of_folder(folder: Path, path: str) -> Subject:
     if not folder.is_dir():
         raise UserError(f"base {path!r}: there is no such folder; check base.path, or give --structure")
     found = of_folder(folder, path)
-    text, second = _json(folder / "text_encoder"), _json(folder / "text_encoder_2")
-    pooled = second.get("projection_dim", 1280) if found.family == "sdxl" else 0
-    return Subject(found, text.get("max_position_embeddings", 77), pooled)
+    if (channels := found.unet_config.get("in_channels", 4)) != 4:
+        raise UserError(
+            f"base {path!r}: its UNet takes {channels} channels; inpainting and depth bases are not "
+            "supported, give the plain one"
+        )
+    text, second, vae = (_json(folder / part) for part in ("text_encoder", "text_encoder_2", "vae"))
+    return Subject(
+        found,
+        text.get("max_position_embeddings", 77),
+        second.get("projection_dim", 1280) if found.family == "sdxl" else 0,
+        vae_config=vae,
+        words=text.get("vocab_size", _WORDS),
+        folder=folder if all(any((folder / p).glob("*.safetensors")) for p in ("unet", "vae")) else None,
+        stored=_stored(folder / "unet"),
+    )
+
+
+def _stored(folder: Path) -> torch.dtype | None:
+    """The dtype of the weights in a folder if there is one file of them; None if one cannot tell."""
+    files = list(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return None
+    with safe_open(files[0], "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _json(folder: Path) -> dict[str, Any]:
@@ -99,11 +157,21 @@ def _json(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _configuration(base: Base) -> Path:
+def _configuration(base: Base) -> Path | None:
+    """The folder of a hub id's configuration files; None where they cannot be had."""
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
-    return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=wanted))
+    try:
+        folder = Path(snapshot_download(base.path, revision=base.revision, allow_patterns=wanted))
+    except Exception:  # the name, the network, permissions: the hub raises of all kinds
+        return None
+    index = folder / "model_index.json"
+    if index.is_file() and "unet" not in json.loads(index.read_text(encoding="utf-8")):
+        raise UserError(f"base {base.path!r} has no UNet; give an SD1.x, SD2.x or SDXL base")
+    parts = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    # offline, a cache may hold some of the files
+    return folder if index.is_file() and all((folder / part).is_file() for part in parts) else None
 
 
 def _guess(path: str) -> str:

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from lcm_kit import __version__, adapter, assets
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import plots, style
+from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
+from lcm_kit.report.sweep import is_sweep, write_sweep_report
 from lcm_kit.results import best_plain
 
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
-_LARGEST = 256  # pixels: larger pictures are embedded smaller, as JPEG
 _BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"
-_SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "lcm": "LCM"}
 Row = dict[str, Any]
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html` and return its path.
+    """Write `run/report.html` and return its path; that of a sweep, if `run` is a sweep's folder.
 
     Reads `results.json` and `pictures/` (`lcm-kit evaluate`), and `config.yaml`, `metrics.jsonl` and
     `validation/` where they are. Raises `UserError` if the run has not been evaluated, or
     has no student. A style LoRA's report (`style.py`) needs no evaluation.
     """
-    config = _config(run)
-    if config.get("recipe") == style.RECIPE:
-        page = _page("style.html.j2", _style(run, config))
+    if is_sweep(run):
+        return write_sweep_report(run)
+    if (config := _config(run)).get("recipe") == style.RECIPE:
+        text = page("style.html.j2", _style(run, config))
     else:
-        page = _page("template.html.j2", context(run))
-    atomic_write(run / "report.html", page)
+        text = page("template.html.j2", context(run), describe=describe)
+    atomic_write(run / "report.html", text)
     return run / "report.html"
 
 
 def _style(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = style.context(run, config, _metrics(run / "metrics.jsonl"))
-    drawn = {name: _svg_uri(svg) for name, svg in found["plots"].items()}
+    drawn = {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in found["plots"].items()}
     settings = (run / "config.yaml").read_text(encoding="utf-8")
-    return {
-        **found,
-        "plots": drawn,
-        "validation": _validation(run),
-        "settings": settings,
-        "version": __version__,
-    }
-
-
-def _page(name: str, found: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=number, percent=percent, seconds=seconds, describe=describe)
-    return environment.get_template(name).render(found)
+    more = {"validation": _validation(run), "settings": settings, "version": __version__}
+    return {**found, "plots": drawn, **more}
 
 
 def _config(run: Path) -> dict[str, Any]:
@@ -108,29 +92,11 @@ def _results(run: Path) -> dict[str, Any]:
     return results
 
 
-# -- Numbers as text -----------------------------------------------------------------------------------------
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure with `digits` significant digits, or a dash where nothing was measured."""
-    return "–" if value is None else f"{value:#.{digits}g}".rstrip(".")
-
-
-def percent(value: float | None) -> str:
-    """A share as whole percent, or a dash."""
-    return "–" if value is None else f"{value:.0%}".replace("%", "\u00a0%")
-
-
-def seconds(value: float) -> str:
-    """A duration a person can compare: 0.31 s, 12 ms."""
-    return f"{value * 1000:.0f}\u00a0ms" if value < 0.1 else f"{value:.2f}\u00a0s"
-
-
 def describe(row: Mapping[str, Any]) -> str:
     """How a row was drawn, in words: `DDIM, 2 steps with guidance`."""
     steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
     guided = " with guidance" if row["guidance_scale"] > 1 else ""
-    return f"{_SOLVERS.get(row['solver'], row['solver'])}, {steps}{guided}"
+    return f"{SAMPLERS.get(row['solver'], row['solver'])}, {steps}{guided}"
 
 
 # -- Does it work? -------------------------------------------------------------------------------------------
@@ -194,27 +160,6 @@ def _gallery(rows: Sequence[Row]) -> dict[str, list[Row]]:
 # -- Pictures and plots --------------------------------------------------------------------------------------
 
 
-def _svg_uri(svg: str | None) -> str | None:
-    """A plot as data URI, if there is one."""
-    return _uri(svg.encode(), "svg+xml") if svg else None
-
-
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def picture_uri(file: Path, largest: int = _LARGEST) -> str:
-    """A picture as data URI: the PNG itself if it is small, else a smaller JPEG."""
-    with Image.open(file) as picture:
-        if max(picture.size) <= largest:
-            return _uri(file.read_bytes(), "png")
-        small = picture.convert("RGB")
-        small.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=88)
-    return _uri(buffer.getvalue(), "jpeg")
-
-
 def _images(run: Path, row: Mapping[str, Any]) -> list[str]:
     return [picture_uri(run / name) for name in row["pictures"][:_SHOWN] if (run / name).is_file()]
 
@@ -246,7 +191,7 @@ def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
     }
-    return {name: _svg_uri(svg) for name, svg in drawn.items()}
+    return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
 
 
 # -- How was it made, how is it used -------------------------------------------------------------------------

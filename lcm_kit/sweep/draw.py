@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lcm_kit import sample
 from lcm_kit.families import BaseInfo
+from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.energy import Energy
-from lcm_kit.results import Rows
+from lcm_kit.results import Rows, kept
 from lcm_kit.share import Share
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.look import Looker
 from lcm_kit.sweep.subjects import Subject
+
+C = TypeVar("C", bound=Cell)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,38 @@ class Pipes:
             self._on = wanted
             self.warm(self._pipe)
         return self._pipe
+
+
+def draw_all(
+    cells: Sequence[C],
+    folder: Path,
+    pipe: Callable[[C], Any],
+    samples: Samples,
+    look: Looker,
+    made_from: Callable[[C], Any],
+    share: Share,
+) -> dict[C, Rows]:
+    """Every cell's rows: those in `folder` if `made_from(cell)` and the settings are the same, else drawn.
+
+    `pipe` gives the pipeline for a cell, `made_from` what its samples follow from besides the settings, as
+    JSON. Shows progress and the time left on the first process.
+    """
+    drawn: dict[C, Rows] = {}
+    total = 0  # UNet calls
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
+        task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
+        for number, cell in enumerate(cells, start=1):
+            bar.update(task, description=f"{number}/{len(cells)} {cell.id}", completed=total)
+            key = sha256_bytes(json.dumps([made_from(cell), cell.settings(), look.kind()]).encode())[:12]
+
+            def make(cell: C = cell) -> list[Rows]:
+                return draw(pipe(cell), cell, samples, look, share, partial(bar.advance, task))
+
+            drawn[cell] = kept(folder / f"{cell.id}-{key}.safetensors", make, share)
+            total += cell.unet_calls * len(samples)
+        bar.update(task, completed=total)
+    return drawn
 
 
 def draw(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
-from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.data import records
 from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
@@ -38,7 +38,7 @@ class Looker:
     probe: Probe | None  # with prompts of the embedded world
 
     @classmethod
-    def of(cls, config: GuidanceSweep, prompts: Sequence[str], size: int, device: str) -> Looker:
+    def of(cls, config: GuidanceSweep | Compose, prompts: Sequence[str], size: int, device: str) -> Looker:
         """What `config` asks for. Raises `UserError` if an extractor is not there or reads no text."""
         ours = size == world.SIZE and all(map(world.parse, prompts))
         if config.features == PROBE and size != world.SIZE:

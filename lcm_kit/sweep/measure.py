@@ -30,12 +30,22 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "samplers without noise on their way, since others end elsewhere by chance",
     ),
     "feature_distance": (
-        "distance to the teacher, features", "", "lower", "the same between feature vectors",
+        "distance to the teacher, features", "", "lower", "RMS between the feature vectors of the sample and of the teacher's from the same noise",
     ),
     "effective_guidance": (
         "effective guidance", "", None,
         "the teacher's guidance_scale whose samples are nearest from the same noise: what was baked in, and "
         "what the student's own guidance_scale adds to it",
+    ),
+    "guidance_misfit": (
+        "distance from the teacher's line", "", "lower",
+        "how far the samples are from the teacher's at the effective guidance, over how far the teacher's at "
+        "the least and the most guidance are apart; near 1 or above, effective guidance says little",
+    ),
+    "astray": (
+        "astray", "", "lower",
+        "RMS in latents to the teacher's sample of the same noise, over that between the teacher's samples "
+        "of different prompts; 1 and above is not the teacher's picture any more",
     ),
     "frechet_real": (
         "Fréchet distance to real pictures", "", "lower",
@@ -45,8 +55,8 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "kernel distance to real pictures", "", "lower",
         "unbiased MMD² of the features with a cubic kernel (KID)",
     ),
-    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "to the teacher's samples"),
-    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "to the teacher's samples"),
+    "frechet_teacher": ("Fréchet distance to the teacher's", "", "lower", "as to real pictures"),
+    "kernel_teacher": ("kernel distance to the teacher's", "", "lower", "as to real pictures"),
     "brand_similarity": (
         "brand similarity", "", "higher",
         "mean cosine of the features to the brand's pictures, less that to the control's",
@@ -115,8 +125,8 @@ class Ruler:
             found["brand_similarity"] = self._mean(
                 similarity.brand_similarity(table["features"], *self.brand)
             )
-        if len(self.teachers) > 1 and cell.kind == "student":
-            found["effective_guidance"] = self._guidance(table)
+        if len(self.teachers) > 1 and cell.kind != "teacher":
+            found |= self._guidance(table)
         return {key: found[key] for key in METRICS if key in found}
 
     def _mean(self, values: Tensor) -> Figure:
@@ -136,9 +146,14 @@ class Ruler:
         }
 
     def _distances(self, cell: Cell, table: Rows) -> Figures:
-        if not cell.deterministic or table is self.reference:
+        if table is self.reference:
             return {}
-        return {
+        teacher = self.reference["latents"]
+        others = teacher.roll(self.resamples.images_per_prompt, 0)  # of the prompt before
+        astray = {"astray": self._ratio(rms(table["latents"], teacher), rms(others, teacher))}
+        if not cell.deterministic:
+            return astray
+        return astray | {
             f"{name}_distance": self._mean(rms(table[part], self.reference[part]))
             for name, part in (("latent", "latents"), ("feature", "features"))
         }
@@ -150,17 +165,27 @@ class Ruler:
             if others is None:
                 continue
             mine = table["features"]
-            value, low, high = frechet.frechet_interval(mine, others, self.resamples, self.confidence)
+            paired = name == "teacher"
+            value, low, high = frechet.frechet_interval(
+                mine, others, self.resamples, self.confidence, paired=paired
+            )
+            if min(len(mine), len(others)) < frechet.ENOUGH * mine.shape[1]:
+                value = frechet.frechet(
+                    mine, others
+                )  # its bias cannot be taken off, and is that of all cells
             found[f"frechet_{name}"] = Figure(value, bounds=(low, high))
-            value, rounds = kernel.kernel_distance(mine, others, self.resamples, paired=name == "teacher")
+            value, rounds = kernel.kernel_distance(mine, others, self.resamples, paired=paired)
             found[f"kernel_{name}"] = Figure(value, rounds)
         return found
 
-    def _guidance(self, table: Rows) -> Figure:
+    def _guidance(self, table: Rows) -> Figures:
         scales = torch.tensor(list(self.teachers))
         stack = torch.stack([teacher["latents"] for teacher in self.teachers.values()])
-        value, rounds = effective_guidance.effective_guidance(table["latents"], stack, scales, self.resamples)
-        return Figure(value, rounds)
+        found = effective_guidance.nearest(table["latents"], stack, scales, self.resamples)
+        return {
+            "effective_guidance": Figure(found.value, found.resampled, found.interval(self.confidence)),
+            "guidance_misfit": Figure(found.distance),
+        }
 
     def _costs(self, table: Rows) -> Figures:
         seconds, joules = float(table["seconds"].mean()), float(table["joules"].mean())

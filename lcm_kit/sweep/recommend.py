@@ -11,13 +11,22 @@ from lcm_kit.sweep.measure import METRICS, Figures, compare
 from lcm_kit.sweep.subjects import Subject
 
 Kind = Literal[
-    "failed_to_load", "no_effect", "collapsed", "blurred", "noisy", "over_saturated", "worse_than_plain"
+    "failed_to_load",
+    "no_effect",
+    "astray",
+    "collapsed",
+    "blurred",
+    "noisy",
+    "over_saturated",
+    "worse_than_plain",
 ]
 # A cell outside of these looks broken to a person, whatever its prompts say (docs/guidance.md has pictures)
 LEAST_DIVERSITY = 0.5  # of the teacher's
 LEAST_SHARPNESS, MOST_SHARPNESS = 0.5, 4.0
 MOST_SATURATION = 1.5
+MOST_ASTRAY = 1.5
 MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
+MARGIN = 0.02  # of the best cell's prompt adherence that a cheaper one may lose
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
 BREAKS = {"saturation": 1.25, "clipped": 0.05}  # guidance hurts: colours beyond this, over those at 1
 _NAMES = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M"}
@@ -81,11 +90,12 @@ class Sweep:
 
 
 def recommend(sweep: Sweep) -> Recommendation:
-    """The cheapest cell that is as good as the best of the healthy ones, as far as the sweep can tell.
+    """The cheapest cell that is as good as the best of the healthy ones.
 
-    As good: not worse in `quality` beyond the interval of the paired difference, and in the kernel distance
-    to the teacher's samples (where there is one) at most the best cell's upper end. Of equal UNet calls the
-    one with the better look wins. An adapter with a warning is never recommended.
+    As good: prompts are followed within `MARGIN` of the best and not less beyond the interval of the paired
+    difference (without the margin, few prompts would speak for cheap settings), and the intervals of the
+    kernel distance to the teacher's samples overlap. Of equal UNet calls the better one wins. An adapter with
+    a warning is never recommended.
     """
     warnings = tuple(warning for subject in sweep.subjects for warning in warn(sweep, subject))
     excluded = {warning.adapter for warning in warnings}
@@ -99,7 +109,9 @@ def recommend(sweep: Sweep) -> Recommendation:
     best = max(healthy, key=lambda cell: _goodness(sweep, cell))
     equal = [cell for cell in healthy if cell == best or _as_good(sweep, cell, best)]
     calls = min(cell.unet_calls for cell in equal)
-    chosen = max((cell for cell in equal if cell.unet_calls == calls), key=lambda cell: _look(sweep, cell))
+    chosen = max(
+        (cell for cell in equal if cell.unet_calls == calls), key=lambda cell: _goodness(sweep, cell)
+    )
     return Recommendation(
         sentence=f"Use {words(chosen, sweep)}.",
         adapter=chosen.adapter, cell=chosen.id, sampler=chosen.sampler, steps=chosen.steps,
@@ -125,8 +137,13 @@ def _look(sweep: Sweep, cell: Cell) -> float:
 def _as_good(sweep: Sweep, cell: Cell, best: Cell) -> bool:
     if sweep.better(best, cell, sweep.quality):
         return False
+    asked, most = (sweep.cells[each].get("prompt_adherence") for each in (cell, best))
+    if asked is not None and most is not None and asked.value < (1 - MARGIN) * most.value:
+        return False
     mine, its = (sweep.cells[each].get("kernel_teacher") for each in (cell, best))
-    return mine is None or its is None or mine.value <= its.interval(sweep.confidence)[1]
+    if mine is None or its is None:
+        return True
+    return mine.interval(sweep.confidence)[0] <= its.interval(sweep.confidence)[1]
 
 
 def words(cell: Cell, sweep: Sweep) -> str:
@@ -173,7 +190,11 @@ def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
     guidance = sweep.cells[chosen].get("effective_guidance")
     if guidance is not None:
         low, high = guidance.interval(sweep.confidence)
-        found.append(f"its pictures are nearest to the teacher's at guidance_scale {low:.3g} to {high:.3g}")
+        misfit = sweep.cells[chosen]["guidance_misfit"].value
+        far = "" if misfit < 1 else ", though not near: the teacher's at its ends are closer to each other"
+        found.append(
+            f"its pictures are nearest to the teacher's at guidance_scale {low:.3g} to {high:.3g}{far}"
+        )
     return found
 
 
@@ -194,6 +215,9 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
         mine, its = figures.get(key), teacher.get(key)
         return None if mine is None or its is None or not its.value else mine.value / its.value
 
+    far = figures.get("astray")
+    if far is not None and not far.value <= MOST_ASTRAY:  # NaN too
+        return "astray", f"pictures {far.value:.1f} times as far from the teacher's as those of other prompts"
     if (ratio := over("diversity")) is not None and ratio < LEAST_DIVERSITY:
         return "collapsed", f"pictures of one prompt differ {ratio:.0%} as much as the teacher's"
     saturation, clipped = figures["saturation"].value, figures["clipped"].value

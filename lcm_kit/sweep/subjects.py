@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_kit import sample
 from lcm_kit.adapter import read_facts
-from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted, verify
 from lcm_kit.export.recommended import weights_hash
@@ -35,14 +35,14 @@ class Subject:
         }  # fmt: skip
 
 
-def base_facts(config: GuidanceSweep) -> dict[str, Any]:
-    """`path`, `revision` and `variant` of the base: the config's, or what the first adapter was made on.
+def base_facts(config: GuidanceSweep | Compose, adapter: str) -> dict[str, Any]:
+    """`path`, `revision` and `variant` of the base: the config's, or what `adapter` was made on.
 
     Raises `UserError` if neither says.
     """
     if config.base is not None:
         return {"path": config.base, "revision": config.revision, "variant": config.variant}
-    first = Path(config.adapters[0])
+    first = Path(adapter)
     if (first / "adapter").is_dir():
         facts = read_facts(first / "adapter")["base"]
         return {key: facts[key] for key in ("path", "revision", "variant")}

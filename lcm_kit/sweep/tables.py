@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,11 +15,12 @@ from lcm_kit.results import Rows
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.draw import Samples
 
+C = TypeVar("C", bound=Cell)
 SCHEMA = 1  # of results.json: docs/contract.md
 _PER_SAMPLE = ("adherence", "chroma", "clipped", "sharpness", "seconds", "joules")
 
 
-def write_pictures(folder: Path, tables: Mapping[Cell, Rows], samples: Samples) -> dict[str, list[str]]:
+def write_pictures(folder: Path, tables: Mapping[C, Rows], samples: Samples) -> dict[str, list[str]]:
     """`pictures/CELL-NNN.png` for every cell and shown sample; the paths by cell, relative to `folder`."""
     names: dict[str, list[str]] = {}
     with atomic_folder(folder / "pictures") as inside:
@@ -46,7 +47,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     return folder / "results.json"
 
 
-def write_samples(folder: Path, tables: Mapping[Cell, Rows], samples: Samples) -> None:
+def write_samples(folder: Path, tables: Mapping[C, Rows], samples: Samples) -> None:
     """samples.parquet: a row for each sample of each cell."""
     from pyarrow import Table as Columns
     from pyarrow import concat_tables, parquet
@@ -71,7 +72,7 @@ def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 _HEADS = {
     "prompt_adherence": "prompts", "kernel_teacher": "kernel", "effective_guidance": "guidance",
-    "saturation": "colour", "sharpness": "sharp", "diversity": "diverse", "seconds": "s/image",
+    "saturation": "colour", "sharpness": "sharp", "diversity": "diverse",
 }  # fmt: skip
 
 

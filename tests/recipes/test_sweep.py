@@ -23,7 +23,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, structure
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import write
-from lcm_kit.families.source import locate
 from lcm_kit.metrics.distance import rms
 from tests.loras import random_lora
 from tests.recipes.small import environment
@@ -42,21 +41,27 @@ def configure(adapters: list[Path], output: Path, **changes: Any) -> GuidanceSwe
     return TypeAdapter(GuidanceSweep).validate_python(keys)
 
 
-def run(config: GuidanceSweep) -> dict[str, Any]:
-    file = shipped.load_recipe("evaluation/guidance_sweep").main(config)
-    return json.loads(file.read_text())
+def run(config: GuidanceSweep, report: bool = False) -> dict[str, Any]:
+    """Sweep; the page, whose plots take longer than all the rest here, only if it is asked for."""
+    recipe = shipped.load_recipe("evaluation/guidance_sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        if not report:
+            patch.setattr(recipe, "write_sweep_report", lambda folder: folder)
+        return json.loads(recipe.main(config).read_text())
+
+
+def tiny() -> structure.Structure:
+    return structure.of_base("asset:tiny-sd")
 
 
 @pytest.fixture(scope="module")
 def lora() -> Lora:
     """A weak random LoRA of the embedded base: it moves pictures without breaking them."""
-    tiny = structure.of_folder(locate("asset:tiny-sd", None, None), "asset:tiny-sd")
-    return random_lora(tiny, size=0.02)
+    return random_lora(tiny(), size=0.02)
 
 
 def save(lora: Lora, path: Path) -> Path:
-    tiny = structure.of_folder(locate("asset:tiny-sd", None, None), "asset:tiny-sd")
-    write(path, lora, tiny, "diffusers", "float32", metadata.Facts(path.stem, base="asset:tiny-sd"))
+    write(path, lora, tiny(), "diffusers", "float32", metadata.Facts(path.stem, base="asset:tiny-sd"))
     return path
 
 
@@ -65,7 +70,7 @@ def swept(lora: Lora, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """A whole small sweep: its folder and results."""
     folder = tmp_path_factory.mktemp("sweep")
     file = save(lora, folder / "weak.safetensors")
-    return folder, run(configure([file], folder / "out"))
+    return folder, run(configure([file], folder / "out"), report=True)
 
 
 def untimed(results: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +173,7 @@ shipped.load_recipe("evaluation/guidance_sweep").main(load(Path(sys.argv[1])))
 
 
 def test_two_processes_are_one(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, _ = swept
+    folder, results = swept
     config = configure([folder / "weak.safetensors"], tmp_path / "two")
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "two.yaml").write_text(dump(config))
@@ -176,13 +181,10 @@ def test_two_processes_are_one(swept: tuple[Path, dict[str, Any]], tmp_path: Pat
     command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "rank.py"), str(tmp_path / "two.yaml")]
     done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = run(replace(config, output=str(tmp_path / "one")))
-    finally:
-        torch.set_num_threads(threads)
-    assert untimed(json.loads((tmp_path / "two/results.json").read_text())) == untimed(one)
+    if torch.get_num_threads() > 1:  # sums of several threads differ in their last bits
+        torch.set_num_threads(1)
+        results = run(replace(config, output=str(tmp_path / "one")))
+    assert untimed(json.loads((tmp_path / "two/results.json").read_text())) == untimed(results)
 
 
 # -- Broken adapters, each for its reason --------------------------------------------------------------------
@@ -231,7 +233,7 @@ def tenfold(lora: Lora, path: Path) -> Path:
         (zeros, {"no_effect"}, "has no effect: its pictures are those of the base alone"),
         (half, {"failed_to_load"}, "it holds 64 of the 129 modules that its header counts"),
         (orphans, {"failed_to_load"}, "does not load whole"),
-        (tenfold, {"collapsed", "over_saturated", "blurred", "noisy"}, "is broken at every setting"),
+        (tenfold, {"astray"}, "is broken at every setting"),
     ],
 )
 def test_a_broken_adapter_is_flagged(

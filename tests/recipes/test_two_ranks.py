@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,19 +40,78 @@ torch.save([(d.noise, d.times.t, d.guidance) for d in seen], config.output + "/r
 """
 
 
+# FSDP2 through accelerate becomes DDP on a CPU, so its `prepare` is replaced by what it does on a GPU:
+# `fully_shard` of the blocks and of the whole, and the optimizer on the sharded parameters.
+SHARDED = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from lcm_kit import runtime, stepping
+from lcm_kit.config.load import load
+from train import distill
+
+def prepare(accelerator, unet, optimizer):
+    assert torch.distributed.get_world_size() == accelerator.num_processes == 2
+    names = {p: name for name, p in unet.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+        fully_shard(block, mesh=mesh)
+    now = dict(unet.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [now[name] for name in members]
+    assert all(isinstance(p, DTensor) for p in now.values())
+    assert sum(p.to_local().numel() for p in now.values()) < 0.6 * sum(p.numel() for p in now.values())
+    return unet, accelerator.prepare_optimizer(optimizer)
+
+runtime.prepare = prepare
+runtime.sharded = stepping.sharded = lambda accelerator: True
+distill.main(load(Path(sys.argv[1])))
+"""
+
+
+def launch(script: str, config: Path, folder: Path) -> None:
+    """Run `script` in two processes of one thread each."""
+    (folder / "rank.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(folder / "rank.py"), str(config)]
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def difference(a: Path, b: Path) -> float:
+    x, y = (load_file(run / "adapter/lora.safetensors") for run in (a, b))
+    assert x.keys() == y.keys()
+    return max(float((x[key] - y[key]).abs().max()) for key in y)
+
+
+def test_sharded_weights_equal_whole_ones_and_resume_as_either(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that hold half of every weight each; then one goes on from their state with all."""
+    settings = {**SETTINGS, "checkpoint": {"every": 2, "keep": 9}}
+    config = configure(distill_keys, tmp_path / "two", batch_size=2, **settings)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    launch(SHARDED, tmp_path / "config.yaml", tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **settings))
+    assert difference(tmp_path / "two", one) < 1e-4
+    shutil.rmtree(tmp_path / "two/state/step-000003")
+    shutil.rmtree(tmp_path / "two/adapter")
+    assert difference(distill.main(config), one) < 1e-4  # 2 -> 1 processes
+    resumed = json.loads((tmp_path / "two/state/step-000003/manifest.json").read_text())
+    assert resumed["batch"] == 4  # what one step sees is that of the start
+
+
 def test_two_ranks_equal_one_process_with_twice_the_batch(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(distill_keys, tmp_path / "two", batch_size=1, accumulation=2, **SETTINGS)
     (tmp_path / "config.yaml").write_text(dump(config))
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    arguments = [str(tmp_path / "rank.py"), str(tmp_path / "config.yaml")]
-    done = subprocess.run(
-        command + arguments, env=environment(1), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(RANK, tmp_path / "config.yaml", tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **SETTINGS))
 
@@ -61,11 +121,9 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(
     assert min(float((a - b).abs().mean()) for i, a in enumerate(samples) for b in samples[:i]) > 0.5
     assert all(not torch.equal(a[2], b[2]) for a, b in zip(first, second, strict=True))
 
-    a, b = (load_file(run / "adapter/lora.safetensors") for run in (tmp_path / "two", one))
-    initial = distill.main(configure(distill_keys, tmp_path / "half", batch_size=2, **SETTINGS))
-    half = load_file(initial / "adapter/lora.safetensors")
-    assert max(float((a[key] - b[key]).abs().max()) for key in b) < 1e-4
-    assert max(float((half[key] - b[key]).abs().max()) for key in b) > 1e-2
+    half = distill.main(configure(distill_keys, tmp_path / "half", batch_size=2, **SETTINGS))
+    assert difference(tmp_path / "two", one) < 1e-4
+    assert difference(half, one) > 1e-2
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (tmp_path / "two", one)

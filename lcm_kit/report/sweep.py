@@ -1,0 +1,326 @@
+"""Builds a sweep's `report.html`: which settings to use, what they look like, and the figures behind that."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcm_kit import __version__
+from lcm_kit.errors import UserError
+from lcm_kit.files import atomic_write
+from lcm_kit.report import sweep_plots
+from lcm_kit.report.plots import svg
+from lcm_kit.report.shared import SAMPLERS, number, page, uri
+from lcm_kit.report.sweep_sheets import (
+    Cell,
+    describe,
+    embed,
+    families,
+    groups,
+    of_kind,
+    sampler,
+    sheets,
+    title,
+    weighed,
+)
+
+KIND = "guidance_sweep"  # of results.json
+SCHEMA = 1
+_CALLS = 4  # UNet calls of the cell that is shown where none is recommended
+_QUALITY = ("prompt_adherence", "frechet_real", "kernel_teacher", "frechet_teacher")
+_COSTS = ("seconds", "energy", "cost_1000")
+Results = dict[str, Any]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder's results.json is a sweep's."""
+    file = folder / "results.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("kind") == KIND
+
+
+def write_sweep_report(folder: Path) -> Path:
+    """Write `folder/report.html` from `results.json` and `pictures/`, and return its path.
+
+    The page holds all that it shows: it opens from disk and asks for nothing. Raises `UserError` if the
+    folder holds no sweep, or one of another version.
+    """
+    text = page("sweep.html.j2", context(folder), describe=describe, interval=interval)
+    atomic_write(folder / "report.html", text)
+    return folder / "report.html"
+
+
+def context(folder: Path) -> dict[str, Any]:
+    """What the template shows."""
+    results = _results(folder)
+    cells: list[Cell] = [{**cell, "number": n} for n, cell in enumerate(results["cells"])]
+    uris = embed(folder, cells, results)
+    metrics = _metrics(results, cells)
+    chosen = quality(cells)
+    best = sweep_plots.front(cells, chosen, metrics[chosen]["better"]) if chosen else []
+    return {
+        "results": results,
+        "recommended": results["recommended"],
+        "head": _headline(results, cells, chosen, metrics),
+        "command": _command(results),
+        "prompts": [_prompt(results, sample) for sample in results["shown"]],
+        "sheets": sheets(cells),
+        "hurt": _hurt(results, cells),
+        "swept_guidance": any(cell["guidance_scale"] > 1 for cell in of_kind(cells, "student")),
+        "quality": chosen,
+        "metrics": metrics,
+        "plots": _plots(results, cells, metrics),
+        "pareto": _pareto(cells, best, chosen, metrics),
+        "front": best,
+        "cells": cells,
+        "comparisons": _comparisons(results, cells, metrics),
+        "facts": _facts(results),
+        "uris": uris,
+        "version": __version__,
+    }
+
+
+def _results(folder: Path) -> Results:
+    file = folder / "results.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no results.json; run `lcm-kit evaluate` with a guidance sweep first")
+    results: Results = json.loads(file.read_text(encoding="utf-8"))
+    if results.get("kind") != KIND:
+        raise UserError(f"{file} is not a guidance sweep's; `lcm-kit report` makes a run's report of it")
+    if results.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file} has schema {results.get('schema')}, and this lcm-kit reads {SCHEMA}; run the sweep again"
+        )
+    return results
+
+
+# -- Figures -------------------------------------------------------------------------------------------------
+
+
+def interval(figure: Mapping[str, float] | None) -> str:
+    """`0.860 to 0.940`; empty where the figure has no interval."""
+    if figure is None or figure["low"] == figure["high"]:
+        return ""
+    return f"{number(figure['low'])} to {number(figure['high'])}"
+
+
+def quality(cells: Sequence[Cell]) -> str | None:
+    """The metric that says how good pictures are: prompts where they are read, else the look."""
+    drawn = [cell for cell in cells if cell["kind"] != "teacher"]
+    present = (key for key in _QUALITY if any(cell["metrics"].get(key) for cell in drawn))
+    return next(present, None)
+
+
+def _metrics(results: Results, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """What results.json says of the metrics that any cell has; every entry complete."""
+    names = dict.fromkeys([*results["metrics"], *(key for cell in cells for key in cell["metrics"])])
+    currency = (results.get("cost") or {}).get("currency", "")
+    found = {}
+    for key in names:
+        if any(cell["metrics"].get(key) for cell in cells):
+            empty = {"label": key, "unit": currency if key == "cost_1000" else "", "better": None, "help": ""}
+            about = results["metrics"].get(key, {})
+            found[key] = {**empty, **{name: text for name, text in about.items() if text}}
+    return found
+
+
+def _prompt(results: Results, sample: int) -> str:
+    return str(results["prompts"][sample // results["images_per_prompt"]])
+
+
+# -- The headline --------------------------------------------------------------------------------------------
+
+
+def _headline(
+    results: Results, cells: Sequence[Cell], key: str | None, metrics: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Teacher, recommended cell and best plain sampler at as many UNet calls; those that there are."""
+    by_id = {cell["id"]: cell for cell in cells}
+    teacher, chosen = by_id.get(results["teacher"]["cell"]), by_id.get(results["recommended"]["cell"] or "")
+    students = of_kind(cells, "student")
+    shown = chosen or min(students, key=lambda cell: abs(cell["unet_calls"] - _CALLS), default=None)
+    plain = best_plain(cells, shown["unet_calls"], key, metrics) if shown else None
+    calls = shown["unet_calls"] if shown else 0
+    who = {
+        "Teacher": teacher,
+        "Recommended" if chosen else "Not recommended": shown,
+        f"Best plain sampler at {calls} UNet call" + ("s" if calls != 1 else ""): plain,
+    }
+    return [{"title": name, "cell": cell} for name, cell in who.items() if cell]
+
+
+def best_plain(cells: Sequence[Cell], calls: int, key: str | None, metrics: Mapping[str, Any]) -> Cell | None:
+    """The base's best cell at `calls` UNet calls by the metric `key`, then by the look; None if none ran."""
+    found = [cell for cell in of_kind(cells, "plain") if cell["unet_calls"] == calls]
+
+    def rank(cell: Cell) -> tuple[float, float]:
+        sign = -1 if key and metrics[key]["better"] == "higher" else 1
+        first = sweep_plots.value(cell, key) if key else None
+        look = sweep_plots.value(cell, "kernel_teacher")
+        return (
+            float("inf") if first is None else sign * first,
+            float("inf") if look is None else look,
+        )
+
+    return min(found, key=rank, default=None)
+
+
+def _command(results: Results) -> str | None:
+    """The recommended settings as a command; None where nothing is recommended."""
+    chosen = results["recommended"]
+    file = next((each["file"] for each in results["adapters"] if each["name"] == chosen["adapter"]), None)
+    if chosen["cell"] is None or file is None:
+        return None
+    words = [
+        "lcm-kit", "sample", "--base", results["base"]["path"], "--adapter", file, "--steps",
+        str(chosen["steps"]), "--guidance", f"{chosen['guidance_scale']:g}", "--weight",
+        f"{chosen['lora_weight']:g}", "--solver", chosen["sampler"], "--prompt",
+        _prompt(results, results["shown"][0] if results["shown"] else 0),
+    ]  # fmt: skip
+    return shlex.join(words)
+
+
+def _hurt(results: Results, cells: Sequence[Cell]) -> list[str]:
+    """The ids of the cells at which guidance hurts: from the scale on that `breaks` names."""
+    found = []
+    for name, entries in results.get("breaks", {}).items():
+        for entry in entries:
+            same = ("sampler", "steps", "lora_weight")
+            found += [
+                cell["id"]
+                for cell in cells
+                if cell["adapter"] == name
+                and all(cell[key] == entry[key] for key in same)
+                and cell["guidance_scale"] >= entry["guidance_scale"]
+            ]
+    return found
+
+
+# -- Plots ---------------------------------------------------------------------------------------------------
+
+
+def _plots(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each group of cells its plots: over guidance (if there is one, over steps), then over weights."""
+    found = []
+    for of, line in groups(of_kind(cells, "student")).items():
+        guided = len({cell["guidance_scale"] for cell in line}) > 1
+        if not guided and len(line) == 1:
+            continue
+        x, series = ("guidance_scale", "steps") if guided else ("steps", "guidance_scale")
+        starts = _starts(results, line[0]) if guided else {}
+        found.append(
+            {"title": title(of, line), "figures": _figures(results, line, metrics, x, series, starts)}
+        )
+    for name, line in weighed(of_kind(cells, "student")).items():
+        kept = {key: about for key, about in metrics.items() if key not in _COSTS}
+        found.append({"title": name, "figures": _figures(results, line, kept, "lora_weight", "steps", {})})
+    teachers = of_kind(cells, "teacher")
+    if len(teachers) > 1:
+        name = f"Teacher: {sampler(teachers[0])}, over its own guidance_scale"
+        figures = _figures(results, teachers, metrics, "guidance_scale", "steps", {})
+        found.append({"title": name, "figures": figures})
+    return found
+
+
+def _figures(
+    results: Results, line: Sequence[Cell], metrics: Mapping[str, Any], x: str, series: str,
+    starts: Mapping[float, float],
+) -> list[dict[str, str]]:  # fmt: skip
+    found = []
+    for key, about in metrics.items():
+        level = _level(results, key) if line[0]["kind"] != "teacher" else None
+        drawn = sweep_plots.lines(line, key, about, x=x, series=series, level=level, breaks=starts)
+        if drawn is not None:
+            alt = f"Plot of {about['label']} over {x}, a line for each value of {series}"
+            found.append({"uri": uri(svg(drawn).encode(), "svg+xml"), "alt": alt})
+    return found
+
+
+def _starts(results: Results, cell: Cell) -> dict[float, float]:
+    """Steps -> the guidance_scale from which it hurts, of the cell's adapter, sampler and weight."""
+    return {
+        entry["steps"]: entry["guidance_scale"]
+        for entry in results.get("breaks", {}).get(cell["adapter"], ())
+        if (entry["sampler"], entry["lora_weight"]) == (cell["sampler"], cell["lora_weight"])
+    }
+
+
+def _level(results: Results, key: str) -> Mapping[str, float] | None:
+    """The teacher's figure; its effective guidance is, by definition, its guidance."""
+    if key == "effective_guidance":
+        return dict.fromkeys(("value", "low", "high"), results["teacher"]["guidance_scale"])
+    cells = (cell for cell in results["cells"] if cell["id"] == results["teacher"]["cell"])
+    return next((cell["metrics"].get(key) for cell in cells), None)
+
+
+def _pareto(
+    cells: Sequence[Cell], best: Sequence[sweep_plots.Cell], key: str | None, metrics: Mapping[str, Any]
+) -> str | None:
+    drawn = sweep_plots.pareto(families(cells), best, key, metrics[key]) if key else None
+    return None if drawn is None else uri(svg(drawn).encode(), "svg+xml")
+
+
+# -- Pairs and facts -----------------------------------------------------------------------------------------
+
+
+def _comparisons(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Adapters against each other, and against plain samplers: a table each, a row for each pair of cells."""
+    by_id = {cell["id"]: cell for cell in cells}
+    pairs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in results.get("comparisons", ()):
+        better = (metrics.get(row["metric"]) or {}).get("better")
+        found = {**row, "mark": _mark(row, better), "value": row["difference"]}
+        pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = found
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for (a, b), found in pairs.items():
+        if a in by_id and b in by_id:
+            both = by_id[b]["kind"] == "student"
+            name = "Adapters at the same settings" if both else "Against plain samplers at as many UNet calls"
+            tables.setdefault(name, []).append({"a": by_id[a], "b": by_id[b], "metrics": found})
+    return [
+        {
+            "title": name,
+            "rows": rows,
+            "keys": [key for key in metrics if any(key in row["metrics"] for row in rows)],
+        }
+        for name, rows in sorted(tables.items())
+    ]  # fmt: skip
+
+
+def _mark(row: Mapping[str, float], better: str | None) -> str:
+    """What the interval of a - b says of a: better, worse, different; empty if it holds 0."""
+    if row["low"] <= 0 <= row["high"]:
+        return ""
+    if better not in ("lower", "higher"):
+        return "different"
+    return "better" if (row["low"] > 0) == (better == "higher") else "worse"
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """How it was made, for the end of the page."""
+    base, teacher, machine = results["base"], results["teacher"], results.get("machine", {})
+    of = f" at revision {base['revision']}" if base.get("revision") else ""
+    facts = [("base", f"{base['path']}{of}, content {base['hash'][:12]}, {base['prediction_type']}")]
+    for each in results["adapters"]:
+        note = each.get("fault") or each.get("note")
+        text = f"{each['file']}, SHA-256 {each['sha256'][:12]}, {each['layers']} layers"
+        facts.append((f"adapter {each['name']}", text + (f"; {note}" if note else "")))
+    facts += [
+        ("teacher", f"{SAMPLERS.get(teacher['sampler'], teacher['sampler'])}, {teacher['steps']} steps, "
+                    f"guidance_scale {teacher['guidance_scale']:g}"),
+        ("samples", f"{results['count']} a cell: {len(results['prompts'])} prompts, "
+                    f"{results['images_per_prompt']} of each, {results['resolution']} pixels"),
+        ("seed", f"{results['seed']}; sample i has the same initial noise in every cell"),
+        ("features", str(results["extractor"])),
+        *((name, str(results[name])) for name in ("real", "brand", "control") if results.get(name)),
+        ("intervals", f"{results['confidence']:.0%}, bootstrap over prompts, the same in every cell"),
+    ]  # fmt: skip
+    if results.get("cost"):
+        facts.append(
+            ("price", f"{results['cost']['price_per_hour']:g} {results['cost']['currency']} an hour")
+        )
+    facts.append(("machine", ", ".join(f"{key} {text}" for key, text in machine.items())))
+    versions = results.get("versions", {})
+    return [*facts, ("versions", ", ".join(f"{key} {text}" for key, text in versions.items()))]

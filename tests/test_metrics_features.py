@@ -1,0 +1,198 @@
+"""Preprocessing against transformers' PIL processors, SigLIP 2, Inception, and mistakes as sentences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lcm_kit.errors import UserError
+from lcm_kit.metrics.features import PROBE, Extractor, extractor
+from lcm_kit.metrics.preprocessing import preparation
+from tests.bases import _tokenizer
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def random_pictures(height: int, width: int) -> np.ndarray:
+    """[2, H, W, 3] 8 bits, every pixel on its own: the hardest for a resize, which overshoots everywhere."""
+    return np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+
+
+def pixels(raw: np.ndarray) -> Tensor:
+    return torch.from_numpy(raw).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def processors() -> dict[str, Any]:
+    import transformers as t
+
+    cut = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 36}}
+    return {
+        "clip": t.CLIPImageProcessorPil(**cut),
+        "dinov2": t.BitImageProcessorPil(**cut, resample=2),
+        "siglip": t.SiglipImageProcessorPil(size={"height": 33, "width": 40}),
+        "siglip2": t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=20),
+    }
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip", "siglip2"])
+@pytest.mark.parametrize("size", [(64, 64), (40, 90), (384, 256), (20, 24)])  # smaller ones are enlarged
+def test_inputs_are_those_of_the_pil_processor(kind: str, size: tuple[int, int]) -> None:
+    processor, raw = processors()[kind], random_pictures(*size)
+    wanted = processor([Image.fromarray(each) for each in raw], return_tensors="pt")
+    found = preparation(kind, processor.to_dict())(pixels(raw))
+    assert found.keys() == wanted.keys()
+    level = 1 / 255 / min(processor.image_std)  # one of 255, once divided by the standard deviation
+    off = (found["pixel_values"] - wanted["pixel_values"]).abs()
+    assert float(off.max()) <= 2.01 * level
+    assert float((off > 0.5 * level).float().mean()) < 0.04  # ties only
+    assert float((off > 1e-5).float().mean()) < 0.04  # and nothing else differs at all
+    for name in found.keys() - {"pixel_values"}:
+        assert torch.equal(found[name], wanted[name].to(found[name].dtype)), name
+
+
+def test_a_file_that_leaves_things_out_means_transformers_defaults() -> None:
+    import transformers as t
+
+    raw = random_pictures(60, 80)
+    for kind, processor in (("clip", t.CLIPImageProcessorPil()), ("siglip", t.SiglipImageProcessorPil())):
+        wanted = processor([Image.fromarray(each) for each in raw], return_tensors="pt")["pixel_values"]
+        found = preparation(kind, {})(pixels(raw))["pixel_values"]
+        assert found.shape == wanted.shape and float((found - wanted).abs().max()) < 0.016
+    old = preparation("clip", {"size": 48, "crop_size": 40, "image_mean": None})(pixels(raw))
+    assert old["pixel_values"].shape == (2, 3, 40, 40)
+    plain = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
+    assert torch.allclose(
+        preparation("clip", plain)(pixels(raw))["pixel_values"], (pixels(raw) + 1) / 2, atol=1e-6
+    )
+
+
+def siglip2(folder: Path) -> Any:
+    """A random SigLIP 2 with its processor and a tokenizer."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    tokenizer, ends = _tokenizer(folder)
+    text = {
+        **VISION,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 24,
+        "projection_size": 16,
+        **ends,
+    }
+    vision = {**VISION, "patch_size": 8, "num_patches": 16}
+    model = t.Siglip2Model(t.Siglip2Config(text_config=text, vision_config=vision))
+    processor = t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=20)
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(folder)
+    return processor
+
+
+def test_siglip2_sees_pictures_of_any_shape_as_transformers_does(tmp_path: Path) -> None:
+    import transformers as t
+
+    processor = siglip2(tmp_path / "model")
+    model, seer = t.AutoModel.from_pretrained(tmp_path / "model"), extractor(str(tmp_path / "model"))
+    raw = random_pictures(40, 64)
+    tokens = t.AutoTokenizer.from_pretrained(tmp_path / "model")(
+        ["a fox", "an owl"], padding="max_length", max_length=24, return_tensors="pt"
+    )
+    with torch.no_grad():
+        output = model(
+            **processor([Image.fromarray(each) for each in raw], return_tensors="pt"),
+            input_ids=tokens["input_ids"],
+        )
+    images, texts = seer.images(pixels(raw)), seer.texts(["a fox", "an owl"])
+    assert texts is not None
+    assert torch.allclose(torch.nn.functional.normalize(images), output.image_embeds, atol=5e-3)
+    assert torch.allclose(torch.nn.functional.normalize(texts), output.text_embeds, atol=1e-5)
+    cosines = (output.image_embeds * output.text_embeds).sum(1)
+    score = seer.adherence(images, ["a fox", "an owl"])
+    assert score.tolist() == pytest.approx((100 * cosines).clamp(min=0).tolist(), abs=0.3)
+
+
+def test_dinov2_with_registers_and_a_nested_processor_file(tmp_path: Path) -> None:
+    """transformers 5 may keep the processor's settings within processor_config.json."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, mlp_ratio=2
+    )
+    model = t.Dinov2WithRegistersModel(config).eval()
+    model.save_pretrained(tmp_path)
+    processor = t.BitImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": processor.to_dict()}, default=str)
+    )
+    raw = random_pictures(48, 48)
+    with torch.no_grad():
+        wanted = model(
+            **processor([Image.fromarray(each) for each in raw], return_tensors="pt")
+        ).pooler_output
+    seer = extractor(str(tmp_path))
+    assert torch.allclose(seer.images(pixels(raw)), wanted, atol=0.02)
+    with pytest.raises(UserError, match="reads no text; name a CLIP or SigLIP model"):
+        seer.adherence(wanted, ["a", "b"])
+
+
+class _Inception(torch.nn.Module):
+    """What torch-fidelity's extractor takes and gives; it sees the mean of each channel."""
+
+    def __init__(self, name: str, features: list[str]) -> None:
+        super().__init__()
+        assert features == ["2048"]
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        assert images.dtype == torch.uint8
+        return (images.float().mean((2, 3)),)
+
+
+def test_inception_is_given_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    module = ModuleType(name)
+    module.FeatureExtractorInceptionV3 = _Inception  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, name, module)
+    found = extractor("inception").images(torch.tensor([-1.2, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4))
+    assert found.tolist() == [[0.0, 128.0, 255.0]]
+
+    def offline(*_: object) -> None:
+        raise OSError("no route to host")
+
+    module.FeatureExtractorInceptionV3 = offline  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"cannot be downloaded \(no route to host\); check the connection"):
+        extractor("inception")
+
+
+def test_mistakes_are_sentences(tmp_path: Path) -> None:
+    for name in ("./nothing", "/no/such/folder", "a/b/c", "asset:clip"):
+        with pytest.raises(
+            UserError, match="there is no such folder; check the path, or use the folder or hub id"
+        ):
+            extractor(name)
+    with pytest.raises(UserError, match="has no revisions, so 'main' means nothing; remove it"):
+        extractor(PROBE, revision="main")
+    siglip2(tmp_path / "model")
+    settings = tmp_path / "model" / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "resample": 1}))
+    with pytest.raises(UserError, match="resample 1 of preprocessor_config.json is not known here"):
+        extractor(str(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="or it cannot be loaded .*check the name"):
+        extractor(str(tmp_path / "model"))
+
+
+def test_similarity_is_a_cosine_of_a_hundred() -> None:
+    a = torch.tensor([[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
+    b = torch.tensor([[3.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])
+    assert Extractor.similarity(a, b).tolist() == pytest.approx([100 / 2**0.5, 100, 0])

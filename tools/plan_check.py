@@ -1,0 +1,258 @@
+"""Estimated against measured: the table of docs/plan.md.
+
+    OMP_NUM_THREADS=1 python tools/plan_check.py [NAME ...]
+
+Each case is `lcm-kit encode` and `lcm-kit train` of two steps, in processes of their own, on a base of
+random weights with a published base's blocks, narrower. Measured is the resident memory at its highest, as
+the kernel tells it to the parent (ru_maxrss), less that of the same command on a base of next to nothing:
+Python and its libraries. Linux only. PLAN_CHECK names a folder for the bases, else a temporary one is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from lcm_kit.config.load import load
+from lcm_kit.config.schema import Distill
+from lcm_kit.export.structure import known
+from lcm_kit.plan import subject
+from lcm_kit.plan.estimate import Estimate, Planner
+from lcm_kit.plan.rehearsal import Stage
+from lcm_kit.quiet import quiet
+from tests.bases import _SCHEDULER, _tokenizer, build_sd
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+ENOUGH = 200 * MIB  # below, it is Python's own memory that is measured
+# glibc then gives back what is freed, and one arena holds it all
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
+# channels and heads of these are a share of the published ones
+SCALED = ("block_out_channels", "attention_head_dim", "norm_num_groups", "cross_attention_dim")
+CLIP = {"num_hidden_layers": 2, "intermediate_size": 512, "max_position_embeddings": 77}
+CONFIG = """\
+recipe: train/distill
+output: {work}/run
+steps: 2
+base: {{path: "{base}"}}
+data: {{path: "{images}", cache: "{work}/cache", batch_size: 4}}
+validation: {{prompts: null}}
+logging: {{trackers: []}}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    structure: str  # sd1, sdxl
+    width: float  # of the published channels
+    overrides: tuple[str, ...]
+
+
+CASES = [
+    Case("plain", "sd1", 0.25, ("data.resolution=256", "batch_size=4")),
+    Case("larger pictures", "sd1", 0.25, ("data.resolution=512", "batch_size=1")),
+    Case(
+        "checkpointing", "sd1", 0.25,
+        ("data.resolution=256", "batch_size=8", "gradient_checkpointing=true"),
+    ),
+    Case("accumulation", "sd1", 0.25, ("data.resolution=256", "batch_size=2", "accumulation=2")),
+    Case("weights rule", "sd1", 0.5, ("data.resolution=64", "batch_size=1")),
+    Case("ema", "sd1", 0.5, ("data.resolution=64", "batch_size=1", "ema=0.9")),
+    Case("nf4", "sd1", 0.5, ("data.resolution=128", "batch_size=1", "memory.quantize=nf4")),
+    Case(
+        "nf4 and all savings", "sdxl", 0.25,
+        ("data.resolution=256", "batch_size=2", "memory.quantize=nf4", "gradient_checkpointing=true",
+         "optimizer.name=adamw8bit"),
+    ),
+    Case("int8", "sdxl", 0.25, ("data.resolution=128", "batch_size=1", "memory.quantize=int8")),
+    Case("sdxl", "sdxl", 0.25, ("data.resolution=256", "batch_size=2")),
+    Case("bfloat16", "sd1", 0.125, ("data.resolution=256", "batch_size=4", "precision=bfloat16")),
+    Case(
+        "validation", "sd1", 0.125,
+        ("data.resolution=256", "batch_size=1", "gradient_checkpointing=true", "validation.count=4",
+         "validation.prompts={images}/prompts.txt"),
+    ),
+]  # fmt: skip
+
+
+# -- Bases and pictures --------------------------------------------------------------------------------------
+
+
+def scaled(config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The configuration with a share of its channels."""
+
+    def share(value: Any) -> Any:
+        return type(value)(map(share, value)) if isinstance(value, tuple) else round(value * width)
+
+    return {key: share(value) if key in SCALED else value for key, value in config.items()}
+
+
+def build(folder: Path, structure: str, width: float) -> Path:
+    """A diffusers folder of random weights: a UNet of `width`, a VAE of half the published one's."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if (folder / "model_index.json").is_file():
+        return folder
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {"block_out_channels": (320, 640, 1280, 1280), "norm_num_groups": 32}
+    config = scaled({**plain, **known(structure).unet_config}, width)
+    tokenizer, ends = _tokenizer(folder)
+    tokenizer.model_max_length = 77
+    xl = structure == "sdxl"
+    side = config["cross_attention_dim"] // (2 if xl else 1)
+    text = {
+        **CLIP,
+        **ends,
+        "vocab_size": len(tokenizer),
+        "hidden_size": side,
+        "num_attention_heads": side // 32,
+    }
+    if xl:
+        config["projection_class_embeddings_input_dim"] = 64 + 6 * config["addition_time_embed_dim"]
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=16,
+    )  # fmt: skip
+    parts = {
+        "unet": UNet2DConditionModel.from_config(config), "vae": vae, "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text)), "scheduler": DDIMScheduler(**_SCHEDULER),
+    }  # fmt: skip
+    if xl:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=64))
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    else:
+        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **unused)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path) -> Path:
+    """Eight pictures of noise with captions, and prompts."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    noise = torch.randint(
+        0, 256, (8, 512, 512, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    for k, picture in enumerate(noise.numpy()):
+        Image.fromarray(picture).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("noise")
+    (folder / "prompts.txt").write_text("".join(f"{word}\n" for word in ("one", "two", "three", "four")))
+    return folder
+
+
+# -- Measuring -----------------------------------------------------------------------------------------------
+
+
+# The kernel gives a process the peak of the one that it was forked from, so a small one stands between
+LAUNCHER = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
+def highest(verb: str, config: Path, overrides: Sequence[str]) -> int:
+    """Bytes of `lcm-kit verb config overrides` at its highest."""
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "lcm_kit", verb, str(config), *overrides]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"lcm-kit {verb} {' '.join(overrides)}: {done.stderr}")
+    return int(done.stdout) * 1024
+
+
+def both(work: Path, base: Path, overrides: tuple[str, ...]) -> dict[str, int]:
+    """What `encode` and `train` need on `base`."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        images = pictures(work / "images")
+        config = Path(folder) / "config.yaml"
+        config.write_text(CONFIG.format(work=folder, base=base, images=images))
+        filled = tuple(override.format(images=images) for override in overrides)
+        return {verb: highest(verb, config, filled) for verb in ("encode", "train")}
+
+
+@cache
+def nothing(work: Path, extra: tuple[str, ...]) -> dict[str, int]:
+    """Python and its libraries: the same commands on a base of next to nothing."""
+    base = work / "nothing"
+    if not base.is_dir():
+        build_sd(base)
+    return both(
+        work, base, ("data.resolution=64", "batch_size=1", "adapter.rank=1", "data.batch_size=1", *extra)
+    )
+
+
+def measure(work: Path, case: Case) -> dict[str, int]:
+    """Bytes of a case beyond those of Python."""
+    base = build(work / f"{case.structure}-{case.width}", case.structure, case.width)
+    extra = tuple(o for o in case.overrides if o.startswith(("optimizer.", "memory.", "validation.prompts")))
+    least, most = nothing(work, extra), both(work, base, case.overrides)
+    return {verb: most[verb] - least[verb] for verb in most}
+
+
+def estimated(base: Path, case: Case) -> Estimate:
+    """What `lcm-kit plan --device cpu` says of a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(CONFIG.format(work=folder, base=base, images=folder))
+        loaded = load(config, [override.format(images=folder) for override in case.overrides])
+    assert isinstance(loaded, Distill)
+    return Planner(Stage(subject.find(loaded.base), loaded.adapter), "cpu")(loaded)
+
+
+def row(verb: str, case: Case, found: int, expected: int, phase: str) -> str:
+    """A line of the table."""
+    what = f"{case.structure} x {case.width}, {' '.join(case.overrides)}"
+    off = f"{expected / found - 1:+.0%}"
+    return f"| {verb} | {what} | {phase} | {found / MIB:.0f} | {expected / MIB:.0f} | {off} |"
+
+
+def main() -> None:
+    """Measure the cases that are named, or all; what was measured before is kept in the folder."""
+    quiet()
+    work = Path(os.environ.get("PLAN_CHECK") or tempfile.mkdtemp(prefix="plan-check-"))
+    work.mkdir(parents=True, exist_ok=True)
+    print("| | base and overrides | highest phase | measured, MiB | estimated, MiB | off by |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for case in CASES:
+        if sys.argv[1:] and case.name not in sys.argv[1:]:
+            continue
+        file = work / f"{case.name.replace(' ', '-')}.json"
+        if not file.is_file():
+            file.write_text(json.dumps(measure(work, case)))
+        found = json.loads(file.read_text())
+        told = estimated(build(work / f"{case.structure}-{case.width}", case.structure, case.width), case)
+        print(row("train", case, found["train"], told.peak, told.phase))
+        if found["encode"] > ENOUGH:
+            print(row("encode", case, found["encode"], told.encode_peak, ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()
