@@ -30,10 +30,12 @@ def save(folder: Path, kind: str) -> Any:
     if kind == "clip":
         vision = {**VISION, "image_size": 32, "patch_size": 8}
         model: Any = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-        processor: Any = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        crop = {"height": 32, "width": 32}
+        processor: Any = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
     elif kind == "siglip":
         vision = {**VISION, "image_size": 24, "patch_size": 8}
-        model = t.SiglipModel(t.SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision))
+        words = {**text, "projection_size": 16}
+        model = t.SiglipModel(t.SiglipConfig(text_config=words, vision_config=vision))
         processor = t.SiglipImageProcessorPil(size={"height": 24, "width": 24})
     else:
         model = t.Dinov2Model(t.Dinov2Config(image_size=28, patch_size=7, mlp_ratio=2, **{
@@ -64,7 +66,8 @@ def test_pictures_are_seen_as_transformers_sees_them(kind: str, tmp_path: Path) 
     inputs = processor([Image.fromarray(each.numpy()) for each in raw], return_tensors="pt")["pixel_values"]
     model = t.AutoModel.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        output = model(pixel_values=inputs) if kind == "dinov2" else model.get_image_features(pixel_values=inputs)
+        look = model if kind == "dinov2" else model.get_image_features
+        output = look(pixel_values=inputs)
     found = extractor(str(tmp_path / "model")).images(raw.permute(0, 3, 1, 2) / 127.5 - 1)
     # PIL rounds to 8 bits between its two directions of the resize, torch does not
     assert torch.nn.functional.cosine_similarity(found, output.pooler_output).min() > 0.9999
@@ -100,7 +103,8 @@ def test_what_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"'nobody/nothing'.*check the name, or use asset:probe"):
         extractor("nobody/nothing")
-    config = t.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = t.BertConfig(**small, vocab_size=9)
     t.BertModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="is a bert model; give one of clip"):
         extractor(str(tmp_path / "bert"))

@@ -190,8 +190,8 @@ def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> N
     }  # fmt: skip
     assert built["lcm_kit.sampling_guidance_scale"] == "1.5"
     assert built["modelspec.usage_hint"] == (
-        "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA strength "
-        "0.8. Chosen by measurement."
+        "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA "
+        "strength 0.8. Chosen by measurement."
     )
     none = Recommended("None of these settings can be recommended.", None, None, None, None, (), ())
     built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=none))

@@ -60,7 +60,8 @@ def test_unet_calls(pipe: Any, solver: str, steps: int, guidance_scale: float) -
 
 
 def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
-    expected = {"lcm": [999, 759, 499, 259], "tcd": [999, 759, 499, 259], "ddim": [999, 749, 499, 249], "dpmpp_2m": [999, 749, 499, 249]}
+    consistency, plain = [999, 759, 499, 259], [999, 749, 499, 249]
+    expected = {"lcm": consistency, "tcd": consistency, "ddim": plain, "dpmpp_2m": plain}
     for solver, timesteps in expected.items():
         scheduler = sample.scheduler(solver, pipe.scheduler.config)
         scheduler.set_timesteps(4)

@@ -30,7 +30,8 @@ METRICS: dict[str, tuple[str, str, str | None, str]] = {
         "samplers without noise on their way, since others end elsewhere by chance",
     ),
     "feature_distance": (
-        "distance to the teacher, features", "", "lower", "RMS between the feature vectors of the sample and of the teacher's from the same noise",
+        "distance to the teacher, features", "", "lower",
+        "RMS between the features of the sample and those of the teacher's of the same noise",
     ),
     "effective_guidance": (
         "effective guidance", "", None,
