@@ -31,8 +31,11 @@ def check(config: Config) -> list[str]:
 
 def _looks(config: Config) -> list[Callable[[], str]]:
     if isinstance(config, Distill):
-        prompts = config.validation.prompts
-        looks = [lambda: _base(config.base), lambda: _data(config.data)]
+        prompts, source = config.validation.prompts, config.data.source
+        looks = [lambda: _base(config.base)]
+        looks += [lambda: _data(config.data)] if source != "teacher" else []
+        looks += [lambda: _prompts(config.data.samples.prompts)] if source != "images" else []
+        looks += [lambda: _adapters(config)] if config.teacher.adapters or config.adapter.start else []
         return looks + ([lambda: _prompts(prompts)] if prompts else [])
     if isinstance(config, Quality):
         alone = config.base
@@ -77,6 +80,14 @@ def _data(data: Data) -> str:
 
 def _prompts(prompts: str) -> str:
     return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+
+
+def _adapters(config: Distill) -> str:
+    from lcm_kit.sample import adapter_file
+
+    start = [config.adapter.start] if config.adapter.start else []
+    named = [*(entry.path for entry in config.teacher.adapters), *start]
+    return f"adapters: {', '.join(str(adapter_file(path)) for path in named)}"
 
 
 def _trained(run: str) -> str:

@@ -143,13 +143,13 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command(rich_help_panel="The stages")
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Turn images and captions into cached latents and text embeddings."""
+    """Turn images and captions, or prompts, into cached latents and text embeddings."""
     loaded = _distill(config, overrides)
     quiet()
     from lcm_kit import processes
-    from lcm_kit.data import cache
+    from lcm_kit.data import sources
 
-    cache.encode(loaded, share=processes.share())
+    sources.encode(loaded, share=processes.share())
 
 
 @app.command(rich_help_panel="The stages")
