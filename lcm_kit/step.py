@@ -38,7 +38,7 @@ def consistency_loss(
 
     d(f_target(x_s, s), f_student(x_t, t)) from x_t = alpha_t x0 + sigma_t noise. In distillation x_s is the
     teacher's ODE step (arXiv:2310.04378, algorithm 1). In consistency training it is the same x0 with the
-    same noise, alpha_s x0 + sigma_s noise (arXiv:2303.01469, algorithm 3; the fine-tuning of arXiv:2310.04378,
+    same noise, alpha_s x0 + sigma_s noise (arXiv:2303.01469, algorithm 3; fine-tuning in arXiv:2310.04378,
     section 4.4), whose mean given x_t is the DDIM step of the data's own denoiser. `teacher_weight` w gives
     w of the first and 1 - w of the second; what weighs 0 is not computed.
 
