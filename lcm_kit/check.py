@@ -34,7 +34,7 @@ def _looks(config: Config) -> list[Callable[[], str]]:
         prompts, source = config.validation.prompts, config.data.source
         looks = [lambda: _base(config.base)]
         looks += [lambda: _data(config.data)] if source != "teacher" else []
-        looks += [lambda: _prompts(config.data.samples.prompts)] if source != "images" else []
+        looks += [lambda: _samples(config.data)] if source != "images" else []
         looks += [lambda: _adapters(config)] if config.teacher.adapters or config.adapter.start else []
         return looks + ([lambda: _prompts(prompts)] if prompts else [])
     if isinstance(config, Quality):
@@ -80,6 +80,12 @@ def _data(data: Data) -> str:
 
 def _prompts(prompts: str) -> str:
     return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+
+
+def _samples(data: Data) -> str:
+    from lcm_kit.data.samples import prompts_of
+
+    return f"samples: {len(prompts_of(data))} of the teacher's, for {data.samples.prompts}"
 
 
 def _adapters(config: Distill) -> str:

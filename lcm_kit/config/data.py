@@ -21,7 +21,8 @@ Scale = Annotated[float, Field(ge=1)]
 class Samples:
     """The teacher's own samples for a list of prompts, drawn once by `encode` (base and teacher.adapters)."""
 
-    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    # text file, one prompt a line; or a folder of pictures, whose captions are the prompts; or an asset
+    prompts: str = "asset:general"
     count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
     solver: Literal["ddim", "dpmpp_2m"] = "ddim"
     steps: Annotated[int, Field(ge=1, le=1000)] = 50

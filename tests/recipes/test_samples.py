@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lcm_kit import families, sample, styles
+from lcm_kit.check import check
 from lcm_kit.config.schema import Distill
 from lcm_kit.data import samples, sources
 from lcm_kit.data.batches import Batches
@@ -185,3 +187,22 @@ def test_a_mix_draws_from_both_by_its_share(config: Callable[..., Distill]) -> N
         json.loads((run / "adapter" / "adapter.json").read_text())["data"]["fingerprint"] == both.fingerprint
     )
     assert both.fingerprint not in (both.images.fingerprint, both.samples.fingerprint)
+
+
+def test_prompts_may_be_the_captions_of_pictures(config: Callable[..., Distill], tmp_path: Path) -> None:
+    images = captioned(tmp_path / "pictures")
+    assert samples.prompts_of(config(prompts=str(images)).data) == ["a", "b", "a", "b", "a"]
+    (tmp_path / "pictures" / "0.txt").unlink()
+    (tmp_path / "pictures" / "1.txt").unlink()
+    with pytest.raises(UserError, match="no picture there has a caption"):
+        samples.prompts_of(config(prompts=str(images)).data)
+    lines = check(config(source="teacher"))
+    assert "samples: 5 of the teacher's, for" in "\n".join(lines) and "adapters: " in "\n".join(lines)
+
+
+def captioned(folder: Path) -> Path:
+    folder.mkdir()
+    for i, caption in enumerate("ab"):
+        Image.new("RGB", (64, 64)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
