@@ -58,20 +58,25 @@ class EncodeReport:
 
 
 class _Speed(ProgressColumn):
-    """Images, or samples, a second."""
+    """Images, or other things, a second."""
+
+    def __init__(self, things: str) -> None:
+        super().__init__()
+        self.things = things
 
     def render(self, task: Task) -> Label:
         speed = task.finished_speed or task.speed
-        return Label(f"{speed:.1f}/s" if speed else "-/s", style="progress.data.speed")
+        number = f"{speed:.1f}" if speed else "-"
+        return Label(f"{number} {self.things}/s", style="progress.data.speed")
 
 
-def progress_bar(progress: bool) -> Progress:
-    """A bar with the speed; it shows nothing unless `progress`."""
+def progress_bar(progress: bool, things: str = "images") -> Progress:
+    """A bar with the speed in `things` a second; it shows nothing unless `progress`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Speed(),
+        _Speed(things),
         TimeRemainingColumn(),
     )
     return Progress(*columns, disable=not progress)

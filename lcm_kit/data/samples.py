@@ -81,7 +81,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     planned = shards.plan(made_by, _entries(data), data.shard_size)
     missing = shards.missing(folder, planned)
     share.wait()  # every process has seen which shards are missing
-    with progress_bar(progress and share.first) as bar:
+    with progress_bar(progress and share.first, "samples") as bar:
         _draw_missing(config, base, made_by, share.of(missing), share, bar)
     share.wait()
     new = shards.manifest(base, data, planned, [], made_by)
