@@ -14,12 +14,13 @@ from lcm_kit.methods import LCM
 from lcm_kit.prediction import Predict, predictor
 from lcm_kit.schedule import Schedule, add_noise, grid_steps, interval_weight
 from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
+from lcm_kit.step import Loss, consistency_loss
 from tests.gaussians import ALL, BRAND, SD, Gaussian, guided_flow
 
 SCHEDULE = Schedule.from_config(SD)
 STEPS, BATCH = 600, 128
 BOUND = 0.08  # RMS in units of the data, whose own spread is 0.8
+L2 = partial(LOSSES["l2"], c=0.0)
 CHECKED = (249, 499, 749, 999)
 
 
@@ -50,13 +51,14 @@ def distil(
     *,
     wrong_target: bool = False,
     teacher_weight: float = 1.0,
-    improved: bool = False,
+    distance: Loss = L2,
+    weighted: bool = False,
+    steps: int = STEPS,
 ) -> Predict:
     """Train a student as `train/distill.py` does; `wrong_target` takes the target from the teacher.
 
-    `improved`: the distance and the weight of improved consistency training, instead of l2.
+    `weighted`: by `interval_weight`, and with gradients clipped to norm 1, as the recipe does.
     """
-    distance = partial(LOSSES["huber_norm"], c=0.00054) if improved else partial(LOSSES["l2"], c=0.0)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network, method = Correction(), LCM()
@@ -66,9 +68,9 @@ def distil(
         lambda x, t: guide(velocity(ALL, x, t), velocity(BRAND, x, t), scales), SCHEDULE, "v_prediction"
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for step in range(STEPS):
-        times = method.times(SCHEDULE, grid_steps(step, STEPS, 8, 32), BATCH, generator)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        times = method.times(SCHEDULE, grid_steps(step, steps, 8, 32), BATCH, generator)
         losses = consistency_loss(
             method=method,
             solver=SOLVERS[solver],
@@ -82,11 +84,11 @@ def distil(
             times=times,
             teacher_weight=teacher_weight,
         )
-        if improved:
+        if weighted:
             losses = losses * interval_weight(SCHEDULE, times.t, times.s)
         optimizer.zero_grad()
         losses.mean().backward()
-        if improved:
+        if weighted:
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay.step()
