@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lcm_kit import assets
 from lcm_kit.config.load import Config
-from lcm_kit.config.schema import Base, Data, Finetune, Quality, Training
+from lcm_kit.config.schema import Base, Data, Distill, Finetune, Quality, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
@@ -33,9 +33,7 @@ def check(config: Config) -> list[str]:
 
 def _looks(config: Config) -> list[Callable[[], str]]:
     if isinstance(config, Training):
-        asked = [config.validation.prompts, config.prior.prompts if isinstance(config, Finetune) else None]
-        looks = [lambda: _base(config.base), lambda: _data(config.data)]
-        return looks + [partial(_prompts, prompts) for prompts in asked if prompts]
+        return _trains(config)
     if isinstance(config, Quality):
         alone = config.base
         subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
@@ -50,6 +48,19 @@ def _looks(config: Config) -> list[Callable[[], str]]:
             *(partial(_pictures, path) for path in folders),
         ]
     return []
+
+
+def _trains(config: Training) -> list[Callable[[], str]]:
+    source = config.data.source
+    prompts = [config.validation.prompts]
+    looks = [lambda: _base(config.base)]
+    looks += [lambda: _data(config.data)] if source != "teacher" else []
+    looks += [lambda: _samples(config.data)] if source != "images" else []
+    if isinstance(config, Finetune):
+        prompts.append(config.prior.prompts)
+    elif isinstance(config, Distill) and (config.teacher.adapters or config.adapter.start):
+        looks.append(lambda: _adapters(config))
+    return looks + [partial(_prompts, each) for each in prompts if each]
 
 
 def _base(base: Base) -> str:
@@ -102,6 +113,20 @@ def _pictures(path: str) -> str:
     from lcm_kit.data.records import pictures
 
     return f"images: {path}, {len(pictures(Path(assets.resolve(path)).expanduser(), path))} of them"
+
+
+def _samples(data: Data) -> str:
+    from lcm_kit.data.samples import prompts_of
+
+    return f"samples: {len(prompts_of(data))} of the teacher's, for {data.samples.prompts}"
+
+
+def _adapters(config: Distill) -> str:
+    from lcm_kit.sample import adapter_file
+
+    start = [config.adapter.start] if config.adapter.start else []
+    named = [*(entry.path for entry in config.teacher.adapters), *start]
+    return f"adapters: {', '.join(str(adapter_file(path)) for path in named)}"
 
 
 def _trained(run: str) -> str:

@@ -46,7 +46,7 @@ class Origin:
 
     unet: str  # hash of the base's UNet
     data: str  # the cache's fingerprint
-    teacher: tuple[str, ...]  # hashes of the files of its adapters
+    teacher: tuple[str, ...]  # hashes of the files of its adapters, and of adapter.start
     batch: int  # samples of a step over all processes
     world: int  # processes; they may be others when it goes on
 
@@ -128,8 +128,8 @@ def check_origin(folder: Path, origin: Origin) -> None:
         )
     if said and tuple(said["teacher"]) != origin.teacher:
         raise UserError(
-            f"{run}: the files of teacher.adapters are not those that this run was started with; give them "
-            "back to continue, or give another output"
+            f"{run}: the files of teacher.adapters and adapter.start are not those that this run was started "
+            "with; give them back to continue, or give another output"
         )
 
 

@@ -143,15 +143,15 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command(rich_help_panel="The stages")
 def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Turn images and captions into cached latents and text embeddings."""
+    """Turn images and captions, or prompts, into cached latents and text embeddings."""
     loaded = _training(config, overrides)
     quiet()
     from lcm_kit import processes
     from lcm_kit.config.schema import Finetune
-    from lcm_kit.data import cache, prior
+    from lcm_kit.data import prior, sources
 
     share = processes.share()
-    cache.encode(loaded, share=share)
+    sources.encode(loaded, share=share)
     if isinstance(loaded, Finetune) and loaded.prior.prompts is not None:
         prior.encode(loaded, share=share)
 

@@ -60,9 +60,9 @@ def _stages(config: Distill, quality: Quality) -> Iterator[tuple[str, Callable[[
     run = Path(config.output)
 
     def encode() -> None:
-        from lcm_kit.data import cache
+        from lcm_kit.data import sources
 
-        cache.encode(config)
+        sources.encode(config)
 
     def export() -> None:
         from lcm_kit.export.run import export_run

@@ -120,6 +120,22 @@ def grid(steps: int, n: int) -> Tensor:
     return torch.arange(1, n + 1) * steps // n - 1
 
 
+def interval_weight(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    """Return 1 / (rho_t - rho_s), float32 [B], rho = sigma / alpha, for t > s int64 [B].
+
+    Improved consistency training's weight 1 / (sigma_t - sigma_s) (arXiv:2310.14189, section 3.1): rho is the
+    sigma of its x0 + sigma noise, which is our x_t over alpha_t. Raises UserError where alpha is 0: there rho
+    is infinite, and the interval that sampling starts with would weigh nothing.
+    """
+    if schedule.zero_terminal_snr:
+        raise UserError(
+            "loss.weighting interval would give the first step of sampling no weight on a base with zero "
+            "terminal SNR; set loss.weighting=none"
+        )
+    rho = schedule.sigma / schedule.alpha
+    return 1.0 / (rho[t] - rho[s])
+
+
 def grid_steps(step: int, total: int, start: int | None, end: int) -> int:
     """Return the number of grid steps at optimizer step `step` of `total`: it doubles from `start` to `end`.
 

@@ -32,21 +32,32 @@ def consistency_loss(
     x0: Tensor,
     noise: Tensor,
     times: Times,
+    teacher_weight: float = 1.0,
 ) -> Tensor:
-    """Return the consistency distillation loss of each sample, float32 [B] (arXiv:2310.04378, algorithm 1).
+    """Return the consistency loss of each sample, float32 [B]: distillation, training, or both by weight.
 
-    d(f_target(x_s, s), f_student(x_t, t)), x_s being the teacher's ODE step from x_t = alpha_t x0 + sigma_t
-    noise. `x0`, `noise`: latents [B, C, h, w]. `target` is the student itself or the EMA of it, never the
-    teacher, which would distil nothing. Only the student's call has a gradient; it comes last, so that the
-    teacher's activations are gone.
+    d(f_target(x_s, s), f_student(x_t, t)) from x_t = alpha_t x0 + sigma_t noise. In distillation x_s is the
+    teacher's ODE step (arXiv:2310.04378, algorithm 1). In consistency training it is the same x0 with the
+    same noise, alpha_s x0 + sigma_s noise (arXiv:2303.01469, algorithm 3; fine-tuning in arXiv:2310.04378,
+    section 4.4), whose mean given x_t is the DDIM step of the data's own denoiser. `teacher_weight` w gives
+    w of the first and 1 - w of the second; what weighs 0 is not computed.
+
+    `x0`, `noise`: latents [B, C, h, w]. `target` is the student itself or the EMA of it, never the teacher,
+    which would distil nothing. Only the student's call has a gradient; it comes last, so that the teacher's
+    activations are gone.
     """
     t, s, end = times
     x_t = add_noise(schedule, x0, noise, t)
+    aims = []
     with torch.no_grad():
-        x_s = solver(teacher, schedule, x_t, t, s)
-        aim = method.endpoint(schedule, x_s, *target(x_s, s), s, end)
+        if teacher_weight > 0:
+            x_s = solver(teacher, schedule, x_t, t, s)
+            aims.append((teacher_weight, method.endpoint(schedule, x_s, *target(x_s, s), s, end)))
+        if teacher_weight < 1:
+            x_s = add_noise(schedule, x0, noise, s)
+            aims.append((1 - teacher_weight, method.endpoint(schedule, x_s, *target(x_s, s), s, end)))
     landed = method.endpoint(schedule, x_t, *student(x_t, t), t, end)
-    return loss(landed, aim)
+    return torch.stack([weight * loss(landed, aim) for weight, aim in aims]).sum(0)
 
 
 def diffusion_loss(

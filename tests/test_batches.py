@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit.data.batches import Batches, draw, generator_at
+from lcm_kit.data.batches import Batches, Mix, draw, generator_at
 from lcm_kit.families.condition import Condition
 
 
@@ -79,3 +80,28 @@ def test_draws_of_many_slots_look_like_independent_normals():
     x = draw(0, 0, range(2000), "noise", lambda g: torch.randn(4, generator=g))
     assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
     assert (torch.corrcoef(x.T) - torch.eye(4)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("share", ["0.3", "0.5", "0.07", "0.93"])
+def test_a_mix_keeps_its_share_in_every_run_of_places_and_its_own_epochs(share: str):
+    mix = Mix(6, Fraction(share))  # records 0..5 and 6..9
+    batches = Batches(Rows(), batch_size=7, seed=0, mix=mix)
+    order = [i for step in range(60) for i in batches.index(step)]
+    second = [i >= 6 for i in order]
+    for n in (7, 20, 100):
+        for start in range(len(order) - n):
+            assert abs(sum(second[start : start + n]) - n * mix.share) < 1
+    for of, first, size in ((False, 0, 6), (True, 6, 4)):
+        visits = [i for i, is_second in zip(order, second, strict=True) if is_second == of]
+        epochs = [visits[k : k + size] for k in range(0, len(visits) - size + 1, size)]
+        assert len(epochs) >= 2 and all(sorted(e) == list(range(first, first + size)) for e in epochs)
+
+
+def test_a_mix_is_the_same_for_two_ranks_and_for_any_order_of_steps():
+    mix = Mix(6, Fraction("0.4"))
+    one = [Batches(Rows(), 6, seed=3, mix=mix).index(step) for step in range(9)]
+    two = [
+        [i for rank in (0, 1) for i in Batches(Rows(), 3, 3, rank, 2, mix).index(step)] for step in range(9)
+    ]
+    again = [Batches(Rows(), 6, seed=3, mix=mix).index(step) for step in reversed(range(9))]
+    assert one == two == again[::-1]

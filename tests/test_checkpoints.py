@@ -117,7 +117,7 @@ def test_a_state_without_a_manifest_is_taken_if_it_loads(tmp_path: Path) -> None
     [
         ({"unet": "c" * 64}, "trained on another base, its UNet had the hash aaaaaaaaaaaa and now has cccc"),
         ({"data": "c" * 64}, "the cache holds other images or captions"),
-        ({"teacher": ("c" * 64,)}, "the files of teacher.adapters are not those"),
+        ({"teacher": ("c" * 64,)}, "the files of teacher.adapters and adapter.start are not those"),
     ],
 )
 def test_another_base_teacher_or_data_is_refused(

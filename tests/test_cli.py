@@ -120,7 +120,7 @@ def test_encode_draws_the_bases_own_pictures_if_they_are_asked_for(monkeypatch: 
     from lcm_kit.data import cache, prior
 
     seen: list[str] = []
-    monkeypatch.setattr(cache, "encode", lambda config, share: seen.append("brand"))
+    monkeypatch.setattr(cache, "encode", lambda config, *rest: seen.append("brand"))
     monkeypatch.setattr(prior, "encode", lambda config, share: seen.append("prior"))
     assert cli("encode", "finetune/tiny_brand").exit_code == 0 and seen == ["brand"]
     assert cli("encode", "finetune/tiny_brand", "prior.prompts=asset:tiny-sd").exit_code == 0
@@ -138,7 +138,7 @@ def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcm_kit.data import cache
 
     seen: list[Any] = []
-    monkeypatch.setattr(cache, "encode", lambda config, share: seen.extend([config, share]))
+    monkeypatch.setattr(cache, "encode", lambda config, progress, share: seen.extend([config, share]))
     assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
     assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1)
 
@@ -277,7 +277,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
         return SimpleNamespace(main=main)
 
     monkeypatch.setattr(shipped, "load_recipe", recipe)
-    monkeypatch.setattr(cache, "encode", lambda config: order.append(("encode", config)))
+    monkeypatch.setattr(cache, "encode", lambda config, *rest: order.append(("encode", config)))
     monkeypatch.setattr(exporting, "export_run", lambda run: order.append(("export", run)))
     monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
     monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])

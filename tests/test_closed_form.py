@@ -12,14 +12,15 @@ from lcm_kit.guidance import guide
 from lcm_kit.losses import LOSSES
 from lcm_kit.methods import LCM
 from lcm_kit.prediction import Predict, predictor
-from lcm_kit.schedule import Schedule, add_noise, grid_steps
+from lcm_kit.schedule import Schedule, add_noise, grid_steps, interval_weight
 from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
+from lcm_kit.step import Loss, consistency_loss
 from tests.gaussians import ALL, BRAND, SD, Gaussian, guided_flow
 
 SCHEDULE = Schedule.from_config(SD)
 STEPS, BATCH = 600, 128
 BOUND = 0.08  # RMS in units of the data, whose own spread is 0.8
+L2 = partial(LOSSES["l2"], c=0.0)
 CHECKED = (249, 499, 749, 999)
 
 
@@ -44,8 +45,20 @@ def velocity(world: Gaussian, x: Tensor, t: Tensor) -> Tensor:
     return world.v(x[..., 0, 0], alpha, sigma)[..., None, None]
 
 
-def distil(guidance_scale: float, solver: str, *, wrong_target: bool = False) -> Predict:
-    """Train a student as `train/distill.py` does; `wrong_target` takes the target from the teacher."""
+def distil(
+    guidance_scale: float,
+    solver: str,
+    *,
+    wrong_target: bool = False,
+    teacher_weight: float = 1.0,
+    distance: Loss = L2,
+    weighted: bool = False,
+    steps: int = STEPS,
+) -> Predict:
+    """Train a student as `train/distill.py` does; `wrong_target` takes the target from the teacher.
+
+    `weighted`: by `interval_weight`, and with gradients clipped to norm 1, as the recipe does.
+    """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network, method = Correction(), LCM()
@@ -55,22 +68,28 @@ def distil(guidance_scale: float, solver: str, *, wrong_target: bool = False) ->
         lambda x, t: guide(velocity(ALL, x, t), velocity(BRAND, x, t), scales), SCHEDULE, "v_prediction"
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for step in range(STEPS):
-        loss = consistency_loss(
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        times = method.times(SCHEDULE, grid_steps(step, steps, 8, 32), BATCH, generator)
+        losses = consistency_loss(
             method=method,
             solver=SOLVERS[solver],
-            loss=partial(LOSSES["l2"], c=0.0),
+            loss=distance,
             schedule=SCHEDULE,
             teacher=teacher,
             target=teacher if wrong_target else student,
             student=student,
             x0=BRAND.draw(BATCH, generator),
             noise=torch.randn(BATCH, 2, 1, 1, generator=generator),
-            times=method.times(SCHEDULE, grid_steps(step, STEPS, 8, 32), BATCH, generator),
-        ).mean()
+            times=times,
+            teacher_weight=teacher_weight,
+        )
+        if weighted:
+            losses = losses * interval_weight(SCHEDULE, times.t, times.s)
         optimizer.zero_grad()
-        loss.backward()
+        losses.mean().backward()
+        if weighted:
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay.step()
     return student

@@ -75,7 +75,8 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "adapter.rank: 'many' is not allowed; it must be a whole number of at least 1 and at most 1024",
             "adapter.rnk: there is no such key; did you mean `rank`?",
             "guidance: min 9.0 is larger than max 3.0; swap them",
-            "loss.name: 'hubber' is not allowed; it must be one of huber, l2; did you mean `huber`?",
+            "loss.name: 'hubber' is not allowed; it must be one of huber, huber_norm, l2; "
+            "did you mean `huber`?",
             "optimizer.betas.1: missing; it must be a number of at least 0 and less than 1",
             "validation: null is not allowed; it must be a block of keys "
             "(every, prompts, count, guidance_scale, seed)",

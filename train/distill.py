@@ -6,7 +6,8 @@
 One UNet plays three parts (arXiv:2310.04378, 2311.05556). With its LoRA off it is the teacher, which takes
 one ODE step under classifier-free guidance from t to s. With its LoRA on it is the student, which must land
 at the same point from t as from s; the one from s is the target, optionally with an EMA of the LoRA's
-weights.
+weights. `teacher.weight` below 1 is latent consistency fine-tuning: s is reached with the noise that is in
+x_t already, which needs no teacher; `adapter.start` is then the LCM-LoRA that is tuned.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
 command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
@@ -27,19 +28,19 @@ from torch import Tensor
 from lcm_kit import __version__, families, run_folder, runtime, stepping
 from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
 from lcm_kit.config.schema import Distill
+from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
-from lcm_kit.data.cache import Cache
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.losses import LOSSES
 from lcm_kit.memory import compiled, load_unet, make_optimizer
 from lcm_kit.methods import METHODS, Method, Times
 from lcm_kit.prediction import predictor
-from lcm_kit.schedule import Schedule, grid_steps
+from lcm_kit.schedule import Schedule, grid_steps, interval_weight
 from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
 from lcm_kit.stopping import leave, stoppable
-from lcm_kit.styles import add_teacher_adapters
+from lcm_kit.styles import add_teacher_adapters, start_from
 from lcm_kit.validation import Validation
 
 
@@ -62,18 +63,24 @@ def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, ste
 
 
 def facts(
-    config: Distill, base: families.BaseInfo, styles: list[dict[str, Any]], cache: Cache, steps: int
+    config: Distill, base: families.BaseInfo, loras: tuple[list[dict[str, Any]], ...], data: str, steps: int
 ) -> dict[str, Any]:
-    """What an adapter says of its making; the whole config lies beside it in config.yaml."""
+    """What an adapter says of its making; the whole config lies beside it in config.yaml.
+
+    `loras`: the teacher's and the one that training started from; `data`: the fingerprint of what it saw.
+    """
+    styles, start = loras
     return {
         "kit_version": __version__,
         "base": {**asdict(config.base), "hash": base.base_hash},
         "prediction_type": base.prediction_type,
         "steps": steps,
-        **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "guidance", "loss")},
-        "solver": config.solver,
-        "teacher": {"adapters": styles, "in_student": config.teacher.in_student},
-        "data": {"fingerprint": cache.fingerprint, "resolution": config.data.resolution},
+        **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "loss")},
+        "start": start,
+        "guidance": asdict(config.baked_guidance()),
+        "solver": config.solver if config.teacher.weight else None,
+        "teacher": {**asdict(config.teacher), "adapters": styles},
+        "data": {"fingerprint": data, "source": config.data.source, "resolution": config.data.resolution},
     }
 
 
@@ -88,17 +95,19 @@ def main(config: Distill) -> Path:
 
     # -- Parts: the base's UNet and schedule, and the four plugs ---------------------------------------------
     base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
-    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    cache = sources.open_cache(config, base)
     validation = Validation.prepare(config, base.base_hash)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
     solver, distance = SOLVERS[config.solver], LOSSES[config.loss.name]
+    weighted = config.loss.weighting == "interval"
     predict = partial(predictor, schedule=schedule, kind=base.prediction_type)
     unet = load_unet(base, config, device, dtype)
 
     # -- Adapters: the teacher's, then the one that is trained; everything else is frozen --------------------
     styles = add_teacher_adapters(unet, config.teacher, base)
     lora = add_lora(unet, config.adapter, seed=config.seed)
+    start = start_from(unet, config.adapter, base)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
@@ -108,7 +117,7 @@ def main(config: Distill) -> Path:
     call = compiled(model, config)
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
-    files = [style["sha256"] for style in styles]
+    files = [style["sha256"] for style in [*styles, *start]]
     origin, state = runtime.resume(
         accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files
     )
@@ -122,7 +131,8 @@ def main(config: Distill) -> Path:
 
     # -- Data: latents and embeddings ------------------------------------------------------------------------
     share = origin.batch // origin.world
-    batches = Batches(cache, share, config.seed, accelerator.process_index, accelerator.num_processes)
+    places = accelerator.process_index, accelerator.num_processes
+    batches = Batches(cache, share, config.seed, *places, cache.mix)
     empty = cache.empty().to(device, dtype)
 
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
@@ -142,15 +152,17 @@ def main(config: Distill) -> Path:
 
     def losses_of(batch: Batch, drawn: Draws, part: slice) -> Tensor:
         condition = batch.condition[part].to(device, dtype)
-        return consistency_loss(
+        times = Times(*(time[part] for time in drawn.times)).to(device)
+        losses = consistency_loss(
             method=method, solver=solver, schedule=schedule,
             loss=lambda a, b: distance(a, b, config.loss.c),
             teacher=predict(partial(as_teacher, condition=condition, guidance=drawn.guidance[part])),
             target=predict(partial(as_target, condition=condition)),
             student=predict(partial(as_student, condition=condition)),
             x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),
-            times=Times(*(time[part] for time in drawn.times)).to(device),
+            times=times, teacher_weight=config.teacher.weight,
         )  # fmt: skip
+        return losses * interval_weight(schedule, times.t, times.s) if weighted else losses
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
@@ -189,7 +201,7 @@ def main(config: Distill) -> Path:
                 leave(accelerator, run, stop, done, config.steps)
 
     # -- Save: the live weights, not their EMA, which is the target's affair ---------------------------------
-    saver.adapter(facts(config, base, styles, cache, done))
+    saver.adapter(facts(config, base, (styles, start), cache.fingerprint, done))
     accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcm_kit.config.schema import PretrainTiny
+from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.files import atomic_file
 from lcm_kit.prediction import from_x0_eps
 from lcm_kit.schedule import Schedule, add_noise

@@ -10,16 +10,12 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+from lcm_kit.config.data import STRICT, Data, Fraction, NonNegative, Positive, Rate, Samples, Scale
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Scale = Annotated[float, Field(ge=1)]
+__all__ = ["STRICT", "Data", "Fraction", "NonNegative", "Positive", "Rate", "Samples", "Scale"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,35 +28,6 @@ class Base:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Data:
-    """The images and captions, and where their latents and embeddings are cached."""
-
-    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
-    # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
-    # adapter can still draw (docs/training.md)
-    regularisation: str | None = None
-    # auto: a folder of images if there is one, else `datasets`
-    kind: Literal["auto", "folder", "datasets"] = "auto"
-    split: str = "train"  # datasets only
-    image_column: str = "image"  # datasets only
-    caption_column: str = "text"  # datasets only
-    cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
-    # pixels, a multiple of 8: shorter side resized, then centre crop
-    resolution: Annotated[int, Field(ge=8, le=4096)] = 64
-    flip: bool = False  # cache each image's mirror image as well
-    skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
-    shard_size: Positive = 256  # records a safetensors shard
-    batch_size: Positive = 8  # images a VAE pass while encoding
-
-    @model_validator(mode="after")
-    def _multiple(self) -> Data:
-        if self.resolution % 8:
-            near = self.resolution // 8 * 8
-            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
-        return self
-
-
-@dataclass(frozen=True, config=STRICT)
 class Adapter:
     """The LoRA that is trained. Its strength is alpha / rank."""
 
@@ -68,6 +35,9 @@ class Adapter:
     alpha: Rate = 64.0
     # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
     targets: Literal["lcm", "attention"] = "lcm"
+    # a LoRA of the same targets, rank and alpha whose weights training starts from: a file in any style that
+    # `lcm-kit convert` reads, or a run's folder; null: from nothing
+    start: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,6 +56,9 @@ class Teacher:
     # true: the student has them too, and its own adapter learns speed alone (use both when sampling);
     # false: its adapter learns look and speed together
     in_student: bool = False
+    # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
+    # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning
+    weight: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -145,8 +118,11 @@ class Guidance:
 class Loss:
     """Distance between the student's endpoint and its target."""
 
-    name: Literal["huber", "l2"] = "huber"
+    # huber: of each element; huber_norm: of a sample's RMS difference, as improved consistency training
+    name: Literal["huber", "huber_norm", "l2"] = "huber"
     c: Rate = 0.001  # pseudo-Huber constant: sqrt(d^2 + c^2) - c; unused by l2
+    # interval: 1 / (difference of sigma / alpha between t and s), improved consistency training's weight
+    weighting: Literal["none", "interval"] = "none"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -240,6 +216,31 @@ class Distill(Training):
     guidance: Guidance = field(default_factory=Guidance)
     loss: Loss = field(default_factory=Loss)
 
+    @model_validator(mode="after")
+    def _effect(self) -> Distill:
+        unused = {
+            "solver": self.solver != "ddim",
+            "guidance": self.guidance != Guidance(),
+            "teacher.adapters": bool(self.teacher.adapters)
+            and not self.teacher.in_student
+            and self.data.source == "images",
+        }
+        for key in (key for key, given in unused.items() if given and self.teacher.weight == 0):
+            raise ValueError(f"teacher.weight 0 leaves the teacher out, so {key} has no effect; remove it")
+        return self
+
+    def baked_guidance(self) -> Guidance:
+        """The lowest and highest guidance_scale that the loss teaches the student to draw with alone.
+
+        The teacher's step teaches its own; the same-noise step that of the data: 1 for images, since they are
+        drawn from no guidance, and for the teacher's samples what they were drawn with.
+        """
+        scales = [self.guidance.min, self.guidance.max] if self.teacher.weight else []
+        if self.teacher.weight < 1:
+            scales += [1.0] if self.data.source != "teacher" else []
+            scales += [self.data.samples.guidance_scale] if self.data.source != "images" else []
+        return Guidance(min(scales), max(scales))
+
 
 @dataclass(frozen=True, config=STRICT)
 class Denoising:
@@ -289,6 +290,14 @@ class Finetune(Training):
     prior: Prior = field(default_factory=Prior)
     validation: StyleValidation = field(default_factory=StyleValidation)
 
+    @model_validator(mode="after")
+    def _images(self) -> Finetune:
+        if self.data.source != "images":
+            raise ValueError(f"data.source {self.data.source} is for train/distill; a style is in images")
+        if self.adapter.start is not None:
+            raise ValueError("adapter.start is for train/distill; remove it")
+        return self
+
 
 @dataclass(frozen=True, config=STRICT)
 class Quality:
@@ -313,33 +322,6 @@ class Quality:
     lora_weight: float = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
     pictures: Positive = 16  # prompts whose pictures are kept for the report
-
-
-@dataclass(frozen=True, config=STRICT)
-class PretrainTiny:
-    """`recipe: train/pretrain_tiny`: draw the world, train the probe, the VAE, the text encoder, the UNet."""
-
-    recipe: Literal["train/pretrain_tiny"]
-    output: str  # folder of the finished pipeline; `probe/` is written beside it
-    # renders, latents and training state: the same command continues from here
-    work: str = "runs/pretrain_tiny"
-    seed: int = 0
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    renders: Positive = 24000
-    probe_steps: Positive = 1500
-    probe_batch_size: Positive = 64
-    vae_steps: Positive = 4200
-    vae_batch_size: Positive = 24  # crops of 32x32 pixels
-    vae_lr: Rate = 2e-3
-    unet_steps: Positive = 3750
-    unet_batch_size: Positive = 32
-    unet_lr: Rate = 1e-3
-    decay_steps: Positive = 500  # linear fall of the rate to 0 over the last steps
-    caption_dropout: Fraction = 0.1
-    min_snr_gamma: Rate = 5.0  # arXiv:2303.09556
-    ema: Fraction = 0.999
-    checkpoint_every: Positive = 250
-    prompts: Positive = 128  # held-out prompts written to prompts.txt: no training picture has them
 
 
 @dataclass(frozen=True, config=STRICT)

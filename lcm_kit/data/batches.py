@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,10 +51,16 @@ def draw(
     return torch.stack([f(generator_at(seed, step, slot, purpose)) for slot in slots])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # two epochs within a batch, of each source of a mix
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits n records: int64 [n], a function of (n, seed, epoch)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(_seed(seed, epoch, "epoch")))
+
+
+def _nth(n: int, seed: int, place: int) -> int:
+    """The record at `place` of the epochs of n records, one after the other."""
+    epoch, place = divmod(place, n)
+    return int(permutation(n, seed, epoch)[place])
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,13 @@ class Batch:
     slots: range  # places in the global batch, for `generator_at` and `draw`
 
 
+class Mix(NamedTuple):
+    """Two sources in one list of records, each with its own epochs."""
+
+    first: int  # records of the first source; the rest are the second's
+    share: Fraction  # of the places of a batch that the second has, 0 to 1
+
+
 @dataclass(frozen=True)
 class Batches:
     """An endless sequence of batches. Epoch follows epoch without a gap, within a batch too."""
@@ -75,12 +89,26 @@ class Batches:
     seed: int
     rank: int = 0
     world: int = 1
+    mix: Mix | None = None
 
     def index(self, step: int) -> list[int]:
-        """The records of `step` (it counts forwards, from 0) on this process, one for each slot."""
-        n, first = len(self.cache.ids), step * self.batch_size * self.world
-        places = [divmod(first + slot, n) for slot in self.slots]
-        return [int(permutation(n, self.seed, epoch)[place]) for epoch, place in places]
+        """The records of `step` (it counts forwards, from 0) on this process, one for each slot.
+
+        Of a mix, any run of n places in a row has n times the share of the second source, to within one.
+        """
+        first = step * self.batch_size * self.world
+        return [self._record(first + slot) for slot in self.slots]
+
+    def _record(self, place: int) -> int:
+        """The record at `place` of the endless sequence."""
+        n = len(self.cache.ids)
+        if self.mix is None:
+            return _nth(n, self.seed, place)
+        size, share = self.mix
+        before, after = int(place * share), int((place + 1) * share)  # of the second source
+        if after == before:
+            return _nth(size, self.seed, place - before)
+        return size + _nth(n - size, _seed(self.seed, "second source"), before)
 
     @property
     def slots(self) -> range:

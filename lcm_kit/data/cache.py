@@ -16,17 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text as Label
+from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +24,8 @@ from torch import Tensor
 from lcm_kit import families
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.data import shards
+from lcm_kit.data.batches import Mix
+from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Bad, Record, decode, open_records
 from lcm_kit.data.shards import Entry, Shard
 from lcm_kit.data.transforms import framing, to_pixels
@@ -47,35 +39,6 @@ from lcm_kit.share import Share
 
 ALONE = Share()
 _CONDITION = ("embeds", "pooled", "time_ids")
-_LISTED = 100  # bad records that a message names; more are counted
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What a run of `encode` did."""
-
-    folder: Path
-    rows: int  # of the whole cache: images, twice as many with data.flip
-    encoded: int  # of them in this run
-    seconds: float
-    changes: list[str] = field(default_factory=list)  # against the cache that was there before, in words
-    skipped: list[Bad] = field(default_factory=list)
-
-    @property
-    def message(self) -> str:
-        """The report for a person: a sentence or two, then the records that were left out."""
-        lines = (
-            [f"{self.folder} was made from other inputs: {'; '.join(self.changes)}"] if self.changes else []
-        )
-        if self.encoded:
-            lines.append(
-                f"{self.folder}: {self.encoded} of {self.rows} images encoded in {self.seconds:.1f} s"
-            )
-        else:
-            lines.append(f"{self.folder}: {self.rows} images, up to date, nothing to encode")
-        if self.skipped:
-            lines += [f"{len(self.skipped)} left out:", _listing(self.skipped)]
-        return "\n".join(lines)
 
 
 def encode(config: Training, progress: bool = True, share: Share = ALONE) -> EncodeReport:
@@ -88,57 +51,30 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     encoded.
     """
     started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
-    base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
-    check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
-    if data.resolution % base.factor:
-        raise UserError(
-            f"data.resolution {data.resolution} is not a multiple of {base.factor}, as the base's VAE needs"
-        )
+    base = usable_base(config)
     old = shards.read_manifest(folder)
-    with _bar(progress and share.first) as bar:
+    with progress_bar(progress and share.first) as bar:
         records, entries, bad = _survey(data, old, bar)
         made_by = shards.settings(base, data)
         planned = shards.plan(made_by, entries, data.shard_size)
-        missing = [shard for shard in planned if shards.content_of(folder / shard.file) != shard.content]
+        missing = shards.missing(folder, planned)
         share.wait()  # every process has seen which shards are missing
         _encode(base, data, missing, share, records, bar)
     share.wait()
     new = shards.manifest(base, data, planned, bad)
-    changes = [] if old is None else shards.changes(old, new)
-    if share.first and (missing or changes or old is None):
-        shards.write_manifest(folder, new)
-    count = sum(len(shard.entries) for shard in missing)
-    report = EncodeReport(folder, len(entries), count, time.monotonic() - started, changes, bad)
-    share.wait()
-    if progress and share.first:
-        Console().print(report.message, markup=False, highlight=False)
-    return report
+    return finish(folder, old, new, missing, started, progress, share, bad)
 
 
-class _Speed(ProgressColumn):
-    """Images a second."""
-
-    def render(self, task: Task) -> Label:
-        speed = task.finished_speed or task.speed
-        return Label(f"{speed:.1f} images/s" if speed else "- images/s", style="progress.data.speed")
-
-
-def _bar(progress: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not progress)
-
-
-def _listing(bad: Sequence[Bad]) -> str:
-    lines = [f"  {id}: {reason}" for id, reason in bad[:_LISTED]]
-    if len(bad) > _LISTED:
-        lines.append(f"  ... and {len(bad) - _LISTED} more")
-    return "\n".join(lines)
+def usable_base(config: Training) -> BaseInfo:
+    """The base of `config`. Raises `UserError` if it cannot be trained, or not at `data.resolution`."""
+    base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
+    if config.data.resolution % base.factor:
+        raise UserError(
+            f"data.resolution {config.data.resolution} is not a multiple of {base.factor}, as the base's VAE "
+            "needs"
+        )
+    return base
 
 
 def _survey(
@@ -158,10 +94,10 @@ def _survey(
     if bad and not data.skip_bad:
         raise UserError(
             f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out "
-            f"with data.skip_bad=true:\n{_listing(bad)}"
+            f"with data.skip_bad=true:\n{listing(bad)}"
         )
     if len(bad) == total:
-        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{_listing(bad)}")
+        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{listing(bad)}")
     sides = (False, True) if data.flip else (False,)
     entries = [
         Entry(record.id, record.caption, image, sha256_bytes(record.caption.encode()), mirrored)
@@ -201,9 +137,9 @@ def _encode(
     if not mine and done:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = _Encoder.load(base, device)
+    encoder = Encoder.load(base, device)
     if share.first:
-        shards.write_tensors(empty, _named(encoder.empty()), content)
+        shards.write_tensors(empty, tensors_of(encoder.empty()), content)
     task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in mine))
     for shard in mine:
         tensors = encode_shard(encoder, shard, records, data, lambda n: bar.advance(task, n))
@@ -211,37 +147,40 @@ def _encode(
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
     """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
 
     family: Any  # module of lcm_kit.families
-    vae: Any
+    vae: Any  # None where only captions are encoded
     text: Any
 
     @classmethod
-    def load(cls, base: BaseInfo, device: str) -> _Encoder:
+    def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
+        """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
         family = families.of(base)
         text = family.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):
                 part.to(device)
-        return cls(family, families.load_vae(base).to(device), text)
+        return cls(family, families.load_vae(base).to(device) if vae else None, text)
 
     def empty(self) -> Condition:
+        """The condition of an unconditional pass."""
         return self.family.empty_condition(self.text, 1)
 
     def condition(self, captions: Sequence[str], framings: Sequence[Framing]) -> Condition:
+        """The conditions of captions, and of how their pictures were cut."""
         return replace(self.family.encode_text(self.text, captions), time_ids=self.family.sizes(framings))
 
 
-def _named(condition: Condition) -> dict[str, Tensor]:
+def tensors_of(condition: Condition) -> dict[str, Tensor]:
     """The tensors of a condition by name, float32 on the CPU."""
     tensors = {name: getattr(condition, name) for name in _CONDITION}
     return {name: tensor.float().cpu() for name, tensor in tensors.items() if tensor is not None}
 
 
 def encode_shard(
-    encoder: _Encoder,
+    encoder: Encoder,
     shard: Shard,
     records: Mapping[str, Record],
     data: Data,
@@ -261,7 +200,7 @@ def encode_shard(
                 f"the VAE gives latents that are not finite for {', '.join(broken)}; remove these images"
             )
         condition = encoder.condition([entry.caption for entry in batch], [framed for _, framed in pictures])
-        for name, tensor in {"latents": latents, **_named(condition)}.items():
+        for name, tensor in {"latents": latents, **tensors_of(condition)}.items():
             found.setdefault(name, []).append(tensor)
         advance(len(batch))
     return {name: torch.cat(tensors) for name, tensors in found.items()}
@@ -300,8 +239,10 @@ class Cache:
     _shards: list[dict[str, Any]] = field(repr=False)
 
     @staticmethod
-    def open(folder: Path | str, *, base: BaseInfo, data: Data) -> Cache:
-        """The cache in `folder`, if it was made for this base and these settings.
+    def open(
+        folder: Path | str, *, base: BaseInfo, data: Data, settings: Mapping[str, Any] | None = None
+    ) -> Cache:
+        """The cache in `folder`, if it was made for this base and these settings, of images unless given.
 
         Raises `UserError` if it is missing, unfinished, or was made for another VAE, text encoder, resolution
         or source.
@@ -312,7 +253,7 @@ class Cache:
             raise UserError(
                 f"there is no finished cache in {str(folder)!r}; run `lcm-kit encode` with this config first"
             )
-        changed = shards.differences(found["settings"], shards.settings(base, data))
+        changed = shards.differences(found["settings"], settings or shards.settings(base, data))
         if changed:
             raise UserError(
                 f"cache {str(folder)!r} was made for another config ({'; '.join(changed)}); run "
@@ -327,6 +268,11 @@ class Cache:
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
         captions, images = ([row[key] for row in rows] for key in ("caption", "image"))
         return Cache(folder, ids, captions, images, found["shards"])
+
+    @property
+    def mix(self) -> Mix | None:
+        """None: it is all of one source."""
+        return None
 
     @property
     def fingerprint(self) -> str:

@@ -35,7 +35,13 @@ _NAMES = {
     "tokenizer_2": "the second tokenizer of the base",
     "zeros_when_empty": "what the base takes for an empty prompt",
     "format": "the cache format",
+    "unet": "the UNet of the base",
+    "scheduler": "the scheduler of the base",
+    "prompts": "the prompts of data.samples, or how many",
+    "teacher.adapters": "the teacher's adapters",
 }
+_MAKING = ("data.resolution", "data.samples.")  # keys of the config that tensors are made by
+_BY_ROW = ("prompts",)  # every row has its own
 
 
 @dataclass(frozen=True)
@@ -44,24 +50,25 @@ class Entry:
 
     id: str
     caption: str
-    image: str  # SHA-256 of the image file
+    image: str  # SHA-256 of the image file; of a teacher's sample, the place of its noise
     text: str  # SHA-256 of the caption
     mirrored: bool = False
 
 
-def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
-    """All but the records that latents and embeddings depend on, or that says where they come from."""
-    parts: dict[str, Any] = {
-        part: base.hash_of(part) for part in base.parts if part not in ("unet", "scheduler")
-    }
+def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
+    """What latents and embeddings depend on of the base, and the format: hashes of its parts but some."""
+    parts: dict[str, Any] = {part: base.hash_of(part) for part in base.parts if part not in without}
     if base.family == "sdxl":
         parts["zeros_when_empty"] = base.zeros_when_empty
+    return {"format": _FORMAT, "family": base.family, **parts}
+
+
+def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
+    """All but the records that latents and embeddings depend on, or that says where they come from."""
     keys = ("path", "regularisation", "resolution", "flip")
     columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
     return {
-        "format": _FORMAT,
-        "family": base.family,
-        **parts,
+        **of_base(base, without=("unet", "scheduler")),
         **{f"data.{key}": getattr(data, key) for key in (*keys, *columns)},
     }
 
@@ -109,7 +116,11 @@ class Shard:
 def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
     """Hash of all that the tensors of `entries` are made from."""
     # data.path and the columns say where a record comes from; what it is, its own hashes say
-    made_by = {key: value for key, value in settings.items() if key in _NAMES or key == "data.resolution"}
+    made_by = {
+        key: value
+        for key, value in settings.items()
+        if (key in _NAMES or key.startswith(_MAKING)) and key not in _BY_ROW
+    }
     rows = [(entry.image, entry.text, entry.mirrored) for entry in entries]
     return sha256_bytes(json.dumps([made_by, rows], sort_keys=True).encode())
 
@@ -132,18 +143,27 @@ def content_of(path: Path) -> str | None:
         return None
 
 
+def missing(folder: Path, planned: Sequence[Shard]) -> list[Shard]:
+    """The shards that are not in `folder`, or were made from something else."""
+    return [shard for shard in planned if content_of(folder / shard.file) != shard.content]
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
     """Write a shard whole or not at all."""
     atomic_write(path, save({k: v.contiguous() for k, v in tensors.items()}, {"content": content}))
 
 
 def manifest(
-    base: BaseInfo, data: Data, shards: Sequence[Shard], skipped: Sequence[tuple[str, str]]
+    base: BaseInfo,
+    data: Data,
+    shards: Sequence[Shard],
+    skipped: Sequence[tuple[str, str]],
+    made_with: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What manifest.json holds: what made the cache, and every row of it."""
+    """What manifest.json holds: what made the cache (`settings` unless others are given), and its rows."""
     made_by = {"path": base.path, "revision": base.revision, "variant": base.variant}
     return {
-        "settings": settings(base, data),
+        "settings": made_with or settings(base, data),
         "base": {**made_by, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
         "data": asdict(data),
         "versions": {"lcm-kit": __version__, **dict(_versions())},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm_kit import shipped
-from lcm_kit.config.schema import PretrainTiny
+from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.tiny.fit import fit, one_cycle
 
 

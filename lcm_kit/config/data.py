@@ -1,0 +1,65 @@
+"""What is trained on (the block `data`), and the kinds of number that all blocks are made of."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Scale = Annotated[float, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Samples:
+    """The teacher's own samples for a list of prompts, drawn once by `encode` (base and teacher.adapters)."""
+
+    # text file, one prompt a line; or a folder of pictures, whose captions are the prompts; or an asset
+    prompts: str = "asset:general"
+    count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
+    solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    guidance_scale: Scale = 5.0
+    seed: int = 0  # of their noise
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the batches, with data.source mix
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """What is trained on, and where its latents and embeddings are cached."""
+
+    # images: those of `path`; teacher: its own samples, no images needed; mix: both (train/distill only)
+    source: Literal["images", "teacher", "mix"] = "images"
+    samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher
+    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
+    # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
+    # adapter can still draw (docs/training.md)
+    regularisation: str | None = None
+    # auto: a folder of images if there is one, else `datasets`
+    kind: Literal["auto", "folder", "datasets"] = "auto"
+    split: str = "train"  # datasets only
+    image_column: str = "image"  # datasets only
+    caption_column: str = "text"  # datasets only
+    cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
+    # pixels, a multiple of 8: shorter side resized, then centre crop
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 64
+    flip: bool = False  # cache each image's mirror image as well
+    skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
+    shard_size: Positive = 256  # records a safetensors shard
+    batch_size: Positive = 8  # images a VAE pass while encoding
+
+    @model_validator(mode="after")
+    def _multiple(self) -> Data:
+        if self.resolution % 8:
+            near = self.resolution // 8 * 8
+            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
+        if self.flip and self.source == "teacher":
+            raise ValueError("flip mirrors images, and with source teacher there are none; remove it")
+        return self

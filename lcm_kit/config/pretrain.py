@@ -1,0 +1,36 @@
+"""The keys of `recipe: train/pretrain_tiny`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from lcm_kit.config.data import STRICT, Fraction, Positive, Rate
+
+
+@dataclass(frozen=True, config=STRICT)
+class PretrainTiny:
+    """`recipe: train/pretrain_tiny`: draw the world, train the probe, the VAE, the text encoder, the UNet."""
+
+    recipe: Literal["train/pretrain_tiny"]
+    output: str  # folder of the finished pipeline; `probe/` is written beside it
+    # renders, latents and training state: the same command continues from here
+    work: str = "runs/pretrain_tiny"
+    seed: int = 0
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    renders: Positive = 24000
+    probe_steps: Positive = 1500
+    probe_batch_size: Positive = 64
+    vae_steps: Positive = 4200
+    vae_batch_size: Positive = 24  # crops of 32x32 pixels
+    vae_lr: Rate = 2e-3
+    unet_steps: Positive = 3750
+    unet_batch_size: Positive = 32
+    unet_lr: Rate = 1e-3
+    decay_steps: Positive = 500  # linear fall of the rate to 0 over the last steps
+    caption_dropout: Fraction = 0.1
+    min_snr_gamma: Rate = 5.0  # arXiv:2303.09556
+    ema: Fraction = 0.999
+    checkpoint_every: Positive = 250
+    prompts: Positive = 128  # held-out prompts written to prompts.txt: no training picture has them

@@ -1,0 +1,117 @@
+"""What `encode` shows while it works, and says when it is done; and how any of its caches is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text as Label
+
+from lcm_kit.data import shards
+from lcm_kit.data.records import Bad
+from lcm_kit.data.shards import Shard
+from lcm_kit.share import Share
+
+_LISTED = 100  # bad records that a message names; more are counted
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What a run of `encode` did."""
+
+    folder: Path
+    rows: int  # of the whole cache: images, twice as many with data.flip, or samples
+    encoded: int  # of them in this run
+    seconds: float
+    changes: list[str] = field(default_factory=list)  # against the cache that was there before, in words
+    skipped: list[Bad] = field(default_factory=list)
+    what: str = "images"  # its rows
+    done: str = "encoded"  # and what was done to them
+
+    @property
+    def message(self) -> str:
+        """The report for a person: a sentence or two, then the records that were left out."""
+        lines = (
+            [f"{self.folder} was made from other inputs: {'; '.join(self.changes)}"] if self.changes else []
+        )
+        if self.encoded:
+            made = f"{self.encoded} of {self.rows} {self.what} {self.done}"
+            lines.append(f"{self.folder}: {made} in {self.seconds:.1f} s")
+        else:
+            lines.append(f"{self.folder}: {self.rows} {self.what}, up to date, nothing to encode")
+        if self.skipped:
+            lines += [f"{len(self.skipped)} left out:", listing(self.skipped)]
+        return "\n".join(lines)
+
+
+class _Speed(ProgressColumn):
+    """Images, or other things, a second."""
+
+    def __init__(self, things: str) -> None:
+        super().__init__()
+        self.things = things
+
+    def render(self, task: Task) -> Label:
+        speed = task.finished_speed or task.speed
+        number = f"{speed:.1f}" if speed else "-"
+        return Label(f"{number} {self.things}/s", style="progress.data.speed")
+
+
+def progress_bar(progress: bool, things: str = "images") -> Progress:
+    """A bar with the speed in `things` a second; it shows nothing unless `progress`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(things),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=not progress)
+
+
+def listing(bad: Sequence[Bad]) -> str:
+    """Records and why each cannot be used, one a line."""
+    lines = [f"  {id}: {reason}" for id, reason in bad[:_LISTED]]
+    if len(bad) > _LISTED:
+        lines.append(f"  ... and {len(bad) - _LISTED} more")
+    return "\n".join(lines)
+
+
+def finish(
+    folder: Path,
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    made: Sequence[Shard],
+    started: float,
+    progress: bool,
+    share: Share,
+    skipped: Sequence[Bad] = (),
+    **words: str,
+) -> EncodeReport:
+    """Write the manifest of a cache whose shards are all there, and say what was done.
+
+    `old` is the manifest that was there before, `made` the shards of this run, `started` its time on the
+    monotonic clock, `words` are `what` and `done` of the report. The first process writes; all wait for it.
+    """
+    changes = [] if old is None else shards.changes(old, new)
+    if share.first and (made or changes or old is None):
+        shards.write_manifest(folder, new)
+    count, rows = sum(len(shard.entries) for shard in made), len(new["records"])
+    report = EncodeReport(folder, rows, count, time.monotonic() - started, changes, list(skipped), **words)
+    share.wait()
+    if progress and share.first:
+        Console().print(report.message, markup=False, highlight=False)
+    return report

@@ -1,0 +1,160 @@
+"""The teacher's own samples as a cache to train on: no images needed, only prompts.
+
+The latents are what `lcm_kit.sample` draws with the base and `teacher.adapters`, never decoded; the folder is
+a cache like that of images. Sample i is a function of what draws it, its prompt and (data.samples.seed, i).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from lcm_kit import assets, sample, styles
+from lcm_kit.config.schema import Data, Distill
+from lcm_kit.data import shards
+from lcm_kit.data.cache import ALONE, Cache, Encoder, tensors_of, usable_base
+from lcm_kit.data.progress import EncodeReport, finish, progress_bar
+from lcm_kit.data.records import open_records
+from lcm_kit.data.shards import Entry, Shard
+from lcm_kit.data.transforms import framing
+from lcm_kit.errors import UserError
+from lcm_kit.families import BaseInfo
+from lcm_kit.files import sha256_bytes
+from lcm_kit.share import Share
+
+_DRAWN_BY = ("solver", "steps", "guidance_scale", "seed")
+
+
+def folder_of(data: Data) -> Path:
+    """Where the samples are cached: beside the images' cache, so that neither takes the other's place."""
+    return Path(data.cache) / "teacher"
+
+
+def prompts_of(data: Data) -> list[str]:
+    """The prompt of every sample: lines of a file, or captions of pictures. Raises `UserError` if none."""
+    wanted = data.samples.prompts
+    folder = Path(assets.resolve(wanted)).expanduser()
+    if folder.is_dir() and not (folder / "prompts.txt").is_file():
+        pictures, _ = open_records(replace(data, path=wanted, kind="folder", regularisation=None))
+        found = [picture.caption for picture in pictures]
+    else:
+        found = assets.prompts(wanted)
+    if not found:
+        raise UserError(f"data.samples.prompts {wanted!r}: no picture there has a caption; write prompts")
+    return list(islice(cycle(found), data.samples.count))
+
+
+def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
+    """All that the samples are made from, as the manifest keeps it.
+
+    Raises `UserError` for missing prompts and adapters.
+    """
+    made_by = config.data.samples
+    adapters = styles.teacher_facts(config.teacher)
+    return {
+        **shards.of_base(base, without=("vae",)),
+        "teacher.adapters": [{key: entry[key] for key in ("sha256", "weight")} for entry in adapters],
+        "prompts": sha256_bytes(json.dumps(prompts_of(config.data)).encode()),
+        **{f"data.samples.{key}": getattr(made_by, key) for key in _DRAWN_BY},
+        "data.resolution": config.data.resolution,
+    }
+
+
+def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> EncodeReport:
+    """Bring the cache of the teacher's samples up to date with the base, its adapters and the prompts.
+
+    As `cache.encode`: an interrupted run continues at the first missing shard, processes share the shards, a
+    second run does nothing. Raises `UserError` if the base, an adapter or the prompts cannot be used.
+    """
+    started, data, folder = time.monotonic(), config.data, folder_of(config.data)
+    base = usable_base(config)
+    old, made_by = shards.read_manifest(folder), settings(config, base)
+    planned = shards.plan(made_by, _entries(data), data.shard_size)
+    missing = shards.missing(folder, planned)
+    share.wait()  # every process has seen which shards are missing
+    with progress_bar(progress and share.first, "samples") as bar:
+        _draw_missing(config, base, made_by, share.of(missing), share, bar)
+    share.wait()
+    new = shards.manifest(base, data, planned, [], made_by)
+    return finish(
+        folder, old, new, missing, started, progress, share, what="samples of the teacher", done="drawn"
+    )
+
+
+def open_cache(config: Distill, base: BaseInfo) -> Cache:
+    """The finished cache of the teacher's samples. Raises `UserError` as `Cache.open`."""
+    return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
+
+
+def _entries(data: Data) -> list[Entry]:
+    """One row a sample; the place of its noise stands for an image file."""
+    return [
+        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", sha256_bytes(prompt.encode()))
+        for i, prompt in enumerate(prompts_of(data))
+    ]
+
+
+def _draw_missing(
+    config: Distill,
+    base: BaseInfo,
+    made_by: dict[str, Any],
+    mine: Sequence[Shard],
+    share: Share,
+    bar: Progress,
+) -> None:
+    """Draw and write this process's missing shards, each when it is done, and the empty condition."""
+    folder, content = folder_of(config.data), shards.content_hash(made_by)
+    empty_done = not share.first or shards.content_of(folder / shards.EMPTY) == content
+    if not mine and empty_done:
+        return
+    encoder = Encoder.load(base, sample.placement()["device"], vae=False)
+    if not empty_done:
+        shards.write_tensors(folder / shards.EMPTY, tensors_of(encoder.empty()), content)
+    task = bar.add_task("drawing", total=sum(len(shard.entries) for shard in mine))
+    pipe = teacher_pipeline(config, base) if mine else None
+    for shard in mine:
+        parts = []
+        for first in range(0, len(shard.entries), config.data.batch_size):
+            entries = shard.entries[first : first + config.data.batch_size]
+            parts.append(_draw(pipe, encoder, entries, config.data))
+            bar.advance(task, len(entries))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        shards.write_tensors(folder / shard.file, tensors, shard.content)
+
+
+def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
+    """The base's pipeline with `teacher.adapters` on its UNet, where and in what precision samples are drawn.
+
+    Raises `UserError` for adapters that do not fit.
+    """
+    pipe = sample.pipeline(
+        config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
+    )
+    styles.add_teacher_adapters(pipe.unet, config.teacher, base)
+    return pipe
+
+
+def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> dict[str, Tensor]:
+    """Latents and conditions of a batch, by their names in a shard."""
+    captions, drawn_by = [entry.caption for entry in entries], data.samples
+    latents = sample.latents(
+        pipe, captions, first=int(entries[0].id.rpartition("/")[2]), size=data.resolution,
+        **{key: getattr(drawn_by, key) for key in _DRAWN_BY},
+    )  # fmt: skip
+    broken = [entry.id for entry, z in zip(entries, latents, strict=True) if not z.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"the teacher draws latents that are not finite for {captions[0]!r} and others ({broken[0]}); "
+            "lower data.samples.guidance_scale or the weights of teacher.adapters"
+        )
+    whole = framing((data.resolution, data.resolution), data.resolution)
+    return {"latents": latents, **tensors_of(encoder.condition(captions, [whole] * len(captions)))}

@@ -1,0 +1,82 @@
+"""What a distillation is trained on: images, the teacher's samples, or both; encoded and opened alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lcm_kit.config.schema import Distill, Training
+from lcm_kit.data import cache, samples
+from lcm_kit.data.batches import Mix
+from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.families import BaseInfo
+from lcm_kit.families.condition import Condition
+from lcm_kit.files import sha256_bytes
+from lcm_kit.share import Share
+
+
+def encode(config: Training, progress: bool = True, share: Share = ALONE) -> list[EncodeReport]:
+    """Bring every cache that `data.source` asks for up to date. Raises `UserError` as each of them does."""
+    source, done = config.data.source, []
+    if source != "teacher":
+        done.append(cache.encode(config, progress, share))
+    if source != "images":
+        assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
+        done.append(samples.encode(config, progress, share))
+    return done
+
+
+def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
+    """What `data.source` asks for, finished and made for this config. Raises `UserError` as `Cache.open`."""
+    data = config.data
+    if data.source == "teacher":
+        return samples.open_cache(config, base)
+    images = Cache.open(Path(data.cache), base=base, data=data)
+    if data.source == "images":
+        return images
+    return Both(images, samples.open_cache(config, base), data.samples.share)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two caches as one: the rows of the images, then those of the teacher's samples."""
+
+    images: Cache
+    samples: Cache
+    share: float  # of the batches that the samples have
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the records, in order."""
+        return [*self.images.ids, *self.samples.ids]
+
+    @property
+    def mix(self) -> Mix:
+        """How batches are drawn from it: by the share as the config writes it, not its nearest binary."""
+        return Mix(len(self.images), Fraction(str(self.share)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that both were made from."""
+        return sha256_bytes(f"{self.images.fingerprint} {self.samples.fingerprint}".encode())
+
+    def latents(self, index: Sequence[int]) -> Tensor:
+        """Latents [n, C, h, w], float32, of the rows at `index`."""
+        return torch.cat([source.latents(row) for source, row in map(self._row, index)])
+
+    def condition(self, index: Sequence[int]) -> Condition:
+        """The conditions of the rows at `index`, float32."""
+        return Condition.cat([source.condition(row) for source, row in map(self._row, index)])
+
+    def empty(self, n: int = 1) -> Condition:
+        """The condition of an unconditional pass, n times."""
+        return self.images.empty(n)
+
+    def _row(self, index: int) -> tuple[Cache, int]:
+        first = len(self.images)
+        return (self.images, index) if index < first else (self.samples, index - first)

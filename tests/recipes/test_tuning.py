@@ -1,0 +1,172 @@
+"""Latent consistency fine-tuning by train/distill: from an LCM-LoRA, without a teacher or with a share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcm_kit import adapter
+from lcm_kit.config import schema
+from lcm_kit.config.load import dump, load
+from lcm_kit.errors import UserError
+from lcm_kit.export import metadata, reading, structure
+from lcm_kit.export.run import export_run
+from lcm_kit.families import inspect_base, load_unet
+from lcm_kit.styles import start_from
+from tests import broken
+from tests.loras import lcm_modules, random_lora
+from tests.recipes.small import configure
+from tests.runs import build_run
+from train import distill
+
+Keys = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def run(sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished and exported LCM-LoRA of rank 4, alpha 8."""
+    folder = build_run(tmp_path_factory.mktemp("start") / "run", sd_base(), rank=4, alpha=8.0)
+    export_run(folder, "diffusers", "float32")
+    return folder
+
+
+def tuned(keys: Keys, output: Path, start: Path, **changes: Any) -> schema.Distill:
+    """LCF of `start` with an odd step: curriculum, whole-sample Huber, weights."""
+    mine = {
+        **{key: value for key, value in keys.items() if key != "guidance"},
+        "teacher": {"weight": 0.0},
+        "loss": {"name": "huber_norm", "c": 0.00054, "weighting": "interval"},
+    }
+    return configure(mine, output, **{"adapter": {"start": str(start)}, **changes})
+
+
+def started(config: schema.Distill) -> Any:
+    base = inspect_base(config.base.path)
+    unet = load_unet(base)
+    adapter.add_lora(unet, config.adapter, seed=config.seed)
+    start_from(unet, config.adapter, base)
+    return unet
+
+
+def test_it_starts_from_an_lcm_lora_bit_for_bit(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    wanted = load_file(run / "adapter" / "lora.safetensors")
+    place = structure.of_base(distill_keys["base"]["path"])
+    lora = reading.read(run / "export" / "pytorch_lora_weights.safetensors", place).lora
+    broken.save(tmp_path / "kohya.safetensors", broken.kohya_diffusers_spelling(lora, place))
+    for start in (run, tmp_path / "kohya.safetensors"):
+        unet = started(tuned(distill_keys, tmp_path, start))
+        state = adapter.lora_state(unet)
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    other = load_unet(inspect_base(distill_keys["base"]["path"]))
+    adapter.load_adapter(run / "adapter", other)
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 8, 32)
+    with torch.no_grad():
+        first, second = (u(x, 500, encoder_hidden_states=text).sample for u in (unet, other))
+    assert torch.equal(first, second)
+
+
+def test_a_start_that_does_not_fit_is_refused(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    def refused(start: Path, **changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            started(tuned(distill_keys, tmp_path, start, **changes))
+        return str(caught.value)
+
+    where = {"start": str(run)}
+    assert "has rank 4 and alpha 8 in unet." in refused(run, adapter={**where, "rank": 8})
+    assert "set adapter.rank and adapter.alpha, which are 4 and 4," in refused(
+        run, adapter={**where, "alpha": 4.0}
+    )
+    assert "layers of the UNet and adapter.targets attention means" in refused(
+        run, adapter={**where, "targets": "attention"}
+    )
+    place = structure.of_base(distill_keys["base"]["path"])
+    half = random_lora(place, lcm_modules(place)[:3], ranks=(4,), alphas=(8.0,))
+    broken.save(tmp_path / "half.safetensors", broken.kohya_diffusers_spelling(half, place))
+    assert "adapts 3 layers of the UNet and adapter.targets lcm means" in refused(
+        tmp_path / "half.safetensors"
+    )
+    assert "is not a run's folder or a .safetensors file" in refused(tmp_path / "missing.safetensors")
+
+
+def test_without_a_teacher_none_is_asked_and_no_guidance_is_claimed(
+    distill_keys: Keys, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "guide", lambda *_: pytest.fail("the teacher was asked"))
+    trained = distill.main(tuned(distill_keys, tmp_path / "run", run))
+    facts = json.loads((trained / "adapter" / "adapter.json").read_text())
+    assert facts["guidance"] == {"min": 1.0, "max": 1.0} and facts["solver"] is None
+    assert facts["teacher"]["weight"] == 0 and facts["start"][0]["path"] == str(run)
+    assert metadata.facts_of_run(facts, "x").guidance == (1.0, 1.0)
+    before, after = (load_file(folder / "adapter" / "lora.safetensors") for folder in (run, trained))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_teacher_term_asks_it_and_moves_the_weights_elsewhere(
+    distill_keys: Keys, run: Path, tmp_path: Path
+) -> None:
+    guided = {"guidance": {"min": 2.0, "max": 6.0}}
+    mixed = distill.main(tuned(distill_keys, tmp_path / "a", run, teacher={"weight": 0.5}, **guided))
+    alone = distill.main(tuned(distill_keys, tmp_path / "b", run))
+    a, b = (load_file(folder / "adapter" / "lora.safetensors") for folder in (mixed, alone))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) > 1e-3
+    facts = json.loads((mixed / "adapter" / "adapter.json").read_text())
+    assert facts["guidance"] == {"min": 1.0, "max": 6.0}
+
+
+def test_stopped_and_continued_is_the_straight_run(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    straight = distill.main(tuned(distill_keys, tmp_path / "straight", run, steps=6))
+    distill.main(tuned(distill_keys, tmp_path / "twice", run, steps=3))
+    twice = distill.main(tuned(distill_keys, tmp_path / "twice", run, steps=6))
+    weights = [(folder / "adapter" / "lora.safetensors").read_bytes() for folder in (straight, twice)]
+    assert weights[0] == weights[1]
+
+
+def test_another_file_under_the_starts_name_is_noticed(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "start.safetensors"
+    file.write_bytes((run / "export" / "pytorch_lora_weights.safetensors").read_bytes())
+    distill.main(tuned(distill_keys, tmp_path / "run", file, steps=2))
+    place = structure.of_base(distill_keys["base"]["path"])
+    other = random_lora(place, lcm_modules(place), ranks=(4,), alphas=(8.0,))
+    broken.save(file, broken.kohya_diffusers_spelling(other, place))
+    with pytest.raises(UserError, match=r"files of teacher.adapters and adapter.start are not those"):
+        distill.main(tuned(distill_keys, tmp_path / "run", file, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("solver: heun", "so solver has no effect"),
+        ("guidance: {min: 2}", "so guidance has no effect"),
+        ("teacher: {weight: 0, adapters: [{path: a.safetensors}]}", "so teacher.adapters has no effect"),
+        ("data: {source: teacher, flip: true}", "with source teacher there are none"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    teacher = "" if text.startswith("teacher") else "teacher: {weight: 0}\n"
+    (tmp_path / "c.yaml").write_text(f"recipe: train/distill\noutput: x\n{teacher}{text}\n")
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("weight", "source", "scales"),
+    [(1, "images", (3, 8)), (0, "images", (1, 1)), (0.5, "images", (1, 8)), (0, "teacher", (5, 5)),
+     (0.5, "teacher", (3, 8)), (0, "mix", (1, 5)), (1, "mix", (3, 8))],
+)  # fmt: skip
+def test_the_guidance_that_is_taught(weight: float, source: str, scales: tuple[float, float]) -> None:
+    data = schema.Data(source=source)  # type: ignore[arg-type]
+    config = schema.Distill("train/distill", "x", data=data, teacher=schema.Teacher(weight=weight))
+    assert config.baked_guidance() == schema.Guidance(*scales)
+    assert "weight" in dump(config)
