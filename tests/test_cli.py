@@ -117,10 +117,10 @@ def test_encode_refuses_a_config_without_data() -> None:
 
 
 def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcm_kit.data import cache
+    from lcm_kit.data import sources
 
     seen: list[Any] = []
-    monkeypatch.setattr(cache, "encode", lambda config, share: seen.extend([config, share]))
+    monkeypatch.setattr(sources, "encode", lambda config, share: seen.extend([config, share]))
     assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
     assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1)
 
