@@ -238,7 +238,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, erro
 def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import lcm_kit.sample
     from lcm_kit import quickstart
-    from lcm_kit.data import cache
+    from lcm_kit.data import sources
     from lcm_kit.export import run as exporting
 
     output, order = tmp_path / "run", list[Any]()
@@ -259,7 +259,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
         return SimpleNamespace(main=main)
 
     monkeypatch.setattr(shipped, "load_recipe", recipe)
-    monkeypatch.setattr(cache, "encode", lambda config: order.append(("encode", config)))
+    monkeypatch.setattr(sources, "encode", lambda config: order.append(("encode", config)))
     monkeypatch.setattr(exporting, "export_run", lambda run: order.append(("export", run)))
     monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
     monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])
