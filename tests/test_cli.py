@@ -135,10 +135,10 @@ def test_check_looks_for_the_prompts_of_the_prior() -> None:
 
 
 def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcm_kit.data import cache
+    from lcm_kit.data import sources
 
     seen: list[Any] = []
-    monkeypatch.setattr(cache, "encode", lambda config, progress, share: seen.extend([config, share]))
+    monkeypatch.setattr(sources, "encode", lambda config, share: seen.extend([config, share]))
     assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
     assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1)
 
@@ -256,7 +256,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, erro
 def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import lcm_kit.sample
     from lcm_kit import quickstart
-    from lcm_kit.data import cache
+    from lcm_kit.data import sources
     from lcm_kit.export import run as exporting
 
     output, order = tmp_path / "run", list[Any]()
@@ -277,7 +277,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
         return SimpleNamespace(main=main)
 
     monkeypatch.setattr(shipped, "load_recipe", recipe)
-    monkeypatch.setattr(cache, "encode", lambda config, *rest: order.append(("encode", config)))
+    monkeypatch.setattr(sources, "encode", lambda config: order.append(("encode", config)))
     monkeypatch.setattr(exporting, "export_run", lambda run: order.append(("export", run)))
     monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
     monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])
