@@ -35,10 +35,10 @@ class Samples:
 class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
+    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
     # images: those of `path`; teacher: its own samples, no images needed; mix: both (train/distill only)
     source: Literal["images", "teacher", "mix"] = "images"
     samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher
-    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
     # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
     # adapter can still draw (docs/training.md)
     regularisation: str | None = None

@@ -198,6 +198,7 @@ def keys(value: Any, path: str = "") -> set[str]:
     return {key for name, inner in value.items() for key in keys(inner, f"{path}.{name}" if path else name)}
 
 
+@pytest.mark.slow
 def test_a_side_is_measured_in_a_process_of_its_own(speed: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump(tiny(rank=8)))
@@ -208,6 +209,7 @@ def test_a_side_is_measured_in_a_process_of_its_own(speed: ModuleType, tmp_path:
         assert 2**27 < found["library_bytes"] < 2**31
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_page(
     speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
