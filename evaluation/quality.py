@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lcm_kit import __version__, assets, families, processes, sample
 from lcm_kit.adapter import read_facts
-from lcm_kit.config.schema import Quality
+from lcm_kit.config.evaluation import Quality
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
 from lcm_kit.metrics.distance import distance_to_teacher

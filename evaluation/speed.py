@@ -34,8 +34,9 @@ from lcm_kit.adapter import add_lora, teacher
 from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
 from lcm_kit.bench.models import Base, cached
 from lcm_kit.bench.side import Drawn, Part, Side, run, scaler
+from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
-from lcm_kit.config.schema import Adapter, Guidance, Optimizer, Speed
+from lcm_kit.config.schema import Adapter, Guidance, Optimizer
 from lcm_kit.data.batches import draw
 from lcm_kit.families import encode_images
 from lcm_kit.families.condition import Condition

@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from lcm_kit import assets
+from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config
-from lcm_kit.config.schema import Base, Data, Distill, Finetune, Quality, Training
+from lcm_kit.config.schema import Base, Data, Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 

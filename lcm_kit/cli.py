@@ -147,7 +147,7 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     loaded = _training(config, overrides)
     quiet()
     from lcm_kit import processes
-    from lcm_kit.config.schema import Finetune
+    from lcm_kit.config.finetune import Finetune
     from lcm_kit.data import prior, sources
 
     share = processes.share()

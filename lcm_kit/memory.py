@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from lcm_kit import families
 from lcm_kit.config import schema
+from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 
@@ -45,7 +46,7 @@ def load_unet(base: BaseInfo, config: schema.Training, device: torch.device, dty
     return place(families.load_unet(base, dtype), config, device)
 
 
-def place(unet: Any, config: schema.Training | schema.Speed, device: torch.device) -> Any:
+def place(unet: Any, config: schema.Training | Speed, device: torch.device) -> Any:
     """Make `unet`, on the CPU and without adapters, what `load_unet` returns; changes it and returns it."""
     memory = config.memory
     if memory.quantize != "none":
@@ -147,7 +148,7 @@ def _probe_layer(kind: str, device: torch.device) -> None:
 # -- Compiling -----------------------------------------------------------------------------------------------
 
 
-def compiled(unet: Any, config: schema.Training | schema.Speed, *, backend: str = "inductor") -> Any:
+def compiled(unet: Any, config: schema.Training | Speed, *, backend: str = "inductor") -> Any:
     """What to call as the UNet: `unet`, or where `memory.compile` asks, one compiled, of the same weights.
 
     Call it after the adapters are on. peft's flags are Python values that the compiled code is guarded by,

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lcm_kit import assets, shipped
+from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.load import load
-from lcm_kit.config.schema import Distill, Quality
+from lcm_kit.config.schema import Distill
 from lcm_kit.errors import UserError
 
 EVALUATION = "evaluation."  # overrides with this prefix are for the evaluation's config

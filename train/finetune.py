@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping
 from lcm_kit.adapter import add_lora, swapped, update_ema
-from lcm_kit.config.schema import Finetune
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.data import prior
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lcm_kit
 from lcm_kit.bench.side import Build, Side
-from lcm_kit.config.schema import Memory, Speed
+from lcm_kit.config.evaluation import Speed
+from lcm_kit.config.schema import Memory
 from lcm_kit.errors import UserError
 
 # -- Time and FLOPs ------------------------------------------------------------------------------------------

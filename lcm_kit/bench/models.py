@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import assets
-from lcm_kit.config.schema import Speed
+from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError
 from lcm_kit.export.structure import known
 from lcm_kit.families.condition import Condition

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lcm_kit.config.schema import Speed
+from lcm_kit.config.evaluation import Speed
 from lcm_kit.families.condition import Condition
 from lcm_kit.methods import Times
 

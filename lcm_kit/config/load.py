@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lcm_kit.config.evaluation import Quality, Speed
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.pretrain import PretrainTiny
-from lcm_kit.config.schema import Distill, Finetune, Quality, Speed, Training
+from lcm_kit.config.schema import Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 

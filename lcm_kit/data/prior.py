@@ -17,7 +17,8 @@ from typing import Any
 from rich.progress import track
 
 from lcm_kit import assets, sample
-from lcm_kit.config.schema import Data, Finetune
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Data
 from lcm_kit.data import cache
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
 from lcm_kit.errors import UserError

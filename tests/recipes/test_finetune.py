@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import adapter, checkpoints, families, sample
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import dump
-from lcm_kit.config.schema import Finetune
 from lcm_kit.data import prior
 from lcm_kit.data.batches import Batch, Batches, generator_at
 from lcm_kit.data.cache import Cache

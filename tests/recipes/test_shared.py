@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lcm_kit import shipped
+from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.load import dump
-from lcm_kit.config.schema import Quality
 from lcm_kit.data.cache import Cache, encode
 from lcm_kit.export.run import export_run
 from lcm_kit.families import inspect_base

@@ -19,8 +19,9 @@ from lcm_kit import shipped
 from lcm_kit.adapter import add_lora
 from lcm_kit.bench import measure, models
 from lcm_kit.bench.side import Side, scaler
+from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
-from lcm_kit.config.schema import Adapter, Speed
+from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
 from lcm_kit.families import encode_images
 

@@ -1,0 +1,68 @@
+"""The keys of `recipe: evaluation/quality` and `recipe: evaluation/speed`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from lcm_kit.config.schema import STRICT, Memory, NonNegative, Positive, Scale
+
+
+@dataclass(frozen=True, config=STRICT)
+class Quality:
+    """`recipe: evaluation/quality`: teacher, plain solvers and student on the same prompts and noise."""
+
+    recipe: Literal["evaluation/quality"]
+    # the run's folder: its adapter is the student, its base the teacher; results.json is written there
+    run: str
+    # a base (as base.path of a run) to evaluate alone, without a student; `run` is then just where results go
+    base: str | None = None
+    seed: int = 0
+    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    # prompts, taken from the top of the file and repeated with new noise where it is shorter
+    count: Positive = 128
+    batch_size: Positive = 32
+    guidance_scale: Scale = 5.0  # of the teacher and of the plain solvers with guidance
+    teacher_steps: Positive = 50
+    student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
+    # budgets of the plain solvers; guidance costs two calls a step
+    unet_calls: tuple[Positive, ...] = (2, 4, 8)
+    solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    lora_weight: float = 1.0
+    reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
+    pictures: Positive = 16  # prompts whose pictures are kept for the report
+
+
+@dataclass(frozen=True, config=STRICT)
+class Speed:
+    """`recipe: evaluation/speed`: a training step of ours beside a straight-line one, on random weights."""
+
+    recipe: Literal["evaluation/speed"]
+    output: str = "runs/speed"  # folder of results.json
+    seed: int = 0
+    structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
+    # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
+    batch_size: Positive = 4
+    rank: Annotated[int, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
+    # of both sides; auto: float32 on CPU, else float16
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False  # of both sides
+    memory: Memory = field(default_factory=Memory)  # of our side, as in train/distill
+    steps: Positive = 10  # timed steps of each side, in turns
+    warmup: NonNegative = 2  # steps of each side before them
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Speed:
+        if self.width not in (1.0, 0.5, 0.25, 0.125):
+            raise ValueError(f"width {self.width} does not divide the channels; choose 1, 0.5, 0.25 or 0.125")
+        if self.structure == "tiny" and self.width != 1.0:
+            raise ValueError(f"width {self.width} is for the large structures; leave it at 1 for tiny")
+        if self.resolution % 8:
+            near = self.resolution // 8 * 8
+            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
+        return self

@@ -1,0 +1,68 @@
+"""The keys of `recipe: train/finetune`: a style LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from lcm_kit.config.schema import STRICT, Fraction, Positive, Rate, Scale, Training, Validation
+
+
+@dataclass(frozen=True, config=STRICT)
+class Denoising:
+    """The denoising loss: squared distance between what the UNet outputs and what it should, weighted."""
+
+    # weight min(snr, gamma) / snr of each sample, / (snr + 1) for v (arXiv:2303.09556); null: all weigh 1
+    min_snr_gamma: Rate | None = 5.0
+    # share of a random constant, one a channel, in the noise: learns darker and brighter pictures
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Prior:
+    """Prior preservation (DreamBooth, arXiv:2208.12242): pictures of the base's own beside the brand's.
+
+    `lcm-kit encode` draws them once, into `<data.cache>-prior`; in every step as many of them as brand
+    pictures are trained on, which keeps what the base can draw and costs as much again.
+    """
+
+    prompts: str | None = None  # text file, one prompt a line, or an asset; null: no prior preservation
+    weight: Rate = 1.0  # of their loss; a brand picture's is 1
+    count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM
+    guidance_scale: Scale = 5.0
+    seed: int = 0  # of their noise
+
+
+@dataclass(frozen=True, config=STRICT)
+class StyleValidation(Validation):
+    """What is drawn and measured while it trains: base beside base with LoRA, and the held-out loss."""
+
+    # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
+    # them, and 0: none, and the last weights are the result
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class Finetune(Training):
+    """`recipe: train/finetune`: a style LoRA by the denoising loss, from a cache by `lcm-kit encode`."""
+
+    recipe: Literal["train/finetune"]
+    # decay of an EMA of the LoRA weights, which is then what is measured and saved; 0: the weights themselves
+    ema: Fraction = 0.0
+    loss: Denoising = field(default_factory=Denoising)
+    # share of captions that are replaced by the empty one, which guidance is drawn away from
+    caption_dropout: Fraction = 0.1
+    prior: Prior = field(default_factory=Prior)
+    validation: StyleValidation = field(default_factory=StyleValidation)
+
+    @model_validator(mode="after")
+    def _images(self) -> Finetune:
+        if self.data.source != "images":
+            raise ValueError(f"data.source {self.data.source} is for train/distill; a style is in images")
+        if self.adapter.start is not None:
+            raise ValueError("adapter.start is for train/distill; remove it")
+        return self
