@@ -100,7 +100,9 @@ def _data(data: Data) -> str:
 
 
 def _prompts(prompts: str) -> str:
-    return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+    from lcm_kit.data import records
+
+    return f"prompts: {prompts}, {len(records.prompts(prompts))} of them"
 
 
 def _adapter(path: str) -> str:
