@@ -2,8 +2,8 @@
 
 `lumo` is the embedded brand set's: two-ink prints, objects in navy and cream on one of three brand tones, a
 sun disc behind them, a double navy frame. `neon` is another one, for the brand study (docs/brand-study.md),
-whose defaults were not chosen on it: glowing outlines over a fading grid, in the dark. Each look has a picture
-for every object, tone and size, a few pixels of place left open.
+on which no default was chosen: glowing outlines over a fading grid, in the dark. Each look has a picture for
+every object, tone and size, a few pixels of place left open.
 """
 
 from __future__ import annotations
