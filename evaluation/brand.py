@@ -51,7 +51,8 @@ def main(config: Brand) -> Path:
     adapters = dict(zip((brand.ADAPTER, brand.STYLE), found, strict=False))
     folder, size = brand.output(config), config.resolution or base.sample_size * base.factor
     wanted, shown = brand.prompts_and_pictures(config)
-    control = list(islice(cycle(records.prompts(config.control_prompts)), config.count))
+    count = config.control_count or config.count
+    control = list(islice(cycle(records.prompts(config.control_prompts)), count))
     look = Looker.of(config, [*wanted, *control], size, device)
     samples = {
         kind: Samples(tuple(prompts), n, config.seed, size, config.batch_size, config.pictures)

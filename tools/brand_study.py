@@ -5,8 +5,9 @@
     python tools/brand_study.py --tables              # the tables and the plot, from what there is
 
 A cell is a look, a number of pictures and a seed. In each, by the configs of configs/study: the styled
-teacher; one LoRA distilled from it; latent consistency fine-tuning; the style beside the base's LCM-LoRA at
-the usual and at searched weights, and the latter merged at rank 16. Several processes may work at once
+teacher; one LoRA distilled from it, from the style and the base's LCM-LoRA together, or from either; latent
+consistency fine-tuning without and with a teacher; the style beside the LCM-LoRA at the usual and at searched
+weights, and the latter merged at rank 16. Several processes may work at once
 (OMP_NUM_THREADS=1 for each): each takes a cell that no other has. Needs runs/quickstart, the base's LCM-LoRA.
 """
 
@@ -24,7 +25,7 @@ from brand_looks import LOOKS, caption, pictures, unseen
 
 from lcm_kit import shipped
 from lcm_kit.config.load import load
-from lcm_kit.data import sources
+from lcm_kit.data import prior, sources
 from lcm_kit.export import merge_files
 from lcm_kit.export.run import export_run
 from lcm_kit.quiet import quiet
@@ -77,15 +78,32 @@ def run(config: str, **overrides: Any) -> Path:
     return folder
 
 
+def own(count: int) -> Path:
+    """A folder of `count` pictures that the base drew, so that training keeps what it can draw."""
+    folder, prior_ = CACHE / f"own-{count}", CACHE / "own"
+    if not (folder / "whole").is_file():
+        config = load(
+            shipped.config_path("study/style"),
+            [f"data.cache={json.dumps(str(prior_))}", "prior.prompts=asset:general", "prior.count=120"],
+        )
+        prior.encode(config, progress=False)
+        drawn = sorted((CACHE / "own-prior" / "pictures").glob("*.png"))[:count]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (each for picture in drawn for each in (picture, picture.with_suffix(".txt"))):
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "whole").touch()
+    return folder
+
+
 def measure(folder: Path, name: str, adapter: Path, style: Path, brand: Path, seed: int) -> None:
-    """Write `folder/NAME/brand.json`; what the base and the styled teacher draw is drawn once a cell."""
+    """Write `folder/NAME/brand.json`; what is drawn is kept in one place, and so once."""
     output = folder / name
     for kind in ("brand", "control"):
-        common, own = folder / "drawn" / kind, output / "brand" / kind
+        common, here = RUNS / "drawn" / kind, output / "brand" / kind
         common.mkdir(parents=True, exist_ok=True)
-        own.parent.mkdir(parents=True, exist_ok=True)
-        if not own.is_symlink():
-            own.symlink_to(common)
+        here.parent.mkdir(parents=True, exist_ok=True)
+        if not here.is_symlink():
+            here.symlink_to(common)
     if not (output / "brand.json").is_file():
         run("brand", run=str(adapter), style=str(style), brand=str(brand), prompts=str(brand / "prompts.txt"),
             output=str(output), base="asset:tiny-sd", seed=seed)  # fmt: skip
@@ -95,26 +113,36 @@ def do(cell: str) -> None:
     """Everything of one cell."""
     look, count, seed = cell.split("-")[0], *map(int, cell.split("-")[1:])
     folder, brand = RUNS / cell, draw_set(look, count, seed)
-    data = {"data__path": str(brand), "data__cache": str(CACHE / cell / "latents"), "seed": seed}
+    data = {"data__path": str(brand), "data__cache": str(CACHE / cell / "latents"), "seed": seed,
+            "data__regularisation": str(own(count))}  # fmt: skip
     style = run("style", output=str(folder / "style"), **data)
-    teacher = {"teacher__adapters": [{"path": str(style)}]}
-    ways = {"styled": run("styled", output=str(folder / "styled"), **teacher, **data)}
+    parts = adapter_file(style), adapter_file(SPEED)
+
+    def merged(name: str, weights: tuple[float, float], rank: int | None = None) -> Path:
+        if not (folder / f"{name}_diffusers.safetensors").is_file():
+            both = list(zip(parts, weights, strict=True))
+            merge_files.merge(both, folder / name, style="diffusers", rank=rank, base="asset:tiny-sd")
+        return folder / f"{name}_diffusers.safetensors"
+
+    ways: dict[str, Path] = {}
+    starts = {"both": merged("start", (1.0, 1.0)), "style": style, "speed": SPEED}
+    for name, start in starts.items():
+        size = 2 * RANK if name == "both" else RANK
+        ways[f"styled-{name}"] = run(
+            "styled", output=str(folder / f"styled-{name}"), teacher__adapters=[{"path": str(style)}],
+            adapter__start=str(start), adapter__rank=size, adapter__alpha=size, **data,
+        )  # fmt: skip
     for weight in (0.0, 0.5):
         scales = {"guidance__min": 4.0, "guidance__max": 6.0} if weight else {}
-        ways[f"lcf{weight:g}"] = run(
-            "lcf", output=str(folder / f"lcf{weight:g}"), teacher__weight=weight, **scales, **data
+        ways[f"lcf-{weight:g}"] = run(
+            "lcf", output=str(folder / f"lcf-{weight:g}"), teacher__weight=weight, **scales, **data
         )
-    parts = adapter_file(style), adapter_file(SPEED)
     found = run("compose", style=str(style), speed=str(SPEED), output=str(folder / "compose"),
                 brand=str(brand), prompts=str(brand / "prompts.txt"), seed=seed + 100)  # fmt: skip
     best = json.loads((found.parent / "recommended.json").read_text())
-    weights = {"usual": USUAL, "searched": (best["style_weight"], best["speed_weight"])}
-    for name, rank in (("usual", None), ("searched", None), ("reduced", RANK)):
-        both = list(zip(parts, weights["usual" if name == "usual" else "searched"], strict=True))
-        file = folder / f"{name}_diffusers.safetensors"
-        if not file.is_file():
-            merge_files.merge(both, folder / name, style="diffusers", rank=rank, base="asset:tiny-sd")
-        ways[name] = file
+    searched = best["style_weight"], best["speed_weight"]
+    ways["usual"] = merged("usual", USUAL)
+    ways["searched"], ways["reduced"] = merged("searched", searched), merged("reduced", searched, RANK)
     for name, adapter in ways.items():
         measure(folder / "measured", name, adapter, style, brand, seed)
     (folder / "done").touch()

@@ -24,7 +24,8 @@ class Brand:
     # those pictures of `brand` that the run of `style` held out, or of all if it held none out
     prompts: str | None = None
     control_prompts: str = "asset:tiny-sd"  # as `prompts`, but not naming the look
-    count: Annotated[int, Field(ge=3)] = 24  # of each, from the top
+    count: Annotated[int, Field(ge=3)] = 24  # prompts, from the top
+    control_count: Annotated[int, Field(ge=3)] | None = None  # of control prompts; null: `count`
     images_per_prompt: Positive = 2  # of the look, each from its own noise; 2 or more for diversity
     output: str | None = None  # folder of brand.json; null: the run's folder, or `brand` beside the file
     base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what `run` was made on
