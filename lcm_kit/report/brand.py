@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from lcm_kit import assets
+from lcm_kit.data.records import pictures
 from lcm_kit.report.shared import SAMPLERS, number, percent, picture_uri
 
 FILE = "brand.json"
-LOST = 0.05  # of the control prompts' share: more than this is said to be forgotten
+LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
 _STEPS = 4  # of the adapter in the first picture
 _SHOWN = 6  # rows of the first picture
 _TITLES = {"base": "The base", "styled": "The look, not fast", "adapter": "Your adapter"}
@@ -36,15 +39,16 @@ def context(run: Path) -> dict[str, Any] | None:
         return None
     head = headline(found["rows"])
     return {
-        "verdict": verdict(head),
+        "verdict": verdict(head, adherence := found.get("adherence")),
         "columns": ["Your pictures", *(title(head[name]) for name in ("base", "adapter"))],
         "rows": _lines(run, found, head),
         "control": _control(run, found, head),
         "control_columns": [title(head[name]) for name in ("base", "adapter")],
-        "sentences": sentences(head, found.get("adherence")),
+        "sentences": sentences(head, adherence),
         "all": [{**row, "title": title(row)} for row in found["rows"]],
-        "read": found.get("adherence") == "attributes",
-        "gauge": gauge(found.get("adherence")),
+        "gauge": gauge(adherence),
+        "most": f"{LOST:.0%} of their score" if adherence == "clip" else f"{100 * LOST:g} points",
+        "confidence": found.get("confidence", 0.95),
     }
 
 
@@ -66,20 +70,27 @@ def how(row: Row) -> str:
     return f"{sampler}, guidance_scale {row['guidance_scale']:g}"
 
 
-def verdict(head: Mapping[str, Any]) -> str:
-    """Yes: nearer to the brand than the base beyond its interval, at most 5 points of the control lost."""
+def verdict(head: Mapping[str, Any], adherence: str | None = None) -> str:
+    """Yes: nearer to the brand than the base beyond its interval, and the control prompts not forgotten."""
     base, adapter = head["base"], head["adapter"]
     if not (base["brand_similarity"] and adapter["brand_similarity"]):
         return "Judge by eye"
     if adapter["brand_similarity"]["low"] <= base["brand_similarity"]["high"]:
         return "No"
-    return "In part" if (lost(head) or 0.0) > LOST else "Yes"
+    return "In part" if forgotten(head, adherence) else "Yes"
 
 
-def lost(head: Mapping[str, Any]) -> float | None:
-    """How much of the control prompts' figure the adapter loses against the base; None if not measured."""
+def forgotten(head: Mapping[str, Any], adherence: str | None = None) -> float | None:
+    """How far the adapter is below the base on control prompts, if that is more than `LOST`; else None.
+
+    Of a share that is 5 points, of a CLIP score 5% of the base's.
+    """
     base, adapter = (head[name]["control_adherence"] for name in ("base", "adapter"))
-    return round(base["value"] - adapter["value"], 9) if base and adapter else None
+    if not (base and adapter):
+        return None
+    lost = float(base["value"] - adapter["value"])
+    most = LOST * base["value"] if adherence == "clip" else LOST
+    return lost if lost > most + 1e-9 else None
 
 
 def gauge(adherence: str | None) -> Any:
@@ -112,7 +123,7 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
     ):
         if base[key] and adapter[key]:
             told.append(f"{what}: {beside(key, form)}.")
-    if (gone := lost(head)) is not None and gone > LOST:
+    if (gone := forgotten(head, adherence)) is not None:
         told.append(
             f"On prompts of other things the adapter is {show(gone)} below the base: it has forgotten some of "
             "what the base can draw. A lower LoRA weight, fewer steps or general pictures beside yours help."
@@ -125,11 +136,23 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
 
 def _lines(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line a prompt: the brand's picture, the base's and the adapter's, and what was asked for."""
-    brand = [*found["brand_pictures"], *[None] * len(found["prompts"])]
-    lines = zip(found["prompts"], brand, head["base"]["pictures"], head["adapter"]["pictures"], strict=False)
+    drawn = zip(head["base"]["pictures"], head["adapter"]["pictures"], strict=True)
+    lines = list(zip(found["prompts"], drawn, strict=False))[:_SHOWN]
+    named = [_picture(run, name) for name in found["brand_pictures"]]
+    mine = zip_longest(named[: len(lines)], _any_of(found, len(lines)))
     return [
-        {"prompt": prompt, "images": [_picture(run, name) for name in names]} for prompt, *names in lines
-    ][:_SHOWN]
+        {"prompt": prompt, "images": [one or other, *(_picture(run, name) for name in names)]}
+        for (prompt, names), (one, other) in zip(lines, mine, strict=True)
+    ]
+
+
+def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
+    """Pictures of the brand's folder, spread over it, for prompts that none was made for."""
+    folder = Path(assets.resolve(found.get("brand") or "")).expanduser()
+    if not found.get("brand") or not folder.is_dir():
+        return [None] * count
+    there = [folder / record.id for record in pictures(folder, str(folder))]
+    return [picture_uri(there[k * len(there) // count]) for k in range(count)]
 
 
 def _control(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:
