@@ -32,13 +32,16 @@ def finetune(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="What to draw and judge by. [default: prompts.txt in the folder, else captions]"
+            metavar="FILE",
+            help="What to draw and judge by. [default: the folder's prompts.txt, or captions]",
         ),
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="A word that every caption should hold.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the base's files: fp16 halves a download.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, show the plan, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, show the plan, stop.")
+    ] = False,
 ) -> None:
     """Your pictures in, one adapter out that draws their look in 4 steps: all stages, each done once."""
     from lcm_kit import story

@@ -36,7 +36,9 @@ def rows(**adapter: Any) -> list[dict[str, Any]]:
     return [row("base", 50), row("styled", 50), *(row("adapter", n, **adapter) for n in (1, 2, 4, 8))]
 
 
-def write_brand(run: Path, prompts: list[str], found: list[dict[str, Any]] | None = None, **more: Any) -> None:
+def write_brand(
+    run: Path, prompts: list[str], found: list[dict[str, Any]] | None = None, **more: Any
+) -> None:
     """Write `run/brand.json` and its pictures, each of a colour of its own."""
     folder = run / "brand"
     folder.mkdir(parents=True, exist_ok=True)

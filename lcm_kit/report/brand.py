@@ -53,7 +53,7 @@ def context(run: Path) -> dict[str, Any] | None:
 
 
 def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows to compare: `base`, `styled` (None if there is none), and `adapter`, the one nearest 4 steps."""
+    """The rows to compare: `base`, `styled` (None if there is none), and the `adapter` nearest 4 steps."""
     of = {name: [row for row in rows if row["name"] == name] for name in _TITLES}
     adapter = min(of["adapter"], key=lambda row: abs(row["steps"] - _STEPS))
     return {"base": of["base"][0], "styled": next(iter(of["styled"]), None), "adapter": adapter}
@@ -107,28 +107,31 @@ def interval(figure: Mapping[str, float] | None, show: Any = number) -> str:
 
 def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str]:
     """What was measured, in words, the adapter beside the base; only what there are figures for."""
-    base, styled, adapter = head["base"], head["styled"], head["adapter"]
-    show, told = gauge(adherence), []
-    asked = "nearness to its text (CLIP score)" if adherence == "clip" else "pictures right"
-
-    def beside(key: str, show: Any) -> str:
-        text = f"the base {interval(base[key], show)}, your adapter {interval(adapter[key], show)}"
-        return text + (f", the look at {styled['steps']} steps {interval(styled[key], show)}" if styled else "")
-
-    for key, what, form in (
-        ("brand_similarity", "Nearness to your pictures (brand similarity, higher is nearer)", number),
-        ("brand_adherence", f"Prompts in your look, {asked}", show),
-        ("control_adherence", f"Prompts of other things, {asked}", show),
-        ("diversity", "Variety between pictures of one prompt", number),
-    ):
-        if base[key] and adapter[key]:
-            told.append(f"{what}: {beside(key, form)}.")
-    if (gone := forgotten(head, adherence)) is not None:
+    show = gauge(adherence)
+    asked = "nearness to their text (CLIP score)" if adherence == "clip" else "pictures right"
+    told = [
+        f"{what}: {_beside(head, key, form)}."
+        for key, what, form in (
+            ("brand_similarity", "Nearness to your pictures (brand similarity, higher is nearer)", number),
+            ("brand_adherence", f"Prompts in your look, {asked}", show),
+            ("control_adherence", f"Prompts of other things, {asked}", show),
+            ("diversity", "Variety between pictures of one prompt", number),
+        )
+        if head["base"][key] and head["adapter"][key]
+    ]
+    if (lost := forgotten(head, adherence)) is not None:
         told.append(
-            f"On prompts of other things the adapter is {show(gone)} below the base: it has forgotten some of "
-            "what the base can draw. A lower LoRA weight, fewer steps or general pictures beside yours help."
+            f"On prompts of other things the adapter is {show(lost)} below the base: it has forgotten some "
+            "of what the base can draw; a lower LoRA weight, fewer steps or more varied pictures may help."
         )
     return told
+
+
+def _beside(head: Mapping[str, Any], key: str, show: Any) -> str:
+    """A figure of the base, of the adapter and of the look at its full steps."""
+    base, styled, adapter = (head[name] for name in ("base", "styled", "adapter"))
+    slow = f", the look at {styled['steps']} steps {interval(styled[key], show)}" if styled else ""
+    return f"the base {interval(base[key], show)}, your adapter {interval(adapter[key], show)}{slow}"
 
 
 # -- Pictures ------------------------------------------------------------------------------------------------

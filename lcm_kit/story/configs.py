@@ -60,8 +60,8 @@ class Overrides:
             key = text.partition("=")[0]
             if any(key == own or key.startswith(f"{own}.") for own in decided):
                 raise UserError(
-                    f"{stage}.{key} is decided by the story, so that its stages fit together; leave it out, or "
-                    "run the stages one by one (docs/finetuning.md)"
+                    f"{stage}.{key} is decided by the story, so that its stages fit together; leave it out, "
+                    "or run the stages one by one (docs/finetuning.md)"
                 )
         return found
 

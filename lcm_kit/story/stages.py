@@ -17,7 +17,7 @@ Stage = tuple[str, Callable[[], Any]]
 
 
 def stages(story: Story) -> Iterator[Stage]:
-    """All stages after the check of the folder, by title; each imports its part of the library when it runs."""
+    """All stages after the check of the folder, by title; each imports what it needs when it runs."""
     yield "encode: pictures and captions become latents and embeddings", lambda: encode(story)
     yield "style: a LoRA that draws your look, at the base's pace", lambda: style(story)
     yield "distil: one LoRA that draws as base and style do, in few steps", lambda: distil(story)
