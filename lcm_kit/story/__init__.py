@@ -31,7 +31,7 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     """
     _alone()
     console, story = Console(stderr=True), configs.quickstart(output, overrides)
-    show.plan(console, story, _check(console, story, None))
+    show.plan(story, _check(console, story, None))
     return _tell(console, story)
 
 
@@ -56,21 +56,21 @@ def finetune(
     """
     _alone()
     console = Console(stderr=True)
-    pictures = Path(assets.resolve(folder)).expanduser()
-    if not pictures.is_dir():
+    place = Path(assets.resolve(folder)).expanduser()
+    if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
-    story = _of_studio(pictures, base, output or Path("runs") / pictures.resolve().name, prompts, overrides)
-    show.plan(console, story, _check(console, story, trigger))
+    story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, overrides)
+    show.plan(story, _check(console, story, trigger))
     return None if dry_run else _tell(console, story)
 
 
 def _of_studio(
-    folder: Path, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]
+    folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]
 ) -> Story:
     from lcm_kit.families import inspect_base
 
     found = inspect_base(base.path, revision=base.revision, variant=base.variant)
-    wanted = prompts or configs.prompts_in(str(folder))
+    wanted = prompts or configs.prompts_in(folder)
     if wanted:
         assets.prompts(wanted)  # are there any?
     place = {"path": base.path, "revision": base.revision, "variant": base.variant}
@@ -94,6 +94,8 @@ def _check(console: Console, story: Story, trigger: str | None) -> int:
     if found.errors:
         listed = "".join(f"\n  - {sentence}" for sentence in found.errors)
         raise UserError(f"{data.path}: {len(found.errors)} things are wrong{listed}")
+    if not found.warnings:
+        console.print(f"{found.count:,} pictures with captions; nothing to warn of", highlight=False)
     return found.count
 
 

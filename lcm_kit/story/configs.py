@@ -108,7 +108,7 @@ def prompts_in(folder: str) -> str | None:
 
 
 def finetune(
-    folder: Path, base: Mapping[str, str | None], family: str, output: Path, size: int,
+    folder: str, base: Mapping[str, str | None], family: str, output: Path, size: int,
     prompts: str | None, overrides: Sequence[str],
 ) -> Story:  # fmt: skip
     """The story for a studio's `folder` of pictures on `base` (path, revision, variant) of a `family`.
@@ -120,7 +120,7 @@ def finetune(
     given.check()
     told: dict[str, Any] = {
         **{f"base.{key}": value for key, value in base.items()},
-        "data.path": str(folder), "data.kind": "folder", "data.resolution": size,
+        "data.path": folder, "data.kind": "folder", "data.resolution": size,
         "data.cache": str(output / CACHE), "validation.prompts": prompts or str(output / PROMPTS),
     }  # fmt: skip
     if family != "tiny":  # whose own are of the embedded world
@@ -129,7 +129,7 @@ def finetune(
     look = "tiny_brand" if family == "tiny" else f"{family}_style"
     style = _style(f"finetune/{look}", distill, {"validation.prompts": told["validation.prompts"]}, given)
     judged = "evaluation/brand" if family == "tiny" else "evaluation/brand_clip"
-    subject = {"run": str(output), "style": style.output, "brand": str(folder), "prompts": prompts}
+    subject = {"run": str(output), "style": style.output, "brand": folder, "prompts": prompts}
     brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("evaluation"))
     return Story(style, distill, (brand,), prompts is None)
 

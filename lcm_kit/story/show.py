@@ -14,12 +14,14 @@ from lcm_kit.config.schema import Training
 from lcm_kit.story.configs import Story
 
 
-def plan(console: Console, story: Story, pictures: int) -> None:
+def plan(story: Story, pictures: int) -> None:
     """Print what will run, on how many `pictures`, and where it goes."""
-    table = Table("stage", "what", "goes to", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("stage", "what", "goes to"):
+        table.add_column(head, overflow="fold")
     for row in rows(story, pictures):
         table.add_row(*row)
-    console.print(table)
+    Console().print(table)
 
 
 def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
