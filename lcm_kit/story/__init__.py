@@ -64,9 +64,7 @@ def finetune(
     return None if dry_run else _tell(console, story)
 
 
-def _of_studio(
-    folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]
-) -> Story:
+def _of_studio(folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]) -> Story:
     from lcm_kit.families import inspect_base
 
     found = inspect_base(base.path, revision=base.revision, variant=base.variant)

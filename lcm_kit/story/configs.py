@@ -138,8 +138,11 @@ def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides)
     config = _load(name, {**told, "output": str(output)}, given.of("distill"))
     assert isinstance(config, Distill)  # `recipe` cannot be overridden
     known = config.teacher.adapters[:1] or (TeacherAdapter(""),)
-    adapters = (replace(known[0], path=str(output / STYLE)),)
-    return replace(config, teacher=replace(config.teacher, adapters=adapters, in_student=False))
+    style = str(output / STYLE)
+    teacher = replace(config.teacher, adapters=(replace(known[0], path=style),), in_student=False)
+    own = config.adapter.start is not None and config.adapter.start == known[0].path
+    start = style if own else config.adapter.start  # a config that begins with its teacher's style
+    return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
 
 
 def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Overrides) -> Finetune:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -170,7 +169,12 @@ def test_configs_come_by_the_bases_family(width: int, family: str) -> None:
     shipped_style = "tiny_brand" if family == "tiny" else f"{family}_style"
     assert told.style.steps == load(shipped.find(f"configs/finetune/{shipped_style}")).steps
     (brand,) = told.evaluations
-    assert (brand.run, brand.style, brand.brand, brand.resolution) == ("runs/x", "runs/x/style", "my/brand", 768)
+    assert (brand.run, brand.style, brand.brand, brand.resolution) == (
+        "runs/x",
+        "runs/x/style",
+        "my/brand",
+        768,
+    )
     assert told.own_prompts and brand.prompts is None
     if family != "tiny":
         assert told.distill.data.samples.prompts == "runs/x/captions.txt"
@@ -242,8 +246,9 @@ def test_the_plan_tells_what_is_done(sd_base: Callable[..., Path], tmp_path: Pat
     told = configs.quickstart(run, ["steps=20"])
     rows = {row[0]: row[1] for row in show.rows(told, 96)}
     assert "20 steps of 16, LoRA of rank 16; done" in rows["distil"] and "done" not in rows["style"]
-    assert "; begun, continues" in dict(
-        (row[0], row[1]) for row in show.rows(configs.quickstart(run, ["steps=21"]), 96)
-    )["distil"]
+    assert (
+        "; begun, continues"
+        in dict((row[0], row[1]) for row in show.rows(configs.quickstart(run, ["steps=21"]), 96))["distil"]
+    )
     assert "96 pictures, 10 of them held out" in rows["encode"]
     assert dump(told.distill)  # a config that could be written and read again
