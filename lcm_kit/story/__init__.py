@@ -17,7 +17,7 @@ from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
 from lcm_kit.story import configs, show
 from lcm_kit.story.configs import Story
-from lcm_kit.story.stages import stages
+from lcm_kit.story.stages import stages_of
 
 _STAGES = 7
 
@@ -100,7 +100,7 @@ def _check(console: Console, story: Story, trigger: str | None) -> int:
 def _tell(console: Console, story: Story) -> Path:
     """Run the stages after the check, each under its heading and with its time."""
     began = time.perf_counter()
-    for number, (title, run) in enumerate(stages(story), start=2):
+    for number, (title, run) in enumerate(stages_of(story), start=2):
         _heading(console, number, title)
         started = time.perf_counter()
         run()

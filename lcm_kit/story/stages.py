@@ -16,7 +16,7 @@ from lcm_kit.story.configs import CAPTIONS, PROMPTS, Story
 Stage = tuple[str, Callable[[], Any]]
 
 
-def stages(story: Story) -> Iterator[Stage]:
+def stages_of(story: Story) -> Iterator[Stage]:
     """All stages after the check of the folder, by title; each imports what it needs when it runs."""
     yield "encode: pictures and captions become latents and embeddings", lambda: encode(story)
     yield "style: a LoRA that draws your look, at the base's pace", lambda: style(story)
