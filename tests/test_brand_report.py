@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def text_of(page: str) -> str:
 
 def test_the_first_picture_is_brand_base_adapter_a_row_a_prompt(run: Path) -> None:
     page = Page(write_report(run).read_text())
-    # base at 50 steps is row 0 of brand.json (shade 0), the adapter at 4 steps row 4 (shade 80): tests/brands.py
+    # tests/brands.py: base at 50 steps is row 0 (shade 0), the adapter at 4 steps row 4 (shade 80)
     wanted = [(shade, 30 * i, 7) for i in range(6) for shade in (200, 0, 80)]
     assert [colour(image["src"]) for image in page.images[:18]] == wanted
     names = ("Your pictures", "The base, 50 steps", "Your adapter, 4 steps")
@@ -64,9 +65,7 @@ def test_it_needs_no_other_evaluation_and_fetches_nothing(run: Path) -> None:
     assert all(link and link.startswith("data:image/") for link in page.links)
     assert all(image.get("alt") for image in page.images)
     assert "<script" not in text and "&lt;script&gt;" in text
-    assert f"pipe({json.dumps(EVIL)}, num_inference_steps=4"[:8] in text and '"some/base"' in text.replace(
-        "&#34;", '"'
-    )
+    assert 'base = "some/base"' in unescape(text) and f"pipe({json.dumps(EVIL)}, num_inf" in unescape(text)
     assert "Does it work?" not in text and "How do I use the file?" in text
 
 
@@ -87,10 +86,8 @@ def test_the_other_evaluation_follows_below(run: Path) -> None:
     write_results(run, quality_rows(), ["one", "two"])
     page = write_report(run).read_text()
     text = text_of(page)
-    places = [
-        text.index(part)
-        for part in ("Your look, in 4 steps?", "Does it still draw", "Beside the base, on prompts", "How much faster?")
-    ]  # fmt: skip
+    parts = ("Your look, in 4 steps?", "Does it still draw", "Beside the base, on", "How much faster?")
+    places = [text.index(part) for part in parts]
     assert places == sorted(places) and "Does it work?" not in text
     assert "your adapter draws 90 % of 128 pictures right" in text and "at 100 calls, 95 %" in text
     assert page.count("<h1>") == 1
