@@ -66,15 +66,11 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
     Pictures of `data.regularisation` are not looked at. Raises `UserError` if there is no such source, or
     nothing in it.
     """
-<<<<<<< HEAD
-    good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
-=======
     return _check(data, data.resolution, trigger)
 
 
 def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
-    good, bad = open_records(replace(data, regularisation=None))
->>>>>>> 8bf36282519d006f07d9d6c80d952401469d7560
+    good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
     folder = Path(resolve(data.path)).expanduser()
     looks, broken = _look(good + _uncaptioned(folder, bad))
     usable = {record.id for record in good} - {id for id, _ in broken}
