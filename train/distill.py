@@ -132,7 +132,7 @@ def main(config: Distill) -> Path:
     # -- Data: latents and embeddings ------------------------------------------------------------------------
     share = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
-    batches = Batches(cache, share, config.seed, *places, cache.mix)
+    batches = Batches(cache, share, config.seed, *places, sources.mix_of(cache, config.data))
     empty = cache.empty().to(device, dtype)
 
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
