@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lcm_kit import assets, sample
-from lcm_kit.adapter import teacher
+from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
 from lcm_kit.files import atomic_file, sha256_bytes
 
@@ -81,7 +81,7 @@ class Validation:
     def _pipe(self, unet: Any) -> Any:
         return sample.pipeline(
             self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
-            dtype=next(unet.parameters()).dtype, device=unet.device,
+            dtype=next(unet.parameters()).dtype, device=unet.device, text_encoders=text_encoders(unet),
         )  # fmt: skip
 
     def _show(self, pipe: Any, columns: Mapping[str, Tensor], step: int) -> None:
