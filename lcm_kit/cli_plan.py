@@ -79,14 +79,15 @@ def _training(config: str, overrides: list[str]) -> Training:
 
 def _planner(config: Training, structure: str | None, device: str) -> Planner:
     """For the base of `config` and the LoRAs on it; says what is taken for granted."""
-    from lcm_kit.plan import estimate, show, style, subject
+    from lcm_kit.plan import estimate, show, style, subject, text
     from lcm_kit.plan.rehearsal import Stage
 
     found = subject.find(config.base, structure)
     worn, lacking = style.find(config, found.structure)
     for note in filter(None, (found.note, lacking)):
         typer.echo(f"note: {note}")
-    return estimate.Planner(Stage(found, config.adapter, worn), device, show.RETURNING in os.environ)
+    stage = Stage(found, config.adapter, worn, text.rank_of(config))
+    return estimate.Planner(stage, device, show.RETURNING in os.environ)
 
 
 def _facts(planned: Estimate, planner: Planner) -> None:
@@ -101,7 +102,7 @@ def _facts(planned: Estimate, planner: Planner) -> None:
 
 
 def _probe(config: Training, structure: str | None, planner: Planner) -> None:
-    from lcm_kit.plan import estimate, probe, show
+    from lcm_kit.plan import advice, estimate, probe, show
 
     device = "cpu" if _memory("cuda") is None else "cuda"
     here = estimate.Planner(planner.stage, device, show.RETURNING in os.environ)
@@ -111,6 +112,9 @@ def _probe(config: Training, structure: str | None, planner: Planner) -> None:
             f"the probe needs {show.size(expected.resident)} of memory on this CPU and {show.size(free)} are "
             "free; lower batch_size, or probe on the machine that will train"
         )
+    if here.stage.text_rank:
+        typer.echo("note: the probe leaves the text encoders out, and so does its estimate")
+        config = advice.changed(config, {"text_encoder.rank": None, "text_encoder.alpha": None})
     typer.echo(f"probe: {probe.STEPS} steps on the {device}, in a process of its own ...")
     measured = probe.run(config, structure)
     if measured.weights == "random":  # they come from no file

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from lcm_kit import families, shipped
-from lcm_kit.adapter import add_lora
+from lcm_kit import families, shipped, text_lora
+from lcm_kit.adapter import add_lora, trained_parameters
 from lcm_kit.cli_plan import verbs
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
@@ -65,9 +65,15 @@ def sdxl() -> Stage:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Planner:
+def tiny_stage() -> Stage:
     quickstart = config()
-    return Planner(Stage(subject.find(quickstart.base), quickstart.adapter))
+    return Stage(subject.find(quickstart.base), quickstart.adapter)
+
+
+@pytest.fixture
+def tiny(tiny_stage: Stage) -> Planner:
+    """One of its own for each test: a planner takes another stage where a config asks for it."""
+    return Planner(tiny_stage)
 
 
 @pytest.fixture
@@ -595,6 +601,45 @@ def test_what_the_cpus_allocator_keeps(checkpointing: bool, tiny: Planner) -> No
     assert kept.resident == returned.peak + kept.gaps and returned.resident == returned.peak
     card = card_of((kept.resident - kept.gaps / 2) / GIB)
     assert returned.fits(card) and not kept.fits(card)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner) -> None:
+    """As `train/finetune` encodes captions in its step: with real tensors, at most 2% between them."""
+    wanted = tune("text_encoder.rank=8", f"gradient_checkpointing={checkpointing}".lower())
+    base = families.inspect_base(wanted.base.path)
+    text, unet = text_lora.load(base, wanted, torch.device("cpu")), families.load_unet(base)
+    assert text is not None
+    add_lora(unet, wanted.adapter)
+    text_lora.joined(unet, text, wanted)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    trained, n = trained_parameters(unet), 13
+    x, frozen = torch.randn(n, 4, 16, 16), [p for e in text.encoders.values() for p in e.parameters()]
+    ledger = Ledger(n, frozenset(p.nbytes for p in trained))
+    ledger.ignore([*unet.parameters(), *frozen, x])
+    with ledger:
+        captions = text_lora.Captions.of(["a red ball"] * n, text)
+        t = torch.zeros(n, dtype=torch.int64)
+        unet(x, t, **captions.kwargs()).sample.square().mean().backward()
+    stage = Stage(tiny.stage.subject, wanted.adapter, text_rank=8)
+    assert sum(stage.weights.lora) == sum(p.numel() for p in trained)
+    told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=checkpointing).student
+    for batch in (1, n):
+        real = max(m.at(batch) for m in ledger.moments)
+        assert told.highest(batch, gradients=True).at(batch) == pytest.approx(real, rel=0.02)
+    found = Planner(stage)(wanted)
+    assert found.staying["text encoders"] == 4 * stage.subject.text
+    assert "text encoders" not in found.phases["validation"] and sum(found.parts.values()) == found.peak
+    assert found.staying["optimizer moments"] == 2 * 4 * sum(p.numel() for p in trained)
+
+
+def test_a_planner_takes_the_stage_that_a_config_asks_for(tiny: Planner) -> None:
+    planner = Planner(tiny.stage)
+    assert planner.stage_of(tune()) is tiny.stage
+    trained = planner.stage_of(tune("text_encoder.rank=4"))
+    assert trained.text_rank == 4 and planner.stage_of(tune("text_encoder.rank=4")) is trained
+    assert planner.stage_of(tune()).text_rank is None
 
 
 # -- Which base ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lcm_kit.config.schema import Adapter, Distill, Training
 from lcm_kit.plan import encoding, work
 from lcm_kit.plan.rehearsal import Pass, Rehearsal, Stage, Weights
 from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes, workspace
+from lcm_kit.plan.text import rank_of
 from lcm_kit.plan.tracker import Held
 
 CONTEXT = 1.0  # GiB that CUDA's context, its libraries and the desktop take, or Python and its libraries
@@ -100,7 +101,7 @@ class Planner:
         """The estimate of `config`, whose base is the stage's."""
         dtype, stage = dtype_of(config, self.device), self.stage_of(config)
         rehearsal = self.rehearse(config)
-        staying = _staying(config, stage.weights, dtype)
+        staying = _staying(config, stage, dtype)
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
@@ -126,9 +127,10 @@ class Planner:
         return round(_GAPS * student.highest(batch).at(batch))
 
     def stage_of(self, config: Training) -> Stage:
-        """The stage; another one where the adapter is of another size."""
-        if _size(config.adapter) != _size(self.stage.adapter):
-            self.stage = Stage(self.stage.subject, config.adapter, self.stage.style)
+        """The stage; another one where what is trained is of another size."""
+        wanted = (*_size(config.adapter), rank_of(config))
+        if wanted != (*_size(self.stage.adapter), self.stage.text_rank):
+            self.stage = Stage(self.stage.subject, config.adapter, self.stage.style, rank_of(config))
         return self.stage
 
     def weights(self, config: Training) -> Weights:
@@ -140,10 +142,12 @@ def _size(adapter: Adapter) -> tuple[int, str]:
     return adapter.rank, adapter.targets
 
 
-def _staying(config: Training, weights: Weights, dtype: torch.dtype) -> dict[str, int]:
+def _staying(config: Training, stage: Stage, dtype: torch.dtype) -> dict[str, int]:
+    weights = stage.weights
     lora = FLOAT * sum(weights.lora)
     return {
         "base weights": base_bytes(config, weights, dtype),
+        **({"text encoders": FLOAT * stage.subject.text} if rank_of(config) else {}),
         "teacher's adapters": FLOAT * weights.style,
         "LoRA weights": lora,
         "optimizer moments": moment_bytes(config, weights),
@@ -219,8 +223,10 @@ def _validation(
     vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)
     drawing, decoding = drawn.highest(samples).at(samples), pictures.decode.highest(count).at(count)
+    # those that are trained are there already
+    text = {} if rank_of(config) else {"text encoders": subject.text * dtype.itemsize}
     return {
-        "text encoders": subject.text * dtype.itemsize,
+        **text,
         "VAE": pictures.weights * vae_dtype.itemsize,
         "activations": round(max(drawing, decoding)),
         "workspaces": workspace(

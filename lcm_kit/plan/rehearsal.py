@@ -20,6 +20,7 @@ from lcm_kit.config.schema import Adapter
 from lcm_kit.export.structure import empty_unet
 from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
+from lcm_kit.plan.text import Captions
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, checkpoint, largest
 
 _CHANNELS = 4  # of a latent
@@ -34,7 +35,7 @@ class Weights:
     rows: int  # outputs of the quantizable layers, each with a scale of its own in int8
     widest: int  # the largest quantizable layer
     largest: int  # the largest tensor of the base
-    lora: tuple[int, ...]  # each tensor's
+    lora: tuple[int, ...]  # each tensor's; with that of the text encoders, if they are trained
     style: int = 0  # of the teacher's LoRA
 
 
@@ -52,7 +53,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The passes of a step. The target's is the student's forward without a graph: never the highest."""
+    """The passes of a step, the student's with the text encoders if they are trained.
+
+    The target's is the student's forward without a graph: never the highest.
+    """
 
     teacher: Pass  # of one sample: guidance asks for two
     student: Pass  # forward and backward; with prior preservation two forwards, and one backward through both
@@ -75,6 +79,7 @@ class Stage:
     subject: Subject
     adapter: Adapter
     style: Style | None = None
+    text_rank: int | None = None  # of the text encoders' LoRA; None: captions are encoded beforehand
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +91,8 @@ class Stage:
             put_on(self.unet, self.style)
             style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
             self.lora = add_lora(self.unet, self.adapter)
+        self.text = Captions.build(self.subject, self.text_rank) if self.text_rank else None
+        self.lora += self.text.lora if self.text else []
         self.weights = Weights(
             sum(p.numel() for p in self.bare),
             sum(w.numel() for w in held),
@@ -110,7 +117,9 @@ class Stage:
                 self.unet.enable_gradient_checkpointing(partial(checkpoint, kernels))
             else:
                 self.unet.disable_gradient_checkpointing()
-            self._kept[key] = self._pass(resolution, dtype, kernels, 2 if pair else 1)
+            self._kept[key] = self._pass(
+                resolution, dtype, kernels, 2 if pair else 1, checkpointing=checkpointing
+            )
         return Rehearsal(self.drawing(resolution, dtype, cuda=cuda), *self._kept[key])
 
     def drawing(self, resolution: int, dtype: torch.dtype, *, cuda: bool = False, lora: bool = False) -> Pass:
@@ -133,7 +142,13 @@ class Stage:
         return self._kept[resolution, dtype]
 
     def _pass(
-        self, resolution: int, dtype: torch.dtype, kernels: Kernels, forwards: int = 1
+        self,
+        resolution: int,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        forwards: int = 1,
+        *,
+        checkpointing: bool = False,
     ) -> tuple[Pass, float]:
         """One pass of n samples, and the FLOPs of its forwards alone, of one sample."""
         side = resolution // self.subject.structure.factor
@@ -144,9 +159,19 @@ class Stage:
         inputs = self._inputs(n, side, dtype)
         ledger = Ledger(n, frozenset(p.nbytes for p in self.lora))
         ledger.ignore([*self.unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
+        if self.text:
+            ledger.ignore(self.text.parameters())
         with ledger:
-            with kernels.again():
-                outputs = [self.unet(**inputs).sample.float() for _ in range(forwards)]
+            outputs = []
+            for _ in range(forwards):
+                if self.text and torch.is_grad_enabled():
+                    encoded = self.text.encode(n, checkpointing=checkpointing)
+                    inputs["encoder_hidden_states"] = encoded.embeds.to(dtype)
+                    if encoded.pooled is not None:
+                        inputs["added_cond_kwargs"]["text_embeds"] = encoded.pooled.to(dtype)
+                    del encoded
+                with kernels.again():
+                    outputs.append(self.unet(**inputs).sample.float())
             forward = ledger.flops
             if torch.is_grad_enabled():
                 loss = torch.stack([output.square().mean() for output in outputs]).sum()

@@ -159,9 +159,7 @@ def straight_line(wanted: Finetune) -> tuple[list[float], list[float], dict[str,
 
         noise = torch.stack([torch.randn(4, 16, 16, generator=g) for g in streams("noise")])
         t = torch.stack([torch.randint(1000, (), generator=g) for g in streams("times")])
-        dropped = [
-            bool(torch.rand((), generator=g) < wanted.caption_dropout) for g in streams("dropout")
-        ]
+        dropped = [bool(torch.rand((), generator=g) < wanted.caption_dropout) for g in streams("dropout")]
         told = ["" if gone else captions[id] for id, gone in zip(batch.ids, dropped, strict=True)]
         embeds, pooled = encoded(pipe, told)
         more = {}
@@ -221,7 +219,9 @@ def test_losses_and_gradients_equal_a_straight_line_script(keys: Keys, tmp_path:
         loss={"min_snr_gamma": None},
     )  # fmt: skip
     compare(finetune.main(wanted), wanted, modules=12)
-    without = metrics(finetune.main(replace(wanted, output=str(tmp_path / "off"), text_encoder=type(wanted.text_encoder)())))
+    without = metrics(
+        finetune.main(replace(wanted, output=str(tmp_path / "off"), text_encoder=type(wanted.text_encoder)()))
+    )
     with_it = metrics(tmp_path / "run")
     assert without[1] == with_it[1] or abs(without[1] / with_it[1] - 1) < 1e-6
     assert abs(without[3] / with_it[3] - 1) > 1e-4  # what the text encoders learned is seen
@@ -356,8 +356,10 @@ def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: 
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1)
-        assert not torch.equal(text.encode(["blue"]).embeds, families.of(base).encode_text(
-            families.of(base).load_text(base), ["blue"]).embeds)
+        assert not torch.equal(
+            text.encode(["blue"]).embeds,
+            families.of(base).encode_text(families.of(base).load_text(base), ["blue"]).embeds,
+        )
         with adapter.teacher(unet):
             off = text.encode(["blue"]).embeds
         known = families.of(base).encode_text(families.of(base).load_text(base), ["blue"]).embeds
@@ -368,9 +370,7 @@ def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: 
 def test_recomputed_activations_give_the_same_weights(keys: Keys, tmp_path: Path) -> None:
     alone = {"prompts": None, "held_out": 0.0}
     runs = [
-        finetune.main(
-            config(keys, tmp_path / str(on), steps=2, validation=alone, gradient_checkpointing=on)
-        )
+        finetune.main(config(keys, tmp_path / str(on), steps=2, validation=alone, gradient_checkpointing=on))
         for on in (False, True)
     ]
     a, b = (text_ups(run) for run in runs)
