@@ -124,3 +124,12 @@ def reference_features(
         return looker.folder(config.real, size)
     ours = size == world.SIZE and all(map(world.parse, prompts))
     return looker.renders() if ours else None
+
+
+def brand_features(
+    config: GuidanceSweep | Compose, looker: Looker, size: int
+) -> tuple[Tensor, Tensor] | None:
+    """Features of `config.brand` and of its control; None unless both are named."""
+    if not (config.brand and config.control):
+        return None
+    return looker.folder(config.brand, size), looker.folder(config.control, size)
