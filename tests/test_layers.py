@@ -36,7 +36,18 @@ LAYERS = {
         "sweep",
         "validation",
     },
-    "top": {"cli", "cli_lora", "cli_plan", "cli_sweep", "plan", "quiet", "__main__", "quickstart", "check"},
+    "top": {
+        "cli",
+        "cli_finetune",
+        "cli_lora",
+        "cli_plan",
+        "cli_sweep",
+        "plan",
+        "quiet",
+        "__main__",
+        "story",
+        "check",
+    },
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
 RECIPE = LEVELS.index("recipes")

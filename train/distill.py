@@ -135,7 +135,7 @@ def main(config: Distill) -> Path:
     # -- Data: latents and embeddings ------------------------------------------------------------------------
     share = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
-    batches = Batches(trained, share, config.seed, *places, cache.mix)
+    batches = Batches(trained, share, config.seed, *places, sources.mix_of(trained, config.data))
     empty = cache.empty().to(device, dtype)
 
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------

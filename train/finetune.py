@@ -29,7 +29,7 @@ from lcm_kit import __version__, families, run_folder, runtime, stepping
 from lcm_kit.adapter import add_lora, swapped, update_ema
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.control import StyleControl
-from lcm_kit.data import prior
+from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.split import split
@@ -128,7 +128,7 @@ def main(config: Finetune) -> Path:
     # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
     share = origin.batch // origin.world
     place = accelerator.process_index, accelerator.num_processes
-    batches = Batches(trained, share, config.seed, *place)
+    batches = Batches(trained, share, config.seed, *place, sources.mix_of(trained, config.data))
     beside = Batches(own, share, config.seed + 1, *place) if own else None
     empty = cache.empty().to(device, dtype)
 

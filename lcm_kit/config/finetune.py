@@ -29,7 +29,9 @@ class Prior:
     pictures are trained on, which keeps what the base can draw and costs as much again.
     """
 
-    prompts: str | None = None  # text file, one prompt a line, or an asset; null: no prior preservation
+    # text file, one prompt a line; a folder of pictures, whose captions are the prompts; an asset; null: no
+    # prior preservation
+    prompts: str | None = None
     weight: Rate = 1.0  # of their loss; a brand picture's is 1
     count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
     steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM

@@ -35,8 +35,8 @@ class Adapter:
     alpha: Rate = 64.0
     # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
     targets: Literal["lcm", "attention"] = "lcm"
-    # a LoRA of the same targets, rank and alpha whose weights training starts from: a file in any style that
-    # `lcm-kit convert` reads, or a run's folder; null: from nothing
+    # a LoRA within these targets and this rank that training starts from: a file in any style that `lcm-kit
+    # convert` reads, or a run's folder; null: from nothing
     start: str | None = None
 
 

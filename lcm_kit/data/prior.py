@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.progress import track
 
-from lcm_kit import assets, sample
+from lcm_kit import sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
-from lcm_kit.data import cache
+from lcm_kit.data import cache, records
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
@@ -111,7 +111,7 @@ def _settings(config: Finetune, base: BaseInfo) -> dict[str, Any]:
     assert config.prior.prompts is not None
     return {
         "base": base.base_hash,
-        "prompts": assets.prompts(config.prior.prompts),
+        "prompts": records.prompts(config.prior.prompts),
         **{key: getattr(config.prior, key) for key in ("steps", "guidance_scale", "seed")},
         "resolution": config.data.resolution,
     }
