@@ -149,7 +149,7 @@ class Measuring:
         tables = {name: self.metrics.of(name) for name in self.measures}
         for name, value in (found or {}).items():
             tables[name][step] = value
-        return of_tables(tables)
+        return of_tables(tables, self.config.recipe)
 
     def _steps(self) -> list[int]:
         """The steps whose weights are there: the same on every process."""

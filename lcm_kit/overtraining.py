@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 NAME = "held_out_loss"  # in metrics.jsonl and adapter.json
 OVERTRAINED = 0.02  # a last loss this share above the lowest is told as over-training
-# By the name of the control figure: the share above the lowest that still passes
+CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"}  # its name, by the recipe
+# By that name: the share above the lowest that still passes
 TOLERANCE = {"control_loss": 0.10, "control_distance": 0.10}
 HELP = {
     "control_loss": "prior.prompts, fewer steps, a lower optimizer.lr",
@@ -32,7 +33,12 @@ class Measured:
 
     held_out: Mapping[int, float] = field(default_factory=dict)
     control: Mapping[int, float] = field(default_factory=dict)
-    control_name: str = "control_loss"
+    recipe: str = "train/finetune"
+
+    @property
+    def control_name(self) -> str:
+        """What `control` is called in metrics.jsonl and adapter.json."""
+        return CONTROL[self.recipe]
 
     @property
     def steps(self) -> list[int]:
@@ -72,18 +78,18 @@ class Measured:
         return (self.held_out[step], step) if self.held_out else (0.0, -step)
 
 
-def of_tables(tables: Mapping[str, Mapping[int, float]]) -> Measured:
+def of_tables(tables: Mapping[str, Mapping[int, float]], recipe: str) -> Measured:
     """The figures of a run from tables by name, of which those of other names are passed over."""
-    control = next((name for name in TOLERANCE if tables.get(name)), "control_loss")
-    return Measured(tables.get(NAME, {}), tables.get(control, {}), control)
+    return Measured(tables.get(NAME, {}), tables.get(CONTROL[recipe], {}), recipe)
 
 
 def verdict(measured: Measured, kept: int) -> list[str]:
     """Sentences on the figures of a run, the weights of step `kept` being the result; often none."""
-    return _on_held_out(measured.held_out, kept) + _on_control(measured, kept)
+    return _on_held_out(measured, kept) + _on_control(measured, kept)
 
 
-def _on_held_out(losses: Mapping[int, float], kept: int) -> list[str]:
+def _on_held_out(measured: Measured, kept: int) -> list[str]:
+    losses, styled = measured.held_out, measured.recipe == "train/finetune"
     trained = {step: loss for step, loss in losses.items() if step}
     if not trained:
         return []
@@ -93,11 +99,12 @@ def _on_held_out(losses: Mapping[int, float], kept: int) -> list[str]:
         said.append(
             f"over-trained: the loss on held-out pictures was lowest at step {lowest} ({losses[lowest]:.4g}) "
             f"and is {more:.0%} higher at step {last}; adapter/ holds step {kept}. Fewer steps, a lower "
-            "optimizer.lr, more pictures or prior.prompts help"
+            f"optimizer.lr, more pictures or {'prior.prompts' if styled else 'data.regularisation'} help"
         )
     elif kept == lowest != last:
         said.append(f"adapter/ holds step {kept}, which has the lowest loss on held-out pictures")
-    if 0 in losses and losses[lowest] >= losses[0]:
+    # The consistency loss is of the student against itself and may rise while it learns
+    if styled and 0 in losses and losses[lowest] >= losses[0]:
         said.append(
             f"warning: the loss on held-out pictures never fell below the base's ({losses[0]:.4g}), so what "
             "was learned does not hold for them; are they of one look, and do the captions fit?"

@@ -143,7 +143,7 @@ def main(config: Distill) -> Path:
         both = Condition.cat([empty.expand(len(x)).sized_as(condition), condition])
         with teacher(unet):
             output = call(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
-        return guide(*output.chunk(2), guidance)
+        return guide(output[: len(x)], output[len(x) :], guidance)
 
     def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with swapped(lora, ema or lora):

@@ -105,7 +105,7 @@ class Planner:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
         phases = _phases(config, rehearsal, stage.weights, dtype, self.device)
-        if config.validation.prompts is not None:
+        if config.validation.prompts is not None or config.validation.control is not None:
             phases["validation"] = _validation(config, rehearsal, stage, dtype, self.device)
         if self.device == "cpu":
             phases |= _host(config, stage, dtype, staying)

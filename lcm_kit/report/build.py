@@ -193,7 +193,7 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
     if not (run / "adapter").is_dir():
         return []
     facts = adapter.read_facts(run / "adapter")
-    return style.said(style.figures(metrics), facts.get("step", facts["steps"]))
+    return style.said(style.figures(metrics, "train/distill"), facts.get("step", facts["steps"]))
 
 
 def _metrics(file: Path) -> list[dict[str, float]]:
@@ -209,7 +209,7 @@ def _plots(
         **(_by_calls(results) if results else {}),
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
-        "control": style.control_curve(metrics, style.figures(metrics)),
+        "control": style.control_curve(metrics, style.figures(metrics, "train/distill")),
     }
     return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
 

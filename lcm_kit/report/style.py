@@ -19,7 +19,7 @@ RECIPE = "train/finetune"
 def context(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What the page shows, plots as SVG text. Raises `UserError` if the run has no finished adapter."""
     facts = adapter.read_facts(run / "adapter")
-    measured = figures(metrics)
+    measured = figures(metrics, RECIPE)
     losses = measured.held_out
     return {
         "name": run.resolve().name,
@@ -38,10 +38,12 @@ def context(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str,
     }
 
 
-def figures(metrics: Sequence[Mapping[str, float]]) -> Measured:
+def figures(metrics: Sequence[Mapping[str, float]], recipe: str) -> Measured:
     """What the training measured of its weights, from the lines of `metrics.jsonl`."""
     names = {name for line in metrics for name in line}
-    return of_tables({n: {int(line["step"]): line[n] for line in metrics if n in line} for n in names})
+    return of_tables(
+        {n: {int(line["step"]): line[n] for line in metrics if n in line} for n in names}, recipe
+    )
 
 
 def said(measured: Measured, kept: int) -> list[str]:

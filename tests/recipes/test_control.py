@@ -236,7 +236,7 @@ def test_forgetting_is_said_and_not_kept(forgetting: tuple[Path, str]) -> None:
     assert facts(run)[name] == found[step] and facts(run)["steps"] == 4
     sentence = f"control prompts degrade: {name} is {found[4] / min(found.values()) - 1:.0%} higher at step 4"
     assert sentence in said and f"holds step {step}" in said
-    assert sentence in "".join(style.said(style.figures(lines(run)), step))
+    assert sentence in "".join(style.said(style.figures(lines(run), load(run / "config.yaml").recipe), step))
 
 
 def test_the_style_report_has_the_curve_and_the_sentence(forgetting: tuple[Path, str]) -> None:
