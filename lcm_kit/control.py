@@ -26,6 +26,7 @@ from lcm_kit.data.transforms import framing
 from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition
 from lcm_kit.held_out import HeldOut, LossesAt, Measures
+from lcm_kit.text_lora import Captions, TextLora
 from lcm_kit.validation import STYLE_STEPS, Fixed, rms
 
 
@@ -95,19 +96,30 @@ class StyleControl(Control):
         condition = encoder.condition(self.prompts, [whole] * len(self.prompts))
         return {**super().draw(pipe), **tensors_of(condition)}
 
-    def pictures(self, unet: Any) -> Drawn:
-        """What the base draws: made once, then read from the run's folder."""
+    def pictures(self, unet: Any, text: TextLora | None = None) -> Drawn:
+        """What the base draws: made once, then read from the run's folder.
+
+        The UNet is told of the prompts as `text` encodes them by then, if text encoders are trained.
+        """
         from safetensors.torch import load_file
 
         if not self.file.is_file():
             self.teacher(self.pipe(unet))
         tensors = load_file(self.file)
-        return Drawn(list(self.prompts), tensors.pop("latents"), Condition(**tensors))
+        latents, condition = tensors.pop("latents"), Condition(**tensors)
+        if text:
+            condition = Captions.of(self.prompts, text, condition.time_ids)
+        return Drawn(list(self.prompts), latents, condition)
 
-    def measures_at(self, unet: Any, measure: HeldOut, losses_at: LossesAt) -> Measures:
-        """`loss` under its name; nothing where there are no prompts."""
-        return {"control_loss": partial(self.loss, unet, measure, losses_at)} if self.prompts else {}
+    def measures_at(
+        self, unet: Any, measure: HeldOut, losses_at: LossesAt, text: TextLora | None = None
+    ) -> Measures:
+        """`control_loss` of the adapter that `unet` carries: as `measure`, on what the base draws.
 
-    def loss(self, unet: Any, measure: HeldOut, losses_at: LossesAt) -> float:
-        """`control_loss` of the adapter that `unet` carries: as `measure`, on what the base draws."""
-        return replace(measure, pictures=self.pictures(unet)).mean_at(losses_at)
+        Nothing where there are no prompts.
+        """
+
+        def loss() -> float:
+            return replace(measure, pictures=self.pictures(unet, text)).mean_at(losses_at)
+
+        return {"control_loss": loss} if self.prompts else {}

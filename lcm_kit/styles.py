@@ -14,17 +14,22 @@ from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_file
 from lcm_kit.sample import adapter_file
 
+_FUSE = (
+    "; to distil all of it, fuse it into the base first (`lcm-kit merge {path} --fuse-into {base} --output "
+    "FOLDER`) and give that folder as base.path"
+)
+
 
 def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> list[dict[str, Any]]:
     """Put `teacher.adapters` on `unet` for the teacher; returns what they are, for adapter.json.
 
     Only what they change in the UNet counts: captions are encoded by the base's own text encoders, so what a
-    LoRA changes there is left out, and said. Raises `UserError` if a file is not whole or for another base.
+    LoRA changes there is left out, and said, with the way to distil that too. Raises `UserError` if a file is not whole or for another base.
     """
     if not teacher.adapters:
         return []
     place = structure.of_folder(base.folder, base.path)
-    reads = [_read("teacher.adapters", entry.path, place) for entry in teacher.adapters]
+    reads = [_read("teacher.adapters", entry.path, place, _FUSE) for entry in teacher.adapters]
     lora = concatenate([read.lora for read in reads], [entry.weight for entry in teacher.adapters])
     layers = {
         name.removeprefix("unet."): (layer.down, layer.up, layer.alpha) for name, layer in lora.layers.items()
@@ -79,14 +84,17 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
     return [{"path": config.start, "sha256": sha256_file(read.path)}]
 
 
-def _read(key: str, path: str, place: structure.Structure) -> reading.Reading:
-    """The UNet's layers of a file that the config's `key` names."""
+def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> reading.Reading:
+    """The UNet's layers of a file that the config's `key` names; `advice` ends what is said of others."""
     read = reading.read(adapter_file(path), place)
     if read.problems:
         raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may mend it")
     unet = {name: layer for name, layer in read.lora.layers.items() if name.startswith("unet.")}
     if left := len(read.lora.layers) - len(unet):
-        print(f"{key}: {path} changes {left} text encoder layers too, which are left out")
+        print(
+            f"{key}: {path} changes {left} text encoder layers too, which are left out, since captions are "
+            f"encoded by the base's own text encoders{advice.format(path=path, base=place.label)}"
+        )
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")
     return reading.Reading(

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lcm_kit import assets, sample
-from lcm_kit.adapter import teacher
+from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
 from lcm_kit.files import atomic_file, sha256_bytes
 
@@ -69,7 +69,7 @@ class Fixed:
         """The base's pipeline around `unet`, which carries the adapter."""
         return sample.pipeline(
             self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
-            dtype=next(unet.parameters()).dtype, device=unet.device,
+            dtype=next(unet.parameters()).dtype, device=unet.device, text_encoders=text_encoders(unet),
         )  # fmt: skip
 
     def latents(

@@ -22,7 +22,7 @@ LAYERS = {
         "share",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
-    "models": {"families", "adapter", "memory", "sample"},
+    "models": {"families", "adapter", "memory", "sample", "text_lora"},
     "disk": {"bench", "data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {
         "checkpoints",

@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, families, run_folder, runtime, stepping
-from lcm_kit.adapter import add_lora, swapped, update_ema
+from lcm_kit import __version__, families, run_folder, runtime, stepping, text_lora
+from lcm_kit.adapter import add_lora, swapped, trained_parameters, update_ema
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.control import StyleControl
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.families.condition import Condition
 from lcm_kit.held_out import HeldOut, Measuring
@@ -77,7 +78,7 @@ def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: in
         "base": {**asdict(config.base), "hash": base.base_hash},
         "prediction_type": base.prediction_type,
         "steps": steps,
-        **{name: asdict(getattr(config, name)) for name in ("adapter", "loss", "prior")},
+        **{name: asdict(getattr(config, name)) for name in ("adapter", "text_encoder", "loss", "prior")},
         "caption_dropout": config.caption_dropout,
         "data": {"fingerprint": fingerprint, "resolution": config.data.resolution},
     }
@@ -95,9 +96,10 @@ def main(config: Finetune) -> Path:
     # -- Parts: the base's UNet and schedule, the pictures ---------------------------------------------------
     base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     kind = base.prediction_type
-    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    text = text_lora.load(base, config, device)  # None: captions are as they were encoded
+    cache = live(Cache.open(Path(config.data.cache), base=base, data=config.data), text)
     trained, kept = split(cache, config.validation.held_out, config.seed)
-    own = prior.open_cache(config, base)
+    own = live(prior.open_cache(config, base), text)
     fingerprint = cache.fingerprint + (f"+{own.fingerprint}" if own else "")
     control = StyleControl.prepare(config, base.base_hash)
     validation = StyleValidation.prepare(config, base.base_hash, control)
@@ -106,12 +108,13 @@ def main(config: Finetune) -> Path:
     unet = load_unet(base, config, device, dtype)
 
     # -- Adapter: the LoRA that is trained; everything else is frozen ----------------------------------------
-    lora = add_lora(unet, config.adapter, seed=config.seed)
+    add_lora(unet, config.adapter, seed=config.seed)
+    groups = text_lora.joined(unet, text, config)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
-    lora = [p for p in unet.parameters() if p.requires_grad]  # other objects, if they were sharded
+    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(groups, o, device))
+    lora = trained_parameters(unet)  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     call = compiled(model, config)
 
@@ -152,7 +155,7 @@ def main(config: Finetune) -> Path:
 
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
-    measures = held_out.measures_at(losses_at) | control.measures_at(unet, held_out, losses_at)
+    measures = held_out.measures_at(losses_at) | control.measures_at(unet, held_out, losses_at, text)
     tell = partial(facts, config, base, fingerprint)
     result = partial(swapped, lora, ema or lora)
     measuring = Measuring(config, saver, metrics, tell, measures, validation, result)
@@ -172,12 +175,10 @@ def main(config: Finetune) -> Path:
             parts = [(1.0, batch, draws(config, schedule.steps, batch, step))]
             if beside:
                 other = beside.at(step)
-                parts.append(
-                    (config.prior.weight, other, draws(config, schedule.steps, other, step, "prior "))
-                )
+                drawn = draws(config, schedule.steps, other, step, "prior ")
+                parts.append((config.prior.weight, other, drawn))
             rate = runtime.learning_rate(o, step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            text_lora.set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, parts))
             if guard.accepts(done, made, batch.ids):
                 optimizer.step()

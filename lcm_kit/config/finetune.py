@@ -40,6 +40,25 @@ class Prior:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TextEncoder:
+    """A LoRA on the base's text encoders (SDXL: both), trained with the UNet's and saved beside it.
+
+    Captions are then encoded in every step. It lets a word of the captions get a new meaning.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: the text encoders are not trained
+    alpha: Rate | None = None  # null: rank, which is strength 1
+    lr: Rate | None = None  # null: optimizer.lr; follows the same warm-up and schedule
+
+    @model_validator(mode="after")
+    def _effect(self) -> TextEncoder:
+        if self.rank is None and (self.alpha is not None or self.lr is not None):
+            key = "lr" if self.alpha is None else "alpha"
+            raise ValueError(f"{key} has no effect without rank; set rank, as 8, or remove it")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class StyleValidation(Validation):
     """What is drawn and measured while it trains: base beside base with LoRA, and the held-out loss."""
 
@@ -58,6 +77,7 @@ class Finetune(Training):
     # share of captions that are replaced by the empty one, which guidance is drawn away from
     caption_dropout: Fraction = 0.1
     prior: Prior = field(default_factory=Prior)
+    text_encoder: TextEncoder = field(default_factory=TextEncoder)
     validation: StyleValidation = field(default_factory=StyleValidation)
 
     @model_validator(mode="after")

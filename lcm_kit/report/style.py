@@ -72,6 +72,16 @@ def answer(measured: Measured, best: int) -> str:
     return f"Yes, at step {best}" if over else "Yes"
 
 
+def _text(config: Mapping[str, Any]) -> dict[str, str]:
+    """The text encoders' LoRA, if there is one; a run of an older kit has no such key."""
+    text = config.get("text_encoder") or {}
+    if not text.get("rank"):
+        return {}
+    lr = text["lr"] or config["optimizer"]["lr"]
+    alpha = text["alpha"] or text["rank"]
+    return {"text encoder LoRA": f"rank {text['rank']}, alpha {alpha:g}, learning rate {lr:g}"}
+
+
 def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
     """The settings that a person asks for first."""
     lora, loss, prior = config["adapter"], config["loss"], config["prior"]
@@ -83,6 +93,7 @@ def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
         "held out": f"{config['validation']['held_out']:.0%} of them",
         "training": f"{facts['steps']} steps of {images} images a process; step {facts['step']} is kept",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
+        **_text(config),
         "min-SNR gamma": f"{loss['min_snr_gamma']:g}" if loss["min_snr_gamma"] else "off",
         "captions left out": f"{config['caption_dropout']:.0%}",
         "the base's own pictures": own,
