@@ -79,7 +79,7 @@ def _adapters_of(config: GuidanceSweep | Compose | Brand) -> tuple[str, ...]:
 
 def _trains(config: Training) -> list[Callable[[], str]]:
     source = config.data.source
-    prompts = [config.validation.prompts]
+    prompts = [config.validation.prompts, config.validation.control]
     looks = [lambda: _base(config.base)]
     looks += [lambda: _data(config.data)] if source != "teacher" else []
     looks += [lambda: _samples(config.data)] if source != "images" else []
