@@ -26,6 +26,7 @@ LAYERS = {
     "disk": {"bench", "data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {
         "checkpoints",
+        "control",
         "held_out",
         "processes",
         "run_folder",

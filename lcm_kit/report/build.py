@@ -72,6 +72,7 @@ def context(run: Path) -> dict[str, Any]:
         "facts": _facts(run, config),
         "style": _style_export(run),
         "settings": settings,
+        "said": _said(run, metrics),
         "validation": _validation(run),
         **_use(run, results),
         "version": __version__,
@@ -187,6 +188,14 @@ def _validation(run: Path) -> dict[str, Any] | None:
     return {"step": int(last.stem.partition("-")[2]), "uri": picture_uri(last, 1024)} if last else None
 
 
+def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """What is to be said of the training's own figures; of a run without an adapter nothing."""
+    if not (run / "adapter").is_dir():
+        return []
+    facts = adapter.read_facts(run / "adapter")
+    return style.said(style.figures(metrics, "train/distill"), facts.get("step", facts["steps"]))
+
+
 def _metrics(file: Path) -> list[dict[str, float]]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.strip()]
@@ -200,6 +209,7 @@ def _plots(
         **(_by_calls(results) if results else {}),
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
+        "control": style.control_curve(metrics, style.figures(metrics, "train/distill")),
     }
     return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
 
