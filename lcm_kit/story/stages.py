@@ -26,6 +26,15 @@ def stages_of(story: Story) -> Iterator[Stage]:
     yield "report: one page that shows it", lambda: report(story.run)
 
 
+def insist_on_the_folder(story: Story) -> None:
+    """Raise `UserError` if the run's folder holds an adapter that no story made: it cannot be continued."""
+    if (story.run / "adapter").is_dir() and not Path(story.style.output).is_dir():
+        raise UserError(
+            f"{story.run} holds a run without a style, which this would not continue; give another "
+            "--output, or remove it"
+        )
+
+
 def encode(story: Story) -> None:
     """The pictures, and the base's own pictures if `style.prior` asks for them."""
     from lcm_kit.data import prior, sources
