@@ -163,13 +163,8 @@ def build(folder: Path, structure: str, width: float) -> Path:
     tokenizer.model_max_length = 77
     xl = structure == "sdxl"
     side = config["cross_attention_dim"] // (2 if xl else 1)
-    text = {
-        **CLIP,
-        **ends,
-        "vocab_size": len(tokenizer),
-        "hidden_size": side,
-        "num_attention_heads": side // 32,
-    }
+    size = {"hidden_size": side, "num_attention_heads": side // 32}
+    text = {**CLIP, **ends, "vocab_size": len(tokenizer), **size}
     if xl:
         config["projection_class_embeddings_input_dim"] = 64 + 6 * config["addition_time_embed_dim"]
     vae = AutoencoderKL(
@@ -318,9 +313,8 @@ def row(work: Path, case: Case, told: Estimate, verb: str, *, once: bool) -> str
     """Measured and estimated, told to give back and as it is; `once`: that only if it is there."""
     expected = (told.peak, told.resident) if verb == "train" else (told.encode_peak,) * 2
     back = measure(work, case, "returning")[verb]
-    default = (
-        None if once and not _file(work, case, "default").is_file() else measure(work, case, "default")[verb]
-    )
+    left_out = once and not _file(work, case, "default").is_file()
+    default = None if left_out else measure(work, case, "default")[verb]
     return f"{pair(back, expected[0])} | {pair(default, expected[1])}"
 
 
@@ -331,9 +325,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in sys.argv[1:] if name != "--returning"]
     once = "--returning" in sys.argv
-    print(
-        "| base and overrides | highest phase | measured, MiB | estimated | | default malloc | estimated | |"
-    )
+    print("| config | highest phase | measured, MiB | estimated | | default malloc | estimated | |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     encoded: set[str] = set()
     for case in CASES:
