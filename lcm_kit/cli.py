@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from lcm_kit import cli_lora, cli_plan, cli_sweep
+from lcm_kit import cli_finetune, cli_lora, cli_plan, cli_sweep
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -58,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Brand images in, a LoRA out that draws in 1-8 steps what its base draws in 50.",
-    epilog="Start with `lcm-kit quickstart`, then `lcm-kit cp distill/tiny_lcm my.yaml` and change it.",
+    epilog="Start with `lcm-kit quickstart`, then `lcm-kit finetune YOUR_PICTURES --base YOUR_BASE`.",
 )
 
 ConfigArgument = Annotated[
@@ -93,11 +93,11 @@ def quickstart(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
 ) -> None:
-    """Encode, train, export, sample, evaluate and report on the embedded base: minutes on a CPU."""
-    from lcm_kit import quickstart as story
+    """The whole story on the embedded base and brand set: minutes on a CPU."""
+    from lcm_kit import story
 
     quiet()
-    story.main(output, overrides or [])
+    story.quickstart(output, overrides or [])
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -131,13 +131,33 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Recipes and configs")
-def check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a config and that what it names is there, without loading weights."""
+def check(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|FOLDER", help="A config, or a folder of images (or asset:NAME).")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int, typer.Option(min=8, help="Of a FOLDER: pixels that will be trained at.")
+    ] = 512,
+    trigger: Annotated[
+        str | None, typer.Option(help="Of a FOLDER: the words that every caption should have.")
+    ] = None,
+) -> None:
+    """Check a config and what it names, or a folder of images, without loading weights."""
     from lcm_kit.check import check as examine
+    from lcm_kit.check import check_images
 
-    loaded = _load(config, overrides)
-    for line in examine(loaded):
+    errors: list[str] = []
+    if _is_folder(config):
+        if overrides:
+            raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
+        lines, errors = check_images(config, resolution, trigger)
+    else:
+        lines = examine(_load(config, overrides))
+    for line in lines:
         typer.echo(line)
+    if errors:
+        raise UserError(" ".join(errors))
     typer.echo(f"ok: {config}")
 
 
@@ -228,9 +248,21 @@ def report(run: Run) -> None:
     typer.echo(write_report(run))
 
 
+app.add_typer(cli_finetune.verbs)
 app.add_typer(cli_lora.verbs)
 app.add_typer(cli_plan.verbs)
 app.add_typer(cli_sweep.verbs)
+
+
+def _is_folder(text: str) -> bool:
+    """Whether `check` was given images instead of a config; a config of that name goes first."""
+    from lcm_kit import shipped
+
+    try:
+        shipped.config_path(text)
+    except UserError:
+        return text.startswith("asset:") or Path(text).expanduser().is_dir()
+    return False
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lcm_kit.errors import UserError
 
 _FOLDER = Path(__file__).resolve().parent
-NAMES = ("tiny-sd", "brand", "general", "probe", "brand-probe", "glyphs")
+NAMES = ("tiny-sd", "brand", "general", "probe", "brand-probe", "glyphs", "everyday")
 
 
 def path(name: str) -> Path:

@@ -14,7 +14,7 @@ from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import cache, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
-from lcm_kit.data.split import GENERAL, Rows
+from lcm_kit.data.split import GENERAL, Rows, split
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
@@ -41,6 +41,17 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
     if data.source == "images":
         return images
     return Both(images, samples.open_cache(config, base), data.samples.share)
+
+
+def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
+    """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
+
+    Raises `UserError` as `split`.
+    """
+    if not config.validation.held_out:
+        return cache, Rows(cache.images if isinstance(cache, Both) else cache, ())
+    assert isinstance(cache, Cache)  # as the schema says
+    return split(cache, config.validation.held_out, config.seed)
 
 
 def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:

@@ -182,7 +182,7 @@ def _phases(
     if isinstance(config, Finetune) and config.validation.held_out:
         plain = _drawing(config, stage, dtype, device).highest(batch)
         found["held-out loss"] = {"activations": round(plain.at(batch)), "workspaces": workspaces}
-    if config.validation.prompts is not None:
+    if config.validation.prompts is not None or config.validation.control is not None:
         found["validation"] = _validation(config, rehearsal, stage, dtype, device)
     return found
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import adapter, checkpoints, families, sample, text_lora
-from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
 from lcm_kit.data.batches import Batch, Batches, generator_at
-from lcm_kit.data.cache import Cache
+from lcm_kit.data.cache import Cache, encode
 from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
@@ -70,7 +70,9 @@ def plain(wanted: Finetune) -> Any:
 
 def encoded(pipe: Any, captions: list[str]) -> tuple[Tensor, Tensor | None]:
     """Embeddings and pooled embeddings, as the pipeline itself makes them, with gradient."""
-    found = pipe.encode_prompt(captions, CPU, 1, False)
+    found = pipe.encode_prompt(
+        prompt=captions, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     return found[0], found[2] if len(found) == 4 else None
 
 
@@ -85,27 +87,18 @@ def test_at_first_captions_are_encoded_as_they_were_cached(
     _, cache, text = opened(wanted)
     assert list(text.encoders) == ["text_encoder", "text_encoder_2"][: 1 + (family == "sdxl")]
     rows, dropped = [5, 0, 3], torch.tensor([False, True, False])
-    hearing = live(cache, text)
-    heard = hearing.condition(rows)[1:].to(CPU, torch.float32).replaced(dropped[1:], hearing.empty())
-    again = hearing.condition(rows).replaced(dropped, hearing.empty())[[2, 1]]
-    stored = cache.condition(rows).replaced(dropped, cache.empty())
-    for found, known in ((heard.replaced(dropped[:2], hearing.empty()), None), (again, stored[[2, 1]])):
-        if known is None:  # left out twice over
-            known = stored[1:].replaced(torch.tensor([True, True])[: len(found)] & dropped[:2], cache.empty())
-        told, wished = found.kwargs(), known.kwargs()
-        assert told.keys() == wished.keys()
+    heard, stored = live(cache, text), cache
+    found = heard.condition(rows).to(CPU, torch.float32).replaced(dropped, heard.empty())
+    known = stored.condition(rows).replaced(dropped, stored.empty())
+    for part in (slice(0, 3), slice(1, 2), [2, 1]):
+        told, wished = found[part].kwargs(), known[part].kwargs()
+        torch.testing.assert_close(told, wished, atol=1e-6, rtol=0)
         states = told["encoder_hidden_states"]
         assert isinstance(states, Tensor) and states.requires_grad
-        torch.testing.assert_close(states, wished["encoder_hidden_states"], atol=1e-6, rtol=0)
-        if family == "sdxl":
-            torch.testing.assert_close(
-                told["added_cond_kwargs"], wished["added_cond_kwargs"], atol=1e-6, rtol=0
-            )
-    empty, stored_empty = hearing.empty(2).kwargs(), cache.empty(2).kwargs()
-    torch.testing.assert_close(
-        empty["encoder_hidden_states"], stored_empty["encoder_hidden_states"], atol=1e-6, rtol=0
-    )
-    half = hearing.condition([1]).to(CPU, torch.bfloat16).kwargs()["encoder_hidden_states"]
+        assert ("added_cond_kwargs" in told) == (family == "sdxl")
+    a, b = (side.empty(2).kwargs()["encoder_hidden_states"] for side in (heard, stored))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    half = heard.condition([1]).to(CPU, torch.bfloat16).kwargs()["encoder_hidden_states"]
     assert isinstance(half, Tensor) and half.dtype == torch.bfloat16
     assert live(cache, None) is cache and live(None, text) is None
 
@@ -196,7 +189,7 @@ def compare(run: Path, wanted: Finetune, modules: int) -> None:
     assert found.keys() == ups.keys() and len(found) == modules
     for key, up in ups.items():
         assert float(up.abs().max()) > 1e-6, key  # all of them learned
-        torch.testing.assert_close(found[key], up, atol=2e-4 * float(up.abs().max()) + 1e-7, rtol=0)
+        torch.testing.assert_close(found[key], up, atol=2e-3 * float(up.abs().max()), rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +212,10 @@ def test_losses_and_gradients_equal_a_straight_line_script(keys: Keys, tmp_path:
         loss={"min_snr_gamma": None},
     )  # fmt: skip
     compare(finetune.main(wanted), wanted, modules=12)
-    without = metrics(
-        finetune.main(replace(wanted, output=str(tmp_path / "off"), text_encoder=type(wanted.text_encoder)()))
-    )
+    none = replace(wanted, output=str(tmp_path / "off"), text_encoder=TextEncoder())
+    without = metrics(finetune.main(none))
     with_it = metrics(tmp_path / "run")
-    assert without[1] == with_it[1] or abs(without[1] / with_it[1] - 1) < 1e-6
+    assert with_it[1] == pytest.approx(without[1], rel=1e-6)
     assert abs(without[3] / with_it[3] - 1) > 1e-4  # what the text encoders learned is seen
 
 
@@ -332,10 +324,12 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert not any(key.startswith("text_") for key in adapter.lora_state(unet))
 
 
+@pytest.mark.slow  # all 788 layers of SDXL
 def test_both_encoders_of_sdxl_are_trained_and_exported(sdxl_keys: Keys, tmp_path: Path) -> None:
     wanted = config(
         sdxl_keys, tmp_path / "xl", steps=2, validation={"prompts": None, "held_out": 0.0},
         caption_dropout=0.5, loss={"min_snr_gamma": None}, text_encoder={"alpha": None, "lr": None},
+        optimizer={"eps": 1e-4},  # what is behind the pooled embedding alone has small gradients
     )  # fmt: skip
     run = finetune.main(wanted)
     compare(run, wanted, modules=6 + 12)
@@ -349,22 +343,18 @@ def test_both_encoders_of_sdxl_are_trained_and_exported(sdxl_keys: Keys, tmp_pat
 
 def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: Path) -> None:
     wanted = config(keys, tmp_path)
-    base, cache, text = opened(wanted)
+    base, _, text = opened(wanted)
     unet = families.load_unet(base)
     adapter.add_lora(unet, wanted.adapter)
     parameters = text_lora.joined(unet, text, wanted)[1]["params"]
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1)
-        assert not torch.equal(
-            text.encode(["blue"]).embeds,
-            families.of(base).encode_text(families.of(base).load_text(base), ["blue"]).embeds,
-        )
+        on = text.encode(["blue"]).embeds
         with adapter.teacher(unet):
             off = text.encode(["blue"]).embeds
         known = families.of(base).encode_text(families.of(base).load_text(base), ["blue"]).embeds
-    assert torch.equal(off, known)
-    assert len(cache) == 8
+    assert torch.equal(off, known) and float((on - off).norm() / off.norm()) > 0.1
 
 
 def test_recomputed_activations_give_the_same_weights(keys: Keys, tmp_path: Path) -> None:
@@ -392,8 +382,6 @@ def test_a_stopped_run_continues_bit_for_bit(
     folder.write_text("a cat\na dog\n")
     cache = {**keys["data"], "cache": str(tmp_path / "cache")}
     found = {**keys, "data": cache, "prior": {"prompts": str(folder), "count": 2, "steps": 2}}
-    from lcm_kit.data.cache import encode
-
     encode(config(found, tmp_path), progress=False)
     prior.encode(config(found, tmp_path), progress=False)
     straight = finetune.main(config(found, tmp_path / "straight", **RESUMED))

@@ -1,0 +1,167 @@
+"""The check of a folder of brand images before anything is trained: what would stop or spoil a run.
+
+What counts as an image and as its caption is decided in `records.py`, and what becomes of a picture in
+`transforms.py`, so that this check and `encode` never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lcm_kit.assets import resolve
+from lcm_kit.config.schema import Data
+from lcm_kit.data import folder_captions, folder_pictures
+from lcm_kit.data.findings import Finding, Weight, few, number
+from lcm_kit.data.folder_pictures import Look
+from lcm_kit.data.records import Bad, Record, open_records
+from lcm_kit.errors import UserError
+
+_LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
+_UNREAD = (  # kinds of picture that studios have and `records.py` passes over
+    ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".tga", ".exr", ".svg", ".ai", ".eps",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What was found in a folder, in whole sentences.
+
+    `encode` stops on each of `errors`; `warnings` are worth mending first; `notes` are good to know.
+    """
+
+    count: int  # images there, with those that cannot be used
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def remarks(self) -> list[str]:
+        """The warnings, then the notes, each with `warning: ` or `note: ` before it."""
+        return [f"warning: {text}" for text in self.warnings] + [f"note: {text}" for text in self.notes]
+
+
+def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> FolderCheck:
+    """Look at every image and caption of `path`: a folder (as `data.path`, also `asset:NAME`).
+
+    `resolution` is what will be trained at, in pixels; `trigger` the word or phrase that should stand in
+    every caption. Every image is decoded once, by threads. What the user can mend is never raised: a folder
+    that is not there is in `errors` as well.
+    """
+    folder = Path(path)
+    try:
+        folder = Path(resolve(path)).expanduser()
+        return _check(Data(path=path, kind="folder"), resolution, trigger)
+    except UserError as error:
+        return FolderCheck(0, (f"{error}.",), tuple(_of("warning", _passed_over(folder))), ())
+
+
+def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
+    """`check_folder` for any `data.path`, also a data set; with `data.skip_bad` bad records are warnings.
+
+    Pictures of `data.regularisation` are not looked at. Raises `UserError` if there is no such source, or
+    nothing in it.
+    """
+    return _check(data, data.resolution, trigger)
+
+
+def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
+    good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
+    folder = Path(resolve(data.path)).expanduser()
+    looks, broken = _look(good + _uncaptioned(folder, bad))
+    usable = {record.id for record in good} - {id for id, _ in broken}
+    findings = [
+        *_stopping(broken, bad, data.skip_bad and bool(usable)),
+        *folder_captions.findings({r.id: r.caption for r in good}, trigger),
+        *_amount(looks),
+        *_passed_over(folder),
+        *folder_pictures.findings(looks, resolution),
+    ]
+    count = len({id for id, _ in broken} | {look.id for look in looks})
+    return FolderCheck(count, *(tuple(_of(weight, findings)) for weight in ("error", "warning", "note")))
+
+
+def _of(weight: str, findings: Iterable[Finding]) -> Iterator[str]:
+    return (finding.sentence for finding in findings if finding.weight == weight)
+
+
+def _uncaptioned(folder: Path, bad: Sequence[Bad]) -> list[Record]:
+    """The images without a usable caption: they are looked at too, so that all is said at once."""
+    return [Record(id, "", (folder / id).read_bytes) for id, _ in bad if (folder / id).is_file()]
+
+
+def _look(records: Sequence[Record]) -> tuple[list[Look], list[Bad]]:
+    """What each readable image shows, and the others with the reason."""
+    pool = ThreadPoolExecutor()
+    try:
+        seen = [pool.submit(partial(_try, record)) for record in records]
+        found = [each.result() for each in seen]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
+    return [x for x in found if isinstance(x, Look)], [x for x in found if not isinstance(x, Look)]
+
+
+def _try(record: Record) -> Look | Bad:
+    try:
+        return folder_pictures.look(record)
+    except UserError as error:
+        return record.id, str(error).removeprefix("unreadable image: ")
+    except OSError as error:
+        return record.id, str(error.strerror or error)
+
+
+def _stopping(broken: Sequence[Bad], bad: Sequence[Bad], skipped: bool) -> Iterator[Finding]:
+    """Images that cannot be read and captions that cannot be used: `encode` stops, or leaves them out."""
+    weight: Weight = "warning" if skipped else "error"
+    out = " Left out, as data.skip_bad says." if skipped else ""
+    if broken:
+        what = number(len(broken), "image")
+        named = few([f"{id} ({reason})" for id, reason in broken])
+        yield Finding(
+            weight, f"{what} cannot be read: {named}; save again from the original, or remove.{out}"
+        )
+    for sentence in folder_captions.unusable(bad):
+        yield Finding(weight, sentence + out)
+
+
+def _amount(looks: Sequence[Look]) -> Iterator[Finding]:
+    """Whether there are enough pictures; copies of one file count once."""
+    count = len({look.content for look in looks})
+    there = f"There {number(count, 'different image', before=('is', 'are'))} that can be read"
+    if 0 < count < _LITTLE:
+        yield Finding(
+            "warning",
+            f"{there}: so few are learned by heart before their look is learned; collect {_FEW} or more, as "
+            "different from one another as the look allows.",
+        )
+    elif 0 < count < _FEW:
+        yield Finding(
+            "note",
+            f"{there}: enough to try, but the one or two that are held out from training say little about "
+            f"what was learned; with {_FEW} or more it can be judged.",
+        )
+    elif count > _MANY:
+        yield Finding(
+            "note",
+            f"{there}: a look needs no more than {_MANY}, so keep those that show it best, or give the "
+            "training more steps.",
+        )
+
+
+def _passed_over(folder: Path) -> Iterator[Finding]:
+    """Pictures in formats that are not read: without a word they would seem to be trained on."""
+    if not folder.is_dir():
+        return
+    found = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in _UNREAD
+    )
+    if found:
+        what = number(len(found), "file", after=("is", "are"))
+        yield Finding(
+            "warning",
+            f"{what} of a kind that is not read and will be passed over: {few(found)}; export as PNG.",
+        )
