@@ -89,9 +89,8 @@ class Stage:
         self.bare = list(self.unet.parameters())
         held = [m.weight for n, m in self.unet.named_modules() if memory.quantizable(n, m)]
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Already found a `peft_config`"
-            )  # there are two, as there should
+            # there are two adapters, as there should
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             put_on(self.unet, self.style)
             style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
             self.lora = add_lora(self.unet, self.adapter)
