@@ -38,8 +38,12 @@ from tests.loras import lcm_modules, random_lora
 TERA = 1e12
 
 
+PLAIN = ("teacher.adapters=[]", "adapter.start=null", "batch_size=16", "accumulation=1", "steps=200")
+
+
 def config(name: str = "quickstart", *overrides: str) -> Distill:
-    loaded = load(shipped.config_path(name), overrides)
+    """A shipped config; the quickstart's as a plain distillation of the embedded base."""
+    loaded = load(shipped.config_path(name), (*(PLAIN if name == "quickstart" else ()), *overrides))
     assert isinstance(loaded, Distill)
     return loaded
 
@@ -455,7 +459,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
 
 def test_fine_tuning_has_no_teacher(tiny: Planner) -> None:
     """Its student is that of a distillation of the same adapter; it measures and draws with the LoRA on."""
-    found, distilled = tiny(tune()), tiny(config("quickstart"))
+    found, distilled = tiny(tune("batch_size=16")), tiny(config("quickstart", "batch_size=16"))
     assert list(found.phases) == ["student pass", "optimizer step", "held-out loss", "validation"]
     assert found.phases["student pass"] == distilled.phases["student pass"]
     assert found.staying == distilled.staying
@@ -552,11 +556,12 @@ def test_what_is_drawn_besides(tiny: Planner) -> None:
     assert drawn.passes == 3 * (50 + 1 + 2 + 4)
     assert work.while_encoding(distilled, {"teacher": 1.0}) == []
     # with control prompts: two of them below the pictures, all of them at the start too
-    asked = ("validation.control=asset:tiny-sd", "validation.control_count=8")
+    asked = ("validation.control=asset:tiny-sd", "validation.control_count=8", "validation.count=4")
     flops = {"teacher": 1.0, "student": 1.0}
-    pictures, control = work.while_training(tune("validation.every=100", *asked), flops, None)
+    pictures, control = work.while_training(tune("steps=400", "validation.every=100", *asked), flops, None)
     assert pictures.passes == (4 + 4 * 6) * 60 and control.passes == 8 * 60 + 5 * 8 * 8
-    own = config("quickstart", "validation.every=100", "validation.held_out=0.1", *asked)
+    held_out = ("steps=200", "batch_size=16", "validation.every=100", "validation.held_out=0.1")
+    own = config("quickstart", *held_out, *asked)
     pictures, loss, control = work.while_training(own, flops, 10)
     assert pictures.passes == 4 * 100 + 2 * 6 * 7 and control.passes == 8 * 100 + 3 * 8
     assert loss.passes == 3 * 10 * 8 * (2 + 1 + 1)  # teacher with guidance, target, student
@@ -844,7 +849,7 @@ def test_the_plan_of_a_teacher_that_is_not_trained_yet() -> None:
 
 
 def test_the_last_resort_is_one_that_there_is(tiny: Planner) -> None:
-    assert show._last_resort(config()) == "lower data.resolution or lower adapter.rank"
+    assert show._last_resort(tune()) == "lower data.resolution or lower adapter.rank"
     started = replace(config(), adapter=Adapter(16, 16.0, start="runs/quickstart"))
     assert show._last_resort(started) == (
         "lower data.resolution or lower adapter.rank and start from a LoRA of that rank at most"
