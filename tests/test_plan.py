@@ -38,8 +38,12 @@ from tests.loras import lcm_modules, random_lora
 TERA = 1e12
 
 
+PLAIN = ("teacher.adapters=[]", "adapter.start=null", "batch_size=16", "accumulation=1", "steps=200")
+
+
 def config(name: str = "quickstart", *overrides: str) -> Distill:
-    loaded = load(shipped.config_path(name), overrides)
+    """A shipped config; the quickstart's as a plain distillation of the embedded base."""
+    loaded = load(shipped.config_path(name), (*(PLAIN if name == "quickstart" else ()), *overrides))
     assert isinstance(loaded, Distill)
     return loaded
 
@@ -48,6 +52,16 @@ def tune(*overrides: str) -> Finetune:
     loaded = load(shipped.config_path("finetune/tiny_brand"), overrides)
     assert isinstance(loaded, Finetune)
     return loaded
+
+
+OF_SAMPLES = (
+    "data.source=teacher", "data.regularisation=null", "data.regularisation_share=null", "adapter.start=null",
+    "data.samples.count=384", "data.samples.steps=25",
+)  # fmt: skip
+
+
+def styled(*overrides: str) -> Distill:
+    return config("distill/tiny_styled", *OF_SAMPLES, *overrides)
 
 
 def plan(*arguments: str | Path) -> Result:
@@ -445,7 +459,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
 
 def test_fine_tuning_has_no_teacher(tiny: Planner) -> None:
     """Its student is that of a distillation of the same adapter; it measures and draws with the LoRA on."""
-    found, distilled = tiny(tune()), tiny(config("quickstart"))
+    found, distilled = tiny(tune("batch_size=16")), tiny(config("quickstart", "batch_size=16"))
     assert list(found.phases) == ["student pass", "optimizer step", "held-out loss", "validation"]
     assert found.phases["student pass"] == distilled.phases["student pass"]
     assert found.staying == distilled.staying
@@ -457,7 +471,13 @@ def test_fine_tuning_has_no_teacher(tiny: Planner) -> None:
         max(drawn.highest(128).at(128), tiny.stage.pictures(64, torch.float16).decode.highest(64).at(64))
     )
     assert "held-out loss" not in tiny(tune("validation.held_out=0")).phases
-    assert "validation" not in tiny(tune("validation.prompts=null")).phases
+    without = tiny(tune("validation.prompts=null", "validation.control=null"))
+    assert "validation" not in without.phases
+    # control prompts are encoded beside the pipeline, in float32
+    plain, control = tiny(tune("validation.control=null")), tiny(tune("validation.control=asset:tiny-sd"))
+    text = tiny.stage.subject.text
+    assert plain.phases["validation"]["text encoders"] == 2 * text
+    assert control.phases["validation"]["text encoders"] == (2 + 4) * text
 
 
 def test_prior_preservation_costs_a_step_as_much_again(tiny: Planner) -> None:
@@ -521,7 +541,7 @@ def test_conditions_are_the_captions_embeddings(tiny: Planner) -> None:
 
 def test_what_is_drawn_besides(tiny: Planner) -> None:
     """docs/finetuning.md: 10 of 96 pictures are held out, and in 400 steps measured at 0, 100, ... 400."""
-    wanted = tune("validation.every=100", "steps=400", "validation.count=4")
+    wanted = tune("validation.every=100", "steps=400", "validation.count=4", "validation.control=null")
     held = disk.disk(wanted, tiny).held
     pictures, loss = work.while_training(wanted, {"teacher": 1.0, "student": 3.0}, held)
     assert held == 10 and (loss.passes, loss.flops) == (5 * 10 * 8, 3 * 5 * 10 * 8)
@@ -535,7 +555,19 @@ def test_what_is_drawn_besides(tiny: Planner) -> None:
     (drawn,) = work.while_training(distilled, {"teacher": 1.0, "student": 1.0}, None)
     assert drawn.passes == 3 * (50 + 1 + 2 + 4)
     assert work.while_encoding(distilled, {"teacher": 1.0}) == []
-    (samples,) = work.while_encoding(config("distill/tiny_styled"), {"teacher": 1.0})
+    # with control prompts: two of them below the pictures, all of them at the start too
+    asked = ("validation.control=asset:tiny-sd", "validation.control_count=8", "validation.count=4")
+    flops = {"teacher": 1.0, "student": 1.0}
+    pictures, control = work.while_training(tune("steps=400", "validation.every=100", *asked), flops, None)
+    assert pictures.passes == (4 + 4 * 6) * 60 and control.passes == 8 * 60 + 5 * 8 * 8
+    held_out = ("steps=200", "batch_size=16", "validation.every=100", "validation.held_out=0.1")
+    own = config("quickstart", *held_out, *asked)
+    pictures, loss, control = work.while_training(own, flops, 10)
+    assert pictures.passes == 4 * 100 + 2 * 6 * 7 and control.passes == 8 * 100 + 3 * 8
+    assert loss.passes == 3 * 10 * 8 * (2 + 1 + 1)  # teacher with guidance, target, student
+    found, teacher = tiny(own), tiny.stage.drawing(64, torch.float16, cuda=True)
+    assert found.phases["held-out loss"]["activations"] == round(teacher.highest(32).at(32))
+    (samples,) = work.while_encoding(styled(), {"teacher": 1.0})
     (prior,) = work.while_encoding(tune("prior.prompts=asset:general"), {"teacher": 1.0})
     assert (samples.passes, prior.passes) == (384 * 25 * 2, 128 * 30 * 2)
 
@@ -554,41 +586,40 @@ def test_encoding_draws_with_the_whole_pipeline(tiny: Planner) -> None:
     numbers, text = tiny.stage.weights, tiny.stage.subject.text
     vae = tiny.stage.pictures(64, torch.float16)
     drawn = tiny.stage.drawing(64, torch.float16)
-    teacher = tiny(config("distill/tiny_styled", "data.batch_size=64")).encode
+    teacher = tiny(styled("data.batch_size=64")).encode
     assert list(teacher) == [encoding.SAMPLES]
     parts = teacher[encoding.SAMPLES]
     assert (parts["UNet"], parts["VAE"]) == (2 * numbers.base, 2 * vae.weights)
     assert parts["text encoders"] == (2 + 4) * text
     assert parts["activations"] == round(drawn.highest(128).at(128))
-    one = tiny(config("distill/tiny_styled", "data.batch_size=64", "data.samples.guidance_scale=1")).encode
+    one = tiny(styled("data.batch_size=64", "data.samples.guidance_scale=1")).encode
     assert one[encoding.SAMPLES]["activations"] == round(drawn.highest(64).at(64))
-    few = tiny(config("distill/tiny_styled", "data.batch_size=64", "data.samples.count=32")).encode
+    few = tiny(styled("data.batch_size=64", "data.samples.count=32")).encode
     assert few[encoding.SAMPLES]["activations"] == one[encoding.SAMPLES]["activations"]
     prior = tiny(tune("prior.prompts=asset:general", "data.batch_size=64")).encode
     assert list(prior) == [encoding.PICTURES, encoding.PRIOR]
     assert prior[encoding.PRIOR]["text encoders"] == 2 * text
     expected = max(drawn.highest(16).at(16), vae.decode.highest(8).at(8))
     assert prior[encoding.PRIOR]["activations"] == round(expected)
-    mixed = tiny(config("distill/tiny_styled", "data.source=mix"))
+    mixed = tiny(styled("data.source=mix"))
     assert list(mixed.encode) == [encoding.PICTURES, encoding.SAMPLES]
     assert mixed.encode_peak == max(sum(parts.values()) for parts in mixed.encode.values())
     # float16 is stored: on a CPU the file is there beside what was made of it
-    here = Planner(tiny.stage, "cpu")(config("distill/tiny_styled", "data.batch_size=1")).encode
+    here = Planner(tiny.stage, "cpu")(styled("data.batch_size=1")).encode
     assert here[encoding.SAMPLES]["activations"] >= 2 * numbers.base
     assert here[encoding.SAMPLES]["UNet"] == 4 * numbers.base
 
 
 def test_disk_of_every_source(tiny: Planner) -> None:
-    styled = "distill/tiny_styled"
-    assert disk.disk(config(styled), tiny).records == 384
-    assert disk.disk(config(styled, "data.source=mix", "data.flip=true"), tiny).records == 2 * 96 + 384
-    assert disk.disk(config(styled, "data.source=mix", "data.path=./nowhere"), tiny).records is None
+    assert disk.disk(styled(), tiny).records == 384
+    assert disk.disk(styled("data.source=mix", "data.flip=true"), tiny).records == 2 * 96 + 384
+    assert disk.disk(styled("data.source=mix", "data.path=./nowhere"), tiny).records is None
     found = disk.disk(tune("prior.prompts=asset:general", "data.regularisation=asset:general"), tiny)
     assert found.records == 96 + 384 + 128
     assert found.held == 10  # general pictures are never held out
     lora = 4 * sum(tiny.stage.weights.lora)
     assert found.adapters == 2 * lora and disk.disk(config(), tiny).adapters == lora
-    assert disk.disk(tune("validation.held_out=0"), tiny).adapters == lora
+    assert disk.disk(tune("validation.held_out=0", "validation.control=null"), tiny).adapters == lora
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -630,7 +661,9 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
         assert told.highest(batch, gradients=True).at(batch) == pytest.approx(real, rel=0.02)
     found = Planner(stage)(wanted)
     assert found.staying["text encoders"] == 4 * stage.subject.text
-    assert "text encoders" not in found.phases["validation"] and sum(found.parts.values()) == found.peak
+    assert sum(found.parts.values()) == found.peak
+    without = Planner(stage)(replace(wanted, validation=replace(wanted.validation, control=None)))
+    assert "text encoders" not in without.phases["validation"]
     assert found.staying["optimizer moments"] == 2 * 4 * sum(p.numel() for p in trained)
 
 
@@ -789,7 +822,8 @@ def test_another_recipe_and_another_structure_are_refused() -> None:
 
 @pytest.mark.usefixtures("kept_stage")
 def test_the_plan_of_a_style(tiny: Planner) -> None:
-    done = plan("finetune/tiny_brand", "prior.prompts=asset:general", "batch_size=8")
+    asked = ("prior.prompts=asset:general", "batch_size=8", "steps=400", "validation.every=50")
+    done = plan("finetune/tiny_brand", *asked)
     assert done.exit_code == 0
     for words in (
         "a step of 8 samples and as many of the base's own",
@@ -809,19 +843,21 @@ def test_the_plan_of_a_style(tiny: Planner) -> None:
 
 @pytest.mark.usefixtures("kept_stage")
 def test_the_plan_of_a_teacher_that_is_not_trained_yet() -> None:
-    done = plan("distill/tiny_styled", "teacher.adapters=[{path: runs/nothing}]")
+    done = plan("distill/tiny_styled", *OF_SAMPLES, "teacher.adapters=[{path: runs/nothing}]")
     assert done.exit_code == 0 and "note: the teacher's adapters are not counted: " in done.output
     assert "encode draws 384 samples of the teacher: 19200 passes of the UNet" in done.output
 
 
 def test_the_last_resort_is_one_that_there_is(tiny: Planner) -> None:
-    assert show._last_resort(config()) == "lower data.resolution or lower adapter.rank"
+    assert show._last_resort(tune()) == "lower data.resolution or lower adapter.rank"
     started = replace(config(), adapter=Adapter(16, 16.0, start="runs/quickstart"))
-    assert show._last_resort(started) == "lower data.resolution or start from one of a lower rank"
+    assert show._last_resort(started) == (
+        "lower data.resolution or lower adapter.rank and start from a LoRA of that rank at most"
+    )
     # the prior's pictures are drawn by eights, whatever data.batch_size is
     prior = tiny(tune("prior.prompts=asset:general", "data.batch_size=4"))
     assert prior.encode_phase == encoding.PRIOR and "data.batch_size" not in show._encode_help(prior)
-    assert "data.batch_size=1" in show._encode_help(tiny(config("distill/tiny_styled")))
+    assert "data.batch_size=1" in show._encode_help(tiny(styled()))
 
 
 # -- Measured ------------------------------------------------------------------------------------------------
@@ -842,7 +878,7 @@ def test_the_probe_of_a_base_at_hand(tmp_path: Path) -> None:
     ("name", "overrides", "phases"),
     [
         ("finetune/tiny_brand", ("prior.prompts=asset:general", "ema=0.9"), set()),
-        ("lcf/tiny_brand", ("teacher.weight=0", "guidance={}"), {"target pass"}),
+        ("lcf/tiny_brand", ("teacher.weight=0", "guidance={}", "adapter.start=null"), {"target pass"}),
     ],
 )
 def test_the_probe_of_other_losses(

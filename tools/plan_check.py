@@ -123,8 +123,9 @@ CASES = [
     Case("lcf", "lcf/tiny_brand", 1, ("data.resolution=64", "batch_size=64"), ("adapter.start",)),
     Case(
         "styled", "distill/tiny_styled", 1,
-        ("data.resolution=64", "batch_size=64", "data.batch_size=64", "data.samples.count=64",
-         "data.samples.steps=2"),
+        ("data.resolution=64", "batch_size=64", "data.batch_size=64", "data.source=teacher",
+         "data.samples.count=64", "data.samples.steps=2", "data.regularisation=null",
+         "data.regularisation_share=null", "adapter.start=null"),
         ("teacher.adapters",),
     ),
 ]  # fmt: skip
@@ -163,13 +164,8 @@ def build(folder: Path, structure: str, width: float) -> Path:
     tokenizer.model_max_length = 77
     xl = structure == "sdxl"
     side = config["cross_attention_dim"] // (2 if xl else 1)
-    text = {
-        **CLIP,
-        **ends,
-        "vocab_size": len(tokenizer),
-        "hidden_size": side,
-        "num_attention_heads": side // 32,
-    }
+    size = {"hidden_size": side, "num_attention_heads": side // 32}
+    text = {**CLIP, **ends, "vocab_size": len(tokenizer), **size}
     if xl:
         config["projection_class_embeddings_input_dim"] = 64 + 6 * config["addition_time_embed_dim"]
     vae = AutoencoderKL(
@@ -237,7 +233,8 @@ def write_config(folder: Path, case: Case, work: Path, base: str) -> tuple[Path,
         return file, overrides
     file.write_text(shipped.config_path(case.structure).read_text())
     given = (f"output={folder}/run", f"data.cache={folder}/cache", "steps=2", f"base.path={base}")
-    rest = ("logging.trackers=[]", "validation.prompts=null", "optimizer.warmup_steps=0")
+    rest = ("logging.trackers=[]", *(f"validation.{key}=null" for key in ("prompts", "control")))
+    rest += ("optimizer.warmup_steps=0",)
     loras = [f"{key}={_lora(folder, base, key)}" for key in case.loras]
     return file, [*given, *rest, *overrides, *loras]
 
@@ -318,9 +315,8 @@ def row(work: Path, case: Case, told: Estimate, verb: str, *, once: bool) -> str
     """Measured and estimated, told to give back and as it is; `once`: that only if it is there."""
     expected = (told.peak, told.resident) if verb == "train" else (told.encode_peak,) * 2
     back = measure(work, case, "returning")[verb]
-    default = (
-        None if once and not _file(work, case, "default").is_file() else measure(work, case, "default")[verb]
-    )
+    left_out = once and not _file(work, case, "default").is_file()
+    default = None if left_out else measure(work, case, "default")[verb]
     return f"{pair(back, expected[0])} | {pair(default, expected[1])}"
 
 
@@ -331,10 +327,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in sys.argv[1:] if name != "--returning"]
     once = "--returning" in sys.argv
-    print(
-        "| base and overrides | highest phase | measured, MiB | estimated | | default malloc | estimated | |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| config | highest phase | measured, MiB | estimated | | default malloc | estimated | |")
+    print("|" + " --- |" * 8)
     encoded: set[str] = set()
     for case in CASES:
         if names and case.name not in names:

@@ -19,7 +19,7 @@ class Disk:
     records: int | None  # of all caches; None: cannot be counted here
     state: int  # a training state
     keep: int  # of them
-    adapters: int  # the result, and in fine-tuning the best weights so far
+    adapters: int  # the result, and where it is chosen the best weights so far
     held: int | None  # pictures that are held out of training
 
     @property
@@ -38,11 +38,12 @@ def disk(config: Training, planner: Planner) -> Disk:
     lora = FLOAT * sum(weights.lora)
     state = lora + moment_bytes(config, weights) + (lora if config.ema else 0)
     found = _pictures(config.data)
-    share = config.validation.held_out if isinstance(config, Finetune) else 0.0
+    share = config.validation.held_out
+    chosen = share or config.validation.control
     held = max(1, round(share * found[0])) if found and share else None  # as `data.split`
     return Disk(
         FLOAT * numbers, _records(config, found), state, config.checkpoint.keep,
-        lora * (2 if held or share else 1), held,
+        lora * (2 if chosen else 1), held,
     )  # fmt: skip
 
 

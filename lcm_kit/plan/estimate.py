@@ -23,7 +23,7 @@ CONTEXT = 1.0  # GiB that CUDA's context, its libraries and the desktop take, or
 MARGIN = 0.1  # of what is left of a card: for gaps between blocks, and for the estimate's own error
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 # glibc's heap keeps blocks below 32 MiB that were freed: beyond what tensors hold, this share of the
-# student's activations without checkpointing, even where it is on. Measured: 0.54 to 0.73 (docs/plan.md)
+# student's activations without checkpointing, even where it is on. Measured: 0.45 to 0.92 (docs/plan.md)
 _GAPS = 0.62
 
 
@@ -58,7 +58,9 @@ class Estimate:
     @property
     def parts(self) -> Parts:
         """Bytes by part at the highest moment."""
-        return {part: size for part, size in {**self.staying, **self.phases[self.phase]}.items() if size}
+        phase = self.phases[self.phase]
+        found = {part: self.staying.get(part, 0) + phase.get(part, 0) for part in {**self.staying, **phase}}
+        return {part: size for part, size in found.items() if size}
 
     @property
     def peak(self) -> int:
@@ -179,9 +181,13 @@ def _phases(
     # fused AdamW makes no copies
     copies = 2 * FLOAT * max(weights.lora) if device == "cpu" else 0
     found["optimizer step"] = {"gradients": lora, "workspaces": copies}
-    if isinstance(config, Finetune) and config.validation.held_out:
-        plain = _drawing(config, stage, dtype, device).highest(batch)
-        found["held-out loss"] = {"activations": round(plain.at(batch)), "workspaces": workspaces}
+    if config.validation.held_out:
+        guided = "teacher pass" in found
+        plain, samples = (
+            (rehearsal.teacher, 2 * batch) if guided else (_drawing(config, stage, dtype, device), batch)
+        )
+        held_at = round(plain.highest(samples).at(samples))
+        found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
     if config.validation.prompts is not None or config.validation.control is not None:
         found["validation"] = _validation(config, rehearsal, stage, dtype, device)
     return found
@@ -223,8 +229,10 @@ def _validation(
     vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)
     drawing, decoding = drawn.highest(samples).at(samples), pictures.decode.highest(count).at(count)
-    # those that are trained are there already
-    text = {} if rank_of(config) else {"text encoders": subject.text * dtype.itemsize}
+    # those that are trained are there already; a style's control prompts are encoded beside the pipeline
+    each = 0 if rank_of(config) else dtype.itemsize
+    each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0
+    text = {"text encoders": subject.text * each} if each else {}
     return {
         **text,
         "VAE": pictures.weights * vae_dtype.itemsize,

@@ -5,6 +5,7 @@ It gives FLOPs (a multiply-add counts as two) and the bytes that each pass holds
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -87,7 +88,9 @@ class Stage:
         self.unet = empty_unet(self.subject.unet_config)
         self.bare = list(self.unet.parameters())
         held = [m.weight for n, m in self.unet.named_modules() if memory.quantizable(n, m)]
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # there are two adapters, as there should
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             put_on(self.unet, self.style)
             style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
             self.lora = add_lora(self.unet, self.adapter)

@@ -140,8 +140,8 @@ def _cache(disk: Disk) -> str:
 def _last_resort(config: Training) -> str:
     """What changes the outcome, for where nothing else is left."""
     ways = ["lower data.resolution"]
-    # the LoRA that training starts from has the rank that it has
-    ways += ["start from one of a lower rank" if config.adapter.start else "lower adapter.rank"]
+    started = config.adapter.start is not None
+    ways += ["lower adapter.rank" + " and start from a LoRA of that rank at most" * started]
     ways += ["leave out the base's own pictures (prior.prompts=null)"] if work.pairs(config) else []
     return " or ".join((", ".join(ways[:-1]), ways[-1]))
 

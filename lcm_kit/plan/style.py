@@ -53,7 +53,7 @@ def put_on(unet: Any, style: Style | None) -> None:
         module = unet.get_submodule(name)
         linear = isinstance(module, nn.Linear)  # whose weight is packed where it is in few bits
         out, *of = (module.out_features, module.in_features) if linear else module.weight.shape
-        ones = () if linear else (1, 1)
+        ones: tuple[int, ...] = () if linear else (1, 1)
         down, up = torch.randn(rank, *of) * _SIZE, torch.randn(out, rank, *ones) * _SIZE
         layers[name] = (down, up, float(rank))
     add_style(unet, layers, in_student=style.in_student)

@@ -56,35 +56,52 @@ def flops_of_step(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
     samples = config.batch_size * config.accumulation
     found: dict[str, float] = {}
     if isinstance(config, Distill):
-        weight = config.teacher.weight
-        if weight > 0:
-            found["teacher"] = 2 * teacher_calls(config) * rehearsal.teacher.flops * samples
+        teacher, student = _of_loss(config)
+        if teacher:
+            found["teacher"] = teacher * rehearsal.teacher.flops * samples
         # one where the teacher's step ends, one where the sample's own noise leads
-        found["target"] = ((weight > 0) + (weight < 1)) * rehearsal.forward * samples
+        found["target"] = (student - 1) * rehearsal.forward * samples
     found["student forward"] = rehearsal.forward * samples
     found["student backward"] = (rehearsal.student.flops - rehearsal.forward) * samples
     return found
 
 
 def while_training(config: Training, flops: Mapping[str, float], held: int | None) -> list[Aside]:
-    """Validation pictures and the held-out loss, all through the run; `flops`: `of_forwards`.
+    """Validation pictures, held-out loss, control prompts, all through the run; `flops`: `of_forwards`.
 
     `held`: pictures that are held out; None: not known.
     """
-    times = sum(validation.due(config.validation, step, config.steps) for step in range(1, config.steps + 1))
-    style, found = isinstance(config, Finetune), []
-    if config.validation.prompts is not None:
-        guidance = guided(config.validation.guidance_scale)
-        teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guidance
-        student = validation.STYLE_STEPS * guidance if style else sum(validation.STUDENT_STEPS)
-        once, each = config.validation.count * teacher, times * config.validation.count * student
-        computed = once * flops["teacher"] + each * flops["student"]
-        found.append(Aside(f"pictures for validation, {times} times", once + each, computed))
+    wanted, style = config.validation, isinstance(config, Finetune)
+    times = sum(validation.due(wanted, step, config.steps) for step in range(1, config.steps + 1))
+    guidance = guided(wanted.guidance_scale)
+    teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guidance
+    student = validation.STYLE_STEPS * guidance if style else sum(validation.STUDENT_STEPS)
+    control, found = wanted.control_count if wanted.control else 0, []
+    if wanted.prompts is not None:
+        shown = wanted.count + min(control, validation.CONTROL_ROWS)
+        what = f"pictures for validation, {times} times"
+        found.append(_aside(what, flops, wanted.count * teacher, times * shown * student))
+    times += 1  # figures are of the start too
     if held:
-        passes = (times + 1) * held * TIMES  # the base's too
-        what = f"loss on {held} held-out pictures, {times + 1} times"
-        found.append(Aside(what, passes, passes * flops["student"]))
+        each = [held * TIMES * times * passes for passes in _of_loss(config)]
+        found.append(_aside(f"loss on {held} held-out pictures, {times} times", flops, *each))
+    if control:
+        each = [control * teacher, times * control * (TIMES if style else 1)]
+        found.append(_aside(f"{control} control prompts, {times} times", flops, *each))
     return found
+
+
+def _of_loss(config: Training) -> tuple[int, int]:
+    """Passes for the loss of one sample: of the teacher, and of the UNet with the LoRA."""
+    if not isinstance(config, Distill):
+        return 0, 1
+    weight = config.teacher.weight
+    return 2 * teacher_calls(config) * (weight > 0), (weight > 0) + (weight < 1) + 1
+
+
+def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) -> Aside:
+    """So many passes without and with the LoRA that is trained."""
+    return Aside(what, teacher + student, teacher * flops["teacher"] + student * flops["student"])
 
 
 def while_encoding(config: Training, flops: Mapping[str, float]) -> list[Aside]:
