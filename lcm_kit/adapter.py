@@ -3,6 +3,7 @@
 One UNet plays all parts: with the adapter on it is the student, with the adapter off (`with teacher(unet):`)
 it is the base, bit for bit, and with an average of the LoRA weights (`with swapped(...)`) it is an EMA
 target. The teacher can have a style LoRA, frozen, which the student then has too or has not (`add_style`).
+The base's text encoders can have a LoRA that is trained with it, as one adapter (`join`).
 """
 
 from __future__ import annotations
@@ -86,6 +87,46 @@ def add_style(
     unet._style_in_student = in_student
 
 
+def add_text_lora(
+    encoder: Any, modules: Sequence[str], rank: int, alpha: float, *, seed: int
+) -> list[Parameter]:
+    """Add a LoRA to the named `modules` of a text encoder of transformers; otherwise as `add_lora`."""
+    from peft import LoraConfig
+
+    return _add(encoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)), seed)
+
+
+def join(unet: Any, encoders: Mapping[str, Any]) -> None:
+    """Make the LoRAs of text encoders (by part, as `text_encoder`) and of `unet` one adapter.
+
+    Then they are off together (`teacher`), and are saved, restored and averaged together.
+    """
+    unet._text_encoders = dict(encoders)
+    unet._lora_layers = [*unet._lora_layers, *(x for e in encoders.values() for x in e._lora_layers)]
+
+
+def text_encoders(unet: Any) -> dict[str, Any]:
+    """The text encoders that were joined to `unet`, by part; none if none were."""
+    return getattr(unet, "_text_encoders", {})
+
+
+def named_parameters(unet: Any) -> Iterator[tuple[str, Parameter]]:
+    """The parameters of `unet`, then those of its text encoders, named as `lcm_kit.export.lora` names them.
+
+    Except that the UNet's own have no part in front.
+    """
+    yield from unet.named_parameters()
+    for part, encoder in text_encoders(unet).items():
+        for name, p in encoder.named_parameters():
+            # transformers 5 dropped `text_model.` from CLIPTextModel; files have it
+            yield f"{part}.text_model.{name.removeprefix('text_model.')}", p
+
+
+def trained_parameters(unet: Any) -> list[Parameter]:
+    """The parameters that are trained, in the order of `lora_state`."""
+    return [p for _, p in named_parameters(unet) if p.requires_grad]
+
+
 @contextlib.contextmanager
 def teacher(unet: Any) -> Iterator[None]:
     """Within the block `unet` is its base, bitwise, or its base with the teacher's LoRA if it has one.
@@ -134,13 +175,14 @@ def update_ema(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: f
 def _named(unet: nn.Module, adapter: str = NAME) -> dict[str, Parameter]:
     """The LoRA's parameters by raw peft key (`...to_q.lora_A.weight`), without the adapter's name."""
     name = f".{adapter}."
-    return {
-        key.replace(name, "."): p for key, p in unet.named_parameters() if ".lora_" in key and name in key
-    }
+    return {key.replace(name, "."): p for key, p in named_parameters(unet) if ".lora_" in key and name in key}
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
-    """A float32 copy of the LoRA's weights on the CPU, under raw peft keys (no `unet.` prefix)."""
+    """A float32 copy of the LoRA's weights on the CPU, under raw peft keys (no `unet.` prefix).
+
+    Those of text encoders have their part in front: `text_encoder.text_model...q_proj.lora_A.weight`.
+    """
     return {key: p.detach().float().cpu().clone().contiguous() for key, p in _named(unet).items()}
 
 
@@ -169,12 +211,19 @@ def lora_config(unet: Any) -> dict[str, Any]:
 
 
 def save_adapter(folder: Path, unet: Any, facts: Mapping[str, Any]) -> None:
-    """Write `lora.safetensors` (`lora_state`) and `adapter.json` (`facts`, and "lora_config", peft's)."""
+    """Write `lora.safetensors` (`lora_state`) and `adapter.json` (`facts`, and "lora_config", peft's).
+
+    Where text encoders were joined, "text_lora_config" holds peft's by part.
+    """
     from safetensors.torch import save_file
+
+    configs: dict[str, Any] = {"lora_config": lora_config(unet)}
+    if trained := {part: lora_config(encoder) for part, encoder in text_encoders(unet).items()}:
+        configs["text_lora_config"] = trained
 
     with atomic_folder(folder) as temporary:
         save_file(lora_state(unet), temporary / WEIGHTS)
-        text = json.dumps({**facts, "lora_config": lora_config(unet)}, indent=2)
+        text = json.dumps({**facts, **configs}, indent=2)
         (temporary / FACTS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -186,12 +235,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_adapter(folder: Path, unet: Any) -> dict[str, Any]:
-    """Add the adapter that `save_adapter` wrote to `unet` (which has none) and return its facts."""
+    """Add the adapter that `save_adapter` wrote to `unet` (which has none) and return its facts.
+
+    What it holds for text encoders is left out.
+    """
     from peft import LoraConfig
     from safetensors.torch import load_file
 
     facts = read_facts(folder)
     config = {key: facts["lora_config"][key] for key in ("r", "lora_alpha", "target_modules")}
     _add(unet, LoraConfig(**config), seed=0)
-    load_lora_state(unet, load_file(folder / WEIGHTS))
+    state = load_file(folder / WEIGHTS)
+    load_lora_state(unet, {key: t for key, t in state.items() if not key.startswith("text_encoder")})
     return facts

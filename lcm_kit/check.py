@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from lcm_kit import assets
+from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config
@@ -56,21 +57,29 @@ def _looks(config: Config) -> list[Callable[[], str]]:
         alone = config.base
         subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
         return [subject, lambda: _prompts(config.prompts)]
-    if isinstance(config, GuidanceSweep | Compose):
-        adapters = config.adapters if isinstance(config, GuidanceSweep) else (config.style, config.speed)
+    if isinstance(config, GuidanceSweep | Compose | Brand):
+        prompts = [config.prompts, config.control_prompts if isinstance(config, Brand) else None]
         folders = [path for path in (config.brand, config.control) if path is not None]
         return [
-            *(partial(_adapter, path) for path in adapters),
+            *(partial(_adapter, path) for path in _adapters_of(config)),
             *([partial(_base, Base(config.base, config.revision, config.variant))] if config.base else []),
-            lambda: _prompts(config.prompts),
+            *(partial(_prompts, each) for each in prompts if each),
             *(partial(_pictures, path) for path in folders),
         ]
     return []
 
 
+def _adapters_of(config: GuidanceSweep | Compose | Brand) -> tuple[str, ...]:
+    if isinstance(config, GuidanceSweep):
+        return config.adapters
+    if isinstance(config, Compose):
+        return config.style, config.speed
+    return (config.run, config.style) if config.style else (config.run,)
+
+
 def _trains(config: Training) -> list[Callable[[], str]]:
     source = config.data.source
-    prompts = [config.validation.prompts]
+    prompts = [config.validation.prompts, config.validation.control]
     looks = [lambda: _base(config.base)]
     looks += [lambda: _data(config.data)] if source != "teacher" else []
     looks += [lambda: _samples(config.data)] if source != "images" else []
@@ -126,7 +135,9 @@ def _data(data: Data) -> str:
 
 
 def _prompts(prompts: str) -> str:
-    return f"prompts: {prompts}, {len(assets.prompts(prompts))} of them"
+    from lcm_kit.data import records
+
+    return f"prompts: {prompts}, {len(records.prompts(prompts))} of them"
 
 
 def _adapter(path: str) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__
-from lcm_kit.adapter import NAME, load_lora_state
+from lcm_kit.adapter import NAME, load_lora_state, named_parameters
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, sha256_file
 
@@ -189,7 +189,7 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _named(unet: Any) -> dict[str, Tensor]:
     name = f".{NAME}."
-    named = unet.named_parameters()
+    named = named_parameters(unet)
     return {key.replace(name, "."): p for key, p in named if ".lora_" in key and name in key}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from lcm_kit import cli_lora, cli_plan, cli_sweep
+from lcm_kit import cli_finetune, cli_lora, cli_plan, cli_sweep
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -58,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Brand images in, a LoRA out that draws in 1-8 steps what its base draws in 50.",
-    epilog="Start with `lcm-kit quickstart`, then `lcm-kit cp distill/tiny_lcm my.yaml` and change it.",
+    epilog="Start with `lcm-kit quickstart`, then `lcm-kit finetune YOUR_PICTURES --base YOUR_BASE`.",
 )
 
 ConfigArgument = Annotated[
@@ -93,11 +93,11 @@ def quickstart(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
 ) -> None:
-    """Encode, train, export, sample, evaluate and report on the embedded base: minutes on a CPU."""
-    from lcm_kit import quickstart as story
+    """The whole story on the embedded base and brand set: minutes on a CPU."""
+    from lcm_kit import story
 
     quiet()
-    story.main(output, overrides or [])
+    story.quickstart(output, overrides or [])
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -248,6 +248,7 @@ def report(run: Run) -> None:
     typer.echo(write_report(run))
 
 
+app.add_typer(cli_finetune.verbs)
 app.add_typer(cli_lora.verbs)
 app.add_typer(cli_plan.verbs)
 app.add_typer(cli_sweep.verbs)

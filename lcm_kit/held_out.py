@@ -1,101 +1,171 @@
-"""Over-training: the loss on pictures that are not trained on, and the weights that were best by it.
+"""What is measured while a LoRA trains, besides its own loss, and the weights that are the result.
 
-The rule: of the checkpoints that were measured, the one with the lowest held-out loss is the result. Noise
-and timesteps are the same in every measurement, so that two differ by the weights alone.
+Held-out pictures of the look tell over-training, control prompts tell forgetting (`overtraining.py` has the
+rule and the words). Noise and times are the same in every measurement, so that two differ by the weights
+alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
-from lcm_kit.data.batches import draw
-from lcm_kit.data.split import Rows
+from lcm_kit.config import schema
+from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_folder
-from lcm_kit.overtraining import NAME, verdict
-from lcm_kit.runtime import Metrics, Saver, main_does
+from lcm_kit.overtraining import NAME, Measured, of_tables, verdict
+from lcm_kit.runtime import Metrics, Saver, main_does, validate
+from lcm_kit.validation import Validation, due
 
 TIMES = 8  # timesteps at which each picture is measured, in the middles of as many equal parts
-BEST = "best"  # folder of the run: the best weights so far, as in adapter/
+BEST = "best"  # folder of the run: a folder for each step whose weights are or may yet be the result
 
 LossesAt = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 """(x0 [n, C, h, w], n conditions, noise [n, C, h, w], t int64 [n]) -> losses [n]."""
 
+LossesOf = Callable[[Batch], Tensor]
+"""A batch -> losses [n]."""
+Measures = dict[str, Callable[[], float]]
+"""Figures of the weights as they are, by name: `NAME`, a key of `TOLERANCE`, or both."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The mean loss over held-out pictures, each at the same `TIMES` timesteps and with the same noise."""
+    """The mean loss over pictures, each `TIMES` times with the same randomness in every measurement."""
 
-    pictures: Rows
+    pictures: Samples
     seed: int
     timesteps: int  # T, of the schedule
     batch_size: int  # pictures a forward
 
+    def measures(self, losses_of: LossesOf) -> Measures:
+        """`mean` of `losses_of` under its name; nothing where there are no pictures."""
+        return {NAME: partial(self.mean, losses_of)} if len(self.pictures.ids) else {}
+
+    def measures_at(self, losses_at: LossesAt) -> Measures:
+        """`mean_at` of `losses_at` under its name; nothing where there are no pictures."""
+        return {NAME: partial(self.mean_at, losses_at)} if len(self.pictures.ids) else {}
+
+    def mean_at(self, losses_at: LossesAt) -> float:
+        """The mean of `losses_at`, each picture at the same timesteps, with noise of its own at each."""
+
+        def losses_of(batch: Batch) -> Tensor:
+            places = [(2 * (slot % TIMES) + 1) * self.timesteps // (2 * TIMES) for slot in batch.slots]
+            shape = batch.latents.shape[1:]
+            noise = draw(self.seed, 0, batch.slots, "held out", lambda g: torch.randn(shape, generator=g))
+            return losses_at(batch.latents, batch.condition, noise, torch.tensor(places))
+
+        return self.mean(losses_of)
+
     @torch.no_grad()
-    def __call__(self, losses_at: LossesAt) -> float:
-        """Measure the weights as they are now, through `losses_at`."""
-        total, count = 0.0, len(self.pictures) * TIMES
+    def mean(self, losses_of: LossesOf) -> float:
+        """The mean of `losses_of`, which draws for itself: slot k of a batch is picture k // TIMES."""
+        total, count = 0.0, len(self.pictures.ids) * TIMES
         for first in range(0, count, self.batch_size):
             slots = range(first, min(first + self.batch_size, count))
-            total += float(losses_at(*self._noised(slots)).sum())
+            places = [slot // TIMES for slot in slots]
+            latents, condition = self.pictures.latents(places), self.pictures.condition(places)
+            total += float(losses_of(Batch(latents, condition, [], slots)).sum())
         return total / count
 
-    def _noised(self, slots: range) -> tuple[Tensor, Condition, Tensor, Tensor]:
-        """What to measure: slot k is picture k // TIMES at the time k % TIMES."""
-        pictures = [slot // TIMES for slot in slots]
-        t = torch.tensor([(2 * (slot % TIMES) + 1) * self.timesteps // (2 * TIMES) for slot in slots])
-        x0 = self.pictures.latents(pictures)
-        noise = draw(self.seed, 0, slots, "held out", lambda g: torch.randn(x0.shape[1:], generator=g))
-        return x0, self.pictures.condition(pictures), noise, t
 
+@dataclass(frozen=True)
+class Measuring:
+    """Draws and measures while a LoRA trains, and keeps the weights that are or may yet be the result.
 
-@dataclass
-class Best:
-    """The best weights so far; all processes call it, and only the main one writes."""
+    All processes call it together.
+    """
 
+    config: schema.Training
     saver: Saver
     metrics: Metrics
-    step: int = 0  # 0: nothing was measured yet
-    loss: float = math.inf
+    facts: Callable[[int], Mapping[str, Any]]  # by steps: what is written beside the weights
+    measures: Measures
+    validation: Validation | None  # draws pictures
+    # the block in which the weights are those that would be saved
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    @classmethod
-    def open(cls, saver: Saver, metrics: Metrics, done: int) -> Best:
-        """As it was after `done` steps. What was found later is found again, since training goes on there."""
-        folder = saver.run / BEST
+    def start(self, done: int) -> None:
+        """Before the first step, or when a run goes on after `done`: measure what has not been.
 
-        def look() -> tuple[int, float]:
-            if not (folder / FACTS).is_file():
-                return 0, math.inf
-            facts = read_facts(folder)
-            return (facts["step"], facts[NAME]) if facts["step"] <= done else (0, math.inf)
+        That is the start, or what a run that was stopped had no time for. Weights of later steps are
+        forgotten: training finds them again.
+        """
+        main_does(self.saver.accelerator, lambda: self._forget(lambda step: step > done))
+        lacking = any(done not in self.metrics.of(name) for name in self.measures)
+        if lacking and (not done or due(self.config.validation, done, self.config.steps)):
+            self._measure(done)
 
-        return cls(saver, metrics, *main_does(saver.accelerator, look))
-
-    def offer(self, step: int, loss: float, facts: Mapping[str, Any]) -> None:
-        """Keep the weights as they are now, after `step` steps, if `loss` is the lowest so far."""
-        if loss < self.loss:
-            self.step, self.loss = step, loss
-            self.saver.adapter({**facts, "step": step, NAME: loss}, BEST)
-
-    def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the run's adapter: the best weights, or those of now if nothing was measured. Say which."""
-        if not self.step:
-            self.saver.adapter({**facts, "step": facts["steps"]})
+    def after(self, step: int) -> None:
+        """Draw and measure after `step` steps, if it is time to."""
+        if not due(self.config.validation, step, self.config.steps):
             return
-        main_does(self.saver.accelerator, lambda: self._copy(facts))
-        for sentence in verdict(self.metrics.of(NAME), self.step):
+        with self.weights():
+            if self.validation:
+                drawing = partial(self.validation, self.saver.unet, step)
+                self.metrics.log(step, **validate(self.saver.accelerator, drawing, self.validation.distance))
+        if self.measures:
+            self._measure(step)
+
+    def finish(self, steps: int) -> None:
+        """Write the run's adapter: what the rule keeps, or the weights of now if nothing was measured."""
+        measured, facts = self._measured(), self.facts(steps)
+        kept = measured.best(self._steps())
+        if not kept:
+            with self.weights():
+                self.saver.adapter({**facts, "step": steps})
+            return
+        main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
+        for sentence in verdict(measured, kept):
             self.saver.accelerator.print(f"{self.saver.run}: {sentence}")
 
-    def _copy(self, facts: Mapping[str, Any]) -> None:
-        best = self.saver.run / BEST
+    def _measure(self, step: int) -> None:
+        """Measure and log, and keep the weights if the rule may."""
+        found: dict[str, float] = {}
+        with self.weights():
+            for name, measure in self.measures.items():
+                found |= validate(self.saver.accelerator, measure, name)
+            found = {name: value for name, value in found.items() if math.isfinite(value)}
+            wanted = self._measured(step, found).candidates([*self._steps(), step])
+            if step in wanted:  # before the figures are logged: where they are, the weights are
+                self.saver.adapter({**self.facts(step), "step": step, **found}, f"{BEST}/step-{step:06d}")
+        self.metrics.log(step, **found)
+        main_does(self.saver.accelerator, lambda: self._forget(lambda each: each not in wanted))
+
+    def _measured(self, step: int = 0, found: Mapping[str, float] | None = None) -> Measured:
+        """The figures until now, and those `found` after `step`: the same on every process."""
+        tables = {name: self.metrics.of(name) for name in self.measures}
+        for name, value in (found or {}).items():
+            tables[name][step] = value
+        return of_tables(tables, self.config.recipe)
+
+    def _steps(self) -> list[int]:
+        """The steps whose weights are there: the same on every process."""
+        return main_does(self.saver.accelerator, lambda: sorted(self._folders()))
+
+    def _folders(self) -> dict[int, Path]:
+        found = (self.saver.run / BEST).glob("step-*")
+        return {int(folder.name.removeprefix("step-")): folder for folder in found}
+
+    def _forget(self, which: Callable[[int], bool]) -> None:
+        for step, folder in self._folders().items():
+            if which(step):
+                shutil.rmtree(folder)
+
+    def _copy(self, kept: int, facts: Mapping[str, Any]) -> None:
+        best = self._folders()[kept]
         with atomic_folder(self.saver.run / "adapter") as folder:
             (folder / WEIGHTS).write_bytes((best / WEIGHTS).read_bytes())
             text = json.dumps({**read_facts(best), **facts}, indent=2)

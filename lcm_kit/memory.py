@@ -190,9 +190,9 @@ def _find_compiler(device: torch.device) -> None:
 
 
 def make_optimizer(
-    parameters: Iterable[Parameter], config: schema.Optimizer, device: torch.device
+    parameters: Iterable[Any], config: schema.Optimizer, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters` (float32): fused on CUDA, torch's plain one elsewhere, or with 8-bit moments.
+    """AdamW over `parameters` (float32, or groups of them): fused on CUDA, else plain, or in 8 bits.
 
     adamw8bit keeps the moments of tensors of fewer than 4096 values in float32. Raises `UserError` where
     bitsandbytes is missing or has no kernel for the device.

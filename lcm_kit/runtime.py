@@ -35,6 +35,7 @@ from lcm_kit import checkpoints
 from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.run_folder import flat
@@ -77,6 +78,11 @@ def _check_sharing(config: schema.Training, accelerator: Accelerator) -> None:
         )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate is set to FSDP 1, which flattens the adapter away; set fsdp_version to 2")
+    if sharded(accelerator) and isinstance(config, Finetune) and config.text_encoder.rank:
+        raise UserError(
+            f"text_encoder.rank {config.text_encoder.rank} does not work where FSDP shards the weights; set "
+            "it to null, or use plain multi-GPU"
+        )
     if sharded(accelerator) and config.ema:
         raise UserError(f"ema {config.ema} does not work where FSDP shards the weights; set it to 0")
 

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,21 @@ def pipeline(
     base: str,
     *,
     unet: torch.nn.Module | None = None,
+    text_encoders: Mapping[str, torch.nn.Module] | None = None,
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Any:
-    """The base's pipeline without safety checker; `unet`, if given, takes the place of its own.
+    """The base's pipeline without safety checker; `unet`, if given, takes the place of its own, and so
+    do `text_encoders` (by part, as `text_encoder_2`).
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     info = families.inspect_base(base, revision=revision, variant=variant)
-    given: dict[str, Any] = {} if unet is None else {"unet": unet}
+    given: dict[str, Any] = {**(text_encoders or {}), **({} if unet is None else {"unet": unet})}
     kind, unused = StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
     if info.family == "sdxl":
         kind, unused = StableDiffusionXLPipeline, {"add_watermarker": False}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from lcm_kit.adapter import add_style, load_lora_state, lora_state
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
@@ -16,17 +14,23 @@ from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_file
 from lcm_kit.sample import adapter_file
 
+_FUSE = (
+    "; to distil all of it, fuse it into the base first (`lcm-kit merge {path} --fuse-into {base} --output "
+    "FOLDER`) and give that folder as base.path"
+)
+
 
 def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> list[dict[str, Any]]:
     """Put `teacher.adapters` on `unet` for the teacher; returns what they are, for adapter.json.
 
     Only what they change in the UNet counts: captions are encoded by the base's own text encoders, so what a
-    LoRA changes there is left out, and said. Raises `UserError` if a file is not whole or for another base.
+    LoRA changes there is left out, and said, with the way to distil that too. Raises `UserError` if a file is
+    not whole or for another base.
     """
     if not teacher.adapters:
         return []
     place = structure.of_folder(base.folder, base.path)
-    reads = [_read("teacher.adapters", entry.path, place) for entry in teacher.adapters]
+    reads = [_read("teacher.adapters", entry.path, place, _FUSE) for entry in teacher.adapters]
     lora = concatenate([read.lora for read in reads], [entry.weight for entry in teacher.adapters])
     layers = {
         name.removeprefix("unet."): (layer.down, layer.up, layer.alpha) for name, layer in lora.layers.items()
@@ -47,49 +51,51 @@ def teacher_facts(teacher: schema.Teacher) -> list[dict[str, Any]]:
 
 
 def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[str, Any]]:
-    """Give the LoRA that is trained (`add_lora`) the weights of `config.start`, bit for bit, if there is one.
+    """Give the LoRA that is trained (`add_lora`) the effect of `config.start`, if there is one.
 
-    Returns what the file is, for adapter.json. Raises `UserError` unless the file is whole and adapts the
-    same layers at the same rank and alpha.
+    Of the same layers, rank and alpha it takes the weights bit for bit. A start of fewer layers or lower
+    ranks leaves the rest of the LoRA as it was, whose B is zero; where alpha / rank differs B takes the
+    ratio. Returns what the file is, for adapter.json. Raises `UserError` if the start is not whole, or
+    larger than the LoRA.
     """
     if config.start is None:
         return []
     place = structure.of_folder(base.folder, base.path)
     read = _read("adapter.start", config.start, place)
-    state = _state(read.lora)
-    wanted = lora_state(unet)
-    if state.keys() != wanted.keys():
+    layers = {name.removeprefix("unet."): layer for name, layer in read.lora.layers.items()}
+    state = lora_state(unet)
+    beyond = [name for name in layers if f"{name}.lora_A.weight" not in state]
+    if beyond:
         raise UserError(
-            f"adapter.start: {config.start} adapts {len(state) // 2} layers of the UNet and adapter.targets "
-            f"{config.targets} means {len(wanted) // 2}; give one with the same targets"
+            f"adapter.start: {config.start} adapts {len(beyond)} layers of the UNet that adapter.targets "
+            f"{config.targets} leaves alone, such as {beyond[0]}; give one within the targets, or set "
+            "adapter.targets to lcm"
         )
-    for name, layer in read.lora.layers.items():
-        if layer.rank != config.rank or layer.alpha != config.alpha:
-            raise UserError(
-                f"adapter.start: {config.start} has rank {layer.rank} and alpha {layer.alpha:g} in {name}; "
-                f"set adapter.rank and adapter.alpha, which are {config.rank} and {config.alpha:g}, to these"
-            )
+    largest = max(layer.rank for layer in layers.values())
+    if largest > config.rank:
+        raise UserError(
+            f"adapter.start: {config.start} has rank {largest}, more than adapter.rank {config.rank}; set "
+            f"adapter.rank to {largest} or above"
+        )
+    for name, layer in layers.items():
+        ratio = layer.scale / (config.alpha / config.rank)
+        state[f"{name}.lora_A.weight"][: layer.rank] = layer.down.float()
+        state[f"{name}.lora_B.weight"][:, : layer.rank] = layer.up.float() * ratio
     load_lora_state(unet, state)
     return [{"path": config.start, "sha256": sha256_file(read.path)}]
 
 
-def _state(lora: Lora) -> dict[str, Tensor]:
-    """The weights under raw peft keys, as `lora_state` gives them."""
-    layers = {name.removeprefix("unet."): layer for name, layer in lora.layers.items()}
-    return {
-        **{f"{name}.lora_A.weight": layer.down.float() for name, layer in layers.items()},
-        **{f"{name}.lora_B.weight": layer.up.float() for name, layer in layers.items()},
-    }
-
-
-def _read(key: str, path: str, place: structure.Structure) -> reading.Reading:
-    """The UNet's layers of a file that the config's `key` names."""
+def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> reading.Reading:
+    """The UNet's layers of a file that the config's `key` names; `advice` ends what is said of others."""
     read = reading.read(adapter_file(path), place)
     if read.problems:
         raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may mend it")
     unet = {name: layer for name, layer in read.lora.layers.items() if name.startswith("unet.")}
     if left := len(read.lora.layers) - len(unet):
-        print(f"{key}: {path} changes {left} text encoder layers too, which are left out")
+        print(
+            f"{key}: {path} changes {left} text encoder layers too, which are left out, since captions are "
+            f"encoded by the base's own text encoders{advice.format(path=path, base=place.label)}"
+        )
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")
     return reading.Reading(

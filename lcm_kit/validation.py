@@ -19,13 +19,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lcm_kit import assets, sample
-from lcm_kit.adapter import teacher
+from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
 from lcm_kit.files import atomic_file, sha256_bytes
 
 TEACHER_STEPS = 50
 STUDENT_STEPS = (1, 2, 4)
 STYLE_STEPS = 30
+CONTROL_ROWS = 2  # control prompts in the picture
 _HEADING = 14  # pixels above the columns
 
 
@@ -40,8 +41,8 @@ def due(config: schema.Validation, step: int, steps: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Fixed prompts and noise for the student, and the teacher's samples of them."""
+class Fixed:
+    """Prompts that are drawn again and again from the same noise, and the teacher's samples of them."""
 
     config: schema.Validation
     base: schema.Base
@@ -50,55 +51,11 @@ class Validation:
     folder: Path  # validation/ of the run
     prompts: tuple[str, ...]
     teacher_steps: ClassVar[int] = TEACHER_STEPS
+    kind: ClassVar[str] = "teacher"  # begins the name of the file that keeps the teacher's samples
 
-    @classmethod
-    def prepare(cls, config: schema.Training, base_hash: str) -> Self | None:
-        """What `config.validation` asks for, if anything. Raises `UserError` for missing prompts."""
-        if config.validation.prompts is None:
-            return None
-        prompts = tuple(islice(cycle(assets.prompts(config.validation.prompts)), config.validation.count))
-        folder = Path(config.output) / "validation"
-        return cls(config.validation, config.base, base_hash, config.data.resolution, folder, prompts)
-
-    def due(self, step: int, steps: int) -> bool:
-        """As the function `due`."""
-        return due(self.config, step, steps)
-
-    @torch.no_grad()
-    def __call__(self, unet: Any, step: int) -> float:
-        """Write `step-NNNNNN.png`, a row a prompt: teacher, student at 1, 2, 4 steps; return the distance.
-
-        `unet` carries the adapter and is left as it was. The VAE and the text encoder are loaded for this
-        call only. No number is taken from the global random state.
-        """
-        pipe = self._pipe(unet)
-        wanted = self._teacher(pipe)
-        drawn = {n: self._latents(pipe, "lcm", n, 1.0) for n in STUDENT_STEPS}
-        columns = {f"teacher {TEACHER_STEPS}": wanted, **{f"student {n}": x for n, x in drawn.items()}}
-        self._show(pipe, columns, step)
-        return rms(drawn[1], wanted)
-
-    def _pipe(self, unet: Any) -> Any:
-        return sample.pipeline(
-            self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
-            dtype=next(unet.parameters()).dtype, device=unet.device,
-        )  # fmt: skip
-
-    def _show(self, pipe: Any, columns: Mapping[str, Tensor], step: int) -> None:
-        """Write the pictures of `columns` (latents by heading) as `step-NNNNNN.png`."""
-        pictures = {name: sample.to_pil(sample.decode(pipe, x)) for name, x in columns.items()}
-        sample.save_png(_grid(pictures), self.folder / f"step-{step:06d}.png")
-
-    def _latents(self, pipe: Any, solver: str, steps: int, guidance_scale: float) -> Tensor:
-        return sample.latents(
-            pipe, self.prompts, solver=solver, steps=steps, guidance_scale=guidance_scale,
-            seed=self.config.seed, size=self.resolution,
-        )  # fmt: skip
-
-    def _teacher(self, pipe: Any) -> Tensor:
-        """The teacher's samples, latents [count, C, h, w]: drawn once, then read from the run's folder."""
-        from safetensors.torch import load_file, save_file
-
+    @property
+    def file(self) -> Path:
+        """Where the teacher's samples are kept: another name if anything that they are drawn from changes."""
         drawn_from = [
             self.prompts,
             self.config.seed,
@@ -106,39 +63,126 @@ class Validation:
             self.base_hash,
             self.resolution,
         ]
-        file = self.folder / f"teacher-{sha256_bytes(json.dumps(drawn_from).encode())[:12]}.safetensors"
-        if not file.is_file():
-            with teacher(pipe.unet):
-                latents = self._latents(pipe, "ddim", self.teacher_steps, self.config.guidance_scale)
-            with atomic_file(file) as temporary:
-                save_file({"latents": latents}, temporary)
-        return load_file(file)["latents"]
+        return self.folder / f"{self.kind}-{sha256_bytes(json.dumps(drawn_from).encode())[:12]}.safetensors"
+
+    def pipe(self, unet: Any) -> Any:
+        """The base's pipeline around `unet`, which carries the adapter."""
+        return sample.pipeline(
+            self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
+            dtype=next(unet.parameters()).dtype, device=unet.device, text_encoders=text_encoders(unet),
+        )  # fmt: skip
+
+    def latents(
+        self, pipe: Any, solver: str, steps: int, guidance_scale: float, rows: int | None = None
+    ) -> Tensor:
+        """Latents [rows, C, h, w] of the first `rows` prompts (all), `config.count` of them at once."""
+        wanted, size = self.prompts[:rows], self.config.count
+        parts = [
+            sample.latents(
+                pipe, wanted[first : first + size], solver=solver, steps=steps, guidance_scale=guidance_scale,
+                seed=self.config.seed, first=first, size=self.resolution,
+            )
+            for first in range(0, len(wanted), size)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def teacher(self, pipe: Any, rows: int | None = None) -> Tensor:
+        """The teacher's samples of the first `rows` prompts: drawn once, then read from the run's folder."""
+        from safetensors.torch import load_file, save_file
+
+        if not self.file.is_file():
+            drawn = self.draw(pipe)
+            with atomic_file(self.file) as temporary:
+                save_file(drawn, temporary)
+        return load_file(self.file)["latents"][:rows]
+
+    def draw(self, pipe: Any) -> dict[str, Tensor]:
+        """What is kept in the file: `latents` [n, C, h, w] of the teacher's samples."""
+        with teacher(pipe.unet):
+            return {"latents": self.latents(pipe, "ddim", self.teacher_steps, self.config.guidance_scale)}
+
+
+@dataclass(frozen=True)
+class Validation(Fixed):
+    """Pictures of fixed prompts, and of some control prompts below them, and one distance in latents."""
+
+    control: Fixed | None = None
+    distance: ClassVar[str] = "one_step_distance"  # the name of the figure
+
+    @classmethod
+    def prepare(cls, config: schema.Training, base_hash: str, control: Fixed | None = None) -> Self | None:
+        """What `config.validation` asks for, if anything. Raises `UserError` for missing prompts."""
+        if config.validation.prompts is None:
+            return None
+        prompts = tuple(islice(cycle(assets.prompts(config.validation.prompts)), config.validation.count))
+        folder = Path(config.output) / "validation"
+        resolution = config.data.resolution
+        return cls(config.validation, config.base, base_hash, resolution, folder, prompts, control)
+
+    def due(self, step: int, steps: int) -> bool:
+        """As the function `due`."""
+        return due(self.config, step, steps)
+
+    @torch.no_grad()
+    def __call__(self, unet: Any, step: int) -> float:
+        """Write `step-NNNNNN.png`, a row a prompt and a column a sampler (`columns`); return the distance.
+
+        `unet` carries the adapter and is left as it was. The VAE and the text encoder are loaded for this
+        call only. No number is taken from the global random state.
+        """
+        pipe = self.pipe(unet)
+        columns = self.columns(pipe, self)
+        sheet = _grid(self._pictures(pipe, columns))
+        if self.control and self.control.prompts:
+            below = self.columns(pipe, self.control, CONTROL_ROWS)
+            sheet = _stacked(sheet, _grid(self._pictures(pipe, below), "control: "))
+        sample.save_png(sheet, self.folder / f"step-{step:06d}.png")
+        wanted, drawn = list(columns.values())[:2]
+        return rms(drawn, wanted)
+
+    def columns(self, pipe: Any, of: Fixed, rows: int | None = None) -> dict[str, Tensor]:
+        """Latents by heading, of the first `rows` prompts of `of`: teacher, student at 1, 2, 4 steps.
+
+        The distance is that between the first two.
+        """
+        drawn = {f"student {n}": of.latents(pipe, "lcm", n, 1.0, rows) for n in STUDENT_STEPS}
+        return {f"teacher {TEACHER_STEPS}": of.teacher(pipe, rows), **drawn}
+
+    def _pictures(self, pipe: Any, columns: Mapping[str, Tensor]) -> dict[str, list[Image.Image]]:
+        return {name: sample.to_pil(sample.decode(pipe, x)) for name, x in columns.items()}
 
 
 class StyleValidation(Validation):
     """The base beside the base with the LoRA, both as users draw with a style LoRA, from the same noise."""
 
     teacher_steps: ClassVar[int] = STYLE_STEPS
+    distance: ClassVar[str] = "distance_to_base"
 
-    @torch.no_grad()
-    def __call__(self, unet: Any, step: int) -> float:
-        """Write `step-NNNNNN.png`, a row a prompt: base, LoRA; return their RMS distance in latents.
-
-        Both at 30 steps of DDIM with `config.guidance_scale`. Otherwise as `Validation`.
-        """
-        pipe = self._pipe(unet)
-        plain = self._teacher(pipe)
-        drawn = self._latents(pipe, "ddim", STYLE_STEPS, self.config.guidance_scale)
-        self._show(pipe, {f"base {STYLE_STEPS}": plain, f"with LoRA {STYLE_STEPS}": drawn}, step)
-        return rms(drawn, plain)
+    def columns(self, pipe: Any, of: Fixed, rows: int | None = None) -> dict[str, Tensor]:
+        """Base, then LoRA, both at 30 steps of DDIM with `config.guidance_scale`; else as `Validation`."""
+        plain = of.teacher(pipe, rows)
+        drawn = of.latents(pipe, "ddim", STYLE_STEPS, self.config.guidance_scale, rows)
+        return {f"base {STYLE_STEPS}": plain, f"with LoRA {STYLE_STEPS}": drawn}
 
 
-def _grid(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """Columns of pictures of one size, each under its name (who drew it, in how many steps)."""
+def _grid(columns: Mapping[str, Sequence[Image.Image]], mark: str = "") -> Image.Image:
+    """Columns of pictures of one size, each under its name (who drew it, in how many steps).
+
+    `mark` stands before the first name.
+    """
     rows = sample.contact_sheet([p for row in zip(*columns.values(), strict=True) for p in row], len(columns))
     sheet = Image.new("RGB", (rows.width, rows.height + _HEADING), "white")
     sheet.paste(rows, (0, _HEADING))
     draw = ImageDraw.Draw(sheet)
     for k, name in enumerate(columns):
-        draw.text((k * rows.width / len(columns) + 1, 1), name, fill="black", font_size=9)
+        text = name if k else mark + name
+        draw.text((k * rows.width / len(columns) + 1, 1), text, fill="black", font_size=9)
+    return sheet
+
+
+def _stacked(above: Image.Image, below: Image.Image) -> Image.Image:
+    """One sheet over another of the same width."""
+    sheet = Image.new("RGB", (above.width, above.height + below.height), "white")
+    sheet.paste(above, (0, 0))
+    sheet.paste(below, (0, above.height))
     return sheet

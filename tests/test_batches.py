@@ -105,3 +105,32 @@ def test_a_mix_is_the_same_for_two_ranks_and_for_any_order_of_steps():
     ]
     again = [Batches(Rows(), 6, seed=3, mix=mix).index(step) for step in reversed(range(9))]
     assert one == two == again[::-1]
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 0.5])
+def test_regularisation_has_its_share_of_every_batch(share: float | None) -> None:
+    """Of 2 brand pictures and 18 others; without a share all records alike."""
+    from lcm_kit.config.schema import Data
+    from lcm_kit.data import sources
+
+    records = Rows(["a", "b", *(f"regularisation/{k}" for k in range(18))])
+    data = Data(regularisation="asset:general", regularisation_share=share)
+    batches = Batches(records, 8, seed=1, mix=sources.mix_of(records, data))
+    drawn = [batches.index(step) for step in range(45)]  # 360 places
+    general = [sum(record >= 2 for record in batch) for batch in drawn]
+    if share is None:
+        assert sum(general) == 360 * 18 / 20
+    else:
+        assert set(general) == {8 * share}
+        others = [record for batch in drawn for record in batch if record >= 2]
+        assert all(abs(others.count(k) - len(others) / 18) <= 1 for k in range(2, 20))  # its own epochs
+
+
+def test_a_share_without_regularisation_is_a_mistake() -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from lcm_kit.config.schema import Data
+
+    for keys in ({}, {"regularisation": "asset:general", "source": "mix"}):
+        with pytest.raises(ValidationError, match="regularisation_share divides"):
+            TypeAdapter(Data).validate_python({"regularisation_share": 0.5, **keys})

@@ -22,10 +22,11 @@ LAYERS = {
         "share",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
-    "models": {"families", "adapter", "memory", "sample"},
+    "models": {"families", "adapter", "memory", "sample", "text_lora"},
     "disk": {"bench", "data", "export", "metrics", "report", "results", "shipped", "styles", "tiny"},
     "runtime": {
         "checkpoints",
+        "control",
         "held_out",
         "processes",
         "run_folder",
@@ -35,7 +36,18 @@ LAYERS = {
         "sweep",
         "validation",
     },
-    "top": {"cli", "cli_lora", "cli_plan", "cli_sweep", "plan", "quiet", "__main__", "quickstart", "check"},
+    "top": {
+        "cli",
+        "cli_finetune",
+        "cli_lora",
+        "cli_plan",
+        "cli_sweep",
+        "plan",
+        "quiet",
+        "__main__",
+        "story",
+        "check",
+    },
 }
 LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
 RECIPE = LEVELS.index("recipes")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lcm_kit.config.schema import Data
-from lcm_kit.data.records import decode, open_records
+from lcm_kit.data.records import decode, open_records, prompts
 from lcm_kit.data.transforms import to_pixels, to_rgb
 from lcm_kit.errors import UserError
 
@@ -170,3 +170,13 @@ def test_regularisation_pictures_follow_under_their_own_names(tmp_path: Path):
         _open(tmp_path / "brand", regularisation=str(tmp_path / "empty"))
     with pytest.raises(UserError, match="data.regularisation .*nowhere.* no such folder"):
         _open(tmp_path / "brand", regularisation=str(tmp_path / "nowhere"))
+
+
+def test_prompts_are_lines_or_captions(tmp_path: Path) -> None:
+    """One reader for every key that takes prompts to draw from."""
+    assert prompts("asset:tiny-sd")[0].startswith("a small grapes")
+    captions = prompts("asset:general")
+    assert len(captions) == 384
+    assert captions[0] == "a pineapple on a checkered orange background, in the middle"
+    with pytest.raises(UserError, match="no picture there has a caption"):
+        prompts(str(tmp_path))

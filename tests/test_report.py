@@ -168,7 +168,7 @@ def test_a_base_that_nothing_can_read(run: Path) -> None:
 
 def test_the_snippet_is_a_program(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
-    text = snippet(run, results)
+    text = snippet(run, results["base"]["path"], results["prompts"][0], 4)
     compile(text, "snippet", "exec")
     assert f"pipe({json.dumps(EVIL)}, num_inference_steps=4, guidance_scale=1.0)" in text
     assert str((run / "export").resolve()) in text

@@ -119,7 +119,9 @@ def test_files_that_do_not_fit_and_text_encoder_layers(
         add_teacher_adapters(load_unet(info), teacher, info)
 
     add(random_lora(place, lcm_modules(place)[:3] + text_modules(place)), place)
-    assert "changes 12 text encoder layers too, which are left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "changes 12 text encoder layers too, which are left out" in said
+    assert f"`lcm-kit merge {tmp_path}/a.safetensors --fuse-into {base} --output FOLDER`" in said
     with pytest.raises(UserError, match="changes nothing in the UNet"):
         add(random_lora(place, text_modules(place)), place)
     with pytest.raises(UserError, match="teacher.adapters: .* is not whole"):

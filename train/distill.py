@@ -10,14 +10,13 @@ weights. `teacher.weight` below 1 is latent consistency fine-tuning: s is reache
 x_t already, which needs no teacher; `adapter.start` is then the LCM-LoRA that is tuned.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
-command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
-it.
+command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and edit it.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +27,12 @@ from torch import Tensor
 from lcm_kit import __version__, families, run_folder, runtime, stepping
 from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
 from lcm_kit.config.schema import Distill
+from lcm_kit.control import Control
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
+from lcm_kit.held_out import HeldOut, Measuring
 from lcm_kit.losses import LOSSES
 from lcm_kit.memory import compiled, load_unet, make_optimizer
 from lcm_kit.methods import METHODS, Method, Times
@@ -96,7 +97,9 @@ def main(config: Distill) -> Path:
     # -- Parts: the base's UNet and schedule, and the four plugs ---------------------------------------------
     base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     cache = sources.open_cache(config, base)
-    validation = Validation.prepare(config, base.base_hash)
+    trained, kept = sources.split_off(config, cache)
+    control = Control.prepare(config, base.base_hash)
+    validation = Validation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
     solver, distance = SOLVERS[config.solver], LOSSES[config.loss.name]
@@ -132,7 +135,7 @@ def main(config: Distill) -> Path:
     # -- Data: latents and embeddings ------------------------------------------------------------------------
     share = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
-    batches = Batches(cache, share, config.seed, *places, cache.mix)
+    batches = Batches(trained, share, config.seed, *places, sources.mix_of(trained, config.data))
     empty = cache.empty().to(device, dtype)
 
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
@@ -140,8 +143,7 @@ def main(config: Distill) -> Path:
         both = Condition.cat([empty.expand(len(x)).sized_as(condition), condition])
         with teacher(unet):
             output = call(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
-        uncond, cond = output.chunk(2)
-        return guide(uncond, cond, guidance)
+        return guide(output[: len(x)], output[len(x) :], guidance)
 
     def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with swapped(lora, ema or lora):
@@ -164,6 +166,16 @@ def main(config: Distill) -> Path:
         )  # fmt: skip
         return losses * interval_weight(schedule, times.t, times.s) if weighted else losses
 
+    # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
+    def held_out_losses(batch: Batch) -> Tensor:
+        final = replace(config, grid=replace(config.grid, steps_start=None))
+        return losses_of(batch, draws(final, method, schedule, batch, -1), slice(None))
+
+    held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
+    measures = held_out.measures(held_out_losses) | control.measures(unet)
+    tell = partial(facts, config, base, (styles, start), cache.fingerprint)
+    measuring = Measuring(config, saver, metrics, tell, measures, validation)
+
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
     guard = stepping.Guard(accelerator, config, metrics)
@@ -172,6 +184,7 @@ def main(config: Distill) -> Path:
         stoppable(accelerator) as asked,
         stepping.told(run),
     ):
+        measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
@@ -193,15 +206,15 @@ def main(config: Distill) -> Path:
                 mean = sum(window) / len(window)
                 metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
                 window = []
-            if validation and validation.due(done, config.steps) and not stop:
-                metrics.log(done, **runtime.validate(accelerator, partial(validation, unet, done)))
+            if not stop:
+                measuring.after(done)
             if done % config.checkpoint.every == 0 or done == config.steps or stop:
                 saver.save(done, window)
             if stop:
                 leave(accelerator, run, stop, done, config.steps)
 
-    # -- Save: the live weights, not their EMA, which is the target's affair ---------------------------------
-    saver.adapter(facts(config, base, (styles, start), cache.fingerprint, done))
+    # -- Save: the best of the measured weights; not their EMA, which is the target's affair -----------------
+    measuring.finish(done)
     accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

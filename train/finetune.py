@@ -6,7 +6,8 @@
 The UNet with its LoRA must tell the noise that was mixed into a cached picture (or v, if that is what the
 base outputs), errors weighted by min-SNR (arXiv:2303.09556), some captions left out so that guidance keeps
 working. Beside each brand picture the base's own pictures can be trained on (prior preservation, DreamBooth,
-arXiv:2208.12242). The result are the weights with the lowest loss on held-out pictures, not the last.
+arXiv:2208.12242). The result are the weights with the lowest loss on held-out pictures, not the last, of
+those that have not forgotten how to draw the control prompts.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
 command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
@@ -24,22 +25,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, families, run_folder, runtime, stepping
-from lcm_kit.adapter import add_lora, swapped, update_ema
+from lcm_kit import __version__, families, run_folder, runtime, stepping, text_lora
+from lcm_kit.adapter import add_lora, swapped, trained_parameters, update_ema
 from lcm_kit.config.finetune import Finetune
-from lcm_kit.data import prior
+from lcm_kit.control import StyleControl
+from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.families.condition import Condition
-from lcm_kit.held_out import NAME, Best, HeldOut
+from lcm_kit.held_out import HeldOut, Measuring
 from lcm_kit.losses import l2
 from lcm_kit.memory import compiled, load_unet, make_optimizer
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule
 from lcm_kit.step import diffusion_loss, min_snr_weight
 from lcm_kit.stopping import leave, stoppable
-from lcm_kit.validation import StyleValidation, due
+from lcm_kit.validation import StyleValidation
 
 
 class Draws(NamedTuple):
@@ -75,7 +78,7 @@ def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: in
         "base": {**asdict(config.base), "hash": base.base_hash},
         "prediction_type": base.prediction_type,
         "steps": steps,
-        **{name: asdict(getattr(config, name)) for name in ("adapter", "loss", "prior")},
+        **{name: asdict(getattr(config, name)) for name in ("adapter", "text_encoder", "loss", "prior")},
         "caption_dropout": config.caption_dropout,
         "data": {"fingerprint": fingerprint, "resolution": config.data.resolution},
     }
@@ -93,22 +96,25 @@ def main(config: Finetune) -> Path:
     # -- Parts: the base's UNet and schedule, the pictures ---------------------------------------------------
     base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     kind = base.prediction_type
-    cache = Cache.open(Path(config.data.cache), base=base, data=config.data)
+    text = text_lora.load(base, config, device)  # None: captions are as they were encoded
+    cache = live(Cache.open(Path(config.data.cache), base=base, data=config.data), text)
     trained, kept = split(cache, config.validation.held_out, config.seed)
-    own = prior.open_cache(config, base)
+    own = live(prior.open_cache(config, base), text)
     fingerprint = cache.fingerprint + (f"+{own.fingerprint}" if own else "")
-    validation = StyleValidation.prepare(config, base.base_hash)
+    control = StyleControl.prepare(config, base.base_hash)
+    validation = StyleValidation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     weight = min_snr_weight(schedule, kind, config.loss.min_snr_gamma)
     unet = load_unet(base, config, device, dtype)
 
     # -- Adapter: the LoRA that is trained; everything else is frozen ----------------------------------------
-    lora = add_lora(unet, config.adapter, seed=config.seed)
+    add_lora(unet, config.adapter, seed=config.seed)
+    groups = text_lora.joined(unet, text, config)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
-    lora = [p for p in unet.parameters() if p.requires_grad]  # other objects, if they were sharded
+    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(groups, o, device))
+    lora = trained_parameters(unet)  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     call = compiled(model, config)
 
@@ -121,12 +127,11 @@ def main(config: Finetune) -> Path:
         done, window = state.step, state.window
         accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
     metrics = runtime.Metrics.open(config, accelerator, done)
-    best = Best.open(saver, metrics, done)
 
     # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
     share = origin.batch // origin.world
     place = accelerator.process_index, accelerator.num_processes
-    batches = Batches(trained, share, config.seed, *place)
+    batches = Batches(trained, share, config.seed, *place, sources.mix_of(trained, config.data))
     beside = Batches(own, share, config.seed + 1, *place) if own else None
     empty = cache.empty().to(device, dtype)
 
@@ -148,22 +153,12 @@ def main(config: Finetune) -> Path:
             )
         return losses
 
-    # -- Measuring: the weights that would be saved, on what is not trained on -------------------------------
-    held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size) if len(kept) else None
-
-    def measure(step: int) -> None:
-        if held_out:
-            with swapped(lora, ema or lora):
-                found = runtime.validate(accelerator, partial(held_out, losses_at), NAME)
-                metrics.log(step, **found)
-                if found and step:
-                    best.offer(step, found[NAME], facts(config, base, fingerprint, step))
-
-    def show(step: int) -> None:
-        if validation:
-            with swapped(lora, ema or lora):
-                found = runtime.validate(accelerator, partial(validation, unet, step), "distance_to_base")
-            metrics.log(step, **found)
+    # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
+    held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
+    measures = held_out.measures_at(losses_at) | control.measures_at(unet, held_out, losses_at, text)
+    tell = partial(facts, config, base, fingerprint)
+    result = partial(swapped, lora, ema or lora)
+    measuring = Measuring(config, saver, metrics, tell, measures, validation, result)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
@@ -173,20 +168,17 @@ def main(config: Finetune) -> Path:
         stoppable(accelerator) as asked,
         stepping.told(run),
     ):
-        if (not done or due(config.validation, done, config.steps)) and done not in metrics.of(NAME):
-            measure(done)  # the base; or what a run that was stopped here had no time for
+        measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
             parts = [(1.0, batch, draws(config, schedule.steps, batch, step))]
             if beside:
                 other = beside.at(step)
-                parts.append(
-                    (config.prior.weight, other, draws(config, schedule.steps, other, step, "prior "))
-                )
+                drawn = draws(config, schedule.steps, other, step, "prior ")
+                parts.append((config.prior.weight, other, drawn))
             rate = runtime.learning_rate(o, step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            text_lora.set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, parts))
             if guard.accepts(done, made, batch.ids):
                 optimizer.step()
@@ -201,17 +193,15 @@ def main(config: Finetune) -> Path:
                 mean = sum(window) / len(window)
                 metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
                 window = []
-            if due(config.validation, done, config.steps) and not stop:
-                show(done)
-                measure(done)
+            if not stop:
+                measuring.after(done)
             if done % config.checkpoint.every == 0 or done == config.steps or stop:
                 saver.save(done, window)
             if stop:
                 leave(accelerator, run, stop, done, config.steps)
 
-    # -- Save: the best weights by the held-out loss, or their EMA -------------------------------------------
-    with swapped(lora, ema or lora):
-        best.finish(facts(config, base, fingerprint, done))
+    # -- Save: the best of the measured weights, or of their EMA ---------------------------------------------
+    measuring.finish(done)
     accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

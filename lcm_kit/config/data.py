@@ -42,6 +42,8 @@ class Data:
     # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
     # adapter can still draw (docs/training.md)
     regularisation: str | None = None
+    # share of the batches that these have; null: in proportion to their number
+    regularisation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     # auto: a folder of images if there is one, else `datasets`
     kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only
@@ -62,4 +64,9 @@ class Data:
             raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
         if self.flip and self.source == "teacher":
             raise ValueError("flip mirrors images, and with source teacher there are none; remove it")
+        if self.regularisation_share is not None and (self.regularisation is None or self.source != "images"):
+            raise ValueError(
+                "regularisation_share divides the batches between images and regularisation; give "
+                "regularisation, and source images, or remove it"
+            )
         return self

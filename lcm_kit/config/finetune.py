@@ -29,7 +29,9 @@ class Prior:
     pictures are trained on, which keeps what the base can draw and costs as much again.
     """
 
-    prompts: str | None = None  # text file, one prompt a line, or an asset; null: no prior preservation
+    # text file, one prompt a line; a folder of pictures, whose captions are the prompts; an asset; null: no
+    # prior preservation
+    prompts: str | None = None
     weight: Rate = 1.0  # of their loss; a brand picture's is 1
     count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
     steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM
@@ -38,11 +40,29 @@ class Prior:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TextEncoder:
+    """A LoRA on the base's text encoders (SDXL: both), trained with the UNet's and saved beside it.
+
+    Captions are then encoded in every step. It lets a word of the captions get a new meaning.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: the text encoders are not trained
+    alpha: Rate | None = None  # null: rank, which is strength 1
+    lr: Rate | None = None  # null: optimizer.lr; follows the same warm-up and schedule
+
+    @model_validator(mode="after")
+    def _effect(self) -> TextEncoder:
+        if self.rank is None and (self.alpha is not None or self.lr is not None):
+            key = "lr" if self.alpha is None else "alpha"
+            raise ValueError(f"{key} has no effect without rank; set rank, as 8, or remove it")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class StyleValidation(Validation):
     """What is drawn and measured while it trains: base beside base with LoRA, and the held-out loss."""
 
-    # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
-    # them, and 0: none, and the last weights are the result
+    # as in Validation, but on unless it is set to 0: a style LoRA is soon learned by heart
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
 
 
@@ -57,6 +77,7 @@ class Finetune(Training):
     # share of captions that are replaced by the empty one, which guidance is drawn away from
     caption_dropout: Fraction = 0.1
     prior: Prior = field(default_factory=Prior)
+    text_encoder: TextEncoder = field(default_factory=TextEncoder)
     validation: StyleValidation = field(default_factory=StyleValidation)
 
     @model_validator(mode="after")

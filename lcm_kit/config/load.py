@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality, Speed
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.pretrain import PretrainTiny
@@ -20,7 +21,7 @@ from lcm_kit.config.schema import Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
-Config = Distill | Finetune | PretrainTiny | Quality | Speed | GuidanceSweep | Compose
+Config = Distill | Finetune | PretrainTiny | Quality | Speed | GuidanceSweep | Compose | Brand
 RECIPES: dict[str, type[Config]] = {
     "train/distill": Distill,
     "train/finetune": Finetune,
@@ -29,6 +30,7 @@ RECIPES: dict[str, type[Config]] = {
     "evaluation/speed": Speed,
     "evaluation/guidance_sweep": GuidanceSweep,
     "evaluation/compose": Compose,
+    "evaluation/brand": Brand,
 }
 Key = tuple[str | int, ...]
 

@@ -35,8 +35,8 @@ class Adapter:
     alpha: Rate = 64.0
     # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
     targets: Literal["lcm", "attention"] = "lcm"
-    # a LoRA of the same targets, rank and alpha whose weights training starts from: a file in any style that
-    # `lcm-kit convert` reads, or a run's folder; null: from nothing
+    # a LoRA within these targets and this rank that training starts from: a file in any style that `lcm-kit
+    # convert` reads, or a run's folder; null: from nothing
     start: str | None = None
 
 
@@ -143,13 +143,19 @@ class Optimizer:
 
 @dataclass(frozen=True, config=STRICT)
 class Validation:
-    """What is drawn while it trains: teacher beside student, fixed prompts and noise, one-step distance."""
+    """What is drawn and measured while it trains: teacher beside student, from the same noise every time."""
 
     every: NonNegative = 0  # steps; 0: only at the end
-    prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no validation
+    prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
     count: Positive = 4
     guidance_scale: Scale = 5.0  # of the teacher's sample
     seed: int = 1234
+    # prompts that do not name the look, to notice when they are forgotten: a text file or an asset; null: off
+    control: str | None = None
+    control_count: Positive = 8
+    # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
+    # them, and 0: none
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -227,6 +233,10 @@ class Distill(Training):
         }
         for key in (key for key, given in unused.items() if given and self.teacher.weight == 0):
             raise ValueError(f"teacher.weight 0 leaves the teacher out, so {key} has no effect; remove it")
+        if self.validation.held_out and self.data.source != "images":
+            raise ValueError(
+                f"validation.held_out is of images, and data.source is {self.data.source}; set it to 0"
+            )
         return self
 
     def baked_guidance(self) -> Guidance:

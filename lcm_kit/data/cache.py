@@ -24,7 +24,6 @@ from torch import Tensor
 from lcm_kit import families
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.data import shards
-from lcm_kit.data.batches import Mix
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Bad, Record, decode, open_records
 from lcm_kit.data.shards import Entry, Shard
@@ -268,11 +267,6 @@ class Cache:
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
         captions, images = ([row[key] for row in rows] for key in ("caption", "image"))
         return Cache(folder, ids, captions, images, found["shards"])
-
-    @property
-    def mix(self) -> Mix | None:
-        """None: it is all of one source."""
-        return None
 
     @property
     def fingerprint(self) -> str:

@@ -70,7 +70,7 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
 
 
 def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
-    good, bad = open_records(replace(data, regularisation=None))
+    good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
     folder = Path(resolve(data.path)).expanduser()
     looks, broken = _look(good + _uncaptioned(folder, bad))
     usable = {record.id for record in good} - {id for id, _ in broken}

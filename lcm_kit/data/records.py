@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from lcm_kit import assets
 from lcm_kit.assets import resolve
 from lcm_kit.config.schema import Data
 from lcm_kit.data.transforms import to_rgb
@@ -86,6 +87,20 @@ def pictures(folder: Path, name: str) -> list[Record]:
     if not paths:
         raise UserError(f"{name}: there is no such folder or no image in it; check the path")
     return [Record(path.relative_to(folder).as_posix(), "", path.read_bytes) for path in paths]
+
+
+def prompts(text: str) -> list[str]:
+    """The lines of a prompt file (`assets.prompts`), or the captions of a folder of pictures without one.
+
+    Raises `UserError` if there is none.
+    """
+    folder = Path(resolve(text)).expanduser()
+    if not folder.is_dir() or (folder / "prompts.txt").is_file():
+        return assets.prompts(text)
+    found = [item.caption for item in _folder(folder, text) if isinstance(item, Record)]
+    if not found:
+        raise UserError(f"prompts {text!r}: no picture there has a caption; write a file, one prompt a line")
+    return found
 
 
 def _below(prefix: str, item: Record | Bad) -> Record | Bad:

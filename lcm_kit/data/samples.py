@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from lcm_kit import assets, sample, styles
+from lcm_kit import sample, styles
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.data import shards
 from lcm_kit.data.cache import ALONE, Cache, Encoder, tensors_of, usable_base
 from lcm_kit.data.progress import EncodeReport, finish, progress_bar
-from lcm_kit.data.records import open_records
+from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry, Shard
 from lcm_kit.data.transforms import framing
 from lcm_kit.errors import UserError
@@ -40,17 +39,8 @@ def folder_of(data: Data) -> Path:
 
 
 def prompts_of(data: Data) -> list[str]:
-    """The prompt of every sample: lines of a file, or captions of pictures. Raises `UserError` if none."""
-    wanted = data.samples.prompts
-    folder = Path(assets.resolve(wanted)).expanduser()
-    if folder.is_dir() and not (folder / "prompts.txt").is_file():
-        pictures, _ = open_records(replace(data, path=wanted, kind="folder", regularisation=None))
-        found = [picture.caption for picture in pictures]
-    else:
-        found = assets.prompts(wanted)
-    if not found:
-        raise UserError(f"data.samples.prompts {wanted!r}: no picture there has a caption; write prompts")
-    return list(islice(cycle(found), data.samples.count))
+    """The prompt of every sample. Raises `UserError` if there is none."""
+    return list(islice(cycle(prompts(data.samples.prompts)), data.samples.count))
 
 
 def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_kit.config.schema import Distill, Training
+from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import cache, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.data.split import GENERAL, Rows, split
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
@@ -40,6 +41,29 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
     if data.source == "images":
         return images
     return Both(images, samples.open_cache(config, base), data.samples.share)
+
+
+def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
+    """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
+
+    Raises `UserError` as `split`.
+    """
+    if not config.validation.held_out:
+        return cache, Rows(cache.images if isinstance(cache, Both) else cache, ())
+    assert isinstance(cache, Cache)  # as the schema says
+    return split(cache, config.validation.held_out, config.seed)
+
+
+def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:
+    """How batches are drawn from what `data` is trained on; None: all records alike."""
+    if isinstance(samples, Both):
+        return samples.mix
+    if data.regularisation_share is None:
+        return None
+    general = [id.startswith(GENERAL) for id in samples.ids]
+    own = general.index(True)
+    assert all(general[own:])  # records are in that order
+    return Mix(own, Fraction(str(data.regularisation_share)))
 
 
 @dataclass(frozen=True)

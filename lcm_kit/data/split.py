@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,12 @@ class Rows:
         return self.cache.condition([self.rows[i] for i in index])
 
 
+def chosen(images: Set[str], share: float, seed: int) -> set[str]:
+    """Which of `images` (sha256 of each file) are held out: a share of them, at least one if above 0."""
+    count = max(1, round(share * len(images))) if share else 0
+    return set(sorted(images, key=lambda image: sha256_bytes(f"{seed}/{image}".encode()))[:count])
+
+
 def split(cache: Cache, share: float, seed: int) -> tuple[Rows, Rows]:
     """The rows to train on, and those of the `share` of pictures to measure on: a function of the seed.
 
@@ -53,13 +59,12 @@ def split(cache: Cache, share: float, seed: int) -> tuple[Rows, Rows]:
     choice. Raises `UserError` if nothing would be left to train on.
     """
     own = {image for id, image in zip(cache.ids, cache.images, strict=True) if not id.startswith(GENERAL)}
-    count = max(1, round(share * len(own))) if share else 0
-    if count and count == len(own):
+    held = chosen(own, share, seed)
+    if held and len(held) == len(own):
         raise UserError(
-            f"validation.held_out {share} keeps {count} of {len(own)} pictures out of training, which leaves "
-            "none; set it to 0, or add pictures"
+            f"validation.held_out {share} keeps {len(held)} of {len(own)} pictures out of training, which "
+            "leaves none; set it to 0, or add pictures"
         )
-    held = set(sorted(own, key=lambda image: sha256_bytes(f"{seed}/{image}".encode()))[:count])
     places = range(len(cache.ids))
     trained = [i for i in places if cache.images[i] not in held]
     measured = [

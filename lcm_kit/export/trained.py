@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lcm_kit import adapter
 from lcm_kit.errors import UserError
@@ -13,27 +15,38 @@ from lcm_kit.export.structure import Structure
 def read(folder: Path, structure: Structure) -> Lora:
     """The float32 weights of adapter folder `folder`, in the order of the base's modules.
 
+    The UNet's and, where they were trained, the text encoders'.
+
     Raises `UserError` if there is no finished adapter or it was made for another base.
     """
     from safetensors.torch import load_file
 
-    config = adapter.read_facts(folder)["lora_config"]
-    weights = load_file(folder / adapter.WEIGHTS)
+    facts = adapter.read_facts(folder)
+    configs = {"unet": facts["lora_config"], **facts.get("text_lora_config", {})}
+    weights = {_full(key): tensor for key, tensor in load_file(folder / adapter.WEIGHTS).items()}
     names = {key.rsplit(".lora_", 1)[0] for key in weights}
-    if odd := sorted(names - structure.unet.keys()):
+    if odd := sorted(names - structure.modules.keys()):
         raise UserError(
             f"{folder}: {len(odd)} of its modules are not in the base {structure.label!r}, such as {odd[0]}; "
             "give the base that it was trained on"
         )
-    alpha, pattern = config["lora_alpha"], config.get("alpha_pattern") or {}
     return Lora(
         {
-            f"unet.{name}": Layer(
-                weights[f"{name}.lora_A.weight"],
-                weights[f"{name}.lora_B.weight"],
-                float(pattern.get(name, alpha)),
+            name: Layer(
+                weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"], _alpha(name, configs)
             )
-            for name in structure.unet
+            for name in structure.modules
             if name in names
         }
     )
+
+
+def _full(key: str) -> str:
+    """A key with its part in front, which the UNet's have not."""
+    return key if key.startswith("text_encoder") else f"unet.{key}"
+
+
+def _alpha(name: str, configs: Mapping[str, Any]) -> float:
+    part, _, module = name.partition(".")
+    pattern = configs[part].get("alpha_pattern") or {}
+    return float(pattern.get(module, configs[part]["lora_alpha"]))

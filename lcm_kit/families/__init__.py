@@ -33,7 +33,7 @@ _MODULES: dict[str, Any] = {"sd": sd, "sdxl": sdxl}
 
 
 def of(base: BaseInfo) -> Any:
-    """The module of a base's family: `load_text`, `encode_text`, `empty_condition`, `sizes`."""
+    """The module of a base's family: `load_text`, `encode_text`, `empty_condition`, `adapted`, `sizes`."""
     return _MODULES[base.family]
 
 

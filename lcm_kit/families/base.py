@@ -34,11 +34,21 @@ _LCM = (
     *_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
+_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of each block of a text encoder
 
 
 def lora_targets(kind: str) -> list[str]:
     """Name endings of the layers that a LoRA adapts: `lcm` (LCM-LoRA, arXiv:2311.05556) or `attention`."""
     return list({"lcm": _LCM, "attention": _ATTENTION}[kind])
+
+
+def text_layers(encoder: Any, unseen: int = 0) -> list[str]:
+    """The linear layers of a CLIP text encoder that LoRA files carry, but of its last `unseen` blocks."""
+    endings = tuple(f".{name}" for name in _TEXT)
+    skipped = range(encoder.config.num_hidden_layers - unseen, encoder.config.num_hidden_layers)
+    places = tuple(f"encoder.layers.{k}." for k in skipped)
+    names = [name for name, _ in encoder.named_modules() if name.endswith(endings)]
+    return [name for name in names if not any(place in name for place in places)]
 
 
 @dataclass(frozen=True)

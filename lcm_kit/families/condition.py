@@ -82,4 +82,4 @@ class Condition:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         pooled = None if self.pooled is None else change(self.pooled)
         time_ids = None if self.time_ids is None else change(self.time_ids)
-        return Condition(change(self.embeds), pooled, time_ids)
+        return replace(self, embeds=change(self.embeds), pooled=pooled, time_ids=time_ids)

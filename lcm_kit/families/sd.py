@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.families.base import BaseInfo, load_part
+from lcm_kit.families.base import BaseInfo, load_part, text_layers
 from lcm_kit.families.condition import Condition
 
 
@@ -59,11 +59,11 @@ def tokenize(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tokens:
     )
 
 
-@torch.no_grad()
 def encode_text(text: Text, captions: Sequence[str]) -> Condition:
     """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state.
 
-    Captions longer than L tokens are cut there, as in StableDiffusionPipeline.
+    Captions longer than L tokens are cut there, as in StableDiffusionPipeline. They have a gradient where a
+    weight of the encoder has (`lcm_kit.text_lora`); none of `load_text`'s has.
     """
     ids, mask = tokenize(text.tokenizer, text.text_encoder, captions)
     return Condition(text.text_encoder(ids, attention_mask=mask)[0])
@@ -72,6 +72,11 @@ def encode_text(text: Text, captions: Sequence[str]) -> Condition:
 def empty_condition(text: Text, n: int) -> Condition:
     """The condition of classifier-free guidance's unconditional pass, n times: the caption ""."""
     return encode_text(text, [""]).expand(n)
+
+
+def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
+    """Each text encoder by its part, and its modules that a LoRA adapts."""
+    return {"text_encoder": (text.text_encoder, text_layers(text.text_encoder))}
 
 
 def sizes(framings: Sequence[object]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.families.base import BaseInfo, load_part
+from lcm_kit.families.base import BaseInfo, load_part, text_layers
 from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.families.sd import load_tokenizer, tokenize
 
@@ -40,11 +40,11 @@ def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     )
 
 
-@torch.no_grad()
 def encode_text(text: Text, captions: Sequence[str]) -> Condition:
     """The condition of B captions: embeds [B, L, D1 + D2], pooled [B, P]; without sizes.
 
-    Captions longer than L tokens are cut there. As StableDiffusionXLPipeline.encode_prompt, clip_skip unset.
+    Captions longer than L tokens are cut there. As StableDiffusionXLPipeline.encode_prompt, clip_skip unset;
+    with a gradient as `sd.encode_text`.
     """
     pairs = ((text.tokenizer, text.text_encoder), (text.tokenizer_2, text.text_encoder_2))
     states = []
@@ -61,6 +61,18 @@ def empty_condition(text: Text, n: int) -> Condition:
     if text.zeros_when_empty and empty.pooled is not None:
         empty = Condition(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled))
     return empty.expand(n)
+
+
+def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
+    """Each text encoder by its part, and its modules that a LoRA adapts.
+
+    Not the first encoder's last layer, whose output nobody sees: it would get no gradient. The second's is
+    behind the pooled embedding.
+    """
+    return {
+        "text_encoder": (text.text_encoder, text_layers(text.text_encoder, unseen=1)),
+        "text_encoder_2": (text.text_encoder_2, text_layers(text.text_encoder_2)),
+    }
 
 
 def sizes(framings: Sequence[Framing]) -> Tensor:

@@ -12,7 +12,7 @@ import yaml
 from lcm_kit import __version__, adapter, assets
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
-from lcm_kit.report import plots, style
+from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
 from lcm_kit.report.sweep import is_sweep, write_sweep_report
 from lcm_kit.results import best_plain
@@ -26,16 +26,19 @@ Row = dict[str, Any]
 def write_report(run: Path) -> Path:
     """Write `run/report.html` and return its path; that of a sweep, if `run` is a sweep's folder.
 
-    Reads `results.json` and `pictures/` (`lcm-kit evaluate`), and `config.yaml`, `metrics.jsonl` and
-    `validation/` where they are. Raises `UserError` if the run has not been evaluated, or
-    has no student. A style LoRA's report (`style.py`) needs no evaluation.
+    Reads `brand.json` (`evaluation/brand`) and `results.json` with `pictures/` (`evaluation/quality`), at
+    least one of them, and `config.yaml`, `metrics.jsonl` and `validation/` where they are. Raises `UserError`
+    if the run has not been evaluated, or has no student. A style LoRA's report (`style.py`) needs no
+    evaluation.
     """
     if is_sweep(run):
         return write_sweep_report(run)
     if (config := _config(run)).get("recipe") == style.RECIPE:
         text = page("style.html.j2", _style(run, config))
     else:
-        text = page("template.html.j2", context(run), describe=describe)
+        text = page(
+            "template.html.j2", context(run), describe=describe, how=brand.how, interval=brand.interval
+        )
     atomic_write(run / "report.html", text)
     return run / "report.html"
 
@@ -55,14 +58,32 @@ def _config(run: Path) -> dict[str, Any]:
 
 def context(run: Path) -> dict[str, Any]:
     """What the template shows."""
-    results = _results(run)
-    rows: list[Row] = [{**row, "images": _images(run, row)} for row in results["rows"]]
-    head = headline(rows)
+    look = brand.context(run)
+    results = _results(run, needed=look is None)
     metrics = _metrics(run / "metrics.jsonl")
-    config = run / "config.yaml"
-    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    file = run / "config.yaml"
+    settings = file.read_text(encoding="utf-8") if file.is_file() else ""
+    config = yaml.safe_load(settings) or {}
     return {
         "name": run.resolve().name,
+        "brand": look,
+        **(_quality(run, results) if results else {"results": None}),
+        "plots": _plots(results, metrics),
+        "facts": _facts(run, config),
+        "style": _style_export(run),
+        "settings": settings,
+        "said": _said(run, metrics),
+        "validation": _validation(run),
+        **_use(run, results),
+        "version": __version__,
+    }
+
+
+def _quality(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that compares with the teacher and with plain solvers."""
+    rows: list[Row] = [{**row, "images": _images(run, row)} for row in results["rows"]]
+    head = headline(rows)
+    return {
         "results": results,
         "rows": rows,
         "head": head,
@@ -70,18 +91,15 @@ def context(run: Path) -> dict[str, Any]:
         "prompts": results["prompts"][:_SHOWN],
         "gallery": _gallery(rows),
         "folded": _OTHERS,
-        "plots": _plots(results, metrics),
-        "facts": _facts(run, yaml.safe_load(settings) or {}),
-        "settings": settings,
-        "validation": _validation(run),
-        "snippet": snippet(run, results),
-        "version": __version__,
     }
 
 
-def _results(run: Path) -> dict[str, Any]:
+def _results(run: Path, needed: bool = True) -> dict[str, Any] | None:
+    """What `evaluation/quality` found; None if it did not run and is not `needed`."""
     file = run / "results.json"
     if not file.is_file():
+        if not needed:
+            return None
         raise UserError(f"run {str(run)!r} has no results.json; run `lcm-kit evaluate` on it first")
     results = json.loads(file.read_text(encoding="utf-8"))
     if not any(row["name"] == "student" for row in results["rows"]):
@@ -170,28 +188,45 @@ def _validation(run: Path) -> dict[str, Any] | None:
     return {"step": int(last.stem.partition("-")[2]), "uri": picture_uri(last, 1024)} if last else None
 
 
+def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """What is to be said of the training's own figures; of a run without an adapter nothing."""
+    if not (run / "adapter").is_dir():
+        return []
+    facts = adapter.read_facts(run / "adapter")
+    return style.said(style.figures(metrics, "train/distill"), facts.get("step", facts["steps"]))
+
+
 def _metrics(file: Path) -> list[dict[str, float]]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def _plots(results: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, str | None]:
+def _plots(
+    results: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, float]]
+) -> dict[str, str | None]:
     """The plots by name as data URIs; None where there is nothing to plot."""
-    rows = results["rows"]
-    read = all(row["attribute_accuracy"] is not None for row in rows)
-    floor = results["frechet_floor"]
     drawn = {
-        "accuracy": plots.by_calls(rows, "attribute_accuracy", "share of pictures all right")
-        if read
-        else None,
-        "frechet": plots.by_calls(rows, "frechet", "Fréchet distance", floor) if read else None,
-        "distance": None
-        if read
-        else plots.by_calls(rows, "distance_to_teacher", "pixel distance to the teacher"),
+        **(_by_calls(results) if results else {}),
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
+        "control": style.control_curve(metrics, style.figures(metrics, "train/distill")),
     }
     return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
+
+
+def _by_calls(results: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the evaluation found over UNet calls, as SVG: what was read in pictures, or else distances."""
+    rows = results["rows"]
+    read = all(row["attribute_accuracy"] is not None for row in rows)
+    if not read:
+        distance = plots.by_calls(rows, "distance_to_teacher", "pixel distance to the teacher")
+        return {"accuracy": None, "frechet": None, "distance": distance}
+    floor = results["frechet_floor"]
+    return {
+        "accuracy": plots.by_calls(rows, "attribute_accuracy", "share of pictures all right"),
+        "frechet": plots.by_calls(rows, "frechet", "Fréchet distance", floor),
+        "distance": None,
+    }
 
 
 # -- How was it made, how is it used -------------------------------------------------------------------------
@@ -205,9 +240,11 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     steps = adapter.read_facts(run / "adapter")["steps"] if (run / "adapter").is_dir() else config["steps"]
     images = config["batch_size"] * config["accumulation"]
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
+    looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))
     return {
         "base": config["base"]["path"],
-        "images": config["data"]["path"],
+        **({"the teacher's look": looks} if looks else {}),
+        **_seen(config["data"]),
         "training": f"{steps} steps of {images} images a process",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
         "guidance baked in": f"{guidance['min']:g} to {guidance['max']:g}",
@@ -218,12 +255,25 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _seen(data: Mapping[str, Any]) -> dict[str, str]:
+    """What was trained on: images, the teacher's own samples, or both."""
+    source = data.get("source", "images")
+    images = {"images": data["path"]} if source != "teacher" else {}
+    samples = {"the teacher's samples for": data["samples"]["prompts"]} if source != "images" else {}
+    return {**images, **samples}
+
+
+def _style_export(run: Path) -> str | None:
+    """Where the files of the look alone are, if the run was made by `lcm-kit finetune`."""
+    return "style/export" if (run / "style" / "export").is_dir() else None
+
+
 _SNIPPET = """import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, LCMScheduler
 
 base = {base}
 lora = {lora}
-pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+pipe = AutoPipelineForText2Image.from_pretrained(base, dtype=torch.float32)
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
 
@@ -231,11 +281,23 @@ image = pipe({prompt}, num_inference_steps={steps}, guidance_scale=1.0).images[0
 image.save("picture.png")"""
 
 
-def snippet(run: Path, results: Mapping[str, Any]) -> str:
+def _use(run: Path, results: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How many steps to draw with, and a program that does: the brand's first, if it was evaluated."""
+    if look := brand.read(run):
+        base = results["base"]["path"] if results else look["base"]["path"]
+        steps, prompt = brand.headline(look["rows"])["adapter"]["steps"], look["prompts"][0]
+    else:
+        assert results is not None  # the page needs one of them
+        base, steps = results["base"]["path"], headline(results["rows"])["student"]["steps"]
+        prompt = results["prompts"][0]
+    return {"steps": steps, "snippet": snippet(run, base, prompt, steps)}
+
+
+def snippet(run: Path, base: str, prompt: str, steps: int) -> str:
     """A Python program that draws with the exported file and plain diffusers."""
     return _SNIPPET.format(
-        base=json.dumps(assets.resolve(results["base"]["path"])),
+        base=json.dumps(assets.resolve(base)),
         lora=json.dumps(str((run / "export").resolve())),
-        prompt=json.dumps(results["prompts"][0], ensure_ascii=False),
-        steps=headline(results["rows"])["student"]["steps"],
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        steps=steps,
     )

@@ -70,8 +70,18 @@ def by_calls(rows: Sequence[Mapping[str, Any]], key: str, label: str, floor: flo
     return svg(drawn)
 
 
-def curve(metrics: Sequence[Mapping[str, float]], key: str, label: str, *, log: bool = False) -> str | None:
-    """`key` over the training step, with a running mean where it is noisy; None if it was not measured."""
+def curve(
+    metrics: Sequence[Mapping[str, float]],
+    key: str,
+    label: str,
+    *,
+    log: bool = False,
+    level: float | None = None,
+) -> str | None:
+    """`key` over the training step, with a running mean where it is noisy; None if it was not measured.
+
+    `level`: a value to draw a line at.
+    """
     points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
     if not points:
         return None
@@ -81,6 +91,8 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str, label: str, *, log: 
     axes.plot(steps, values, color="#0072B2", alpha=0.35 if noisy else 1, marker=None if noisy else "o")
     if noisy:
         axes.plot(steps, _running_mean(values), color="#0072B2", linewidth=2.2)
+    if level is not None:
+        axes.axhline(level, color="black", linewidth=1.2, linestyle="--")
     if log and min(values) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("training step")

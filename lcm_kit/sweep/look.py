@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
+from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.data import records
 from lcm_kit.data.transforms import to_pixels
@@ -38,9 +39,15 @@ class Looker:
     probe: Probe | None  # with prompts of the embedded world
 
     @classmethod
-    def of(cls, config: GuidanceSweep | Compose, prompts: Sequence[str], size: int, device: str) -> Looker:
-        """What `config` asks for. Raises `UserError` if an extractor is not there or reads no text."""
+    def of(
+        cls, config: GuidanceSweep | Compose | Brand, prompts: Sequence[str], size: int, device: str
+    ) -> Looker:
+        """What `config` asks for. Raises `UserError` if an extractor is not there or reads no text.
+
+        Pictures that may be in a brand's look are read by the probe that knows the brand looks.
+        """
         ours = size == world.SIZE and all(map(world.parse, prompts))
+        probe = assets.path("brand-probe" if isinstance(config, Brand | Compose) else "probe")
         if config.features == PROBE and size != world.SIZE:
             raise UserError(
                 f"features {PROBE} reads pictures of {world.SIZE} pixels, and these have {size}; set "
@@ -53,7 +60,7 @@ class Looker:
                 raise UserError(
                     f"text_features {config.text_features!r} reads no text; name a CLIP or SigLIP model"
                 )
-            return cls(features, None, load_probe() if ours else None)
+            return cls(features, None, load_probe(probe) if ours else None)
         return cls(features, texts, None)
 
     @torch.no_grad()
@@ -117,3 +124,12 @@ def reference_features(
         return looker.folder(config.real, size)
     ours = size == world.SIZE and all(map(world.parse, prompts))
     return looker.renders() if ours else None
+
+
+def brand_features(
+    config: GuidanceSweep | Compose, looker: Looker, size: int
+) -> tuple[Tensor, Tensor] | None:
+    """Features of `config.brand` and of its control; None unless both are named."""
+    if not (config.brand and config.control):
+        return None
+    return looker.folder(config.brand, size), looker.folder(config.control, size)

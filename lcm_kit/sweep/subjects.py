@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_kit import sample
 from lcm_kit.adapter import read_facts
+from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted, verify
@@ -35,7 +36,7 @@ class Subject:
         }  # fmt: skip
 
 
-def base_facts(config: GuidanceSweep | Compose, adapter: str) -> dict[str, Any]:
+def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[str, Any]:
     """`path`, `revision` and `variant` of the base: the config's, or what `adapter` was made on.
 
     Raises `UserError` if neither says.

@@ -84,20 +84,33 @@ def test_a_start_that_does_not_fit_is_refused(distill_keys: Keys, run: Path, tmp
         return str(caught.value)
 
     where = {"start": str(run)}
-    assert "has rank 4 and alpha 8 in unet." in refused(run, adapter={**where, "rank": 8})
-    assert "set adapter.rank and adapter.alpha, which are 4 and 4," in refused(
-        run, adapter={**where, "alpha": 4.0}
+    assert "has rank 4, more than adapter.rank 2; set adapter.rank to 4" in refused(
+        run, adapter={**where, "rank": 2}
     )
-    assert "layers of the UNet and adapter.targets attention means" in refused(
+    assert "layers of the UNet that adapter.targets attention leaves alone, such as" in refused(
         run, adapter={**where, "targets": "attention"}
     )
-    place = structure.of_base(distill_keys["base"]["path"])
-    half = random_lora(place, lcm_modules(place)[:3], ranks=(4,), alphas=(8.0,))
-    broken.save(tmp_path / "half.safetensors", broken.kohya_diffusers_spelling(half, place))
-    assert "adapts 3 layers of the UNet and adapter.targets lcm means" in refused(
-        tmp_path / "half.safetensors"
-    )
     assert "is not a run's folder or a .safetensors file" in refused(tmp_path / "missing.safetensors")
+
+
+def test_a_smaller_start_keeps_its_effect_in_a_larger_lora(distill_keys: Keys, tmp_path: Path) -> None:
+    """Three layers of rank 3 at strength 2, in a LoRA of rank 8 on all layers at strength 1/2."""
+    place = structure.of_base(distill_keys["base"]["path"])
+    names = lcm_modules(place)
+    small = random_lora(place, [names[0], names[5], names[-1]], ranks=(3,), alphas=(6.0,))
+    file = tmp_path / "small.safetensors"
+    broken.save(file, broken.kohya_diffusers_spelling(small, place))
+    unet = started(tuned(distill_keys, tmp_path, file, adapter={"start": str(file), "rank": 8, "alpha": 4.0}))
+    state = adapter.lora_state(unet)
+    for name in (key.removesuffix(".lora_A.weight") for key in state if ".lora_A." in key):
+        a, b = (state[f"{name}.lora_{side}.weight"] for side in "AB")
+        product = 0.5 * b.flatten(1) @ a.flatten(1)
+        layer = small.layers.get(f"unet.{name}")
+        wanted = (
+            torch.zeros_like(product) if layer is None else 2 * layer.up.flatten(1) @ layer.down.flatten(1)
+        )
+        assert torch.allclose(product, wanted, atol=1e-6)
+        assert a.shape[0] == 8 and bool((a[3:].flatten(1).norm(dim=1) > 0).all())  # the rest can learn
 
 
 def test_without_a_teacher_none_is_asked_and_no_guidance_is_claimed(

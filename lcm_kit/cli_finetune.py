@@ -1,0 +1,54 @@
+"""The verb that goes from a studio's pictures to its adapter. `cli.py` puts it beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcm_kit.quiet import quiet
+
+verbs = typer.Typer()
+
+
+@verbs.command(rich_help_panel="Start here")
+def finetune(
+    folder: Annotated[
+        str, typer.Argument(metavar="BRAND_FOLDER", help="20 to 500 pictures, a .txt caption beside each.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STAGE.KEY=VALUE", help="Overrides of a stage: style.steps=800 distill.adapter.rank=32."
+        ),
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="SD1.x, SD2.x or SDXL: diffusers folder, hub id, .safetensors, asset:tiny-sd.")
+    ] = ...,  # type: ignore[assignment]  # required, though after an optional argument
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run. [default: runs/NAME of the folder]")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What to draw and judge by. [default: the folder's prompts.txt, or captions]",
+        ),
+    ] = None,
+    trigger: Annotated[str | None, typer.Option(help="A word that every caption should hold.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the base's files: fp16 halves a download.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, show the plan, stop.")
+    ] = False,
+) -> None:
+    """Your pictures in, one adapter out that draws their look in 4 steps: all stages, each done once."""
+    from lcm_kit import story
+    from lcm_kit.config.schema import Base
+
+    quiet()
+    story.finetune(
+        folder, Base(base, revision, variant), output, overrides or [],
+        prompts=prompts, trigger=trigger, dry_run=dry_run,
+    )  # fmt: skip

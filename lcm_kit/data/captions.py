@@ -1,0 +1,34 @@
+"""A cache whose captions are encoded when a step needs them, because the text encoders are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lcm_kit.data.cache import Cache
+from lcm_kit.text_lora import Captions, TextLora
+
+Found = TypeVar("Found", Cache, Cache | None)
+
+
+@dataclass(frozen=True, eq=False)
+class LiveCache(Cache):
+    """A cache's latents and sizes, and its captions for `text` to encode."""
+
+    text: TextLora
+
+    def condition(self, index: int | Sequence[int]) -> Captions:
+        """The captions of the rows at `index`; encoded by their `kwargs`."""
+        rows = [index] if isinstance(index, int) else index
+        cached = super().condition(rows)
+        return Captions.of([self.captions[row] for row in rows], self.text, cached.time_ids)
+
+    def empty(self, n: int = 1) -> Captions:
+        """The unconditional pass, n times, as the trained text encoders have it."""
+        return Captions.of([None] * n, self.text)
+
+
+def live(cache: Found, text: TextLora | None) -> Found:
+    """`cache` with its captions encoded by `text`; as it is where there is no `text`, or no cache."""
+    return cache if text is None or cache is None else LiveCache(**vars(cache), text=text)

@@ -1,0 +1,123 @@
+"""From brand pictures to one adapter that draws their look in 4 steps: the stages in one go.
+
+`finetune` is the story for a studio's folder and base, `quickstart` the same on what the kit ships.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lcm_kit import assets
+from lcm_kit.config.schema import Base
+from lcm_kit.errors import UserError
+from lcm_kit.story import configs, show
+from lcm_kit.story.configs import Story
+from lcm_kit.story.stages import stages
+
+_STAGES = 7
+
+
+def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
+    """The story on the embedded base and brand set into `output`; returns the path of its report.html.
+
+    `overrides` are keys of `configs/quickstart.yaml`; with `style.`, `brand.` or `evaluation.` before them,
+    of `configs/finetune/tiny_brand.yaml` and of `configs/evaluation/` `brand.yaml` or `quality.yaml`. A stage
+    that is done already does nothing or continues. Raises `UserError` as the stages do.
+    """
+    _alone()
+    console, story = Console(stderr=True), configs.quickstart(output, overrides)
+    show.plan(story, _check(console, story, None))
+    return _tell(console, story)
+
+
+def finetune(
+    folder: str,
+    base: Base,
+    output: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    prompts: str | None = None,
+    trigger: str | None = None,
+    dry_run: bool = False,
+) -> Path | None:
+    """The story for the pictures in `folder` (or asset:NAME); returns the path of report.html.
+
+    `output`: the run's folder, `runs/<name of the folder>` unless given. `prompts`: a file of prompts to draw
+    while it trains and to judge by; None: `prompts.txt` in the folder if there is one, else the captions of
+    the pictures that are held out. `trigger`: a word that every caption should hold. `overrides`:
+    `style.KEY=VALUE`, `distill.KEY=VALUE` and `evaluation.KEY=VALUE`. `dry_run`: check, print the plan and
+    return None. A stage that is done already does nothing or continues. Raises `UserError` for a folder that
+    cannot be learned from, and as the stages do.
+    """
+    _alone()
+    console = Console(stderr=True)
+    place = Path(assets.resolve(folder)).expanduser()
+    if not place.is_dir():
+        raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
+    story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, overrides)
+    show.plan(story, _check(console, story, trigger))
+    return None if dry_run else _tell(console, story)
+
+
+def _of_studio(folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]) -> Story:
+    from lcm_kit.families import inspect_base
+
+    found = inspect_base(base.path, revision=base.revision, variant=base.variant)
+    wanted = prompts or configs.prompts_in(folder)
+    if wanted:
+        assets.prompts(wanted)  # are there any?
+    place = {"path": base.path, "revision": base.revision, "variant": base.variant}
+    size, family = found.sample_size * found.factor, configs.family_of(found.width)
+    return configs.finetune(folder, place, family, output, size, wanted, overrides)
+
+
+def _check(console: Console, story: Story, trigger: str | None) -> int:
+    """Print what is to be said of the pictures; returns how many there are, and raises for what is wrong."""
+    from lcm_kit.data.folder import check_data
+
+    data = story.distill.data
+    _heading(console, 1, "check: are these pictures to learn from?")
+    found = check_data(data, trigger)
+    for sentence in found.notes:
+        console.print(sentence, markup=False, highlight=False)
+    for sentence in found.warnings:
+        console.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False)
+    if len(found.errors) == 1:
+        raise UserError(found.errors[0])
+    if found.errors:
+        listed = "".join(f"\n  - {sentence}" for sentence in found.errors)
+        raise UserError(f"{data.path}: {len(found.errors)} things are wrong{listed}")
+    if not found.warnings:
+        console.print(f"{found.count:,} pictures with captions; nothing to warn of", highlight=False)
+    return found.count
+
+
+def _tell(console: Console, story: Story) -> Path:
+    """Run the stages after the check, each under its heading and with its time."""
+    began = time.perf_counter()
+    for number, (title, run) in enumerate(stages(story), start=2):
+        _heading(console, number, title)
+        started = time.perf_counter()
+        run()
+        console.print(f"[dim]{show.duration(time.perf_counter() - started)}[/]")
+    show.summary(story)
+    print(f"\nDone in {show.duration(time.perf_counter() - began)}.")
+    return story.run / "report.html"
+
+
+def _heading(console: Console, number: int, title: str) -> None:
+    console.rule(f"[bold]{number}/{_STAGES}[/] {title}", align="left")
+
+
+def _alone() -> None:
+    """Raise `UserError` under `accelerate launch`: the stages share work each in its own way."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this runs all stages in one process; with several, run `lcm-kit encode`, `train`, `export` and "
+            "`evaluate` one by one (docs/finetuning.md)"
+        )

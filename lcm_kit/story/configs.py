@@ -1,0 +1,172 @@
+"""The configs of a story's stages, all checked before anything runs.
+
+The distillation is read first, with what the user overrides; the style LoRA takes base, pictures and
+resolution from it, so that one key says each once. What the story itself decides (where things go, who
+teaches) cannot be overridden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lcm_kit import assets, shipped
+from lcm_kit.config.data import Data
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.load import Config, load
+from lcm_kit.config.schema import Distill, TeacherAdapter
+from lcm_kit.errors import UserError
+
+STYLE, CACHE = "style", "cache"  # folders within the run's
+PROMPTS = "prompts.txt"  # in the run's folder: captions of the pictures that the style was not trained on
+CAPTIONS = "captions.txt"  # and those of the others
+_FAMILIES = {768: "sd15", 1024: "sd15", 2048: "sdxl"}  # by the width of the text embeddings
+_OWN = ("recipe", "output", "run", "style", "brand", "teacher.adapters", "teacher.in_student")
+_GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
+_SEEN = ("path", "regularisation", "resolution", "flip", "kind", "shard_size", "skip_bad")
+
+
+@dataclass(frozen=True)
+class Story:
+    """The stages' configs, in their order."""
+
+    style: Finetune
+    distill: Distill
+    evaluations: tuple[Config, ...]
+    own_prompts: bool = False  # whether PROMPTS and CAPTIONS are made from the pictures' captions
+
+    @property
+    def run(self) -> Path:
+        """The run's folder: that of the adapter with look and speed."""
+        return Path(self.distill.output)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user wrote as `STAGE.KEY=VALUE`, by stage, without the stage."""
+
+    stages: tuple[str, ...]
+    texts: tuple[str, ...]
+    bare: str | None = None  # the stage of a key without one, which decides base and pictures; None: none
+
+    def of(self, stage: str) -> list[str]:
+        """The overrides of a stage. Raises `UserError` for a key that the story itself decides."""
+        found = [text.removeprefix(f"{stage}.") for text in self.texts if self._stage(text) == stage]
+        decided = _OWN if stage == self.bare else (*_OWN, *_GIVEN)
+        for text in found:
+            key = text.partition("=")[0]
+            if any(key == own or key.startswith(f"{own}.") for own in decided):
+                raise UserError(
+                    f"{stage}.{key} is decided by the story, so that its stages fit together; leave it out, "
+                    "or run the stages one by one (docs/finetuning.md)"
+                )
+        return found
+
+    def check(self) -> None:
+        """Raise `UserError` for a text that is no override of any stage."""
+        for text in self.texts:
+            if self._stage(text) is None:
+                stages = ", ".join(f"{stage}.KEY=VALUE" for stage in self.stages)
+                raise UserError(f"{text}: it must say which stage it is for; write one of {stages}")
+
+    def _stage(self, text: str) -> str | None:
+        first, dot, _ = text.partition("=")[0].partition(".")
+        return first if dot and first in self.stages else self.bare
+
+
+def family_of(width: int) -> str:
+    """Which configs a base takes: sd15 (SD1.x and SD2.x), sdxl, or tiny for a base in small.
+
+    `width`: D of its text embeddings.
+    """
+    return _FAMILIES.get(width, "tiny")
+
+
+def quickstart(output: Path, overrides: Sequence[str]) -> Story:
+    """The story on the embedded base and brand set; `distill` is `configs/quickstart.yaml`.
+
+    Raises one `UserError` a config for all that is wrong with it.
+    """
+    stages = ("distill", "style", "brand", "evaluation")
+    given = Overrides(stages, tuple(overrides), bare="distill")
+    distill = _distill("quickstart", output, {}, given)
+    style = _style("finetune/tiny_brand", distill, {}, given)
+    pictures = distill.data.path
+    size = distill.data.resolution
+    told = {"run": str(output), "style": style.output, "brand": pictures, "resolution": size}
+    brand = _load("evaluation/brand", told, given.of("brand"))
+    quality = _load("evaluation/quality", {"run": str(output)}, given.of("evaluation"))
+    return Story(style, distill, (brand, quality))
+
+
+def prompts_in(folder: str) -> str | None:
+    """The folder itself, if there are prompts in its `prompts.txt`; None otherwise."""
+    return folder if (Path(assets.resolve(folder)).expanduser() / PROMPTS).is_file() else None
+
+
+def finetune(
+    folder: str, base: Mapping[str, str | None], family: str, output: Path, size: int,
+    prompts: str | None, overrides: Sequence[str],
+) -> Story:  # fmt: skip
+    """The story for a studio's `folder` of pictures on `base` (path, revision, variant) of a `family`.
+
+    `size`: pixels that the base was made for; `prompts`: a file of them, None: made of the pictures'
+    captions. Raises one `UserError` a config for all that is wrong with it.
+    """
+    given = Overrides(("style", "distill", "evaluation"), tuple(overrides))
+    given.check()
+    told: dict[str, Any] = {
+        **{f"base.{key}": value for key, value in base.items()},
+        "data.path": folder, "data.kind": "folder", "data.resolution": size,
+        "data.cache": str(output / CACHE), "validation.prompts": prompts or str(output / PROMPTS),
+    }  # fmt: skip
+    if family != "tiny":  # whose own are of the embedded world
+        told["data.samples.prompts"] = str(output / CAPTIONS)
+    distill = _distill(f"distill/{family}_styled", output, told, given)
+    look = "tiny_brand" if family == "tiny" else f"{family}_style"
+    style = _style(f"finetune/{look}", distill, {"validation.prompts": told["validation.prompts"]}, given)
+    judged = "evaluation/brand" if family == "tiny" else "evaluation/brand_clip"
+    subject = {"run": str(output), "style": style.output, "brand": folder, "prompts": prompts}
+    brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("evaluation"))
+    return Story(style, distill, (brand,), prompts is None)
+
+
+def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides) -> Distill:
+    config = _load(name, {**told, "output": str(output)}, given.of("distill"))
+    assert isinstance(config, Distill)  # `recipe` cannot be overridden
+    known = config.teacher.adapters[:1] or (TeacherAdapter(""),)
+    style = str(output / STYLE)
+    teacher = replace(config.teacher, adapters=(replace(known[0], path=style),), in_student=False)
+    own = config.adapter.start is not None and config.adapter.start == known[0].path
+    start = style if own else config.adapter.start  # a config that begins with its teacher's style
+    return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
+
+
+def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Overrides) -> Finetune:
+    """The style's config, on the distillation's pictures; one cache for both if they read the same."""
+    base, data = asdict(distill.base), distill.data
+    told = {
+        **told, **{f"base.{key}": value for key, value in base.items()},
+        **{f"data.{key}": getattr(data, key) for key in ("path", "kind", "resolution", "skip_bad")},
+        "data.cache": f"{data.cache}-style", "output": str(Path(distill.output) / STYLE),
+    }  # fmt: skip
+    config = _load(name, told, own := given.of("style"))
+    assert isinstance(config, Finetune)
+    if _seen(config.data) == _seen(data) and not any(text.startswith("data.cache=") for text in own):
+        config = replace(config, data=replace(config.data, cache=data.cache))
+    return config
+
+
+def _seen(data: Data) -> dict[str, Any]:
+    """What decides which records a cache holds, and how."""
+    return {key: getattr(data, key) for key in _SEEN}
+
+
+def _load(name: str, told: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """A shipped config with the story's values, and over these the user's."""
+    return load(
+        shipped.find(f"configs/{name}"), [*(f"{k}={json.dumps(v)}" for k, v in told.items()), *overrides]
+    )

@@ -1,0 +1,120 @@
+"""What a story tells: the folder's check and the plan before it starts, numbers and files at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lcm_kit.config.schema import Training
+from lcm_kit.story.configs import Story
+
+
+def plan(story: Story, pictures: int) -> None:
+    """Print what will run, on how many `pictures`, and where it goes."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("stage", "what", "goes to"):
+        table.add_column(head, overflow="fold")
+    for row in rows(story, pictures):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
+    """The plan's lines: stage, what it does, where it goes."""
+    style, distill, run = story.style, story.distill, story.run
+    return [
+        ("base", f"{distill.base.path}, at {distill.data.resolution} pixels", ""),
+        ("encode", f"{_pictures(story, pictures)} of {distill.data.path}", style.data.cache),
+        ("style", _training(style), style.output),
+        ("distil", f"{_training(distill)}, on {_seen(story)}", distill.output),
+        ("export", "both adapters, for diffusers and the apps", f"{run}/export, {style.output}/export"),
+        ("evaluate", ", ".join(config.recipe for config in story.evaluations), str(run)),
+        ("report", "one page", str(run / "report.html")),
+    ]
+
+
+def _training(config: Training) -> str:
+    """`200 steps of 16, LoRA of rank 16`, and how far it is if it was begun."""
+    from lcm_kit import checkpoints, run_folder
+
+    run, batch = Path(config.output), config.batch_size * config.accumulation
+    done = run_folder.adapter_steps(run)
+    states = checkpoints.folders(run)
+    text = f"{config.steps:,} steps of {batch}, LoRA of rank {config.adapter.rank}"
+    if done >= config.steps:
+        return f"{text}; done"
+    return f"{text}; begun, continues" if done or states else text
+
+
+def _seen(story: Story) -> str:
+    data = story.distill.data
+    samples = f"{data.samples.count:,} samples of the styled base"
+    return {"images": "the pictures", "teacher": samples, "mix": f"the pictures and {samples}"}[data.source]
+
+
+def _pictures(story: Story, count: int) -> str:
+    share = story.style.validation.held_out
+    kept = f", {max(1, round(share * count))} of them held out from the style," if share else ""
+    return f"{count:,} pictures{kept}"
+
+
+def summary(story: Story) -> None:
+    """Print the numbers of the evaluations, then which file goes where, as far as there are such files."""
+    console = Console(soft_wrap=True)
+    run, name = story.run, story.run.resolve().name
+    if (quality := run / "results.json").is_file():
+        quality_table(json.loads(quality.read_text(encoding="utf-8"))["rows"])
+    for sentence in _brand(run):
+        console.print(f"- {sentence}", highlight=False)
+    lines = [
+        "",
+        "Your look in few steps (LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work):",
+        f"  ComfyUI, A1111, Forge, InvokeAI   {run / 'export' / f'{name}.safetensors'}",
+        f"  diffusers                         {run / 'export' / 'pytorch_lora_weights.safetensors'}",
+        "Your look alone, with the base's usual sampler, steps and CFG:",
+        f"  {Path(story.style.output) / 'export' / 'style.safetensors'}",
+        f"What to set in each app: {run / 'export' / 'README.md'}",
+        f"The whole story, for a browser: {run / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _brand(run: Path) -> list[str]:
+    from lcm_kit.report import brand
+
+    found = brand.read(run)
+    return brand.sentences(brand.headline(found["rows"]), found.get("adherence")) if found else []
+
+
+def quality_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the base at its full steps, and at 4 UNet calls the best plain solver and the adapter."""
+    from lcm_kit.results import best_plain
+
+    chosen = [row for row in rows if row["name"] == "teacher"][:1]
+    plain = best_plain(rows, 4)
+    chosen += [plain] if plain else []
+    chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
+    columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
+    table = Table(*columns, box=None, pad_edge=False)
+    names = {"teacher": "base", "student": "your adapter"}
+    for row in chosen:
+        accuracy, frechet = row.get("attribute_accuracy"), row.get("frechet")
+        table.add_row(
+            names.get(row["name"], f"base, {row['solver']}"),
+            str(row["unet_calls"]),
+            "-" if accuracy is None else f"{accuracy:.1%}",
+            "-" if frechet is None else f"{frechet:.3g}",
+            f"{row['seconds_per_image']:.3f}",
+        )
+    Console().print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `12.3 s` or `4 min 9 s`."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

@@ -1,0 +1,162 @@
+"""What `evaluation/brand` draws, for which prompts, and what it says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lcm_kit import assets, sample
+from lcm_kit.adapter import read_facts
+from lcm_kit.config.brand import Brand
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.load import load
+from lcm_kit.config.schema import Data
+from lcm_kit.data import records, split
+from lcm_kit.errors import UserError
+from lcm_kit.files import sha256_bytes
+from lcm_kit.sweep.cells import Cell
+from lcm_kit.sweep.measure import Figure, Figures, compare
+
+STYLE, ADAPTER = "style", "adapter"
+SCHEMA = 1  # of brand.json: docs/contract.md
+# key of brand.json -> (which prompts, metric of a sweep)
+FIGURES = {
+    "brand_similarity": ("brand", "brand_similarity"),
+    "brand_adherence": ("brand", "prompt_adherence"),
+    "control_adherence": ("control", "prompt_adherence"),
+    "diversity": ("brand", "diversity"),
+    "distance": ("brand", "kernel_teacher"),
+    "sharpness": ("brand", "sharpness"),
+}
+
+
+def plan(config: Brand) -> list[Cell]:
+    """The base, the styled teacher if there is one, then the adapter by steps."""
+    cells = [Cell("teacher", None, "ddim", config.teacher_steps, config.teacher_guidance)]
+    if config.style is not None:
+        cells.append(Cell("teacher", STYLE, "ddim", config.teacher_steps, config.teacher_guidance))
+    return cells + [
+        Cell("student", ADAPTER, config.sampler, n, config.guidance_scale, config.lora_weight)
+        for n in dict.fromkeys(config.steps)
+    ]
+
+
+def output(config: Brand) -> Path:
+    """Where brand.json goes."""
+    if config.output is not None:
+        return Path(config.output)
+    run = Path(config.run)
+    return run if run.is_dir() else run.parent / "brand"
+
+
+def insist_on_one_file(run: str) -> None:
+    """Raise `UserError` if the run's adapter is half of a pair: it would be drawn without its style."""
+    folder = Path(run) / "adapter"
+    if folder.is_dir() and read_facts(folder).get("teacher", {}).get("in_student"):
+        raise UserError(
+            f"{run} learned speed alone (teacher.in_student), so it is drawn with its style beside it; merge "
+            "the two with `lcm-kit merge` and give the merged file as run=FILE"
+        )
+
+
+def prompts_and_pictures(config: Brand) -> tuple[list[str], list[Image.Image | None]]:
+    """The prompts of the look, `config.count` of them, and the brand's picture of each where there is one."""
+    found, _ = records.open_records(Data(path=config.brand, kind="folder", skip_bad=True))
+    if config.prompts is not None:
+        wanted = list(islice(cycle(records.prompts(config.prompts)), config.count))
+    else:
+        held = _held_out(config, found)
+        wanted = list(islice(cycle([record.caption for record in held or found]), config.count))
+    by_caption = {record.caption: record for record in found}
+    shown = [by_caption.get(prompt) for prompt in wanted[: config.pictures]]
+    return wanted, [record.load() if record else None for record in shown]
+
+
+def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Record]:
+    """The pictures that the style's run held out, if it was trained on these."""
+    file = Path(config.style or "") / "config.yaml"
+    if config.style is None or not file.is_file():
+        return []
+    trained = load(file)
+    if not isinstance(trained, Finetune) or assets.resolve(trained.data.path) != assets.resolve(config.brand):
+        return []
+    content = {record.id: sha256_bytes(record.read()) for record in found}
+    held = split.chosen(set(content.values()), trained.validation.held_out, trained.seed)
+    return [record for record in found if content[record.id] in held]
+
+
+def row(
+    cell: Cell, figures: Mapping[str, Figures], pictures: Mapping[str, list[str]], confidence: float
+) -> dict[str, Any]:
+    """A row of brand.json; `figures` and `pictures` by kind of prompt."""
+    entry: dict[str, Any] = {
+        "name": "adapter" if cell.kind == "student" else "styled" if cell.adapter else "base",
+        "sampler": cell.sampler, "steps": cell.steps, "guidance_scale": cell.guidance_scale,
+        "unet_calls": cell.unet_calls,
+    }  # fmt: skip
+    for key, (kind, metric) in FIGURES.items():
+        entry[key] = _entry(figures[kind].get(metric), confidence)
+    return {**entry, "pictures": pictures["brand"], "control_pictures": pictures["control"]}
+
+
+def _entry(figure: Figure | None, confidence: float) -> dict[str, float] | None:
+    if figure is None:
+        return None
+    low, high = figure.interval(confidence)
+    return {"value": figure.value, "low": low, "high": high}
+
+
+def differences(
+    cells: Sequence[Cell], figures: Mapping[str, Mapping[Cell, Figures]], confidence: float
+) -> list[dict[str, Any]]:
+    """Every row of the adapter less each of the teachers', on the same resamples of prompts and noise."""
+    found = []
+    for mine in (cell for cell in cells if cell.kind == "student"):
+        for other in (cell for cell in cells if cell.kind == "teacher"):
+            entry: dict[str, Any] = {"steps": mine.steps, "less": "styled" if other.adapter else "base"}
+            for key in ("brand_similarity", "brand_adherence", "control_adherence", "diversity"):
+                kind, metric = FIGURES[key]
+                pair = [figures[kind][cell].get(metric) for cell in (mine, other)]
+                a, b = pair
+                entry[key] = compare(a, b, confidence) if a is not None and b is not None else None
+            found.append(entry)
+    return found
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    heads = {
+        "brand_similarity": "similarity", "brand_adherence": "brand prompts",
+        "control_adherence": "control prompts", "diversity": "diversity",
+    }  # fmt: skip
+    for head in ("", "steps", *heads.values()):
+        table.add_column(head, justify="left" if not head else "right")
+    for each in rows:
+        cells = ["-" if each[key] is None else _text(each[key]) for key in heads]
+        table.add_row(each["name"], str(each["steps"]), *cells)
+    Console().print(table)
+
+
+def _text(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
+
+
+def save_pictures(pictures: Sequence[Image.Image | None], folder: Path, size: int) -> list[str | None]:
+    """The brand's pictures as `brand-NNN.png`, cut as for training; names within `folder`, None for none."""
+    from lcm_kit.data.transforms import to_pixels
+
+    names: list[str | None] = []
+    for k, picture in enumerate(pictures):
+        names.append(None if picture is None else f"brand-{k:03d}.png")
+        if picture is not None:
+            cut = sample.to_pil(to_pixels(picture, size)[None])[0]
+            cut.save(folder / f"brand-{k:03d}.png", optimize=True)
+    return names

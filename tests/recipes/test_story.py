@@ -1,0 +1,254 @@
+"""From pictures to one adapter: every stage's artefacts, once, and again after a stop; mistakes are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from lcm_kit import adapter, sample, shipped, story
+from lcm_kit.cli import app
+from lcm_kit.config.load import dump, load
+from lcm_kit.config.schema import Base
+from lcm_kit.files import sha256_file
+from lcm_kit.story import configs, show, stages
+
+FEW = [
+    "style.steps=2", "style.batch_size=2", "style.validation.every=0", "style.validation.count=1",
+    "style.adapter.rank=4", "style.optimizer.warmup_steps=0", "style.checkpoint.every=1",
+    "style.logging.trackers=[]", "distill.steps=2", "distill.batch_size=2", "distill.adapter.rank=4",
+    "distill.validation.every=0", "distill.validation.count=1", "distill.optimizer.warmup_steps=0",
+    "distill.checkpoint.every=1", "distill.logging.trackers=[]", "distill.data.samples.count=4",
+    "distill.data.samples.steps=1", "evaluation.count=3", "evaluation.teacher_steps=2",
+    "evaluation.steps=[1, 4]", "evaluation.resamples=100", "evaluation.pictures=3",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def studio(folder: Path, count: int = 6) -> Path:
+    """A folder of pictures with captions; every one another picture."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(3)
+    for i in range(count):
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"thing {'abcdefgh'[i]}")
+    return folder
+
+
+def cli(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def lasting(run: Path) -> dict[Path, int]:
+    """When each file was written that a finished story has no reason to write again."""
+    kinds = ("*.safetensors", "adapter.json", "config.yaml", "metrics.jsonl", "verified.json")
+    found = {path for kind in kinds for path in run.rglob(kind)}
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+class Stopped(Exception):
+    """What ends a story in the middle."""
+
+
+def test_the_whole_story_then_nothing_more(
+    sd_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder, run = Base(str(sd_base())), studio(tmp_path / "my brand"), tmp_path / "run"
+    tell = lambda: story.finetune(str(folder), base, run, FEW)  # noqa: E731
+
+    # killed while it distils: the style is there, the run is not
+    recipe = shipped.load_recipe("train/distill")
+    with monkeypatch.context() as killed, pytest.raises(Stopped):
+        killed.setattr(recipe, "main", lambda config: (_ for _ in ()).throw(Stopped))
+        tell()
+    assert adapter.read_facts(run / "style" / "adapter")["steps"] == 2 and not (run / "adapter").exists()
+    before = lasting(run)
+
+    # the same command continues, and leaves what was done as it was
+    assert tell() == run / "report.html"
+    after = lasting(run)
+    assert {path: after[path] for path in before} == before
+
+    # the teacher of the adapter is the style, as its file would be loaded by anybody
+    facts = adapter.read_facts(run / "adapter")
+    style_file = run / "style" / sample.ADAPTER_FILE
+    assert [each["sha256"] for each in facts["teacher"]["adapters"]] == [sha256_file(style_file)]
+    assert not facts["teacher"]["in_student"]
+    names = {path.relative_to(run).as_posix() for path in after}
+    assert {
+        "export/run.safetensors", "export/pytorch_lora_weights.safetensors", "export/verified.json",
+        "style/export/style.safetensors", "style/export/pytorch_lora_weights.safetensors",
+    } <= names  # fmt: skip
+    weights = load_file(run / "export" / "pytorch_lora_weights.safetensors")
+    assert weights and all(tensor.isfinite().all() for tensor in weights.values())
+
+    # captions of held-out pictures are the prompts, those of the others are sampled from
+    held, seen = ((run / name).read_text().splitlines() for name in (configs.PROMPTS, configs.CAPTIONS))
+    captions = {file.read_text() for file in folder.glob("*.txt")}
+    assert len(held) == 1 and set(held) | set(seen) == captions and not set(held) & set(seen)
+
+    # the evaluation: all three, at the steps that were asked for
+    brand = json.loads((run / "brand.json").read_text())
+    named = [(row["name"], row["steps"]) for row in brand["rows"]]
+    assert named == [("base", 2), ("styled", 2), ("adapter", 1), ("adapter", 4)]
+    assert set(brand["prompts"]) == set(held)
+    page = (run / "report.html").read_text()
+    assert page.index("Your pictures") < page.index("The base, 2 steps") < page.index("Your adapter, 4 steps")
+    assert (run / "style" / "report.html").is_file() and (run / "export" / "README.md").is_file()
+
+    # once more: nothing of it is written again
+    tell()
+    assert lasting(run) == after
+
+    # a style that was trained on: the run was distilled from another, and that is said
+    done = cli("finetune", folder, "--base", base.path, "--output", run, *FEW, "style.steps=3")
+    assert done.exit_code == 2 and "was distilled from another style" in done.stderr
+
+
+def test_the_plan_says_all_and_writes_nothing(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = studio(tmp_path / "brand")
+    done = cli("finetune", folder, "--base", sd_base(), "--output", tmp_path / "run", "--dry-run", *FEW)
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.stdout.split())
+    assert "6 pictures, 1 of them held out" in told and "2 steps of 2, LoRA of rank 4" in told
+    assert "at 64 pixels" in told and "report.html" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nowhere", "--base", "BASE"], "there is no such folder"),
+        (["empty", "--base", "BASE"], "holds no image"),
+        (["brand", "--base", "/nowhere/base"], "there is no such folder; check base.path"),
+        (["brand", "--base", "BASE", "steps=3"], "steps=3: it must say which stage it is for"),
+        (["brand", "--base", "BASE", "style.stepz=3"], "stepz: there is no such key"),
+        (["brand", "--base", "BASE", "distill.output=x"], "distill.output is decided by the story"),
+        (["brand", "--base", "BASE", "distill.teacher.adapters=[]"], "decided by the story"),
+        (["brand", "--base", "BASE", "evaluation.run=x"], "evaluation.run is decided by the story"),
+        (["brand", "--base", "BASE", "--prompts", "nowhere.txt"], "there is no such file"),
+    ],
+)
+def test_mistakes_are_a_sentence_and_code_2(
+    words: list[str], sentence: str, sd_base: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    studio(Path("brand"), 2)
+    Path("empty").mkdir()
+    done = cli("finetune", *[str(sd_base()) if word == "BASE" else word for word in words])
+    assert done.exit_code == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("width", "family"), [(768, "sd15"), (1024, "sd15"), (2048, "sdxl"), (32, "tiny"), (128, "tiny")]
+)
+def test_configs_come_by_the_bases_family(width: int, family: str) -> None:
+    assert configs.family_of(width) == family
+    place = {"path": "some/base", "revision": None, "variant": "fp16"}
+    told = configs.finetune("my/brand", place, family, Path("runs/x"), 768, None, ["distill.data.flip=false"])
+    for config in (told.style, told.distill):
+        assert (config.base.path, config.base.variant) == ("some/base", "fp16")
+        assert (config.data.path, config.data.resolution) == ("my/brand", 768)
+        assert config.validation.prompts == "runs/x/prompts.txt"
+    assert [each.path for each in told.distill.teacher.adapters] == ["runs/x/style"]
+    assert (told.style.output, told.distill.output) == ("runs/x/style", "runs/x")
+    shipped_style = "tiny_brand" if family == "tiny" else f"{family}_style"
+    assert told.style.steps == load(shipped.find(f"configs/finetune/{shipped_style}")).steps
+    (brand,) = told.evaluations
+    assert (brand.run, brand.style, brand.brand, brand.resolution) == (
+        "runs/x",
+        "runs/x/style",
+        "my/brand",
+        768,
+    )
+    assert told.own_prompts and brand.prompts is None
+    if family != "tiny":
+        assert told.distill.data.samples.prompts == "runs/x/captions.txt"
+        assert brand.features.startswith("openai/clip") and brand.control_prompts == "asset:everyday"
+
+
+def test_one_cache_for_both_trainings_if_they_read_the_same() -> None:
+    def caches(*overrides: str) -> tuple[str, str]:
+        place = {"path": "some/base", "revision": None, "variant": None}
+        told = configs.finetune("my/brand", place, "sd15", Path("runs/x"), 512, None, overrides)
+        return told.style.data.cache, told.distill.data.cache
+
+    assert caches() == ("runs/x/cache", "runs/x/cache")
+    assert caches("style.data.flip=false") == ("runs/x/cache-style", "runs/x/cache")
+    assert caches("distill.data.regularisation=general") == ("runs/x/cache-style", "runs/x/cache")
+    assert caches("style.data.cache=mine") == ("mine", "runs/x/cache")
+
+
+def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> None:
+    told = configs.quickstart(Path("runs/quickstart"), [])
+    assert load(shipped.find("quickstart")) == told.distill
+    assert load(shipped.find("finetune/tiny_brand")).steps == told.style.steps
+    other = configs.quickstart(tmp_path, ["steps=30", "base.path=b", "data.cache=c", "style.steps=9",
+                                          "evaluation.count=4", "brand.count=5"])  # fmt: skip
+    assert (other.distill.steps, other.distill.base.path, other.distill.data.cache) == (30, "b", "c")
+    assert (other.style.steps, other.style.base.path, other.style.data.path) == (9, "b", "asset:brand")
+    brand, quality = other.evaluations
+    assert (brand.recipe, brand.count, quality.recipe, quality.count) == (
+        "evaluation/brand", 5, "evaluation/quality", 4,
+    )  # fmt: skip
+
+
+def test_an_export_is_done_while_it_is_whole_and_of_these_weights(
+    sd_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.runs import build_run
+
+    run = build_run(tmp_path / "run", sd_base())
+    stages.export(run)
+    assert stages.exported(run)
+    file = run / "export" / "run.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert not stages.exported(run)
+    file.unlink()
+    assert not stages.exported(run)
+    capsys.readouterr()
+    stages.export(run)
+    assert file.read_bytes() == whole and "exported" in capsys.readouterr().out
+    stages.export(run)
+    assert "nothing to do" in capsys.readouterr().out
+    later = (run / "export" / "verified.json").stat().st_mtime_ns + 10**9
+    import os
+
+    os.utime(run / "adapter" / adapter.WEIGHTS, ns=(later, later))
+    assert not stages.exported(run)
+
+
+def test_several_processes_are_told_to_go_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli("finetune", "asset:brand", "--base", "asset:tiny-sd")
+    assert done.exit_code == 2 and "one by one" in done.stderr
+
+
+def test_the_plan_tells_what_is_done(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    from tests.runs import build_run
+
+    run = build_run(tmp_path / "run", sd_base())  # 20 steps
+    told = configs.quickstart(run, ["steps=20"])
+    rows = {row[0]: row[1] for row in show.rows(told, 96)}
+    assert "20 steps of 16, LoRA of rank 16; done" in rows["distil"] and "done" not in rows["style"]
+    assert (
+        "; begun, continues"
+        in dict((row[0], row[1]) for row in show.rows(configs.quickstart(run, ["steps=21"]), 96))["distil"]
+    )
+    assert "96 pictures, 10 of them held out" in rows["encode"]
+    assert dump(told.distill)  # a config that could be written and read again

@@ -1,0 +1,180 @@
+"""The figures of the brand study, from every cell's brand.json: a table of all, the page's tables, a plot.
+
+Called by `python tools/brand_study.py --tables`. A mean over seeds has the 95% interval of Student's t over
+them: of pictures drawn, prompts, initial weights and noise, all of which change with the seed. Where one seed
+is there, the interval is that of its prompts (bootstrap) and marked with an asterisk.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+WAYS = {
+    "base": "base",
+    "styled": "styled teacher",
+    "styled-both": "distilled, from style + LCM-LoRA",
+    "styled-style": "distilled, from the style",
+    "styled-speed": "distilled, from the LCM-LoRA",
+    "lcf-0": "LCF",
+    "lcf-0.5": "LCF, half a teacher",
+    "usual": "style 0.8 + LCM-LoRA 1.0",
+    "searched": "style + LCM-LoRA, searched",
+    "reduced": "the same, merged at rank 16",
+}
+KEYS = ("brand_similarity", "brand_adherence", "control_adherence", "diversity", "sharpness")
+HEADS = ("brand similarity", "brand prompts right, %", "control prompts right, %", "diversity", "sharpness")
+SHOWN = 4  # prompts in the sheet
+
+
+def rows(runs: Path) -> Iterator[dict[str, Any]]:
+    """A row for every cell, way and number of steps; the base and the styled teacher once a cell."""
+    for done in sorted(runs.glob("*/done")):
+        look, count, seed = done.parent.name.split("-")
+        for way in (name for name in WAYS if (done.parent / "measured" / name).is_dir()):
+            found = json.loads((done.parent / "measured" / way / "brand.json").read_text())
+            for row in found["rows"]:
+                teacher = row["name"] != "adapter"
+                if not teacher or way == "usual":
+                    cell = {"look": look, "pictures": int(count), "seed": int(seed), "steps": row["steps"]}
+                    yield {**cell, "way": row["name"] if teacher else way, **{key: row[key] for key in KEYS}}
+
+
+def summary(found: list[dict[str, Any]], key: str) -> str:
+    """Mean and interval over the seeds of one figure, as text."""
+    from scipy.stats import t
+
+    values = [row[key]["value"] for row in found if row[key] is not None]
+    scale, digits = (100, 0) if key.endswith("adherence") else (1, 2)
+    if not values:
+        return "-"
+    if len(values) == 1:
+        only = found[0][key]
+        low, high, mark = only["low"], only["high"], "*"
+    else:
+        half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+        low, high, mark = mean(values) - half, mean(values) + half, ""
+    value, low, high = (scale * x for x in (mean(values), low, high))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}){mark}"
+
+
+def table(found: list[dict[str, Any]], steps: int) -> str:
+    """A Markdown table of one look and size at `steps`, the teachers first."""
+    lines = ["| way | " + " | ".join(HEADS) + " |", "| --- |" + " --- |" * len(HEADS)]
+    for way, label in WAYS.items():
+        at = 50 if way in ("base", "styled") else steps
+        mine = [row for row in found if row["way"] == way and row["steps"] == at]
+        if mine:
+            name = f"{label}, {at} steps" if at == 50 else label
+            lines.append(f"| {name} | " + " | ".join(summary(mine, key) for key in KEYS) + " |")
+    return "\n".join(lines)
+
+
+def by_steps(found: list[dict[str, Any]]) -> str:
+    """A Markdown table of similarity and brand prompts right by steps."""
+    steps = sorted({row["steps"] for row in found} - {50})
+    heads = [f"{name}, {n} steps" for n in steps for name in ("similarity", "right, %")]
+    lines = ["| way | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for way in list(WAYS)[2:]:
+        mine = {n: [r for r in found if r["way"] == way and r["steps"] == n] for n in steps}
+        if all(mine.values()):
+            cells = [summary(mine[n], key) for n in steps for key in ("brand_similarity", "brand_adherence")]
+            lines.append(f"| {WAYS[way]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: list[dict[str, Any]], file: Path) -> None:
+    """Similarity against control prompts right, at 4 steps, a panel a set; every seed a point."""
+    from matplotlib.figure import Figure
+
+    sets = sorted({(row["look"], row["pictures"]) for row in found})
+    figure = Figure(figsize=(3.6 * len(sets), 4.4), layout="constrained")
+    colours = ["#000000", "#7F7F7F", "#0072B2", "#56B4E9", "#9ECAE9", "#D55E00", "#E69F00", "#009E73",
+               "#66C2A5", "#CC79A7"]  # fmt: skip
+    for k, (look, count) in enumerate(sets):
+        axes = figure.add_subplot(1, len(sets), k + 1)
+        for way, colour in zip(WAYS, colours, strict=True):
+            at = 50 if way in ("base", "styled") else 4
+            mine = [
+                r for r in found if (r["look"], r["pictures"], r["way"], r["steps"]) == (look, count, way, at)
+            ]
+            axes.plot(
+                [row["brand_similarity"]["value"] for row in mine],
+                [100 * row["control_adherence"]["value"] for row in mine],
+                "*" if at == 50 else "o", color=colour, label=WAYS[way] if k == 0 else None, alpha=0.8,
+            )  # fmt: skip
+        axes.set_title(f"{look}, {count} pictures")
+        axes.set_xlabel("brand similarity")
+        axes.set_ylabel("control prompts right, %")
+        axes.set_ylim(-4, 104)
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def sheet(runs: Path, cell: str, file: Path) -> None:
+    """Pictures of one cell: a column a way at 4 steps, a row a prompt; the last two are control prompts."""
+    columns: dict[str, list[Image.Image]] = {}
+    for way in list(WAYS)[2:]:
+        folder = runs / cell / "measured" / way
+        for row in json.loads((folder / "brand.json").read_text())["rows"]:
+            if row["name"] == "adapter" and row["steps"] != 4:
+                continue
+            name = WAYS[way if row["name"] == "adapter" else row["name"]]
+            names = [*row["pictures"][:SHOWN], *row["control_pictures"][:2]]
+            columns.setdefault(
+                name, [Image.open(folder / each).convert("RGB").resize((112, 112)) for each in names]
+            )
+    side, top = 116, 40
+    canvas = Image.new("RGB", (side * len(columns), top + side * (SHOWN + 2)), "white")
+    pen = ImageDraw.Draw(canvas)
+    order = [label for label in WAYS.values() if label in columns]
+    for x, label in enumerate(order):
+        words = label.replace(", ", ",\n", 1).replace(" + LCM-LoRA", " +\nLCM-LoRA", 1)
+        pen.text((x * side + 2, 2), words, fill="black", font_size=11)
+        for y, picture in enumerate(columns[label]):
+            canvas.paste(picture, (x * side, top + y * side))
+    canvas.save(file, optimize=True)
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of all: each figure as value, low and high."""
+    found = {key: value for key, value in row.items() if key not in KEYS}
+    for key in KEYS:
+        for part in ("value", "low", "high"):
+            found[key if part == "value" else f"{key}_{part}"] = row[key] and round(row[key][part], 5)
+    return found
+
+
+def write(runs: Path, docs: Path) -> None:
+    """docs/brand-study.csv, the plot, the sheet, and the tables between the marks of docs/brand-study.md."""
+    found = list(rows(runs))
+    (docs / "images").mkdir(exist_ok=True)
+    with (docs / "brand-study.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(flat(found[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(flat, found))
+    plot(found, docs / "images" / "brand-study.png")
+    sheet(runs, "lumo-60-0", docs / "images" / "brand-study-sheet.png")
+    parts = []
+    for look, count in sorted({(row["look"], row["pictures"]) for row in found}):
+        mine = [row for row in found if (row["look"], row["pictures"]) == (look, count)]
+        seeds = len({row["seed"] for row in mine})
+        parts.append(
+            f"### {look}, {count} pictures ({seeds} seed{'s' * (seeds > 1)}), 4 steps\n\n{table(mine, 4)}"
+        )
+        if count == 60:
+            parts.append(f"By steps:\n\n{by_steps(mine)}")
+    page = docs / "brand-study.md"
+    text = "\n\n".join(parts)
+    if page.is_file():
+        marks = r"(<!-- tables -->\n).*?(\n<!-- end of tables -->)"
+        page.write_text(re.sub(marks, lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text(), flags=re.S))
+    print(text)
