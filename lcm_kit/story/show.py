@@ -29,7 +29,7 @@ def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
     style, distill, run = story.style, story.distill, story.run
     return [
         ("base", f"{distill.base.path}, at {distill.data.resolution} pixels", ""),
-        ("encode", f"{_pictures(story, pictures)} of {distill.data.path}", style.data.cache),
+        ("encode", _pictures(story, pictures), style.data.cache),
         ("style", _training(style), style.output),
         ("distil", f"{_training(distill)}, on {_seen(story)}", distill.output),
         ("export", "both adapters, for diffusers and the apps", f"{run}/export, {style.output}/export"),
@@ -54,13 +54,14 @@ def _training(config: Training) -> str:
 def _seen(story: Story) -> str:
     data = story.distill.data
     samples = f"{data.samples.count:,} samples of the styled base"
-    return {"images": "the pictures", "teacher": samples, "mix": f"the pictures and {samples}"}[data.source]
+    images = f"the pictures and {data.regularisation}" if data.regularisation else "the pictures"
+    return {"images": images, "teacher": samples, "mix": f"{images} and {samples}"}[data.source]
 
 
 def _pictures(story: Story, count: int) -> str:
     share = story.style.validation.held_out
-    kept = f", {max(1, round(share * count))} of them held out from the style," if share else ""
-    return f"{count:,} pictures{kept}"
+    kept = f", {max(1, round(share * count))} of them held out from the style" if share else ""
+    return f"{count:,} pictures of {story.distill.data.path}{kept}"
 
 
 def summary(story: Story) -> None:

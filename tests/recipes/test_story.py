@@ -122,12 +122,15 @@ def test_the_whole_story_then_nothing_more(
     assert done.exit_code == 2 and "was distilled from another style" in done.stderr
 
 
-def test_the_plan_says_all_and_writes_nothing(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_plan_says_all_and_writes_nothing(
+    sd_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
     folder = studio(tmp_path / "brand")
     done = cli("finetune", folder, "--base", sd_base(), "--output", tmp_path / "run", "--dry-run", *FEW)
     assert done.exit_code == 0, done.output
     told = " ".join(done.stdout.split())
-    assert "6 pictures, 1 of them held out" in told and "2 steps of 2, LoRA of rank 4" in told
+    assert "6 pictures of" in told and "1 of them held out" in told and "2 steps of 2, LoRA of rank 4" in told
     assert "evaluation/brand" in told
     assert not (tmp_path / "run").exists()
 
@@ -259,5 +262,5 @@ def test_the_plan_tells_what_is_done(sd_base: Callable[..., Path], tmp_path: Pat
         "; begun, continues"
         in dict((row[0], row[1]) for row in show.rows(configs.quickstart(run, ["steps=21"]), 96))["distil"]
     )
-    assert "96 pictures, 10 of them held out" in rows["encode"]
+    assert rows["encode"] == "96 pictures of asset:brand, 10 of them held out from the style"
     assert dump(told.distill)  # a config that could be written and read again
