@@ -13,24 +13,20 @@ is kept of a cell lies in `cells/`: a stopped search continues. Copy this file a
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, assets, families, processes, sample
+from lcm_kit import families, processes, sample
 from lcm_kit.config.sweep import Compose
 from lcm_kit.errors import UserError
 from lcm_kit.export import merge_files, verify
 from lcm_kit.files import atomic_write
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.sweep import measure, tables
-from lcm_kit.sweep.draw import Samples, draw_all
-from lcm_kit.sweep.look import Looker
+from lcm_kit.sweep.draw import Samples, draw_all, inputs, versions
+from lcm_kit.sweep.look import Looker, brand_features
 from lcm_kit.sweep.pairs import PairPipes, choose, plan, write_map
 from lcm_kit.sweep.subjects import base_facts, subjects
-
-LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
 def main(config: Compose) -> Path:
@@ -46,33 +42,19 @@ def main(config: Compose) -> Path:
         if each.fault is not None:
             raise UserError(f"{each.file} does not load whole: {each.fault}; mend it with `lcm-kit convert`")
     folder = Path(config.output)
-    prompts = tuple(islice(assets.prompts(config.prompts), config.count))
-    size = config.resolution or base.sample_size * base.factor
-    samples = Samples(
-        prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures
-    )
+    samples = Samples.of(config, base)
+    prompts, size = samples.prompts, samples.size
     look = Looker.of(config, prompts, size, device)
-    brand = None
-    if config.brand and config.control:
-        brand = (look.folder(config.brand, size), look.folder(config.control, size))
+    brand = brand_features(config, look, size)
 
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = plan(config)
-    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
-    inputs = [
-        base.base_hash,
-        repr(samples),
-        config.features,
-        config.text_features,
-        look.kind(),
-        versions,
-        device,
-    ]
+    made_by = inputs(config, base, samples, look, device)
     pipes = PairPipes(
         base, style.file, speed.file,
         warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
     )  # fmt: skip
-    made_from = [inputs, style.weights, speed.weights]
+    made_from = [made_by, style.weights, speed.weights]
     drawn = draw_all(
         cells, folder / "cells", pipes.get, samples, look, lambda cell: made_from, share
     )  # fmt: skip
@@ -114,7 +96,7 @@ def main(config: Compose) -> Path:
         "confidence": config.confidence, "brand": config.brand, "control": config.control,
         "cells": [{**cell.settings(), "metrics": measure.as_json(figures[cell], config.confidence),
                    "pictures": pictures[cell.id]} for cell in cells],
-        "recommended": recommended, "machine": tables.machine(device), "versions": versions,
+        "recommended": recommended, "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
     atomic_write(folder / "recommended.json", json.dumps(recommended, indent=1) + "\n")
     merged = merge_files.merge(

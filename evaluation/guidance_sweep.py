@@ -13,12 +13,10 @@ recommended.json, pictures/ and report.html (docs/guidance.md). Copy this file a
 
 from __future__ import annotations
 
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, assets, families, processes, sample
+from lcm_kit import families, processes, sample
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
@@ -27,12 +25,10 @@ from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.cells import plan, reference
 from lcm_kit.sweep.compare import comparisons
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all
-from lcm_kit.sweep.look import Looker, reference_features
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, versions
+from lcm_kit.sweep.look import Looker, brand_features, reference_features
 from lcm_kit.sweep.recommend import Sweep, breaks, recommend
 from lcm_kit.sweep.subjects import base_facts, subjects
-
-LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
 def main(config: GuidanceSweep) -> Path:
@@ -45,29 +41,15 @@ def main(config: GuidanceSweep) -> Path:
     folder = Path(config.output or Path(config.adapters[0]) / "sweep")
     if config.output is None and folder.parent.is_file():
         raise UserError(f"{folder.parent} is a file; give output=FOLDER for what the sweep writes")
-    prompts = tuple(islice(assets.prompts(config.prompts), config.count))
-    size = config.resolution or base.sample_size * base.factor
-    samples = Samples(
-        prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures
-    )  # fmt: skip
+    samples = Samples.of(config, base)
+    prompts, size = samples.prompts, samples.size
     look = Looker.of(config, prompts, size, device)
     cells = plan(config, [subject.name for subject in found])
     real = reference_features(config, look, prompts, size)
-    brand = None
-    if config.brand and config.control:
-        brand = (look.folder(config.brand, size), look.folder(config.control, size))
+    brand = brand_features(config, look, size)
 
     # -- Draw ------------------------------------------------------------------------------------------------
-    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
-    inputs = [
-        base.base_hash,
-        repr(samples),
-        config.features,
-        config.text_features,
-        look.kind(),
-        versions,
-        device,
-    ]
+    made_by = inputs(config, base, samples, look, device)
     hashes = {subject.name: subject.weights for subject in found}
     pipes = Pipes(
         base, {subject.name: subject for subject in found},
@@ -75,7 +57,7 @@ def main(config: GuidanceSweep) -> Path:
     )  # fmt: skip
     drawn = draw_all(
         cells, folder / "cells", pipes.get, samples, look,
-        lambda cell: [inputs, hashes.get(cell.adapter or "")], share,
+        lambda cell: [made_by, hashes.get(cell.adapter or "")], share,
     )  # fmt: skip
     if not share.first:
         return folder / "results.json"
@@ -114,7 +96,7 @@ def main(config: GuidanceSweep) -> Path:
         "breaks": {subject.name: breaks(sweep, subject.name) for subject in found},
         "cost": None if config.cost is None else {"price_per_hour": config.cost.price_per_hour,
                                                   "currency": config.cost.currency},
-        "machine": tables.machine(device), "versions": versions,
+        "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
     file = tables.write_results(folder, results)
     tables.show(results["cells"])

@@ -1,4 +1,7 @@
-"""`lcm-kit check`: is everything there that a config names? Loads no weights and downloads nothing."""
+"""`lcm-kit check`: is everything there that a config names, and are the pictures fit to be trained on?
+
+Loads no weights and downloads nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,19 @@ from lcm_kit.config.schema import Base, Data, Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
+_LOOKED_AT = 2000  # images: more would take minutes; `encode` tries each in any case
+
 
 def check(config: Config) -> list[str]:
-    """One line for each thing that is there. Raises one `UserError` that lists everything that is not."""
+    """What is there, and what was noticed about its pictures, in lines.
+
+    Raises one `UserError` that lists everything that is not there or that `encode` would stop on.
+    """
     found: list[str] = []
     missing: list[str] = []
     for look in _looks(config):
         try:
-            found.append(look())
+            found += look().splitlines()
         except UserError as error:
             missing.append(str(error))
     if len(missing) == 1:
@@ -32,6 +40,14 @@ def check(config: Config) -> list[str]:
             f"{len(missing)} things are missing" + "".join(f"\n  - {sentence}" for sentence in missing)
         )
     return found
+
+
+def check_images(path: str, resolution: int, trigger: str | None) -> tuple[list[str], list[str]]:
+    """What was noticed about a folder of images, in lines, and what `encode` would stop on."""
+    from lcm_kit.data.folder import check_folder
+
+    found = check_folder(path, resolution=resolution, trigger=trigger)
+    return [f"data: {path}, {found.count} images", *found.remarks], list(found.errors)
 
 
 def _looks(config: Config) -> list[Callable[[], str]]:
@@ -94,18 +110,28 @@ def _data(data: Data) -> str:
         and data.kind != "folder"
     ):
         return f"data: {data.path} on the hub, not looked at"
+    from lcm_kit.data.folder import check_data
     from lcm_kit.data.records import open_records
 
     records, bad = open_records(data)
+    looked = check_data(data) if len(records) <= _LOOKED_AT else None
+    if looked is not None and looked.errors:
+        raise UserError(
+            f"data.path {data.path!r}: {' '.join(looked.errors)} Or leave them out with data.skip_bad=true"
+        )
     if bad and not data.skip_bad:
         name, reason = bad[0]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
             f"data.path {data.path!r}: {name} ({reason}){more}; mend them or set data.skip_bad=true"
         )
-    return f"data: {data.path}, {len(records)} images with captions" + (
+    there = f"data: {data.path}, {len(records)} images with captions" + (
         f", {len(bad)} left out" if bad else ""
     )
+    rest = (
+        looked.remarks if looked else [f"note: more than {_LOOKED_AT} images are not opened by this check."]
+    )
+    return "\n".join([there, *(f"  {line}" for line in rest)])
 
 
 def _prompts(prompts: str) -> str:

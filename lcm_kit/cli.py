@@ -131,13 +131,33 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Recipes and configs")
-def check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a config and that what it names is there, without loading weights."""
+def check(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|FOLDER", help="A config, or a folder of images (or asset:NAME).")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int, typer.Option(min=8, help="Of a FOLDER: pixels that will be trained at.")
+    ] = 512,
+    trigger: Annotated[
+        str | None, typer.Option(help="Of a FOLDER: the words that every caption should have.")
+    ] = None,
+) -> None:
+    """Check a config and what it names, or a folder of images, without loading weights."""
     from lcm_kit.check import check as examine
+    from lcm_kit.check import check_images
 
-    loaded = _load(config, overrides)
-    for line in examine(loaded):
+    errors: list[str] = []
+    if _is_folder(config):
+        if overrides:
+            raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
+        lines, errors = check_images(config, resolution, trigger)
+    else:
+        lines = examine(_load(config, overrides))
+    for line in lines:
         typer.echo(line)
+    if errors:
+        raise UserError(" ".join(errors))
     typer.echo(f"ok: {config}")
 
 
@@ -232,6 +252,17 @@ app.add_typer(cli_finetune.verbs)
 app.add_typer(cli_lora.verbs)
 app.add_typer(cli_plan.verbs)
 app.add_typer(cli_sweep.verbs)
+
+
+def _is_folder(text: str) -> bool:
+    """Whether `check` was given images instead of a config; a config of that name goes first."""
+    from lcm_kit import shipped
+
+    try:
+        shipped.config_path(text)
+    except UserError:
+        return text.startswith("asset:") or Path(text).expanduser().is_dir()
+    return False
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:

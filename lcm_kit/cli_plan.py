@@ -13,8 +13,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
-    from lcm_kit.config.schema import Distill
-    from lcm_kit.plan.estimate import Planner
+    from lcm_kit.config.schema import Training
+    from lcm_kit.plan.estimate import Estimate, Planner
 
 verbs = typer.Typer()
 
@@ -44,21 +44,15 @@ def plan(
 
     Exit code 1 if the device's memory is too small.
     """
-    wanted = _distill(config, overrides or [])
+    wanted = _training(config, overrides or [])
     quiet()
-    from lcm_kit.plan import advice, estimate, show, subject
-    from lcm_kit.plan.rehearsal import Stage
+    from lcm_kit.plan import advice, show
 
-    found = subject.find(wanted.base, structure)
-    if found.note:
-        typer.echo(f"note: {found.note}")
-    if wanted.teacher.adapters:
-        typer.echo("note: the teacher's adapters are not counted")
-    planner = estimate.Planner(Stage(found, wanted.adapter), device)
+    planner = _planner(wanted, structure, device)
     planned = planner(wanted)
-    show.facts(planned, estimate.disk(wanted, planner))
+    _facts(planned, planner)
     if device == "cuda":
-        show.presets(advice.presets(planner, wanted))
+        show.presets(wanted, advice.presets(planner, wanted))
     memory = device_memory if device_memory is not None else _memory(device)
     fits = memory is None or planned.fits(memory)
     if memory is not None:
@@ -69,28 +63,58 @@ def plan(
         raise typer.Exit(1)
 
 
-def _distill(config: str, overrides: list[str]) -> Distill:
+def _training(config: str, overrides: list[str]) -> Training:
     from lcm_kit import shipped
     from lcm_kit.config.load import load
-    from lcm_kit.config.schema import Distill
+    from lcm_kit.config.schema import Training
 
     loaded = load(shipped.config_path(config), overrides)
-    if not isinstance(loaded, Distill):
-        raise UserError(f"config {config} is for {loaded.recipe}; `lcm-kit plan` takes one for train/distill")
+    if not isinstance(loaded, Training):
+        raise UserError(
+            f"config {config} is for {loaded.recipe}; `lcm-kit plan` takes one for train/distill or "
+            "train/finetune"
+        )
     return loaded
 
 
-def _probe(config: Distill, structure: str | None, planner: Planner) -> None:
-    from lcm_kit.plan import estimate, probe, show
+def _planner(config: Training, structure: str | None, device: str) -> Planner:
+    """For the base of `config` and the LoRAs on it; says what is taken for granted."""
+    from lcm_kit.plan import estimate, show, style, subject, text
+    from lcm_kit.plan.rehearsal import Stage
+
+    found = subject.find(config.base, structure)
+    worn, lacking = style.find(config, found.structure)
+    for note in filter(None, (found.note, lacking)):
+        typer.echo(f"note: {note}")
+    stage = Stage(found, config.adapter, worn, text.rank_of(config))
+    return estimate.Planner(stage, device, show.RETURNING in os.environ)
+
+
+def _facts(planned: Estimate, planner: Planner) -> None:
+    from lcm_kit.plan import disk, show, work
+
+    config = planned.config
+    written, forwards = disk.disk(config, planner), work.of_forwards(config, planner.rehearse(config))
+    show.facts(
+        planned, written, work.while_training(config, forwards, written.held),
+        work.while_encoding(config, forwards),
+    )  # fmt: skip
+
+
+def _probe(config: Training, structure: str | None, planner: Planner) -> None:
+    from lcm_kit.plan import advice, estimate, probe, show
 
     device = "cpu" if _memory("cuda") is None else "cuda"
-    here = planner if planner.device == device else estimate.Planner(planner.stage, device)
+    here = estimate.Planner(planner.stage, device, show.RETURNING in os.environ)
     expected, free = here(config), _free()
-    if device == "cpu" and free is not None and expected.peak > free:
+    if device == "cpu" and free is not None and expected.resident > free:
         raise UserError(
-            f"the probe needs {show.size(expected.peak)} of memory on this CPU and {show.size(free)} are "
+            f"the probe needs {show.size(expected.resident)} of memory on this CPU and {show.size(free)} are "
             "free; lower batch_size, or probe on the machine that will train"
         )
+    if here.stage.text_rank:
+        typer.echo("note: the probe leaves the text encoders out, and so does its estimate")
+        config = advice.changed(config, {"text_encoder.rank": None, "text_encoder.alpha": None})
     typer.echo(f"probe: {probe.STEPS} steps on the {device}, in a process of its own ...")
     measured = probe.run(config, structure)
     if measured.weights == "random":  # they come from no file

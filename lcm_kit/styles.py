@@ -24,7 +24,8 @@ def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> 
     """Put `teacher.adapters` on `unet` for the teacher; returns what they are, for adapter.json.
 
     Only what they change in the UNet counts: captions are encoded by the base's own text encoders, so what a
-    LoRA changes there is left out, and said, with the way to distil that too. Raises `UserError` if a file is not whole or for another base.
+    LoRA changes there is left out, and said, with the way to distil that too. Raises `UserError` if a file is
+    not whole or for another base.
     """
     if not teacher.adapters:
         return []

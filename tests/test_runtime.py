@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from lcm_kit import checkpoints, run_folder, runtime
 from lcm_kit.checkpoints import Origin, State
+from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.schema import Distill, Optimizer
 from lcm_kit.errors import UserError
 from tests.recipes.small import TEMPLATE, configure
@@ -180,6 +181,17 @@ def test_ways_to_share_that_do_not_work_are_refused(
     accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2)
     with pytest.raises(UserError, match=sentence):
         runtime._check_sharing(config(tmp_path, ema=ema), accelerator)
+
+
+def test_text_encoders_are_not_trained_where_fsdp_shards(tmp_path: Path) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    for rank in (None, 4):
+        wanted = Finetune("train/finetune", str(tmp_path), text_encoder=TextEncoder(rank))
+        if rank is None:
+            runtime._check_sharing(wanted, accelerator)
+        else:
+            with pytest.raises(UserError, match=r"text_encoder\.rank 4 does not work where FSDP shards"):
+                runtime._check_sharing(wanted, accelerator)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Estimated against measured: the table of docs/plan.md.
 
-    OMP_NUM_THREADS=1 python tools/plan_check.py [NAME ...]
+    OMP_NUM_THREADS=1 python tools/plan_check.py [--returning] [NAME ...]
 
 Each case is `lcm-kit encode` and `lcm-kit train` of two steps, in processes of their own, on a base of
-random weights with a published base's blocks, narrower. Measured is the resident memory at its highest, as
-the kernel tells it to the parent (ru_maxrss), less that of the same command on a base of next to nothing:
-Python and its libraries. Each is run twice: with glibc told to give back what is freed (the columns
-`measured`), and as it is. Linux only; an hour. PLAN_CHECK names a folder that keeps bases and what was
-measured, else a temporary one is used.
+random weights with a published base's blocks, narrower; or a shipped config on the embedded base. Measured is
+the resident memory at its highest, as the kernel tells it to the parent (ru_maxrss), less that of the same
+command on a base of next to nothing: Python and its libraries. Each is run twice: with glibc told to give
+back what is freed (the columns `measured`), and as it is, which --returning leaves out if it is not there
+yet. Linux only; an hour. PLAN_CHECK names a folder that keeps bases and what was measured, else a temporary
+one is used.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from lcm_kit import shipped
 from lcm_kit.config.load import load
-from lcm_kit.config.schema import Distill
-from lcm_kit.export.structure import known
-from lcm_kit.plan import show, subject
+from lcm_kit.config.schema import Training
+from lcm_kit.export import metadata, write
+from lcm_kit.export.structure import known, of_base
+from lcm_kit.plan import show, style, subject
 from lcm_kit.plan.estimate import Estimate, Planner
 from lcm_kit.plan.rehearsal import Stage
 from lcm_kit.quiet import quiet
 from tests.bases import _SCHEDULER, _tokenizer, build_sd
+from tests.loras import random_lora
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -60,9 +64,20 @@ class Case:
     """One row of the table."""
 
     name: str
-    structure: str  # sd1, sdxl
+    structure: str  # sd1, sdxl, or a shipped config, which names its base
     width: float  # of the published channels
     overrides: tuple[str, ...]
+    loras: tuple[str, ...] = ()  # keys that name a LoRA: one of random weights
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is a config of the kit's."""
+        return "/" in self.structure
+
+    @property
+    def title(self) -> str:
+        """What the table calls its base."""
+        return self.structure if self.shipped else f"{self.structure} x {self.width}"
 
 
 CASES = [
@@ -94,6 +109,24 @@ CASES = [
         "validation", "sd1", 0.125,
         ("data.resolution=256", "batch_size=1", "gradient_checkpointing=true", "validation.count=4",
          "validation.prompts={images}/prompts.txt"),
+    ),
+    Case("style", "finetune/tiny_brand", 1, ("data.resolution=64", "batch_size=64")),
+    Case(
+        "prior", "finetune/tiny_brand", 1,
+        ("data.resolution=64", "batch_size=48", "prior.prompts=asset:general", "prior.count=48",
+         "prior.steps=2"),
+    ),
+    Case(
+        "style, checkpointing", "finetune/tiny_brand", 1,
+        ("data.resolution=64", "batch_size=80", "gradient_checkpointing=true"),
+    ),
+    Case("lcf", "lcf/tiny_brand", 1, ("data.resolution=64", "batch_size=64"), ("adapter.start",)),
+    Case(
+        "styled", "distill/tiny_styled", 1,
+        ("data.resolution=64", "batch_size=64", "data.batch_size=64", "data.source=teacher",
+         "data.samples.count=64", "data.samples.steps=2", "data.regularisation=null",
+         "data.regularisation_share=null", "adapter.start=null"),
+        ("teacher.adapters",),
     ),
 ]  # fmt: skip
 
@@ -131,13 +164,8 @@ def build(folder: Path, structure: str, width: float) -> Path:
     tokenizer.model_max_length = 77
     xl = structure == "sdxl"
     side = config["cross_attention_dim"] // (2 if xl else 1)
-    text = {
-        **CLIP,
-        **ends,
-        "vocab_size": len(tokenizer),
-        "hidden_size": side,
-        "num_attention_heads": side // 32,
-    }
+    size = {"hidden_size": side, "num_attention_heads": side // 32}
+    text = {**CLIP, **ends, "vocab_size": len(tokenizer), **size}
     if xl:
         config["projection_class_embeddings_input_dim"] = 64 + 6 * config["addition_time_embed_dim"]
     vae = AutoencoderKL(
@@ -196,52 +224,100 @@ def highest(verb: str, config: Path, overrides: Sequence[str], malloc: str) -> i
     return int(done.stdout) * 1024
 
 
-def both(work: Path, base: Path, overrides: tuple[str, ...], malloc: str) -> dict[str, int]:
+def write_config(folder: Path, case: Case, work: Path, base: str) -> tuple[Path, list[str]]:
+    """The config of a case in `folder`, and the overrides."""
+    images, file = pictures(work / "images"), folder / "config.yaml"
+    overrides = [override.format(images=images) for override in case.overrides]
+    if not case.shipped:
+        file.write_text(CONFIG.format(work=folder, base=base, images=images))
+        return file, overrides
+    file.write_text(shipped.config_path(case.structure).read_text())
+    given = (f"output={folder}/run", f"data.cache={folder}/cache", "steps=2", f"base.path={base}")
+    rest = ("logging.trackers=[]", *(f"validation.{key}=null" for key in ("prompts", "control")))
+    rest += ("optimizer.warmup_steps=0",)
+    loras = [f"{key}={_lora(folder, base, key)}" for key in case.loras]
+    return file, [*given, *rest, *overrides, *loras]
+
+
+def _lora(folder: Path, base: str, key: str) -> str:
+    """What to write for `key`: a LoRA of rank 16 on all layers."""
+    place, file = of_base(base), folder / "lora.safetensors"
+    lora = random_lora(place, ranks=(16,), alphas=(16.0,), size=0.01)
+    write.write(file, lora, place, "kohya", "float32", metadata.Facts("lora"))
+    return f"[{{path: {file}}}]" if key == "teacher.adapters" else str(file)
+
+
+def both(work: Path, base: str, case: Case, malloc: str) -> dict[str, int]:
     """What `encode` and `train` need on `base`."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        images = pictures(work / "images")
-        config = Path(folder) / "config.yaml"
-        config.write_text(CONFIG.format(work=folder, base=base, images=images))
-        filled = tuple(override.format(images=images) for override in overrides)
-        return {verb: highest(verb, config, filled, malloc) for verb in ("encode", "train")}
+        config, overrides = write_config(Path(folder), case, work, base)
+        return {verb: highest(verb, config, overrides, malloc) for verb in ("encode", "train")}
 
 
 @cache
-def nothing(work: Path, extra: tuple[str, ...], malloc: str) -> dict[str, int]:
+def nothing(work: Path, case: Case, malloc: str) -> dict[str, int]:
     """Python and its libraries: the same commands on a base of next to nothing."""
     base = work / "nothing"
     if not base.is_dir():
         build_sd(base)
-    least = ("data.resolution=64", "batch_size=1", "adapter.rank=1", "data.batch_size=1")
-    return both(work, base, (*least, *extra), malloc)
+    return both(work, str(base), case, malloc)
+
+
+def least(case: Case) -> Case:
+    """The same kind of run with next to nothing in it; shipped configs share one, they load the same."""
+    few = ("data.resolution=64", "batch_size=1", "adapter.rank=1", "data.batch_size=1")
+    if case.shipped:
+        return Case("", "finetune/tiny_brand", 1, few)
+    kept = ("optimizer.", "memory.", "validation.prompts")
+    extra = tuple(override for override in case.overrides if override.startswith(kept))
+    return Case("", case.structure, 1, (*few, *extra))
+
+
+def base_of(work: Path, case: Case) -> str:
+    """The base of a case: built, or the embedded one."""
+    if case.shipped:
+        return "asset:tiny-sd"
+    return str(build(work / f"{case.structure}-{case.width}", case.structure, case.width))
+
+
+def _file(work: Path, case: Case, malloc: str) -> Path:
+    return work / f"{case.name.replace(' ', '-')}.{malloc}.json"
 
 
 def measure(work: Path, case: Case, malloc: str) -> dict[str, int]:
     """Bytes of a case beyond those of Python, by verb; what was measured before is kept in `work`."""
-    file = work / f"{case.name.replace(' ', '-')}.{malloc}.json"
+    file = _file(work, case, malloc)
     if not file.is_file():
-        base = build(work / f"{case.structure}-{case.width}", case.structure, case.width)
-        kept = ("optimizer.", "memory.", "validation.prompts")
-        extra = tuple(override for override in case.overrides if override.startswith(kept))
-        least, most = nothing(work, extra, malloc), both(work, base, case.overrides, malloc)
-        file.write_text(json.dumps({verb: most[verb] - least[verb] for verb in most}))
+        few, most = nothing(work, least(case), malloc), both(work, base_of(work, case), case, malloc)
+        file.write_text(json.dumps({verb: most[verb] - few[verb] for verb in most}))
     return json.loads(file.read_text())
 
 
 def estimated(work: Path, case: Case) -> Estimate:
     """What `lcm-kit plan --device cpu` says of a case."""
-    base = build(work / f"{case.structure}-{case.width}", case.structure, case.width)
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(CONFIG.format(work=folder, base=base, images=folder))
-        loaded = load(config, [override.format(images=folder) for override in case.overrides])
-    assert isinstance(loaded, Distill)
-    return Planner(Stage(subject.find(loaded.base), loaded.adapter), "cpu")(loaded)
+        config, overrides = write_config(Path(folder), case, work, base_of(work, case))
+        loaded = load(config, overrides)
+        assert isinstance(loaded, Training)
+        found = subject.find(loaded.base)
+        worn, _ = style.find(loaded, found.structure)
+    return Planner(Stage(found, loaded.adapter, worn), "cpu")(loaded)
 
 
-def pair(found: int, expected: int) -> str:
+def pair(found: int | None, expected: int) -> str:
     """Three cells of the table."""
+    if found is None:
+        return f"- | {expected / MIB:.0f} | "
     return f"{found / MIB:.0f} | {expected / MIB:.0f} | {expected / found - 1:+.0%}"
+
+
+def row(work: Path, case: Case, told: Estimate, verb: str, *, once: bool) -> str:
+    """Measured and estimated, told to give back and as it is; `once`: that only if it is there."""
+    expected = (told.peak, told.resident) if verb == "train" else (told.encode_peak,) * 2
+    back = measure(work, case, "returning")[verb]
+    left_out = once and not _file(work, case, "default").is_file()
+    default = None if left_out else measure(work, case, "default")[verb]
+    return f"{pair(back, expected[0])} | {pair(default, expected[1])}"
 
 
 def main() -> None:
@@ -249,27 +325,25 @@ def main() -> None:
     quiet()
     work = Path(os.environ.get("PLAN_CHECK") or tempfile.mkdtemp(prefix="plan-check-"))
     work.mkdir(parents=True, exist_ok=True)
-    print(
-        "| base and overrides | highest phase | measured, MiB | estimated | | default malloc | estimated | |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    names = [name for name in sys.argv[1:] if name != "--returning"]
+    once = "--returning" in sys.argv
+    print("| config | highest phase | measured, MiB | estimated | | default malloc | estimated | |")
+    print("|" + " --- |" * 8)
     encoded: set[str] = set()
     for case in CASES:
-        if sys.argv[1:] and case.name not in sys.argv[1:]:
+        if names and case.name not in names:
             continue
-        back, default = (measure(work, case, malloc) for malloc in ("returning", "default"))
         told, size = estimated(work, case), case.overrides[0]
         changes = " ".join(case.overrides).replace(" validation.prompts={images}/prompts.txt", "")
-        memory = pair(back["train"], told.peak), pair(default["train"], told.resident)
-        print(
-            f"| {case.structure} x {case.width}: {changes} | {told.phase} | {' | '.join(memory)} |",
-            flush=True,
-        )
-        # nothing but the pictures' size changes what encoding needs here
-        if back["encode"] > ENOUGH and size not in encoded:
-            encoded.add(size)
-            memory = pair(back["encode"], told.encode_peak), pair(default["encode"], told.encode_peak)
-            print(f"| `lcm-kit encode`, {size}, pictures by 4 | | {' | '.join(memory)} |", flush=True)
+        title = f"{case.title}: {changes}"
+        print(f"| {title} | {told.phase} | {row(work, case, told, 'train', once=once)} |", flush=True)
+        # nothing but the pictures' size changes what encoding needs there
+        kind = title if case.shipped else size
+        if measure(work, case, "returning")["encode"] > ENOUGH and kind not in encoded:
+            encoded.add(kind)
+            what = f"`lcm-kit encode`, {kind}" + ("" if case.shipped else ", pictures by 4")
+            cells = row(work, case, told, "encode", once=once)
+            print(f"| {what} | {told.encode_phase} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Print README's table and draw its headline picture from two evaluated runs.
 
-    lcm-kit quickstart
-    for stage in encode train; do lcm-kit $stage distill/tiny_lcm; done
-    lcm-kit export runs/tiny_lcm && lcm-kit evaluate evaluation/quality run=runs/tiny_lcm
-    python tools/readme_figures.py runs/quickstart runs/tiny_lcm
+    for run in tiny_quick tiny_lcm; do
+        lcm-kit encode distill/$run && lcm-kit train distill/$run && lcm-kit export runs/$run
+        lcm-kit evaluate evaluation/quality run=runs/$run
+    done
+    python tools/readme_figures.py runs/tiny_quick runs/tiny_lcm
 
 The table goes to standard output, the picture to docs/headline.png: one row a prompt, the teacher, the plain
 solver with most right attributes at 4 UNet calls, and the first run's student at 4.

@@ -40,10 +40,9 @@ class FolderCheck:
     notes: tuple[str, ...]
 
     @property
-    def lines(self) -> list[str]:
-        """Every sentence with its weight before it."""
-        said = (("error", self.errors), ("warning", self.warnings), ("note", self.notes))
-        return [f"{weight}: {sentence}" for weight, sentences in said for sentence in sentences]
+    def remarks(self) -> list[str]:
+        """The warnings, then the notes, each with `warning: ` or `note: ` before it."""
+        return [f"warning: {text}" for text in self.warnings] + [f"note: {text}" for text in self.notes]
 
 
 def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> FolderCheck:
@@ -53,11 +52,12 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
     every caption. Every image is decoded once, by threads. What the user can mend is never raised: a folder
     that is not there is in `errors` as well.
     """
+    folder = Path(path)
     try:
-        data = Data(path=path, resolution=resolution, kind="folder")
-        return check_data(data, trigger)
+        folder = Path(resolve(path)).expanduser()
+        return _check(Data(path=path, kind="folder"), resolution, trigger)
     except UserError as error:
-        return FolderCheck(0, (str(error),), (), ())
+        return FolderCheck(0, (f"{error}.",), tuple(_of("warning", _passed_over(folder))), ())
 
 
 def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
@@ -66,6 +66,10 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
     Pictures of `data.regularisation` are not looked at. Raises `UserError` if there is no such source, or
     nothing in it.
     """
+    return _check(data, data.resolution, trigger)
+
+
+def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
     good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
     folder = Path(resolve(data.path)).expanduser()
     looks, broken = _look(good + _uncaptioned(folder, bad))
@@ -75,7 +79,7 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
         *folder_captions.findings({r.id: r.caption for r in good}, trigger),
         *_amount(looks),
         *_passed_over(folder),
-        *folder_pictures.findings(looks, data.resolution),
+        *folder_pictures.findings(looks, resolution),
     ]
     count = len({id for id, _ in broken} | {look.id for look in looks})
     return FolderCheck(count, *(tuple(_of(weight, findings)) for weight in ("error", "warning", "note")))

@@ -1,32 +1,178 @@
-"""Pictures that show the same: resized, recompressed, brightened, cropped or mirrored copies."""
+"""Pictures that show the same: resized, recompressed, brightened, cropped or mirrored copies.
+
+Two steps. A perceptual hash (pHash: the lowest cosines of the grey picture, each above or below their median)
+proposes pairs; a comparison in colour of the two pictures, laid over one another, decides. The hash alone
+cannot: of pictures in one layout, as a brand's are, two that differ in colour only have the same hash.
+
+Cropping moves everything, and with it the hash. So each picture is hashed whole and as windows of it that a
+copy may have been cropped to; the cosines of a window are those of the whole, squeezed onto it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Thumbnail = NDArray[np.float32]  # [3, _SIDE, _SIDE], 0 to 255
-_SIDE = 64
+Array = NDArray[np.float32]
+Thumbnail = Array  # [3, _SIDE, _SIDE], 0 to 255
+Window = tuple[float, float, float, float]  # left, top, right, bottom: 0 to 1 of the picture
+
+_SIDE = 64  # pixels of a thumbnail
+_HASHED = 8  # cosines a direction in the hash
+_COMPARED = 24  # cosines a direction that are compared in colour
+_BITS = _HASHED * _HASHED - 1  # of the hash
+_FAR = 12  # bits: pairs no further apart are compared
+_SAME = 0.97  # correlation from which two pictures are one
+_MARGINS = (0.0, 0.05, 0.1)  # of a side that a copy may have been cropped by
+_HOPELESS = 0.9  # correlation of the coarse comparison below which no fitting helps
+_ROUNDS = 4  # moves of a window a step
+_WAYS = (  # left, top, right, bottom: one side; all, as a shift; all, as a zoom
+    (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (1, 1, -1, -1),
+)  # fmt: skip
+_STEPS = (0.025, 0.0125, 0.00625)  # in which a window is fitted
+_WHOLE: Window = (0.0, 0.0, 1.0, 1.0)
+_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Copies:
     """Groups of places in the list that was given, each in ascending order."""
 
-    alike: list[list[int]]
-    mirrored: list[list[int]]
+    alike: list[tuple[int, ...]]
+    mirrored: list[tuple[int, ...]]
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:
-    """The whole RGB picture, squeezed to a small square, float32 [3, 64, 64]."""
+    """The whole RGB picture, squeezed to a small square, float32 [3, 64, 64], 0 to 255."""
     small = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.asarray(small, dtype=np.float32).transpose(2, 0, 1)
 
 
+@lru_cache(maxsize=4096)
+def cosines(low: float, high: float, count: int) -> Array:
+    """The first `count` cosines (DCT-II, orthonormal) over the stretch [low, high] of a side: [count, 64].
+
+    On the whole side, 0 to 1, this is the usual matrix of the transform.
+    """
+    edges = np.linspace(0, 1, _SIDE + 1)
+    inside = (np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)).clip(0) * _SIDE
+    place = ((edges[1:] + edges[:-1]) / 2 - low) / (high - low)
+    waves = np.cos(np.pi * np.arange(count)[:, None] * place) * inside
+    scale = np.sqrt(np.where(np.arange(count) == 0, 1, 2) / (_SIDE * (high - low)))
+    return (waves * scale[:, None]).astype(np.float32)
+
+
+def hashes(picture: Thumbnail, margins: tuple[float, ...] = (0.0,)) -> Array:
+    """The perceptual hash, +1 and -1, of every window with these margins: [windows, 63], as in `_windows`.
+
+    A bit says whether a cosine of the luminance is above their median; the constant is left out.
+    """
+    grey = np.tensordot(_LUMINANCE, picture, axes=1)
+    stretches = _stretches(margins)
+    found = np.tensordot(stretches @ grey, stretches, axes=([2], [2]))  # [a, k, b, l]
+    flat = found.transpose(0, 2, 1, 3).reshape(-1, _HASHED * _HASHED)[:, 1:]
+    return np.where(flat > np.median(flat, axis=1, keepdims=True), 1, -1).astype(np.float32)
+
+
+@lru_cache
+def _stretches(margins: tuple[float, ...]) -> Array:
+    """Cosines of every stretch of a side with these margins: [margins squared, 8, 64]."""
+    return np.stack([cosines(low, 1 - high, _HASHED) for low, high in product(margins, repeat=2)])
+
+
+def _windows(margins: Sequence[float]) -> list[Window]:
+    pairs = list(product(margins, repeat=2))
+    return [(left, top, 1 - right, 1 - bottom) for (top, bottom), (left, right) in product(pairs, pairs)]
+
+
+def outline(picture: Thumbnail, window: Window = _WHOLE) -> Array:
+    """What is compared of a window: its lowest cosines in colour, without common brightness, of length 1."""
+    left, top, right, bottom = window
+    found = cosines(top, bottom, _COMPARED) @ picture @ cosines(left, right, _COMPARED).T
+    return _normal(np.asarray(found[None], dtype=np.float32))[0]
+
+
+def _normal(found: Array) -> Array:
+    """Cosines [windows, 3, rows, columns] as vectors [windows, n] whose products are correlations."""
+    found[:, :, 0, 0] -= found[:, :, 0, 0].mean(axis=1, keepdims=True)
+    flat = found.reshape(len(found), -1)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+
+
+def coarse(picture: Thumbnail, margins: tuple[float, ...] = (0.0,)) -> Array:
+    """`outline` by the cosines of the hash alone, of every window with these margins: [windows, 192]."""
+    stretches = _stretches(margins)
+    down = np.tensordot(stretches, picture, axes=([2], [1]))  # [a, k, channel, x]
+    found: Array = np.tensordot(down, stretches, axes=([3], [2]))  # [a, k, channel, b, l]
+    return _normal(found.transpose(0, 3, 2, 1, 4).reshape(-1, 3, _HASHED, _HASHED))
+
+
+def likeness(copy: Thumbnail, picture: Thumbnail) -> float:
+    """The correlation of `copy` with that window of `picture` that fits it best, -1 to 1; 1: the same.
+
+    The best of the windows with `_MARGINS` first, by few cosines; then that is fitted in ever smaller steps.
+    """
+    fits = coarse(picture, _MARGINS) @ coarse(copy)[0]
+    if fits.max() < _HOPELESS:
+        return float(fits.max())
+    return _fitted(outline(copy), picture, _windows(_MARGINS)[int(fits.argmax())])
+
+
+def _fitted(copy: Array, picture: Thumbnail, window: Window) -> float:
+    best = float(copy @ outline(picture, window))
+    for step in _STEPS:
+        for _ in range(_ROUNDS):
+            tried = {moved: float(copy @ outline(picture, moved)) for moved in _around(window, step)}
+            nearest = max(tried, key=lambda moved: tried[moved])
+            if tried[nearest] <= best:
+                break
+            best, window = tried[nearest], nearest
+    return best
+
+
+def _around(window: Window, step: float) -> list[Window]:
+    """Windows with a side moved, or shifted or zoomed as a whole, by `step`."""
+    found = []
+    for way, sign in product(_WAYS, (step, -step)):
+        left, top, right, bottom = (
+            min(max(round(side + sign * move, 5), 0.0), 1.0) for side, move in zip(window, way, strict=True)
+        )
+        found.append((left, top, right, bottom))
+    return found
+
+
 def near_duplicates(pictures: Sequence[Thumbnail]) -> Copies:
-    """Groups of pictures that show the same."""
-    return Copies([], [])
+    """Which of the pictures show the same, as they are or mirrored. Time grows by the square of their number.
+
+    A pair that is alike as it is, as symmetric subjects are, is not called mirrored.
+    """
+    turned = [picture[:, :, ::-1] for picture in pictures]
+    alike = _groups(pictures, pictures, [{place} for place in range(len(pictures))])
+    mirrored = _groups(pictures, turned, alike)
+    return Copies(_several(alike), _several(mirrored))
+
+
+def _groups(
+    pictures: Sequence[Thumbnail], copies: Sequence[Thumbnail], known: list[set[int]]
+) -> list[set[int]]:
+    """For each place the group that it is in; pairs that are in one of `known` are not compared."""
+    groups = [{place} for place in range(len(pictures))]
+    hashed = np.concatenate([hashes(copy) for copy in copies]) if copies else np.empty((0, _BITS), np.float32)
+    for i, picture in enumerate(pictures):
+        apart = (_BITS - hashes(picture, _MARGINS) @ hashed.T).min(axis=0) / 2
+        for j in map(int, np.flatnonzero(apart <= _FAR)):
+            if j not in known[i] | groups[i] and likeness(copies[j], picture) >= _SAME:
+                groups[i] |= groups[j]
+                for k in groups[i]:
+                    groups[k] = groups[i]
+    return groups
+
+
+def _several(groups: Sequence[set[int]]) -> list[tuple[int, ...]]:
+    return sorted({tuple(sorted(group)) for group in groups if len(group) > 1})

@@ -27,7 +27,7 @@ from lcm_kit.files import atomic_write
 from lcm_kit.share import Share
 
 DRAWN = "drawn.json"  # beside the pictures: what they were drawn from
-_BATCH = 8  # pictures drawn at once
+BATCH = 8  # pictures drawn at once
 
 
 def data_of(config: Finetune) -> Data:
@@ -85,14 +85,14 @@ def draw(config: Finetune, progress: bool = True) -> None:
     files = [folder / f"{i:05d}.png" for i in range(len(wanted))]
     for extra in {*folder.glob("*.png")} - {*files}:
         extra.unlink()
-    starts = range(0, len(files), _BATCH)
-    missing = [k for k in starts if not all(file.is_file() for file in files[k : k + _BATCH])]
+    starts = range(0, len(files), BATCH)
+    missing = [k for k in starts if not all(file.is_file() for file in files[k : k + BATCH])]
     if missing:
         pipe = sample.pipeline(
             config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
         )
         for k in track(missing, "drawing with the base", disable=not progress):
-            _draw(pipe, config, wanted[k : k + _BATCH], files[k : k + _BATCH], k)
+            _draw(pipe, config, wanted[k : k + BATCH], files[k : k + BATCH], k)
 
 
 def _draw(pipe: Any, config: Finetune, prompts: Sequence[str], files: Sequence[Path], first: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.schema import Training
 from lcm_kit.plan.estimate import CARDS, Estimate, Planner
 
 Overrides = Mapping[str, Any]
@@ -45,7 +45,7 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def changed(config: Distill, overrides: Overrides) -> Distill:
+def changed(config: Training, overrides: Overrides) -> Training:
     """`config` with `overrides`, by dotted key."""
     for key, value in overrides.items():
         block, _, name = key.rpartition(".")
@@ -56,7 +56,7 @@ def changed(config: Distill, overrides: Overrides) -> Distill:
     return config
 
 
-def changes(config: Distill, device: str = "cuda") -> Iterator[Overrides]:
+def changes(config: Training, device: str = "cuda") -> Iterator[Overrides]:
     """Changes worth a try: those that cost no exactness alone and together, then all, then ever less."""
     together: dict[str, Any] = {}
     for group in (list(_exact(config)), list(_rounding(config, device))):
@@ -70,11 +70,11 @@ def changes(config: Distill, device: str = "cuda") -> Iterator[Overrides]:
         yield dict(together)
 
 
-def _values(config: Distill) -> dict[str, Any]:
+def _values(config: Training) -> dict[str, Any]:
     return {"batch_size": config.batch_size, "accumulation": config.accumulation}
 
 
-def _exact(config: Distill) -> Iterator[Overrides]:
+def _exact(config: Training) -> Iterator[Overrides]:
     if config.validation.prompts is not None and config.validation.count > 1:
         yield ONE_PICTURE
     if not config.gradient_checkpointing:
@@ -82,7 +82,7 @@ def _exact(config: Distill) -> Iterator[Overrides]:
     yield from list(_halvings(_values(config)))[:1]
 
 
-def _rounding(config: Distill, device: str) -> Iterator[Overrides]:
+def _rounding(config: Training, device: str) -> Iterator[Overrides]:
     if config.optimizer.name != "adamw8bit":
         yield ADAM8
     if config.memory.quantize != "nf4":
@@ -99,7 +99,7 @@ def _halvings(values: Mapping[str, Any]) -> Iterator[Overrides]:
         yield {"batch_size": batch, "accumulation": accumulation}
 
 
-def what_to_change(planner: Planner, config: Distill, card: float) -> list[Option]:
+def what_to_change(planner: Planner, config: Training, card: float) -> list[Option]:
     """The changes that were tried for a card of `card` GiB; the last one fits, or none does."""
     tried = []
     for overrides in changes(config, planner.device):
@@ -109,7 +109,7 @@ def what_to_change(planner: Planner, config: Distill, card: float) -> list[Optio
     return tried
 
 
-def preset(planner: Planner, config: Distill, card: float) -> Option | None:
+def preset(planner: Planner, config: Training, card: float) -> Option | None:
     """The overrides for a card of `card` GiB: the fewest savings with which it fits, the largest batch then.
 
     Without checkpointing only if a good batch, and the config's own, fits. Overrides that `config` has
@@ -134,11 +134,11 @@ def preset(planner: Planner, config: Distill, card: float) -> Option | None:
     return None
 
 
-def _held(config: Distill, key: str) -> Any:
+def _held(config: Training, key: str) -> Any:
     """The value of a dotted key."""
     return reduce(getattr, key.split("."), config)
 
 
-def presets(planner: Planner, config: Distill) -> dict[int, Option | None]:
+def presets(planner: Planner, config: Training) -> dict[int, Option | None]:
     """`preset` for each of `CARDS`."""
     return {card: preset(planner, config, card) for card in CARDS}

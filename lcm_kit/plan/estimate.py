@@ -1,32 +1,30 @@
 """Bytes by part and by phase. The peak is that of the highest phase: the phases' passing bytes never meet.
 
-Passing bytes are the rehearsal's; what stays is counted here, in closed form. The model of kernels' own
-workspaces is the only part that is measured instead (docs/plan.md).
+Passing bytes are the rehearsal's; what stays is counted in closed form (`sizes.py`). The model of kernels'
+own workspaces and that of the CPU's allocator are the only parts that are measured (docs/plan.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from lcm_kit.config.schema import Distill
-from lcm_kit.plan.rehearsal import Rehearsal, Stage, Weights, flops_of_step
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Adapter, Distill, Training
+from lcm_kit.plan import encoding, work
+from lcm_kit.plan.rehearsal import Pass, Rehearsal, Stage, Weights
+from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes, workspace
+from lcm_kit.plan.text import rank_of
 from lcm_kit.plan.tracker import Held
 
-FLOAT = 4  # bytes of a float32
-GIB = 2**30
 CONTEXT = 1.0  # GiB that CUDA's context, its libraries and the desktop take, or Python and its libraries
 MARGIN = 0.1  # of what is left of a card: for gaps between blocks, and for the estimate's own error
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
-# nf4: half a byte, the scale of 64 weights in one byte, that of 256 scales in four (double quantisation)
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_ADAM8_SMALL = 4096  # tensors below keep float32 moments
-_CUDA_ALLOWANCE = 128 * 2**20  # workspaces of cuBLAS and cuDNN: an allowance, not measured
-_CPU_ALLOWANCE = 24 * 2**20  # objects of Python and primitives of oneDNN, measured (docs/plan.md)
-
-Parts = Mapping[str, int]  # bytes by what they are for
+# glibc's heap keeps blocks below 32 MiB that were freed: beyond what tensors hold, this share of the
+# student's activations without checkpointing, even where it is on. Measured: 0.45 to 0.92 (docs/plan.md)
+_GAPS = 0.62
 
 
 def room(card: float) -> float:
@@ -38,14 +36,15 @@ def room(card: float) -> float:
 class Estimate:
     """What a config needs on one device."""
 
-    config: Distill
+    config: Training
     device: str  # cuda or cpu
     dtype: torch.dtype
     weights: Weights
     staying: Parts  # all through the run
     phases: Mapping[str, Parts]  # passing bytes of each phase, by part
-    encode: Parts  # of `lcm-kit encode`, another process
+    encode: Mapping[str, Parts]  # of `lcm-kit encode`, another process: each of its phases
     flops: Mapping[str, float]  # of an optimizer step, by part
+    gaps: int = 0  # freed bytes that the CPU's allocator keeps while it trains
 
     @property
     def phase(self) -> str:
@@ -59,7 +58,9 @@ class Estimate:
     @property
     def parts(self) -> Parts:
         """Bytes by part at the highest moment."""
-        return {part: size for part, size in {**self.staying, **self.phases[self.phase]}.items() if size}
+        phase = self.phases[self.phase]
+        found = {part: self.staying.get(part, 0) + phase.get(part, 0) for part in {**self.staying, **phase}}
+        return {part: size for part, size in found.items() if size}
 
     @property
     def peak(self) -> int:
@@ -67,23 +68,27 @@ class Estimate:
         return sum(self.staying.values()) + self.passing(self.phase)
 
     @property
+    def resident(self) -> int:
+        """The same with the gaps: what the system sees."""
+        return self.peak + self.gaps
+
+    @property
+    def encode_phase(self) -> str:
+        """The highest phase of `lcm-kit encode`."""
+        return max(self.encode, key=lambda phase: sum(self.encode[phase].values()))
+
+    @property
     def encode_peak(self) -> int:
         """Bytes at the highest moment of `lcm-kit encode`."""
-        return sum(self.encode.values())
+        return sum(self.encode[self.encode_phase].values())
 
     def fits(self, card: float) -> bool:
         """Whether training fits into a card of `card` GiB, of which `CONTEXT` is taken."""
-        return self.peak <= room(card) * GIB
+        return self.resident <= room(card) * GIB
 
     def encode_fits(self, card: float) -> bool:
         """Whether encoding does."""
         return self.encode_peak <= room(card) * GIB
-
-
-def dtype_of(config: Distill, device: str) -> torch.dtype:
-    """Of the frozen weights: `precision`, where auto is float32 on a CPU and float16 else."""
-    auto = "float32" if device == "cpu" else "float16"
-    return getattr(torch, auto if config.precision == "auto" else config.precision)
 
 
 @dataclass
@@ -92,60 +97,60 @@ class Planner:
 
     stage: Stage
     device: str = "cuda"
+    returning: bool = False  # whether the CPU's allocator is told to give back what is freed
 
-    def __call__(self, config: Distill) -> Estimate:
+    def __call__(self, config: Training) -> Estimate:
         """The estimate of `config`, whose base is the stage's."""
         dtype, stage = dtype_of(config, self.device), self.stage_of(config)
-        rehearsal = stage.rehearse(
-            config.data.resolution, dtype, cuda=self.device == "cuda",
-            checkpointing=config.gradient_checkpointing,
-        )  # fmt: skip
-        staying = _staying(config, stage.weights, dtype)
+        rehearsal = self.rehearse(config)
+        staying = _staying(config, stage, dtype)
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
-        phases = _phases(config, rehearsal, stage.weights, dtype, self.device)
-        if config.validation.prompts is not None or config.validation.control is not None:
-            phases["validation"] = _validation(config, rehearsal, stage, dtype, self.device)
+        phases = _phases(config, rehearsal, stage, dtype, self.device)
         if self.device == "cpu":
             phases |= _host(config, stage, dtype, staying)
         return Estimate(
-            config, self.device, dtype, stage.weights, staying, phases, _encode(config, stage, self.device),
-            flops_of_step(config, rehearsal),
+            config, self.device, dtype, stage.weights, staying, phases,
+            encoding.phases(config, stage, self.device), work.flops_of_step(config, rehearsal),
+            0 if self.device == "cuda" or self.returning else self._gaps(config),
         )  # fmt: skip
 
-    def stage_of(self, config: Distill) -> Stage:
-        """The stage; another one where the adapter is another."""
-        if config.adapter != self.stage.adapter:
-            self.stage = Stage(self.stage.subject, config.adapter)
+    def rehearse(self, config: Training, *, checkpointing: bool | None = None) -> Rehearsal:
+        """The passes of a step; `checkpointing` in place of the config's."""
+        return self.stage_of(config).rehearse(
+            config.data.resolution, dtype_of(config, self.device), cuda=self.device == "cuda",
+            checkpointing=config.gradient_checkpointing if checkpointing is None else checkpointing,
+            pair=work.pairs(config),
+        )  # fmt: skip
+
+    def _gaps(self, config: Training) -> int:
+        student, batch = self.rehearse(config, checkpointing=False).student, config.batch_size
+        return round(_GAPS * student.highest(batch).at(batch))
+
+    def stage_of(self, config: Training) -> Stage:
+        """The stage; another one where what is trained is of another size."""
+        wanted = (*_size(config.adapter), rank_of(config))
+        if wanted != (*_size(self.stage.adapter), self.stage.text_rank):
+            self.stage = Stage(self.stage.subject, config.adapter, self.stage.style, rank_of(config))
         return self.stage
 
-    def weights(self, config: Distill) -> Weights:
+    def weights(self, config: Training) -> Weights:
         """The numbers of weights."""
         return self.stage_of(config).weights
 
 
-def base_bytes(config: Distill, weights: Weights, dtype: torch.dtype) -> int:
-    """Of the frozen base: quantised linear layers, the rest in `dtype`."""
-    kind = config.memory.quantize
-    few = {"none": 0.0, "nf4": _NF4 * weights.quantizable, "int8": weights.quantizable + FLOAT * weights.rows}
-    plain = weights.base - (weights.quantizable if kind != "none" else 0)
-    return round(plain * dtype.itemsize + few[kind])
+def _size(adapter: Adapter) -> tuple[int, str]:
+    return adapter.rank, adapter.targets
 
 
-def moment_bytes(config: Distill, weights: Weights) -> int:
-    """Of AdamW's two moments: float32, or 8 bits with a float32 scale for 256 of them."""
-    if config.optimizer.name == "adamw":
-        return 2 * FLOAT * sum(weights.lora)
-    small = sum(n for n in weights.lora if n < _ADAM8_SMALL)
-    large = sum(n for n in weights.lora if n >= _ADAM8_SMALL)
-    return 2 * FLOAT * small + round(2 * large * (1 + FLOAT / 256))
-
-
-def _staying(config: Distill, weights: Weights, dtype: torch.dtype) -> dict[str, int]:
+def _staying(config: Training, stage: Stage, dtype: torch.dtype) -> dict[str, int]:
+    weights = stage.weights
     lora = FLOAT * sum(weights.lora)
     return {
         "base weights": base_bytes(config, weights, dtype),
+        **({"text encoders": FLOAT * stage.subject.text} if rank_of(config) else {}),
+        "teacher's adapters": FLOAT * weights.style,
         "LoRA weights": lora,
         "optimizer moments": moment_bytes(config, weights),
         "EMA of the LoRA": lora if config.ema else 0,
@@ -153,32 +158,56 @@ def _staying(config: Distill, weights: Weights, dtype: torch.dtype) -> dict[str,
 
 
 def _phases(
-    config: Distill, rehearsal: Rehearsal, weights: Weights, dtype: torch.dtype, device: str
+    config: Training, rehearsal: Rehearsal, stage: Stage, dtype: torch.dtype, device: str
 ) -> dict[str, Parts]:
-    """What passes: activations, gradients, workspaces."""
-    batch, alone = config.batch_size, config.accumulation == 1
-    lora = FLOAT * sum(weights.lora)
-    workspaces = _workspace(config, weights, dtype, device)
-    teacher, student = (of.highest(batch, gradients=alone) for of in (rehearsal.teacher, rehearsal.student))
+    """What passes: activations, gradients, conditions, workspaces."""
+    batch, alone, weights = config.batch_size, config.accumulation == 1, stage.weights
+    lora, quantized = FLOAT * sum(weights.lora), config.memory.quantize != "none"
+    workspaces = workspace(weights, dtype, device, expanded=quantized)
 
-    def parts(held: Held) -> dict[str, int]:
+    def parts(held: Held, samples: int) -> dict[str, int]:
         # with accumulation the gradients of the micro-batches before are there from the start
         return {
             "gradients": round(held.gradients) if alone else lora,
-            "activations": round(held.at(batch, gradients=False)), "workspaces": workspaces,
+            "activations": round(held.at(samples, gradients=False)),
+            "conditions": _conditions(config, stage, dtype, device, samples), "workspaces": workspaces,
         }  # fmt: skip
 
-    return {
-        "teacher pass": parts(teacher),
-        "student pass": parts(student),
-        # fused AdamW makes no copies
-        "optimizer step": {
-            "gradients": lora, "workspaces": 2 * FLOAT * max(weights.lora) if device == "cpu" else 0,
-        },
-    }  # fmt: skip
+    found: dict[str, Parts] = {}
+    if isinstance(config, Distill) and config.teacher.weight:
+        found["teacher pass"] = parts(rehearsal.teacher.highest(2 * batch), 2 * batch)  # guidance
+    held = rehearsal.student.highest(batch, gradients=alone)
+    found["student pass"] = parts(held, batch)
+    # fused AdamW makes no copies
+    copies = 2 * FLOAT * max(weights.lora) if device == "cpu" else 0
+    found["optimizer step"] = {"gradients": lora, "workspaces": copies}
+    if config.validation.held_out:
+        guided = "teacher pass" in found
+        plain, samples = (
+            (rehearsal.teacher, 2 * batch) if guided else (_drawing(config, stage, dtype, device), batch)
+        )
+        held_at = round(plain.highest(samples).at(samples))
+        found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
+    if config.validation.prompts is not None or config.validation.control is not None:
+        found["validation"] = _validation(config, rehearsal, stage, dtype, device)
+    return found
 
 
-def _host(config: Distill, stage: Stage, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
+def _conditions(config: Training, stage: Stage, dtype: torch.dtype, device: str, samples: int) -> int:
+    """Embeddings of the captions: those of a pass, and on a CPU those of the whole step's batch."""
+    subject, pair = stage.subject, 2 if work.pairs(config) else 1
+    numbers = subject.tokens * subject.structure.width + subject.pooled
+    size = samples * pair * numbers * dtype.itemsize
+    if device == "cpu":
+        size += FLOAT * config.batch_size * config.accumulation * pair * numbers
+    return size
+
+
+def _drawing(config: Training, stage: Stage, dtype: torch.dtype, device: str) -> Pass:
+    return stage.drawing(config.data.resolution, dtype, cuda=device == "cuda", lora=True)
+
+
+def _host(config: Training, stage: Stage, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
     """What costs the machine's memory and none of a GPU's: loading the base, copies of what is saved."""
     weights, stored = stage.weights, stage.subject.stored
     # all layers before the first is in few bits, and the file, if its numbers are others
@@ -191,81 +220,24 @@ def _host(config: Distill, stage: Stage, dtype: torch.dtype, staying: Parts) -> 
 
 
 def _validation(
-    config: Distill, rehearsal: Rehearsal, stage: Stage, dtype: torch.dtype, device: str
+    config: Training, rehearsal: Rehearsal, stage: Stage, dtype: torch.dtype, device: str
 ) -> Parts:
-    """All pictures at once: the teacher draws with guidance, then the VAE decodes."""
+    """All pictures at once, with guidance: drawn by the teacher, in fine-tuning with the LoRA; decoded."""
     count, subject = config.validation.count, stage.subject
-    # float16 overflows in SDXL's VAE (`sample.pipeline`)
-    upcast = dtype == torch.float16 and subject.pooled
-    vae_dtype = torch.float32 if upcast else dtype
+    drawn = _drawing(config, stage, dtype, device) if isinstance(config, Finetune) else rehearsal.teacher
+    samples = count * work.guided(config.validation.guidance_scale)
+    vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)
-    drawing, decoding = (of.highest(count).at(count) for of in (rehearsal.teacher, pictures.decode))
+    drawing, decoding = drawn.highest(samples).at(samples), pictures.decode.highest(count).at(count)
+    # those that are trained are there already; a style's control prompts are encoded beside the pipeline
+    each = 0 if rank_of(config) else dtype.itemsize
+    each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0
+    text = {"text encoders": subject.text * each} if each else {}
     return {
-        "text encoders": subject.text * dtype.itemsize,
+        **text,
         "VAE": pictures.weights * vae_dtype.itemsize,
         "activations": round(max(drawing, decoding)),
-        "workspaces": _workspace(config, stage.weights, dtype, device),
-    }
-
-
-def _encode(config: Distill, stage: Stage, device: str) -> Parts:
-    """`lcm-kit encode`: text encoders and VAE in float32."""
-    pictures, batch = stage.pictures(config.data.resolution, torch.float32), config.data.batch_size
-    return {
-        "text encoders": stage.subject.text * FLOAT,
-        "VAE": pictures.weights * FLOAT,
-        "activations": round(pictures.encode.highest(batch).at(batch)),
-        "workspaces": _CUDA_ALLOWANCE if device == "cuda" else _CPU_ALLOWANCE,
-    }
-
-
-def _workspace(config: Distill, weights: Weights, dtype: torch.dtype, device: str) -> int:
-    """What kernels hold besides: a layer's weights, expanded from few bits or reordered by oneDNN."""
-    expanded = weights.widest * dtype.itemsize if config.memory.quantize != "none" else 0
-    if device == "cuda":
-        return _CUDA_ALLOWANCE + expanded
-    return _CPU_ALLOWANCE + max(expanded, weights.largest * dtype.itemsize)
-
-
-# -- Disk ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes on disk."""
-
-    record: int  # of the cache
-    records: int | None  # None: cannot be counted here
-    state: int  # a training state
-    keep: int  # of them
-
-    @property
-    def cache(self) -> int | None:
-        """The whole cache."""
-        return None if self.records is None else self.record * self.records
-
-
-def disk(config: Distill, planner: Planner) -> Disk:
-    """What `encode` and `train` will write."""
-    subject = planner.stage.subject
-    side = config.data.resolution // subject.structure.factor
-    numbers = 4 * side * side + subject.tokens * subject.structure.width
-    numbers += subject.pooled + 6 if subject.pooled else 0
-    weights = planner.weights(config)
-    lora = FLOAT * sum(weights.lora)
-    state = lora + moment_bytes(config, weights) + (lora if config.ema else 0)
-    return Disk(FLOAT * numbers, _records(config), state, config.checkpoint.keep)
-
-
-def _records(config: Distill) -> int | None:
-    """Rows of the cache; None where the images are not here."""
-    from lcm_kit.data.records import open_records
-    from lcm_kit.errors import UserError
-
-    data = config.data
-    local = data.path.startswith(("asset:", "/", ".", "~")) or data.kind == "folder"
-    try:
-        found = open_records(data if local else replace(data, kind="folder"))[0]
-    except UserError:
-        return None
-    return len(found) * (2 if data.flip else 1)
+        "workspaces": workspace(
+            stage.weights, dtype, device, expanded=config.memory.quantize != "none"
+        ),
+    }  # fmt: skip

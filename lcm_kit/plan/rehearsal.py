@@ -5,7 +5,9 @@ It gives FLOPs (a multiply-add counts as two) and the bytes that each pass holds
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from lcm_kit import memory
 from lcm_kit.adapter import add_lora, teacher
-from lcm_kit.config.schema import Adapter, Distill
+from lcm_kit.config.schema import Adapter
 from lcm_kit.export.structure import empty_unet
+from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
+from lcm_kit.plan.text import Captions
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, checkpoint, largest
-from lcm_kit.schedule import Schedule
-from lcm_kit.solvers import SOLVERS
 
 _CHANNELS = 4  # of a latent
 
@@ -34,7 +36,8 @@ class Weights:
     rows: int  # outputs of the quantizable layers, each with a scale of its own in int8
     widest: int  # the largest quantizable layer
     largest: int  # the largest tensor of the base
-    lora: tuple[int, ...]  # each tensor's
+    lora: tuple[int, ...]  # each tensor's; with that of the text encoders, if they are trained
+    style: int = 0  # of the teacher's LoRA
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The passes of a step. The target's is the student's forward without a graph: never the highest."""
+    """The passes of a step, the student's with the text encoders if they are trained.
 
-    teacher: Pass  # both of guidance in one, its flops those of one of them
-    student: Pass  # forward and backward
-    forward: float  # FLOPs of the student's forward alone, and of the target's
+    The target's is the student's forward without a graph: never the highest.
+    """
+
+    teacher: Pass  # of one sample: guidance asks for two
+    student: Pass  # forward and backward; with prior preservation two forwards, and one backward through both
+    forward: float  # FLOPs of the student's forwards alone; of the target's
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,27 @@ class Pictures:
 
 @dataclass
 class Stage:
-    """The UNet of a base with its LoRA on the meta device; rehearsals are kept."""
+    """The UNet of a base with its LoRA, and the teacher's, on the meta device; rehearsals are kept."""
 
     subject: Subject
     adapter: Adapter
+    style: Style | None = None
+    text_rank: int | None = None  # of the text encoders' LoRA; None: captions are encoded beforehand
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Build, count, add the LoRA."""
+        """Build, count, add the LoRAs."""
         self.unet = empty_unet(self.subject.unet_config)
         self.bare = list(self.unet.parameters())
         held = [m.weight for n, m in self.unet.named_modules() if memory.quantizable(n, m)]
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # there are two adapters, as there should
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            put_on(self.unet, self.style)
+            style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
             self.lora = add_lora(self.unet, self.adapter)
+        self.text = Captions.build(self.subject, self.text_rank) if self.text_rank else None
+        self.lora += self.text.lora if self.text else []
         self.weights = Weights(
             sum(p.numel() for p in self.bare),
             sum(w.numel() for w in held),
@@ -89,25 +103,40 @@ class Stage:
             max((w.numel() for w in held), default=0),
             max(p.numel() for p in self.bare),
             tuple(p.numel() for p in self.lora),
+            style,
         )
 
-    def rehearse(self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool) -> Rehearsal:
-        """The passes at `resolution` pixels with the frozen weights in `dtype`."""
-        cuda &= dtype != torch.float32  # without autocast there is no difference
-        key = (resolution, dtype, cuda)
-        if (key, checkpointing) not in self._kept:
-            for p in self.bare:
-                p.data = p.data.to(dtype)
-            kernels, side = Kernels(dtype, cuda=cuda), resolution // self.subject.structure.factor
-            if key not in self._kept:
-                with torch.no_grad(), teacher(self.unet):
-                    self._kept[key], _ = self._pass(2, side, dtype, kernels)
+    def rehearse(
+        self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool, pair: bool = False
+    ) -> Rehearsal:
+        """The passes at `resolution` pixels with the frozen weights in `dtype`.
+
+        `pair`: a sample of the base's own beside each one, as prior preservation has it.
+        """
+        kernels = self._kernels(dtype, cuda)
+        key = (resolution, dtype, kernels.cuda, checkpointing, pair)
+        if key not in self._kept:
             if checkpointing:
                 self.unet.enable_gradient_checkpointing(partial(checkpoint, kernels))
             else:
                 self.unet.disable_gradient_checkpointing()
-            self._kept[key, checkpointing] = self._pass(1, side, dtype, kernels)
-        return Rehearsal(self._kept[key], *self._kept[key, checkpointing])
+            self._kept[key] = self._pass(
+                resolution, dtype, kernels, 2 if pair else 1, checkpointing=checkpointing
+            )
+        return Rehearsal(self.drawing(resolution, dtype, cuda=cuda), *self._kept[key])
+
+    def drawing(self, resolution: int, dtype: torch.dtype, *, cuda: bool = False, lora: bool = False) -> Pass:
+        """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained."""
+        kernels = self._kernels(dtype, cuda)
+        key = (resolution, dtype, kernels.cuda, lora)
+        if key not in self._kept:
+            with torch.no_grad(), nullcontext() if lora else teacher(self.unet):
+                self._kept[key] = self._pass(resolution, dtype, kernels)[0]
+        return self._kept[key]
+
+    def _kernels(self, dtype: torch.dtype, cuda: bool) -> Kernels:
+        """Without autocast it makes no difference where it runs."""
+        return Kernels(dtype, cuda=cuda and dtype != torch.float32)
 
     def pictures(self, resolution: int, dtype: torch.dtype) -> Pictures:
         """The VAE's passes at `resolution` pixels, its weights and numbers in `dtype`."""
@@ -115,21 +144,45 @@ class Stage:
             self._kept[resolution, dtype] = rehearse_vae(self.subject.vae_config, resolution, dtype)
         return self._kept[resolution, dtype]
 
-    def _pass(self, times: int, side: int, dtype: torch.dtype, kernels: Kernels) -> tuple[Pass, float]:
-        """One pass of `times` * n samples, and the FLOPs of its forward alone, of one sample."""
-        n = a_prime([side, self.subject.tokens, self.adapter.rank, *(d for p in self.bare for d in p.shape)])
-        inputs = self._inputs(n * times, side, dtype)
+    def _pass(
+        self,
+        resolution: int,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        forwards: int = 1,
+        *,
+        checkpointing: bool = False,
+    ) -> tuple[Pass, float]:
+        """One pass of n samples, and the FLOPs of its forwards alone, of one sample."""
+        side = resolution // self.subject.structure.factor
+        for p in self.bare:
+            p.data = p.data.to(dtype)
+        ranks = [self.adapter.rank, *(self.style.ranks.values() if self.style else ())]
+        n = a_prime([side, self.subject.tokens, *ranks, *(d for p in self.bare for d in p.shape)])
+        inputs = self._inputs(n, side, dtype)
         ledger = Ledger(n, frozenset(p.nbytes for p in self.lora))
         ledger.ignore([*self.unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
+        if self.text:
+            ledger.ignore(self.text.parameters())
         with ledger:
-            with kernels.again():
-                output = self.unet(**inputs).sample.float()
+            outputs = []
+            for _ in range(forwards):
+                if self.text and torch.is_grad_enabled():
+                    encoded = self.text.encode(n, checkpointing=checkpointing)
+                    inputs["encoder_hidden_states"] = encoded.embeds.to(dtype)
+                    if encoded.pooled is not None:
+                        inputs["added_cond_kwargs"]["text_embeds"] = encoded.pooled.to(dtype)
+                    del encoded
+                with kernels.again():
+                    outputs.append(self.unet(**inputs).sample.float())
             forward = ledger.flops
             if torch.is_grad_enabled():
-                torch.autograd.backward(output.square().mean())
+                loss = torch.stack([output.square().mean() for output in outputs]).sum()
+                del outputs
+                torch.autograd.backward(loss)
         for p in self.lora:
             p.grad = None
-        return Pass(ledger.flops / n / times, largest(ledger.moments)), forward / n / times
+        return Pass(ledger.flops / n, largest(ledger.moments)), forward / n
 
     def _inputs(self, n: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
         def empty(*shape: int) -> Tensor:
@@ -167,29 +220,3 @@ def rehearse_vae(config: Mapping[str, Any], resolution: int, dtype: torch.dtype)
             run()
         passes.append(Pass(ledger.flops / n, largest(ledger.moments)))
     return Pictures(sum(p.numel() for p in weights), *passes)
-
-
-def teacher_calls(config: Distill) -> int:
-    """How often the solver asks the teacher in one step: found by letting it."""
-    calls = 0
-
-    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
-        return x, x
-
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    schedule, t = Schedule.from_config(betas), torch.tensor([500])
-    SOLVERS[config.solver](predict, schedule, torch.ones(1, 1, 1, 1), t, t - 20)
-    return calls
-
-
-def flops_of_step(config: Distill, rehearsal: Rehearsal) -> dict[str, float]:
-    """FLOPs of one optimizer step on one process, by part."""
-    samples = config.batch_size * config.accumulation
-    return {
-        "teacher": 2 * teacher_calls(config) * rehearsal.teacher.flops * samples,
-        "target": rehearsal.forward * samples,
-        "student forward": rehearsal.forward * samples,
-        "student backward": (rehearsal.student.flops - rehearsal.forward) * samples,
-    }

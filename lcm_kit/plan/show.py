@@ -9,13 +9,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lcm_kit.config.schema import Training
+from lcm_kit.plan import work
 from lcm_kit.plan.advice import Option
-from lcm_kit.plan.estimate import CONTEXT, GIB, MARGIN, Disk, Estimate, room
+from lcm_kit.plan.disk import Disk
+from lcm_kit.plan.encoding import PRIOR
+from lcm_kit.plan.estimate import CONTEXT, MARGIN, Estimate, room
+from lcm_kit.plan.sizes import GIB
+from lcm_kit.plan.work import Aside
 
 if TYPE_CHECKING:
     from lcm_kit.plan.probe import Probe
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+RETURNING = "MALLOC_MMAP_THRESHOLD_"  # glibc's variable: larger blocks go back to the system when freed
 _WHERE = {"cuda": "a GPU", "cpu": "the CPU"}
 
 
@@ -53,18 +60,53 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def facts(estimate: Estimate, disk: Disk) -> None:
-    """Parameters, memory by part and by phase, FLOPs by part, disk."""
-    weights, config = estimate.weights, estimate.config
-    lora, name = sum(weights.lora), str(estimate.dtype).removeprefix("torch.")
+def facts(estimate: Estimate, disk: Disk, asides: Sequence[Aside], drawn: Sequence[Aside]) -> None:
+    """Parameters, FLOPs of a step and of what else is drawn, disk; memory by part and by phase."""
+    weights, lora = estimate.weights, sum(estimate.weights.lora)
+    styled = f", {weights.style / 1e6:.2f}M of the teacher's adapters" if weights.style else ""
     _print(
-        f"parameters: {weights.base / 1e6:.1f}M of the UNet, frozen; {lora / 1e6:.2f}M of the LoRA, trained"
+        f"parameters: {weights.base / 1e6:.1f}M of the UNet{styled}, frozen; {lora / 1e6:.2f}M of the LoRA, "
+        "trained"
     )
+    _computed(estimate, asides, drawn)
     _print(
-        f"a step of {config.batch_size * config.accumulation} samples: {flops(sum(estimate.flops.values()))} "
+        f"disk: {_cache(disk)}; {disk.keep} training states of {size(disk.state)}; adapters "
+        f"{size(disk.adapters)}"
+    )
+    _memory(estimate)
+    others = [
+        f"{phase} {size(sum(parts.values()))}"
+        for phase, parts in estimate.encode.items()
+        if phase != estimate.encode_phase
+    ]
+    _print(
+        f"lcm-kit encode, a process of its own: {size(estimate.encode_peak)} for {estimate.encode_phase}"
+        + (f"; {', '.join(others)}" if others else "")
+    )
+
+
+def _computed(estimate: Estimate, asides: Sequence[Aside], drawn: Sequence[Aside]) -> None:
+    """FLOPs of a step, of the run and of encoding."""
+    config, step = estimate.config, sum(estimate.flops.values())
+    pair = " and as many of the base's own" if work.pairs(config) else ""
+    _print(
+        f"a step of {config.batch_size * config.accumulation} samples{pair}: {flops(step)} "
         f"({', '.join(f'{part} {flops(count)}' for part, count in estimate.flops.items())})"
     )
-    _print(f"disk: {_cache(disk)}; {disk.keep} training states of {size(disk.state)}")
+    _print(
+        f"{config.steps} steps: {flops(config.steps * step)}"
+        + "".join(f"; besides, {_aside(aside)}" for aside in asides)
+    )
+    for aside in drawn:
+        _print(f"lcm-kit encode draws {_aside(aside)}")
+
+
+def _aside(aside: Aside) -> str:
+    return f"{aside.what}: {aside.passes} passes of the UNet, {flops(aside.flops)}"
+
+
+def _memory(estimate: Estimate) -> None:
+    name = str(estimate.dtype).removeprefix("torch.")
     where = _WHERE[estimate.device]
     _print(f"memory of lcm-kit train on {where}, frozen weights in {name}, at its peak:")
     table = _table("part", "size")
@@ -82,7 +124,11 @@ def facts(estimate: Estimate, disk: Disk) -> None:
             if phase != estimate.phase
         )
     )
-    _print(f"lcm-kit encode, a process of its own: {size(estimate.encode_peak)}")
+    if estimate.gaps:
+        _print(
+            f"resident: about {size(estimate.resident)}, because glibc's heap keeps what is freed; with "
+            f"{RETURNING}=65536 in the environment it is the peak above, and a step takes longer"
+        )
 
 
 def _cache(disk: Disk) -> str:
@@ -91,12 +137,22 @@ def _cache(disk: Disk) -> str:
     return f"cache {size(disk.cache)} ({disk.records} rows of {size(disk.record)})"
 
 
-def presets(found: Mapping[int, Option | None]) -> None:
+def _last_resort(config: Training) -> str:
+    """What changes the outcome, for where nothing else is left."""
+    ways = ["lower data.resolution"]
+    started = config.adapter.start is not None
+    ways += ["lower adapter.rank" + " and start from a LoRA of that rank at most" * started]
+    ways += ["leave out the base's own pictures (prior.prompts=null)"] if work.pairs(config) else []
+    return " or ".join((", ".join(ways[:-1]), ways[-1]))
+
+
+def presets(config: Training, found: Mapping[int, Option | None]) -> None:
     """What to add to the command for each card."""
+    last_resort = _last_resort(config)
     _print("presets, what to add to the command:")
     for card, option in found.items():
         if option is None:
-            said = "does not fit; nothing helps but a lower data.resolution or adapter.rank"
+            said = f"does not fit; nothing helps but to {last_resort}"
         else:
             verdict = "fits" if option.fits_unchanged else "does not fit"
             said = f"{verdict}; {option.typed or 'as it is'}: {size(option.estimate.peak)}"
@@ -114,22 +170,24 @@ def verdict(estimate: Estimate, card: float, tried: Sequence[Option]) -> None:
         _print(f"encoding does not fit: {size(estimate.encode_peak)} are more than {limit};")
         _print(_encode_help(estimate))
     if estimate.fits(card):
-        _print(f"training fits: {size(estimate.peak)} are within {limit}")
+        _print(f"training fits: {size(estimate.resident)} are within {limit}")
         return
-    _print(f"training does not fit: {size(estimate.peak)} are more than {limit}")
+    _print(f"training does not fit: {size(estimate.resident)} are more than {limit}")
     table = _table("tried", "size", "fits")
     for option in tried:
         fits = "yes" if option.estimate.fits(card) else "no"
-        table.add_row(option.typed, size(option.estimate.peak), fits)
+        table.add_row(option.typed, size(option.estimate.resident), fits)
     Console().print(table)
     if tried and tried[-1].estimate.fits(card):
         _print(f"to make it fit, add: {tried[-1].typed}")
     else:
-        _print("nothing that was tried makes it fit; lower data.resolution or adapter.rank")
+        _print(f"nothing that was tried makes it fit; {_last_resort(estimate.config)}")
 
 
 def _encode_help(estimate: Estimate) -> str:
-    smaller = "set data.batch_size=1, or " if estimate.config.data.batch_size > 1 else ""
+    # the prior's pictures are drawn by a number of their own
+    can = estimate.config.data.batch_size > 1 and estimate.encode_phase != PRIOR
+    smaller = "set data.batch_size=1, or " if can else ""
     return f"{smaller}encode on the CPU (CUDA_VISIBLE_DEVICES= lcm-kit encode ...)"
 
 
@@ -138,14 +196,26 @@ def probe(measured: Probe, estimate: Estimate) -> None:
     _print(f"probe on {_WHERE[measured.device]}, {measured.weights} weights:")
     if measured.micro < estimate.config.batch_size:
         _print(f"  memory ran out: it went on with {measured.micro} samples a forward")
-    for phase, count in measured.phases.items():
-        expected = sum(estimate.staying.values()) + estimate.passing(phase) if phase in estimate.phases else 0
-        if 2 * expected > estimate.peak:  # what is far below the peak matters to nobody
-            _print(f"  {phase}: {size(count)}, estimated {size(expected)} ({expected / count - 1:+.0%})")
     if measured.peak is None:
         _print("  this system does not say how much memory was used")
-    elif not measured.phases:
-        _print(f"  peak {size(measured.peak)}, estimated {size(estimate.peak)}")
+    else:
+        _compare("peak", measured.peak, _expected(estimate))
+    for phase, count in measured.phases.items():
+        expected = sum(estimate.staying.values()) + estimate.passing(phase) if phase in estimate.phases else 0
+        # what is far below the peak matters to nobody; and gaps hide what a phase holds itself
+        if 2 * expected > estimate.peak and not estimate.gaps:
+            _compare(phase, count, expected)
     steps = estimate.config.steps
     _print(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
     _print(f"  export and reload: all {measured.exported} modules came back as they were")
+
+
+def _expected(estimate: Estimate) -> int:
+    """The highest of the phases that a probe goes through."""
+    probed = ("loading", "teacher pass", "student pass", "optimizer step")
+    passing = max(estimate.passing(phase) for phase in probed if phase in estimate.phases)
+    return sum(estimate.staying.values()) + passing + estimate.gaps
+
+
+def _compare(what: str, count: int, expected: int) -> None:
+    _print(f"  {what}: {size(count)}, estimated {size(expected)} ({expected / count - 1:+.0%})")

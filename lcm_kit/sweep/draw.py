@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lcm_kit import sample
+from lcm_kit import __version__, assets, sample
+from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.energy import Energy
@@ -25,6 +28,7 @@ from lcm_kit.sweep.look import Looker
 from lcm_kit.sweep.subjects import Subject
 
 C = TypeVar("C", bound=Cell)
+_LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Samples:
     size: int  # pixels
     batch_size: int
     pictures: int  # prompts of which the first picture is kept
+
+    @classmethod
+    def of(cls, config: GuidanceSweep | Compose, base: BaseInfo) -> Samples:
+        """What `config` asks for, at the base's own size unless it says otherwise."""
+        prompts = tuple(islice(assets.prompts(config.prompts), config.count))
+        size = config.resolution or base.sample_size * base.factor
+        return cls(prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures)
 
     def __len__(self) -> int:
         """Samples a cell."""
@@ -51,6 +62,20 @@ class Samples:
     def shown(self) -> list[int]:
         """The samples whose pictures are kept."""
         return [p * self.images_per_prompt for p in range(min(self.pictures, len(self.prompts)))]
+
+
+def versions() -> dict[str, str]:
+    """Of what draws and measures, by name."""
+    return {"lcm_kit": __version__, **{name: version(name) for name in _LIBRARIES}}
+
+
+def inputs(
+    config: GuidanceSweep | Compose, base: BaseInfo, samples: Samples, look: Looker, device: str
+) -> list[Any]:
+    """What the rows of all cells follow from besides the adapters, as JSON."""
+    return [
+        base.base_hash, repr(samples), config.features, config.text_features, look.kind(), versions(), device,
+    ]  # fmt: skip
 
 
 @dataclass

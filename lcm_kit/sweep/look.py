@@ -44,10 +44,10 @@ class Looker:
     ) -> Looker:
         """What `config` asks for. Raises `UserError` if an extractor is not there or reads no text.
 
-        Pictures in a brand's look are read by the probe that knows the brand looks.
+        Pictures that may be in a brand's look are read by the probe that knows the brand looks.
         """
         ours = size == world.SIZE and all(map(world.parse, prompts))
-        probe = assets.path("brand-probe" if isinstance(config, Brand) else "probe")
+        probe = assets.path("brand-probe" if isinstance(config, Brand | Compose) else "probe")
         if config.features == PROBE and size != world.SIZE:
             raise UserError(
                 f"features {PROBE} reads pictures of {world.SIZE} pixels, and these have {size}; set "
@@ -124,3 +124,12 @@ def reference_features(
         return looker.folder(config.real, size)
     ours = size == world.SIZE and all(map(world.parse, prompts))
     return looker.renders() if ours else None
+
+
+def brand_features(
+    config: GuidanceSweep | Compose, looker: Looker, size: int
+) -> tuple[Tensor, Tensor] | None:
+    """Features of `config.brand` and of its control; None unless both are named."""
+    if not (config.brand and config.control):
+        return None
+    return looker.folder(config.brand, size), looker.folder(config.control, size)

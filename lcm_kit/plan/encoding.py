@@ -1,0 +1,73 @@
+"""What `lcm-kit encode` holds, phase by phase: each of its loads the parts of the base that it needs."""
+
+from __future__ import annotations
+
+import torch
+
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Distill, Training
+from lcm_kit.data.prior import BATCH
+from lcm_kit.plan import work
+from lcm_kit.plan.rehearsal import Stage
+from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
+from lcm_kit.plan.subject import Subject
+
+PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
+
+
+def vae_dtype(subject: Subject, dtype: torch.dtype) -> torch.dtype:
+    """Of the VAE of a pipeline in `dtype`: float16 overflows in SDXL's (`sample.pipeline`)."""
+    return torch.float32 if dtype == torch.float16 and subject.pooled else dtype
+
+
+def phases(config: Training, stage: Stage, device: str) -> dict[str, Parts]:
+    """Bytes of each phase by part. Pictures are encoded in float32, samples drawn as `sample.placement`."""
+    found: dict[str, Parts] = {}
+    prior = isinstance(config, Finetune) and config.prior.prompts is not None
+    if config.data.source != "teacher":
+        found[PICTURES] = _pictures(config, stage, device)
+    if isinstance(config, Distill) and config.data.source != "images":
+        guided = work.guided(config.data.samples.guidance_scale)
+        count = min(config.data.batch_size, config.data.samples.count)
+        drawn = _drawn(config, stage, device, count * guided)
+        # captions are encoded beside the pipeline, in float32, and its VAE is there without being asked
+        found[SAMPLES] = {
+            **drawn, "teacher's adapters": FLOAT * stage.weights.style,
+            "text encoders": drawn["text encoders"] + FLOAT * stage.subject.text,
+        }  # fmt: skip
+    if isinstance(config, Finetune) and prior:
+        count = min(BATCH, config.prior.count)
+        guided = work.guided(config.prior.guidance_scale)
+        found[PRIOR] = _drawn(config, stage, device, count * guided, decoded=count)
+    return found
+
+
+def _pictures(config: Training, stage: Stage, device: str) -> Parts:
+    """Text encoders and VAE in float32."""
+    pictures, batch = stage.pictures(config.data.resolution, torch.float32), config.data.batch_size
+    return {
+        "text encoders": stage.subject.text * FLOAT,
+        "VAE": pictures.weights * FLOAT,
+        "activations": round(pictures.encode.highest(batch).at(batch)),
+        "workspaces": allowance(device),
+    }
+
+
+def _drawn(config: Training, stage: Stage, device: str, samples: int, decoded: int = 0) -> Parts:
+    """The whole pipeline: `samples` a pass of the UNet, then so many pictures `decoded` by the VAE."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    subject, weights = stage.subject, stage.weights
+    of_vae = vae_dtype(subject, dtype)
+    pictures = stage.pictures(config.data.resolution, of_vae)
+    drawing = stage.drawing(config.data.resolution, dtype).highest(samples).at(samples)
+    decoding = pictures.decode.highest(decoded).at(decoded) if decoded else 0
+    stored = subject.stored
+    # while it is loaded, a file of other numbers is there too
+    file = weights.base * stored.itemsize if device == "cpu" and stored and stored != dtype else 0
+    return {
+        "UNet": weights.base * dtype.itemsize,
+        "text encoders": subject.text * dtype.itemsize,
+        "VAE": pictures.weights * of_vae.itemsize,
+        "activations": round(max(drawing, decoding, file)),
+        "workspaces": workspace(weights, dtype, device),
+    }

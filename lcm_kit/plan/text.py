@@ -1,0 +1,96 @@
+"""The text encoders of a base on the meta device, with the LoRA that fine-tuning trains on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from lcm_kit.adapter import add_text_lora
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Training
+from lcm_kit.families import sd, sdxl
+from lcm_kit.families.condition import Condition
+from lcm_kit.plan.subject import Subject
+from lcm_kit.plan.tracker import Kernels, checkpoint
+
+_HEAD = 64  # channels of an attention head in all published encoders
+_CAPTION = "a"
+
+
+def rank_of(config: Training) -> int | None:
+    """Of the text encoders' LoRA; None where they are not trained."""
+    return config.text_encoder.rank if isinstance(config, Finetune) else None
+
+
+@dataclass
+class Captions:
+    """Text encoders, frozen but for their LoRA."""
+
+    family: Any  # module of lcm_kit.families
+    text: Any  # its Text
+    encoders: list[Any]
+    lora: list[Parameter]
+
+    @classmethod
+    def build(cls, subject: Subject, rank: int) -> Captions:
+        """Those of the base, float32."""
+        family = sdxl if subject.pooled else sd
+        text = _text(subject)
+        lora, encoders = [], []
+        for part, (encoder, modules) in family.adapted(text).items():
+            with torch.device("meta"):
+                lora += add_text_lora(encoder, modules, rank, float(rank), seed=len(part))
+            encoders.append(encoder)
+        return cls(family, text, encoders, lora)
+
+    def parameters(self) -> list[Parameter]:
+        """All of them."""
+        return [p for encoder in self.encoders for p in encoder.parameters()]
+
+    def encode(self, n: int, *, checkpointing: bool) -> Condition:
+        """The conditions of n captions, as a step encodes them: in float32, never under autocast."""
+        kernels = Kernels()
+        for encoder in self.encoders:
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in encoder.modules():
+                module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = partial(checkpoint, kernels)
+        with kernels.again():
+            return self.family.encode_text(self.text, [_CAPTION] * n)
+
+
+def _text(subject: Subject) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def tokenizer(captions: list[str], **_: Any) -> Any:
+        ids = torch.zeros(len(captions), subject.tokens, dtype=torch.int64, device="meta")
+        return SimpleNamespace(input_ids=ids, attention_mask=None)
+
+    tokenizer.model_max_length = subject.tokens  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        first = CLIPTextModel(_config(subject, "text_encoder.")).eval()
+        if not subject.pooled:
+            return sd.Text(tokenizer, first)
+        second = CLIPTextModelWithProjection(_config(subject, "text_encoder_2.")).eval()
+    return sdxl.Text(tokenizer, first, tokenizer, second, False)
+
+
+def _config(subject: Subject, part: str) -> Any:
+    """CLIP's, from the shapes of its layers."""
+    from transformers import CLIPTextConfig
+
+    shapes = {k: shape for k, shape in subject.structure.modules.items() if k.startswith(part)}
+    width = next(shape[0] for k, shape in shapes.items() if k.endswith("q_proj"))
+    hidden = next(shape[0] for k, shape in shapes.items() if k.endswith("fc1"))
+    return CLIPTextConfig(
+        vocab_size=subject.words, hidden_size=width, intermediate_size=hidden,
+        num_hidden_layers=sum(k.endswith("q_proj") for k in shapes),
+        num_attention_heads=max(1, width // _HEAD), max_position_embeddings=subject.tokens,
+        projection_dim=subject.pooled or width,
+    )  # fmt: skip

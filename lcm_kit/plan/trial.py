@@ -1,0 +1,186 @@
+"""Real training steps of a config, on random weights if the base's are not there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcm_kit import families, memory, runtime, stepping
+from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Distill, Training
+from lcm_kit.export.structure import empty_unet
+from lcm_kit.families.condition import Condition
+from lcm_kit.guidance import guide
+from lcm_kit.losses import LOSSES
+from lcm_kit.methods import METHODS, Times
+from lcm_kit.plan import work
+from lcm_kit.plan.meter import Meter
+from lcm_kit.plan.style import Style, put_on
+from lcm_kit.plan.subject import Subject
+from lcm_kit.prediction import predictor
+from lcm_kit.schedule import Schedule
+from lcm_kit.solvers import SOLVERS
+from lcm_kit.step import consistency_loss, diffusion_loss
+
+_MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def random_unet(config: Any, dtype: torch.dtype) -> Any:
+    """A UNet of this configuration with random weights, on the CPU, frozen; never twice in memory."""
+    unet = empty_unet(config)
+    for p in unet.parameters():
+        p.data = p.data.to(dtype)
+    unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if p.ndim > 1:
+                p.uniform_(-1, 1).mul_((3 / p[0].numel()) ** 0.5)
+            else:
+                p.fill_(float(name.endswith("weight")))
+    return unet
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The step of train/distill or train/finetune on random latents and conditions."""
+
+    config: Training
+    accelerator: Any
+    unet: Any
+    lora: list[nn.Parameter]
+    ema: list[Tensor]
+    optimizer: Any
+    latents: Tensor
+    condition: Condition
+    tables: Schedule
+    kind: str  # of the UNet's output
+    meter: Meter
+
+    def losses(self, part: slice) -> Tensor:
+        """Losses of the samples in `part`."""
+        if isinstance(self.config, Distill):
+            return self._consistency(self.config, part)
+        assert isinstance(self.config, Finetune)
+        pictures = (1.0, self.config.prior.weight) if work.pairs(self.config) else (1.0,)
+        return sum((factor * self._denoising(part) for factor in pictures), torch.zeros(()))
+
+    def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.unet(x.to(runtime.dtype(self.accelerator)), t, **condition.kwargs()).sample
+
+    def _conditions(self, part: slice) -> tuple[Condition, Condition]:
+        """Those of the samples in `part`, and the empty one for as many."""
+        device, dtype = self.accelerator.device, runtime.dtype(self.accelerator)
+        condition = self.condition[part].to(device, dtype)
+        return condition, self.condition[0].to(device, dtype).expand(len(condition)).sized_as(condition)
+
+    def _as_student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.meter.start("student pass")  # until the gradients are clipped
+        return self._call(x, t, condition)
+
+    def _denoising(self, part: slice) -> Tensor:
+        x0 = self.latents[part].to(self.accelerator.device)
+        condition, empty = self._conditions(part)
+        condition = condition.replaced(torch.zeros(len(x0), dtype=torch.bool), empty[0])
+        schedule = self.tables.to(x0.device)
+        return diffusion_loss(
+            kind=self.kind, loss=lambda a, b: LOSSES["l2"](a, b, 0.0), schedule=schedule,
+            student=predictor(partial(self._as_student, condition=condition), schedule, self.kind),
+            x0=x0, noise=torch.randn(x0.shape).to(x0.device), t=torch.full((len(x0),), 500).to(x0.device),
+        )  # fmt: skip
+
+    def _consistency(self, config: Distill, part: slice) -> Tensor:
+        condition, empty = self._conditions(part)
+        x0 = self.latents[part].to(self.accelerator.device)
+
+        def as_teacher(x: Tensor, t: Tensor) -> Tensor:
+            self.meter.start("teacher pass")
+            with teacher(self.unet):
+                both = Condition.cat([empty, condition])
+                uncond, cond = self._call(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            return guide(uncond, cond, config.guidance.max)
+
+        def as_target(x: Tensor, t: Tensor) -> Tensor:
+            self.meter.start("target pass")
+            with swapped(self.lora, self.ema or self.lora):
+                return self._call(x, t, condition)
+
+        method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
+        times = method.times(self.tables, config.grid.steps, len(x0), torch.Generator().manual_seed(0))
+        schedule = self.tables.to(x0.device)
+        predict = partial(predictor, schedule=schedule, kind=self.kind)
+        return consistency_loss(
+            method=method, solver=SOLVERS[config.solver], schedule=schedule,
+            loss=lambda a, b: LOSSES[config.loss.name](a, b, config.loss.c),
+            teacher=predict(as_teacher), target=predict(as_target),
+            student=predict(partial(self._as_student, condition=condition)),
+            x0=x0, noise=torch.randn(x0.shape).to(x0.device), times=Times(*times).to(x0.device),
+            teacher_weight=config.teacher.weight,
+        )  # fmt: skip
+
+    def step(self) -> tuple[float, int]:
+        """One optimizer step: its seconds with all of its micro-batches, and samples a forward."""
+        config = self.config
+        passes = stepping.Passes(
+            self.accelerator, self.unet, self.lora, len(self.latents), config.batch_size,
+            config.optimizer.grad_clip,
+        )  # fmt: skip
+        start = self._clock()
+        passes(1, self.losses)
+        middle = self._clock()
+        self.meter.start("optimizer step")
+        self.optimizer.step()
+        if self.ema:
+            update_ema(self.ema, self.lora, config.ema)
+        self.optimizer.zero_grad()
+        left_out = config.batch_size * config.accumulation / len(self.latents)
+        seconds = (middle - start) * left_out + self._clock() - middle
+        self.meter.start(None)
+        return seconds, passes.micro
+
+    def _clock(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def make(
+    config: Training,
+    accelerator: Any,
+    found: Subject,
+    unet_config: Any,
+    meter: Meter,
+    worn: Style | None = None,
+) -> Trial:
+    """Load or make up the UNet, put the LoRAs on it, draw latents and conditions for a step."""
+    device, dtype = accelerator.device, runtime.dtype(accelerator)
+    tables, kind = Schedule.from_config(_BETAS), "v_prediction"
+    meter.start("loading")
+    if found.folder is None:
+        unet = memory.place(random_unet(unet_config, dtype), config, device)
+    else:
+        base = families.inspect_base(str(found.folder), variant=config.base.variant)
+        unet = memory.load_unet(base, config, device, dtype)
+        tables, kind = Schedule.from_config(base.scheduler_config), base.prediction_type
+    meter.start(None)
+    put_on(unet, worn)
+    lora = add_lora(unet, config.adapter, seed=0)
+    made = memory.make_optimizer(lora, config.optimizer, device)
+    unet, optimizer = runtime.prepare(accelerator, unet, made)
+    lora = [p for p in unet.parameters() if p.requires_grad]
+    ema = [p.detach().clone() for p in lora] if config.ema else []
+    n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
+    side = config.data.resolution // found.structure.factor
+    pooled = torch.randn(n, found.pooled) if found.pooled else None
+    time_ids = torch.full((n, 6), float(config.data.resolution)) if found.pooled else None
+    condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
+    latents = torch.randn(n, 4, side, side)
+    return Trial(
+        config, accelerator, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""What a run computes: FLOPs of a step, and the passes of the UNet besides the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcm_kit import validation
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.schema import Distill, Training
+from lcm_kit.held_out import TIMES
+from lcm_kit.plan.rehearsal import Rehearsal
+from lcm_kit.schedule import Schedule
+from lcm_kit.solvers import SOLVERS
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Passes of the UNet, each of one sample, besides the optimizer steps."""
+
+    what: str
+    passes: int
+    flops: float
+
+
+def pairs(config: Training) -> bool:
+    """Whether every sample has one of the base's own beside it, which costs a step as much again."""
+    return isinstance(config, Finetune) and config.prior.prompts is not None
+
+
+def guided(guidance_scale: float) -> int:
+    """Passes of the UNet for one step of one picture."""
+    return 2 if guidance_scale > 1 else 1
+
+
+def teacher_calls(config: Distill) -> int:
+    """How often the solver asks the teacher in one step: found by letting it."""
+    calls = 0
+
+    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return x, x
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule, t = Schedule.from_config(betas), torch.tensor([500])
+    SOLVERS[config.solver](predict, schedule, torch.ones(1, 1, 1, 1), t, t - 20)
+    return calls
+
+
+def flops_of_step(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
+    """FLOPs of one optimizer step on one process, by part; no part for what is left out."""
+    samples = config.batch_size * config.accumulation
+    found: dict[str, float] = {}
+    if isinstance(config, Distill):
+        teacher, student = _of_loss(config)
+        if teacher:
+            found["teacher"] = teacher * rehearsal.teacher.flops * samples
+        # one where the teacher's step ends, one where the sample's own noise leads
+        found["target"] = (student - 1) * rehearsal.forward * samples
+    found["student forward"] = rehearsal.forward * samples
+    found["student backward"] = (rehearsal.student.flops - rehearsal.forward) * samples
+    return found
+
+
+def while_training(config: Training, flops: Mapping[str, float], held: int | None) -> list[Aside]:
+    """Validation pictures, held-out loss, control prompts, all through the run; `flops`: `of_forwards`.
+
+    `held`: pictures that are held out; None: not known.
+    """
+    wanted, style = config.validation, isinstance(config, Finetune)
+    times = sum(validation.due(wanted, step, config.steps) for step in range(1, config.steps + 1))
+    guidance = guided(wanted.guidance_scale)
+    teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guidance
+    student = validation.STYLE_STEPS * guidance if style else sum(validation.STUDENT_STEPS)
+    control, found = wanted.control_count if wanted.control else 0, []
+    if wanted.prompts is not None:
+        shown = wanted.count + min(control, validation.CONTROL_ROWS)
+        what = f"pictures for validation, {times} times"
+        found.append(_aside(what, flops, wanted.count * teacher, times * shown * student))
+    times += 1  # figures are of the start too
+    if held:
+        each = [held * TIMES * times * passes for passes in _of_loss(config)]
+        found.append(_aside(f"loss on {held} held-out pictures, {times} times", flops, *each))
+    if control:
+        each = [control * teacher, times * control * (TIMES if style else 1)]
+        found.append(_aside(f"{control} control prompts, {times} times", flops, *each))
+    return found
+
+
+def _of_loss(config: Training) -> tuple[int, int]:
+    """Passes for the loss of one sample: of the teacher, and of the UNet with the LoRA."""
+    if not isinstance(config, Distill):
+        return 0, 1
+    weight = config.teacher.weight
+    return 2 * teacher_calls(config) * (weight > 0), (weight > 0) + (weight < 1) + 1
+
+
+def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) -> Aside:
+    """So many passes without and with the LoRA that is trained."""
+    return Aside(what, teacher + student, teacher * flops["teacher"] + student * flops["student"])
+
+
+def while_encoding(config: Training, flops: Mapping[str, float]) -> list[Aside]:
+    """What is drawn to be trained on."""
+    found = []
+    if isinstance(config, Distill) and config.data.source != "images":
+        s = config.data.samples
+        passes = s.count * s.steps * guided(s.guidance_scale)
+        found.append(Aside(f"{s.count} samples of the teacher", passes, passes * flops["teacher"]))
+    if isinstance(config, Finetune) and config.prior.prompts is not None:
+        p = config.prior
+        passes = p.count * p.steps * guided(p.guidance_scale)
+        found.append(Aside(f"{p.count} pictures of the base's own", passes, passes * flops["teacher"]))
+    return found
+
+
+def of_forwards(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
+    """FLOPs of a pass of one sample without and with the LoRA that is trained."""
+    return {"teacher": rehearsal.teacher.flops, "student": rehearsal.forward / (2 if pairs(config) else 1)}
