@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
-quickstart: $(STAMP) ## encode, train, export, sample, evaluate and report on the embedded base
+quickstart: $(STAMP) ## the whole story on the embedded base: check, encode, style, distil, export, evaluate, report
 	$(BIN)/lcm-kit quickstart $(ARGS)
 
 # A process a core with one thread each: 5 minutes for 10 on two cores, where one process with two threads idles.

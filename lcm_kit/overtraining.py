@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 NAME = "held_out_loss"  # in metrics.jsonl and adapter.json
 OVERTRAINED = 0.02  # a last loss this share above the lowest is told as over-training
 CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"}  # its name, by the recipe
-# By that name: the share above the lowest that still passes
-TOLERANCE = {"control_loss": 0.10, "control_distance": 0.10}
+# By that name: the share above the lowest that still passes, as measured on tiny-sd
+# (docs/finetuning.md, docs/training.md). The loss may double, since a look that shows in every picture raises
+# it too.
+TOLERANCE = {"control_loss": 1.0, "control_distance": 0.10}
 HELP = {
     "control_loss": "prior.prompts, fewer steps, a lower optimizer.lr",
     "control_distance": "data.regularisation, a higher teacher.weight, fewer steps, a lower optimizer.lr",

@@ -49,6 +49,7 @@ def test_the_module_runs_as_a_program() -> None:
 def test_help_names_every_verb() -> None:
     verbs = [
         "quickstart",
+        "finetune",
         "ls",
         "cp",
         "show",
@@ -131,7 +132,7 @@ def test_check_looks_for_the_prompts_of_the_prior() -> None:
     done = cli("check", "finetune/tiny_brand", "prior.prompts=nowhere.txt")
     assert done.exit_code == 2 and "prompts 'nowhere.txt': there is no such file" in done.stderr
     done = cli("check", "finetune/tiny_brand")
-    assert done.exit_code == 0 and "96 images with captions" in done.stdout
+    assert done.exit_code == 0 and "480 images with captions" in done.stdout
 
 
 def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +255,9 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, erro
 
 
 def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import lcm_kit.sample
-    from lcm_kit import quickstart
     from lcm_kit.data import sources
     from lcm_kit.export import run as exporting
+    from lcm_kit.report import build as building
 
     output, order = tmp_path / "run", list[Any]()
     row = {"solver": "ddim", "unet_calls": 4, "seconds_per_image": 0.5, "distance_to_teacher": 0.1}
@@ -280,21 +280,20 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(sources, "encode", lambda config: order.append(("encode", config)))
     monkeypatch.setattr(exporting, "export_run", lambda run: order.append(("export", run)))
     monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
-    monkeypatch.setattr(quickstart.assets, "prompts", lambda text: [f"prompt {i}" for i in range(20)])
-    monkeypatch.setattr(lcm_kit.sample, "sample_to_folder", lambda *a, **k: order.append(("sample", (a, k))))
-    report = SimpleNamespace(write_report=lambda run: order.append(("report", run)))
-    monkeypatch.setitem(sys.modules, "lcm_kit.report", SimpleNamespace(build=report))
-    monkeypatch.setitem(sys.modules, "lcm_kit.report.build", report)
+    monkeypatch.setattr(building, "write_report", lambda run: order.append(("report", run)))
 
     done = cli("quickstart", "steps=30", "evaluation.count=4", "--output", output)
     assert done.exit_code == 0, done.output
-    stages = ["encode", "train/distill", "export", "sample", "evaluation/quality", "card", "report"]
+    stages = ["encode", "train/finetune", "export", "encode", "train/distill", "export"]
+    stages += ["evaluation/brand", "evaluation/quality", "card", "report", "card", "report"]
     assert [name for name, _ in order] == stages
     calls = dict(order)
     assert (calls["train/distill"].steps, calls["train/distill"].output) == (30, str(output))
     assert (calls["evaluation/quality"].count, calls["evaluation/quality"].run) == (4, str(output))
-    assert len(calls["sample"][0][1]) == quickstart.PICTURES and calls["sample"][1]["adapter"] == output
-    assert calls["export"] == calls["report"] == output
+    style = output / "style"
+    assert [at for name, at in order if name == "export"] == [style, output]
+    assert [at for name, at in order if name == "report"] == [output, style]
+    assert (calls["train/finetune"].output, calls["evaluation/brand"].style) == (str(style), str(style))
     summary = done.stdout
     assert "97.0%" in summary and "93.0%" in summary and "31.0%" in summary and "11.0%" not in summary
     assert str(output / "report.html") in summary.replace("\n", "")
@@ -312,10 +311,10 @@ def test_quickstart_checks_both_configs_before_it_starts(tmp_path: Path) -> None
 def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from lcm_kit.quickstart import _summary
+    from lcm_kit.story.show import quality_table
 
     row = {"unet_calls": 4, "seconds_per_image": 0.5, "attribute_accuracy": None, "frechet": None}
-    _summary(
+    quality_table(
         [
             {**row, "name": "teacher", "solver": "ddim", "unet_calls": 100, "distance_to_teacher": 0.0},
             {**row, "name": "base", "solver": "ddim", "distance_to_teacher": 0.3},
@@ -324,7 +323,7 @@ def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
         ]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == ["teacher", "base, dpmpp_2m"]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["base", "base, dpmpp_2m"]
 
 
 def test_compare_and_compose_make_their_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

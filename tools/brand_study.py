@@ -96,10 +96,10 @@ def own(count: int) -> Path:
 
 
 def measure(folder: Path, name: str, adapter: Path, style: Path, brand: Path, seed: int) -> None:
-    """Write `folder/NAME/brand.json`; what is drawn is kept in one place, and so once."""
+    """Write `folder/NAME/brand.json`; what the base and the styled teacher draw is drawn once a cell."""
     output = folder / name
     for kind in ("brand", "control"):
-        common, here = RUNS / "drawn" / kind, output / "brand" / kind
+        common, here = folder / "drawn" / kind, output / "brand" / kind
         common.mkdir(parents=True, exist_ok=True)
         here.parent.mkdir(parents=True, exist_ok=True)
         if not here.is_symlink():

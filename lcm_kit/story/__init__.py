@@ -17,7 +17,7 @@ from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
 from lcm_kit.story import configs, show
 from lcm_kit.story.configs import Story
-from lcm_kit.story.stages import stages
+from lcm_kit.story.stages import insist_on_the_folder, stages_of
 
 _STAGES = 7
 
@@ -31,6 +31,7 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     """
     _alone()
     console, story = Console(stderr=True), configs.quickstart(output, overrides)
+    insist_on_the_folder(story)
     show.plan(story, _check(console, story, None))
     return _tell(console, story)
 
@@ -60,6 +61,7 @@ def finetune(
     if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
     story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, overrides)
+    insist_on_the_folder(story)
     show.plan(story, _check(console, story, trigger))
     return None if dry_run else _tell(console, story)
 
@@ -100,7 +102,7 @@ def _check(console: Console, story: Story, trigger: str | None) -> int:
 def _tell(console: Console, story: Story) -> Path:
     """Run the stages after the check, each under its heading and with its time."""
     began = time.perf_counter()
-    for number, (title, run) in enumerate(stages(story), start=2):
+    for number, (title, run) in enumerate(stages_of(story), start=2):
         _heading(console, number, title)
         started = time.perf_counter()
         run()

@@ -16,7 +16,7 @@ from lcm_kit.story.configs import CAPTIONS, PROMPTS, Story
 Stage = tuple[str, Callable[[], Any]]
 
 
-def stages(story: Story) -> Iterator[Stage]:
+def stages_of(story: Story) -> Iterator[Stage]:
     """All stages after the check of the folder, by title; each imports what it needs when it runs."""
     yield "encode: pictures and captions become latents and embeddings", lambda: encode(story)
     yield "style: a LoRA that draws your look, at the base's pace", lambda: style(story)
@@ -24,6 +24,15 @@ def stages(story: Story) -> Iterator[Stage]:
     yield "export: the files that apps load, each checked in each app", lambda: export(story.run)
     yield "evaluate: base, styled base and adapter from the same noise", lambda: evaluate(story)
     yield "report: one page that shows it", lambda: report(story.run)
+
+
+def insist_on_the_folder(story: Story) -> None:
+    """Raise `UserError` if the run's folder holds an adapter that no story made: it cannot be continued."""
+    if (story.run / "adapter").is_dir() and not Path(story.style.output).is_dir():
+        raise UserError(
+            f"{story.run} holds a run without a style, which this would not continue; give another "
+            "--output, or remove it"
+        )
 
 
 def encode(story: Story) -> None:

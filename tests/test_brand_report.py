@@ -1,0 +1,160 @@
+"""The report of a brand run: brand, base and adapter side by side, an honest verdict, and what is missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lcm_kit.report import brand
+from lcm_kit.report.build import write_report
+from tests.brands import figure, row, rows, write_brand
+from tests.runs import build_run
+from tests.test_report import EVIL, Page, write_results
+from tests.test_report import rows as quality_rows
+
+PROMPTS = [EVIL, "a cat", "a dog", "a tree", "a fish", "a house", "a seventh"]
+
+
+@pytest.fixture
+def run(sd_base: Callable[..., Path], tmp_path: Path) -> Path:
+    run = build_run(tmp_path / "run", sd_base("epsilon"))
+    write_brand(run, PROMPTS)
+    return run
+
+
+def colour(source: str | None) -> tuple[int, ...]:
+    """The first pixel of a data URI's picture."""
+    data = base64.b64decode((source or "").partition(",")[2])
+    with Image.open(io.BytesIO(data)) as picture:
+        found = picture.convert("RGB").getpixel((0, 0))
+    assert isinstance(found, tuple)
+    return found
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page).replace("\u00a0", " "))
+
+
+def test_the_first_picture_is_brand_base_adapter_a_row_a_prompt(run: Path) -> None:
+    page = Page(write_report(run).read_text())
+    # tests/brands.py: base at 50 steps is row 0 (shade 0), the adapter at 4 steps row 4 (shade 80)
+    wanted = [(shade, 30 * i, 7) for i in range(6) for shade in (200, 0, 80)]
+    assert [colour(image["src"]) for image in page.images[:18]] == wanted
+    names = ("Your pictures", "The base, 50 steps", "Your adapter, 4 steps")
+    assert [image["alt"] for image in page.images[3:6]] == [f"{name}: a cat" for name in names]
+    # then the control prompts, base beside adapter
+    wanted = [(shade, 30 * i, 7) for i in range(6) for shade in (9, 89)]
+    assert [colour(image["src"]) for image in page.images[18:30]] == wanted
+    text = write_report(run).read_text()
+    assert text.index(names[0]) < text.index(names[1]) < text.index(names[2])
+    assert "a seventh</figcaption>" not in text
+
+
+def test_it_needs_no_other_evaluation_and_fetches_nothing(run: Path) -> None:
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert all(link and link.startswith("data:image/") for link in page.links)
+    assert all(image.get("alt") for image in page.images)
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert 'base = "some/base"' in unescape(text) and f"pipe({json.dumps(EVIL)}, num_inf" in unescape(text)
+    assert "Does it work?" not in text and "How do I use the file?" in text
+
+
+def test_numbers_in_plain_words(run: Path) -> None:
+    text = text_of(write_report(run).read_text())
+    assert "Your look, in 4 steps? Yes." in text
+    assert (
+        "Nearness to your pictures (brand similarity, higher is nearer): the base 0.200 (0.150 to 0.250), "
+        "your adapter 0.700 (0.640 to 0.760), the look at 50 steps 0.800 (0.750 to 0.850)." in text
+    )
+    assert (
+        "Prompts of other things, pictures right: the base 98 % (95 % to 100 %), your adapter 95 % "
+        "(91 % to 99 %), the look at 50 steps 97 % (94 % to 100 %)." in text
+    )
+
+
+def test_the_other_evaluation_follows_below(run: Path) -> None:
+    write_results(run, quality_rows(), ["one", "two"])
+    page = write_report(run).read_text()
+    text = text_of(page)
+    parts = ("Your look, in 4 steps?", "Does it still draw", "Beside the base, on", "How much faster?")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places) and "Does it work?" not in text
+    assert "your adapter draws 90 % of 128 pictures right" in text and "at 100 calls, 95 %" in text
+    assert page.count("<h1>") == 1
+    # six rows of three, six of two, then the headline's three rows of two
+    assert [colour(image["src"]) for image in Page(page).images[30:36]] == [
+        (shade, 90, 120) for shade in (0, 0, 80, 80, 200, 200)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "answer"),
+    [
+        ({}, "Yes"),
+        ({"brand_similarity": (0.3, 0.251, 0.35)}, "Yes"),
+        ({"brand_similarity": (0.3, 0.25, 0.35)}, "No"),
+        ({"brand_similarity": (0.1, 0.05, 0.15)}, "No"),
+        ({"control_adherence": (0.93, 0.9, 0.95)}, "Yes"),  # exactly 5 points
+        ({"control_adherence": (0.929, 0.9, 0.95)}, "In part"),
+        ({"control_adherence": None}, "Yes"),
+        ({"brand_similarity": None}, "Judge by eye"),
+    ],
+)
+def test_the_verdicts_rule(adapter: dict[str, Any], answer: str) -> None:
+    head = brand.headline(rows(**adapter))
+    assert brand.verdict(head, "attributes") == answer
+    told = " ".join(brand.sentences(head, "attributes"))
+    assert ("forgotten" in told) == (answer == "In part")
+    if answer == "In part":
+        assert "the adapter is 5\u00a0% below the base" in told
+
+
+def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:
+    def head(value: float) -> dict[str, Any]:
+        found = rows(control_adherence=(value, value - 1, value + 1))
+        found[0]["control_adherence"] = figure((30.0, 29.0, 31.0))
+        return brand.headline(found)
+
+    assert brand.verdict(head(28.5), "clip") == "Yes" and brand.verdict(head(28.4), "clip") == "In part"
+    told = " ".join(brand.sentences(head(28.4), "clip"))
+    assert "(CLIP score): the base 30.0 (29.0 to 31.0), your adapter 28.4 (27.4 to 29.4)" in told
+    assert "the adapter is 1.60 below the base" in told
+
+
+def test_the_adapter_nearest_four_steps_and_runs_without_a_style() -> None:
+    found = [row("base", 50), row("adapter", 2), row("adapter", 8)]
+    head = brand.headline(found)
+    assert head["adapter"]["steps"] == 2 and head["styled"] is None
+    assert all("the look at" not in sentence for sentence in brand.sentences(head, "attributes"))
+
+
+def test_pictures_of_the_folder_stand_in_where_no_prompt_is_of_one(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (250, i, 99)).save(folder / f"{i}.png")
+    write_brand(run, PROMPTS[:2], brand_pictures=[None, None], brand=str(folder))
+    images = Page(write_report(run).read_text()).images
+    assert [colour(images[i]["src"]) for i in (0, 3)] == [(250, 0, 99), (250, 2, 99)]
+    write_brand(run, PROMPTS[:2], brand_pictures=[None, None], brand=str(tmp_path / "gone"))
+    page = write_report(run).read_text()
+    assert page.count('<div class="none">') == 2 and colour(Page(page).images[0]["src"]) == (0, 0, 7)
+
+
+def test_a_run_of_other_adapters_alone_keeps_its_report(run: Path) -> None:
+    found = json.loads((run / "brand.json").read_text())
+    found["rows"] = [each for each in found["rows"] if each["name"] != "adapter"]
+    (run / "brand.json").write_text(json.dumps(found))
+    write_results(run, quality_rows(), ["one", "two"])
+    text = text_of(write_report(run).read_text())
+    assert "Does it work? Yes." in text and "Your look" not in text
