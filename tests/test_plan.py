@@ -362,7 +362,10 @@ def real_moments(n: int, worn: Style | None = None, *, pair: bool, checkpointing
     return ledger.moments
 
 
-@pytest.mark.parametrize(("pair", "checkpointing"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("pair", "checkpointing"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+)
 def test_the_rehearsal_is_what_real_tensors_do(pair: bool, checkpointing: bool, tiny: Planner) -> None:
     """The same ledger on the CPU, with the embedded base's real UNet: at most 2% between them."""
     n = 13
@@ -634,7 +637,7 @@ def test_what_the_cpus_allocator_keeps(checkpointing: bool, tiny: Planner) -> No
     assert returned.fits(card) and not kept.fits(card)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner) -> None:
     """As `train/finetune` encodes captions in its step: with real tensors, at most 2% between them."""
     wanted = tune("text_encoder.rank=8", f"gradient_checkpointing={checkpointing}".lower())

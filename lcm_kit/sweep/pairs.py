@@ -75,23 +75,30 @@ class PairPipes:
 def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list[str]]:
     """The pair to use, and why in words.
 
-    Of the pairs that follow their prompts as well as the best one does, beyond the interval of the paired
-    difference, the one whose pictures are nearest to the styled teacher's: the least kernel distance of their
-    features, and where that cannot tell two apart, the one more like the brand.
+    Of the pairs that follow their prompts as well as the styled teacher or the best pair does, whichever does
+    it less, beyond the interval of the paired difference, the one whose pictures are nearest to the styled
+    teacher's: the least kernel distance of their features, and where that cannot tell two apart, the one more
+    like the brand. (Asked for the best pair's prompts alone, the weights at which no look is left would win:
+    a look costs prompts, and the styled teacher says how many.)
     """
     pairs = [cell for cell in cells if cell.kind == "student"]
     key, reasons = "prompt_adherence", []
     if all(key in cells[pair] for pair in pairs):
         best = max(pairs, key=lambda pair: cells[pair][key].value)
+        (teacher,) = (cell for cell in cells if cell.kind == "teacher")
+        bar, who = min(
+            ((cell, name) for cell, name in ((teacher, "the styled teacher"), (best, "the best one"))),
+            key=lambda each: cells[each[0]][key].value,
+        )
 
         def as_good(pair: Pair) -> bool:
-            found = compare(cells[best][key], cells[pair][key], confidence)
-            return pair == best or found is None or found["low"] <= 0
+            found = compare(cells[bar][key], cells[pair][key], confidence)
+            return pair == bar or found is None or found["low"] <= 0
 
         able = [pair for pair in pairs if as_good(pair)]
         left = len(pairs) - len(able)
-        most = f"{cells[best][key].value:.3g}"
-        reasons.append(f"{left} of {len(pairs)} pairs follow their prompts less than the best one ({most})")
+        most = f"{cells[bar][key].value:.3g}"
+        reasons.append(f"{left} of {len(pairs)} pairs follow their prompts less than {who} ({most})")
     else:
         able = pairs
     nearest = min(able, key=lambda pair: cells[pair]["kernel_teacher"].value)

@@ -106,5 +106,11 @@ def test_the_pair_that_is_chosen() -> None:
     chosen, reasons = choose(cells, 0.95)
     assert (chosen.style_weight, chosen.lora_weight) == (1.0, 1.0)
     assert reasons[0] == "1 of 4 pairs follow their prompts less than the best one (0.96)"
+    # a look costs prompts: where the styled teacher follows fewer, pairs may too, but no fewer than it
+    (teacher,) = (cell for cell in cells if cell.kind == "teacher")
+    strong = {**cells, teacher: figures(0.5, 0.0, 0.9), pair(1.4, 1.0): figures(0.2, 0.01, 1.0)}
+    chosen, reasons = choose(strong, 0.95)
+    assert (chosen.style_weight, chosen.lora_weight) == (1.0, 0.6)
+    assert reasons[0] == "1 of 5 pairs follow their prompts less than the styled teacher (0.5)"
     plain = {cell: {k: v for k, v in f.items() if k == "kernel_teacher"} for cell, f in cells.items()}
     assert choose(plain, 0.95)[0].lora_weight == 0.6
