@@ -409,7 +409,7 @@ def test_disk_of_the_embedded_base(tiny: Planner) -> None:
     assert disk.disk(config("distill/sd15_lcm"), tiny).cache is None
 
 
-@pytest.mark.parametrize("in_student", [False, True])
+@pytest.mark.parametrize("in_student", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) -> None:
     """A style on every other layer: real tensors hold as much, and only the student that wears it does."""
     modules = [name.removeprefix("unet.") for name in lcm_modules(of_base("asset:tiny-sd"))[::2]]
@@ -825,7 +825,8 @@ def test_another_recipe_and_another_structure_are_refused() -> None:
 
 @pytest.mark.usefixtures("kept_stage")
 def test_the_plan_of_a_style(tiny: Planner) -> None:
-    asked = ("prior.prompts=asset:general", "batch_size=8", "steps=400", "validation.every=50")
+    alone = ("data.regularisation=null", "data.regularisation_share=null")
+    asked = ("prior.prompts=asset:general", "batch_size=8", "steps=400", "validation.every=50", *alone)
     done = plan("finetune/tiny_brand", *asked)
     assert done.exit_code == 0
     for words in (

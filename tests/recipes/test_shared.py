@@ -51,6 +51,7 @@ def launch(script: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow  # processes that import torch anew
 def test_two_processes_encode_and_evaluate_as_one(
     distill_keys: dict[str, Any], sd_base: Any, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ shipped.load_recipe("evaluation/guidance_sweep").main(load(Path(sys.argv[1])))
 """
 
 
+@pytest.mark.slow  # processes that import torch anew
 def test_two_processes_are_one(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, results = swept
     config = configure([folder / "weak.safetensors"], tmp_path / "two")

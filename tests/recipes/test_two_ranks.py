@@ -106,6 +106,7 @@ def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     assert resumed["batch"] == 4  # what one step sees is that of the start
 
 
+@pytest.mark.slow  # processes that import torch anew
 def test_two_ranks_equal_one_process_with_twice_the_batch(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
