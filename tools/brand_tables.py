@@ -132,7 +132,7 @@ def sheet(runs: Path, cell: str, file: Path) -> None:
             columns.setdefault(
                 name, [Image.open(folder / each).convert("RGB").resize((112, 112)) for each in names]
             )
-    side, top = 116, 40
+    side, top = 116, 54
     canvas = Image.new("RGB", (side * len(columns), top + side * (SHOWN + 2)), "white")
     pen = ImageDraw.Draw(canvas)
     order = [label for label in WAYS.values() if label in columns]
