@@ -56,7 +56,7 @@ def tune(*overrides: str) -> Finetune:
 
 OF_SAMPLES = (
     "data.source=teacher", "data.regularisation=null", "data.regularisation_share=null", "adapter.start=null",
-    "data.samples.count=384", "data.samples.steps=25",
+    "data.samples.count=384", "data.samples.steps=25", "validation.held_out=0",
 )  # fmt: skip
 
 
