@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,13 @@ def environment(threads: int) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     fixed = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
     return {**os.environ, **fixed, "OMP_NUM_THREADS": str(threads)}
+
+
+def launch(script: str, folder: Path, *arguments: object) -> None:
+    """Run a program, written into `folder`, in two processes of one thread that know of each other."""
+    (folder / "rank.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += [str(folder / "rank.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from lcm_kit.config.load import dump
 from lcm_kit.data.cache import Cache, encode
 from lcm_kit.export.run import export_run
 from lcm_kit.families import inspect_base
-from tests.recipes.small import configure, environment
+from tests.recipes.small import configure, launch
 from tests.runs import build_run
 
 # What each rank runs, with an eye on how many there are and what this one did.
@@ -41,14 +39,6 @@ quality = shipped.load_recipe("evaluation/quality")
 quality.main(load(Path(sys.argv[2])))
 Path(sys.argv[3], f"rank-{share.rank}.json").write_text(json.dumps([did, drawn]))
 """
-
-
-def launch(script: Path, *arguments: object) -> None:
-    """Run `script` in two processes that know of each other, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow  # processes that import torch anew
@@ -75,10 +65,9 @@ def test_two_processes_encode_and_evaluate_as_one(
             batch_size=2, teacher_steps=3, student_steps=(1,), unet_calls=(2,), pictures=1, solvers=("ddim",),
         )  # fmt: skip
 
-    (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "encode.yaml").write_text(dump(two))
     (tmp_path / "quality.yaml").write_text(dump(quality(runs["b"])))
-    launch(tmp_path / "rank.py", tmp_path / "encode.yaml", tmp_path / "quality.yaml", tmp_path)
+    launch(RANK, tmp_path, tmp_path / "encode.yaml", tmp_path / "quality.yaml", tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on it in their last bits
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import write
 from lcm_kit.metrics.distance import rms
 from tests.loras import random_lora
-from tests.recipes.small import environment
+from tests.recipes.small import launch
 
 SMALL: dict[str, Any] = {
     "recipe": "evaluation/guidance_sweep", "base": "asset:tiny-sd", "count": 3, "images_per_prompt": 2,
@@ -176,12 +174,8 @@ shipped.load_recipe("evaluation/guidance_sweep").main(load(Path(sys.argv[1])))
 def test_two_processes_are_one(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, results = swept
     config = configure([folder / "weak.safetensors"], tmp_path / "two")
-    (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "two.yaml").write_text(dump(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "rank.py"), str(tmp_path / "two.yaml")]
-    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(RANK, tmp_path, tmp_path / "two.yaml")
     if torch.get_num_threads() > 1:  # sums of several threads differ in their last bits
         torch.set_num_threads(1)
         results = run(replace(config, output=str(tmp_path / "one")))

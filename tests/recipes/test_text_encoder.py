@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
 from lcm_kit.text_lora import TextLora
-from tests.recipes.small import configure, environment, prepare
+from tests.recipes.small import configure, launch, prepare
 from tests.recipes.test_finetune import RANK, metrics, same, tuning, weights
 from train import finetune
 
@@ -423,14 +421,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(keys: Keys, tmp_path: 
     both: Keys = {"steps": 3, "validation": {"every": 1}, "caption_dropout": 0.5}
     two = config(keys, tmp_path / "two", batch_size=1, **both)
     (tmp_path / "config.yaml").write_text(dump(two))
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    arguments = [str(tmp_path / "rank.py"), str(tmp_path / "config.yaml")]
-    done = subprocess.run(
-        command + arguments, env=environment(1), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(RANK, tmp_path, tmp_path / "config.yaml")
     one = finetune.main(config(keys, tmp_path / "one", batch_size=2, **both))
     a, b = weights(tmp_path / "two"), weights(one)
     assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in b) < 1e-4

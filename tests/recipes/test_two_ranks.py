@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lcm_kit.config.load import dump
-from tests.recipes.small import configure, environment
+from tests.recipes.small import configure, launch
 from train import distill
 
 SETTINGS: dict[str, Any] = {"steps": 3, "optimizer": {"eps": 1e-3}}  # eps: as in test_distill's accumulation
@@ -73,15 +71,6 @@ distill.main(load(Path(sys.argv[1])))
 """
 
 
-def launch(script: str, config: Path, folder: Path) -> None:
-    """Run `script` in two processes of one thread each."""
-    (folder / "rank.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(folder / "rank.py"), str(config)]
-    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def difference(a: Path, b: Path) -> float:
     x, y = (load_file(run / "adapter/lora.safetensors") for run in (a, b))
     assert x.keys() == y.keys()
@@ -95,7 +84,7 @@ def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     settings = {**SETTINGS, "checkpoint": {"every": 2, "keep": 9}}
     config = configure(distill_keys, tmp_path / "two", batch_size=2, **settings)
     (tmp_path / "config.yaml").write_text(dump(config))
-    launch(SHARDED, tmp_path / "config.yaml", tmp_path)
+    launch(SHARDED, tmp_path, tmp_path / "config.yaml")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **settings))
     assert difference(tmp_path / "two", one) < 1e-4
@@ -112,7 +101,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(
 ) -> None:
     config = configure(distill_keys, tmp_path / "two", batch_size=1, accumulation=2, **SETTINGS)
     (tmp_path / "config.yaml").write_text(dump(config))
-    launch(RANK, tmp_path / "config.yaml", tmp_path)
+    launch(RANK, tmp_path, tmp_path / "config.yaml")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **SETTINGS))
 
