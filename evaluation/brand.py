@@ -12,28 +12,23 @@ run's folder, under brand/. Copy this file and change it.
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcm_kit import __version__, families, processes, sample
+from lcm_kit import families, processes, sample
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
-from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.files import atomic_folder, atomic_write
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.results import Rows
 from lcm_kit.sweep import brand, measure, tables
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, versions
 from lcm_kit.sweep.look import Looker
-from lcm_kit.sweep.subjects import base_facts, subjects
-
-LIBRARIES = ("torch", "diffusers", "peft", "transformers")
+from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
 
 
 def main(config: Brand) -> Path:
@@ -45,9 +40,7 @@ def main(config: Brand) -> Path:
     base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     files = [config.run, *([config.style] if config.style else [])]
     found = subjects(files, verify.base_of(base.path, base.revision, base.variant))
-    for each in found:
-        if each.fault is not None:
-            raise UserError(f"{each.file} does not load whole: {each.fault}; mend it with `lcm-kit convert`")
+    insist_on_whole(found)
     adapters = dict(zip((brand.ADAPTER, brand.STYLE), found, strict=False))
     folder, size = brand.output(config), config.resolution or base.sample_size * base.factor
     wanted, shown = brand.prompts_and_pictures(config)
@@ -61,18 +54,16 @@ def main(config: Brand) -> Path:
 
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = brand.plan(config)
-    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
     pipes = Pipes(
         base, adapters,
         warm=lambda pipe: sample.sample(pipe, wanted[:1], solver="ddim", steps=1, size=size),
     )  # fmt: skip
 
     def draw(kind: str) -> dict[Cell, Rows]:
-        extractors = [config.features, config.text_features, look.kind()]
-        inputs = [base.base_hash, repr(samples[kind]), extractors, versions, device]
+        made_by = inputs(config, base, samples[kind], look, device)
 
         def made_from(cell: Cell) -> list[Any]:
-            return [inputs, adapters[cell.adapter].weights if cell.adapter else None]
+            return [made_by, adapters[cell.adapter].weights if cell.adapter else None]
 
         return draw_all(cells, folder / "brand" / kind, pipes.get, samples[kind], look, made_from, share)
 
@@ -97,24 +88,19 @@ def main(config: Brand) -> Path:
     figures = {kind: figures_of(kind) for kind in samples}
 
     # -- Write -----------------------------------------------------------------------------------------------
-    names: dict[str, dict[Cell, list[str]]] = {}
     with atomic_folder(folder / "brand" / "pictures") as inside:
-        for kind, by_cell in drawn.items():
-            names[kind] = {cell: [f"{kind}-{cell.id}-{i:03d}.png" for i in range(len(rows["pictures"]))]
-                           for cell, rows in by_cell.items()}  # fmt: skip
-            for cell, rows in by_cell.items():
-                pictures = sample.to_pil(rows["pictures"].to(torch.float32) / 127.5 - 1)
-                for name, picture in zip(names[kind][cell], pictures, strict=True):
-                    picture.save(inside / name, optimize=True)
+        names = {
+            kind: tables.save_pictures(inside, drawn[kind], samples[kind], f"{kind}-") for kind in samples
+        }
         beside = brand.save_pictures(shown, inside, size)
 
-    def paths(of: list[str]) -> list[str]:
-        return [f"brand/pictures/{name}" for name in of]
+    def paths(found: Sequence[str]) -> list[str]:
+        return [f"brand/pictures/{name}" for name in found]
 
     table = [
         brand.row(
-            cell, {kind: figures[kind][cell] for kind in figures},
-            {kind: paths(names[kind][cell]) for kind in names}, config.confidence,
+            cell, {kind: figures[kind][cell] for kind in samples},
+            {kind: paths(names[kind][cell.id]) for kind in samples}, config.confidence,
         )
         for cell in cells
     ]  # fmt: skip
@@ -126,7 +112,7 @@ def main(config: Brand) -> Path:
         "images_per_prompt": config.images_per_prompt, "prompts": wanted, "control_prompts": control,
         "brand_pictures": [name and f"brand/pictures/{name}" for name in beside], "rows": table,
         "differences": brand.differences(cells, figures, config.confidence),
-        "machine": tables.machine(device), "versions": versions,
+        "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
     atomic_write(folder / "brand.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     brand.show(table)

@@ -18,7 +18,6 @@ from typing import Any
 
 from lcm_kit import families, processes, sample
 from lcm_kit.config.sweep import Compose
-from lcm_kit.errors import UserError
 from lcm_kit.export import merge_files, verify
 from lcm_kit.files import atomic_write
 from lcm_kit.metrics.bootstrap import Resamples
@@ -26,7 +25,7 @@ from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.draw import Samples, draw_all, inputs, versions
 from lcm_kit.sweep.look import Looker, brand_features
 from lcm_kit.sweep.pairs import PairPipes, choose, plan, write_map
-from lcm_kit.sweep.subjects import base_facts, subjects
+from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
 
 
 def main(config: Compose) -> Path:
@@ -38,9 +37,7 @@ def main(config: Compose) -> Path:
     style, speed = subjects(
         (config.style, config.speed), verify.base_of(base.path, base.revision, base.variant)
     )
-    for each in (style, speed):
-        if each.fault is not None:
-            raise UserError(f"{each.file} does not load whole: {each.fault}; mend it with `lcm-kit convert`")
+    insist_on_whole((style, speed))
     folder = Path(config.output)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size

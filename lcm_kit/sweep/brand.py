@@ -19,7 +19,7 @@ from lcm_kit.data import records, split
 from lcm_kit.errors import UserError
 from lcm_kit.files import sha256_bytes
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import Figure, Figures, compare
+from lcm_kit.sweep.measure import Figures, as_json, compare
 
 STYLE, ADAPTER = "style", "adapter"
 SCHEMA = 1  # of brand.json: docs/contract.md
@@ -65,7 +65,7 @@ def insist_on_one_file(run: str) -> None:
 
 def prompts_and_pictures(config: Brand) -> tuple[list[str], list[Image.Image | None]]:
     """The prompts of the look, `config.count` of them, and the brand's picture of each where there is one."""
-    found, _ = records.open_records(Data(path=config.brand, kind="folder", skip_bad=True))
+    found, _ = records.open_records(Data(path=config.brand, kind="folder"))
     if config.prompts is not None:
         wanted = list(islice(cycle(records.prompts(config.prompts)), config.count))
     else:
@@ -98,16 +98,9 @@ def row(
         "sampler": cell.sampler, "steps": cell.steps, "guidance_scale": cell.guidance_scale,
         "unet_calls": cell.unet_calls,
     }  # fmt: skip
-    for key, (kind, metric) in FIGURES.items():
-        entry[key] = _entry(figures[kind].get(metric), confidence)
+    known = {kind: as_json(found, confidence) for kind, found in figures.items()}
+    entry |= {key: known[kind][metric] for key, (kind, metric) in FIGURES.items()}
     return {**entry, "pictures": pictures["brand"], "control_pictures": pictures["control"]}
-
-
-def _entry(figure: Figure | None, confidence: float) -> dict[str, float] | None:
-    if figure is None:
-        return None
-    low, high = figure.interval(confidence)
-    return {"value": figure.value, "low": low, "high": high}
 
 
 def differences(
@@ -120,8 +113,7 @@ def differences(
             entry: dict[str, Any] = {"steps": mine.steps, "less": "styled" if other.adapter else "base"}
             for key in ("brand_similarity", "brand_adherence", "control_adherence", "diversity"):
                 kind, metric = FIGURES[key]
-                pair = [figures[kind][cell].get(metric) for cell in (mine, other)]
-                a, b = pair
+                a, b = (figures[kind][cell].get(metric) for cell in (mine, other))
                 entry[key] = compare(a, b, confidence) if a is not None and b is not None else None
             found.append(entry)
     return found

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from lcm_kit import __version__, assets, sample
+from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def inputs(
-    config: GuidanceSweep | Compose, base: BaseInfo, samples: Samples, look: Looker, device: str
+    config: GuidanceSweep | Compose | Brand, base: BaseInfo, samples: Samples, look: Looker, device: str
 ) -> list[Any]:
     """What the rows of all cells follow from besides the adapters, as JSON."""
     return [

@@ -61,6 +61,13 @@ def subjects(adapters: Sequence[str], against: verify.Against) -> list[Subject]:
     return [_subject(name, file, against) for name, file in zip(names, files, strict=True)]
 
 
+def insist_on_whole(found: Sequence[Subject]) -> None:
+    """Raise `UserError` for the first of them that does not load whole."""
+    for each in found:
+        if each.fault is not None:
+            raise UserError(f"{each.file} does not load whole: {each.fault}; mend it with `lcm-kit convert`")
+
+
 def _subject(name: str, file: Path, against: verify.Against) -> Subject:
     report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
     (row,) = report.rows

@@ -22,13 +22,20 @@ _PER_SAMPLE = ("adherence", "chroma", "clipped", "sharpness", "seconds", "joules
 
 def write_pictures(folder: Path, tables: Mapping[C, Rows], samples: Samples) -> dict[str, list[str]]:
     """`pictures/CELL-NNN.png` for every cell and shown sample; the paths by cell, relative to `folder`."""
-    names: dict[str, list[str]] = {}
     with atomic_folder(folder / "pictures") as inside:
-        for cell, table in tables.items():
-            files = [f"{cell.id}-{i:03d}.png" for i in samples.shown]
-            for file, picture in zip(files, sample.to_pil(table["pictures"] / 127.5 - 1), strict=True):
-                picture.save(inside / file, optimize=True)
-            names[cell.id] = [f"pictures/{file}" for file in files]
+        names = save_pictures(inside, tables, samples)
+    return {cell: [f"pictures/{file}" for file in files] for cell, files in names.items()}
+
+
+def save_pictures(
+    folder: Path, tables: Mapping[C, Rows], samples: Samples, begin: str = ""
+) -> dict[str, list[str]]:
+    """`CELL-NNN.png`, after `begin`, for every cell and shown sample into `folder`; the names by cell."""
+    names: dict[str, list[str]] = {}
+    for cell, table in tables.items():
+        names[cell.id] = [f"{begin}{cell.id}-{i:03d}.png" for i in samples.shown]
+        for file, picture in zip(names[cell.id], sample.to_pil(table["pictures"] / 127.5 - 1), strict=True):
+            picture.save(folder / file, optimize=True)
     return names
 
 
