@@ -31,6 +31,7 @@ from lcm_kit.families import BaseInfo
 _KEPT = ("time_embedding", "add_embedding")
 _MULTIPLE = 16  # of both widths: what int8 tensor cores take; all widths of real bases are multiples of 64
 _WHOLE = 32  # transformer blocks up to which a UNet is compiled as a whole (SD1.x and 2.x: 16; SDXL: 70)
+LR_FACTOR = "lr_factor"  # of an optimizer's group: its rate divided by optimizer.lr
 _GRAPHS = 64  # variants of one function that dynamo may keep; it falls back to no compiling after 8
 
 
@@ -207,6 +208,12 @@ def make_optimizer(
     if device.type == "cuda":
         settings["fused"] = True
     return torch.optim.AdamW(parameters, **settings)
+
+
+def set_rates(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of every group of `optimizer`: `rate`, times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(LR_FACTOR, 1.0)
 
 
 def _probe_optimizer(kind: Any, device: torch.device) -> None:

@@ -18,8 +18,7 @@ from lcm_kit.adapter import add_text_lora, join, trained_parameters
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition, Index
-
-LR_FACTOR = "lr_factor"  # of an optimizer's group: its rate divided by optimizer.lr
+from lcm_kit.memory import LR_FACTOR
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +115,8 @@ def _checkpointed(encoder: Any) -> None:
 def joined(unet: Any, text: TextLora | None, config: Finetune) -> list[Any]:
     """Make the LoRAs of `unet` and `text` one adapter (`adapter.join`); returns what the optimizer takes.
 
-    The parameters, or two groups of them: those of text encoders have a rate of their own (`set_rates`).
+    The parameters, or two groups of them: those of text encoders have a rate of their own
+    (`memory.set_rates`).
     """
     own = trained_parameters(unet)
     if text is None:
@@ -125,9 +125,3 @@ def joined(unet: Any, text: TextLora | None, config: Finetune) -> list[Any]:
     lr = config.text_encoder.lr
     factor = 1.0 if lr is None else lr / config.optimizer.lr
     return [{"params": own}, {"params": trained_parameters(unet)[len(own) :], LR_FACTOR: factor}]
-
-
-def set_rates(optimizer: Any, rate: float) -> None:
-    """Set the learning rate of every group of `optimizer`: `rate`, times the group's own factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get(LR_FACTOR, 1.0)

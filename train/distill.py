@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping
-from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
+from lcm_kit.adapter import add_lora, swapped, teacher, trained_parameters, update_ema
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
 from lcm_kit.data import sources
@@ -34,7 +34,7 @@ from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.held_out import HeldOut, Measuring
 from lcm_kit.losses import LOSSES
-from lcm_kit.memory import compiled, load_unet, make_optimizer
+from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.methods import METHODS, Method, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule, grid_steps, interval_weight
@@ -115,7 +115,7 @@ def main(config: Distill) -> Path:
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
     model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
-    lora = [p for p in unet.parameters() if p.requires_grad]  # other objects, if they were sharded
+    lora = trained_parameters(unet)  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     call = compiled(model, config)
 
@@ -190,8 +190,7 @@ def main(config: Distill) -> Path:
             batch = batches.at(step)
             drawn = draws(config, method, schedule, batch, step)
             rate = runtime.learning_rate(o, step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, batch, drawn))
             if guard.accepts(done, made, batch.ids):
                 optimizer.step()

@@ -37,7 +37,7 @@ from lcm_kit.data.split import split
 from lcm_kit.families.condition import Condition
 from lcm_kit.held_out import HeldOut, Measuring
 from lcm_kit.losses import l2
-from lcm_kit.memory import compiled, load_unet, make_optimizer
+from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import Schedule
 from lcm_kit.step import diffusion_loss, min_snr_weight
@@ -178,7 +178,7 @@ def main(config: Finetune) -> Path:
                 drawn = draws(config, schedule.steps, other, step, "prior ")
                 parts.append((config.prior.weight, other, drawn))
             rate = runtime.learning_rate(o, step, config.steps)
-            text_lora.set_rates(optimizer, rate)
+            set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, parts))
             if guard.accepts(done, made, batch.ids):
                 optimizer.step()

@@ -140,8 +140,8 @@ def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides)
     known = config.teacher.adapters[:1] or (TeacherAdapter(""),)
     style = str(output / STYLE)
     teacher = replace(config.teacher, adapters=(replace(known[0], path=style),), in_student=False)
-    own = config.adapter.start is not None and config.adapter.start == known[0].path
-    start = style if own else config.adapter.start  # a config that begins with its teacher's style
+    # a config that begins with its teacher's style
+    start = style if config.adapter.start == known[0].path else config.adapter.start
     return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
 
 
