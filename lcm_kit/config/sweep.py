@@ -132,7 +132,7 @@ class Compose:
     sampler: Literal["lcm", "tcd", "ddim"] = "lcm"
     steps: Positive = 4
     guidance_scale: Scale = 1.0
-    style_weights: Weights = (0.8, 1.0, 1.2, 1.4)
+    style_weights: Weights = (0.8, 1.0, 1.1, 1.2, 1.4)
     speed_weights: Weights = (0.6, 0.8, 1.0, 1.2)
     features: str = "asset:probe"  # as in a guidance sweep
     text_features: str | None = None

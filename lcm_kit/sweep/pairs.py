@@ -77,15 +77,16 @@ def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list
 
     Of the pairs that follow their prompts as well as the styled teacher or the best pair does, whichever does
     it less, beyond the interval of the paired difference, the one whose pictures are nearest to the styled
-    teacher's: the least kernel distance of their features, and where that cannot tell two apart, the one more
-    like the brand. (Asked for the best pair's prompts alone, the weights at which no look is left would win:
-    a look costs prompts, and the styled teacher says how many.)
+    teacher's: the least kernel distance of their features, and where that cannot tell two apart, the one
+    whose likeness to the brand is nearest to the teacher's. (Asked for the best pair's prompts alone, the
+    weights at which no look is left would win: a look costs prompts, and the styled teacher says how many.
+    Asked for the most likeness, those at which the look drowns the object would.)
     """
     pairs = [cell for cell in cells if cell.kind == "student"]
+    (teacher,) = (cell for cell in cells if cell.kind == "teacher")
     key, reasons = "prompt_adherence", []
     if all(key in cells[pair] for pair in pairs):
         best = max(pairs, key=lambda pair: cells[pair][key].value)
-        (teacher,) = (cell for cell in cells if cell.kind == "teacher")
         bar, who = min(
             ((cell, name) for cell, name in ((teacher, "the styled teacher"), (best, "the best one"))),
             key=lambda each: cells[each[0]][key].value,
@@ -109,7 +110,8 @@ def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list
             near.append(pair)
     chosen = nearest
     if "brand_similarity" in cells[nearest]:
-        chosen = max(near, key=lambda pair: cells[pair]["brand_similarity"].value)
+        look = {cell: cells[cell]["brand_similarity"].value for cell in (teacher, *near)}
+        chosen = min(near, key=lambda pair: abs(look[pair] - look[teacher]))
     for name in ("prompt_adherence", "kernel_teacher", "brand_similarity", "saturation", "diversity"):
         if name in cells[chosen]:
             low, high = cells[chosen][name].interval(confidence)

@@ -91,7 +91,7 @@ def figures(adherence: float, kernel: float, brand: float, noise: float = 0.01) 
 
 
 def test_the_pair_that_is_chosen() -> None:
-    """Prompts come first, then the styled teacher's look, then the brand where looks cannot be told apart."""
+    """Prompts first, then nearness to the styled teacher, then to its look where that cannot tell."""
 
     def pair(style: float, speed: float) -> Pair:
         return Pair("student", "pair", "lcm", 4, 1.0, speed, style_weight=style)
@@ -100,17 +100,18 @@ def test_the_pair_that_is_chosen() -> None:
         Pair("teacher", None, "ddim", 50, 5.0): figures(1.0, 0.0, 0.9),
         pair(1.0, 0.6): figures(0.5, 0.10, 0.9),  # off its prompts
         pair(1.0, 0.8): figures(0.95, 0.30, 0.3),
-        pair(1.0, 1.0): figures(0.96, 0.31, 0.5),  # as near as the one above, more like the brand
+        pair(1.0, 1.0): figures(0.96, 0.31, 0.5),  # as near as the one above, more like the teacher's look
+        pair(1.1, 0.8): figures(0.95, 0.30, 1.9),  # as near, and more look than the teacher has
         pair(1.2, 1.0): figures(0.96, 0.60, 0.8),  # far from the teacher
     }
     chosen, reasons = choose(cells, 0.95)
     assert (chosen.style_weight, chosen.lora_weight) == (1.0, 1.0)
-    assert reasons[0] == "1 of 4 pairs follow their prompts less than the best one (0.96)"
+    assert reasons[0] == "1 of 5 pairs follow their prompts less than the best one (0.96)"
     # a look costs prompts: where the styled teacher follows fewer, pairs may too, but no fewer than it
     (teacher,) = (cell for cell in cells if cell.kind == "teacher")
     strong = {**cells, teacher: figures(0.5, 0.0, 0.9), pair(1.4, 1.0): figures(0.2, 0.01, 1.0)}
     chosen, reasons = choose(strong, 0.95)
     assert (chosen.style_weight, chosen.lora_weight) == (1.0, 0.6)
-    assert reasons[0] == "1 of 5 pairs follow their prompts less than the styled teacher (0.5)"
+    assert reasons[0] == "1 of 6 pairs follow their prompts less than the styled teacher (0.5)"
     plain = {cell: {k: v for k, v in f.items() if k == "kernel_teacher"} for cell, f in cells.items()}
     assert choose(plain, 0.95)[0].lora_weight == 0.6
