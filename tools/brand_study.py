@@ -78,21 +78,14 @@ def run(config: str, **overrides: Any) -> Path:
     return folder
 
 
-def own(count: int) -> Path:
-    """A folder of `count` pictures that the base drew, so that training keeps what it can draw."""
-    folder, prior_ = CACHE / f"own-{count}", CACHE / "own"
-    if not (folder / "whole").is_file():
-        config = load(
-            shipped.config_path("study/style"),
-            [f"data.cache={json.dumps(str(prior_))}", "prior.prompts=asset:general", "prior.count=120"],
-        )
-        prior.encode(config, progress=False)
-        drawn = sorted((CACHE / "own-prior" / "pictures").glob("*.png"))[:count]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (each for picture in drawn for each in (picture, picture.with_suffix(".txt"))):
-            (folder / file.name).write_bytes(file.read_bytes())
-        (folder / "whole").touch()
-    return folder
+def own() -> Path:
+    """A folder of pictures that the base drew, so that training keeps what it can draw."""
+    config = load(
+        shipped.config_path("study/style"),
+        [f"data.cache={json.dumps(str(CACHE / 'own'))}", "prior.prompts=asset:general", "prior.count=120"],
+    )
+    prior.encode(config, progress=False)
+    return CACHE / "own-prior" / "pictures"
 
 
 def measure(folder: Path, name: str, adapter: Path, style: Path, brand: Path, seed: int) -> None:
@@ -114,7 +107,7 @@ def do(cell: str) -> None:
     look, count, seed = cell.split("-")[0], *map(int, cell.split("-")[1:])
     folder, brand = RUNS / cell, draw_set(look, count, seed)
     data = {"data__path": str(brand), "data__cache": str(CACHE / cell / "latents"), "seed": seed,
-            "data__regularisation": str(own(count))}  # fmt: skip
+            "data__regularisation": str(own())}  # fmt: skip
     style = run("style", output=str(folder / "style"), **data)
     parts = adapter_file(style), adapter_file(SPEED)
 
