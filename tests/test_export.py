@@ -119,6 +119,18 @@ def test_one_style_into_another_folder(run: Path, tmp_path: Path) -> None:
     assert not (run / "export").exists()
 
 
+def test_the_same_weights_give_the_same_bytes(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    """safetensors shuffles the metadata; with 20 keys and more two files are hardly ever alike by chance."""
+    run = build_run(tmp_path / "lümo", sd_base("epsilon"))
+    first = {style: file.read_bytes() for style, file in export_run(run).items()}
+    again = export_run(run, output=tmp_path / "again")
+    assert {style: file.read_bytes() for style, file in again.items()} == first
+    for file in again.values():
+        with safe_open(file, framework="pt") as opened:
+            said = opened.metadata()
+        assert len(said) >= 20 and said["modelspec.title"] == "lümo"
+
+
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float16", 1e-6, 2e-3), ("bfloat16", 1e-5, 2e-2)])
 def test_half_precision_rounds_the_weights_only(run: Path, dtype: str, least: float, most: float) -> None:
     for style, file in export_run(run, dtype=dtype).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def write(
 ) -> Lora:
     """Write `lora` to `path` as `style` ("diffusers" or "kohya") in `dtype`; returns it as the file has it.
 
+    The same weights and facts give the same bytes.
+
     Raises `UserError`, leaving what stood at `path`, if a weight is NaN or Inf, overflows `dtype` or has no
     name in the style.
     """
@@ -44,7 +47,20 @@ def write(
     header = {**done.metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **header})
+        _sort_metadata(temporary)
     return Lora(rounded, header)
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes the keys of the metadata in another order every time; this sorts them in place."""
+    with file.open("rb+") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, "safetensors spells its header in another way than it did"
+        handle.seek(8)
+        handle.write(text)
 
 
 def _check_finite(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], dtype: str) -> None:
