@@ -36,6 +36,20 @@ def rows(**adapter: Any) -> list[dict[str, Any]]:
     return [row("base", 50), row("styled", 50), *(row("adapter", n, **adapter) for n in (1, 2, 4, 8))]
 
 
+def content(
+    found: list[dict[str, Any]], less: tuple[float, float, float] | None = (0.5, 0.44, 0.56)
+) -> dict[str, Any]:
+    """Rows, and their differences: `less` of brand similarity, to the base at any number of steps."""
+    nearer = less and {**dict(zip(("difference", "low", "high"), less, strict=True)), "p": 0.002}
+    differences = [
+        {"steps": each["steps"], "less": other, "brand_similarity": nearer if other == "base" else None}
+        for each in found
+        if each["name"] == "adapter"
+        for other in ("styled", "base")
+    ]
+    return {"rows": found, "differences": differences}
+
+
 def write_brand(
     run: Path, prompts: list[str], found: list[dict[str, Any]] | None = None, **more: Any
 ) -> None:
@@ -56,6 +70,6 @@ def write_brand(
     told = {
         "base": {"path": "some/base", "hash": "b" * 64}, "adherence": "attributes", "prompts": prompts,
         "control_prompts": [f"other {prompt}" for prompt in prompts],
-        "brand_pictures": drawn("yours", 200), "rows": found, **more,
+        "brand_pictures": drawn("yours", 200), **content(found), **more,
     }  # fmt: skip
     (run / "brand.json").write_text(json.dumps(told))

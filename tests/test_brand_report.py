@@ -16,7 +16,7 @@ from PIL import Image
 
 from lcm_kit.report import brand
 from lcm_kit.report.build import write_report
-from tests.brands import figure, row, rows, write_brand
+from tests.brands import content, figure, row, rows, write_brand
 from tests.runs import build_run
 from tests.test_report import EVIL, Page, write_results
 from tests.test_report import rows as quality_rows
@@ -74,7 +74,8 @@ def test_numbers_in_plain_words(run: Path) -> None:
     assert "Your look, in 4 steps? Yes." in text
     assert (
         "Nearness to your pictures (brand similarity, higher is nearer): the base 0.200 (0.150 to 0.250), "
-        "your adapter 0.700 (0.640 to 0.760), the look at 50 steps 0.800 (0.750 to 0.850)." in text
+        "your adapter 0.700 (0.640 to 0.760), the look at 50 steps 0.800 (0.750 to 0.850); "
+        "adapter less base, prompt by prompt, 0.500 (0.440 to 0.560)." in text
     )
     assert (
         "Prompts of other things, pictures right: the base 98 % (95 % to 100 %), your adapter 95 % "
@@ -98,20 +99,22 @@ def test_the_other_evaluation_follows_below(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "answer"),
+    ("adapter", "less", "answer"),
     [
-        ({}, "Yes"),
-        ({"brand_similarity": (0.3, 0.251, 0.35)}, "Yes"),
-        ({"brand_similarity": (0.3, 0.25, 0.35)}, "No"),
-        ({"brand_similarity": (0.1, 0.05, 0.15)}, "No"),
-        ({"control_adherence": (0.93, 0.9, 0.95)}, "Yes"),  # exactly 5 points
-        ({"control_adherence": (0.929, 0.9, 0.95)}, "In part"),
-        ({"control_adherence": None}, "Yes"),
-        ({"brand_similarity": None}, "Judge by eye"),
+        ({}, (0.5, 0.44, 0.56), "Yes"),
+        ({"brand_similarity": (0.3, 0.2, 0.4)}, (0.1, 0.001, 0.2), "Yes"),  # prompts differ more than the two
+        ({"brand_similarity": (0.3, 0.2, 0.4)}, (0.1, 0.0, 0.2), "No"),
+        ({"brand_similarity": (0.1, 0.05, 0.15)}, (-0.1, -0.2, -0.01), "No"),
+        ({"control_adherence": (0.93, 0.9, 0.95)}, (0.5, 0.44, 0.56), "Yes"),  # exactly 5 points
+        ({"control_adherence": (0.929, 0.9, 0.95)}, (0.5, 0.44, 0.56), "In part"),
+        ({"control_adherence": None}, (0.5, 0.44, 0.56), "Yes"),
+        ({"brand_similarity": None}, None, "Judge by eye"),
     ],
 )
-def test_the_verdicts_rule(adapter: dict[str, Any], answer: str) -> None:
-    head = brand.headline(rows(**adapter))
+def test_the_verdicts_rule(
+    adapter: dict[str, Any], less: tuple[float, float, float] | None, answer: str
+) -> None:
+    head = brand.headline(content(rows(**adapter), less))
     assert brand.verdict(head, "attributes") == answer
     told = " ".join(brand.sentences(head, "attributes"))
     assert ("forgotten" in told) == (answer == "In part")
@@ -123,7 +126,7 @@ def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:
     def head(value: float) -> dict[str, Any]:
         found = rows(control_adherence=(value, value - 1, value + 1))
         found[0]["control_adherence"] = figure((30.0, 29.0, 31.0))
-        return brand.headline(found)
+        return brand.headline(content(found))
 
     assert brand.verdict(head(28.5), "clip") == "Yes" and brand.verdict(head(28.4), "clip") == "In part"
     told = " ".join(brand.sentences(head(28.4), "clip"))
@@ -133,7 +136,7 @@ def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:
 
 def test_the_adapter_nearest_four_steps_and_runs_without_a_style() -> None:
     found = [row("base", 50), row("adapter", 2), row("adapter", 8)]
-    head = brand.headline(found)
+    head = brand.headline(content(found))
     assert head["adapter"]["steps"] == 2 and head["styled"] is None
     assert all("the look at" not in sentence for sentence in brand.sentences(head, "attributes"))
 

@@ -23,6 +23,7 @@ from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
+from lcm_kit.report import brand as look
 from lcm_kit.report.build import describe, headline
 from lcm_kit.report.shared import number, percent
 from lcm_kit.results import best_plain
@@ -32,11 +33,20 @@ if TYPE_CHECKING:
     from lcm_kit.export.metadata import Facts
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
+LOOK = "pictures/base-and-look.png"
+_ASKED = "a lighthouse by the sea at sunset"
 _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
 _GENERATIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 _METHODS = {"lcm": "latent consistency distillation (LCM)"}
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
+_LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
+_VERDICTS = {
+    "Yes": "Yes",
+    "In part": "In part: it is nearer to the brand's pictures, and has lost some of what the base can draw",
+    "No": "No: it is not nearer to the brand's pictures than the base",
+    "Judge by eye": "Judge by eye: nearness to the brand's pictures was not measured",
+}
 
 
 def write(
@@ -49,14 +59,16 @@ def write(
     lora: Lora,
     checks: Sequence[tuple[str, str, str]],
     results: Mapping[str, Any] | None = None,
+    brand: Mapping[str, Any] | None = None,
     pictures_from: Path | None = None,
 ) -> Path:
-    """Write `folder/README.md`, and the contact sheet that it shows, and return the card's path.
+    """Write `folder/README.md`, and the contact sheets that it shows, and return the card's path.
 
     `files`: the LoRA's files in `folder` by format, `diffusers` or `kohya` or both. `checks`: app, format and
-    a sentence on how much of the file it loads. `results`: what `results.json` holds, whose pictures lie in
-    the run's folder `pictures_from`; without a student in it nothing is shown of it. `facts.method` None: a
-    LoRA that does not make sampling shorter. Raises `UserError` if the file system refuses.
+    a sentence on how much of the file it loads. `results` and `brand`: what `results.json` and `brand.json`
+    hold, whose pictures lie in the run's folder `pictures_from`; without a student, or base and adapter, in
+    it nothing is shown of it, and the brand's own pictures never are: a card is given away. `facts.method`
+    None: a LoRA that does not make sampling shorter. Raises `UserError` if the file system refuses.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -67,7 +79,9 @@ def write(
     environment.filters.update(text=text, code=code, literal=literal, number=number)
     names = {style: Path(file).name for style, file in files.items()}
     drawn = evaluation(results)
-    prompts = _sheet(folder, drawn, pictures_from) if drawn else []
+    prompts = _sheet(folder / SHEET, drawn, "teacher", "student", pictures_from) if drawn else []
+    styled = in_the_look(brand)
+    looks = _sheet(folder / LOOK, styled, "base", "adapter", pictures_from) if styled else []
     page = environment.get_template("card.md.j2").render(
         title=title,
         diffusers_file=names.get("diffusers"),
@@ -89,7 +103,10 @@ def write(
         evaluation=drawn,
         sheet=SHEET if prompts else None,
         prompts=prompts,
-        asked=drawn["asked"] if drawn else "a lighthouse by the sea at sunset",
+        brand=styled,
+        brand_sheet=LOOK if looks else None,
+        brand_prompts=looks,
+        asked=next((each["prompts"][0] for each in (styled, drawn) if each), _ASKED),
     )
     # A file name need not be text: what cannot be encoded is shown as `?`
     atomic_write(folder / "README.md", page.encode("utf-8", "replace"))
@@ -228,7 +245,33 @@ def evaluation(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "weight": results.get("lora_weight") or 1.0,
         "floor": results.get("frechet_floor"),
         "prompts": results["prompts"],
-        "asked": results["prompts"][0],
+    }
+
+
+def in_the_look(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the card says of a brand.json: every row, and the verdict; None without base and adapter."""
+    if not found or not {"base", "adapter"} <= {row["name"] for row in found["rows"]}:
+        return None
+    head, adherence = look.headline(found), found.get("adherence")
+    show = look.gauge(adherence)
+    return {
+        "rows": [
+            {
+                **row,
+                "who": _LOOKS[row["name"]],
+                "how": look.how(row),
+                "similar": look.interval(row["brand_similarity"]),
+                "asked": look.interval(row["brand_adherence"], show),
+                "other": look.interval(row["control_adherence"], show),
+            }
+            for row in found["rows"]
+        ],
+        "head": head,
+        "verdict": _VERDICTS[look.verdict(head, adherence)],
+        "clip": adherence == "clip",
+        "confidence": found.get("confidence", 0.95),
+        "n": len(found["prompts"]),
+        "prompts": found["prompts"],
     }
 
 
@@ -238,10 +281,11 @@ def _right(row: Mapping[str, Any]) -> str:
     return percent(share) + (f"\u00a0±\u00a0{100 * error:.0f}" if share is not None and error else "")
 
 
-def _sheet(folder: Path, drawn: Mapping[str, Any], run: Path | None) -> list[str]:
-    """Write the contact sheet, teacher above student; returns the prompts of its columns, maybe none."""
-    teacher, student = drawn["head"]["teacher"]["pictures"], drawn["head"]["student"]["pictures"]
-    pairs = zip(drawn["prompts"], teacher, student, strict=False)
+def _sheet(file: Path, drawn: Mapping[str, Any], upper: str, lower: str, run: Path | None) -> list[str]:
+    """Write the contact sheet, one row of `drawn["head"]` above another; returns its columns' prompts, maybe
+    none.
+    """
+    pairs = zip(drawn["prompts"], *(drawn["head"][name]["pictures"] for name in (upper, lower)), strict=False)
     found = [] if run is None else [
         (prompt, run / above, run / below)
         for prompt, above, below in pairs
@@ -250,7 +294,7 @@ def _sheet(folder: Path, drawn: Mapping[str, Any], run: Path | None) -> list[str
     if not found:
         return []
     prompts, above, below = zip(*found, strict=True)
-    save_png(contact_sheet([_small(file) for file in (*above, *below)], len(found)), folder / SHEET)
+    save_png(contact_sheet([_small(file) for file in (*above, *below)], len(found)), file)
     return list(prompts)
 
 

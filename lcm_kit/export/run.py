@@ -83,19 +83,18 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
         for path in mine.values()
         for app, row in files[path.name]["apps"].items()
     ]
-    results = _results(run)
     swept = next((found for name in mine.values() if (found := recommended.of_run(run, folder / name))), None)
     about = replace(_about(run, facts), recommended=swept)
     lora = trained.read(run / "adapter", against.structure)
     return card.write(
         folder, title=title, files=mine, structure=against.structure, facts=about, lora=lora, checks=checks,
-        results=results, pictures_from=run if results else None,
+        results=_measured(run, "results.json"), brand=_measured(run, "brand.json"), pictures_from=run,
     )  # fmt: skip
 
 
-def _results(run: Path) -> dict[str, Any] | None:
-    """The evaluation of these very weights; one from before the last training says nothing about them."""
-    file = run / "results.json"
+def _measured(run: Path, name: str) -> dict[str, Any] | None:
+    """An evaluation of these very weights; one from before the last training says nothing about them."""
+    file = run / name
     if not file.is_file() or file.stat().st_mtime < (run / "adapter" / adapter.WEIGHTS).stat().st_mtime:
         return None
     return json.loads(file.read_text(encoding="utf-8"))

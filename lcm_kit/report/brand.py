@@ -7,7 +7,7 @@ prompts and noise, held against the brand's own pictures.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def context(run: Path) -> dict[str, Any] | None:
     """What the page shows of `brand.json`, pictures as data URIs; None where there is none."""
     if (found := read(run)) is None:
         return None
-    head = headline(found["rows"])
+    head = headline(found)
     return {
         "verdict": verdict(head, adherence := found.get("adherence")),
         "columns": ["Your pictures", *(title(head[name]) for name in ("base", "adapter"))],
@@ -52,11 +52,16 @@ def context(run: Path) -> dict[str, Any] | None:
     }
 
 
-def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows to compare: `base`, `styled` (None if there is none), and the `adapter` nearest 4 steps."""
-    of = {name: [row for row in rows if row["name"] == name] for name in _TITLES}
+def headline(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a brand.json to compare: `base`, `styled` (None if there is none), the `adapter` nearest 4
+    steps; and `less`, the adapter's figures less the base's on the same prompts and noise.
+    """
+    of = {name: [row for row in found["rows"] if row["name"] == name] for name in _TITLES}
     adapter = min(of["adapter"], key=lambda row: abs(row["steps"] - _STEPS))
-    return {"base": of["base"][0], "styled": next(iter(of["styled"]), None), "adapter": adapter}
+    place = adapter["steps"], "base"
+    less = next(each for each in found["differences"] if (each["steps"], each["less"]) == place)
+    styled = next(iter(of["styled"]), None)
+    return {"base": of["base"][0], "styled": styled, "adapter": adapter, "less": less}
 
 
 def title(row: Row) -> str:
@@ -71,11 +76,13 @@ def how(row: Row) -> str:
 
 
 def verdict(head: Mapping[str, Any], adherence: str | None = None) -> str:
-    """Yes: nearer to the brand than the base beyond its interval, and the control prompts not forgotten."""
-    base, adapter = head["base"], head["adapter"]
-    if not (base["brand_similarity"] and adapter["brand_similarity"]):
+    """Yes: nearer to the brand than the base, beyond the interval of the paired difference, and the control
+    prompts not forgotten.
+    """
+    nearer = head["less"]["brand_similarity"]
+    if nearer is None:
         return "Judge by eye"
-    if adapter["brand_similarity"]["low"] <= base["brand_similarity"]["high"]:
+    if nearer["low"] <= 0:
         return "No"
     return "In part" if forgotten(head, adherence) else "Yes"
 
@@ -110,7 +117,7 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
     show = gauge(adherence)
     asked = "nearness to their text (CLIP score)" if adherence == "clip" else "pictures right"
     told = [
-        f"{what}: {_beside(head, key, form)}."
+        f"{what}: {_beside(head, key, form)}{_nearer(head) if key == 'brand_similarity' else ''}."
         for key, what, form in (
             ("brand_similarity", "Nearness to your pictures (brand similarity, higher is nearer)", number),
             ("brand_adherence", f"Prompts in your look, {asked}", show),
@@ -125,6 +132,13 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
             "of what the base can draw; a lower LoRA weight, fewer steps or more varied pictures may help."
         )
     return told
+
+
+def _nearer(head: Mapping[str, Any]) -> str:
+    if (less := head["less"]["brand_similarity"]) is None:
+        return ""
+    ends = f"{number(less['low'])} to {number(less['high'])}"
+    return f"; adapter less base, prompt by prompt, {number(less['difference'])} ({ends})"
 
 
 def _beside(head: Mapping[str, Any], key: str, show: Any) -> str:

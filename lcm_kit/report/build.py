@@ -285,7 +285,7 @@ def _use(run: Path, results: Mapping[str, Any] | None) -> dict[str, Any]:
     """How many steps to draw with, and a program that does: the brand's first, if it was evaluated."""
     if look := brand.read(run):
         base = results["base"]["path"] if results else look["base"]["path"]
-        steps, prompt = brand.headline(look["rows"])["adapter"]["steps"], look["prompts"][0]
+        steps, prompt = brand.headline(look)["adapter"]["steps"], look["prompts"][0]
     else:
         assert results is not None  # the page needs one of them
         base, steps = results["base"]["path"], headline(results["rows"])["student"]["steps"]

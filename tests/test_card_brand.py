@@ -1,0 +1,101 @@
+"""The model card of a look: its figures, base above adapter, and none of the brand's own pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_kit.export import card
+from lcm_kit.export.structure import known
+from tests.brands import content, row, rows, write_brand
+from tests.cards import BOTH, HOSTILE, WORSE, evaluated, facts, headings, hollow, snippets, tables
+
+PROMPTS = ["a fox, lumo style", HOSTILE, "an owl, lumo style"]
+
+
+def write(folder: Path, found: dict[str, Any] | None, **more: Any) -> str:
+    path = card.write(
+        folder, title="house", files=BOTH, structure=known("sd1"), facts=facts(), lora=hollow(known("sd1")),
+        checks=[], brand=found, **more,
+    )  # fmt: skip
+    return path.read_text(encoding="utf-8")
+
+
+def brand_of(run: Path, prompts: list[str]) -> dict[str, Any]:
+    write_brand(run, prompts)
+    found: dict[str, Any] = json.loads((run / "brand.json").read_text())
+    return found
+
+
+def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "export"
+    page = write(folder, brand_of(run, PROMPTS), pictures_from=run)
+    (table,) = (table for table in tables(page) if table[0][0] == "drawn by")
+    right, other = "90\u00a0% (85\u00a0% to 95\u00a0%)", "95\u00a0% (91\u00a0% to 99\u00a0%)"
+    assert table[0][2:] == ["steps", "brand similarity", "prompts of the look", "other prompts"]
+    assert [line[0] for line in table[1:]] == ["base", "base with the style alone", *["this LoRA"] * 4]
+    how = "LCM, guidance_scale 1"
+    assert table[5] == ["this LoRA", how, "4", "0.700 (0.640 to 0.760)", right, other]
+    assert "Yes. In brackets the interval of 95%, over 3 prompts." in page
+    assert 'prompt = "a fox, lumo style"' in snippets(page)[0]  # with the word that calls the look
+
+    # tests/brands.py: the base is row 0 (shade 0), the adapter at 4 steps row 4 (80), the brand's own 200
+    (link,) = re.findall(r"^!\[.*\]\((.*)\)$", page, re.MULTILINE)
+    with Image.open(folder / link) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (64 + 4 + 64, 3 * 64 + 8, 3)
+    cells = [[pixels[y, x].tolist() for x in (8, 76, 144)] for y in (6, 74)]
+    assert cells == [[[shade, 30 * i, 7] for i in range(3)] for shade in (0, 80)]
+    assert [file.name for file in folder.rglob("*.png")] == ["base-and-look.png"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "less", "sentence"),
+    [
+        ({"control_adherence": (0.5, 0.4, 0.6)}, (0.5, 0.4, 0.6), "In part: it is nearer to"),
+        ({}, (0.1, -0.1, 0.3), "No: it is not nearer to"),
+        ({"brand_similarity": None}, None, "Judge by eye: nearness to"),
+    ],
+)
+def test_it_says_what_did_not_work(
+    adapter: dict[str, Any], less: tuple[float, float, float] | None, sentence: str, tmp_path: Path
+) -> None:
+    found = {**content(rows(**adapter), less), "prompts": PROMPTS, "adherence": "attributes"}
+    for each in found["rows"]:
+        each["pictures"] = []
+    assert sentence in write(tmp_path / "export", found)
+
+
+def test_beside_the_other_evaluation_and_by_clip(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = {**brand_of(run, PROMPTS), "adherence": "clip"}
+    page = write(tmp_path / "export", found, results=evaluated(run), pictures_from=run)
+    named = headings(page)
+    order = ("What it looks like", "Away from the look", "Does it draw in the look?", "How good is it?")
+    assert [name for name in named if name in order] == list(order)
+    assert "CLIP score" in page and "0.900 (0.850 to 0.950)" in page
+    assert len(list((tmp_path / "export").rglob("*.png"))) == 2
+
+
+def test_nothing_is_claimed_without_an_adapter_or_a_base(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", None)
+    for names in (("base", "styled"), ("adapter",)):
+        found = {**content([row(name, 4) for name in names]), "prompts": PROMPTS}
+        assert write(tmp_path / names[0], found) == plain
+
+
+@pytest.mark.parametrize("text", [HOSTILE, WORSE], ids=["hostile", "worse"])
+def test_foreign_prompts_break_nothing(text: str, tmp_path: Path) -> None:
+    pages = []
+    for prompt in (text, "a fox"):
+        run = tmp_path / str(len(pages))
+        pages.append(write(run / "export", brand_of(run, [prompt, "an owl"]), pictures_from=run))
+    assert headings(pages[0]) == headings(pages[1])
+    sizes = [[[len(line) for line in table] for table in tables(page)] for page in pages]
+    assert sizes[0] == sizes[1]
