@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import save_file
 
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.metadata import Facts
 from lcm_kit.export.structure import Structure
 from tests.loras import lcm_modules
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from lcm_kit.export import card
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Lora
-from lcm_kit.export.metadata import Facts
 from lcm_kit.export.structure import Structure, known, of_base
 from tests.cards import (
     BOTH,

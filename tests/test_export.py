@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from lcm_kit import adapter, sample
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, loading, recommended, structure, untrusted, verify, write
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.metadata import Facts
 from lcm_kit.export.run import export_run
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcm_kit.export import metadata, structure
+from lcm_kit.export.facts import Facts, facts_from, facts_of_run
 from lcm_kit.export.lora import Lora
-from lcm_kit.export.metadata import Facts
 from lcm_kit.export.recommended import Recommended
 from tests.loras import random_lora
 
@@ -267,12 +267,12 @@ def test_no_hint_for_a_method_that_is_not_known() -> None:
 
 
 def test_facts_of_a_run() -> None:
-    assert metadata.facts_of_run(ADAPTER, "brand") == RUN
+    assert facts_of_run(ADAPTER, "brand") == RUN
     old = {key: value for key, value in ADAPTER.items() if key not in ("data", "date")}
     expected = replace(RUN, data_fingerprint=None, resolution=None, date=None)
-    assert metadata.facts_of_run(old, "brand") == expected
-    assert metadata.facts_of_run({**ADAPTER, "guidance": {"min": 1, "max": 8}}, "b").guidance == (1.0, 8.0)
-    assert metadata.facts_of_run({}, "brand") == Facts("brand")
+    assert facts_of_run(old, "brand") == expected
+    assert facts_of_run({**ADAPTER, "guidance": {"min": 1, "max": 8}}, "b").guidance == (1.0, 8.0)
+    assert facts_of_run({}, "brand") == Facts("brand")
 
 
 ALL = [
@@ -292,7 +292,7 @@ def test_there_and_back(tmp_path: Path, facts: Facts, style: str) -> None:
     assert "None" not in json.dumps(built)
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", built)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert metadata.facts_from(file.metadata(), facts.title) == facts
+        assert facts_from(file.metadata(), facts.title) == facts
 
 
 def test_facts_from_a_file_of_sd_scripts() -> None:
@@ -301,15 +301,15 @@ def test_facts_from_a_file_of_sd_scripts() -> None:
         "ss_max_train_steps": "1600", "modelspec.date": "2024-05-01T10:00:00", "modelspec.title": "../evil",
         "modelspec.resolution": "768x768", "ss_output_name": "other", "modelspec.merged_from": "a, b",
     }  # fmt: skip
-    assert metadata.facts_from(header, "mine") == Facts(
+    assert facts_from(header, "mine") == Facts(
         "mine", base="v1-5.safetensors", steps=1200, resolution=512, date="2024-05-01T10:00:00",
         parents=("a", "b"),
     )  # fmt: skip
     nothing = dict.fromkeys(header, "None")
-    assert metadata.facts_from(nothing, "mine") == metadata.facts_from({}, "mine") == Facts("mine")
+    assert facts_from(nothing, "mine") == facts_from({}, "mine") == Facts("mine")
     for text, side in {"768x768": 768, "1024,1024": 1024, "512": 512, "(512, 768)": None, "x": None}.items():
-        assert metadata.facts_from({"ss_resolution": text}, "t").resolution == side
-    assert metadata.facts_from({"modelspec.resolution": "768x768"}, "t").resolution == 768
+        assert facts_from({"ss_resolution": text}, "t").resolution == side
+    assert facts_from({"modelspec.resolution": "768x768"}, "t").resolution == 768
 
 
 def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
@@ -321,9 +321,9 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
         parents="[" * 100_000,
         kit_version="",
     )
-    assert metadata.facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Facts("t")
-    assert metadata.facts_from({**forged, "lcm_kit.parents": "[1]"}, "t") == Facts("t")
-    assert metadata.facts_from({"ss_steps": "9" * 5000}, "t") == Facts("t")
+    assert facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Facts("t")
+    assert facts_from({**forged, "lcm_kit.parents": "[1]"}, "t") == Facts("t")
+    assert facts_from({"ss_steps": "9" * 5000}, "t") == Facts("t")
 
 
 def test_a_makers_own_words_survive_a_conversion() -> None:

@@ -21,7 +21,8 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, TeacherAdapter, Training
 from lcm_kit.errors import UserError
-from lcm_kit.export import metadata, write
+from lcm_kit.export import write
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.structure import of_base
 from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
 from lcm_kit.plan.estimate import Planner
@@ -442,7 +443,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
     for name, part, rank in (("one", modules[:20], 4), ("two", modules[10:30], 6)):
         file = tmp_path / f"{name}.safetensors"
         lora = random_lora(place, part, ranks=(rank,))
-        write.write(file, lora, place, "kohya", "float32", metadata.Facts("lora"))
+        write.write(file, lora, place, "kohya", "float32", Facts("lora"))
         entries.append(TeacherAdapter(str(file)))
     wanted = replace(config("quickstart"), teacher=Teacher(tuple(entries)))
     found, lacking = style.find(wanted, place)

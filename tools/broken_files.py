@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lcm_kit.export import structure, verify, write
-from lcm_kit.export.metadata import Facts
+from lcm_kit.export.facts import Facts
 from lcm_kit.quiet import quiet
 from tests import broken
 from tests.loras import random_lora

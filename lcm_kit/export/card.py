@@ -30,7 +30,7 @@ from lcm_kit.results import best_plain
 from lcm_kit.sample import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from lcm_kit.export.metadata import Facts
+    from lcm_kit.export.facts import Facts
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
 LOOK = "pictures/base-and-look.png"

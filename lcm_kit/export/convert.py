@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import delivery, metadata, reading, verify
+from lcm_kit.export import delivery, reading, verify
+from lcm_kit.export.facts import facts_from
 from lcm_kit.export.reading import Reading
 from lcm_kit.export.write import DTYPES
 
@@ -41,7 +42,7 @@ def convert(
         )
     place = against or verify.Against(read.structure)
     names = {style: f"{file.stem}_{style}.safetensors" for style in delivery.styles_of(style)}
-    told = metadata.facts_from(read.lora.metadata, file.stem)
+    told = facts_from(read.lora.metadata, file.stem)
     base = told.base or (against.structure.label if against else None)
     facts = replace(told, base=base, parents=(*told.parents, file.name))
     reports = delivery.deliver(read.lora, place, output, names, dtype or own_dtype(read), facts)

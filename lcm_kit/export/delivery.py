@@ -14,8 +14,8 @@ import torch
 from lcm_kit import __version__
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.metadata import Facts
 from lcm_kit.export.write import FORMATS, write
 from lcm_kit.files import atomic_file, atomic_write, sha256_file
 

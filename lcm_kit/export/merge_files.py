@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lcm_kit import __version__
 from lcm_kit.errors import UserError
-from lcm_kit.export import delivery, metadata, verify
+from lcm_kit.export import delivery, verify
 from lcm_kit.export.convert import whole
+from lcm_kit.export.facts import Facts, facts_from
 from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
 from lcm_kit.export.reading import Reading
 from lcm_kit.files import atomic_write
@@ -92,8 +93,8 @@ def _pairs(parts: Sequence[Part], reads: Sequence[Reading]) -> dict[str, list[In
     }
 
 
-def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> metadata.Facts:
+def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> Facts:
     """The merged file draws in few steps if one of its parts makes it: that one's settings are its own."""
-    told = [metadata.facts_from(read.lora.metadata, title) for read in reads]
+    told = [facts_from(read.lora.metadata, title) for read in reads]
     speed = next((facts for facts in told if facts.method is not None), told[0])
     return replace(speed, parents=tuple(f"{path.name}:{weight:g}" for path, weight in parts))

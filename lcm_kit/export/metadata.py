@@ -13,19 +13,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lcm_kit.export.facts import PREFIX, Facts, said
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
 
 if TYPE_CHECKING:
     from lcm_kit.export.recommended import Recommended
 
-PREFIX = "lcm_kit."
 VERSION = "1"  # of the keys under PREFIX
 CONVENTION = (
     "diffusers' guidance_scale, where 1 means no guidance; the LCM paper's w (arXiv:2310.04378) is "
@@ -41,45 +40,6 @@ _KEPT = (
 _KEPT_IF_PLAIN = ("modelspec.description", "modelspec.usage_hint")
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of how a LoRA was made; None where nothing is."""
-
-    title: str
-    base: str | None = None  # as the user called it: a hub id, `asset:NAME` or a folder
-    base_hash: str | None = None
-    method: str | None = None  # of few-step distillation; None for a plain LoRA
-    steps: int | None = None  # optimizer steps
-    guidance: tuple[float, float] | None = None  # baked in, lowest and highest, by CONVENTION
-    data_fingerprint: str | None = None
-    resolution: int | None = None  # pixels along one side of the training images
-    date: str | None = None  # ISO 8601
-    kit_version: str | None = None  # that trained it
-    parents: tuple[str, ...] = ()  # the files that it was merged or converted from
-    recommended: Recommended | None = None  # by a guidance sweep of these weights
-
-
-def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
-    """From the content of a run's `adapter/adapter.json`; `data` and `date` are missing in old runs."""
-
-    def section(name: str) -> Mapping[str, Any]:
-        return adapter_facts.get(name) or {}
-
-    guidance = section("guidance")
-    return Facts(
-        title=title,
-        base=section("base").get("path"),
-        base_hash=section("base").get("hash"),
-        method=section("method").get("name"),
-        steps=adapter_facts.get("step", adapter_facts.get("steps")),  # of the weights, then of the run
-        guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
-        data_fingerprint=section("data").get("fingerprint"),
-        resolution=section("data").get("resolution"),
-        date=adapter_facts.get("date"),
-        kit_version=adapter_facts.get("kit_version"),
-    )
-
-
 def build(lora: Lora, structure: Structure, facts: Facts, *, style: str = "kohya") -> dict[str, str]:
     """The metadata of a file that holds `lora`, in `style` ("kohya" or "diffusers").
 
@@ -92,7 +52,7 @@ def build(lora: Lora, structure: Structure, facts: Facts, *, style: str = "kohya
         **_modelspec(structure, facts, style),
         **{PREFIX + key: value for key, value in _own(facts).items()},
         PREFIX + "modules": str(len(lora.layers)),
-        **{key: value for key, value in _said(lora.metadata).items() if key in kept},
+        **{key: value for key, value in said(lora.metadata).items() if key in kept},
     }
 
 
@@ -116,50 +76,6 @@ def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     small = save({name: torch.empty(1, dtype=tensor.dtype) for name, tensor in tensors.items()})
     header = json.loads(small[8 : 8 + int.from_bytes(small[:8], "little")])
     return sorted(header, key=lambda name: header[name]["data_offsets"])
-
-
-def declared_modules(metadata: Mapping[str, str]) -> int | None:
-    """How many modules a file of ours was written with; None if the header does not say."""
-    return _whole(metadata.get(PREFIX + "modules"))
-
-
-def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
-    """The facts back from a header: all of them from one of ours, else what kohya's keys and ModelSpec tell.
-
-    `title` is the caller's, because a stranger's header can say anything and a title becomes a file's name. A
-    value that does not parse counts as unknown.
-    """
-    known = _said(metadata)
-    if PREFIX + "metadata" in known:
-        own = {key.removeprefix(PREFIX): value for key, value in known.items() if key.startswith(PREFIX)}
-        low, high = _number(own.get("guidance_min")), _number(own.get("guidance_max"))
-        return Facts(
-            title=title,
-            base=own.get("base"),
-            base_hash=own.get("base_hash"),
-            method=own.get("method"),
-            steps=_whole(own.get("steps")),
-            guidance=None if low is None or high is None else (low, high),
-            data_fingerprint=own.get("data_fingerprint"),
-            resolution=_square(known.get("ss_resolution")),
-            date=known.get("modelspec.date"),
-            kit_version=own.get("kit_version"),
-            parents=_names(own.get("parents")),
-        )
-    merged = known.get("modelspec.merged_from")
-    return Facts(
-        title=title,
-        base=known.get("ss_sd_model_name"),
-        steps=_whole(known.get("ss_steps")),
-        resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
-        date=known.get("modelspec.date"),
-        parents=tuple(merged.split(", ")) if merged else (),
-    )
-
-
-def _said(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Without what sd-scripts writes as "None"."""
-    return {key: value for key, value in metadata.items() if value not in ("", "None")}
 
 
 def _known(**values: Any) -> dict[str, str]:
@@ -341,30 +257,3 @@ def _public(base: str | None) -> str | None:
     parts = [part for part in re.split(r"[/\\]", base) if part]
     is_path = base[0:1] in ("/", "~", ".") or "\\" in base or len(parts) > 2
     return parts[-1] if is_path and parts else base
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,15}", text) else None
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _square(text: str | None) -> int | None:
-    """The side, from "(512, 512)", "512,512", "512x512" or "512"; None for other than squares."""
-    numbers = set(re.findall(r"[0-9]+", text or ""))
-    return _whole(numbers.pop()) if len(numbers) == 1 else None
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    try:
-        names = json.loads(text or "[]")
-    except (ValueError, RecursionError):
-        return ()
-    fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if fine else ()

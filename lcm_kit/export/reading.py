@@ -19,8 +19,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import structure as structures
 from lcm_kit.export import untrusted
 from lcm_kit.export.diffusers_format import HEADER
+from lcm_kit.export.facts import declared_modules
 from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.metadata import declared_modules
 from lcm_kit.export.spelling import Key, Place, Speller, other_kind, take_apart
 from lcm_kit.export.structure import Structure
 

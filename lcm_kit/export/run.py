@@ -10,7 +10,8 @@ from typing import Any
 
 from lcm_kit import adapter, families
 from lcm_kit.errors import UserError
-from lcm_kit.export import card, delivery, metadata, recommended, trained, verify
+from lcm_kit.export import card, delivery, recommended, trained, verify
+from lcm_kit.export.facts import Facts, facts_of_run
 from lcm_kit.export.write import file_name
 
 
@@ -58,10 +59,10 @@ def _base(run: Path) -> tuple[dict[str, Any], verify.Against]:
     return facts, verify.base_of(base["path"], **place)
 
 
-def _about(run: Path, facts: dict[str, Any]) -> metadata.Facts:
+def _about(run: Path, facts: dict[str, Any]) -> Facts:
     """The facts of a run, dated by its weights."""
     trained_at = datetime.fromtimestamp((run / "adapter" / adapter.WEIGHTS).stat().st_mtime, UTC)
-    known = metadata.facts_of_run(facts, run.resolve().name)
+    known = facts_of_run(facts, run.resolve().name)
     return replace(known, date=trained_at.isoformat(timespec="seconds"))
 
 

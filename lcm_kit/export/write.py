@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import diffusers_format, kohya_format, metadata, untrusted
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_file
@@ -25,9 +26,7 @@ def file_name(style: str, title: str) -> str:
     return diffusers_format.FILE if style == "diffusers" else f"{title}.safetensors"
 
 
-def write(
-    path: Path, lora: Lora, structure: Structure, style: str, dtype: str, facts: metadata.Facts
-) -> Lora:
+def write(path: Path, lora: Lora, structure: Structure, style: str, dtype: str, facts: Facts) -> Lora:
     """Write `lora` to `path` as `style` ("diffusers" or "kohya") in `dtype`; returns it as the file has it.
 
     The same weights and facts give the same bytes.

@@ -12,7 +12,8 @@ from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
-from lcm_kit.export import metadata, untrusted, verify
+from lcm_kit.export import untrusted, verify
+from lcm_kit.export.facts import facts_from
 from lcm_kit.export.recommended import weights_hash
 from lcm_kit.files import sha256_file
 
@@ -48,7 +49,7 @@ def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[st
         facts = read_facts(first / "adapter")["base"]
         return {key: facts[key] for key in ("path", "revision", "variant")}
     file = sample.adapter_file(first)
-    path = metadata.facts_from(untrusted.inspect(file).metadata, file.stem).base
+    path = facts_from(untrusted.inspect(file).metadata, file.stem).base
     if path is None:
         raise UserError(f"{file} does not say which base it is for; give base=FOLDER, a hub id or asset:NAME")
     return {"path": path, "revision": config.revision, "variant": config.variant}

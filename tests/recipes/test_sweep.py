@@ -18,7 +18,8 @@ from lcm_kit import sample, shipped
 from lcm_kit.config.load import dump
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
-from lcm_kit.export import metadata, structure
+from lcm_kit.export import structure
+from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import write
 from lcm_kit.metrics.distance import rms
@@ -59,7 +60,7 @@ def lora() -> Lora:
 
 
 def save(lora: Lora, path: Path) -> Path:
-    write(path, lora, tiny(), "diffusers", "float32", metadata.Facts(path.stem, base="asset:tiny-sd"))
+    write(path, lora, tiny(), "diffusers", "float32", Facts(path.stem, base="asset:tiny-sd"))
     return path
 
 

@@ -15,7 +15,8 @@ from lcm_kit import adapter
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load
 from lcm_kit.errors import UserError
-from lcm_kit.export import metadata, reading, structure
+from lcm_kit.export import reading, structure
+from lcm_kit.export.facts import facts_of_run
 from lcm_kit.export.run import export_run
 from lcm_kit.families import inspect_base, load_unet
 from lcm_kit.styles import start_from
@@ -121,7 +122,7 @@ def test_without_a_teacher_none_is_asked_and_no_guidance_is_claimed(
     facts = json.loads((trained / "adapter" / "adapter.json").read_text())
     assert facts["guidance"] == {"min": 1.0, "max": 1.0} and facts["solver"] is None
     assert facts["teacher"]["weight"] == 0 and facts["start"][0]["path"] == str(run)
-    assert metadata.facts_of_run(facts, "x").guidance == (1.0, 1.0)
+    assert facts_of_run(facts, "x").guidance == (1.0, 1.0)
     before, after = (load_file(folder / "adapter" / "lora.safetensors") for folder in (run, trained))
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
