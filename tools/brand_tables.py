@@ -11,6 +11,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +23,7 @@ WAYS = {
     "styled": "styled teacher",
     "styled-both": "distilled, from style + LCM-LoRA",
     "styled-style": "distilled, from the style",
+    "styled-searched": "distilled, from the searched pair",
     "styled-speed": "distilled, from the LCM-LoRA",
     "lcf-0": "LCF",
     "lcf-0.5": "LCF, half a teacher",
@@ -29,8 +31,16 @@ WAYS = {
     "searched": "style + LCM-LoRA, searched",
     "reduced": "the same, merged at rank 16",
 }
+# Colour and mark of each; the few that the text speaks of most stand out
+MARKS = {
+    "base": ("#000000", "*"), "styled": ("#7F7F7F", "*"), "styled-both": ("#56B4E9", "s"),
+    "styled-style": ("#0072B2", "s"), "styled-searched": ("#0072B2", "x"), "styled-speed": ("#56B4E9", "x"),
+    "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"), "usual": ("#009E73", "o"),
+    "searched": ("#CC79A7", "o"), "reduced": ("#CC79A7", "+"),
+}  # fmt: skip
 KEYS = ("brand_similarity", "brand_adherence", "control_adherence", "diversity", "sharpness")
 HEADS = ("brand similarity", "brand prompts right, %", "control prompts right, %", "diversity", "sharpness")
+DEFAULT = "styled-style"  # what `lcm-kit finetune` does
 SHOWN = 4  # prompts in the sheet
 
 
@@ -90,32 +100,48 @@ def by_steps(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def beside_default(found: list[dict[str, Any]]) -> str:
+    """A Markdown table of every way less the default in the same cell at 4 steps, over all cells."""
+    at_four = {(row["way"], row["look"], row["pictures"], row["seed"]): row for row in found
+               if row["steps"] == (50 if row["way"] in ("base", "styled") else 4)}  # fmt: skip
+    lines = ["| way | cells | " + " | ".join(HEADS) + " |", "| --- | --: |" + " --- |" * len(HEADS)]
+    for way in (way for way in WAYS if way != DEFAULT):
+        pairs = [(at_four[way, *cell], at_four[DEFAULT, *cell]) for name, *cell in at_four if name == way]
+        if len(pairs) > 1:
+            less = [{key: {"value": a[key]["value"] - b[key]["value"]} for key in KEYS} for a, b in pairs]
+            cells = [summary(less, key) for key in KEYS]
+            lines.append(f"| {WAYS[way]} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    """Similarity against control prompts right, at 4 steps, a panel a set; every seed a point."""
+    """Similarity and prompts right, of the look and others, at 4 steps; a column a set, a seed a point."""
     from matplotlib.figure import Figure
 
     sets = sorted({(row["look"], row["pictures"]) for row in found})
-    figure = Figure(figsize=(3.6 * len(sets), 4.4), layout="constrained")
-    colours = ["#000000", "#7F7F7F", "#0072B2", "#56B4E9", "#9ECAE9", "#D55E00", "#E69F00", "#009E73",
-               "#66C2A5", "#CC79A7"]  # fmt: skip
-    for k, (look, count) in enumerate(sets):
-        axes = figure.add_subplot(1, len(sets), k + 1)
-        for way, colour in zip(WAYS, colours, strict=True):
+    figure = Figure(figsize=(3.3 * len(sets), 7.2), layout="constrained")
+    panels = figure.subplots(2, len(sets), sharex="col", sharey=True, squeeze=False)
+    for (k, (look, count)), (line, key) in product(enumerate(sets), enumerate(KEYS[1:3])):
+        axes = panels[line, k]
+        for way, (colour, mark) in MARKS.items():
             at = 50 if way in ("base", "styled") else 4
             mine = [
                 r for r in found if (r["look"], r["pictures"], r["way"], r["steps"]) == (look, count, way, at)
             ]
             axes.plot(
                 [row["brand_similarity"]["value"] for row in mine],
-                [100 * row["control_adherence"]["value"] for row in mine],
-                "*" if at == 50 else "o", color=colour, label=WAYS[way] if k == 0 else None, alpha=0.8,
+                [100 * row[key]["value"] for row in mine],
+                mark, color=colour, label=WAYS[way] if axes is panels[0, 0] else None, alpha=0.85,
             )  # fmt: skip
-        axes.set_title(f"{look}, {count} pictures")
-        axes.set_xlabel("brand similarity")
-        axes.set_ylabel("control prompts right, %")
+        if line == 0:
+            axes.set_title(f"{look}, {count} pictures")
+        else:
+            axes.set_xlabel("brand similarity")
+        if k == 0:
+            axes.set_ylabel(HEADS[1 + line])
         axes.set_ylim(-4, 104)
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
@@ -163,7 +189,7 @@ def write(runs: Path, docs: Path) -> None:
         writer.writerows(map(flat, found))
     plot(found, docs / "images" / "brand-study.png")
     sheet(runs, "lumo-60-0", docs / "images" / "brand-study-sheet.png")
-    parts = []
+    parts = [f"### Every way less the default, over all cells, 4 steps\n\n{beside_default(found)}"]
     for look, count in sorted({(row["look"], row["pictures"]) for row in found}):
         mine = [row for row in found if (row["look"], row["pictures"]) == (look, count)]
         seeds = len({row["seed"] for row in mine})

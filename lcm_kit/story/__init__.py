@@ -63,7 +63,11 @@ def finetune(
     story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, overrides)
     insist_on_the_folder(story)
     show.plan(story, _check(console, story, trigger))
-    return None if dry_run else _tell(console, story)
+    if dry_run:
+        return None
+    report = _tell(console, story)
+    show.other_way(story)
+    return report
 
 
 def _of_studio(folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]) -> Story:

@@ -68,7 +68,10 @@ class Stopped(Exception):
 
 
 def test_the_whole_story_then_nothing_more(
-    sd_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd_base: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, folder, run = Base(str(sd_base())), studio(tmp_path / "my brand"), tmp_path / "run"
     tell = lambda: story.finetune(str(folder), base, run, FEW)  # noqa: E731
@@ -113,8 +116,12 @@ def test_the_whole_story_then_nothing_more(
     assert page.index("Your pictures") < page.index("The base, 2 steps") < page.index("Your adapter, 4 steps")
     assert (run / "style" / "report.html").is_file() and (run / "export" / "README.md").is_file()
 
-    # once more: nothing of it is written again
+    # once more: nothing of it is written again, and what is told is the same
+    capsys.readouterr()
     tell()
+    told = capsys.readouterr().out
+    assert f"lcm-kit compose {run / 'style'} LCM_LORA --base {base.path}" in told
+    assert str(run / "export" / "run.safetensors") in told
     assert lasting(run) == after
 
     # a style that was trained on: the run was distilled from another, and that is said
