@@ -91,8 +91,9 @@ def other_way(story: Story) -> None:
     """Print how to join the style with an acceleration LoRA: for some looks better (docs/brand-study.md)."""
     command = ["lcm-kit", "compose", story.style.output, "LCM_LORA", "--base", str(story.distill.base.path)]
     text = (
-        "\nIs there an LCM-LoRA for your base? Then look at the other way too, which trains nothing: this finds "
-        "the weights of both, and is better for looks near to what the base draws (docs/brand-study.md):"
+        "\nIs there an LCM-LoRA for your base? Then look at the other way too, which trains nothing: this "
+        "finds the weights of both, and is better for looks near to what the base draws "
+        "(docs/brand-study.md):"
     )
     for line in (text, f"  {shlex.join(command)}"):
         Console(soft_wrap=True).print(line, highlight=False, markup=False)
