@@ -117,15 +117,15 @@ def do(cell: str) -> None:
             merge_files.merge(both, folder / name, style="diffusers", rank=rank, base="asset:tiny-sd")
         return folder / f"{name}_diffusers.safetensors"
 
-    def distilled(name: str, start: Path, rank: int) -> None:
+    def distilled(name: str, start: Path, rank: int, **more: Any) -> None:
         ways[f"styled-{name}"] = run(
             "styled", output=str(folder / f"styled-{name}"), teacher__adapters=[{"path": str(style)}],
-            adapter__start=str(start), adapter__rank=rank, adapter__alpha=rank, **data,
+            adapter__start=str(start), adapter__rank=rank, adapter__alpha=rank, **more, **data,
         )  # fmt: skip
 
     ways: dict[str, Path] = {}
     starts = {"both": merged("start", (1.0, 1.0)), "style": style}
-    every_way = count == 60 and seed == 0  # elsewhere three that did no better there are left out
+    every_way = count == 60 and seed == 0  # elsewhere to save hours without what says little of sets
     if every_way:
         starts["speed"] = SPEED
     for name, start in starts.items():
@@ -143,6 +143,7 @@ def do(cell: str) -> None:
     ways["searched"], ways["reduced"] = merged("searched", searched), merged("reduced", searched, RANK)
     if every_way:
         distilled("searched", ways["searched"], 2 * RANK)
+        distilled("longer", style, RANK, steps=480, optimizer__lr=1e-3, checkpoint__every=480)
     for name, adapter in ways.items():
         measure(folder / "measured", name, adapter, style, brand, seed)
     (folder / "done").touch()

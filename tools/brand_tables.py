@@ -23,6 +23,7 @@ WAYS = {
     "styled": "styled teacher",
     "styled-both": "distilled, from style + LCM-LoRA",
     "styled-style": "distilled, from the style",
+    "styled-longer": "the same, 480 steps at 1e-3",
     "styled-searched": "distilled, from the searched pair",
     "styled-speed": "distilled, from the LCM-LoRA",
     "lcf-0": "LCF",
@@ -34,9 +35,9 @@ WAYS = {
 # Colour and mark of each; the few that the text speaks of most stand out
 MARKS = {
     "base": ("#000000", "*"), "styled": ("#7F7F7F", "*"), "styled-both": ("#56B4E9", "s"),
-    "styled-style": ("#0072B2", "s"), "styled-searched": ("#0072B2", "x"), "styled-speed": ("#56B4E9", "x"),
-    "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"), "usual": ("#009E73", "o"),
-    "searched": ("#CC79A7", "o"), "reduced": ("#CC79A7", "+"),
+    "styled-style": ("#0072B2", "s"), "styled-longer": ("#0072B2", "D"), "styled-searched": ("#0072B2", "x"),
+    "styled-speed": ("#56B4E9", "x"), "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"),
+    "usual": ("#009E73", "o"), "searched": ("#CC79A7", "o"), "reduced": ("#CC79A7", "+"),
 }  # fmt: skip
 KEYS = ("brand_similarity", "brand_adherence", "control_adherence", "diversity", "sharpness")
 HEADS = ("brand similarity", "brand prompts right, %", "control prompts right, %", "diversity", "sharpness")
