@@ -1,25 +1,30 @@
-"""Print README's table and draw its headline picture from two evaluated runs.
+"""Print README's tables and draw its pictures, from two evaluated runs and from a quickstart.
 
     for run in tiny_quick tiny_lcm; do
         lcm-kit encode distill/$run && lcm-kit train distill/$run && lcm-kit export runs/$run
         lcm-kit evaluate evaluation/quality run=runs/$run
     done
     python tools/readme_figures.py runs/tiny_quick runs/tiny_lcm
+    lcm-kit quickstart && python tools/readme_figures.py runs/quickstart
 
-The table goes to standard output, the picture to docs/headline.png: one row a prompt, the teacher, the plain
-solver with most right attributes at 4 UNet calls, and the first run's student at 4.
+Tables go to standard output. docs/headline.png: one row a prompt, the teacher, the plain solver with most
+right attributes at 4 UNet calls, and the first run's student at 4. docs/look.png: a column a prompt of the
+look; the brand's picture, the base and the styled base at 50 steps, the adapter at 4.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lcm_kit.report import brand
+from lcm_kit.report.shared import percent
 from lcm_kit.results import best_plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +66,31 @@ def headline(run: Path) -> Image.Image:
     return sheet
 
 
+def look(run: Path) -> int:
+    """Write docs/look.png and print the table of docs/finetuning.md."""
+    found = json.loads((run / "brand.json").read_text(encoding="utf-8"))
+    head = brand.headline(found)
+    lines = [found["brand_pictures"], *(head[name]["pictures"] for name in ("base", "styled", "adapter"))]
+    cell = 64 * ZOOM
+    columns = [k for k, name in enumerate(lines[0]) if name]
+    size = len(columns) * (cell + GAP) - GAP, len(lines) * (cell + GAP) - GAP
+    sheet = Image.new("RGB", size, "white")
+    for (y, names), (x, k) in product(enumerate(lines), enumerate(columns)):
+        picture = Image.open(run / names[k]).convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x * (cell + GAP), y * (cell + GAP)))
+    sheet.save(ROOT / "docs" / "look.png", optimize=True)
+    print(
+        "| | brand similarity | prompts of the look right | other prompts right |\n| --- | --- | --- | --- |"
+    )
+    for name, text in (("base", "base"), ("styled", "style"), ("adapter", "look and speed in one LoRA")):
+        row = head[name]
+        shares = (brand.interval(row[f"{kind}_adherence"], percent) for kind in ("brand", "control"))
+        cells = (brand.interval(row["brand_similarity"]), *shares)
+        print(f"| {text}, {row['steps']} steps | {' | '.join(cells)} |")
+    print(f"adapter less base: {head['less']}")
+    return 0
+
+
 def main(quick: Path, longer: Path) -> int:
     """Write docs/headline.png and print the table."""
     headline(quick).save(ROOT / "docs" / "headline.png", optimize=True)
@@ -69,7 +99,7 @@ def main(quick: Path, longer: Path) -> int:
     for row in rows_of(quick):
         if row["name"] != "student":
             print(line(row["name"], row))
-    for name, run in (("student, quickstart", quick), ("student, tiny_lcm", longer)):
+    for name, run in (("student, tiny_quick", quick), ("student, tiny_lcm", longer)):
         for row in rows_of(run):
             if row["name"] == "student":
                 print(line(name, row))
@@ -77,4 +107,5 @@ def main(quick: Path, longer: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    runs = [Path(word) for word in sys.argv[1:]]
+    sys.exit(look(runs[0]) if len(runs) == 1 else main(*runs))
