@@ -41,6 +41,13 @@ MARKS = {
 }  # fmt: skip
 KEYS = ("brand_similarity", "brand_adherence", "control_adherence", "diversity", "sharpness")
 HEADS = ("brand similarity", "brand prompts right, %", "control prompts right, %", "diversity", "sharpness")
+# Sets in which the same ways win, to be read together
+GROUPS = {
+    "all cells": (("lumo", 20), ("lumo", 60), ("lumo", 120), ("neon", 60)),
+    "lumo, 60 and 120 pictures": (("lumo", 60), ("lumo", 120)),
+    "lumo, 20 pictures": (("lumo", 20),),
+    "neon, 60 pictures": (("neon", 60),),
+}
 DEFAULT = "styled-style"  # what `lcm-kit finetune` does
 SHOWN = 4  # prompts in the sheet
 
@@ -58,8 +65,8 @@ def rows(runs: Path) -> Iterator[dict[str, Any]]:
                     yield {**cell, "way": row["name"] if teacher else way, **{key: row[key] for key in KEYS}}
 
 
-def summary(found: list[dict[str, Any]], key: str) -> str:
-    """Mean and interval over the seeds of one figure, as text."""
+def summary(found: list[dict[str, Any]], key: str, share: bool = True) -> str:
+    """Mean and interval over the seeds of one figure, as text; a share's is cut at 0 and 100%."""
     from scipy.stats import t
 
     values = [row[key]["value"] for row in found if row[key] is not None]
@@ -72,6 +79,8 @@ def summary(found: list[dict[str, Any]], key: str) -> str:
     else:
         half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
         low, high, mark = mean(values) - half, mean(values) + half, ""
+    if share and scale == 100:
+        low, high = max(low, 0.0), min(high, 1.0)
     value, low, high = (scale * x for x in (mean(values), low, high))
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}){mark}"
 
@@ -102,7 +111,7 @@ def by_steps(found: list[dict[str, Any]]) -> str:
 
 
 def beside_default(found: list[dict[str, Any]]) -> str:
-    """A Markdown table of every way less the default in the same cell at 4 steps, over all cells."""
+    """A Markdown table of every way less the default in the same cell at 4 steps, over the cells found."""
     at_four = {(row["way"], row["look"], row["pictures"], row["seed"]): row for row in found
                if row["steps"] == (50 if row["way"] in ("base", "styled") else 4)}  # fmt: skip
     lines = ["| way | cells | " + " | ".join(HEADS) + " |", "| --- | --: |" + " --- |" * len(HEADS)]
@@ -110,7 +119,7 @@ def beside_default(found: list[dict[str, Any]]) -> str:
         pairs = [(at_four[way, *cell], at_four[DEFAULT, *cell]) for name, *cell in at_four if name == way]
         if len(pairs) > 1:
             less = [{key: {"value": a[key]["value"] - b[key]["value"]} for key in KEYS} for a, b in pairs]
-            cells = [summary(less, key) for key in KEYS]
+            cells = [summary(less, key, share=False) for key in KEYS]
             lines.append(f"| {WAYS[way]} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -190,7 +199,10 @@ def write(runs: Path, docs: Path) -> None:
         writer.writerows(map(flat, found))
     plot(found, docs / "images" / "brand-study.png")
     sheet(runs, "lumo-60-0", docs / "images" / "brand-study-sheet.png")
-    parts = [f"### Every way less the default, over all cells, 4 steps\n\n{beside_default(found)}"]
+    parts = []
+    for title, wanted in GROUPS.items():
+        mine = [row for row in found if (row["look"], row["pictures"]) in wanted]
+        parts.append(f"### Less the default, 4 steps: {title}\n\n{beside_default(mine)}")
     for look, count in sorted({(row["look"], row["pictures"]) for row in found}):
         mine = [row for row in found if (row["look"], row["pictures"]) == (look, count)]
         seeds = len({row["seed"] for row in mine})
