@@ -177,7 +177,7 @@ def sheet(runs: Path, cell: str, file: Path) -> None:
         pen.text((x * side + 2, 2), words, fill="black", font_size=11)
         for y, picture in enumerate(columns[label]):
             canvas.paste(picture, (x * side, top + y * side))
-    canvas.save(file, optimize=True)
+    canvas.quantize(256).save(file, optimize=True)
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +214,6 @@ def write(runs: Path, docs: Path) -> None:
     page = docs / "brand-study.md"
     text = "\n\n".join(parts)
     if page.is_file():
-        marks = r"(<!-- tables -->\n).*?(\n<!-- end of tables -->)"
-        page.write_text(re.sub(marks, lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text(), flags=re.S))
+        marks = r"(<!-- tables -->\n).*?(<!-- end of tables -->)"
+        page.write_text(re.sub(marks, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", page.read_text(), flags=re.S))
     print(text)
