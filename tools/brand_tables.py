@@ -174,10 +174,11 @@ def sheet(runs: Path, cell: str, file: Path) -> None:
     order = [label for label in WAYS.values() if label in columns]
     for x, label in enumerate(order):
         words = label.replace(", ", ",\n", 1).replace(" + LCM-LoRA", " +\nLCM-LoRA", 1)
+        words = words.replace(" searched pair", "\nsearched pair").replace(" the LCM-LoRA", "\nthe LCM-LoRA")
         pen.text((x * side + 2, 2), words, fill="black", font_size=11)
         for y, picture in enumerate(columns[label]):
             canvas.paste(picture, (x * side, top + y * side))
-    canvas.quantize(256).save(file, optimize=True)
+    canvas.save(file, quality=92)
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def write(runs: Path, docs: Path) -> None:
         writer.writeheader()
         writer.writerows(map(flat, found))
     plot(found, docs / "images" / "brand-study.png")
-    sheet(runs, "lumo-60-0", docs / "images" / "brand-study-sheet.png")
+    sheet(runs, "lumo-60-0", docs / "images" / "brand-study-sheet.jpg")
     parts = []
     for title, wanted in GROUPS.items():
         mine = [row for row in found if (row["look"], row["pictures"]) in wanted]
