@@ -6,10 +6,13 @@ from __future__ import annotations
 def quiet() -> None:
     """Turn off the bars of the libraries that load models: they break ours. Their warnings stay.
 
-    But for one that a user can do nothing with: that an image processor, which this kit does not use, would
-    rather have torchvision.
+    But for two that a user can do nothing with: that an image processor, which this kit does not use, would
+    rather have torchvision, and that a UNet holds more than one adapter, as with a styled teacher it must.
     """
     import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
     unused = logging.getLogger("transformers.utils.import_utils")
     unused.addFilter(lambda record: "requires torchvision" not in record.getMessage())
