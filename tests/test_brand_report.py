@@ -161,3 +161,19 @@ def test_a_run_of_other_adapters_alone_keeps_its_report(run: Path) -> None:
     write_results(run, quality_rows(), ["one", "two"])
     text = text_of(write_report(run).read_text())
     assert "Does it work? Yes." in text and "Your look" not in text
+
+
+@pytest.mark.parametrize(("count", "answer"), [(120, "In part"), (7, "Yes")])
+def test_what_is_forgotten_is_told_by_the_evaluation_with_more_prompts(
+    run: Path, count: int, answer: str
+) -> None:
+    """brand.json has 7 control prompts and 3 points between base and adapter; results.json has 12 points."""
+    found = quality_rows()
+    for each in found:
+        each["attribute_accuracy"] = {"teacher": 1.0, "student": 0.875}.get(each["name"], 0.8)
+    write_results(run, found, ["one", "two"])
+    file = run / "results.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "n": count}))
+    text = text_of(write_report(run).read_text())
+    assert f"Your look, in 4 steps? {answer}." in text
+    assert ("On 120 prompts of other things the adapter is 12 % below the base" in text) == (count == 120)

@@ -80,7 +80,7 @@ def write(
     names = {style: Path(file).name for style, file in files.items()}
     drawn = evaluation(results)
     prompts = _sheet(folder / SHEET, drawn, "teacher", "student", pictures_from) if drawn else []
-    styled = in_the_look(brand)
+    styled = in_the_look(brand, results)
     looks = _sheet(folder / LOOK, styled, "base", "adapter", pictures_from) if styled else []
     page = environment.get_template("card.md.j2").render(
         title=title,
@@ -248,11 +248,13 @@ def evaluation(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def in_the_look(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def in_the_look(
+    found: Mapping[str, Any] | None, results: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """What the card says of a brand.json: every row, and the verdict; None without base and adapter."""
     if not found or not {"base", "adapter"} <= {row["name"] for row in found["rows"]}:
         return None
-    head, adherence = look.headline(found), found.get("adherence")
+    head, adherence = look.headline(found, results), found.get("adherence")
     show = look.gauge(adherence)
     return {
         "rows": [

@@ -37,7 +37,7 @@ def context(run: Path) -> dict[str, Any] | None:
     """What the page shows of `brand.json`, pictures as data URIs; None where there is none."""
     if (found := read(run)) is None:
         return None
-    head = headline(found)
+    head = headline(found, quality(run))
     return {
         "verdict": verdict(head, adherence := found.get("adherence")),
         "columns": ["Your pictures", *(title(head[name]) for name in ("base", "adapter"))],
@@ -52,16 +52,34 @@ def context(run: Path) -> dict[str, Any] | None:
     }
 
 
-def headline(found: Mapping[str, Any]) -> dict[str, Any]:
+def quality(run: Path) -> dict[str, Any] | None:
+    """What `evaluation/quality` found for `run`, if it did."""
+    file = run / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def headline(found: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The rows of a brand.json to compare: `base`, `styled` (None if there is none), the `adapter` nearest 4
-    steps; and `less`, the adapter's figures less the base's on the same prompts and noise.
+    steps; `less`, the adapter's figures less the base's on the same prompts and noise; and `more`, the shares
+    of right pictures of base and adapter on the prompts of a results.json, None unless it has more of them.
     """
     of = {name: [row for row in found["rows"] if row["name"] == name] for name in _TITLES}
     adapter = min(of["adapter"], key=lambda row: abs(row["steps"] - _STEPS))
     place = adapter["steps"], "base"
     less = next(each for each in found["differences"] if (each["steps"], each["less"]) == place)
     styled = next(iter(of["styled"]), None)
-    return {"base": of["base"][0], "styled": styled, "adapter": adapter, "less": less}
+    more = _more(adapter["steps"], results, len(found.get("control_prompts") or []))
+    return {"base": of["base"][0], "styled": styled, "adapter": adapter, "less": less, "more": more}
+
+
+def _more(steps: int, results: Mapping[str, Any] | None, known: int) -> dict[str, Any] | None:
+    rows = results["rows"] if results and results["n"] > known else []
+    shares = {row["name"]: row["attribute_accuracy"] for row in rows
+              if row["name"] == "teacher" or (row["name"], row["steps"]) == ("student", steps)}  # fmt: skip
+    base, adapter = shares.get("teacher"), shares.get("student")
+    if results is None or base is None or adapter is None:
+        return None
+    return {"base": base, "adapter": adapter, "n": results["n"]}
 
 
 def title(row: Row) -> str:
@@ -90,8 +108,12 @@ def verdict(head: Mapping[str, Any], adherence: str | None = None) -> str:
 def forgotten(head: Mapping[str, Any], adherence: str | None = None) -> float | None:
     """How far the adapter is below the base on control prompts, if that is more than `LOST`; else None.
 
-    Of a share that is 5 points, of a CLIP score 5% of the base's.
+    Of a share that is 5 points, of a CLIP score 5% of the base's. By the larger number of prompts, where a
+    quality evaluation has more of them.
     """
+    if more := head["more"]:
+        lost = float(more["base"] - more["adapter"])
+        return lost if lost > LOST + 1e-9 else None
     base, adapter = (head[name]["control_adherence"] for name in ("base", "adapter"))
     if not (base and adapter):
         return None
@@ -127,8 +149,9 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
         if head["base"][key] and head["adapter"][key]
     ]
     if (lost := forgotten(head, adherence)) is not None:
+        which = f"{head['more']['n']} prompts" if head["more"] else "prompts"
         told.append(
-            f"On prompts of other things the adapter is {show(lost)} below the base: it has forgotten some "
+            f"On {which} of other things the adapter is {show(lost)} below the base: it has forgotten some "
             "of what the base can draw; a lower LoRA weight, fewer steps or more varied pictures may help."
         )
     return told

@@ -103,7 +103,7 @@ def _brand(run: Path) -> list[str]:
     from lcm_kit.report import brand
 
     found = brand.read(run)
-    return brand.sentences(brand.headline(found), found.get("adherence")) if found else []
+    return brand.sentences(brand.headline(found, brand.quality(run)), found.get("adherence")) if found else []
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> None:
