@@ -125,7 +125,7 @@ def do(cell: str) -> None:
 
     ways: dict[str, Path] = {}
     starts = {"both": merged("start", (1.0, 1.0)), "style": style}
-    every_way = count == 60 and seed == 0  # elsewhere to save hours without what says little of sets
+    every_way = count == 60 and seed == 0  # elsewhere four ways are left out, to save hours
     if every_way:
         starts["speed"] = SPEED
     for name, start in starts.items():
