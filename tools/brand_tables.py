@@ -65,6 +65,11 @@ def rows(runs: Path) -> Iterator[dict[str, Any]]:
                     yield {**cell, "way": row["name"] if teacher else way, **{key: row[key] for key in KEYS}}
 
 
+def steps_of(way: str, steps: int = 4) -> int:
+    """At how many steps `way` is held against the others at `steps`: the teachers at all of theirs."""
+    return 50 if way in ("base", "styled") else steps
+
+
 def summary(found: list[dict[str, Any]], key: str, share: bool = True) -> str:
     """Mean and interval over the seeds of one figure, as text; a share's is cut at 0 and 100%."""
     from scipy.stats import t
@@ -89,7 +94,7 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
     """A Markdown table of one look and size at `steps`, the teachers first."""
     lines = ["| way | " + " | ".join(HEADS) + " |", "| --- |" + " --- |" * len(HEADS)]
     for way, label in WAYS.items():
-        at = 50 if way in ("base", "styled") else steps
+        at = steps_of(way, steps)
         mine = [row for row in found if row["way"] == way and row["steps"] == at]
         if mine:
             name = f"{label}, {at} steps" if at == 50 else label
@@ -113,7 +118,7 @@ def by_steps(found: list[dict[str, Any]]) -> str:
 def beside_default(found: list[dict[str, Any]]) -> str:
     """A Markdown table of every way less the default in the same cell at 4 steps, over the cells found."""
     at_four = {(row["way"], row["look"], row["pictures"], row["seed"]): row for row in found
-               if row["steps"] == (50 if row["way"] in ("base", "styled") else 4)}  # fmt: skip
+               if row["steps"] == steps_of(row["way"])}  # fmt: skip
     lines = ["| way | cells | " + " | ".join(HEADS) + " |", "| --- | --: |" + " --- |" * len(HEADS)]
     for way in (way for way in WAYS if way != DEFAULT):
         pairs = [(at_four[way, *cell], at_four[DEFAULT, *cell]) for name, *cell in at_four if name == way]
@@ -134,10 +139,8 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     for (k, (look, count)), (line, key) in product(enumerate(sets), enumerate(KEYS[1:3])):
         axes = panels[line, k]
         for way, (colour, mark) in MARKS.items():
-            at = 50 if way in ("base", "styled") else 4
-            mine = [
-                r for r in found if (r["look"], r["pictures"], r["way"], r["steps"]) == (look, count, way, at)
-            ]
+            place = look, count, way, steps_of(way)
+            mine = [r for r in found if (r["look"], r["pictures"], r["way"], r["steps"]) == place]
             axes.plot(
                 [row["brand_similarity"]["value"] for row in mine],
                 [100 * row[key]["value"] for row in mine],

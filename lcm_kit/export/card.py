@@ -252,7 +252,7 @@ def in_the_look(
     found: Mapping[str, Any] | None, results: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """What the card says of a brand.json: every row, and the verdict; None without base and adapter."""
-    if not found or not {"base", "adapter"} <= {row["name"] for row in found["rows"]}:
+    if not found or not look.compares(found):
         return None
     head, adherence = look.headline(found, results), found.get("adherence")
     show = look.gauge(adherence)

@@ -30,14 +30,17 @@ def read(run: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found if {"base", "adapter"} <= {row["name"] for row in found["rows"]} else None
+    return found if compares(found) else None
 
 
-def context(run: Path) -> dict[str, Any] | None:
-    """What the page shows of `brand.json`, pictures as data URIs; None where there is none."""
-    if (found := read(run)) is None:
-        return None
-    head = headline(found, quality(run))
+def compares(found: Mapping[str, Any]) -> bool:
+    """Whether a brand.json has both the base and an adapter to hold against it."""
+    return {"base", "adapter"} <= {row["name"] for row in found["rows"]}
+
+
+def context(run: Path, found: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the page shows of what `read` found, pictures as data URIs; `results`: as in `headline`."""
+    head = headline(found, results)
     return {
         "verdict": verdict(head, adherence := found.get("adherence")),
         "columns": ["Your pictures", *(title(head[name]) for name in ("base", "adapter"))],
@@ -50,12 +53,6 @@ def context(run: Path) -> dict[str, Any] | None:
         "most": f"{LOST:.0%} of their score" if adherence == "clip" else f"{100 * LOST:g} points",
         "confidence": found.get("confidence", 0.95),
     }
-
-
-def quality(run: Path) -> dict[str, Any] | None:
-    """What `evaluation/quality` found for `run`, if it did."""
-    file = run / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def headline(found: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> dict[str, Any]:

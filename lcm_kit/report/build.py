@@ -58,15 +58,15 @@ def _config(run: Path) -> dict[str, Any]:
 
 def context(run: Path) -> dict[str, Any]:
     """What the template shows."""
-    look = brand.context(run)
-    results = _results(run, needed=look is None)
+    found = brand.read(run)
+    results = _results(run, needed=found is None)
     metrics = _metrics(run / "metrics.jsonl")
     file = run / "config.yaml"
     settings = file.read_text(encoding="utf-8") if file.is_file() else ""
     config = yaml.safe_load(settings) or {}
     return {
         "name": run.resolve().name,
-        "brand": look,
+        "brand": brand.context(run, found, results) if found else None,
         **(_quality(run, results) if results else {"results": None}),
         "plots": _plots(results, metrics),
         "facts": _facts(run, config),
@@ -74,7 +74,7 @@ def context(run: Path) -> dict[str, Any]:
         "settings": settings,
         "said": _said(run, metrics),
         "validation": _validation(run),
-        **_use(run, results),
+        **_use(run, found, results),
         "version": __version__,
     }
 
@@ -281,9 +281,9 @@ image = pipe({prompt}, num_inference_steps={steps}, guidance_scale=1.0).images[0
 image.save("picture.png")"""
 
 
-def _use(run: Path, results: Mapping[str, Any] | None) -> dict[str, Any]:
+def _use(run: Path, look: Mapping[str, Any] | None, results: Mapping[str, Any] | None) -> dict[str, Any]:
     """How many steps to draw with, and a program that does: the brand's first, if it was evaluated."""
-    if look := brand.read(run):
+    if look:
         base = results["base"]["path"] if results else look["base"]["path"]
         steps, prompt = brand.headline(look)["adapter"]["steps"], look["prompts"][0]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,11 @@ def summary(story: Story) -> None:
     """Print the numbers of the evaluations, then which file goes where, as far as there are such files."""
     console = Console(soft_wrap=True)
     run, name = story.run, story.run.resolve().name
-    if (quality := run / "results.json").is_file():
-        quality_table(json.loads(quality.read_text(encoding="utf-8"))["rows"])
-    for sentence in _brand(run):
+    file = run / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if results:
+        quality_table(results["rows"])
+    for sentence in _brand(run, results):
         console.print(f"- {sentence}", highlight=False)
     lines = [
         "",
@@ -99,11 +101,11 @@ def other_way(story: Story) -> None:
         Console(soft_wrap=True).print(line, highlight=False, markup=False)
 
 
-def _brand(run: Path) -> list[str]:
+def _brand(run: Path, results: Mapping[str, Any] | None) -> list[str]:
     from lcm_kit.report import brand
 
     found = brand.read(run)
-    return brand.sentences(brand.headline(found, brand.quality(run)), found.get("adherence")) if found else []
+    return brand.sentences(brand.headline(found, results), found.get("adherence")) if found else []
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> None:
