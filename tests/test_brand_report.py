@@ -177,3 +177,12 @@ def test_what_is_forgotten_is_told_by_the_evaluation_with_more_prompts(
     text = text_of(write_report(run).read_text())
     assert f"Your look, in 4 steps? {answer}." in text
     assert ("On 120 prompts of other things the adapter is 12 % below the base" in text) == (count == 120)
+
+
+def test_a_share_of_more_prompts_is_a_share_beside_clip_scores_too() -> None:
+    shares = (("teacher", 50, 1.0), ("student", 4, 0.875), ("student", 2, 0.5))
+    quality = [{"name": name, "steps": steps, "attribute_accuracy": share} for name, steps, share in shares]
+    head = brand.headline(content(rows()), {"n": 120, "rows": quality})
+    assert brand.sentences(head, "clip")[-1].startswith(
+        "On 120 prompts of other things the adapter is 12\u00a0% below the base"
+    )

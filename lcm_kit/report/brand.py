@@ -146,9 +146,11 @@ def sentences(head: Mapping[str, Any], adherence: str | None = None) -> list[str
         if head["base"][key] and head["adapter"][key]
     ]
     if (lost := forgotten(head, adherence)) is not None:
-        which = f"{head['more']['n']} prompts" if head["more"] else "prompts"
+        which, gap = "prompts", show(lost)
+        if more := head["more"]:
+            which, gap = f"{more['n']} prompts", percent(lost)
         told.append(
-            f"On {which} of other things the adapter is {show(lost)} below the base: it has forgotten some "
+            f"On {which} of other things the adapter is {gap} below the base: it has forgotten some "
             "of what the base can draw; a lower LoRA weight, fewer steps or more varied pictures may help."
         )
     return told
