@@ -27,7 +27,7 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lcm_kit import __version__, assets, families, processes, sample
+from lcm_kit import __version__, assets, families, lora_file, processes, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.errors import UserError
@@ -114,7 +114,7 @@ def main(config: Quality) -> Path:
         size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
         facts = read_facts(run / "adapter")["base"]
         base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
-        adapter = sample.adapter_file(run)
+        adapter = lora_file.adapter_file(run)
     adapter_hash = sha256_file(adapter) if adapter else None
 
     # -- Prompts, rows and the judge -------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def main(config: Quality) -> Path:
         "batch_size": config.batch_size,
         "resolution": size,
         "base": {"path": base.path, "revision": base.revision, "hash": base.base_hash},
-        "adapter": {"file": sample.ADAPTER_FILE, "sha256": adapter_hash} if adapter else None,
+        "adapter": {"file": lora_file.ADAPTER_FILE, "sha256": adapter_hash} if adapter else None,
         "seeds": {"noise": config.seed, "reference": REFERENCE_SEED, "floor": FLOOR_SEED},
         "versions": versions,
         "machine": {"device": sample.placement()["device"], "threads": torch.get_num_threads()},

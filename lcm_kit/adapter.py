@@ -128,8 +128,10 @@ def trained_parameters(unet: Any) -> list[Parameter]:
 
 
 @contextlib.contextmanager
-def teacher(unet: Any) -> Iterator[None]:
-    """Within the block `unet` is its base, bitwise, or its base with the teacher's LoRA if it has one.
+def teacher(unet: Any, *, styled: bool = True) -> Iterator[None]:
+    """Within the block `unet` is its base, bitwise, or if `styled` its base with the teacher's LoRA.
+
+    With no such LoRA (`add_style`) it is the base either way.
 
     Afterwards, also after an exception, it is what it was before. Only peft's flags in each LoRA layer are
     set (1 ms for the 278 of SD1.5): its own `disable_adapter` is 80 times slower and changes `requires_grad`.
@@ -139,7 +141,7 @@ def teacher(unet: Any) -> Iterator[None]:
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            if STYLE in layer.lora_A:
+            if styled and STYLE in layer.lora_A:
                 layer._active_adapter = [STYLE]
             else:
                 layer._disable_adapters = True

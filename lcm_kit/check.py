@@ -142,7 +142,7 @@ def _prompts(prompts: str) -> str:
 
 def _adapter(path: str) -> str:
     from lcm_kit.export import untrusted
-    from lcm_kit.sample import adapter_file
+    from lcm_kit.lora_file import adapter_file
 
     file = adapter_file(path)
     return f"adapter: {file}, {len(untrusted.inspect(file).entries)} tensors"
@@ -161,10 +161,9 @@ def _samples(data: Data) -> str:
 
 
 def _adapters(config: Distill) -> str:
-    from lcm_kit.sample import adapter_file
+    from lcm_kit.lora_file import adapter_file
 
-    start = [config.adapter.start] if config.adapter.start else []
-    named = [*(entry.path for entry in config.teacher.adapters), *start]
+    named = [entry.path for entry in (*config.teacher.adapters, *config.adapter.start)]
     return f"adapters: {', '.join(str(adapter_file(path)) for path in named)}"
 
 

@@ -299,7 +299,7 @@ def _run(stage: str, config: str, overrides: list[str] | None) -> None:
 def _insist_on_a_pair(adapter: Path, base: Base) -> None:
     """Raise `UserError` if the LoRA is not for this base, before any of the base's weights are loaded."""
     from lcm_kit.export import convert, verify
-    from lcm_kit.sample import adapter_file
+    from lcm_kit.lora_file import adapter_file
 
     against = verify.base_of(base.path, base.revision, base.variant)
     convert.whole(adapter_file(adapter), against)

@@ -148,11 +148,13 @@ def merge(
 
 def _weighted(text: str) -> tuple[Path, float]:
     """FILE:WEIGHT; the weight is 1 where there is none."""
+    from lcm_kit.lora_file import named
+
     path, colon, weight = text.rpartition(":")
     try:
         return (Path(path), float(weight)) if colon else (Path(text), 1.0)
     except ValueError:
-        if Path(text).exists():
+        if Path(text).exists() or (named(text) and text.count(":") == 1):
             return Path(text), 1.0
         raise UserError(
             f"{text!r} is not FILE:WEIGHT; give a number behind the colon, as {path}:0.8"

@@ -23,10 +23,10 @@ from torch import Tensor
 from lcm_kit import families
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_file
+from lcm_kit.lora_file import adapter_file
 
 SOLVERS = ("lcm", "tcd", "ddim", "dpmpp_2m")
 _TCD_GAMMA = 0.3  # how much noise TCD renews on its way: its authors' choice (arXiv:2402.19159)
-ADAPTER_FILE = "export/pytorch_lora_weights.safetensors"  # within a run's folder
 _ADAPTER_NAME = "lcm"
 _BATCH = 8  # prompts a call in `sample_to_folder`
 
@@ -67,26 +67,6 @@ def pipeline(
         pipe.vae.to(torch.float32)  # in float16 it overflows
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def adapter_file(adapter: str | Path) -> Path:
-    """The LoRA file that `adapter` means: a `.safetensors` file itself, or the export of a run's folder."""
-    path = Path(adapter)
-    if path.is_dir():
-        trained, path = path / "adapter" / "lora.safetensors", path / ADAPTER_FILE
-        if trained.is_file() and path.is_file() and path.stat().st_mtime < trained.stat().st_mtime:
-            raise UserError(
-                f"run {str(adapter)!r} was trained on since its export; run `lcm-kit export {adapter}` again"
-            )
-        if not path.is_file():
-            raise UserError(
-                f"run {str(adapter)!r} has no {ADAPTER_FILE}; run `lcm-kit export {adapter}` first"
-            )
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise UserError(
-            f"adapter {str(adapter)!r} is not a run's folder or a .safetensors file; check the path"
-        )
-    return path
 
 
 @contextlib.contextmanager

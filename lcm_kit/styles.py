@@ -12,7 +12,7 @@ from lcm_kit.export.lora import Lora
 from lcm_kit.export.merge import concatenate
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_file
-from lcm_kit.sample import adapter_file
+from lcm_kit.lora_file import adapter_file
 
 _FUSE = (
     "; to distil all of it, fuse it into the base first (`lcm-kit merge {path} --fuse-into {base} --output "
@@ -44,37 +44,45 @@ def teacher_facts(teacher: schema.Teacher) -> list[dict[str, Any]]:
 
     Raises `UserError` if a file is not there.
     """
+    return _facts(teacher.adapters)
+
+
+def _facts(loras: schema.Loras) -> list[dict[str, Any]]:
     return [
         {"path": entry.path, "weight": entry.weight, "sha256": sha256_file(adapter_file(entry.path))}
-        for entry in teacher.adapters
+        for entry in loras
     ]
 
 
 def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[str, Any]]:
-    """Give the LoRA that is trained (`add_lora`) the effect of `config.start`, if there is one.
+    """Give the LoRA that is trained (`add_lora`) the effect of `config.start`, the sum of its LoRAs.
 
-    Of the same layers, rank and alpha it takes the weights bit for bit. A start of fewer layers or lower
-    ranks leaves the rest of the LoRA as it was, whose B is zero; where alpha / rank differs B takes the
-    ratio. Returns what the file is, for adapter.json. Raises `UserError` if the start is not whole, or
-    larger than the LoRA.
+    From one LoRA at weight 1, of the same layers, rank and alpha, it takes the weights bit for bit. A start
+    of fewer layers or lower ranks leaves the rest of the LoRA as it was, whose B is zero; where alpha / rank
+    differs B takes the ratio. Several are joined exactly, and need their ranks together. Returns what the
+    files are, for adapter.json. Raises `UserError` if one is not whole, or together they are larger than the
+    LoRA.
     """
-    if config.start is None:
+    if not config.start:
         return []
     place = structure.of_folder(base.folder, base.path)
-    read = _read("adapter.start", config.start, place)
-    layers = {name.removeprefix("unet."): layer for name, layer in read.lora.layers.items()}
+    reads = [_read("adapter.start", entry.path, place) for entry in config.start]
+    alone = len(reads) == 1 and config.start[0].weight == 1
+    whole = reads[0].lora if alone else concatenate([r.lora for r in reads], [e.weight for e in config.start])
+    layers = {name.removeprefix("unet."): layer for name, layer in whole.layers.items()}
+    named = " and ".join(entry.path for entry in config.start)
     state = lora_state(unet)
     beyond = [name for name in layers if f"{name}.lora_A.weight" not in state]
     if beyond:
         raise UserError(
-            f"adapter.start: {config.start} adapts {len(beyond)} layers of the UNet that adapter.targets "
+            f"adapter.start: {named} adapts {len(beyond)} layers of the UNet that adapter.targets "
             f"{config.targets} leaves alone, such as {beyond[0]}; give one within the targets, or set "
             "adapter.targets to lcm"
         )
     largest = max(layer.rank for layer in layers.values())
     if largest > config.rank:
         raise UserError(
-            f"adapter.start: {config.start} has rank {largest}, more than adapter.rank {config.rank}; set "
+            f"adapter.start: {named} has rank {largest}, more than adapter.rank {config.rank}; set "
             f"adapter.rank to {largest} or above"
         )
     for name, layer in layers.items():
@@ -82,7 +90,7 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
         state[f"{name}.lora_A.weight"][: layer.rank] = layer.down.float()
         state[f"{name}.lora_B.weight"][:, : layer.rank] = layer.up.float() * ratio
     load_lora_state(unet, state)
-    return [{"path": config.start, "sha256": sha256_file(read.path)}]
+    return _facts(config.start)
 
 
 def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> reading.Reading:

@@ -20,6 +20,7 @@ LAYERS = {
         "assets",
         "config",
         "share",
+        "lora_file",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample", "text_lora"},
@@ -34,6 +35,7 @@ LAYERS = {
         "stepping",
         "stopping",
         "sweep",
+        "teaching",
         "validation",
     },
     "top": {

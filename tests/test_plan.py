@@ -19,7 +19,7 @@ from lcm_kit.adapter import add_lora, trained_parameters
 from lcm_kit.cli_plan import verbs
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
-from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, TeacherAdapter, Training
+from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, Training, Weighted
 from lcm_kit.errors import UserError
 from lcm_kit.export import write
 from lcm_kit.export.facts import Facts
@@ -444,7 +444,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
         file = tmp_path / f"{name}.safetensors"
         lora = random_lora(place, part, ranks=(rank,))
         write.write(file, lora, place, "kohya", "float32", Facts("lora"))
-        entries.append(TeacherAdapter(str(file)))
+        entries.append(Weighted(str(file)))
     wanted = replace(config("quickstart"), teacher=Teacher(tuple(entries)))
     found, lacking = style.find(wanted, place)
     info = families.inspect_base("asset:tiny-sd")
@@ -453,7 +453,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
     real = {n: p.shape[0] for n, p in unet.named_parameters() if ".lora_A." in n}
     assert found and not lacking
     assert {f"{name}.lora_A.style.weight": rank for name, rank in found.ranks.items()} == real
-    gone = replace(config("quickstart"), teacher=Teacher((TeacherAdapter(str(tmp_path / "gone")),)))
+    gone = replace(config("quickstart"), teacher=Teacher((Weighted(str(tmp_path / "gone")),)))
     assert style.find(gone, place)[0] is None and "not counted" in style.find(gone, place)[1]
     assert style.find(tune(), place) == (None, "")
 

@@ -152,14 +152,3 @@ def test_missing_adapter_and_prompts(sd_base: Callable[..., Path], tmp_path: Pat
     with pytest.raises(UserError, match="no prompt"):
         sample.sample_to_folder(base, [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_export_older_than_the_adapter_is_refused(tmp_path: Path) -> None:
-    import os
-
-    for name in ("adapter/lora.safetensors", sample.ADAPTER_FILE):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes(b"")
-    os.utime(tmp_path / sample.ADAPTER_FILE, (1, 1))
-    with pytest.raises(UserError, match="trained on since its export; run `lcm-kit export"):
-        sample.adapter_file(tmp_path)

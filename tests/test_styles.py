@@ -42,8 +42,8 @@ def styled(base: Path, tmp_path: Path, in_student: bool) -> tuple[Any, Lora, Lor
     broken.save(tmp_path / "one.safetensors", broken.kohya_diffusers_spelling(one, place))
     broken.save(tmp_path / "two.safetensors", broken.peft_wrapper(two, place))  # alpha = rank
     adapters = (
-        schema.TeacherAdapter(str(tmp_path / "one.safetensors"), 0.7),
-        schema.TeacherAdapter(str(tmp_path / "two.safetensors"), -0.5),
+        schema.Weighted(str(tmp_path / "one.safetensors"), 0.7),
+        schema.Weighted(str(tmp_path / "two.safetensors"), -0.5),
     )
     info = inspect_base(str(base))
     unet = load_unet(info)
@@ -115,7 +115,7 @@ def test_files_that_do_not_fit_and_text_encoder_layers(
             for w in ("down", "up")
         }
         broken.save(tmp_path / "a.safetensors", (tensors, {}))
-        teacher = schema.Teacher((schema.TeacherAdapter(str(tmp_path / "a.safetensors")),))
+        teacher = schema.Teacher((schema.Weighted(str(tmp_path / "a.safetensors")),))
         add_teacher_adapters(load_unet(info), teacher, info)
 
     add(random_lora(place, lcm_modules(place)[:3] + text_modules(place)), place)

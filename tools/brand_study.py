@@ -28,8 +28,8 @@ from lcm_kit.config.load import load
 from lcm_kit.data import prior, sources
 from lcm_kit.export import merge_files
 from lcm_kit.export.run import export_run
+from lcm_kit.lora_file import adapter_file
 from lcm_kit.quiet import quiet
-from lcm_kit.sample import adapter_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, CACHE = ROOT / "runs" / "brand-study", ROOT / "cache" / "brand-study"

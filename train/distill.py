@@ -16,6 +16,7 @@ command continues an interrupted run, bit for bit on a CPU. To try another idea,
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
 from lcm_kit.stopping import leave, stoppable
 from lcm_kit.styles import add_teacher_adapters, start_from
+from lcm_kit.teaching import by_teacher, of_the_base
 from lcm_kit.validation import Validation
 
 
@@ -137,13 +139,20 @@ def main(config: Distill) -> Path:
     places = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, share, config.seed, *places, sources.mix_of(trained, config.data))
     empty = cache.empty().to(device, dtype)
+    two_teachers = any(of_the_base(config, trained.ids))
 
     # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
-    def as_teacher(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        both = Condition.cat([empty.expand(len(x)).sized_as(condition), condition])
-        with teacher(unet):
-            output = call(x.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), **both.kwargs()).sample
-        return guide(output[: len(x)], output[len(x) :], guidance)
+    def as_teacher(
+        x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, bases: Sequence[bool]
+    ) -> Tensor:
+        def ask(rows: list[int], styled: bool) -> Tensor:
+            n, named = len(rows), condition[rows]
+            both = Condition.cat([empty.expand(n).sized_as(named), named])
+            with teacher(unet, styled=styled):
+                output = call(x[rows].to(dtype).repeat(2, 1, 1, 1), t[rows].repeat(2), **both.kwargs()).sample
+            return guide(output[:n], output[n:], guidance[rows])
+
+        return by_teacher(ask, bases, always=two_teachers and runtime.sharded(accelerator))
 
     def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with swapped(lora, ema or lora):
@@ -158,7 +167,10 @@ def main(config: Distill) -> Path:
         losses = consistency_loss(
             method=method, solver=solver, schedule=schedule,
             loss=lambda a, b: distance(a, b, config.loss.c),
-            teacher=predict(partial(as_teacher, condition=condition, guidance=drawn.guidance[part])),
+            teacher=predict(partial(
+                as_teacher, condition=condition, guidance=drawn.guidance[part],
+                bases=of_the_base(config, batch.ids[part]),
+            )),
             target=predict(partial(as_target, condition=condition)),
             student=predict(partial(as_student, condition=condition)),
             x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),

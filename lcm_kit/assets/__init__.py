@@ -1,4 +1,4 @@
-"""What the kit ships: the base `tiny-sd`, images (`brand`, `general`), two probes, the `glyphs`."""
+"""What the kit ships: the base `tiny-sd` and its LCM-LoRA, images (`brand`, `general`), probes, `glyphs`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from lcm_kit.errors import UserError
 
 _FOLDER = Path(__file__).resolve().parent
-NAMES = ("tiny-sd", "brand", "general", "probe", "brand-probe", "glyphs", "everyday")
+NAMES = ("tiny-sd", "tiny-lcm-lora", "brand", "general", "probe", "brand-probe", "glyphs", "everyday")
 
 
 def path(name: str) -> Path:

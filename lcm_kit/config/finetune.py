@@ -84,6 +84,6 @@ class Finetune(Training):
     def _images(self) -> Finetune:
         if self.data.source != "images":
             raise ValueError(f"data.source {self.data.source} is for train/distill; a style is in images")
-        if self.adapter.start is not None:
+        if self.adapter.start:
             raise ValueError("adapter.start is for train/distill; remove it")
         return self

@@ -8,9 +8,9 @@ Guidance is everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.data import STRICT, Data, Fraction, NonNegative, Positive, Rate, Samples, Scale
@@ -28,6 +28,24 @@ class Base:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Weighted:
+    """A LoRA to use at a weight; where the weight is 1 its path alone may stand in its place."""
+
+    # a file in any style that `lcm-kit convert` reads, a run's folder, a hub id, or an asset
+    path: str
+    weight: float = 1.0
+
+
+def _listed(given: Any) -> Any:
+    """One path as a list of one, null as a list of none, and a path within a list as an entry."""
+    entries = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Loras = Annotated[tuple[Weighted, ...], BeforeValidator(_listed)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Adapter:
     """The LoRA that is trained. Its strength is alpha / rank."""
 
@@ -35,27 +53,21 @@ class Adapter:
     alpha: Rate = 64.0
     # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
     targets: Literal["lcm", "attention"] = "lcm"
-    # a LoRA within these targets and this rank that training starts from: a file in any style that `lcm-kit
-    # convert` reads, or a run's folder; null: from nothing
-    start: str | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class TeacherAdapter:
-    """A LoRA in the teacher: a file in any style that `lcm-kit convert` reads, or a run's folder."""
-
-    path: str
-    weight: float = 1.0
+    # LoRAs that training starts as the sum of, within these targets and, their ranks together, this rank
+    start: Loras = ()
 
 
 @dataclass(frozen=True, config=STRICT)
 class Teacher:
     """What the teacher is besides the base: a style LoRA, or several."""
 
-    adapters: tuple[TeacherAdapter, ...] = ()
+    adapters: Loras = ()
     # true: the student has them too, and its own adapter learns speed alone (use both when sampling);
     # false: its adapter learns look and speed together
     in_student: bool = False
+    # who teaches the pictures of data.regularisation. base: the base alone, so that what does not name the
+    # look is drawn as before; adapters: the base with them, as it always is with in_student
+    regularisation: Literal["base", "adapters"] = "base"
     # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
     # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning
     weight: Annotated[float, Field(ge=0, le=1)] = 1.0

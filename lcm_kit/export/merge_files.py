@@ -16,7 +16,7 @@ from lcm_kit.export.facts import Facts, facts_from
 from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
 from lcm_kit.export.reading import Reading
 from lcm_kit.files import atomic_write
-from lcm_kit.sample import adapter_file
+from lcm_kit.lora_file import adapter_file
 
 Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
 

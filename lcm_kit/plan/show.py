@@ -140,7 +140,7 @@ def _cache(disk: Disk) -> str:
 def _last_resort(config: Training) -> str:
     """What changes the outcome, for where nothing else is left."""
     ways = ["lower data.resolution"]
-    started = config.adapter.start is not None
+    started = bool(config.adapter.start)
     ways += ["lower adapter.rank" + " and start from a LoRA of that rank at most" * started]
     ways += ["leave out the base's own pictures (prior.prompts=null)"] if work.pairs(config) else []
     return " or ".join((", ".join(ways[:-1]), ways[-1]))

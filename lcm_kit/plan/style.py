@@ -14,7 +14,7 @@ from lcm_kit.config.schema import Distill, Training
 from lcm_kit.errors import UserError
 from lcm_kit.export import reading
 from lcm_kit.export.structure import Structure
-from lcm_kit.sample import adapter_file
+from lcm_kit.lora_file import adapter_file
 
 _SIZE = 0.01  # of random weights
 

@@ -17,7 +17,7 @@ from lcm_kit import assets, shipped
 from lcm_kit.config.data import Data
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config, load
-from lcm_kit.config.schema import Distill, TeacherAdapter
+from lcm_kit.config.schema import Distill, Weighted
 from lcm_kit.errors import UserError
 
 STYLE, CACHE = "style", "cache"  # folders within the run's
@@ -137,11 +137,11 @@ def finetune(
 def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides) -> Distill:
     config = _load(name, {**told, "output": str(output)}, given.of("distill"))
     assert isinstance(config, Distill)  # `recipe` cannot be overridden
-    known = config.teacher.adapters[:1] or (TeacherAdapter(""),)
+    known = config.teacher.adapters[:1] or (Weighted(""),)
     style = str(output / STYLE)
     teacher = replace(config.teacher, adapters=(replace(known[0], path=style),), in_student=False)
-    # a config that begins with its teacher's style
-    start = style if config.adapter.start == known[0].path else config.adapter.start
+    # the start of a config that begins with its teacher's style, alone or among others
+    start = tuple(replace(e, path=style) if e.path == known[0].path else e for e in config.adapter.start)
     return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
 
 

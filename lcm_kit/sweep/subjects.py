@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import sample
+from lcm_kit import lora_file, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
@@ -48,7 +48,7 @@ def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[st
     if (first / "adapter").is_dir():
         facts = read_facts(first / "adapter")["base"]
         return {key: facts[key] for key in ("path", "revision", "variant")}
-    file = sample.adapter_file(first)
+    file = lora_file.adapter_file(first)
     path = facts_from(untrusted.inspect(file).metadata, file.stem).base
     if path is None:
         raise UserError(f"{file} does not say which base it is for; give base=FOLDER, a hub id or asset:NAME")
@@ -57,7 +57,7 @@ def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[st
 
 def subjects(adapters: Sequence[str], against: verify.Against) -> list[Subject]:
     """Find each file and let diffusers load it. Raises `UserError` if one is not a LoRA at all."""
-    files = [sample.adapter_file(path) for path in adapters]
+    files = [lora_file.adapter_file(path) for path in adapters]
     names = _names([Path(path) for path in adapters])
     return [_subject(name, file, against) for name, file in zip(names, files, strict=True)]
 

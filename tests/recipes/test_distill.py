@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,8 +21,11 @@ from lcm_kit import families, sample
 from lcm_kit.adapter import load_adapter
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
-from lcm_kit.data.cache import Cache
+from lcm_kit.data.cache import Cache, encode
 from lcm_kit.errors import UserError
+from lcm_kit.export import structure
+from tests import broken
+from tests.loras import fuse, lcm_modules, random_lora
 from tests.recipes.small import configure, prepare
 from train import distill
 
@@ -49,8 +54,13 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # -- The algorithm, written again: diffusers, peft and formulas, no function of ours but the random streams --
 
 
-def straight_line(config: Distill, *, wrong_target: bool = False) -> list[float]:
-    """The losses of `config` with the DDIM solver, pseudo-Huber on a grid of 50 (arXiv:2310.04378)."""
+def straight_line(
+    config: Distill, *, wrong_target: bool = False, teachers: Callable[[str], Any] | None = None
+) -> list[float]:
+    """The losses of `config` with the DDIM solver, pseudo-Huber on a grid of 50 (arXiv:2310.04378).
+
+    `teachers`: the UNet that teaches the record of an id; None: the base teaches all.
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from peft import LoraConfig
 
@@ -93,7 +103,11 @@ def straight_line(config: Distill, *, wrong_target: bool = False) -> list[float]
         )
         with torch.no_grad():
             unet.disable_adapters()
-            cond, uncond = unet(x_t, t, text).sample, unet(x_t, t, empty).sample
+            each = [teachers(id) if teachers else unet for id in batch.ids]
+            cond, uncond = (
+                torch.cat([u(x_t[i : i + 1], t[i], c[i : i + 1]).sample for i, u in enumerate(each)])
+                for c in (text, empty)
+            )
             x0, eps = x0_eps(x_t, t, cond + w.view(-1, 1, 1, 1) * (cond - uncond))
             x_s = abar[s].sqrt().view(-1, 1, 1, 1) * x0 + (1 - abar[s]).sqrt().view(-1, 1, 1, 1) * eps
             if not wrong_target:
@@ -124,6 +138,52 @@ def test_first_losses_equal_a_straight_line_script(
     facts = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     assert (facts["prediction_type"], facts["steps"]) == (kind, 3)
     assert facts["base"]["hash"] == families.inspect_base(str(keys["base"]["path"])).base_hash
+
+
+@pytest.fixture(scope="module")
+def mixed(sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Keys, Any]:
+    """Keys of pictures with as many general ones and a styled teacher, and its UNet, fused."""
+    folder, base = tmp_path_factory.mktemp("mixed"), sd_base("epsilon")
+    keys = prepare(folder, base)
+    general = folder / "general"
+    general.mkdir()
+    for file in sorted((folder / "images").iterdir()):
+        (general / file.name).write_bytes(file.read_bytes())
+    for i, file in enumerate(sorted(general.glob("*.png"))):
+        Image.new("RGB", (64, 64), (20 * i, 255 - 20 * i, 90)).save(file)
+    place = structure.of_base(str(base))
+    style = random_lora(place, lcm_modules(place), ranks=(4,), alphas=(4.0,), size=0.1)
+    broken.save(folder / "style.safetensors", broken.kohya_diffusers_spelling(style, place))
+    data = {**keys["data"], "cache": str(folder / "both"), "regularisation": str(general)}
+    keys = {**keys, "data": data, "teacher": {"adapters": [str(folder / "style.safetensors")]}}
+    encode(configure(keys, folder / "none"), progress=False)
+    return keys, fuse(families.load_unet(families.inspect_base(str(base))), style)
+
+
+@pytest.mark.parametrize("who", ["base", "adapters"])
+def test_each_picture_has_its_own_teacher(who: str, mixed: tuple[Keys, Any], tmp_path: Path) -> None:
+    """Brand pictures the styled base, general ones the base alone: fused UNets, row by row."""
+    keys, fused = mixed
+    small = {"optimizer": {"lr": 1e-3}}  # Adam's sign of a gradient of nothing amplifies float error
+    changes = {"batch_size": 2, "accumulation": 2, "teacher": {"regularisation": who}, **small}
+    config = configure(keys, tmp_path / "run", **changes)
+    plain = families.load_unet(families.inspect_base(config.base.path))
+    alike = {"base": {True: plain, False: fused}, "adapters": {True: fused, False: fused}}
+    asked: list[bool] = []
+
+    def teachers(of: dict[bool, Any]) -> Callable[[str], Any]:
+        def teacher(id: str) -> Any:
+            asked.append(id.startswith("regularisation/"))
+            return of[asked[-1]]
+
+        return teacher
+
+    found = metrics(distill.main(config))
+    whole = replace(config, batch_size=4, accumulation=1)
+    assert found == pytest.approx(straight_line(whole, teachers=teachers(alike[who])), rel=2e-4)
+    assert len(set(map(tuple, np.array(asked).reshape(-1, 2)))) > 2  # mixed and unmixed micro-batches
+    other = straight_line(whole, teachers=teachers(alike["base" if who == "adapters" else "adapters"]))
+    assert all(abs(a / b - 1) > 0.01 for a, b in zip(found, other, strict=True))
 
 
 # -- What the keys do --------------------------------------------------------------------------------

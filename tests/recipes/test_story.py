@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from lcm_kit import adapter, sample, shipped, story
+from lcm_kit import adapter, lora_file, shipped, story
 from lcm_kit.cli import app
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
@@ -91,7 +91,7 @@ def test_the_whole_story_then_nothing_more(
 
     # the teacher of the adapter is the style, as its file would be loaded by anybody
     facts = adapter.read_facts(run / "adapter")
-    style_file = run / "style" / sample.ADAPTER_FILE
+    style_file = run / "style" / lora_file.ADAPTER_FILE
     assert [each["sha256"] for each in facts["teacher"]["adapters"]] == [sha256_file(style_file)]
     assert not facts["teacher"]["in_student"]
     names = {path.relative_to(run).as_posix() for path in after}

@@ -114,6 +114,33 @@ def test_a_smaller_start_keeps_its_effect_in_a_larger_lora(distill_keys: Keys, t
         assert a.shape[0] == 8 and bool((a[3:].flatten(1).norm(dim=1) > 0).all())  # the rest can learn
 
 
+def test_it_starts_as_the_sum_of_several(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    """0.5 of the run (rank 4, strength 2) and -1 of five layers of rank 3, in rank 7 at strength 3."""
+    place = structure.of_base(distill_keys["base"]["path"])
+    few = random_lora(place, lcm_modules(place)[:5], ranks=(3,), alphas=(6.0,))
+    file = tmp_path / "few.safetensors"
+    broken.save(file, broken.kohya_diffusers_spelling(few, place))
+    start = [{"path": str(run), "weight": 0.5}, {"path": str(file), "weight": -1.0}]
+    keys = {"start": start, "rank": 7, "alpha": 21.0}
+    config = tuned(distill_keys, tmp_path / "tuned", run, adapter=keys)
+    state = adapter.lora_state(started(config))
+    own = load_file(run / "adapter" / "lora.safetensors")
+    for name in (key.removesuffix(".lora_A.weight") for key in own if ".lora_A." in key):
+        a, b = (state[f"{name}.lora_{side}.weight"].flatten(1) for side in "AB")
+        old_a, old_b = (own[f"{name}.lora_{side}.weight"].flatten(1) for side in "AB")
+        wanted = 0.5 * 2 * old_b @ old_a
+        if layer := few.layers.get(f"unet.{name}"):
+            wanted -= 2 * layer.up.flatten(1) @ layer.down.flatten(1)
+        assert torch.allclose(3 * b @ a, wanted, atol=1e-6)
+    facts = json.loads((distill.main(config) / "adapter" / "adapter.json").read_text())
+    assert [(e["path"], e["weight"]) for e in facts["start"]] == [
+        (str(run), 0.5),
+        (str(file), -1),
+    ]
+    with pytest.raises(UserError, match=r"run and .*few.safetensors has rank 7, more than adapter.rank 6"):
+        started(tuned(distill_keys, tmp_path, run, adapter={**keys, "rank": 6}))
+
+
 def test_without_a_teacher_none_is_asked_and_no_guidance_is_claimed(
     distill_keys: Keys, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
