@@ -18,6 +18,7 @@ from lcm_kit.config.data import Data
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config, load
 from lcm_kit.config.schema import Distill, Weighted
+from lcm_kit.data import prior
 from lcm_kit.errors import UserError
 
 STYLE, CACHE = "style", "cache"  # folders within the run's
@@ -26,6 +27,7 @@ CAPTIONS = "captions.txt"  # and those of the others
 _FAMILIES = {768: "sd15", 1024: "sd15", 2048: "sdxl"}  # by the width of the text embeddings
 _OWN = ("recipe", "output", "run", "style", "brand", "teacher.adapters", "teacher.in_student")
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
+_GENERAL = 100  # pictures that the base draws of everyday things
 _SEEN = ("path", "regularisation", "resolution", "flip", "kind", "shard_size", "skip_bad")
 
 
@@ -127,7 +129,11 @@ def finetune(
         told["data.samples.prompts"] = str(output / CAPTIONS)
     distill = _distill(f"distill/{family}_styled", output, told, given)
     look = "tiny_brand" if family == "tiny" else f"{family}_style"
-    style = _style(f"finetune/{look}", distill, {"validation.prompts": told["validation.prompts"]}, given)
+    more = {"validation.prompts": told["validation.prompts"]}
+    if family != "tiny":  # whose configs have general pictures
+        more |= {"prior.prompts": "asset:everyday", "prior.count": _GENERAL}
+    style = _style(f"finetune/{look}", distill, more, given)
+    distill = _with_general(distill, style)
     judged = "evaluation/brand" if family == "tiny" else "evaluation/brand_clip"
     subject = {"run": str(output), "style": style.output, "brand": folder, "prompts": prompts}
     brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("evaluation"))
@@ -145,6 +151,16 @@ def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides)
     return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
 
 
+def _with_general(distill: Distill, style: Finetune) -> Distill:
+    """With what the base drew for the style's training as general pictures, unless it names others.
+
+    The base alone teaches these, so that prompts which do not name the look still draw as before.
+    """
+    if style.prior.prompts is None or distill.data.regularisation or distill.data.source == "teacher":
+        return distill
+    return replace(distill, data=replace(distill.data, regularisation=prior.data_of(style).path))
+
+
 def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Overrides) -> Finetune:
     """The style's config, on the distillation's pictures; one cache for both if they read the same."""
     base, data = asdict(distill.base), distill.data
@@ -155,7 +171,8 @@ def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Override
     }  # fmt: skip
     config = _load(name, told, own := given.of("style"))
     assert isinstance(config, Finetune)
-    if _seen(config.data) == _seen(data) and not any(text.startswith("data.cache=") for text in own):
+    alike = _seen(config.data) == _seen(_with_general(distill, config).data)
+    if alike and not any(text.startswith("data.cache=") for text in own):
         config = replace(config, data=replace(config.data, cache=data.cache))
     return config
 

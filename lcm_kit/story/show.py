@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcm_kit.config.schema import Training
+from lcm_kit.data import prior
 from lcm_kit.story.configs import Story
 
 
@@ -55,8 +56,16 @@ def _training(config: Training) -> str:
 def _seen(story: Story) -> str:
     data = story.distill.data
     samples = f"{data.samples.count:,} samples of the styled base"
-    images = f"the pictures and {data.regularisation}" if data.regularisation else "the pictures"
+    general = f" and {_general(story)}" if data.regularisation else ""
+    images = f"the pictures{general}"
     return {"images": images, "teacher": samples, "mix": f"{images} and {samples}"}[data.source]
+
+
+def _general(story: Story) -> str:
+    """The pictures that are to keep what does not name the look."""
+    drawn = story.style.prior.prompts is not None and prior.data_of(story.style).path
+    general = story.distill.data.regularisation
+    return f"{story.style.prior.count:,} that the base drew" if general == drawn else str(general)
 
 
 def _pictures(story: Story, count: int) -> str:

@@ -17,6 +17,8 @@ from lcm_kit import adapter, lora_file, shipped, story
 from lcm_kit.cli import app
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
+from lcm_kit.data.cache import Cache
+from lcm_kit.families import inspect_base
 from lcm_kit.files import sha256_file
 from lcm_kit.story import configs, show, stages
 from tests.runs import build_run
@@ -74,7 +76,8 @@ def test_the_whole_story_then_nothing_more(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, folder, run = Base(str(sd_base())), studio(tmp_path / "my brand"), tmp_path / "run"
-    tell = lambda: story.finetune(str(folder), base, run, FEW)  # noqa: E731
+    few = [*FEW, "style.prior.prompts=asset:everyday", "style.prior.count=3", "style.prior.steps=1"]
+    tell = lambda: story.finetune(str(folder), base, run, few)  # noqa: E731
 
     # killed while it distils: the style is there, the run is not
     recipe = shipped.load_recipe("train/distill")
@@ -102,6 +105,11 @@ def test_the_whole_story_then_nothing_more(
     weights = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert weights and all(tensor.isfinite().all() for tensor in weights.values())
 
+    # what the base drew for the style is among what the adapter was trained on
+    config = load(run / "config.yaml")
+    cache = Cache.open(Path(config.data.cache), base=inspect_base(base.path), data=config.data)
+    assert sum(id.startswith("regularisation/") for id in cache.ids) == 3 and len(cache) == 9
+
     # captions of held-out pictures are the prompts, those of the others are sampled from
     held, seen = ((run / name).read_text().splitlines() for name in (configs.PROMPTS, configs.CAPTIONS))
     captions = {file.read_text() for file in folder.glob("*.txt")}
@@ -125,7 +133,7 @@ def test_the_whole_story_then_nothing_more(
     assert lasting(run) == after
 
     # a style that was trained on: the run was distilled from another, and that is said
-    done = cli("finetune", folder, "--base", base.path, "--output", run, *FEW, "style.steps=3")
+    done = cli("finetune", folder, "--base", base.path, "--output", run, *few, "style.steps=3")
     assert done.exit_code == 2 and "was distilled from another style" in done.stderr
 
 
@@ -203,10 +211,29 @@ def test_one_cache_for_both_trainings_if_they_read_the_same() -> None:
         told = configs.finetune("my/brand", place, "sd15", Path("runs/x"), 512, None, overrides)
         return told.style.data.cache, told.distill.data.cache
 
-    assert caches() == ("runs/x/cache", "runs/x/cache")
-    assert caches("style.data.flip=false") == ("runs/x/cache-style", "runs/x/cache")
-    assert caches("distill.data.regularisation=general") == ("runs/x/cache-style", "runs/x/cache")
-    assert caches("style.data.cache=mine") == ("mine", "runs/x/cache")
+    own = "style.prior.prompts=null"
+    assert caches(own) == ("runs/x/cache", "runs/x/cache")
+    assert caches() == ("runs/x/cache-style", "runs/x/cache")  # the base's pictures are one's rows only
+    assert caches(own, "style.data.flip=false") == ("runs/x/cache-style", "runs/x/cache")
+    assert caches(own, "distill.data.regularisation=general") == ("runs/x/cache-style", "runs/x/cache")
+    assert caches(own, "style.data.cache=mine") == ("mine", "runs/x/cache")
+
+
+def test_what_the_base_drew_for_the_style_keeps_the_rest_in_the_distillation() -> None:
+    def general(family: str, *overrides: str) -> str | None:
+        place = {"path": "some/base", "revision": None, "variant": None}
+        told = configs.finetune("my/brand", place, family, Path("runs/x"), 512, None, overrides)
+        assert told.distill.teacher.regularisation == "base"
+        if told.style.prior.prompts:
+            assert (told.style.prior.prompts, told.style.prior.count) == ("asset:everyday", 100)
+        return told.distill.data.regularisation
+
+    assert general("sd15") == general("sdxl") == "runs/x/cache-style-prior/pictures"
+    assert general("sd15", "style.data.cache=mine") == "mine-prior/pictures"
+    assert general("sd15", "style.prior.prompts=null") is None
+    assert general("sd15", "distill.data.regularisation=others") == "others"
+    assert general("sd15", "distill.data.source=teacher", "distill.data.flip=false") is None
+    assert general("tiny") == "asset:general"
 
 
 def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> None:
