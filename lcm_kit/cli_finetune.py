@@ -37,6 +37,13 @@ def finetune(
         ),
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="A word that every caption should hold.")] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LORA",
+            help="An LCM-LoRA of the base to start from as well: a file, a run or hub:OWNER/NAME.",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the base's files: fp16 halves a download.")] = None,
     dry_run: Annotated[
@@ -50,5 +57,5 @@ def finetune(
     quiet()
     story.finetune(
         folder, Base(base, revision, variant), output, overrides or [],
-        prompts=prompts, trigger=trigger, dry_run=dry_run,
+        prompts=prompts, trigger=trigger, speed=speed, dry_run=dry_run,
     )  # fmt: skip

@@ -93,6 +93,15 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
     return _facts(config.start)
 
 
+def largest_rank(key: str, path: str, base: BaseInfo) -> int:
+    """The highest rank among the UNet's layers of the LoRA that `key` names.
+
+    Raises `UserError` if it is not whole or for another base.
+    """
+    read = _read(key, path, structure.of_folder(base.folder, base.path))
+    return max(layer.rank for layer in read.lora.layers.values())
+
+
 def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> reading.Reading:
     """The UNet's layers of a file that the config's `key` names; `advice` ends what is said of others."""
     read = reading.read(adapter_file(path), place)

@@ -8,7 +8,7 @@ A cell is a look, a number of pictures and a seed. In each, by the configs of co
 teacher; one LoRA distilled from it, from the style and the base's LCM-LoRA together, or from either; latent
 consistency fine-tuning without and with a teacher; the style beside the LCM-LoRA at the usual and at searched
 weights, and the latter merged at rank 16. Several processes may work at once (OMP_NUM_THREADS=1 for each):
-each takes a cell that no other has. Needs runs/tiny_quick, the base's LCM-LoRA (distill/tiny_quick).
+each takes a cell that no other has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lcm_kit.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, CACHE = ROOT / "runs" / "brand-study", ROOT / "cache" / "brand-study"
-SPEED = ROOT / "runs" / "tiny_quick"
+SPEED = "asset:tiny-lcm-lora"
 SIZES, SEEDS = {"lumo": (20, 60, 120), "neon": (60,)}, (0, 1, 2)
 USUAL = 0.8, 1.0  # weights of style and acceleration in published advice
 RANK = 16
@@ -117,9 +117,9 @@ def do(cell: str) -> None:
             merge_files.merge(both, folder / name, style="diffusers", rank=rank, base="asset:tiny-sd")
         return folder / f"{name}_diffusers.safetensors"
 
-    def distilled(name: str, start: Path, rank: int, **more: Any) -> None:
-        ways[f"styled-{name}"] = run(
-            "styled", output=str(folder / f"styled-{name}"), teacher__adapters=[{"path": str(style)}],
+    def distilled(name: str, start: Path, rank: int, config: str = "styled", **more: Any) -> None:
+        ways[name] = run(
+            config, output=str(folder / name), teacher__adapters=[{"path": str(style)}],
             adapter__start=str(start), adapter__rank=rank, adapter__alpha=rank, **more, **data,
         )  # fmt: skip
 
@@ -127,23 +127,26 @@ def do(cell: str) -> None:
     starts = {"both": merged("start", (1.0, 1.0)), "style": style}
     every_way = count == 60 and seed == 0  # elsewhere four ways are left out, to save hours
     if every_way:
-        starts["speed"] = SPEED
+        starts["speed"] = adapter_file(SPEED)
     for name, start in starts.items():
-        distilled(name, start, 2 * RANK if name == "both" else RANK)
+        distilled(f"styled-{name}", start, 2 * RANK if name == "both" else RANK)
+    for name in ("style", "both"):
+        distilled(f"base-{name}", starts[name], 2 * RANK, "distilled")
     for weight in (0.0, 0.5) if every_way else (0.0,):
         scales = {"guidance__min": 4.0, "guidance__max": 6.0} if weight else {}
         ways[f"lcf-{weight:g}"] = run(
             "lcf", output=str(folder / f"lcf-{weight:g}"), teacher__weight=weight, **scales, **data
         )
-    found = run("compose", style=str(style), speed=str(SPEED), output=str(folder / "compose"),
+    found = run("compose", style=str(style), speed=SPEED, output=str(folder / "compose"),
                 brand=str(brand), prompts=str(brand / "prompts.txt"), seed=seed + 100)  # fmt: skip
     best = json.loads((found.parent / "recommended.json").read_text())
     searched = best["style_weight"], best["speed_weight"]
     ways["usual"] = merged("usual", USUAL)
     ways["searched"], ways["reduced"] = merged("searched", searched), merged("reduced", searched, RANK)
     if every_way:
-        distilled("searched", ways["searched"], 2 * RANK)
-        distilled("longer", style, RANK, steps=480, optimizer__lr=1e-3, checkpoint__every=480)
+        distilled("styled-searched", ways["searched"], 2 * RANK)
+        distilled("styled-longer", style, RANK, steps=480, optimizer__lr=1e-3, checkpoint__every=480)
+        distilled("styled-wide", style, 2 * RANK, "distilled", teacher__regularisation="adapters")
     for name, adapter in ways.items():
         measure(folder / "measured", name, adapter, style, brand, seed)
     (folder / "done").touch()

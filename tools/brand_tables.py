@@ -21,11 +21,14 @@ from PIL import Image, ImageDraw
 WAYS = {
     "base": "base",
     "styled": "styled teacher",
-    "styled-both": "distilled, from style + LCM-LoRA",
-    "styled-style": "distilled, from the style",
-    "styled-longer": "the same, 480 steps at 1e-3",
-    "styled-searched": "distilled, from the searched pair",
-    "styled-speed": "distilled, from the LCM-LoRA",
+    "base-style": "distilled, from the style",
+    "base-both": "distilled, from style + LCM-LoRA",
+    "styled-wide": "distilled, one teacher",
+    "styled-style": "one teacher, half the rank and rate",
+    "styled-both": "so, from style + LCM-LoRA",
+    "styled-searched": "so, from the searched pair",
+    "styled-speed": "so, from the LCM-LoRA",
+    "styled-longer": "one teacher, 480 steps",
     "lcf-0": "LCF",
     "lcf-0.5": "LCF, half a teacher",
     "usual": "style 0.8 + LCM-LoRA 1.0",
@@ -34,9 +37,10 @@ WAYS = {
 }
 # Colour and mark of each; the few that the text speaks of most stand out
 MARKS = {
-    "base": ("#000000", "*"), "styled": ("#7F7F7F", "*"), "styled-both": ("#56B4E9", "s"),
-    "styled-style": ("#0072B2", "s"), "styled-longer": ("#0072B2", "D"), "styled-searched": ("#0072B2", "x"),
-    "styled-speed": ("#56B4E9", "x"), "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"),
+    "base": ("#000000", "*"), "styled": ("#7F7F7F", "*"), "base-style": ("#0072B2", "s"),
+    "base-both": ("#0072B2", "D"), "styled-wide": ("#56B4E9", "s"), "styled-style": ("#56B4E9", "o"),
+    "styled-both": ("#56B4E9", "D"), "styled-searched": ("#56B4E9", "x"), "styled-speed": ("#56B4E9", "+"),
+    "styled-longer": ("#56B4E9", "*"), "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"),
     "usual": ("#009E73", "o"), "searched": ("#CC79A7", "o"), "reduced": ("#CC79A7", "+"),
 }  # fmt: skip
 KEYS = ("brand_similarity", "brand_adherence", "control_adherence", "diversity", "sharpness")
@@ -48,7 +52,7 @@ GROUPS = {
     "lumo, 20 pictures": (("lumo", 20),),
     "neon, 60 pictures": (("neon", 60),),
 }
-DEFAULT = "styled-style"  # what `lcm-kit finetune` does
+DEFAULT = "base-style"  # what `lcm-kit finetune` does
 SHOWN = 4  # prompts in the sheet
 
 

@@ -44,33 +44,38 @@ def finetune(
     *,
     prompts: str | None = None,
     trigger: str | None = None,
+    speed: str | None = None,
     dry_run: bool = False,
 ) -> Path | None:
     """The story for the pictures in `folder` (or asset:NAME); returns the path of report.html.
 
     `output`: the run's folder, `runs/<name of the folder>` unless given. `prompts`: a file of prompts to draw
     while it trains and to judge by; None: `prompts.txt` in the folder if there is one, else the captions of
-    the pictures that are held out. `trigger`: a word that every caption should hold. `overrides`:
-    `style.KEY=VALUE`, `distill.KEY=VALUE` and `evaluation.KEY=VALUE`. `dry_run`: check, print the plan and
-    return None. A stage that is done already does nothing or continues. Raises `UserError` for a folder that
-    cannot be learned from, and as the stages do.
+    the pictures that are held out. `trigger`: a word that every caption should hold. `speed`: an LCM-LoRA for
+    the base (as `lora_file.adapter_file` takes it), which the distillation then starts from beside the style.
+    `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and `evaluation.KEY=VALUE`. `dry_run`: check, print
+    the plan and return None. A stage that is done already does nothing or continues. Raises `UserError` for a
+    folder that cannot be learned from, and as the stages do.
     """
     _alone()
     console = Console(stderr=True)
     place = Path(assets.resolve(folder)).expanduser()
     if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
-    story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, overrides)
+    story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, speed, overrides)
     insist_on_the_folder(story)
     show.plan(story, _check(console, story, trigger))
     if dry_run:
         return None
     report = _tell(console, story)
-    show.other_way(story)
+    show.other_way(story, speed)
     return report
 
 
-def _of_studio(folder: str, base: Base, output: Path, prompts: str | None, overrides: Sequence[str]) -> Story:
+def _of_studio(
+    folder: str, base: Base, output: Path, prompts: str | None, speed: str | None, overrides: Sequence[str]
+) -> Story:
+    from lcm_kit import styles
     from lcm_kit.families import inspect_base
 
     found = inspect_base(base.path, revision=base.revision, variant=base.variant)
@@ -79,7 +84,10 @@ def _of_studio(folder: str, base: Base, output: Path, prompts: str | None, overr
         assets.prompts(wanted)  # are there any?
     place = {"path": base.path, "revision": base.revision, "variant": base.variant}
     size, family = found.sample_size * found.factor, configs.family_of(found.width)
-    return configs.finetune(folder, place, family, output, size, wanted, overrides)
+    story = configs.finetune(folder, place, family, output, size, wanted, overrides)
+    if speed is None:
+        return story
+    return configs.from_speed_too(story, speed, styles.largest_rank("--speed", speed, found))
 
 
 def _check(console: Console, story: Story, trigger: str | None) -> int:

@@ -140,6 +140,18 @@ def finetune(
     return Story(style, distill, (brand,), prompts is None)
 
 
+def from_speed_too(story: Story, speed: str, rank: int) -> Story:
+    """The story whose distillation starts as the sum of the style and `speed`, an LCM-LoRA of `rank`.
+
+    The rank of the LoRA that is trained becomes that of both together at least, its strength stays.
+    """
+    adapter = story.distill.adapter
+    least = max(adapter.rank, story.style.adapter.rank + rank)
+    alpha, start = adapter.alpha * least / adapter.rank, (*adapter.start, Weighted(speed))
+    wider = replace(adapter, rank=least, alpha=alpha, start=start)
+    return replace(story, distill=replace(story.distill, adapter=wider))
+
+
 def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides) -> Distill:
     config = _load(name, {**told, "output": str(output)}, given.of("distill"))
     assert isinstance(config, Distill)  # `recipe` cannot be overridden

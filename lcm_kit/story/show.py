@@ -33,7 +33,7 @@ def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
         ("base", f"{distill.base.path}, at {distill.data.resolution} pixels", ""),
         ("encode", _pictures(story, pictures), style.data.cache),
         ("style", _training(style), style.output),
-        ("distil", f"{_training(distill)}, on {_seen(story)}", distill.output),
+        ("distil", f"{_training(distill)}{_start(story)}, on {_seen(story)}", distill.output),
         ("export", "both adapters, for diffusers and the apps", f"{run}/export, {style.output}/export"),
         ("evaluate", ", ".join(config.recipe for config in story.evaluations), str(run)),
         ("report", "one page", str(run / "report.html")),
@@ -51,6 +51,12 @@ def _training(config: Training) -> str:
     if done >= config.steps:
         return f"{text}; done"
     return f"{text}; begun, continues" if done or states else text
+
+
+def _start(story: Story) -> str:
+    style, start = story.style.output, story.distill.adapter.start
+    names = ["the style" if entry.path == style else entry.path for entry in start]
+    return f", which starts as {' and '.join(names)}" if names else ""
 
 
 def _seen(story: Story) -> str:
@@ -98,13 +104,23 @@ def summary(story: Story) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def other_way(story: Story) -> None:
-    """Print how to join the style with an acceleration LoRA: for some looks better (docs/brand-study.md)."""
-    command = ["lcm-kit", "compose", story.style.output, "LCM_LORA", "--base", str(story.distill.base.path)]
+def other_way(story: Story, speed: str | None) -> None:
+    """Print how to join the style with an acceleration LoRA: for some looks better (docs/brand-study.md).
+
+    `speed`: the one that is known for the base.
+    """
+    base, lora = str(story.distill.base.path), speed or "LCM_LORA"
+    command = ["lcm-kit", "compose", story.style.output, lora, "--base", base]
+    asked = (
+        "\nThere is another way, which"
+        if speed
+        else "\nIs there an LCM-LoRA for your base (SD1.5: hub:latent-consistency/lcm-lora-sdv1-5, SDXL: "
+        "hub:latent-consistency/lcm-lora-sdxl, tiny-sd: asset:tiny-lcm-lora)? Then give it as --speed, with "
+        "another --output: more of the look is kept. And there is another way, which"
+    )
     text = (
-        "\nIs there an LCM-LoRA for your base? Then look at the other way too, which trains nothing: this "
-        "finds the weights of both, and is better for looks near to what the base draws "
-        "(docs/brand-study.md):"
+        f"{asked} trains nothing more: this finds the weights of both, and is better for looks near to what "
+        "the base draws (docs/brand-study.md):"
     )
     for line in (text, f"  {shlex.join(command)}"):
         Console(soft_wrap=True).print(line, highlight=False, markup=False)

@@ -150,6 +150,29 @@ def test_the_plan_says_all_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_lcm_lora_of_the_base_is_started_from_too(
+    sd_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    run, folder = build_run(tmp_path / "speed", sd_base(), rank=5, alpha=10.0), studio(tmp_path / "brand")
+    stages.export(run)
+    words = ["finetune", folder, "--base", sd_base(), "--output", tmp_path / "run", "--dry-run"]
+    done = cli(*words, "--speed", run, *FEW)
+    assert done.exit_code == 0, done.output
+    assert f"2 steps of 2, LoRA of rank 9, which starts as the style and {run}" in done.stdout
+    wide = cli(*words, "--speed", run, *FEW, "distill.adapter.rank=12", "distill.adapter.alpha=6")
+    assert "LoRA of rank 12, which" in wide.stdout  # wide enough: as it was
+    refused = cli(*words, "--speed", "asset:tiny-lcm-lora", *FEW)
+    assert refused.exit_code == 2 and "--speed: asset:tiny-lcm-lora is not whole" in refused.stderr
+    place = {"path": "b", "revision": None, "variant": None}
+    told = configs.finetune(
+        "my/brand", place, "sd15", Path("runs/x"), 512, None, ["distill.adapter.alpha=32"]
+    )
+    adapter = configs.from_speed_too(told, "hub:some/lora", 64).distill.adapter
+    assert (adapter.rank, adapter.alpha) == (80, 40.0)
+    assert [(e.path, e.weight) for e in adapter.start] == [("runs/x/style", 1), ("hub:some/lora", 1)]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
