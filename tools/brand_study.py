@@ -36,7 +36,7 @@ RUNS, CACHE = ROOT / "runs" / "brand-study", ROOT / "cache" / "brand-study"
 SPEED = "asset:tiny-lcm-lora"
 SIZES, SEEDS = {"lumo": (20, 60, 120), "neon": (60,)}, (0, 1, 2)
 USUAL = 0.8, 1.0  # weights of style and acceleration in published advice
-RANK = 16
+RANK, STRONG = 16, 1.05  # of the style in its teacher, as in the story
 
 
 def cells() -> Iterator[str]:
@@ -117,10 +117,17 @@ def do(cell: str) -> None:
             merge_files.merge(both, folder / name, style="diffusers", rank=rank, base="asset:tiny-sd")
         return folder / f"{name}_diffusers.safetensors"
 
-    def distilled(name: str, start: Path, rank: int, config: str = "styled", **more: Any) -> None:
+    def distilled(name: str, start: Path, rank: int, **more: Any) -> None:
         ways[name] = run(
-            config, output=str(folder / name), teacher__adapters=[{"path": str(style)}],
+            "styled", output=str(folder / name), teacher__adapters=[{"path": str(style)}],
             adapter__start=str(start), adapter__rank=rank, adapter__alpha=rank, **more, **data,
+        )  # fmt: skip
+
+    def by_default(name: str, *others: str, **more: Any) -> None:
+        strong = {"path": str(style), "weight": STRONG}
+        ways[name] = run(
+            "distilled", output=str(folder / name), teacher__adapters=[strong],
+            adapter__start=[strong, *others], **more, **data,
         )  # fmt: skip
 
     ways: dict[str, Path] = {}
@@ -130,8 +137,8 @@ def do(cell: str) -> None:
         starts["speed"] = adapter_file(SPEED)
     for name, start in starts.items():
         distilled(f"styled-{name}", start, 2 * RANK if name == "both" else RANK)
-    for name in ("style", "both"):
-        distilled(f"base-{name}", starts[name], 2 * RANK, "distilled")
+    by_default("base-style")
+    by_default("base-both", SPEED)
     for weight in (0.0, 0.5) if every_way else (0.0,):
         scales = {"guidance__min": 4.0, "guidance__max": 6.0} if weight else {}
         ways[f"lcf-{weight:g}"] = run(
@@ -146,7 +153,7 @@ def do(cell: str) -> None:
     if every_way:
         distilled("styled-searched", ways["searched"], 2 * RANK)
         distilled("styled-longer", style, RANK, steps=480, optimizer__lr=1e-3, checkpoint__every=480)
-        distilled("styled-wide", style, 2 * RANK, "distilled", teacher__regularisation="adapters")
+        by_default("base-adapters", teacher__regularisation="adapters")
     for name, adapter in ways.items():
         measure(folder / "measured", name, adapter, style, brand, seed)
     (folder / "done").touch()

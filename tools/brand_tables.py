@@ -23,7 +23,7 @@ WAYS = {
     "styled": "styled teacher",
     "base-style": "distilled, from the style",
     "base-both": "distilled, from style + LCM-LoRA",
-    "styled-wide": "distilled, one teacher",
+    "base-adapters": "distilled, one teacher",
     "styled-style": "one teacher, half the rank and rate",
     "styled-both": "so, from style + LCM-LoRA",
     "styled-searched": "so, from the searched pair",
@@ -38,7 +38,7 @@ WAYS = {
 # Colour and mark of each; the few that the text speaks of most stand out
 MARKS = {
     "base": ("#000000", "*"), "styled": ("#7F7F7F", "*"), "base-style": ("#0072B2", "s"),
-    "base-both": ("#0072B2", "D"), "styled-wide": ("#56B4E9", "s"), "styled-style": ("#56B4E9", "o"),
+    "base-both": ("#0072B2", "D"), "base-adapters": ("#56B4E9", "s"), "styled-style": ("#56B4E9", "o"),
     "styled-both": ("#56B4E9", "D"), "styled-searched": ("#56B4E9", "x"), "styled-speed": ("#56B4E9", "+"),
     "styled-longer": ("#56B4E9", "*"), "lcf-0": ("#D55E00", "^"), "lcf-0.5": ("#E69F00", "^"),
     "usual": ("#009E73", "o"), "searched": ("#CC79A7", "o"), "reduced": ("#CC79A7", "+"),
