@@ -31,7 +31,7 @@ class Base:
 class Weighted:
     """A LoRA to use at a weight; where the weight is 1 its path alone may stand in its place."""
 
-    # a file in any style that `lcm-kit convert` reads, a run's folder, a hub id, or an asset
+    # a file in any style that `lcm-kit convert` reads, a run's folder, asset:NAME, or hub:OWNER/NAME[/FILE]
     path: str
     weight: float = 1.0
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from lcm_kit import story
 
-MARGIN = 0.15  # of brand similarity above the base's; the base has about 0, the brand's own pictures 0.63
+MARGIN = 0.2  # of brand similarity above the base's, which is 0.1; the brand's own pictures have 0.63
 
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,6 @@ def test_what_does_not_name_the_look_is_drawn_better_than_without_the_adapter(ru
     assert 0.9 <= student["saturation"] <= 1.1  # chroma against the teacher's
 
 
-@pytest.mark.xfail(reason="measured: 12 points below the base, docs/finetuning.md", strict=True)
 def test_what_does_not_name_the_look_is_drawn_as_before(run: Path) -> None:
     student, teacher = drawn(run)["student"], drawn(run)["teacher"]
     assert student["attribute_accuracy"] >= teacher["attribute_accuracy"] - 0.05

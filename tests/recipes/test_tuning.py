@@ -185,6 +185,17 @@ def test_another_file_under_the_starts_name_is_noticed(distill_keys: Keys, run: 
         distill.main(tuned(distill_keys, tmp_path / "run", file, steps=4))
 
 
+def test_another_weight_of_the_start_is_noticed(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
+    def go(steps: int, weight: float) -> None:
+        start = {"start": [{"path": str(run), "weight": weight}]}
+        distill.main(tuned(distill_keys, tmp_path / "run", run, steps=steps, adapter=start))
+
+    go(2, 0.5)
+    with pytest.raises(UserError, match=r"was started with adapter.start .*0.5.* and the config says .*0.6"):
+        go(4, 0.6)
+    go(4, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
