@@ -87,6 +87,8 @@ def _trains(config: Training) -> list[Callable[[], str]]:
         prompts.append(config.prior.prompts)
     elif isinstance(config, Distill) and (config.teacher.adapters or config.adapter.start):
         looks.append(lambda: _adapters(config))
+    if (left_out := config.data.leave_out) is not None:
+        looks.append(lambda: _left_out(left_out))
     return looks + [partial(_prompts, each) for each in prompts if each]
 
 
@@ -152,6 +154,13 @@ def _pictures(path: str) -> str:
     from lcm_kit.data.records import pictures
 
     return f"images: {path}, {len(pictures(Path(assets.resolve(path)).expanduser(), path))} of them"
+
+
+def _left_out(run: str) -> str:
+    from lcm_kit.data.sources import held_out_of
+
+    share, _ = held_out_of(run)
+    return f"left out: the {share:.0%} of the pictures that {run} held out"
 
 
 def _samples(data: Data) -> str:

@@ -77,7 +77,8 @@ class HeldOut:
             slots = range(first, min(first + self.batch_size, count))
             places = [slot // TIMES for slot in slots]
             latents, condition = self.pictures.latents(places), self.pictures.condition(places)
-            total += float(losses_of(Batch(latents, condition, [], slots)).sum())
+            ids = [self.pictures.ids[place] for place in places]
+            total += float(losses_of(Batch(latents, condition, ids, slots)).sum())
         return total / count
 
 

@@ -58,3 +58,15 @@ def test_rows_are_those_of_the_cache() -> None:
 def test_a_single_picture_cannot_be_held_out() -> None:
     with pytest.raises(UserError, match="held_out 0.1 keeps 1 of 1 pictures"):
         split(cache(1, general=4), 0.1, 0)
+
+
+def test_what_is_left_out_is_not_trained_on_and_general_pictures_stay() -> None:
+    whole = cache(20, general=5, mirrored=True)
+    left = {"image 0", "image 3", "general 1", "of another set"}
+    trained, held = split(whole, 0.3, 1, left)
+    seen, kept = {whole.images[row] for row in trained.rows}, {whole.images[row] for row in held.rows}
+    assert kept == {whole.images[row] for row in split(whole, 0.3, 1)[1].rows}  # the choice is as without
+    assert not seen & (kept | {"image 0", "image 3"}) and "general 1" in seen
+    assert len(seen) == len(set(whole.images)) - len(kept | {"image 0", "image 3"})
+    with pytest.raises(UserError, match=r"held_out 0.0 with data.leave_out keeps 2 of 2 pictures"):
+        split(cache(2), 0.0, 0, {"image 0", "image 1"})

@@ -44,6 +44,9 @@ class Data:
     regularisation: str | None = None
     # share of the batches that these have; null: in proportion to their number
     regularisation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # a run of train/finetune: what its validation held out is not trained on here either, so that there are
+    # pictures of the look to judge by that no training saw (train/distill only, not of samples); null: none
+    leave_out: str | None = None
     # auto: a folder of images if there is one, else `datasets`
     kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only

@@ -84,6 +84,8 @@ class Finetune(Training):
     def _images(self) -> Finetune:
         if self.data.source != "images":
             raise ValueError(f"data.source {self.data.source} is for train/distill; a style is in images")
+        if self.data.leave_out is not None:
+            raise ValueError("data.leave_out is for train/distill, which has validation.held_out; remove it")
         if self.adapter.start:
             raise ValueError("adapter.start is for train/distill; remove it")
         return self

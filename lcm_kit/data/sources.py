@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import cache, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
-from lcm_kit.data.split import GENERAL, Rows, split
+from lcm_kit.data.split import GENERAL, Rows, chosen, own_images, split
+from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
@@ -46,12 +48,35 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
 def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
     """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
 
-    Raises `UserError` as `split`.
+    Neither has what the run of `data.leave_out` held out. Raises `UserError` as `split`, and if that run is
+    none.
     """
-    if not config.validation.held_out:
-        return cache, Rows(cache.images if isinstance(cache, Both) else cache, ())
-    assert isinstance(cache, Cache)  # as the schema says
-    return split(cache, config.validation.held_out, config.seed)
+    both = cache if isinstance(cache, Both) else None
+    images = cache.images if isinstance(cache, Both) else cache
+    assert isinstance(images, Cache)  # as `open_cache` gives it
+    left_out: Set[str] = frozenset()
+    if config.data.leave_out is not None and config.data.source != "teacher":
+        left_out = chosen(own_images(images), *held_out_of(config.data.leave_out))
+    if not config.validation.held_out and not left_out:
+        return cache, Rows(images, ())
+    trained, kept = split(images, config.validation.held_out, config.seed, left_out)
+    return (replace(both, images=trained) if both else trained), kept
+
+
+def held_out_of(run: str) -> tuple[float, int]:
+    """The share of the pictures that the training of `run` held out, and its seed, which chose them.
+
+    Raises `UserError` if it is no run.
+    """
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"data.leave_out: {run} is not the folder of a run; give the style's, or null to train on all"
+        )
+    trained = load(file)
+    if not isinstance(trained, Training):
+        raise UserError(f"data.leave_out: {run} trained nothing ({trained.recipe}); give the style's run")
+    return trained.validation.held_out, trained.seed
 
 
 def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:
@@ -70,7 +95,7 @@ def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:
 class Both:
     """Two caches as one: the rows of the images, then those of the teacher's samples."""
 
-    images: Cache
+    images: Cache | Rows  # Rows: without what is left out, to draw batches from
     samples: Cache
     share: float  # of the batches that the samples have
 
@@ -87,20 +112,21 @@ class Both:
     @property
     def fingerprint(self) -> str:
         """Hash of all that both were made from."""
+        assert isinstance(self.images, Cache)
         return sha256_bytes(f"{self.images.fingerprint} {self.samples.fingerprint}".encode())
 
     def latents(self, index: Sequence[int]) -> Tensor:
         """Latents [n, C, h, w], float32, of the rows at `index`."""
-        return torch.cat([source.latents(row) for source, row in map(self._row, index)])
+        return torch.cat([source.latents([row]) for source, row in map(self._row, index)])
 
     def condition(self, index: Sequence[int]) -> Condition:
         """The conditions of the rows at `index`, float32."""
-        return Condition.cat([source.condition(row) for source, row in map(self._row, index)])
+        return Condition.cat([source.condition([row]) for source, row in map(self._row, index)])
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times."""
-        return self.images.empty(n)
+        return self.samples.empty(n)
 
-    def _row(self, index: int) -> tuple[Cache, int]:
+    def _row(self, index: int) -> tuple[Cache | Rows, int]:
         first = len(self.images)
         return (self.images, index) if index < first else (self.samples, index - first)

@@ -50,23 +50,32 @@ def chosen(images: Set[str], share: float, seed: int) -> set[str]:
     return set(sorted(images, key=lambda image: sha256_bytes(f"{seed}/{image}".encode()))[:count])
 
 
-def split(cache: Cache, share: float, seed: int) -> tuple[Rows, Rows]:
+def own_images(cache: Cache) -> set[str]:
+    """The pictures of `data.path` in `cache`, without the general ones: sha256 of each file."""
+    return {image for id, image in zip(cache.ids, cache.images, strict=True) if not id.startswith(GENERAL)}
+
+
+def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset()) -> tuple[Rows, Rows]:
     """The rows to train on, and those of the `share` of pictures to measure on: a function of the seed.
+
+    `left_out`: pictures (sha256 of each file) that are not trained on in any case.
 
     Whole pictures are held out: no row that is trained on shows one of them, under another name or mirrored.
     Only pictures of `data.path` are chosen, at least one if `share` is above 0, and without mirror images. A
     picture's place in the draw depends on its content alone, so that a set that grows keeps most of its
     choice. Raises `UserError` if nothing would be left to train on.
     """
-    own = {image for id, image in zip(cache.ids, cache.images, strict=True) if not id.startswith(GENERAL)}
+    own = own_images(cache)
     held = chosen(own, share, seed)
-    if held and len(held) == len(own):
+    kept_out = held | (left_out & own)
+    if kept_out == own:
+        keys = f"validation.held_out {share}" + " with data.leave_out" * bool(left_out & own)
         raise UserError(
-            f"validation.held_out {share} keeps {len(held)} of {len(own)} pictures out of training, which "
-            "leaves none; set it to 0, or add pictures"
+            f"{keys} keeps {len(own)} of {len(own)} pictures out of training, which leaves none; set it to "
+            "0, or add pictures"
         )
     places = range(len(cache.ids))
-    trained = [i for i in places if cache.images[i] not in held]
+    trained = [i for i in places if cache.images[i] not in kept_out]
     measured = [
         i
         for i in places

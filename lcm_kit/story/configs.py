@@ -25,7 +25,16 @@ STYLE, CACHE = "style", "cache"  # folders within the run's
 PROMPTS = "prompts.txt"  # in the run's folder: captions of the pictures that the style was not trained on
 CAPTIONS = "captions.txt"  # and those of the others
 _FAMILIES = {768: "sd15", 1024: "sd15", 2048: "sdxl"}  # by the width of the text embeddings
-_OWN = ("recipe", "output", "run", "style", "brand", "teacher.adapters", "teacher.in_student")
+_OWN = (
+    "recipe",
+    "output",
+    "run",
+    "style",
+    "brand",
+    "data.leave_out",
+    "teacher.adapters",
+    "teacher.in_student",
+)
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
 _GENERAL = 100  # pictures that the base draws of everyday things
 _SEEN = ("path", "regularisation", "resolution", "flip", "kind", "shard_size", "skip_bad")
@@ -96,6 +105,7 @@ def quickstart(output: Path, overrides: Sequence[str]) -> Story:
     given = Overrides(stages, tuple(overrides), bare="distill")
     distill = _distill("quickstart", output, {}, given)
     style = _style("finetune/tiny_brand", distill, {}, given)
+    distill = _without_held_out(distill, style)
     pictures = distill.data.path
     size = distill.data.resolution
     told = {"run": str(output), "style": style.output, "brand": pictures, "resolution": size}
@@ -133,7 +143,7 @@ def finetune(
     if family != "tiny":  # whose configs have general pictures
         more |= {"prior.prompts": "asset:everyday", "prior.count": _GENERAL}
     style = _style(f"finetune/{look}", distill, more, given)
-    distill = _with_general(distill, style)
+    distill = _without_held_out(_with_general(distill, style), style)
     judged = "evaluation/brand" if family == "tiny" else "evaluation/brand_clip"
     subject = {"run": str(output), "style": style.output, "brand": folder, "prompts": prompts}
     brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("evaluation"))
@@ -161,6 +171,12 @@ def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides)
     # the start of a config that begins with its teacher's style, alone or among others
     start = tuple(replace(e, path=style) if e.path == known[0].path else e for e in config.adapter.start)
     return replace(config, teacher=teacher, adapter=replace(config.adapter, start=start))
+
+
+def _without_held_out(distill: Distill, style: Finetune) -> Distill:
+    """Without the pictures that the style holds out: the evaluation is then of what no training has seen."""
+    seen = not style.validation.held_out or distill.data.source == "teacher"
+    return replace(distill, data=replace(distill.data, leave_out=None if seen else style.output))
 
 
 def _with_general(distill: Distill, style: Finetune) -> Distill:

@@ -186,6 +186,24 @@ def test_each_picture_has_its_own_teacher(who: str, mixed: tuple[Keys, Any], tmp
     assert all(abs(a / b - 1) > 0.01 for a, b in zip(found, other, strict=True))
 
 
+def test_the_loss_on_held_out_pictures_is_by_the_styled_teacher(
+    mixed: tuple[Keys, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, _ = mixed
+    asked: list[list[bool]] = []
+    real = distill.by_teacher
+
+    def by_teacher(ask: Any, bases: list[bool], **more: Any) -> Tensor:
+        asked.append(list(bases))
+        return real(ask, bases, **more)
+
+    monkeypatch.setattr(distill, "by_teacher", by_teacher)
+    run = distill.main(configure(keys, tmp_path / "run", steps=2, validation={"held_out": 0.25}))
+    found = metrics(run, "held_out_loss")
+    assert len(found) == 2 and all(np.isfinite(found))
+    assert not any(asked[0]) and len(asked[0]) == 2  # measured before the first step, in batches of the run's
+
+
 # -- What the keys do --------------------------------------------------------------------------------
 
 

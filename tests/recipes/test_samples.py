@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from safetensors.torch import load_file
 
 from lcm_kit import families, sample, styles
 from lcm_kit.check import check
+from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.data import samples, sources
 from lcm_kit.data.batches import Batches
+from lcm_kit.data.cache import Cache
 from lcm_kit.data.sources import Both
+from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export import structure
 from lcm_kit.families import inspect_base
@@ -187,6 +191,38 @@ def test_a_mix_draws_from_both_by_its_share(config: Callable[..., Distill]) -> N
         json.loads((run / "adapter" / "adapter.json").read_text())["data"]["fingerprint"] == both.fingerprint
     )
     assert both.fingerprint not in (both.images.fingerprint, both.samples.fingerprint)
+
+
+@pytest.mark.parametrize("source", ["images", "mix"])
+def test_what_a_style_held_out_is_left_out(
+    source: str, config: Callable[..., Distill], distill_keys: Keys, tmp_path: Path
+) -> None:
+    shared = ("base", "data", "batch_size")
+    keys = {"recipe": "train/finetune", **{key: distill_keys[key] for key in shared}}
+    style = configure(keys, tmp_path / "style", seed=3, validation={"held_out": 0.25})
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "config.yaml").write_text(dump(style))
+    base = inspect_base(style.base.path)
+    left = split(Cache.open(Path(style.data.cache), base=base, data=style.data), 0.25, 3)[1].ids
+    made = config("mix")
+    made = replace(made, data=replace(made.data, source=source, leave_out=str(tmp_path / "style")))
+    sources.encode(made, progress=False)
+    whole = opened(made)
+    trained, kept = sources.split_off(made, whole)
+    assert len(left) == 2 and not kept.ids and trained.ids == [id for id in whole.ids if id not in left]
+    places = [whole.ids.index(id) for id in trained.ids]
+    every = range(len(places))
+    assert torch.equal(trained.latents(every), whole.latents(places))
+    assert torch.equal(trained.condition(every).embeds, whole.condition(places).embeds)
+    mix = sources.mix_of(trained, made.data)
+    assert mix is None if source == "images" else mix.first == 6
+    distill.main(made)
+    assert any("left out: the 25% of the pictures" in line for line in check(made))
+    if source == "mix":  # of its samples alone there is none to leave out
+        alone = replace(made, data=replace(made.data, source="teacher"))
+        assert len(sources.split_off(alone, samples.open_cache(made, base))[0].ids) == 5
+    with pytest.raises(UserError, match=r"data.leave_out: nowhere is not the folder of a run"):
+        sources.split_off(replace(made, data=replace(made.data, leave_out="nowhere")), whole)
 
 
 def test_prompts_may_be_the_captions_of_pictures(config: Callable[..., Distill], tmp_path: Path) -> None:
