@@ -39,7 +39,8 @@ from tests.loras import lcm_modules, random_lora
 TERA = 1e12
 
 
-PLAIN = ("teacher.adapters=[]", "adapter.start=null", "batch_size=16", "accumulation=1", "steps=200")
+PLAIN = ("teacher.adapters=[]", "adapter.start=null", "adapter.rank=16", "adapter.alpha=16",
+         "batch_size=16", "accumulation=1", "steps=200")  # fmt: skip
 
 
 def config(name: str = "quickstart", *overrides: str) -> Distill:
@@ -782,7 +783,7 @@ def test_the_command_prints_the_plan() -> None:
     assert done.exit_code == 0
     for words in (
         "5.3M of the UNet",
-        "0.99M of the LoRA",
+        "1.98M of the LoRA",
         "peak, in the phase",
         "480 rows",
         " 8 GB: fits",
