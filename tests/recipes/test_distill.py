@@ -21,11 +21,8 @@ from lcm_kit import families, sample
 from lcm_kit.adapter import load_adapter
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
-from lcm_kit.data.cache import Cache, encode
+from lcm_kit.data.cache import Cache
 from lcm_kit.errors import UserError
-from lcm_kit.export import structure
-from tests import broken
-from tests.loras import fuse, lcm_modules, random_lora
 from tests.recipes.small import configure, prepare
 from train import distill
 
@@ -138,26 +135,6 @@ def test_first_losses_equal_a_straight_line_script(
     facts = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     assert (facts["prediction_type"], facts["steps"]) == (kind, 3)
     assert facts["base"]["hash"] == families.inspect_base(str(keys["base"]["path"])).base_hash
-
-
-@pytest.fixture(scope="module")
-def mixed(sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Keys, Any]:
-    """Keys of pictures with as many general ones and a styled teacher, and its UNet, fused."""
-    folder, base = tmp_path_factory.mktemp("mixed"), sd_base("epsilon")
-    keys = prepare(folder, base)
-    general = folder / "general"
-    general.mkdir()
-    for file in sorted((folder / "images").iterdir()):
-        (general / file.name).write_bytes(file.read_bytes())
-    for i, file in enumerate(sorted(general.glob("*.png"))):
-        Image.new("RGB", (64, 64), (20 * i, 255 - 20 * i, 90)).save(file)
-    place = structure.of_base(str(base))
-    style = random_lora(place, lcm_modules(place), ranks=(4,), alphas=(4.0,), size=0.1)
-    broken.save(folder / "style.safetensors", broken.kohya_diffusers_spelling(style, place))
-    data = {**keys["data"], "cache": str(folder / "both"), "regularisation": str(general)}
-    keys = {**keys, "data": data, "teacher": {"adapters": [str(folder / "style.safetensors")]}}
-    encode(configure(keys, folder / "none"), progress=False)
-    return keys, fuse(families.load_unet(families.inspect_base(str(base))), style)
 
 
 @pytest.mark.parametrize("who", ["base", "adapters"])

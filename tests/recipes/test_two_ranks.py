@@ -95,6 +95,19 @@ def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     assert resumed["batch"] == 4  # what one step sees is that of the start
 
 
+def test_sharded_processes_ask_both_teachers_though_one_has_rows_of_one(
+    mixed: tuple[dict[str, Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they would not call the model equally often they would wait for ever."""
+    keys, _ = mixed
+    config = configure(keys, tmp_path / "two", batch_size=2, **SETTINGS)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    launch(SHARDED, tmp_path, tmp_path / "config.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    one = distill.main(configure(keys, tmp_path / "one", batch_size=4, **SETTINGS))
+    assert difference(tmp_path / "two", one) < 1e-4
+
+
 @pytest.mark.slow  # processes that import torch anew
 def test_two_ranks_equal_one_process_with_twice_the_batch(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
