@@ -33,21 +33,21 @@ def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
         ("base", f"{distill.base.path}, at {distill.data.resolution} pixels", ""),
         ("encode", _pictures(story, pictures), style.data.cache),
         ("style", _training(style), style.output),
-        ("distil", f"{_training(distill)}{_start(story)}, on {_seen(story)}", distill.output),
+        ("distil", f"{_training(distill, _start(story))}, on {_seen(story)}", distill.output),
         ("export", "both adapters, for diffusers and the apps", f"{run}/export, {style.output}/export"),
         ("evaluate", ", ".join(config.recipe for config in story.evaluations), str(run)),
         ("report", "one page", str(run / "report.html")),
     ]
 
 
-def _training(config: Training) -> str:
+def _training(config: Training, start: str = "") -> str:
     """`200 steps of 16, LoRA of rank 16`, and how far it is if it was begun."""
     from lcm_kit import checkpoints, run_folder
 
     run, batch = Path(config.output), config.batch_size * config.accumulation
     done = run_folder.adapter_steps(run)
     states = checkpoints.folders(run)
-    text = f"{config.steps:,} steps of {batch}, LoRA of rank {config.adapter.rank}"
+    text = f"{config.steps:,} steps of {batch}, LoRA of rank {config.adapter.rank}{start}"
     if done >= config.steps:
         return f"{text}; done"
     return f"{text}; begun, continues" if done or states else text

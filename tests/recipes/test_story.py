@@ -314,7 +314,8 @@ def test_the_plan_tells_what_is_done(sd_base: Callable[..., Path], tmp_path: Pat
     run = build_run(tmp_path / "run", sd_base())  # 20 steps
     told = configs.quickstart(run, ["steps=20"])
     rows = {row[0]: row[1] for row in show.rows(told, 96)}
-    assert "20 steps of 16, LoRA of rank 16; done" in rows["distil"] and "done" not in rows["style"]
+    wanted = "20 steps of 16, LoRA of rank 32, which starts as the style and asset:tiny-lcm-lora; done, on"
+    assert wanted in rows["distil"] and "done" not in rows["style"]
     assert (
         "; begun, continues"
         in dict((row[0], row[1]) for row in show.rows(configs.quickstart(run, ["steps=21"]), 96))["distil"]
