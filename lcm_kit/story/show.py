@@ -105,7 +105,7 @@ def summary(story: Story) -> None:
 
 
 def other_way(story: Story, speed: str | None) -> None:
-    """Print how to join the style with an acceleration LoRA: for some looks better (docs/brand-study.md).
+    """Print how to join the style with an acceleration LoRA (docs/brand-study.md).
 
     `speed`: the one that is known for the base.
     """
@@ -115,12 +115,12 @@ def other_way(story: Story, speed: str | None) -> None:
         "\nThere is another way, which"
         if speed
         else "\nIs there an LCM-LoRA for your base (SD1.5: hub:latent-consistency/lcm-lora-sdv1-5, SDXL: "
-        "hub:latent-consistency/lcm-lora-sdxl, tiny-sd: asset:tiny-lcm-lora)? Then give it as --speed, with "
-        "another --output: more of the look is kept. And there is another way, which"
+        "hub:latent-consistency/lcm-lora-sdxl, tiny-sd: asset:tiny-lcm-lora)? It can be started from "
+        "(--speed, with another --output). And there is another way, which"
     )
     text = (
-        f"{asked} trains nothing more: this finds the weights of both, and is better for looks near to what "
-        "the base draws (docs/brand-study.md):"
+        f"{asked} trains nothing more: this finds the weights of both; where the look is near to what the "
+        "base draws it may be sharper, at the price of other prompts (docs/brand-study.md):"
     )
     for line in (text, f"  {shlex.join(command)}"):
         Console(soft_wrap=True).print(line, highlight=False, markup=False)
