@@ -181,7 +181,11 @@ def sheet(runs: Path, cell: str, file: Path) -> None:
     order = [label for label in WAYS.values() if label in columns]
     for x, label in enumerate(order):
         words = label.replace(", ", ",\n", 1).replace(" + LCM-LoRA", " +\nLCM-LoRA", 1)
-        words = words.replace(" searched pair", "\nsearched pair").replace(" the LCM-LoRA", "\nthe LCM-LoRA")
+        words = (
+            words.replace(" and rate", "\nand rate")
+            .replace(" searched pair", "\nsearched pair")
+            .replace(" the LCM-LoRA", "\nthe LCM-LoRA")
+        )
         pen.text((x * side + 2, 2), words, fill="black", font_size=11)
         for y, picture in enumerate(columns[label]):
             canvas.paste(picture, (x * side, top + y * side))
