@@ -26,7 +26,6 @@ def by_teacher(
     `always`: where the weights are sharded all processes must call the model equally often.
     """
     rows = {styled: [i for i, base in enumerate(bases) if base != styled] for styled in (True, False)}
-    made = [(rows[styled], ask(rows[styled] or [0], styled)) for styled in rows if rows[styled] or always]
-    given = [(indices, part) for indices, part in made if indices]
-    order = torch.tensor([i for indices, _ in given for i in indices])
-    return torch.cat([part for _, part in given])[order.argsort().to(given[0][1].device)]
+    made = {styled: ask(rows[styled] or [0], styled) for styled in rows if rows[styled] or always}
+    found = torch.cat([part for styled, part in made.items() if rows[styled]])
+    return found[torch.tensor([*rows[True], *rows[False]]).argsort().to(found.device)]

@@ -5,7 +5,8 @@
     python tools/brand_study.py --tables              # the tables and the plot, from what there is
 
 A cell is a look, a number of pictures and a seed. In each, by the configs of configs/study: the styled
-teacher; one LoRA distilled from it, from the style and the base's LCM-LoRA together, or from either; latent
+teacher; one LoRA distilled from it, with and without the base as the teacher of general pictures, that starts
+as the style, as the style and the base's LCM-LoRA together, or as the latter; latent
 consistency fine-tuning without and with a teacher; the style beside the LCM-LoRA at the usual and at searched
 weights, and the latter merged at rank 16. Several processes may work at once (OMP_NUM_THREADS=1 for each):
 each takes a cell that no other has.
@@ -132,7 +133,7 @@ def do(cell: str) -> None:
 
     ways: dict[str, Path] = {}
     starts = {"both": merged("start", (1.0, 1.0)), "style": style}
-    every_way = count == 60 and seed == 0  # elsewhere four ways are left out, to save hours
+    every_way = count == 60 and seed == 0  # elsewhere five ways are left out, to save hours
     if every_way:
         starts["speed"] = adapter_file(SPEED)
     for name, start in starts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,10 +49,9 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
 def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
     """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
 
-    Neither has what the run of `data.leave_out` held out. Raises `UserError` as `split`, and if that run is
-    none.
+    What the run of `data.leave_out` held out is not trained on. Raises `UserError` as `split`, and if that
+    run is none.
     """
-    both = cache if isinstance(cache, Both) else None
     images = cache.images if isinstance(cache, Both) else cache
     assert isinstance(images, Cache)  # as `open_cache` gives it
     left_out: Set[str] = frozenset()
@@ -60,7 +60,7 @@ def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows
     if not config.validation.held_out and not left_out:
         return cache, Rows(images, ())
     trained, kept = split(images, config.validation.held_out, config.seed, left_out)
-    return (replace(both, images=trained) if both else trained), kept
+    return (replace(cache, images=trained) if isinstance(cache, Both) else trained), kept
 
 
 def held_out_of(run: str) -> tuple[float, int]:
@@ -99,7 +99,7 @@ class Both:
     samples: Cache
     share: float  # of the batches that the samples have
 
-    @property
+    @cached_property  # asked for each sample of each step
     def ids(self) -> list[str]:
         """Names of the records, in order."""
         return [*self.images.ids, *self.samples.ids]

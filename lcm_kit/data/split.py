@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -30,7 +31,7 @@ class Rows:
         """Rows."""
         return len(self.rows)
 
-    @property
+    @cached_property  # asked for each sample of each step
     def ids(self) -> list[str]:
         """Names of the records, in order."""
         return [self.cache.ids[row] for row in self.rows]

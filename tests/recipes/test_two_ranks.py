@@ -77,16 +77,23 @@ def difference(a: Path, b: Path) -> float:
     return max(float((x[key] - y[key]).abs().max()) for key in y)
 
 
+def sharded_and_whole(
+    keys: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[Any, Path]:
+    """The config of a run by two processes, each with half of every weight; and the run of one with all."""
+    config = configure(keys, folder / "two", batch_size=2, **settings)
+    (folder / "config.yaml").write_text(dump(config))
+    launch(SHARDED, folder, folder / "config.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return config, distill.main(configure(keys, folder / "one", batch_size=4, **settings))
+
+
 def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes that hold half of every weight each; then one goes on from their state with all."""
     settings = {**SETTINGS, "checkpoint": {"every": 2, "keep": 9}}
-    config = configure(distill_keys, tmp_path / "two", batch_size=2, **settings)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    launch(SHARDED, tmp_path, tmp_path / "config.yaml")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **settings))
+    config, one = sharded_and_whole(distill_keys, tmp_path, monkeypatch, **settings)
     assert difference(tmp_path / "two", one) < 1e-4
     shutil.rmtree(tmp_path / "two/state/step-000003")
     shutil.rmtree(tmp_path / "two/adapter")
@@ -99,12 +106,7 @@ def test_sharded_processes_ask_both_teachers_though_one_has_rows_of_one(
     mixed: tuple[dict[str, Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where they would not call the model equally often they would wait for ever."""
-    keys, _ = mixed
-    config = configure(keys, tmp_path / "two", batch_size=2, **SETTINGS)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    launch(SHARDED, tmp_path, tmp_path / "config.yaml")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    one = distill.main(configure(keys, tmp_path / "one", batch_size=4, **SETTINGS))
+    _, one = sharded_and_whole(mixed[0], tmp_path, monkeypatch, **SETTINGS)
     assert difference(tmp_path / "two", one) < 1e-4
 
 
