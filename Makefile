@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format hooks build clean
+.PHONY: help install quickstart test test-slow test-newest lock lint format hooks build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -14,12 +14,12 @@ help: ## this list
 install: $(STAMP) ## a virtual environment in .venv with the kit and the tools to develop it
 	@echo "Installed. Next: make quickstart, or . $(BIN)/activate and lcm-kit --help"
 
-# Installed again whenever pyproject.toml is newer than the last complete installation.
-$(STAMP): pyproject.toml
+# Installed again whenever one of these is newer than the last complete installation; with the tested versions.
+$(STAMP): pyproject.toml requirements/tested.txt requirements/torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is older than 3.11; try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tools/versions.py install $(VENV)
 	touch $(STAMP)
 
 quickstart: $(STAMP) ## the whole story on the embedded base: check, encode, style, distil, export, evaluate, report
@@ -32,6 +32,12 @@ test: $(STAMP) ## the tests but for the slow ones, offline
 
 test-slow: $(STAMP) ## the slow tests: a whole quickstart, held to its promise
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+lock: $(STAMP) ## resolve the ranges of pyproject.toml anew: requirements/, the versions that are tested
+	$(BIN)/python tools/versions.py lock
+
+test-newest: $(STAMP) ## the tests with the newest and with the oldest versions of the ranges; says what breaks
+	$(BIN)/python tools/versions.py try newest oldest $(if $(ARGS),-- $(ARGS))
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

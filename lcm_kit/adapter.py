@@ -43,14 +43,24 @@ def add_lora(unet: Any, config: schema.Adapter, *, seed: int = 0) -> list[Parame
 
 
 def _add(unet: Any, config: Any, seed: int, name: str = NAME) -> list[Parameter]:
+    """Inject by peft itself: diffusers' and transformers' `add_adapter` each want a peft of their own choice.
+
+    (transformers 5.24 one that is not published yet.)
+    """
+    from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if name in getattr(unet, "peft_config", {}):
+        raise ValueError(f"the model has an adapter {name!r} already; add a LoRA to one that has none")
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=name)
+        inject_adapter_in_model(config, unet, name)
+    unet._hf_peft_config_loaded = True  # so that diffusers and transformers know of it, as after their own
     # Kept, because walking all of SD1.5's modules in every step would cost more than flipping 278 flags.
     unet._lora_layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in unet._lora_layers:
+        layer.set_adapter(name)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()

@@ -196,7 +196,9 @@ def test_the_reduction_is_the_best_and_its_error_is_told(real_sd_base: Path) -> 
         for name, update in exact.items():
             u, s, v = torch.linalg.svd(update, full_matrices=False)
             best = (u[:, :rank] * s[:rank]) @ v[:rank]
-            assert float((found[name] - best).norm()) < 1e-5 * float(update.norm()), name
+            # the least error is a number; the update that has it is not, where two singular values are close
+            least = float((update - best).norm())
+            assert float((update - found[name]).norm()) <= least + 1e-6 * float(update.norm()), name
             assert small.layers[name].shape == merged.layers[name].shape
             kept = merged.layers[name].rank
             assert small.layers[name].rank == (kept if kept <= rank else min(rank, *update.shape))

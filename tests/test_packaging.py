@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lcm_kit import __version__, shipped
 
@@ -76,3 +80,27 @@ def test_every_dependency_says_what_it_is_for() -> None:
 def test_torch_stays_within_what_was_tried() -> None:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert "torch>=2.6,<2.14" in dependencies
+
+
+def test_every_range_has_its_tested_version() -> None:
+    """Each requirement of pyproject.toml is pinned within its range, with hashes; torch by its version."""
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "tools" / "versions.py")
+    assert spec is not None and spec.loader is not None
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = [
+        *project["dependencies"],
+        *(one for more in project["optional-dependencies"].values() for one in more),
+    ]
+    pinned = versions.versions(versions.constraints())
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} has no tested version; run `make lock`"
+        assert requirement.specifier.contains(pinned[name]), f"{name}: run `make lock`"
+    locked = versions.blocks(versions.TESTED.read_text("utf-8"))
+    assert len(locked) > 80
+    for block in locked:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", block), block
+        assert not versions.MACHINE.match(block), block
+    assert [pin.partition("==")[0] for pin in versions.constraints()].count("torch") == 1

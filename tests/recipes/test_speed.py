@@ -71,7 +71,8 @@ def test_both_sides_have_the_same_loss_and_gradient(
     ]
     flat = [torch.cat([grad.flatten() for grad in of]) for of in grads]
     assert flat[0].norm() > 1e-4
-    assert (flat[0] - flat[1]).norm() / flat[0].norm() < 1e-5
+    # float32 sums in another order: 0.6e-5 to 1.3e-5, by the processor
+    assert (flat[0] - flat[1]).norm() / flat[0].norm() < 1e-4
 
     # and one optimizer step later the weights are the same
     with torch.no_grad():
