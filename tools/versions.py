@@ -21,6 +21,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,11 +95,17 @@ def install(venv: Path) -> None:
 # --- other versions ---
 
 
-def direct() -> set[str]:
-    """The packages that pyproject.toml names, in the spelling of indexes."""
+def named(*extras: str) -> set[str]:
+    """The packages that pyproject.toml names for users and in `extras`, in the spelling of indexes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    return {re.split(r"[^A-Za-z0-9._-]", one)[0].lower().replace("_", "-") for one in named}
+    asked = sum((project["optional-dependencies"][extra] for extra in extras), start=project["dependencies"])
+    return {re.split(r"[^A-Za-z0-9._-]", one)[0].lower().replace("_", "-") for one in asked}
+
+
+def extras() -> list[str]:
+    """Every extra but `dev`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return [extra for extra in project["optional-dependencies"] if extra != "dev"]
 
 
 def versions(pins: Sequence[str]) -> dict[str, str]:
@@ -110,11 +117,16 @@ def versions(pins: Sequence[str]) -> dict[str, str]:
 
 
 def other(which: str, torch: str | None) -> dict[str, str]:
-    """The versions to try: the newest or, of the packages that pyproject.toml names, the oldest allowed."""
-    options = ("--upgrade",) if which == "newest" else ("--resolution", "lowest-direct")
-    found = versions([pin(block) for block in resolve(*options, "--python", sys.executable)])
-    kept = {name: version for name, version in found.items() if not MACHINE.match(f"{name}==")}
+    """The versions to try: the newest or, of the packages that users install, the oldest allowed."""
     tested = versions(constraints())
+    own_tools = named("dev") - named(*extras())
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder, "tools.txt")
+        pins.write_text("\n".join(f"{name}=={tested[name]}" for name in own_tools), "utf-8")
+        oldest = ("--resolution", "lowest-direct", "--constraint", str(pins))
+        options = ("--upgrade",) if which == "newest" else oldest
+        found = versions([pin(block) for block in resolve(*options, "--python", sys.executable)])
+    kept = {name: version for name, version in found.items() if not MACHINE.match(f"{name}==")}
     return kept | {"torch": torch or (found["torch"] if which == "newest" else tested["torch"])}
 
 
@@ -142,7 +154,9 @@ def blamed(venv: Path, failed: Sequence[str], tried: dict[str, str]) -> Iterator
     """Of each changed package: the failures that pass with its tested version in its place."""
     pip = (venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps")
     tested = versions(constraints())
-    changed = sorted(name for name in direct() & tried.keys() if tried[name] != tested.get(name, tried[name]))
+    changed = sorted(
+        name for name in named("dev") & tried.keys() if tried[name] != tested.get(name, tried[name])
+    )
     for name in changed:
         run(*pip, f"{name}=={tested[name]}")
         left = failures(venv, [*failed, "--no-header"])
