@@ -22,6 +22,7 @@ from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.export import verify
 from lcm_kit.files import atomic_folder, atomic_write
+from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.results import Rows
 from lcm_kit.sweep import brand, measure, tables
@@ -31,6 +32,7 @@ from lcm_kit.sweep.look import Looker
 from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
 
 
+@alone("evaluation/brand", brand.output)
 def main(config: Brand) -> Path:
     """Evaluate; returns the path of `brand.json`."""
     # -- Parts: the base, the adapters, the prompts ----------------------------------------------------------

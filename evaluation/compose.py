@@ -16,10 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import families, processes, sample
+from lcm_kit import console, families, processes, sample
 from lcm_kit.config.sweep import Compose
 from lcm_kit.export import merge_files, verify
 from lcm_kit.files import atomic_write
+from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.draw import Samples, draw_all, inputs, versions
@@ -28,6 +29,7 @@ from lcm_kit.sweep.pairs import PairPipes, choose, plan, write_map
 from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
 
 
+@alone("evaluation/compose", lambda config: config.output)
 def main(config: Compose) -> Path:
     """Search; returns the path of `results.json`."""
     # -- Parts: the base, both adapters, the samples ---------------------------------------------------------
@@ -102,10 +104,10 @@ def main(config: Compose) -> Path:
     )  # fmt: skip
     file = tables.write_results(folder, results)
     tables.show(results["cells"])
-    print(recommended["sentence"])
+    console.say(recommended["sentence"])
     for line in (*reasons, *merged.written):
-        print(f"  - {line}")
-    print(
+        console.say(f"  - {line}")
+    console.say(
         f"the map of the search: {folder / 'map.png'}; above the styled teacher, below the pair: "
         f"{folder / 'teacher-and-pair.png'}"
     )

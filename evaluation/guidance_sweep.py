@@ -16,10 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import families, processes, sample
+from lcm_kit import console, families, processes, sample
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
+from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.sweep import measure, tables
@@ -31,6 +32,15 @@ from lcm_kit.sweep.recommend import Sweep, breaks, recommend
 from lcm_kit.sweep.subjects import base_facts, subjects
 
 
+def output(config: GuidanceSweep) -> Path:
+    """The sweep's folder. Raises `UserError` where there is none to take."""
+    folder = Path(config.output or Path(config.adapters[0]) / "sweep")
+    if config.output is None and folder.parent.is_file():
+        raise UserError(f"{folder.parent} is a file; give output=FOLDER for what the sweep writes")
+    return folder
+
+
+@alone("evaluation/guidance_sweep", output)
 def main(config: GuidanceSweep) -> Path:
     """Sweep; returns the path of `results.json`."""
     # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
@@ -38,9 +48,7 @@ def main(config: GuidanceSweep) -> Path:
     where = base_facts(config, config.adapters[0])
     base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     found = subjects(config.adapters, verify.base_of(base.path, base.revision, base.variant))
-    folder = Path(config.output or Path(config.adapters[0]) / "sweep")
-    if config.output is None and folder.parent.is_file():
-        raise UserError(f"{folder.parent} is a file; give output=FOLDER for what the sweep writes")
+    folder = output(config)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
     look = Looker.of(config, prompts, size, device)
@@ -101,8 +109,8 @@ def main(config: GuidanceSweep) -> Path:
     file = tables.write_results(folder, results)
     tables.show(results["cells"])
     tables.show_comparisons(results)
-    print(recommended.sentence)
+    console.say(recommended.sentence)
     for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):
-        print(f"  - {line}")
-    print(f"report: {write_sweep_report(folder)}")
+        console.say(f"  - {line}")
+    console.say(f"report: {write_sweep_report(folder)}")
     return file

@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lcm_kit import __version__, assets, families, lora_file, processes, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.evaluation import Quality
+from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
+from lcm_kit.locks import alone
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
@@ -101,6 +102,7 @@ def to_pixels(images: Tensor) -> Tensor:
     return images / 127.5 - 1
 
 
+@alone("evaluation/quality", lambda config: config.run)
 def main(config: Quality) -> Path:
     """Evaluate a run; returns the path of its `results.json`."""
     # -- Parts: the run, its base, its exported file ---------------------------------------------------------
@@ -140,7 +142,7 @@ def main(config: Quality) -> Path:
 
     drawn: list[Rows] = []
     total = 0  # UNet calls
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns = (Words("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), Words("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
         task = bar.add_task("", total=sum(row.unet_calls for row in rows) * len(prompts))
         for row in rows:

@@ -42,6 +42,7 @@ from lcm_kit.families import encode_images
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import guide, sample_guidance
+from lcm_kit.locks import alone
 from lcm_kit.losses import huber
 from lcm_kit.memory import compiled, make_optimizer, place
 from lcm_kit.methods import METHODS, Times
@@ -140,6 +141,7 @@ def baseline(config: Speed, device: torch.device) -> Side:
 SIDES = {"ours": ours, "baseline": baseline}
 
 
+@alone("evaluation/speed", lambda config: config.output)
 def main(config: Speed) -> Path:
     """Measure both sides; returns the path of `results.json`."""
     # -- Memory first: each side alone, while this process holds nothing -------------------------------------
@@ -186,4 +188,4 @@ def main(config: Speed) -> Path:
 if __name__ == "__main__":  # as `peak_apart` runs this file
     wanted = load(Path(sys.argv[2]))
     assert isinstance(wanted, Speed)
-    print(json.dumps(peak_here(SIDES[sys.argv[1]], wanted)))
+    sys.stdout.write(json.dumps(peak_here(SIDES[sys.argv[1]], wanted)) + "\n")

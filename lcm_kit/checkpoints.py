@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__
+from lcm_kit import __version__, console
 from lcm_kit.adapter import NAME, load_lora_state, named_parameters
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, sha256_file
@@ -49,6 +49,7 @@ class Origin:
     teacher: tuple[str, ...]  # hashes of the files of its adapters, and of adapter.start
     batch: int  # samples of a step over all processes
     world: int  # processes; they may be others when it goes on
+    base: str = ""  # hash of all of the base
 
 
 # -- On disk -------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def read(folder: Path) -> State:
     return state
 
 
-def newest(run: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest(run: Path, say: Callable[[str], None] = console.say) -> Path | None:
     """The folder of the newest state of `run` that is good; None if there is no state at all.
 
     Every damaged one that is passed over is told to `say`. Raises `UserError` if none is good.
@@ -121,10 +122,15 @@ def check_origin(folder: Path, origin: Origin) -> None:
             f"{run}: this run was trained on another base, its UNet had the hash {said['unet'][:12]} and now "
             f"has {origin.unet[:12]}; give back the base that it was started with, or give another output"
         )
+    if said and origin.base and said.get("base", origin.base) != origin.base:
+        raise UserError(
+            f"{run}: the base has changed since this run was started (its UNet is the same, another part or "
+            "its noise schedule is not); give back the base that it was started with, or give another output"
+        )
     if said and said["data"] != origin.data:
         raise UserError(
-            f"{run}: the cache holds other images or captions than when this run was started; encode the old "
-            "ones again to continue, or give another output"
+            f"{run}: the cache holds other images or captions than when this run was started, or in other "
+            "shards (data.shard_size); encode the old ones again to continue, or give another output"
         )
     if said and tuple(said["teacher"]) != origin.teacher:
         raise UserError(

@@ -1,13 +1,15 @@
 """The command line. Each verb imports what it needs when it runs, so that help comes at once.
 
 The one place where errors become exit codes: a `UserError` is printed as `error: ...` with code 2, and so
-is a full disk; an interruption says that the same command continues, with code 130; anything else is a bug
-and keeps its traceback.
+is what the file system refuses; an interruption says that the same command continues, with code 130;
+anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from lcm_kit import cli_finetune, cli_lora, cli_plan, cli_sweep
+from lcm_kit.cli_numbers import SEED, WEIGHT, within
+from lcm_kit.console import encodable, say
 from lcm_kit.errors import UserError
+from lcm_kit.files import reason_of
 from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
@@ -34,21 +39,28 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _fail("stopped; the same command continues where it left off", 130)
         except Exception as error:
-            if not _disk_full(error):
+            sentence = _refusal(error)
+            if sentence is None:
                 raise
-            _fail(
-                f"the disk is full ({error}); free some space and run the same command again, it continues", 2
-            )
+            _fail(sentence, 2)
 
 
 def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"error: {sentence}", err=True)
+    say(f"error: {sentence}", err=True)
     raise typer.Exit(code)
 
 
-def _disk_full(error: Exception) -> bool:
-    """Whether the file system ran out of space; safetensors says so in the text of its own error type."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
+def _refusal(error: Exception) -> str | None:
+    """What the file system refused, as a sentence; None for what is no refusal of its."""
+    reason = reason_of(error)
+    if reason is None or reason.errno == errno.EPIPE:  # nobody reads on: typer ends quietly
+        return None
+    if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}); free some space and run the same command again, it continues"
+    if reason is not error:  # it came on the way, and something else went wrong since
+        return None
+    name = "" if reason.filename is None else f"{os.fsdecode(reason.filename)}: "
+    return f"{name}{reason.strerror}; check that the path is right, is there and may be used"
 
 
 app = typer.Typer(
@@ -75,7 +87,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from lcm_kit import __version__
 
-        typer.echo(f"lcm-kit {__version__}")
+        say(f"lcm-kit {__version__}")
         raise typer.Exit
 
 
@@ -108,7 +120,7 @@ def ls() -> None:
     names = shipped.names()
     width = max(map(len, names))
     for name in names:
-        typer.echo(f"{name:<{width}}  {shipped.describe(name)}".rstrip())
+        say(f"{name:<{width}}  {shipped.describe(name)}".rstrip())
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -119,7 +131,7 @@ def cp(
     """Copy a recipe or a config, to change it."""
     from lcm_kit import shipped
 
-    typer.echo(shipped.copy(source, target))
+    say(shipped.copy(source, target))
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -127,7 +139,7 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Print a config with every key resolved."""
     from lcm_kit.config.load import dump
 
-    typer.echo(dump(_load(config, overrides)), nl=False)
+    say(dump(_load(config, overrides), plain_ascii=not _unicode()).rstrip("\n"))
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -137,7 +149,11 @@ def check(
     ],
     overrides: Overrides = None,
     resolution: Annotated[
-        int, typer.Option(min=8, help="Of a FOLDER: pixels that will be trained at.")
+        int,
+        typer.Option(
+            callback=within("--resolution", 8, 4096),
+            help="Of a FOLDER: pixels that will be trained at.",
+        ),
     ] = 512,
     trigger: Annotated[
         str | None, typer.Option(help="Of a FOLDER: the words that every caption should have.")
@@ -155,10 +171,10 @@ def check(
     else:
         lines = examine(_load(config, overrides))
     for line in lines:
-        typer.echo(line)
+        say(line)
     if errors:
         raise UserError(" ".join(errors))
-    typer.echo(f"ok: {config}")
+    say(f"ok: {config}")
 
 
 @app.command(rich_help_panel="The stages")
@@ -202,11 +218,23 @@ def sample(
     adapter: Annotated[
         Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps: 1 to 8 for an adapter.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    weight: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    steps: Annotated[
+        int,
+        typer.Option(callback=within("--steps", 1, 1000), help="Solver steps: 1 to 8 for an adapter."),
+    ] = 4,
+    seed: Annotated[
+        int, typer.Option(callback=within("--seed", -SEED - 1, SEED), help="Of the initial noise.")
+    ] = 0,
+    weight: Annotated[
+        float,
+        typer.Option(callback=within("--weight", -WEIGHT, WEIGHT), help="Strength of the LoRA."),
+    ] = 1.0,
     guidance: Annotated[
-        float, typer.Option(help="guidance_scale; 1 is none, and right for an adapter.")
+        float,
+        typer.Option(
+            callback=within("--guidance", 1, 1000),
+            help="guidance_scale; 1 is none, and right for an adapter.",
+        ),
     ] = 1.0,
     solver: Annotated[
         Literal["lcm", "tcd", "ddim", "dpmpp_2m"], typer.Option(help="lcm or tcd for an adapter.")
@@ -231,7 +259,7 @@ def sample(
         found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
         lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
     )  # fmt: skip
-    typer.echo(sheet)
+    say(sheet)
 
 
 @app.command(rich_help_panel="The stages")
@@ -245,7 +273,7 @@ def report(run: Run) -> None:
     """Write the run's report.html from its results and pictures."""
     from lcm_kit.report.build import write_report
 
-    typer.echo(write_report(run))
+    say(write_report(run))
 
 
 app.add_typer(cli_finetune.verbs)
@@ -315,6 +343,11 @@ def _base_of(adapter: Path | None) -> Base:
     return _training(str(config), None).base
 
 
+def _unicode() -> bool:
+    return "utf" in (sys.stdout.encoding or "").lower()
+
+
 def main() -> None:
     """Entry point of `lcm-kit` and of `python -m lcm_kit`."""
+    encodable()
     app(prog_name="lcm-kit")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lcm_kit import console
+from lcm_kit.cli_numbers import WEIGHT, within
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -28,7 +30,11 @@ Base = Annotated[
 ]
 Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
 Alpha = Annotated[
-    float | None, typer.Option(help="What it was trained with, for a file that does not say it.")
+    float | None,
+    typer.Option(
+        callback=within("--alpha", 0, 1e9, above=True),
+        help="What it was trained with, for a file that does not say it.",
+    ),
 ]
 
 
@@ -95,13 +101,13 @@ def convert(
         file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype,
         drop_unknown=drop_unknown,
     )  # fmt: skip
-    typer.echo(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.layers)} modules")
+    console.say(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.layers)} modules")
     for line in read.findings:
-        typer.echo(f"  found: {line}")
+        console.say(f"  found: {line}")
     if drop_unknown and read.unknown:
-        typer.echo(f"  left out: {len(read.unknown)} keys, such as {read.unknown[0]}")
+        console.say(f"  left out: {len(read.unknown)} keys, such as {read.unknown[0]}")
     for path, report in reports.items():
-        typer.echo(f"wrote {delivery.summary(str(path), dtype or mending.own_dtype(read), report)}")
+        console.say(f"wrote {delivery.summary(str(path), dtype or mending.own_dtype(read), report)}")
 
 
 @verbs.command(rich_help_panel=_PANEL)
@@ -115,7 +121,11 @@ def merge(
         Path, typer.Option(help="NAME: NAME_kohya.safetensors and NAME_diffusers.safetensors; or the folder.")
     ] = Path("merged"),
     rank: Annotated[
-        int | None, typer.Option(help="Reduce to this rank by SVD. [default: exact, the ranks add up]")
+        int | None,
+        typer.Option(
+            callback=within("--rank", 1, 65_536),
+            help="Reduce to this rank by SVD. [default: exact, the ranks add up]",
+        ),
     ] = None,
     fuse_into: Annotated[
         str | None,
@@ -134,16 +144,16 @@ def merge(
         raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
     if fuse_into is not None:
         merge_files.fuse(parts, fuse_into, output, variant=variant)
-        typer.echo(
+        console.say(
             f"wrote {output}: {fuse_into} with {len(parts)} LoRA{'s' * (len(parts) > 1)} in its weights"
         )
         return
     done = merge_files.merge(parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype)
     _print_interference(done.interference)
     for group, error in (done.errors or {}).items():
-        typer.echo(f"  relative error of rank {rank} in {group}: {error:.3g}")
+        console.say(f"  relative error of rank {rank} in {group}: {error:.3g}")
     for line in done.written:
-        typer.echo(f"wrote {line}")
+        console.say(f"wrote {line}")
 
 
 def _weighted(text: str) -> tuple[Path, float]:
@@ -152,7 +162,11 @@ def _weighted(text: str) -> tuple[Path, float]:
 
     path, colon, weight = text.rpartition(":")
     try:
-        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
+        value = float(weight) if colon else 1.0
+        weighed = within(f"{path}: weight", -WEIGHT, WEIGHT)(value)
+        return (Path(path) if colon else Path(text)), weighed
+    except UserError:
+        raise
     except ValueError:
         if Path(text).exists() or (named(text) and text.count(":") == 1):
             return Path(text), 1.0
@@ -162,39 +176,34 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _print_report(report: checks.Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     file = report.file
-    typer.echo(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
+    console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
     for line in file.findings:
-        typer.echo(f"  found: {line}")
+        console.say(f"  found: {line}")
     for line in file.problems:
-        typer.echo(f"  problem: {line}")
-    table = Table("app", "modules", "right strength", "verdict")
+        console.say(f"  problem: {line}")
+    table = console.Table("app", "modules", "right strength", "verdict")
     for row in report.rows:
         error = "" if row.error is None else f" (output within {row.error:.1e} of the exact one)"
-        verdict = Text(row.verdict + error if row.ok else row.verdict, style="" if row.ok else "red")
+        verdict = console.cell(row.verdict + error if row.ok else row.verdict, "" if row.ok else "red")
         table.add_row(row.title, f"{row.loaded} of {row.of}", f"{row.right} of {row.of}", verdict)
-    Console().print(table)
+    console.show(table)
     if not file.structure.familiar:
-        typer.echo("Apps other than diffusers cannot load a base with these blocks: they were not asked.")
+        console.say("Apps other than diffusers cannot load a base with these blocks: they were not asked.")
     elif not file.structure.published:
-        typer.echo("Apps other than diffusers cannot load a base of this size: their counts go by the names.")
+        console.say(
+            "Apps other than diffusers cannot load a base of this size: their counts go by the names."
+        )
 
 
 def _print_interference(pairs: dict[str, list[Interference]]) -> None:
     """Where two adapters pull at the same weights: cosine of their updates by block."""
-    from rich.console import Console
-    from rich.table import Table
-
     for title, rows in pairs.items():
-        table = Table(title=title)
+        table = console.Table(title=title)
         for heading in ("block", "cosine", "size of first", "of second", "shared modules"):
             table.add_column(heading, no_wrap=heading == "block")
         for row in rows:
             table.add_row(
                 row.group, f"{row.cosine:+.3f}", f"{row.norm_a:.3g}", f"{row.norm_b:.3g}", str(row.shared)
             )
-        Console().print(table)
+        console.show(table)

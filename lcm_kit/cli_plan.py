@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lcm_kit import console
+from lcm_kit.cli_numbers import within
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -33,7 +35,11 @@ def plan(
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What to plan for.")] = "cuda",
     device_memory: Annotated[
         float | None,
-        typer.Option(metavar="GB", min=0.0, help="Of the device. [default: of the one that is here]"),
+        typer.Option(
+            metavar="GB",
+            callback=within("--device-memory", 0, 1e6, above=True),
+            help="Of the device. [default: of the one that is here]",
+        ),
     ] = None,
     structure: Annotated[
         Literal["sd1", "sd2", "sdxl", "ssd1b"] | None,
@@ -85,7 +91,7 @@ def _planner(config: Training, structure: str | None, device: str) -> Planner:
     found = subject.find(config.base, structure)
     worn, lacking = style.find(config, found.structure)
     for note in filter(None, (found.note, lacking)):
-        typer.echo(f"note: {note}")
+        console.say(f"note: {note}")
     stage = Stage(found, config.adapter, worn, text.rank_of(config))
     return estimate.Planner(stage, device, show.RETURNING in os.environ)
 
@@ -113,9 +119,9 @@ def _probe(config: Training, structure: str | None, planner: Planner) -> None:
             "free; lower batch_size, or probe on the machine that will train"
         )
     if here.stage.text_rank:
-        typer.echo("note: the probe leaves the text encoders out, and so does its estimate")
+        console.say("note: the probe leaves the text encoders out, and so does its estimate")
         config = advice.changed(config, {"text_encoder.rank": None, "text_encoder.alpha": None})
-    typer.echo(f"probe: {probe.STEPS} steps on the {device}, in a process of its own ...")
+    console.say(f"probe: {probe.STEPS} steps on the {device}, in a process of its own ...")
     measured = probe.run(config, structure)
     if measured.weights == "random":  # they come from no file
         here.stage.subject = replace(here.stage.subject, stored=None)

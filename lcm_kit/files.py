@@ -1,10 +1,17 @@
-"""Writing so that nothing is ever half there: a temporary name first, then a rename. And content hashes."""
+"""Writing so that nothing is ever half there: a temporary name first, then a rename. And content hashes.
+
+This is the one door through which the kit writes. Whatever the file system says against it (full, read-only,
+no permission, a file where a folder should be, a name that it cannot hold) comes out as one `UserError` with
+the path, the reason and what to do.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +19,84 @@ from pathlib import Path
 
 from lcm_kit.errors import UserError
 
+_MOST_BYTES = 180  # of a name within a temporary one: file systems hold 255, and ours adds to it
+_ELSEWHERE = "choose another place for it"
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another output",
+    errno.EDQUOT: "free some space or choose another output",
+    errno.EROFS: "choose a place on a file system that can be written to",
+    errno.EACCES: "get the right to write there or choose another output",
+    errno.EPERM: "get the right to write there or choose another output",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the links that lead in a circle",
+}
+# torch and safetensors write in other languages, and what the file system said is lost or is in their text
+_FULL_IN_WORDS = ("PytorchStreamWriter failed", "unexpected pos ", "(os error 28)")
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    reason = error.strerror or error
-    return UserError(f"{path}: cannot be written ({reason}); free some space or choose another output")
+
+def reason_of(error: BaseException | None) -> OSError | None:
+    """The file system's refusal that `error` is, was raised from, or tells of in a library's own words.
+
+    None if it is something else.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        if any(words in str(error) for words in _FULL_IN_WORDS):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if isinstance(error, ValueError) and re.search("null (byte|character)", str(error)):  # of a path
+            return OSError(errno.EINVAL, "its name holds a NUL character")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The sentence for a `path` that could not be written because of `error`."""
+    reason, remedy = error.strerror or str(error), _REMEDIES.get(error.errno or 0, _ELSEWHERE)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and (file := _file_above(path)):
+        reason, remedy = f"{file} is a file, not a folder", f"remove it or {_ELSEWHERE}"
+    elif path.is_dir() and error.errno in (errno.EISDIR, errno.EACCES, errno.EEXIST, errno.ENOTEMPTY):
+        reason, remedy = "a folder of that name is there", f"remove it or {_ELSEWHERE}"
+    return UserError(f"{path}: cannot be written ({reason}); {remedy}")
+
+
+def _file_above(path: Path) -> Path | None:
+    """What stands where `path` needs a folder."""
+    return next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the file system's refusal to write at `path` into the sentence.
+
+    A refusal that names a file away from `path` is of something that was read, and is passed on as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refusal = reason_of(error)
+        if refusal is None or not _of(path, refusal):
+            raise
+        raise unwritable(path, refusal) from error
+
+
+def _of(path: Path, refusal: OSError) -> bool:
+    """Whether `refusal` is about `path`, its temporary neighbour or a folder that either lies in."""
+    if not isinstance(refusal.filename, str | bytes):
+        return True  # a handle's: it writes what we opened
+    place = Path(os.path.abspath(os.fsdecode(refusal.filename)))
+    parent = Path(os.path.abspath(path.parent))
+    return place == parent or parent in place.parents or place in parent.parents
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path` that begins with its own, as far as a file system holds both."""
+    name = path.name
+    while len(os.fsencode(name)) > _MOST_BYTES:
+        name = name[:-1]
+    return path.parent / f".{name}.{os.getpid()}.tmp"
 
 
 @contextlib.contextmanager
@@ -25,17 +106,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises `UserError` if the file system refuses (full disk, no permission); what stood at `path` is then
     unharmed.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = _temporary(path)
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # it would hide what went wrong
+                temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -45,31 +126,50 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
 
 
+def append(path: Path, line: str) -> None:
+    """Add `line` and its end to the text file at `path`. Raises `UserError` as `atomic_file`."""
+    with _writing(path), path.open("a", encoding="utf-8") as handle:
+        handle.write(f"{line}\n")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well.
 
     A folder that already stands at `path` is replaced. Raises `UserError` if the file system refuses.
     """
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(old / "old")
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        begin = _temporary(path).name.removesuffix("tmp")
+        temporary = Path(tempfile.mkdtemp(prefix=begin, suffix=".tmp", dir=path.parent))
+        try:
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            yield temporary
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=begin, suffix=".old", dir=path.parent))
+                path.replace(old / "old")
+                temporary.replace(path)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path) -> Path:
+    """`path`, made with all above it if it is not there. Raises `UserError` as `atomic_file`."""
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `UserError` now if nothing can be written into `folder`, which is made if it is not there."""
+    trial = folder / f".writable-{os.getpid()}"
+    atomic_write(trial, b"")
+    trial.unlink(missing_ok=True)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -26,6 +26,7 @@ from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_folder
 from lcm_kit.overtraining import NAME, Measured, of_tables, verdict
+from lcm_kit.processes import say
 from lcm_kit.runtime import Metrics, Saver, main_does, validate
 from lcm_kit.validation import Validation, due
 
@@ -130,7 +131,7 @@ class Measuring:
             return
         main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
         for sentence in verdict(measured, kept):
-            self.saver.accelerator.print(f"{self.saver.run}: {sentence}")
+            say(self.saver.accelerator, f"{self.saver.run}: {sentence}")
 
     def _measure(self, step: int) -> None:
         """Measure and log, and keep the weights if the rule may."""

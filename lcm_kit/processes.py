@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+from lcm_kit import console
 from lcm_kit.share import Share
 
 
@@ -16,3 +18,9 @@ def share() -> Share:
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     return Share(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def say(accelerator: Any, text: object) -> None:
+    """Print `text` once for all processes of a machine."""
+    if accelerator.is_local_main_process:
+        console.say(text)

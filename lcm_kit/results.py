@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lcm_kit import console
 from lcm_kit.files import atomic_file
 from lcm_kit.share import Share
 
@@ -83,9 +81,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",
         "saturation": "colour", "seconds_per_image": "s/image",
     }  # fmt: skip
-    table = Table("", "steps", "CFG", "calls", *shown.values(), box=SIMPLE, pad_edge=False)
+    table = console.Table("", "steps", "CFG", "calls", *shown.values(), box=console.SIMPLE, pad_edge=False)
     for row in rows:
         figures = ("-" if row[key] is None else f"{row[key]:.3f}" for key in shown)
         cost = (str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))
         table.add_row(f"{row['name']} {row['solver']}", *cost, *figures)
-    Console().print(table)
+    console.show(table)

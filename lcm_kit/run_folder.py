@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from lcm_kit import checkpoints
 from lcm_kit.adapter import FACTS
 from lcm_kit.config import schema
-from lcm_kit.config.load import dump, load
+from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
+from lcm_kit.files import atomic_write, require_writable
+from lcm_kit.processes import say
 
 FREE = (  # keys, or blocks of keys, that may change when a run is continued
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
-    "memory.compile", "memory.channels_last", "memory.tf32",
+    "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
+# Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
+DATA = (
+    "data.path", "data.cache", "data.regularisation", "data.kind", "data.split", "data.image_column",
+    "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
+)  # fmt: skip
+BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
+LORAS = ("teacher.adapters", "adapter.start")  # states have hashes of their files, not of their weights
+BATCH = ("batch_size", "accumulation")  # a step sees their product, and its randomness knows no other
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -39,38 +48,82 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def claim(config: schema.Training, accelerator: Accelerator) -> bool:
-    """Make `config.output` this run's folder and write `config.yaml` there; False if the run is finished.
+    """Whether there is anything to do in `config.output`; False, and said, if the run is finished.
 
-    Raises `UserError`, naming the key, if the folder holds a run that another config started: only how long
-    it runs and what it logs, draws and saves may change. Raises it too if a finished run is to go on without
-    its state.
+    Nothing is written there yet. Raises `UserError`, naming the key and both values, if the folder holds a
+    run that another config started: only what leaves the result as it is may change, how long it runs, and
+    what it logs, draws and saves. Raises it too if a finished run is to go on without its state, and if
+    nothing can be written.
     """
     run = Path(config.output)
     done, states = adapter_steps(run), checkpoints.folders(run)
     if done or states:
-        _same_run(run / "config.yaml", config)
+        _same_run(run / "config.yaml", config, states)
     if done >= config.steps:
-        accelerator.print(f"{run}: finished, {done} steps of {config.steps}; nothing to do")
+        say(accelerator, f"{run}: finished, {done} steps of {config.steps}; nothing to do")
         return False
     if done and not states:
         raise UserError(
             f"{run}: its adapter has {done} steps but state/ is gone, so it cannot go on; give another output"
         )
-    accelerator.wait_for_everyone()  # every process has read the old file
     if accelerator.is_main_process:
-        atomic_write(run / "config.yaml", dump(config))
+        require_writable(run)
     return True
 
 
-def _same_run(file: Path, config: schema.Training) -> None:
-    old, new = _started_with(file, config), flat(config)
+def begin(config: schema.Training, accelerator: Accelerator) -> None:
+    """Write `config.yaml`, now that nothing is left that could refuse the run.
+
+    Where a finished run goes on, its own stays until there is something of the new one (`write_config`).
+    """
+    accelerator.wait_for_everyone()  # every process has read the old file
+    if accelerator.is_main_process and not adapter_steps(Path(config.output)):
+        write_config(config)
+
+
+def write_config(config: schema.Training) -> None:
+    """Make `config.yaml` of the run say what it is trained with now."""
+    file, text = Path(config.output) / "config.yaml", dump(config)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        atomic_write(file, text)
+
+
+def _same_run(file: Path, config: schema.Training, states: Sequence[Path]) -> None:
+    hashed = bool(states) and bool(checkpoints.manifest(states[-1]).get("base"))
+    old, new = (_kept(keys, hashed) for keys in (_started_with(file, config), flat(config)))
     for key in sorted(new):
-        free = key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
-        if not free and old.get(key) != new[key]:
+        before, now = old.get(key, (None, None)), new[key]
+        if before[0] != now[0]:
             raise UserError(
-                f"{file.parent}: this run was started with {key} {old.get(key)!r} and the config says "
-                f"{new[key]!r}; set it back to continue, or give another output"
+                f"{file.parent}: this run was started with {key} {before[1]} and the config says {now[1]}; "
+                "set it back to continue, or give another output"
             )
+
+
+def _kept(keys: Mapping[str, Any], base_is_hashed: bool) -> dict[str, tuple[Any, str]]:
+    """What a continued run must keep: by key what must be equal, and how it is written."""
+    kept = {
+        key: (_essence(key, value), repr(value))
+        for key, value in keys.items()
+        if not _free(key) and key not in BATCH and not (base_is_hashed and key in BASE)
+    }
+    sizes = [keys.get(key, 1) for key in BATCH]
+    return {**kept, " x ".join(BATCH): (math.prod(sizes), " x ".join(map(str, sizes)))}
+
+
+def _free(key: str) -> bool:
+    return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
+
+
+def _essence(key: str, value: Any) -> Any:
+    """What of a value must stay: of what is hashed whether it is there, of a run's folder which it is."""
+    if key in DATA:
+        return value is None
+    if key in LORAS:
+        return [entry.get("weight", 1.0) for entry in map(dict, schema.listed(value))]
+    if key == "data.leave_out" and value is not None:
+        return str(Path(value).resolve())
+    return value
 
 
 def _started_with(file: Path, config: schema.Training) -> dict[str, Any]:
@@ -80,8 +133,7 @@ def _started_with(file: Path, config: schema.Training) -> dict[str, Any]:
     try:
         return flat(load(file))
     except UserError:  # a key of then that this kit does not know any more
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return {**flat(type(config)(config.recipe, "")), **flat(raw)}
+        return {**flat(type(config)(config.recipe, "")), **flat(read(file))}
 
 
 def adapter_steps(run: Path) -> int:

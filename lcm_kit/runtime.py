@@ -11,8 +11,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,14 +22,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, parse_flag_from_env
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from lcm_kit import checkpoints
@@ -36,9 +29,18 @@ from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
 from lcm_kit.config.finetune import Finetune
+from lcm_kit.console import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    Words,
+)
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
-from lcm_kit.run_folder import flat
+from lcm_kit.files import append, atomic_write
+from lcm_kit.processes import say
+from lcm_kit.run_folder import flat, write_config
 
 T = TypeVar("T")
 
@@ -119,7 +121,8 @@ def _sweep(run: Path) -> None:
     """Remove what a killed process left half-written; nothing reads it."""
     for folder in (run, run / "state"):
         for leftover in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            with suppress(OSError):  # where nothing can be removed nothing can be written: it is said there
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 # -- Processes -----------------------------------------------------------------------------------------------
@@ -176,26 +179,33 @@ def main_does(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def resume(
-    accelerator: Accelerator, config: schema.Training, *, unet: str, data: str, teacher: Sequence[str] = ()
+    accelerator: Accelerator,
+    config: schema.Training,
+    *,
+    unet: str,
+    data: str,
+    teacher: Sequence[str] = (),
+    base: str = "",
 ) -> tuple[Origin, State | None]:
     """What this run must keep, and its newest good state if there is one: the same on every process.
 
-    `unet`, `data`, `teacher`: hashes of the base's UNet, the cached data, the teacher's adapters. A damaged
-    state is passed over with a warning. Raises `UserError` if none is good, if it was made with another base,
-    teacher or other data, or if its batches cannot be shared equally by the processes that there are now.
+    `unet`, `data`, `teacher`, `base`: hashes of the base's UNet, the cached data, the teacher's adapters, the
+    whole base. A damaged state is passed over with a warning. Raises `UserError` if none is good, if it was
+    made with another base, teacher or other data, or if its batches cannot be shared equally by the
+    processes that there are now.
     """
     run, world = Path(config.output), accelerator.num_processes
     batch = config.batch_size * config.accumulation * world
-    folder = main_does(accelerator, lambda: checkpoints.newest(run, accelerator.print))
+    folder = main_does(accelerator, lambda: checkpoints.newest(run, partial(say, accelerator)))
     if folder is None:
-        return Origin(unet, data, tuple(teacher), batch, world), None
+        return Origin(unet, data, tuple(teacher), batch, world, base), None
     batch = checkpoints.manifest(folder).get("batch", batch)
     if batch % world:
         raise UserError(
             f"{run}: a step of this run sees {batch} images, which {world} processes cannot share equally; "
             f"start as many as divide {batch}"
         )
-    origin = Origin(unet, data, tuple(teacher), batch, world)
+    origin = Origin(unet, data, tuple(teacher), batch, world, base)
     checkpoints.check_origin(folder, origin)
     return origin, checkpoints.read(folder)
 
@@ -205,19 +215,28 @@ class Saver:
     """Writes the states of a run. All processes call it, since each may hold a part."""
 
     accelerator: Accelerator
-    run: Path
-    keep: int
+    config: schema.Training
     origin: Origin
     unet: Any
     ema: Sequence[Tensor]
     optimizer: Any
 
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output)
+
     def save(self, step: int, window: Sequence[float]) -> None:
-        """Write the state after `step` steps; returns when it lies there, on every process."""
+        """Write the state after `step` steps, and its config; returns when both lie there."""
+
+        def write() -> None:
+            write_config(self.config)
+            checkpoints.write(self.run, state, self.origin, self.config.checkpoint.keep)
+
         if self.accelerator.is_main_process or sharded(self.accelerator):
             scaler = self.accelerator.scaler
             state = checkpoints.capture(step, self.unet, self.ema, self.optimizer, window, scaler)
-        main_does(self.accelerator, lambda: checkpoints.write(self.run, state, self.origin, self.keep))
+        main_does(self.accelerator, write)
 
     def restore(self, state: State) -> None:
         """Put `state` back, in place."""
@@ -243,7 +262,8 @@ def validate(
         except torch.OutOfMemoryError:
             if sharded(accelerator):
                 raise
-            print("warning: out of memory while drawing for validation, left out; lower validation.count")
+            warning = "out of memory while drawing for validation, left out; lower validation.count"
+            say(accelerator, f"warning: {warning}")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the VAE and the text encoders are gone again
     return main_does(accelerator, lambda: found)
@@ -290,8 +310,7 @@ class Metrics:
         if not values:
             return
         if self.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": step, **values}) + "\n")
+            append(self.file, json.dumps({"step": step, **values}))
         self.accelerator.log(values, step=step)
 
 
@@ -315,8 +334,8 @@ def progress(accelerator: Accelerator, step: int, steps: int) -> Iterator[Any]:
     The speed is the mean over this process's steps, without the time that validation and saving take.
     """
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4g}"),
-        TextColumn("{task.fields[speed]:.3g} images/s"), TimeElapsedColumn(), TextColumn("left"),
+        Words("training"), BarColumn(), MofNCompleteColumn(), Words("loss {task.fields[loss]:.4g}"),
+        Words("{task.fields[speed]:.3g} images/s"), TimeElapsedColumn(), Words("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, disable=not accelerator.is_main_process) as bar:

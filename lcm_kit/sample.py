@@ -145,7 +145,7 @@ def _check(solver: str, steps: int, guidance_scale: float) -> None:
     most = 50 if solver in ("lcm", "tcd") else 1000
     if not 1 <= steps <= most:
         raise UserError(f"steps {steps} is impossible with solver {solver}; give 1 to {most}")
-    if guidance_scale < 1:
+    if not 1 <= guidance_scale < math.inf:  # a NaN is neither
         raise UserError(
             f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8"
         )

@@ -18,13 +18,14 @@ from lcm_kit import checkpoints
 from lcm_kit.checkpoints import whole
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
+from lcm_kit.processes import say
 from lcm_kit.runtime import Metrics, any_of, gathered, sharded
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite, before training stops anyway
 _NAMED = 16  # records that a message names; more are counted
 _BUCKET = 2**24  # gradients that are averaged over processes at once
 _HELP = (
-    "set gradient_checkpointing=true and run the same command again, it continues; or start another run with "
+    "run the same command again with gradient_checkpointing=true, it continues; or start another run with "
     "memory.quantize=nf4, with a smaller data.resolution or adapter.rank"
 )
 
@@ -103,9 +104,10 @@ class Passes:
         if self.micro == 1:
             raise UserError(f"out of memory at step {step} with one sample a forward; {_HELP}")
         self.micro = (self.micro + 1) // 2
-        self.accelerator.print(
+        say(
+            self.accelerator,
             f"out of memory at step {step}: going on with {self.micro} samples a forward and "
-            f"{math.ceil(self.share / self.micro)} forwards a step, which changes nothing else"
+            f"{math.ceil(self.share / self.micro)} forwards a step, which changes nothing else",
         )
 
     def _average(self) -> None:
@@ -139,7 +141,7 @@ def told(run: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{run}: out of memory ({str(error).partition('. ')[0]}); lower batch_size and raise "
-            f"accumulation in another run, or {_HELP}"
+            f"accumulation as much, or {_HELP}"
         ) from error
 
 
@@ -170,7 +172,7 @@ class Guard:
         which = f"the {what} at step {number}, records {self._records(step, ids)}"
         if self.config.non_finite == "stop" or self.skipped == MOST_SKIPPED:
             raise UserError(self._last_words(which))
-        self.accelerator.print(f"warning: {which}; this step's update is left out")
+        say(self.accelerator, f"warning: {which}; this step's update is left out")
         self.metrics.log(number, skipped=1)
         if self.accelerator.scaler:  # clipping has told it of these gradients, and it wants a step after that
             self.accelerator.scaler.update()

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
+from lcm_kit.processes import say
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -57,7 +59,7 @@ def leave(accelerator: Accelerator, run: Path, number: int, step: int, steps: in
 
     Raises `KeyboardInterrupt` for SIGINT and `SystemExit` with 143 for SIGTERM, as shells count.
     """
-    accelerator.print(f"{run}: stopped and saved after step {step} of {steps}; the same command continues")
+    say(accelerator, f"{run}: stopped and saved after step {step} of {steps}; the same command continues")
     accelerator.end_training()
     if number == signal.SIGINT:
         raise KeyboardInterrupt

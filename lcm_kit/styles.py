@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lcm_kit import console
 from lcm_kit.adapter import add_style, load_lora_state, lora_state
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
@@ -109,7 +110,7 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> 
         raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may mend it")
     unet = {name: layer for name, layer in read.lora.layers.items() if name.startswith("unet.")}
     if left := len(read.lora.layers) - len(unet):
-        print(
+        console.say(
             f"{key}: {path} changes {left} text encoder layers too, which are left out, since captions are "
             f"encoded by the base's own text encoders{advice.format(path=path, base=place.label)}"
         )

@@ -60,7 +60,7 @@ def test_the_manifest_says_what_the_state_is(tmp_path: Path) -> None:
     }
     assert said == {
         "kit_version": __version__, "step": 5, "unet": "a" * 64, "data": "b" * 64, "teacher": [], "batch": 8,
-        "world": 2,
+        "world": 2, "base": "",
     }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ LAYERS = {
         "config",
         "share",
         "lora_file",
+        "console",
+        "locks",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample", "text_lora"},
@@ -42,6 +44,7 @@ LAYERS = {
         "cli",
         "cli_finetune",
         "cli_lora",
+        "cli_numbers",
         "cli_plan",
         "cli_sweep",
         "plan",

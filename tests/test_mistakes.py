@@ -76,12 +76,14 @@ def test_unknown_key(project: Project) -> None:
 
 def test_wrong_type(project: Project) -> None:
     sentence = project.fails("train", "batch_size=many")
-    assert sentence.endswith("batch_size: 'many' is not allowed; it must be a whole number of at least 1")
+    assert sentence.endswith(
+        "batch_size: 'many' is not allowed; it must be a whole number of at least 1 and at most 100000"
+    )
 
 
 def test_no_steps(project: Project) -> None:
     assert project.fails("train", "steps=0").endswith(
-        "steps: 0 is not allowed; it must be a whole number of at least 1"
+        "steps: 0 is not allowed; it must be a whole number of at least 1 and at most 10000000"
     )
     done = CliRunner().invoke(app, ["sample", "--prompt", "x", "--steps", "0"])
     assert done.exit_code == 2 and done.stderr.startswith("error: ") and "steps" in done.stderr

@@ -83,7 +83,12 @@ def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
 
 
 def claim(run: Path, **changes: Any) -> bool:
-    return run_folder.claim(config(run, **changes), Accelerator())
+    """What a recipe does before its first step; whether there is anything to do."""
+    wanted, accelerator = config(run, **changes), Accelerator()
+    if not run_folder.claim(wanted, accelerator):
+        return False
+    run_folder.begin(wanted, accelerator)
+    return True
 
 
 def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:

@@ -34,10 +34,12 @@ from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.held_out import HeldOut, Measuring
+from lcm_kit.locks import alone
 from lcm_kit.losses import LOSSES
 from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.methods import METHODS, Method, Times
 from lcm_kit.prediction import predictor
+from lcm_kit.processes import say
 from lcm_kit.schedule import Schedule, grid_steps, interval_weight
 from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
@@ -87,6 +89,7 @@ def facts(
     }
 
 
+@alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Distill) -> Path:
     """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
     # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
@@ -124,14 +127,16 @@ def main(config: Distill) -> Path:
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
     files = [style["sha256"] for style in [*styles, *start]]
     origin, state = runtime.resume(
-        accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files
-    )
-    saver = runtime.Saver(accelerator, run, config.checkpoint.keep, origin, unet, ema, optimizer)
+        accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files,
+        base=base.base_hash,
+    )  # fmt: skip
+    saver = runtime.Saver(accelerator, config, origin, unet, ema, optimizer)
     done, window = 0, []
     if state:
         saver.restore(state)
         done, window = state.step, state.window
-        accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
+        say(accelerator, f"{run}: continuing after step {done} of {config.steps}")
+    run_folder.begin(config, accelerator)
     metrics = runtime.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings ------------------------------------------------------------------------
@@ -226,6 +231,6 @@ def main(config: Distill) -> Path:
 
     # -- Save: the best of the measured weights; not their EMA, which is the target's affair -----------------
     measuring.finish(done)
-    accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    say(accelerator, f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

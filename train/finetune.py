@@ -36,9 +36,11 @@ from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.families.condition import Condition
 from lcm_kit.held_out import HeldOut, Measuring
+from lcm_kit.locks import alone
 from lcm_kit.losses import l2
 from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.prediction import predictor
+from lcm_kit.processes import say
 from lcm_kit.schedule import Schedule
 from lcm_kit.step import diffusion_loss, min_snr_weight
 from lcm_kit.stopping import leave, stoppable
@@ -84,6 +86,7 @@ def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: in
     }
 
 
+@alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Finetune) -> Path:
     """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
     # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
@@ -119,13 +122,16 @@ def main(config: Finetune) -> Path:
     call = compiled(model, config)
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
-    origin, state = runtime.resume(accelerator, config, unet=base.hash_of("unet"), data=fingerprint)
-    saver = runtime.Saver(accelerator, run, config.checkpoint.keep, origin, unet, ema, optimizer)
+    origin, state = runtime.resume(
+        accelerator, config, unet=base.hash_of("unet"), data=fingerprint, base=base.base_hash
+    )
+    saver = runtime.Saver(accelerator, config, origin, unet, ema, optimizer)
     done, window = 0, []
     if state:
         saver.restore(state)
         done, window = state.step, state.window
-        accelerator.print(f"{run}: continuing after step {done} of {config.steps}")
+        say(accelerator, f"{run}: continuing after step {done} of {config.steps}")
+    run_folder.begin(config, accelerator)
     metrics = runtime.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
@@ -202,6 +208,6 @@ def main(config: Finetune) -> Path:
 
     # -- Save: the best of the measured weights, or of their EMA ---------------------------------------------
     measuring.finish(done)
-    accelerator.print(f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    say(accelerator, f"{run}: finished, {done} steps; next: lcm-kit export {run}")
     accelerator.end_training()
     return run

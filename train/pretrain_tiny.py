@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_kit.config.pretrain import PretrainTiny
-from lcm_kit.files import atomic_file
+from lcm_kit.files import atomic_file, atomic_write, make_folder
+from lcm_kit.locks import alone
 from lcm_kit.prediction import from_x0_eps
 from lcm_kit.schedule import Schedule, add_noise
 from lcm_kit.step import min_snr_weight
@@ -165,12 +166,13 @@ def held_out(config: PretrainTiny, drawn: list[world.Scene]) -> list[str]:
     return [str(prompt) for prompt in order[: config.prompts]]
 
 
+@alone("train", lambda config: config.work)
 def main(config: PretrainTiny) -> Path:
     """Run every stage that is not done yet; returns the pipeline's folder."""
     from diffusers import StableDiffusionPipeline
 
     work, output = Path(config.work), Path(config.output)
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     renders, drawn = draw(config, work)
     reader = train_probe(config, work, renders, drawn)
     vae = train_vae(config, work, renders)
@@ -183,6 +185,6 @@ def main(config: PretrainTiny) -> Path:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     probe.save_probe(reader, output.parent / "probe")
-    (output / "prompts.txt").write_text("\n".join(held_out(config, drawn)) + "\n")
-    (output / "training.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    atomic_write(output / "prompts.txt", "\n".join(held_out(config, drawn)) + "\n")
+    atomic_write(output / "training.json", json.dumps(asdict(config), indent=1) + "\n")
     return output

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import lcm_kit
+from lcm_kit import console
 from lcm_kit.bench.side import Build, Side
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.schema import Memory
@@ -123,7 +121,7 @@ def peak_apart(recipe: str, name: str, file: Path) -> dict[str, int | None]:
 def show(results: dict[str, Any], sides: Iterable[str]) -> None:
     """Print the sides and their ratio, and the parts of our step, from what results.json holds."""
     names = list(sides)
-    table = Table("", *names, "ratio", box=SIMPLE, pad_edge=False)
+    table = console.Table("", *names, "ratio", box=console.SIMPLE, pad_edge=False)
     for label, key, unit in (
         ("samples/s", "samples_per_second", 1), ("peak memory, GiB", "peak_bytes", 2**30),
         ("TFLOPs a step", "flops_per_step", 1e12), ("share of the FLOP limit", "share_of_limit", 1),
@@ -134,4 +132,4 @@ def show(results: dict[str, Any], sides: Iterable[str]) -> None:
         table.add_row(label, *shown, "" if ratio is None else f"{ratio:.3f}")
     for part, seconds in results["parts"].items():
         table.add_row(f"{part}, s", f"{seconds:.4f}", "", "")
-    Console().print(table)
+    console.show(table)

@@ -10,11 +10,15 @@ from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+# The upper bounds are far above what makes sense: they stop slips, and numbers that no machine has room for
+Positive = Annotated[int, Field(ge=1, le=10_000_000)]
+NonNegative = Annotated[int, Field(ge=0, le=10_000_000)]
+BatchSize = Annotated[int, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Rate = Annotated[float, Field(gt=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Scale = Annotated[float, Field(ge=1)]
+Scale = Annotated[float, Field(ge=1, le=1000)]
+Weight = Annotated[float, Field(ge=-1000, le=1000)]  # of a LoRA
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -27,7 +31,7 @@ class Samples:
     solver: Literal["ddim", "dpmpp_2m"] = "ddim"
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     guidance_scale: Scale = 5.0
-    seed: int = 0  # of their noise
+    seed: Seed = 0  # of their noise
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the batches, with data.source mix
 
 
@@ -57,8 +61,8 @@ class Data:
     resolution: Annotated[int, Field(ge=8, le=4096)] = 64
     flip: bool = False  # cache each image's mirror image as well
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
-    shard_size: Positive = 256  # records a safetensors shard
-    batch_size: Positive = 8  # images a VAE pass while encoding
+    shard_size: BatchSize = 256  # records a safetensors shard
+    batch_size: BatchSize = 8  # images a VAE pass while encoding
 
     @model_validator(mode="after")
     def _multiple(self) -> Data:

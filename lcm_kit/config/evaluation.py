@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, Memory, NonNegative, Positive, Scale
+from lcm_kit.config.schema import STRICT, BatchSize, Memory, NonNegative, Positive, Scale, Seed, Weight
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -20,18 +20,18 @@ class Quality:
     run: str
     # a base (as base.path of a run) to evaluate alone, without a student; `run` is then just where results go
     base: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     # prompts, taken from the top of the file and repeated with new noise where it is shorter
     count: Positive = 128
-    batch_size: Positive = 32
+    batch_size: BatchSize = 32
     guidance_scale: Scale = 5.0  # of the teacher and of the plain solvers with guidance
     teacher_steps: Positive = 50
     student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
     # budgets of the plain solvers; guidance costs two calls a step
     unet_calls: tuple[Positive, ...] = (2, 4, 8)
     solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
-    lora_weight: float = 1.0
+    lora_weight: Weight = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
     pictures: Positive = 16  # prompts whose pictures are kept for the report
 
@@ -42,12 +42,12 @@ class Speed:
 
     recipe: Literal["evaluation/speed"]
     output: str = "runs/speed"  # folder of results.json
-    seed: int = 0
+    seed: Seed = 0
     structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
     width: Annotated[float, Field(gt=0, le=1)] = 1.0
     resolution: Annotated[int, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
-    batch_size: Positive = 4
+    batch_size: BatchSize = 4
     rank: Annotated[int, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
     # of both sides; auto: float32 on CPU, else float16
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

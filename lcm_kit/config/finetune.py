@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, Fraction, Positive, Rate, Scale, Training, Validation
+from lcm_kit.config.schema import STRICT, Fraction, Positive, Rate, Scale, Seed, Training, Validation
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,7 +36,7 @@ class Prior:
     count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
     steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM
     guidance_scale: Scale = 5.0
-    seed: int = 0  # of their noise
+    seed: Seed = 0  # of their noise
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lcm_kit.config import yaml_text
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality, Speed
 from lcm_kit.config.finetune import Finetune
@@ -34,26 +35,9 @@ RECIPES: dict[str, type[Config]] = {
 }
 Key = tuple[str | int, ...]
 
+_LISTED = 20  # mistakes that a message names; more are counted
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice (PyYAML keeps the last) and a key that is not text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise yaml.MarkedYAMLError(
-                    problem=f"key `{key.value}` is not text; quote it", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key `{key.value}` is there twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -61,7 +45,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises one `UserError` that lists every mistake: the key's path, what is allowed, and the nearest name.
     """
-    raw = _read(path)
+    raw = read(path)
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     recipe = _recipe(raw)
     if recipe not in RECIPES:
@@ -77,9 +61,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def dump(config: Config | Training) -> str:
-    """The resolved config as YAML text, every key written out; `load` gives the same object back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=110)
+def dump(config: Config | Training, *, plain_ascii: bool = False) -> str:
+    """The resolved config as YAML text, every key written out; `load` gives the same object back.
+
+    `plain_ascii` escapes every other letter, for a terminal that has no Unicode.
+    """
+    keys = _plain(dataclasses.asdict(config))
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=not plain_ascii, width=110)
 
 
 def _plain(value: Any) -> Any:
@@ -89,19 +77,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The file's mapping, unchecked."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"config {path}{place}: not valid YAML ({error.problem}); mend that line") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config {path}: not a text file in YAML; name a config, as `lcm-kit ls` lists them"
-        ) from error
-    except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); check the path") from error
+def read(path: Path) -> dict[str, Any]:
+    """The file's mapping, unchecked. Raises `UserError` if it is none."""
+    raw = yaml_text.read(path)
     if not isinstance(raw, dict):
         raise UserError(
             f"config {path}: it holds no keys; its first line must be `recipe: {next(iter(RECIPES))}`"
@@ -112,18 +90,18 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(raw: dict[str, Any], text: str) -> str | None:
     """Lay one `key.path=value` over `raw` in place; the problem if it cannot be done."""
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        return f"{text}: an override is written key=value, as optimizer.lr=3e-4"
+    if not equals or not all(key.split(".")) or key.count(".") > yaml_text.MOST_DEPTH:
+        return f"{_cut(text)}: an override is written key=value, as optimizer.lr=3e-4"
     try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        return f"{key}: the value {value!r} is not valid YAML; quote it"
+        parsed = yaml_text.parse(value)
+    except yaml_text.BadYaml:
+        return f"{key}: the value {_short(value)} is not valid YAML; quote it"
     *blocks, last = key.split(".")
     inside = raw
     for block in blocks:
         inside = inside.setdefault(block, {})
         if not isinstance(inside, dict):
-            return f"{key}: {block} is {inside!r}, not a block of keys, so {last} cannot be set in it"
+            return f"{key}: {block} is {_short(inside)}, not a block of keys, so {last} cannot be set in it"
     inside[last] = parsed
     return None
 
@@ -136,16 +114,16 @@ def _recipe(raw: Mapping[str, Any]) -> str | None:
 def _recipe_problem(recipe: str | None, raw: Mapping[str, Any]) -> str:
     allowed = f"the first line must name the recipe: one of {', '.join(RECIPES)}"
     if recipe is None:
-        return (
-            f"recipe: {'missing' if 'recipe' not in raw else repr(raw['recipe']) + ' is not text'}; {allowed}"
-        )
-    return f"recipe: {recipe!r} is not known; {allowed}{_did_you_mean(recipe, RECIPES)}"
+        found = f"{_short(raw['recipe'])} is not text" if "recipe" in raw else "missing"
+        return f"recipe: {found}; {allowed}"
+    return f"recipe: {_short(recipe)} is unknown; {allowed}{_did_you_mean(recipe, RECIPES)}"
 
 
 def _error(path: Path, problems: list[str]) -> UserError:
     if len(problems) == 1:
         return UserError(f"config {path}: {problems[0]}")
-    lines = "".join(f"\n  - {problem}" for problem in problems)
+    lines = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
+    lines += f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
     return UserError(f"config {path}: {len(problems)} mistakes{lines}")
 
 
@@ -161,7 +139,8 @@ def _validate(schema: type, raw: dict[str, Any]) -> tuple[Config | None, list[st
         config = TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
         for detail in error.errors():
-            problems.setdefault(detail["loc"], _sentence(schema, detail))
+            known = len(problems) >= _LISTED  # looking for the nearest of all names takes its time
+            problems.setdefault(detail["loc"], _dotted(detail["loc"]) if known else _sentence(schema, detail))
     return config, list(problems.values())
 
 
@@ -186,11 +165,15 @@ def _short(value: Any) -> str:
     text = (
         json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     )  # null, true as in YAML
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return ".".join(_cut(str(part)) for part in key)
 
 
 def _leaves(raw: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
@@ -257,7 +240,7 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     """The limits in a pydantic field's metadata: ` of at least 1 and at most 8`."""
     limits = [limit for info in metadata for limit in getattr(info, "metadata", ())]
     words = [
-        f"{word} {getattr(limit, name)}"
+        f"{word} {_digits(getattr(limit, name))}"
         for name, word in _BOUNDS.items()
         for limit in limits
         if hasattr(limit, name)
@@ -265,8 +248,12 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     return f" of {' and '.join(words)}" if words else ""
 
 
+def _digits(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
 def _did_you_mean(word: str, options: Any) -> str:
-    close = difflib.get_close_matches(word, list(options), n=1)
+    close = difflib.get_close_matches(word[:80], list(options), n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
@@ -276,7 +263,7 @@ def _nearest_key(schema: type, key: Key) -> str:
     if guess := _did_you_mean(str(key[-1]), beside):
         return guess
     everywhere = {path.rpartition(".")[2]: path for path in reversed(list(_paths(schema)))}
-    close = difflib.get_close_matches(str(key[-1]), list(everywhere), n=1)
+    close = difflib.get_close_matches(str(key[-1])[:80], list(everywhere), n=1)
     return f"; did you mean `{everywhere[close[0]]}`?" if close else f"; allowed here: {', '.join(beside)}"
 
 

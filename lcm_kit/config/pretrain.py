@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.data import STRICT, Fraction, Positive, Rate
+from lcm_kit.config.data import STRICT, BatchSize, Fraction, Positive, Rate, Seed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,16 +17,16 @@ class PretrainTiny:
     output: str  # folder of the finished pipeline; `probe/` is written beside it
     # renders, latents and training state: the same command continues from here
     work: str = "runs/pretrain_tiny"
-    seed: int = 0
+    seed: Seed = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     renders: Positive = 24000
     probe_steps: Positive = 1500
-    probe_batch_size: Positive = 64
+    probe_batch_size: BatchSize = 64
     vae_steps: Positive = 4200
-    vae_batch_size: Positive = 24  # crops of 32x32 pixels
+    vae_batch_size: BatchSize = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
     unet_steps: Positive = 3750
-    unet_batch_size: Positive = 32
+    unet_batch_size: BatchSize = 32
     unet_lr: Rate = 1e-3
     decay_steps: Positive = 500  # linear fall of the rate to 0 over the last steps
     caption_dropout: Fraction = 0.1

@@ -13,9 +13,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.data import STRICT, Data, Fraction, NonNegative, Positive, Rate, Samples, Scale
+from lcm_kit.config.data import (
+    STRICT,
+    BatchSize,
+    Data,
+    Fraction,
+    NonNegative,
+    Positive,
+    Rate,
+    Samples,
+    Scale,
+    Seed,
+    Weight,
+)
 
-__all__ = ["STRICT", "Data", "Fraction", "NonNegative", "Positive", "Rate", "Samples", "Scale"]
+__all__ = [
+    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Positive", "Rate", "Samples", "Scale", "Seed",
+    "Weight",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -33,16 +48,16 @@ class Weighted:
 
     # a file in any style that `lcm-kit convert` reads, a run's folder, asset:NAME, or hub:OWNER/NAME[/FILE]
     path: str
-    weight: float = 1.0
+    weight: Weight = 1.0
 
 
-def _listed(given: Any) -> Any:
+def listed(given: Any) -> Any:
     """One path as a list of one, null as a list of none, and a path within a list as an entry."""
     entries = given if isinstance(given, list | tuple) else [] if given is None else [given]
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
 
 
-Loras = Annotated[tuple[Weighted, ...], BeforeValidator(_listed)]
+Loras = Annotated[tuple[Weighted, ...], BeforeValidator(listed)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -146,7 +161,7 @@ class Optimizer:
     lr: Rate = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     # after the warm-up; linear and cosine end at 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
@@ -161,7 +176,7 @@ class Validation:
     prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
     count: Positive = 4
     guidance_scale: Scale = 5.0  # of the teacher's sample
-    seed: int = 1234
+    seed: Seed = 1234
     # prompts that do not name the look, to notice when they are forgotten: a text file or an asset; null: off
     control: str | None = None
     control_count: Positive = 8
@@ -192,9 +207,9 @@ class Training:
 
     recipe: str
     output: str  # the run's folder
-    seed: int = 0
+    seed: Seed = 0
     steps: Positive = 1000  # optimizer steps
-    batch_size: Positive = 8  # samples a forward, on each process
+    batch_size: BatchSize = 8  # samples a forward, on each process
     accumulation: Positive = 1  # forwards an optimizer step
     # of the UNet; auto: float32 on CPU, else float16
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, Positive, Rate, Scale
+from lcm_kit.config.schema import STRICT, BatchSize, Positive, Rate, Scale, Seed, Weight
 
 Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
@@ -41,7 +41,7 @@ class SweptStudent:
     samplers: Annotated[tuple[Literal["lcm", "tcd", "ddim"], ...], Field(min_length=1)] = ("lcm",)
     steps: Some = (1, 2, 4, 8)
     guidance_scales: Scales = (1.0, 1.25, 1.5, 2.0, 3.0)
-    lora_weights: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
+    lora_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (1.0,)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,12 +73,12 @@ class GuidanceSweep:
     base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what the first adapter was made on
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
-    seed: int = 0
+    seed: Seed = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=3)] = 24  # prompts, from the top of the file
+    count: Annotated[int, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
-    batch_size: Positive = 32
+    batch_size: BatchSize = 32
     teacher: SweptTeacher = field(default_factory=SweptTeacher)
     student: Annotated[tuple[SweptStudent, ...], Field(min_length=1)] = (SweptStudent(),)
     plain: SweptPlain = field(default_factory=SweptPlain)
@@ -93,7 +93,7 @@ class GuidanceSweep:
     brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
     control: str | None = None  # images of other looks, to compare with; needed with `brand`
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
-    resamples: Annotated[int, Field(ge=100)] = 1000  # bootstrap rounds
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
     cost: Cost | None = None
     pictures: Positive = 6  # samples whose pictures the report shows, at most one a prompt
 
@@ -106,7 +106,7 @@ class GuidanceSweep:
         return self
 
 
-Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+Weights = Annotated[tuple[Annotated[float, Field(ge=0, le=1000)], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -120,15 +120,15 @@ class Compose:
     base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what `speed` was made on
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
-    seed: int = 0
+    seed: Seed = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=3)] = 16  # prompts, from the top of the file
+    count: Annotated[int, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
     resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
-    batch_size: Positive = 32
+    batch_size: BatchSize = 32
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
     teacher_guidance: Scale = 5.0
-    teacher_weight: float = 1.0  # of the style in the teacher
+    teacher_weight: Weight = 1.0  # of the style in the teacher
     sampler: Literal["lcm", "tcd", "ddim"] = "lcm"
     steps: Positive = 4
     guidance_scale: Scale = 1.0
@@ -138,9 +138,11 @@ class Compose:
     text_features: str | None = None
     brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
     control: str | None = None  # images of other looks; needed with `brand`
-    rank: Annotated[int, Field(ge=1)] | None = None  # of the merged file; null: exact, the ranks add up
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None = (
+        None  # of the merged file; null: exact, the ranks add up
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    resamples: Annotated[int, Field(ge=100)] = 1000
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     pictures: Positive = 6
 
     @model_validator(mode="after")

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import families
 from lcm_kit.config.schema import Data, Training
+from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Bad, Record, decode, open_records
@@ -31,7 +31,7 @@ from lcm_kit.data.transforms import framing, to_pixels
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
-from lcm_kit.files import sha256_bytes
+from lcm_kit.files import require_writable, sha256_bytes
 from lcm_kit.prediction import check as check_prediction
 from lcm_kit.schedule import Schedule
 from lcm_kit.share import Share
@@ -135,6 +135,7 @@ def _encode(
     done = not share.first or (not missing and shards.content_of(empty) == content)
     if not mine and done:
         return
+    require_writable(Path(data.cache))  # before the base is loaded for nothing
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.load(base, device)
     if share.first:

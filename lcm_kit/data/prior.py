@@ -14,16 +14,16 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from lcm_kit import sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
 from lcm_kit.data import cache, records
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.data.progress import progress_bar
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.files import atomic_write
+from lcm_kit.locks import held
 from lcm_kit.share import Share
 
 DRAWN = "drawn.json"  # beside the pictures: what they were drawn from
@@ -46,10 +46,12 @@ def encode(config: Finetune, progress: bool = True, share: Share = ALONE) -> Enc
     The first of several processes draws; all encode. Raises `UserError` for missing prompts and as
     `cache.encode`.
     """
-    if share.first:
-        draw(config, progress)
-    share.wait()
-    return cache.encode(replace(config, data=data_of(config)), progress, share)
+    data = data_of(config)
+    with held(Path(data.cache), "encode", needed=False):  # it may be done, and read-only
+        if share.first:
+            draw(config, progress)
+        share.wait()
+        return cache.encode(replace(config, data=data), progress, share)
 
 
 def open_cache(config: Finetune, base: BaseInfo) -> Cache | None:
@@ -91,8 +93,9 @@ def draw(config: Finetune, progress: bool = True) -> None:
         pipe = sample.pipeline(
             config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
         )
-        for k in track(missing, "drawing with the base", disable=not progress):
-            _draw(pipe, config, wanted[k : k + BATCH], files[k : k + BATCH], k)
+        with progress_bar(progress, "batches") as bar:
+            for k in bar.track(missing, description="drawing with the base"):
+                _draw(pipe, config, wanted[k : k + BATCH], files[k : k + BATCH], k)
 
 
 def _draw(pipe: Any, config: Finetune, prompts: Sequence[str], files: Sequence[Path], first: int) -> None:

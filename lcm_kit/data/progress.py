@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
+from lcm_kit import console
+from lcm_kit.console import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
-    TextColumn,
+    Text,
     TimeRemainingColumn,
+    Words,
 )
-from rich.text import Text as Label
-
 from lcm_kit.data import shards
 from lcm_kit.data.records import Bad
 from lcm_kit.data.shards import Shard
@@ -64,16 +63,16 @@ class _Speed(ProgressColumn):
         super().__init__()
         self.things = things
 
-    def render(self, task: Task) -> Label:
+    def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         number = f"{speed:.1f}" if speed else "-"
-        return Label(f"{number} {self.things}/s", style="progress.data.speed")
+        return Text(f"{number} {self.things}/s", style="progress.data.speed")
 
 
 def progress_bar(progress: bool, things: str = "images") -> Progress:
     """A bar with the speed in `things` a second; it shows nothing unless `progress`."""
     columns = (
-        TextColumn("{task.description}"),
+        Words("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _Speed(things),
@@ -113,5 +112,5 @@ def finish(
     report = EncodeReport(folder, rows, count, time.monotonic() - started, changes, list(skipped), **words)
     share.wait()
     if progress and share.first:
-        Console().print(report.message, markup=False, highlight=False)
+        console.say(report.message)
     return report

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from lcm_kit import sample, styles
 from lcm_kit.config.schema import Data, Distill
+from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.cache import ALONE, Cache, Encoder, tensors_of, usable_base
 from lcm_kit.data.progress import EncodeReport, finish, progress_bar

@@ -41,6 +41,7 @@ _NAMES = {
     "teacher.adapters": "the teacher's adapters",
 }
 _MAKING = ("data.resolution", "data.samples.")  # keys of the config that tensors are made by
+_PLACES = ("data.path", "data.regularisation")  # keys that are paths of folders, or names
 _BY_ROW = ("prompts",)  # every row has its own
 
 
@@ -75,11 +76,18 @@ def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `settings`, in words."""
-    changed = [key for key in new if old.get(key) != new[key]]
+    changed = [key for key, value in new.items() if not _alike(key, old.get(key), value)]
     return [
         _NAMES[key] if key in _NAMES else f"{key} ({old.get(key)!r} there, {new[key]!r} here)"
         for key in changed
     ]
+
+
+def _alike(key: str, old: Any, new: Any) -> bool:
+    """Whether two values are equal, or two paths, as one relative and one absolute, of the same folder."""
+    if key in _PLACES and isinstance(old, str) and isinstance(new, str) and Path(new).exists():
+        return Path(old).resolve() == Path(new).resolve()
+    return bool(old == new)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -21,17 +21,19 @@ from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
+from lcm_kit.locks import held
 from lcm_kit.share import Share
 
 
 def encode(config: Training, progress: bool = True, share: Share = ALONE) -> list[EncodeReport]:
     """Bring every cache that `data.source` asks for up to date. Raises `UserError` as each of them does."""
     source, done = config.data.source, []
-    if source != "teacher":
-        done.append(cache.encode(config, progress, share))
-    if source != "images":
-        assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
-        done.append(samples.encode(config, progress, share))
+    with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
+        if source != "teacher":
+            done.append(cache.encode(config, progress, share))
+        if source != "images":
+            assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
+            done.append(samples.encode(config, progress, share))
     return done
 
 

@@ -18,6 +18,7 @@ from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import FORMATS, write
 from lcm_kit.files import atomic_file, atomic_write, sha256_file
+from lcm_kit.locks import alone
 
 RECORD = "verified.json"
 # Every app reads the kohya style; the diffusers style is for diffusers alone.
@@ -33,6 +34,7 @@ def styles_of(wanted: str) -> tuple[str, ...]:
     return (wanted,)
 
 
+@alone("export", lambda lora, against, folder, *_: folder)
 def deliver(
     lora: Lora,
     against: verify.Against,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import adapter, families
+from lcm_kit import adapter, console, families
 from lcm_kit.errors import UserError
 from lcm_kit.export import card, delivery, recommended, trained, verify
 from lcm_kit.export.facts import Facts, facts_of_run
@@ -44,7 +44,7 @@ def export_run(
         about = replace(about, recommended=swept)
     reports = delivery.deliver(lora, against, folder, names, dtype, about)
     for style, report in reports.items():
-        print(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
+        console.say(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
     write_card(run, folder)
     return {style: folder / name for style, name in names.items()}
 

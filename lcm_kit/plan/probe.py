@@ -129,4 +129,4 @@ if __name__ == "__main__":
         result = measure(wanted, sys.argv[2] if len(sys.argv) > 2 else None)
     except UserError as error:
         sys.exit(str(error))
-    print(json.dumps(vars(result)))
+    sys.stdout.write(json.dumps(vars(result)) + "\n")

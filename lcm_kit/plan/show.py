@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
+from lcm_kit import console
 from lcm_kit.config.schema import Training
+from lcm_kit.console import Table, say
 from lcm_kit.plan import work
 from lcm_kit.plan.advice import Option
 from lcm_kit.plan.disk import Disk
@@ -48,13 +46,9 @@ def span(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _print(text: str) -> None:
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
-
-
 def _table(*columns: str) -> Table:
     """Sizes to the right, the rest to the left."""
-    table = Table(box=SIMPLE)
+    table = Table(box=console.SIMPLE)
     for column in columns:
         table.add_column(column, justify="right" if column == "size" else "left")
     return table
@@ -64,12 +58,12 @@ def facts(estimate: Estimate, disk: Disk, asides: Sequence[Aside], drawn: Sequen
     """Parameters, FLOPs of a step and of what else is drawn, disk; memory by part and by phase."""
     weights, lora = estimate.weights, sum(estimate.weights.lora)
     styled = f", {weights.style / 1e6:.2f}M of the teacher's adapters" if weights.style else ""
-    _print(
+    say(
         f"parameters: {weights.base / 1e6:.1f}M of the UNet{styled}, frozen; {lora / 1e6:.2f}M of the LoRA, "
         "trained"
     )
     _computed(estimate, asides, drawn)
-    _print(
+    say(
         f"disk: {_cache(disk)}; {disk.keep} training states of {size(disk.state)}; adapters "
         f"{size(disk.adapters)}"
     )
@@ -79,7 +73,7 @@ def facts(estimate: Estimate, disk: Disk, asides: Sequence[Aside], drawn: Sequen
         for phase, parts in estimate.encode.items()
         if phase != estimate.encode_phase
     ]
-    _print(
+    say(
         f"lcm-kit encode, a process of its own: {size(estimate.encode_peak)} for {estimate.encode_phase}"
         + (f"; {', '.join(others)}" if others else "")
     )
@@ -89,16 +83,16 @@ def _computed(estimate: Estimate, asides: Sequence[Aside], drawn: Sequence[Aside
     """FLOPs of a step, of the run and of encoding."""
     config, step = estimate.config, sum(estimate.flops.values())
     pair = " and as many of the base's own" if work.pairs(config) else ""
-    _print(
+    say(
         f"a step of {config.batch_size * config.accumulation} samples{pair}: {flops(step)} "
         f"({', '.join(f'{part} {flops(count)}' for part, count in estimate.flops.items())})"
     )
-    _print(
+    say(
         f"{config.steps} steps: {flops(config.steps * step)}"
         + "".join(f"; besides, {_aside(aside)}" for aside in asides)
     )
     for aside in drawn:
-        _print(f"lcm-kit encode draws {_aside(aside)}")
+        say(f"lcm-kit encode draws {_aside(aside)}")
 
 
 def _aside(aside: Aside) -> str:
@@ -108,15 +102,15 @@ def _aside(aside: Aside) -> str:
 def _memory(estimate: Estimate) -> None:
     name = str(estimate.dtype).removeprefix("torch.")
     where = _WHERE[estimate.device]
-    _print(f"memory of lcm-kit train on {where}, frozen weights in {name}, at its peak:")
+    say(f"memory of lcm-kit train on {where}, frozen weights in {name}, at its peak:")
     table = _table("part", "size")
     for part, count in estimate.parts.items():
         table.add_row(part, size(count))
     table.add_section()
     table.add_row(f"peak, in the phase {estimate.phase}", size(estimate.peak))
-    Console().print(table)
+    console.show(table)
     staying = sum(estimate.staying.values())
-    _print(
+    say(
         "other phases: "
         + ", ".join(
             f"{phase} {size(staying + estimate.passing(phase))}"
@@ -125,7 +119,7 @@ def _memory(estimate: Estimate) -> None:
         )
     )
     if estimate.gaps:
-        _print(
+        say(
             f"resident: about {size(estimate.resident)}, because glibc's heap keeps what is freed; with "
             f"{RETURNING}=65536 in the environment it is the peak above, and a step takes longer"
         )
@@ -149,15 +143,15 @@ def _last_resort(config: Training) -> str:
 def presets(config: Training, found: Mapping[int, Option | None]) -> None:
     """What to add to the command for each card."""
     last_resort = _last_resort(config)
-    _print("presets, what to add to the command:")
+    say("presets, what to add to the command:")
     for card, option in found.items():
         if option is None:
             said = f"does not fit; nothing helps but to {last_resort}"
         else:
             verdict = "fits" if option.fits_unchanged else "does not fit"
             said = f"{verdict}; {option.typed or 'as it is'}: {size(option.estimate.peak)}"
-        _print(f"{card:>3} GB: {said}")
-    _print(
+        say(f"{card:>3} GB: {said}")
+    say(
         "(the fewest savings that fit, then the largest batch at the same samples a step; "
         f"{CONTEXT:g} GiB of a card is left to CUDA and the desktop, {MARGIN:.0%} of the rest stays free)"
     )
@@ -167,21 +161,21 @@ def verdict(estimate: Estimate, card: float, tried: Sequence[Option]) -> None:
     """Whether it fits into `card` GiB and, from what was `tried`, what to change."""
     limit = f"the {room(card):.2f} GiB that a plan may fill of {card:.3g} GiB"
     if not estimate.encode_fits(card):
-        _print(f"encoding does not fit: {size(estimate.encode_peak)} are more than {limit};")
-        _print(_encode_help(estimate))
+        say(f"encoding does not fit: {size(estimate.encode_peak)} are more than {limit};")
+        say(_encode_help(estimate))
     if estimate.fits(card):
-        _print(f"training fits: {size(estimate.resident)} are within {limit}")
+        say(f"training fits: {size(estimate.resident)} are within {limit}")
         return
-    _print(f"training does not fit: {size(estimate.resident)} are more than {limit}")
+    say(f"training does not fit: {size(estimate.resident)} are more than {limit}")
     table = _table("tried", "size", "fits")
     for option in tried:
         fits = "yes" if option.estimate.fits(card) else "no"
         table.add_row(option.typed, size(option.estimate.resident), fits)
-    Console().print(table)
+    console.show(table)
     if tried and tried[-1].estimate.fits(card):
-        _print(f"to make it fit, add: {tried[-1].typed}")
+        say(f"to make it fit, add: {tried[-1].typed}")
     else:
-        _print(f"nothing that was tried makes it fit; {_last_resort(estimate.config)}")
+        say(f"nothing that was tried makes it fit; {_last_resort(estimate.config)}")
 
 
 def _encode_help(estimate: Estimate) -> str:
@@ -193,11 +187,11 @@ def _encode_help(estimate: Estimate) -> str:
 
 def probe(measured: Probe, estimate: Estimate) -> None:
     """Estimate and measurement side by side, and the time of the run."""
-    _print(f"probe on {_WHERE[measured.device]}, {measured.weights} weights:")
+    say(f"probe on {_WHERE[measured.device]}, {measured.weights} weights:")
     if measured.micro < estimate.config.batch_size:
-        _print(f"  memory ran out: it went on with {measured.micro} samples a forward")
+        say(f"  memory ran out: it went on with {measured.micro} samples a forward")
     if measured.peak is None:
-        _print("  this system does not say how much memory was used")
+        say("  this system does not say how much memory was used")
     else:
         _compare("peak", measured.peak, _expected(estimate))
     for phase, count in measured.phases.items():
@@ -206,8 +200,8 @@ def probe(measured: Probe, estimate: Estimate) -> None:
         if 2 * expected > estimate.peak and not estimate.gaps:
             _compare(phase, count, expected)
     steps = estimate.config.steps
-    _print(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
-    _print(f"  export and reload: all {measured.exported} modules came back as they were")
+    say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
+    say(f"  export and reload: all {measured.exported} modules came back as they were")
 
 
 def _expected(estimate: Estimate) -> int:
@@ -218,4 +212,4 @@ def _expected(estimate: Estimate) -> int:
 
 
 def _compare(what: str, count: int, expected: int) -> None:
-    _print(f"  {what}: {size(count)}, estimated {size(expected)} ({expected / count - 1:+.0%})")
+    say(f"  {what}: {size(count)}, estimated {size(expected)} ({expected / count - 1:+.0%})")

@@ -10,9 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from lcm_kit import assets
+from lcm_kit import assets, console
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
 from lcm_kit.story import configs, show
@@ -30,10 +28,10 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     that is done already does nothing or continues. Raises `UserError` as the stages do.
     """
     _alone()
-    console, story = Console(stderr=True), configs.quickstart(output, overrides)
+    story = configs.quickstart(output, overrides)
     insist_on_the_folder(story)
-    show.plan(story, _check(console, story, None))
-    return _tell(console, story)
+    show.plan(story, _check(story, None))
+    return _tell(story)
 
 
 def finetune(
@@ -58,16 +56,15 @@ def finetune(
     folder that cannot be learned from, and as the stages do.
     """
     _alone()
-    console = Console(stderr=True)
     place = Path(assets.resolve(folder)).expanduser()
     if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
     story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, speed, overrides)
     insist_on_the_folder(story)
-    show.plan(story, _check(console, story, trigger))
+    show.plan(story, _check(story, trigger))
     if dry_run:
         return None
-    report = _tell(console, story)
+    report = _tell(story)
     show.other_way(story, speed)
     return report
 
@@ -90,42 +87,42 @@ def _of_studio(
     return configs.from_speed_too(story, speed, styles.largest_rank("--speed", speed, found))
 
 
-def _check(console: Console, story: Story, trigger: str | None) -> int:
+def _check(story: Story, trigger: str | None) -> int:
     """Print what is to be said of the pictures; returns how many there are, and raises for what is wrong."""
     from lcm_kit.data.folder import check_data
 
     data = story.distill.data
-    _heading(console, 1, "check: are these pictures to learn from?")
+    _heading(1, "check: are these pictures to learn from?")
     found = check_data(data, trigger)
     for sentence in found.notes:
-        console.print(sentence, markup=False, highlight=False)
+        console.say(sentence, err=True)
     for sentence in found.warnings:
-        console.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False)
+        console.say(f"warning: {sentence}", err=True, style="yellow")
     if len(found.errors) == 1:
         raise UserError(found.errors[0])
     if found.errors:
         listed = "".join(f"\n  - {sentence}" for sentence in found.errors)
         raise UserError(f"{data.path}: {len(found.errors)} things are wrong{listed}")
     if not found.warnings:
-        console.print(f"{found.count:,} pictures with captions; nothing to warn of", highlight=False)
+        console.say(f"{found.count:,} pictures with captions; nothing to warn of", err=True)
     return found.count
 
 
-def _tell(console: Console, story: Story) -> Path:
+def _tell(story: Story) -> Path:
     """Run the stages after the check, each under its heading and with its time."""
     began = time.perf_counter()
     for number, (title, run) in enumerate(stages_of(story), start=2):
-        _heading(console, number, title)
+        _heading(number, title)
         started = time.perf_counter()
         run()
-        console.print(f"[dim]{show.duration(time.perf_counter() - started)}[/]")
+        console.say(show.duration(time.perf_counter() - started), err=True, style="dim")
     show.summary(story)
-    print(f"\nDone in {show.duration(time.perf_counter() - began)}.")
+    console.say(f"\nDone in {show.duration(time.perf_counter() - began)}.")
     return story.run / "report.html"
 
 
-def _heading(console: Console, number: int, title: str) -> None:
-    console.rule(f"[bold]{number}/{_STAGES}[/] {title}", align="left")
+def _heading(number: int, title: str) -> None:
+    console.rule(f"{number}/{_STAGES}", title)
 
 
 def _alone() -> None:

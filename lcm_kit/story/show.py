@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from lcm_kit import console
 from lcm_kit.config.schema import Training
 from lcm_kit.data import prior
 from lcm_kit.story.configs import Story
@@ -18,12 +16,12 @@ from lcm_kit.story.configs import Story
 
 def plan(story: Story, pictures: int) -> None:
     """Print what will run, on how many `pictures`, and where it goes."""
-    table = Table(box=None, pad_edge=False)
+    table = console.Table(box=None, pad_edge=False)
     for head in ("stage", "what", "goes to"):
         table.add_column(head, overflow="fold")
     for row in rows(story, pictures):
         table.add_row(*row)
-    Console().print(table)
+    console.show(table)
 
 
 def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
@@ -82,14 +80,13 @@ def _pictures(story: Story, count: int) -> str:
 
 def summary(story: Story) -> None:
     """Print the numbers of the evaluations, then which file goes where, as far as there are such files."""
-    console = Console(soft_wrap=True)
     run, name = story.run, story.run.resolve().name
     file = run / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if results:
         quality_table(results["rows"])
     for sentence in _brand(run, results):
-        console.print(f"- {sentence}", highlight=False)
+        console.say(f"- {sentence}")
     lines = [
         "",
         "Your look in few steps (LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work):",
@@ -101,7 +98,7 @@ def summary(story: Story) -> None:
         f"The whole story, for a browser: {run / 'report.html'}",
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.say(line)
 
 
 def other_way(story: Story, speed: str | None) -> None:
@@ -123,7 +120,7 @@ def other_way(story: Story, speed: str | None) -> None:
         "base draws it may be sharper, at the price of other prompts (docs/brand-study.md):"
     )
     for line in (text, f"  {shlex.join(command)}"):
-        Console(soft_wrap=True).print(line, highlight=False, markup=False)
+        console.say(line)
 
 
 def _brand(run: Path, results: Mapping[str, Any] | None) -> list[str]:
@@ -142,7 +139,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> None:
     chosen += [plain] if plain else []
     chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = console.Table(*columns, box=None, pad_edge=False)
     names = {"teacher": "base", "student": "your adapter"}
     for row in chosen:
         accuracy, frechet = row.get("attribute_accuracy"), row.get("frechet")
@@ -153,7 +150,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> None:
             "-" if frechet is None else f"{frechet:.3g}",
             f"{row['seconds_per_image']:.3f}",
         )
-    Console().print(table)
+    console.show(table)
 
 
 def duration(seconds: float) -> str:

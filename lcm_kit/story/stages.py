@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import shipped
+from lcm_kit import console, shipped
 from lcm_kit.config.load import Config
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, sha256_file
@@ -95,7 +95,7 @@ def export(run: Path) -> None:
     from lcm_kit.export.run import export_run
 
     if exported(run):
-        print(f"{run / 'export'}: exported and checked already; nothing to do")
+        console.say(f"{run / 'export'}: exported and checked already; nothing to do")
     else:
         export_run(run)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from lcm_kit import assets, sample
+from lcm_kit import assets, console, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.finetune import Finetune
@@ -121,10 +121,7 @@ def differences(
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a row."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
+    table = console.Table(box=None)
     heads = {
         "brand_similarity": "similarity", "brand_adherence": "brand prompts",
         "control_adherence": "control prompts", "diversity": "diversity",
@@ -134,7 +131,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for each in rows:
         cells = ["-" if each[key] is None else _text(each[key]) for key in heads]
         table.add_row(each["name"], str(each["steps"]), *cells)
-    Console().print(table)
+    console.show(table)
 
 
 def _text(figure: Mapping[str, float]) -> str:

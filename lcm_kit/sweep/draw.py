@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lcm_kit import __version__, assets, sample
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.energy import Energy
@@ -122,7 +122,7 @@ def draw_all(
     """
     drawn: dict[C, Rows] = {}
     total = 0  # UNet calls
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns = (Words("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), Words("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
         task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
         for number, cell in enumerate(cells, start=1):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lcm_kit import sample
+from lcm_kit import console, sample
 from lcm_kit.files import atomic_file, atomic_folder, atomic_write
 from lcm_kit.results import Rows
 from lcm_kit.sweep.cells import Cell
@@ -85,16 +85,14 @@ _HEADS = {
 
 def show(cells: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a cell, with the metrics that a person looks at first."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table as Printed
-
-    table = Printed("cell", "calls", *_HEADS.values(), box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = console.Table(
+        "cell", "calls", *_HEADS.values(), box=console.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for cell in cells:
         figures = [cell["metrics"][key] for key in _HEADS]
         words = ("-" if each is None else f"{each['value']:.2f}" for each in figures)
         table.add_row(cell["id"], str(cell["unet_calls"]), *words)
-    Console().print(table)
+    console.show(table)
 
 
 _COMPARED = ("prompt_adherence", "kernel_teacher", "brand_similarity", "saturation", "sharpness", "diversity")
@@ -102,12 +100,10 @@ _COMPARED = ("prompt_adherence", "kernel_teacher", "brand_similarity", "saturati
 
 def show_comparisons(results: Mapping[str, Any]) -> None:
     """Print how adapters differ at the same settings without guidance of their own, if there are several."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table as Printed
-
     cells = {cell["id"]: cell for cell in results["cells"]}
-    table = Printed("a less b", "metric", "difference", "interval", "p", box=SIMPLE, pad_edge=False)
+    table = console.Table(
+        "a less b", "metric", "difference", "interval", "p", box=console.SIMPLE, pad_edge=False
+    )
     for row in results["comparisons"]:
         a, b = cells[row["a"]], cells[row["b"]]
         if b["adapter"] is None or a["guidance_scale"] > 1 or row["metric"] not in _COMPARED:
@@ -116,7 +112,7 @@ def show_comparisons(results: Mapping[str, Any]) -> None:
         name = results["metrics"][row["metric"]]["label"]
         table.add_row(f"{a['id']} less {b['id']}", name, f"{row['difference']:.3g}", ends, f"{row['p']:.3f}")
     if table.row_count:
-        Console().print(table)
+        console.show(table)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from lcm_kit.files import atomic_file
+from lcm_kit.console import Progress, TimeElapsedColumn, TimeRemainingColumn, Words
+from lcm_kit.files import append, atomic_file
 
 
 def one_cycle(step: int, total: int, warmup: float = 0.05) -> float:
@@ -63,7 +63,7 @@ def fit(
     losses: list[float] = []
     since = time.monotonic()
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
+    with Progress(*columns, Words("{task.fields[loss]}")) as progress:
         bar = progress.add_task(name, total=steps, completed=first, loss="")
         for step in range(first, steps):
             for group in optimizer.param_groups:
@@ -83,9 +83,8 @@ def fit(
                 continue
             mean = sum(losses) / len(losses)
             progress.update(bar, loss=f"loss {mean:.4f}")
-            with (work / f"{name}.jsonl").open("a") as handle:
-                line = {"step": step + 1, "loss": mean, "seconds": time.monotonic() - since}
-                handle.write(json.dumps(line) + "\n")
+            line = {"step": step + 1, "loss": mean, "seconds": time.monotonic() - since}
+            append(work / f"{name}.jsonl", json.dumps(line))
             # given a path, torch hides that the disk is full
             with atomic_file(state_path) as temporary, temporary.open("wb") as handle:
                 weights, moments = module.state_dict(), optimizer.state_dict()
