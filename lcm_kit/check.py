@@ -95,12 +95,13 @@ def _trains(config: Training) -> list[Callable[[], str]]:
 def _base(base: Base) -> str:
     if not base.path.startswith(("asset:", "/", ".", "~")) and not Path(base.path).exists():
         return f"base: {base.path} on the hub, not looked at"
-    from lcm_kit.families import inspect_base
+    from lcm_kit.families import inspect_base, require_fit
     from lcm_kit.prediction import check as check_prediction
     from lcm_kit.schedule import Schedule
 
     info = inspect_base(base.path, revision=base.revision, variant=base.variant)
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
+    require_fit(info)
     kind = f"{info.family}, {info.prediction_type} prediction"
     return f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
 

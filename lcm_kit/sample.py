@@ -28,6 +28,11 @@ from lcm_kit.lora_file import adapter_file
 SOLVERS = ("lcm", "tcd", "ddim", "dpmpp_2m")
 _TCD_GAMMA = 0.3  # how much noise TCD renews on its way: its authors' choice (arXiv:2402.19159)
 _ADAPTER_NAME = "lcm"
+# Keys of a scheduler's configuration that say what the base is; all others say how to sample
+_NOISE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 _BATCH = 8  # prompts a call in `sample_to_folder`
 
 
@@ -56,15 +61,26 @@ def pipeline(
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     info = families.inspect_base(base, revision=revision, variant=variant)
-    given: dict[str, Any] = {**(text_encoders or {}), **({} if unet is None else {"unet": unet})}
-    kind, unused = StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    parts: dict[str, Any] = {
+        "scheduler": scheduler("ddim", info.scheduler_config),  # `latents` puts another in its place
+        # in float16 SDXL's overflows
+        "vae": families.load_vae(
+            info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
+        ),
+        **(text_encoders or {}),
+        **({} if unet is None else {"unet": unet}),
+    }
+    for part in info.parts:
+        if part.startswith("tokenizer"):
+            parts[part] = families.load_tokenizer(info, part)
+        elif part not in parts:
+            parts[part] = families.load_part(info, part, dtype)
     if info.family == "sdxl":
-        kind, unused = StableDiffusionXLPipeline, {"add_watermarker": False}
-    pipe = kind.from_pretrained(
-        info.folder, variant=variant, dtype=dtype, feature_extractor=None, **unused, **given
-    )
-    if dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False) and info.family == "sdxl":
-        pipe.vae.to(torch.float32)  # in float16 it overflows
+        empty = info.zeros_when_empty
+        pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
+    else:
+        none = dict.fromkeys(("safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -100,38 +116,37 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
 
 
 def scheduler(solver: str, config: Any) -> Any:
-    """diffusers' scheduler for `solver`, with the betas and the prediction type of the base's own `config`.
+    """diffusers' scheduler for `solver`, with the noise and the prediction type of the base's own `config`.
 
-    Plain solvers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which
-    is their best at few steps. Latents are never clipped. Raises `UserError` for an unknown solver.
+    How the base's scheduler samples (Karras' sigmas, order, spacing, clipping, ...) is not taken over:
+    "ddim" is the same sampler on every base. Plain solvers use trailing timesteps (they start at T-1, where
+    the noise is) and end at clean data, which is their best at few steps. Latents are never clipped. Raises
+    `UserError` for an unknown solver.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
+    noise = {key: config[key] for key in _NOISE if config.get(key) is not None}
     if solver == "lcm":
-        return LCMScheduler.from_config(config, clip_sample=False)
+        return LCMScheduler.from_config(noise, clip_sample=False)
     if solver == "tcd":
-        return TCDScheduler.from_config(config, clip_sample=False)
+        return TCDScheduler.from_config(noise, clip_sample=False)
     if solver == "ddim":
         return DDIMScheduler.from_config(
-            config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+            noise, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
     if solver == "dpmpp_2m":
         return DPMSolverMultistepScheduler.from_config(
-            config,
+            noise,
             timestep_spacing="trailing",
             algorithm_type="dpmsolver++",
             solver_order=2,
             final_sigmas_type="zero",
         )
-    raise UserError(f"solver {solver!r} is not known here; choose one of {', '.join(SOLVERS)}")
+    raise UserError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
 
 
 def unet_calls(steps: int, guidance_scale: float) -> int:
-    """UNet passes for one image: guidance costs a second, unconditional pass in each step.
-
-    (The exception are UNets with `time_cond_proj_dim`, which take the guidance as an input; SD bases have
-    none.)
-    """
+    """UNet passes for one image: guidance costs a second, unconditional pass in each step."""
     return steps * (2 if guidance_scale > 1 else 1)
 
 
@@ -191,9 +206,7 @@ def latents(
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
-    vae = pipe.vae
-    pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-    return pixels.float().cpu().clamp(-1, 1)
+    return families.decode_latents(pipe.vae, latents).float().cpu().clamp(-1, 1)
 
 
 def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> Tensor:

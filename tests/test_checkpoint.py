@@ -29,6 +29,15 @@ REFUSED = {
     "unet": (UNET, r"lacks weights of an SD1.x checkpoint \(vae, text_encoder\)"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(2, 2)}, "is one part of a model"),
     "vae": ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "is one part of a model"),
+    "text encoder": (
+        {"text_model.final_layer_norm.bias": torch.zeros(2)},
+        "a text encoder; copy the diffusers",
+    ),
+    "old vae": ({"decoder.up.0.block.0.norm1.bias": torch.zeros(2)}, "a VAE in the original names; copy"),
+    "no vae": (
+        UNET | {"cond_stage_model.transformer.text_model.x": torch.zeros(2)},
+        r"lacks weights of an SD1.x checkpoint \(vae\); give the whole checkpoint, or put the diffusers",
+    ),
     "embedding": ({"emb_params": torch.zeros(2, 2)}, "is not a checkpoint that this kit knows"),
 }
 
@@ -105,6 +114,24 @@ def test_what_the_file_says_of_its_noise(names, metadata, said, tmp_path: Path):
     file = tmp_path / "sdxl.safetensors"
     save_file(_whole(*SDXL_TEXT) | dict.fromkeys(names, torch.tensor([])), file, metadata)
     assert contents_of(file).scheduler == said
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name"),
+    [
+        ({"label_emb.0.0.weight": torch.zeros(8, 8), "middle_block.1.norm.bias": torch.zeros(2)}, "SDXL"),
+        ({"label_emb.0.0.weight": torch.zeros(8, 8)}, "SSD-1B"),
+        ({"middle_block.1.proj_in.weight": torch.zeros(8, 8)}, "SD2.x"),
+        ({"middle_block.1.proj_in.weight": torch.zeros(8, 8, 1, 1)}, "SD1.x"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_family_of_a_unet_alone(prefix: str, tensor: dict[str, torch.Tensor], name: str, tmp_path: Path):
+    tensors = {"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), **tensor}
+    save_file({prefix + key: x for key, x in tensors.items()}, tmp_path / "unet.safetensors")
+    contents = contents_of(tmp_path / "unet.safetensors")
+    assert contents.family.name == name and contents.counts == {"unet": len(tensors)}
+    assert contents.lacking == tuple(part for part in contents.family.prefixes if part != "unet")
 
 
 def test_sd2_at_its_known_step_is_epsilon(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_kit import sample
+from lcm_kit import families, sample
 from lcm_kit.errors import UserError
 
 PROMPTS = ["a cat", "a dog", "an owl", "a fox", "a fish"]
@@ -84,6 +86,66 @@ def test_one_ddim_step_is_the_predicted_clean_latent(pipe: Any) -> None:
     torch.testing.assert_close(
         drawn, (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt(), rtol=1e-4, atol=1e-3
     )
+
+
+SAMPLING = {
+    "use_karras_sigmas": True, "use_exponential_sigmas": True, "use_beta_sigmas": True,
+    "use_lu_lambdas": True, "solver_order": 3, "solver_type": "heun", "lower_order_final": False,
+    "euler_at_final": True, "thresholding": True, "sample_max_value": 0.5, "dynamic_thresholding_ratio": 0.9,
+    "clip_sample_range": 0.5, "steps_offset": 7, "timestep_spacing": "linspace", "variance_type": "learned",
+    "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "lambda_min_clipped": -5.1,
+    "clip_sample": True, "set_alpha_to_one": False, "original_inference_steps": 10, "timestep_scaling": 3.0,
+    "flow_shift": 3.0, "use_dynamic_shifting": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_how_the_bases_own_scheduler_samples_is_not_taken_over(solver: str, zero_snr: bool) -> None:
+    noise = {
+        "beta_start": 0.001, "beta_end": 0.011, "beta_schedule": "scaled_linear", "num_train_timesteps": 800,
+        "prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr,
+    }  # fmt: skip
+    bare, full = sample.scheduler(solver, noise), sample.scheduler(solver, noise | SAMPLING)
+    assert dict(full.config) == dict(bare.config)
+    assert {key: full.config[key] for key in noise} == noise
+    generator = torch.Generator().manual_seed(0)
+    x, outputs = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(4, 1, 4, 8, 8, generator=generator)
+    drawn = []
+    for made in (bare, full):
+        made.set_timesteps(4)
+        now, stream = x, torch.Generator().manual_seed(1)
+        for t, output in zip(made.timesteps, outputs, strict=True):
+            now = made.step(output, t, now, generator=stream).prev_sample
+        drawn.append(now)
+    assert bare.timesteps.tolist() == full.timesteps.tolist() and torch.equal(*drawn)
+    assert float(bare.alphas_cumprod[-1]) == pytest.approx(0.0, abs=1e-7) if zero_snr else True
+
+
+def test_decoding_is_the_vaes_of_latents_without_scale_and_shift(sd_base: Callable[..., Path]) -> None:
+    pipe = sample.pipeline(str(sd_base("epsilon")))
+    pipe.vae.register_to_config(shift_factor=0.25)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # scaling_factor 0.5 of tests/bases.py
+        expected = pipe.vae.decode(latents / 0.5 + 0.25).sample.clamp(-1, 1)
+    torch.testing.assert_close(sample.decode(pipe, latents), expected)
+    assert (expected.abs() < 1).float().mean() > 0.9  # clipping hides next to nothing
+
+
+def test_the_vae_of_sdxl_stays_float32_in_float16(sdxl_base: Path, sd_base, tmp_path: Path) -> None:
+    """Where its configuration says that it overflows. Another UNet stands in: SDXL's takes its time."""
+    unet = families.load(str(sd_base()), parts=("unet",), dtype=torch.float16).unet
+    for upcast, dtype in ((True, torch.float32), (False, torch.float16)):
+        folder = Path(shutil.copytree(sdxl_base, tmp_path / str(upcast)))
+        file = folder / "vae" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": upcast}))
+        pipe = sample.pipeline(str(folder), dtype=torch.float16, unet=unet)
+        assert {p.dtype for p in pipe.vae.parameters()} == {dtype}
+        for model in (pipe.text_encoder, pipe.text_encoder_2):
+            assert {p.dtype for p in model.parameters()} == {torch.float16}
+        if upcast:  # loaded so, not rounded and then widened
+            own = families.load(str(sdxl_base), parts=("vae",)).vae
+            assert torch.equal(own.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
 
 
 def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:

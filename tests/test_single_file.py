@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcm_kit import families
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base, single_file
 from lcm_kit.families.single_file import folder_of
@@ -269,6 +270,114 @@ def test_a_tensor_that_is_missing_is_never_made_up(prefix, sentence, files, tmp_
     with pytest.raises(UserError, match=sentence):
         folder_of(tmp_path / "model.safetensors", config=str(files["sd1"].with_suffix("")))
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+# --- other spellings, 8 bits, parts alone ---
+
+
+def _same_as(
+    folder: Path, expected: dict[str, dict[str, torch.Tensor]], parts=("unet", "vae", "text_encoder")
+):
+    found = ldm.states(folder)
+    for part in parts:
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.equal(tensor, expected[part][key]) for key, tensor in found[part].items()), part
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_text_encoder_as_old_merges_spell_it(name: str, files, originals, tmp_path: Path):
+    old = {
+        key.replace(".transformer.text_model.", ".transformer."): x
+        for key, x in load_file(files[name]).items()
+    }
+    assert not any("text_model" in key for key in old)
+    save_file(old, tmp_path / "old.safetensors")
+    parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else [])]
+    found = folder_of(tmp_path / "old.safetensors", config=str(files[name].with_suffix("")))
+    _same_as(found, ldm.states(originals[name]), parts)
+    assert not list(found.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("end", ["scale_weight", "weight_scale"])
+def test_eight_bit_floats_are_multiplied_by_their_scales(end: str, files, tmp_path: Path):
+    tensors, scaled, expected = load_file(files["sd1"]), {"scaled_fp8": torch.zeros(0)}, {}
+    for key, tensor in tensors.items():
+        scaled[key] = expected[key] = tensor.half()
+        if key.startswith("model.diffusion_model.") and key.endswith("weight") and tensor.ndim == 2:
+            scale = (
+                tensor.abs().max() / 448 if "attn1" in key else tensor.abs().amax(1) / 448
+            )  # of all, or by row
+            small = (tensor / (scale if scale.ndim == 0 else scale[:, None])).to(torch.float8_e4m3fn)
+            scaled[key], scaled[key.removesuffix("weight") + end] = small, scale
+            scaled[key.removesuffix("weight") + "scale_input"] = torch.ones(())
+            expected[key] = (small.float() * (scale if scale.ndim == 0 else scale[:, None])).half()
+    save_file(scaled, tmp_path / "fp8.safetensors")
+    save_file({key: tensor.clone() for key, tensor in expected.items()}, tmp_path / "plain.safetensors")
+    config = str(files["sd1"].with_suffix(""))
+    found = folder_of(tmp_path / "fp8.safetensors", config=config)
+    _same_as(found, ldm.states(folder_of(tmp_path / "plain.safetensors", config=config)))
+
+
+def test_a_scale_of_other_bits_is_refused(files, tmp_path: Path):
+    tensors = load_file(files["sd1"])
+    key = next(key for key in tensors if "attn1.to_q" in key)
+    tensors[key], tensors[key.replace(".weight", ".weight_scale")] = tensors[key].char(), torch.ones(())
+    save_file(tensors, tmp_path / "int8.safetensors")
+    with pytest.raises(
+        UserError, match=r"is quantised in a way that this kit does not read \(.*weight_scale\)"
+    ):
+        folder_of(tmp_path / "int8.safetensors", config=str(files["sd1"].with_suffix("")))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_a_unet_alone_takes_the_rest_from_the_folder_beside_it(
+    name: str, bare: bool, files, originals, tmp_path: Path
+):
+    prefix = "model.diffusion_model."
+    alone = {key: tensor + 1 for key, tensor in load_file(files[name]).items() if key.startswith(prefix)}
+    file = tmp_path / "alone.safetensors"
+    save_file({key.removeprefix(prefix) if bare else key: tensor for key, tensor in alone.items()}, file)
+    for config in (None, files[name].with_suffix("")):  # none, and one without weights
+        if config is not None:
+            shutil.copytree(config, file.with_suffix(""))
+        with pytest.raises(UserError, match=r"(?:lacks weights of|has no vae).*") as caught:
+            folder_of(file)
+        assert "\n" not in str(caught.value)
+    shutil.rmtree(file.with_suffix(""))
+    shutil.copytree(originals[name], file.with_suffix(""))
+    expected = ldm.states(originals[name])
+    expected["unet"] = {key: tensor + 1 for key, tensor in expected["unet"].items()}
+    first = folder_of(file)
+    _same_as(first, expected)
+    weights = file.with_suffix("") / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * 2 for key, tensor in load_file(weights).items()}, weights)
+    assert folder_of(file) != first  # another VAE makes another base
+
+
+def test_a_vae_alone_is_put_into_a_base_as_the_sentence_says(files, originals, tmp_path: Path):
+    from diffusers import AutoencoderKL
+
+    vae = {
+        key.removeprefix("first_stage_model."): tensor
+        for key, tensor in load_file(files["sd1"]).items()
+        if key.startswith("first_stage_model.")
+    }
+    file = tmp_path / "vae.safetensors"
+    save_file({key: tensor + 1 for key, tensor in vae.items()}, file)
+    with pytest.raises(
+        UserError, match=r"is one part .* a VAE in the original names; copy .*save_pretrained"
+    ) as caught:
+        folder_of(file)
+    base = Path(shutil.copytree(originals["sd1"], tmp_path / "FOLDER"))
+    command = str(caught.value).partition("diffusers' ")[2].partition(" in Python")[0]
+    eval(
+        command.replace("THIS", repr(str(file))).replace("'FOLDER/", f"'{base}/"),
+        {"AutoencoderKL": AutoencoderKL},
+    )
+    expected = ldm.states(originals["sd1"])["vae"]
+    families.require_fit(inspect_base(str(base)))
+    assert all(torch.equal(tensor, expected[key] + 1) for key, tensor in ldm.states(base)["vae"].items())
 
 
 # --- whole or not at all ---

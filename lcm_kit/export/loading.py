@@ -19,6 +19,7 @@ from torch import Tensor
 from lcm_kit.errors import UserError
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure, empty_unet
+from lcm_kit.families.weights import Place, load_model
 
 _NAME = "checked"
 _QUIET = (
@@ -74,18 +75,7 @@ def models(lora: Lora, structure: Structure, folder: Path | None, variant: str |
 
 
 def _from_folder(part: str, folder: Path, variant: str | None) -> Any:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
-    kind = kinds.get(part, CLIPTextModelWithProjection)
-    try:
-        return kind.from_pretrained(
-            folder / part, variant=variant, use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / part} cannot be loaded ({reason}); save the base again") from error
+    return load_model(Place(str(folder), folder, variant), part, torch.float32)
 
 
 def _empty(part: str, structure: Structure) -> Any:
@@ -100,6 +90,7 @@ def _empty(part: str, structure: Structure) -> Any:
         config = CLIPTextConfig(
             hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
             num_attention_heads=max(1, width // 64), vocab_size=64,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
         kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
         with torch.device("meta"):

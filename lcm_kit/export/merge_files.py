@@ -14,6 +14,7 @@ from lcm_kit.export import delivery, verify
 from lcm_kit.export.convert import whole
 from lcm_kit.export.facts import Facts, facts_from
 from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
+from lcm_kit.export.older_transformers import make_readable
 from lcm_kit.export.reading import Reading
 from lcm_kit.files import atomic_write
 from lcm_kit.lora_file import adapter_file
@@ -65,13 +66,15 @@ def merge(
 def fuse(parts: Sequence[Part], base: str, output: Path, *, variant: str | None = None) -> None:
     """Write the pipeline folder `output`: `base` with the weighted sum of `parts` in its weights.
 
-    `fused.json` in it says what was fused; the other texts are the base's own.
+    transformers 4 reads it as well as 5, whichever wrote the base. `fused.json` in it says what was fused;
+    the other texts are the base's own.
     """
     against = verify.base_of(base, variant=variant)
     assert against.folder is not None
     reads = _read(parts, against)
     weights = [weight for _, weight in parts]
     fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)
+    make_readable(output)
     made = {"base": base, "loras": {str(path): weight for path, weight in parts}, "kit_version": __version__}
     atomic_write(output / "fused.json", json.dumps(made, indent=2) + "\n")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lcm_kit.errors import UserError
 from lcm_kit.export.names import kohya_names, sgm_names
+from lcm_kit.families.configs import require_sizes
 from lcm_kit.families.source import locate, read_json
 
 Generation = Literal["sd1", "sd2", "sdxl"]
@@ -117,6 +118,7 @@ def of_base(path: str, *, revision: str | None = None, variant: str | None = Non
 
 def of_folder(folder: Path, path: str) -> Structure:
     """The structure of the base in `folder`, which a user calls `path`."""
+    require_sizes(folder, path)
     read_json(folder / "model_index.json", path)
     config = read_json(folder / "unet" / "config.json", path)
     if config.get("_class_name") != "UNet2DConditionModel":

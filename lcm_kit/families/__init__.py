@@ -18,15 +18,18 @@ from lcm_kit.families.base import (
     decode_latents,
     encode_images,
     inspect_base,
+    load_part,
+    load_tokenizer,
     load_unet,
     load_vae,
     lora_targets,
+    require_fit,
     weight_files,
 )  # fmt: skip
 
 __all__ = [
-    "BaseInfo", "Parts", "decode_latents", "encode_images", "inspect_base", "load", "load_unet", "load_vae",
-    "lora_targets", "of", "weight_files",
+    "BaseInfo", "Parts", "decode_latents", "encode_images", "inspect_base", "load", "load_part",
+    "load_tokenizer", "load_unet", "load_vae", "lora_targets", "of", "require_fit", "weight_files",
 ]  # fmt: skip
 
 _MODULES: dict[str, Any] = {"sd": sd, "sdxl": sdxl}

@@ -1,14 +1,14 @@
 """What a base is: recognised from its folder, without its weights; and the models that all families share.
 
-Spaces: pixels [B, 3, H, W] in [-1, 1]; raw latents as the VAE gives them; latents = (raw - shift_factor) *
-scaling_factor, [B, C, H/f, W/f], which is what the UNet sees. diffusers and transformers are imported on use:
-it takes seconds.
+Spaces: pixels [B, 3, H, W] in [-1, 1]; raw latents as the VAE gives them; latents = (raw - shift) * scale,
+[B, C, H/f, W/f], which is what the UNet sees
+(`encode_images`). diffusers and transformers are imported on use: it
+takes seconds.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
+from lcm_kit.families import configs, weights
 from lcm_kit.families.source import STEMS, file_hash, locate, read_json
+from lcm_kit.families.vocabulary import require_vocabulary
+from lcm_kit.families.weights import Place
 from lcm_kit.files import sha256_bytes
 
 PARTS = {
@@ -69,6 +72,14 @@ class BaseInfo:
     width: int  # D of the text embeddings
     family: str = "sd"  # sd (SD1.x and 2.x) or sdxl (SDXL and UNets pruned from it)
     zeros_when_empty: bool = False  # sdxl: the empty condition is zeros, not the encoded ""
+    vae_overflows: bool = False  # sdxl: in float16, as its configuration says
+    latents_mean: tuple[float, ...] | None = None  # sdxl: of raw latents, by channel, with latents_std
+    latents_std: tuple[float, ...] | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where its parts lie."""
+        return Place(self.path, self.folder, self.variant)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -93,46 +104,40 @@ class BaseInfo:
 
 
 def weight_files(base: BaseInfo, part: str) -> list[Path]:
-    """The safetensors files of a part that has weights, in the base's variant.
-
-    Raises `UserError` if there is none.
-    """
-    mark = re.escape(f".{base.variant}") if base.variant else ""
-    piece = r"(-\d+-of-\d+)?"
-    name = re.compile(rf"{STEMS[part]}({piece}{mark}|{mark}{piece})\.safetensors")
-    files = sorted(p for p in (base.folder / part).iterdir() if name.fullmatch(p.name))
-    if not files:
-        wanted = f" of variant {base.variant!r}" if base.variant else ""
-        raise UserError(
-            f"base {base.path!r} has no safetensors weights{wanted} in {part}/; choose another base.variant, "
-            "or save the base again with diffusers' save_pretrained"
-        )
-    return files
+    """The safetensors files of a part that has weights: `weights.weight_files`."""
+    return weights.weight_files(base.place, part)
 
 
 def inspect_base(path: str, *, revision: str | None = None, variant: str | None = None) -> BaseInfo:
-    """Read a base's configuration, without its weights.
+    """Read a base's configuration and the headers of its weights, no tensor.
 
     `path` is a diffusers folder, a hub id or `asset:NAME`. Raises `UserError` if it is not found, not a
-    pipeline folder, not of this family, or without safetensors weights.
+    pipeline folder, not of this family, or without whole safetensors weights or its vocabulary.
     """
     folder = locate(path, revision, variant)
     index = read_json(folder / "model_index.json", path)
     family = _family(folder, index, path)
-    configs = {
+    contents = {
         part: read_json(_config_file(folder / part), path)
         for part in PARTS[family]
         if not part.startswith("tokenizer")
     }
     place = {"path": path, "folder": folder, "revision": revision, "variant": variant, "family": family}
-    try:
-        info = _describe(configs, index, **place)
-    except KeyError as error:
-        raise UserError(f"base {path!r}: its configuration lacks {error}; save the base again") from error
+    info = _describe(contents, index, **place)
     for part in info.parts:
         if part in STEMS:
-            weight_files(info, part)
+            weights.entries(info.place, part)
+        elif part.startswith("tokenizer"):
+            encoder = _parsed(configs.Text, contents, part.replace("tokenizer", "text_encoder"), path)
+            require_vocabulary(folder, part, path, index.get(part), encoder.vocab_size)
     return info
+
+
+def require_fit(base: BaseInfo) -> None:
+    """Raise `UserError` unless each part's files hold the tensors of its model; none is read (seconds)."""
+    for part in base.parts:
+        if part in STEMS:
+            weights.require_fit(base.place, part)
 
 
 def _config_file(folder: Path) -> Path:
@@ -154,70 +159,122 @@ def _family(folder: Path, index: Mapping[str, Any], path: str) -> str:
     return family
 
 
-def _describe(configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], **place: Any) -> BaseInfo:
-    vae, unet, scheduler = configs["vae"], configs["unet"], configs["scheduler"]
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
+def _parsed(kind: Any, contents: Mapping[str, Mapping[str, Any]], part: str, path: str) -> Any:
+    file = f"{part}/{_config_file(Path(part)).name}"
+    return configs.parse(kind, contents[part], f"base {path!r}: {file}")
+
+
+def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], **place: Any) -> BaseInfo:
+    path, sdxl = place["path"], place["family"] == "sdxl"
+    unet, vae = (
+        _parsed(k, contents, part, path) for k, part in ((configs.Teacher, "unet"), (configs.Vae, "vae"))
+    )
+    text = [
+        _parsed(configs.Text, contents, part, path) for part in contents if part.startswith("text_encoder")
+    ]
+    scheduler = _parsed(configs.Scheduler, _with_class(contents, index), "scheduler", path)
+    if unet.in_channels != vae.latent_channels:
         raise UserError(
-            f"base {place['path']!r}: its UNet takes {unet.get('in_channels')} channels, its VAE gives "
-            f"{channels}; inpainting and depth bases are not supported, give the plain one"
+            f"base {path!r}: its UNet takes {unet.in_channels} channels, its VAE gives "
+            f"{vae.latent_channels}; inpainting and depth bases are not supported, give the plain one"
         )
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in _KINDS:
+    if (unet.addition_embed_type == "text_time") != sdxl:
         raise UserError(
-            f"base {place['path']!r}: prediction_type {kind!r} is not supported, only {', '.join(_KINDS)}"
+            f"base {path!r}: its UNet is {'not ' * sdxl}one of SDXL, its text encoders are"
+            f"{' not' * (not sdxl)}; give the whole folder of one base"
+        )
+    if scheduler.prediction_type not in _KINDS:
+        raise UserError(
+            f"base {path!r}: prediction_type {scheduler.prediction_type!r} is not supported, only "
+            f"{', '.join(_KINDS)}"
+        )
+    if vae.latents_mean is not None and not sdxl:
+        raise UserError(
+            f"base {path!r}: vae/config.json has latents_mean, which no app applies to a base that is not "
+            "SDXL; take it out, with latents_std, if the UNet was trained without"
         )
     return BaseInfo(
-        prediction_type=kind,
-        scheduler_config=scheduler,
-        latent_channels=channels,
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
-        sample_size=unet["sample_size"],
-        scaling_factor=vae.get("scaling_factor") or 0.18215,
-        shift_factor=vae.get("shift_factor") or 0.0,
-        width=sum(configs[part]["hidden_size"] for part in configs if part.startswith("text_encoder")),
-        zeros_when_empty=bool(index.get("force_zeros_for_empty_prompt", place["family"] == "sdxl")),
+        prediction_type=scheduler.prediction_type,
+        scheduler_config=contents["scheduler"],
+        latent_channels=vae.latent_channels,
+        factor=2 ** (len(vae.block_out_channels) - 1),
+        sample_size=unet.sample_size,
+        scaling_factor=vae.scaling_factor or 0.18215,
+        shift_factor=vae.shift_factor or 0.0,
+        width=sum(encoder.hidden_size for encoder in text),
+        zeros_when_empty=bool(index.get("force_zeros_for_empty_prompt", sdxl)),
+        vae_overflows=sdxl and vae.force_upcast,
+        latents_mean=None if vae.latents_mean is None else tuple(vae.latents_mean),
+        latents_std=None if vae.latents_std is None else tuple(vae.latents_std),
         **place,
     )
 
 
-def load_part(kind: Any, base: BaseInfo, part: str, dtype: torch.dtype) -> Any:
-    """One model of a base, frozen, in eval mode. Raises `UserError` if its files do not give one."""
-    try:
-        model = kind.from_pretrained(
-            base.folder / part, variant=base.variant, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {base.path!r}: {part} cannot be loaded ({reason}); download or save the base again"
-        ) from error
-    return model.eval().requires_grad_(False)
+def _with_class(
+    contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, Any]]:
+    """The scheduler's class is what model_index.json says, by which diffusers goes, or else its own file."""
+    entry = index.get("scheduler")
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return {"scheduler": {**contents["scheduler"], **({} if named is None else {"_class_name": named})}}
+
+
+def load_part(base: BaseInfo, part: str, dtype: torch.dtype) -> Any:
+    """One model of a base, frozen, in eval mode: `weights.load_model`."""
+    return weights.load_model(base.place, part, dtype)
 
 
 def load_unet(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
     """The base's `UNet2DConditionModel`, frozen, in eval mode."""
-    from diffusers import UNet2DConditionModel
-
-    return load_part(UNet2DConditionModel, base, "unet", dtype)
+    return load_part(base, "unet", dtype)
 
 
 def load_vae(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
     """The base's `AutoencoderKL`, frozen, in eval mode."""
-    from diffusers import AutoencoderKL
+    return load_part(base, "vae", dtype)
 
-    return load_part(AutoencoderKL, base, "vae", dtype)
+
+def load_tokenizer(base: BaseInfo, part: str) -> Any:
+    """The CLIP tokenizer in folder `part` of a base."""
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
+        ) from error
+
+
+def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """By channel [1, C, 1, 1] as `like`: shift_factor + latents_mean, scaling_factor / latents_std.
+
+    As in StableDiffusionXLPipeline, which applies mean and deviation where a VAE's configuration has them.
+    """
+    config = vae.config
+
+    def by_channel(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+    shift = by_channel(config.shift_factor or 0.0)
+    scale = by_channel(config.scaling_factor)
+    if getattr(config, "latents_mean", None) is not None:
+        shift, scale = shift + by_channel(config.latents_mean), scale / by_channel(config.latents_std)
+    return shift, scale
 
 
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] to latents [B, C, H/f, W/f]: (posterior mean - shift_factor) * scaling_factor."""
+    """Pixels [B, 3, H, W] to latents [B, C, H/f, W/f]: (posterior mean - shift) * scale."""
     raw = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
-    return (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    shift, scale = _shift_and_scale(vae, raw)
+    return (raw - shift) * scale
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, H/f, W/f] to pixels [B, 3, H, W], about [-1, 1], not clipped."""
-    raw = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(raw).sample
+    own = latents.to(vae.device, vae.dtype)
+    shift, scale = _shift_and_scale(vae, own)
+    return vae.decode(own / scale + shift).sample

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lcm_kit.errors import UserError
+from lcm_kit.families.checkpoint_names import UNET, Names, names_of
+from lcm_kit.families.headers import Entry, read_header
 
-_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_UNET, _VAE = UNET, "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _FIRST, _SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
 _KL = tuple(f"{_VAE}{name}." for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"))
@@ -51,21 +53,16 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """One tensor, as the file's header has it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Contents:
     """What a file's header says; no tensor is read."""
 
     family: Family
-    dtypes: Mapping[str, torch.dtype]  # of each part: that of most of its tensors
-    counts: Mapping[str, int]  # tensors of each part
+    dtypes: Mapping[str, torch.dtype]  # of each part that it has: that of most of its tensors
+    counts: Mapping[str, int]  # tensors of each part that it has
     scheduler: Mapping[str, Any]  # what the file itself says of its noise: keys of a scheduler's config
+    names: Names
+    lacking: tuple[str, ...] = ()  # parts of the family that it does not have; never the UNet
 
 
 def contents_of(file: Path) -> Contents:
@@ -75,7 +72,9 @@ def contents_of(file: Path) -> Contents:
             f"base {str(file)!r} is a file but not .safetensors; such a file can run code when it is loaded, "
             "so give the .safetensors of this model or a diffusers pipeline folder"
         )
-    entries, metadata, step = _header(file)
+    raw, metadata = read_header(file, f"base {str(file)!r}")
+    names = names_of(raw)
+    entries = {name: raw[own] for name, own in names.tensors.items()}
     if fault := _fault(entries):
         raise UserError(f"base {str(file)!r} {fault}")
     key = _recognise(entries)
@@ -84,35 +83,26 @@ def contents_of(file: Path) -> Contents:
         part: [e for name, e in entries.items() if name.startswith(prefixes)]
         for part, prefixes in family.prefixes.items()
     }
-    if missing := [part for part in found if not found[part]]:
-        raise UserError(
-            f"base {str(file)!r} lacks weights of an {family.name} checkpoint ({', '.join(missing)}); give "
-            "the whole checkpoint, with its text encoder and VAE"
-        )
+    lacking = tuple(part for part in found if not found.get(part))
+    found = {part: held for part, held in found.items() if held}
     said = _said(entries, metadata)
     # The rule of diffusers for SD2.0 at 512 pixels, which alone of the SD2 files tells its kind so
-    if key == "sd2" and step == 875_000:
+    if key == "sd2" and _step(file, raw) == 875_000:
         said = {"prediction_type": "epsilon"} | said
     counts = {part: len(held) for part, held in found.items()}
-    return Contents(family, {part: _most(held) for part, held in found.items()}, counts, said)
+    dtypes = {part: most_common_dtype(held) for part, held in found.items()}
+    return Contents(family, dtypes, counts, said, names, lacking)
 
 
-def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str], int | None]:
-    """Tensors by name, metadata, and the training step where the file has it."""
-    from safetensors import SafetensorError, safe_open
+def _step(file: Path, entries: Mapping[str, Entry]) -> int | None:
+    """The training step, where the file has it."""
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            entries = {name: Entry(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-            counter = entries.get("global_step")
-            step = int(handle.get_tensor("global_step")) if counter and counter.shape in ((), (1,)) else None
-            return entries, handle.metadata() or {}, step
-    except (SafetensorError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {str(file)!r} cannot be read as a safetensors file ({reason}); download it again"
-        ) from error
+    counter = entries.get("global_step")
+    if counter is None or counter.shape not in ((), (1,)):
+        return None
+    with safe_open(file, framework="pt") as handle:
+        return int(handle.get_tensor("global_step"))
 
 
 def _fault(entries: Mapping[str, Entry]) -> str | None:
@@ -129,10 +119,8 @@ def _fault(entries: Mapping[str, Entry]) -> str | None:
         )
     if has("double_blocks.", "joint_blocks."):
         return f"is a checkpoint of {'Flux' if has('double_blocks.') else 'SD3'}; {ours}"
-    if first is None and any(
-        name.startswith(("down_blocks.", "encoder.", "text_model.")) for name in entries
-    ):
-        return "is one part of a model and not a whole checkpoint; give the folder it is from, or " + ours
+    if first is None and (part := _lone_part(entries)):
+        return f"is one part of a model and not a whole checkpoint: {part}"
     if first is None or len(first.shape) != 4:
         return f"is not a checkpoint that this kit knows; {ours}"
     if first.shape[1] != 4:
@@ -145,18 +133,47 @@ def _fault(entries: Mapping[str, Entry]) -> str | None:
     return None
 
 
+def _lone_part(entries: Mapping[str, Entry]) -> str | None:
+    """Which part a file without a UNet of the original layout is, and what to do with it."""
+
+    def has(*beginnings: str) -> bool:
+        return any(name.startswith(beginnings) for name in entries)
+
+    place = "copy the diffusers folder of a base, put this file there in place of {} and give that folder"
+    if has("down_blocks."):
+        return "a UNet in diffusers' names; " + place.format("unet/diffusion_pytorch_model.safetensors")
+    if has("text_model."):
+        return "a text encoder; " + place.format("text_encoder/model.safetensors")
+    if has("encoder.down.", "decoder.up.", *_KL):
+        return (
+            "a VAE in the original names; copy the diffusers folder of a base as FOLDER, run "
+            "diffusers' AutoencoderKL.from_single_file(THIS, config='FOLDER/vae').save_pretrained('FOLDER/"
+            "vae') in Python, and give FOLDER"
+        )
+    if has("encoder.", "decoder."):
+        return "a VAE in diffusers' names; " + place.format("vae/diffusion_pytorch_model.safetensors")
+    return None
+
+
 def _recognise(entries: Mapping[str, Entry]) -> str:
     """The key in `FAMILIES`."""
 
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in entries)
 
-    if has("conditioner."):
+    if has("conditioner.") or has(f"{_UNET}label_emb."):
         return "sdxl" if has(f"{_UNET}middle_block.1.") else "ssd1b"  # pruned: no attention in the middle
-    return "sd2" if has(_OPEN_CLIP) else "sd1"
+    if has(_OPEN_CLIP) or has(_CLIP):
+        return "sd2" if has(_OPEN_CLIP) else "sd1"
+    # A UNet without text encoder: SD2's projections are linear layers, SD1's convolutions
+    linear = any(
+        name.endswith(".proj_in.weight") and len(entry.shape) == 2 for name, entry in entries.items()
+    )
+    return "sd2" if linear else "sd1"
 
 
-def _most(entries: Sequence[Entry]) -> torch.dtype:
+def most_common_dtype(entries: Iterable[Entry]) -> torch.dtype:
+    """Of the tensors with these entries; float32 where none is a float."""
     kinds = Counter(_DTYPES[entry.dtype] for entry in entries if entry.dtype in _DTYPES)
     return kinds.most_common(1)[0][0] if kinds else torch.float32
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.errors import UserError
-from lcm_kit.families.base import BaseInfo, load_part, text_layers
+from lcm_kit.families.base import BaseInfo, load_part, load_tokenizer, text_layers
 from lcm_kit.families.condition import Condition
 
 
@@ -22,22 +21,7 @@ class Text(NamedTuple):
 
 def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     """The base's tokenizer and text encoder, frozen, in eval mode."""
-    from transformers import CLIPTextModel
-
-    return Text(load_tokenizer(base, "tokenizer"), load_part(CLIPTextModel, base, "text_encoder", dtype))
-
-
-def load_tokenizer(base: BaseInfo, part: str) -> Any:
-    """The CLIP tokenizer in folder `part` of a base."""
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
-        ) from error
+    return Text(load_tokenizer(base, "tokenizer"), load_part(base, "text_encoder", dtype))
 
 
 class Tokens(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.families.base import BaseInfo, load_part, text_layers
+from lcm_kit.families.base import BaseInfo, load_part, load_tokenizer, text_layers
 from lcm_kit.families.condition import Condition, Framing
-from lcm_kit.families.sd import load_tokenizer, tokenize
+from lcm_kit.families.sd import tokenize
 
 
 class Text(NamedTuple):
@@ -29,13 +29,11 @@ class Text(NamedTuple):
 
 def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     """The base's tokenizers and text encoders, frozen, in eval mode."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     return Text(
         load_tokenizer(base, "tokenizer"),
-        load_part(CLIPTextModel, base, "text_encoder", dtype),
+        load_part(base, "text_encoder", dtype),
         load_tokenizer(base, "tokenizer_2"),
-        load_part(CLIPTextModelWithProjection, base, "text_encoder_2", dtype),
+        load_part(base, "text_encoder_2", dtype),
         base.zeros_when_empty,
     )
 

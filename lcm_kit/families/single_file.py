@@ -12,15 +12,17 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.families.checkpoint import Contents, Family, contents_of
+from lcm_kit.families.checkpoint import Contents, Family, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
+from lcm_kit.families.weights import Place, entries, hushed, load_model, weight_files
 from lcm_kit.files import atomic_folder, sha256_bytes
 
 _CLASSES = {
@@ -39,12 +41,14 @@ def folder_of(file: Path, config: str | None = None) -> Path:
     `<cache>/lcm-kit/bases/<stem>-<12 hex of the file's SHA-256>`, where <cache> is $LCM_KIT_CACHE or the
     user's (~/.cache); behind it 8 hex of the configuration, where that is a folder of the user's: another
     one makes another base. `config`: a folder or a hub id to take the configuration from; else the folder
-    beside the file, `<stem>/` or `config/`; else the hub's copy. Weights keep each part's dtype.
+    beside the file, `<stem>/` or `config/`; else the hub's copy. Parts that the file lacks, as a UNet alone
+    does, are those of that folder. Weights keep each part's dtype.
     Raises `UserError` if the file is no checkpoint of an SD1.x, SD2.x or SDXL base, or lacks a configuration.
     """
     contents = contents_of(file)
     local = _local_config(file, config)
-    mark = f"-{_config_hash(local)[:8]}" if local else ""
+    _require_others(file, contents, local)
+    mark = f"-{_config_hash(local, contents.lacking)[:8]}" if local else ""
     target = _bases() / f"{file.stem[:80]}-{file_hash(file)[:12]}{mark}"
     if target.is_dir():
         return target
@@ -96,11 +100,29 @@ def _config_files(config: Path) -> list[Path]:
     return [config / "model_index.json", *sorted(files)]
 
 
-def _config_hash(config: Path) -> str:
-    names = [
-        f"{p.relative_to(config).as_posix()}:{sha256_bytes(p.read_bytes())}" for p in _config_files(config)
-    ]
+def _config_hash(config: Path, parts: Sequence[str]) -> str:
+    """Of the configuration, and of the weights of `parts`."""
+    files = [*_config_files(config), *(f for p in parts for f in weight_files(Place(str(config), config), p))]
+    names = [f"{p.relative_to(config).as_posix()}:{file_hash(p)}" for p in files]
     return sha256_bytes("\n".join(names).encode())
+
+
+def _require_others(file: Path, contents: Contents, config: Path | None) -> None:
+    """Raise `UserError` unless the parts that the file lacks lie, with their weights, in `config`."""
+    for part in contents.lacking:
+        place = Place(str(config), config) if config and (config / part).is_dir() else None
+        try:
+            held = place is not None and bool(entries(place, part))
+        except UserError as error:
+            raise UserError(
+                f"base {str(file)!r} has no {part}, and that beside it is no help: {error}"
+            ) from None
+        if not held:
+            raise UserError(
+                f"base {str(file)!r} lacks weights of an {contents.family.name} checkpoint "
+                f"({', '.join(contents.lacking)}); give the whole checkpoint, or put the diffusers folder of "
+                f"a base that has them, weights included, beside it as {file.with_suffix('')}"
+            )
 
 
 def _hub_config(file: Path, family: Family, config: str | None) -> Path:
@@ -175,16 +197,45 @@ def _convert(file: Path, contents: Contents, config: Path, target: Path) -> None
     from safetensors import SafetensorError
 
     _check_config(file, contents.family, config)
-    pipeline = _load(file, contents, config)
     with atomic_folder(target) as temporary:
         try:
+            readable = _respelled(file, contents, temporary)
+            pipeline = _load(file, readable, contents, config)
             pipeline.save_pretrained(temporary, safe_serialization=True)
         except SafetensorError as error:  # how its writer puts a full disk
             raise OSError(str(error)) from error
+        if readable != file:
+            readable.unlink()
 
 
-def _load(file: Path, contents: Contents, config: Path) -> Any:
-    """The pipeline with every tensor of the file, each part in its own dtype."""
+def _respelled(file: Path, contents: Contents, folder: Path) -> Path:
+    """The file, or a copy in `folder` with the original layout's names and every weight times its scale."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    if not contents.names.changed:
+        return file
+    with safe_open(file, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(own) for name, own in contents.names.tensors.items()}
+        for name, own in contents.names.scales.items():
+            if name not in tensors or tensors[name].dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+                raise UserError(
+                    f"base {str(file)!r} is quantised in a way that this kit does not read ({own}); take the "
+                    "original checkpoint, in float16 or float32"
+                )
+            tensors[name] = _scaled(tensors[name], handle.get_tensor(own))
+    save_file(tensors, folder / "respelled.safetensors")
+    return folder / "respelled.safetensors"
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight [out, ...] times scale, one number or one for each output, in float16."""
+    shape = [-1, *[1] * (weight.ndim - 1)] if scale.numel() > 1 else []
+    return (weight.float() * scale.float().reshape(shape)).to(torch.float16)
+
+
+def _load(file: Path, readable: Path, contents: Contents, config: Path) -> Any:
+    """The pipeline with every tensor of the file, each part in its own dtype; `readable`: it, respelled."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -194,13 +245,14 @@ def _load(file: Path, contents: Contents, config: Path) -> Any:
     off: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
     if "text_encoder_2" in contents.family.prefixes:
         kind, off = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
+    others = _others(contents.lacking, config)
     try:
         fault = _misfit(contents, config)
         if fault is None:
-            with _hushed():
+            with hushed():
                 pipeline = kind.from_single_file(
-                    str(file), config=str(config), local_files_only=True, dtype=dtype, feature_extractor=None,
-                    image_encoder=None, **off,
+                    str(readable), config=str(config), local_files_only=True, dtype=dtype,
+                    feature_extractor=None, image_encoder=None, **off, **others,
                 )  # fmt: skip
                 for part, own in contents.dtypes.items():
                     getattr(pipeline, part).to(own)
@@ -218,17 +270,11 @@ def _load(file: Path, contents: Contents, config: Path) -> Any:
     return pipeline
 
 
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Without diffusers' warnings: that a cast may be imprecise, and what it drops (see `_misfit`)."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+def _others(parts: Sequence[str], config: Path) -> dict[str, Any]:
+    """The models of `parts` from a diffusers folder, in the dtype of their files."""
+    place = Place(str(config), config)
+    dtypes = {part: most_common_dtype(entries(place, part).values()) for part in parts}
+    return {part: load_model(place, part, dtype) for part, dtype in dtypes.items()}
 
 
 def _misfit(contents: Contents, config: Path) -> str | None:
@@ -239,6 +285,8 @@ def _misfit(contents: Contents, config: Path) -> str | None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        if part in contents.lacking:
+            continue
         with torch.device("meta"):
             expected = len(kind.from_config(kind.load_config(config / part)).state_dict())
         if expected != contents.counts[part]:

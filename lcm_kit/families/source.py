@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lcm_kit.assets import resolve
 from lcm_kit.errors import UserError
+from lcm_kit.families.headers import require_content
 from lcm_kit.files import sha256_file
 
 # The parts of a pipeline whose weights are read, and how diffusers and transformers name their files
@@ -19,6 +21,7 @@ STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+_MOST_JSON = 64 * 2**20
 _FOLDERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 
 
@@ -42,12 +45,28 @@ def locate(path: str, revision: str | None, variant: str | None) -> Path:
         return folder_of(local)
     if path.startswith(("asset:", "/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"base {path!r}: there is no such folder; check base.path")
+    folder = _download(path, revision, variant, STEMS)
+    if variant is not None:  # parts without a file of the variant are taken as they are, as diffusers does
+        own = [
+            part for part in STEMS if (folder / part).is_dir() and not _has_variant(folder / part, variant)
+        ]
+        if own and len(own) < sum((folder / part).is_dir() for part in STEMS):
+            _download(path, revision, None, own)
+    return folder
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    return any(f".{variant}" in file.name for file in folder.glob("*.safetensors"))
+
+
+def _download(path: str, revision: str | None, variant: str | None, parts: Iterable[str]) -> Path:
+    """JSON and tokenizers of a hub's base, and of `parts` the weights of `variant`."""
     from huggingface_hub import snapshot_download
 
     mark = f".{variant}" if variant else ""
     # pieces of a large model: NAME.fp16-00001-of-00002.safetensors, once NAME-00001-of-00002.fp16.safetensors
     ends = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
-    weights = [f"{part}/{stem}{end}" for part, stem in STEMS.items() for end in ends]
+    weights = [f"{part}/{STEMS[part]}{end}" for part in parts for end in ends]
     wanted = ["model_index.json", *(f"{part}/*.json" for part in _FOLDERS), "tokenizer*/*.txt", *weights]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
@@ -62,16 +81,25 @@ def locate(path: str, revision: str | None, variant: str | None) -> Path:
 
 
 def read_json(path: Path, base: str) -> dict[str, Any]:
-    """A JSON file of the base called `base`; raises `UserError` if it is missing or unreadable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
+    """A JSON file of the base called `base`: an object.
+
+    Raises `UserError` if it is missing, unreadable, something else or beyond 64 MiB (a tokenizer has 4).
+    """
+    where = f"{path.parent.name}/{path.name}" if path.name != "model_index.json" else path.name
+    if not path.exists():
         raise UserError(
             f"base {base!r} is not a diffusers pipeline folder: {where} is missing; give the folder that "
             "StableDiffusionPipeline.save_pretrained wrote"
-        ) from None
-    except (ValueError, OSError) as error:
+        )
+    require_content(path, f"base {base!r}: {where}")
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"base {base!r}: {path} cannot be read as JSON ({error}); download or save the base again"
         ) from error

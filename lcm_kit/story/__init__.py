@@ -73,9 +73,10 @@ def _of_studio(
     folder: str, base: Base, output: Path, prompts: str | None, speed: str | None, overrides: Sequence[str]
 ) -> Story:
     from lcm_kit import styles
-    from lcm_kit.families import inspect_base
+    from lcm_kit.families import inspect_base, require_fit
 
     found = inspect_base(base.path, revision=base.revision, variant=base.variant)
+    require_fit(found)
     wanted = prompts or configs.prompts_in(folder)
     if wanted:
         assets.prompts(wanted)  # are there any?

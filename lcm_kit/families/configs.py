@@ -1,0 +1,209 @@
+"""What the configuration files of a base may say: the fields that count here, typed and bounded.
+
+They are read before a library sees them: a stranger's number must not ask for memory without end, and noise,
+conditions or latents that this kit does not compute with have to be refused, not passed over. Fields that
+are not listed are the libraries' own affair; `weights.empty_model` tells what they cannot build from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lcm_kit.errors import UserError
+from lcm_kit.families.source import read_json
+
+_Width = Annotated[int, Field(ge=1, le=65_536)]  # channels and features: SDXL's widest layer has 10,240
+_Count = Annotated[int, Field(ge=1, le=256)]  # blocks and layers: SDXL's second text encoder has 32
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Widths = Annotated[list[_Width], Field(min_length=1, max_length=16)]
+_Depths = Annotated[list[_Count | list[_Count]], Field(min_length=1, max_length=16)]
+_Names = Annotated[list[str], Field(min_length=1, max_length=16)]
+_Variance = Annotated[float, Field(gt=0, le=1)]
+
+# diffusers' schedulers whose noise is sqrt(abar) x0 + sqrt(1 - abar) eps with abar from betas, and that hand
+# the UNet the integer timestep. Not among them: EDM*, Cosine* and FlowMatch*, whose noise is another
+SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+        "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete",
+        "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete",
+        "PNDM", "SASolver", "TCD", "UniPCMultistep",
+    )
+)  # fmt: skip
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", populate_by_name=True)
+
+
+class Unet(_Fields):
+    """unet/config.json: its sizes; what is absent is diffusers' default."""
+
+    class_name: Literal["UNet2DConditionModel"] = Field("UNet2DConditionModel", alias="_class_name")
+    in_channels: _Width = 4
+    out_channels: _Width = 4
+    sample_size: Annotated[int, Field(ge=1, le=4096)]
+    block_out_channels: _Widths = [320, 640, 1280, 1280]
+    down_block_types: _Names | None = None
+    up_block_types: _Names | None = None
+    layers_per_block: _Count | Annotated[list[_Count], Field(max_length=16)] = 2
+    transformer_layers_per_block: _Count | _Depths = 1
+    reverse_transformer_layers_per_block: _Depths | None = None
+    cross_attention_dim: _Width | _Widths = 1280
+    attention_head_dim: _Width | _Widths = 8
+    num_attention_heads: _Width | _Widths | None = None
+    norm_num_groups: _Width | None = 32
+    use_linear_projection: bool = False
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: _Width | None = None
+    projection_class_embeddings_input_dim: _Width | None = None
+
+
+class Teacher(Unet):
+    """unet/config.json of a UNet that is told x_t, t, text and, for SDXL, sizes, and nothing else."""
+
+    time_cond_proj_dim: int | None = None
+    class_embed_type: None = None
+    num_class_embeds: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+
+    @field_validator("time_cond_proj_dim")
+    @classmethod
+    def _not_distilled(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise ValueError(
+                "this UNet takes the guidance as an input: it is already distilled, and no teacher; give the "
+                "base that it was distilled from"
+            )
+        return value
+
+
+class Vae(_Fields):
+    """vae/config.json; what is absent is diffusers' default."""
+
+    class_name: Literal["AutoencoderKL"] = Field("AutoencoderKL", alias="_class_name")
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    latent_channels: _Width = 4
+    block_out_channels: _Widths
+    layers_per_block: _Count = 1
+    norm_num_groups: _Width = 32
+    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 0.18215
+    shift_factor: _Number | None = None
+    latents_mean: list[_Number] | None = None
+    latents_std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    force_upcast: bool = True
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> Self:
+        mean, std = self.latents_mean, self.latents_std
+        if (mean is None) != (std is None):
+            raise ValueError("latents_mean and latents_std belong together, and one of them is missing")
+        if mean is not None and std is not None and {len(mean), len(std)} != {self.latent_channels}:
+            raise ValueError(
+                f"latents_mean and latents_std need a number for each of {self.latent_channels} channels"
+            )
+        return self
+
+
+class Text(_Fields):
+    """config.json of a CLIP text encoder; what is absent is transformers' default."""
+
+    model_type: Literal["clip_text_model"] = "clip_text_model"
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Count
+    num_attention_heads: _Count = 8
+    vocab_size: Annotated[int, Field(ge=1, le=2_000_000)] = 49_408
+    max_position_embeddings: Annotated[int, Field(ge=1, le=8192)] = 77
+    projection_dim: _Width = 512
+
+
+class Scheduler(_Fields):
+    """scheduler_config.json: what describes the noise; how to sample is not read."""
+
+    class_name: str | None = Field(None, alias="_class_name")
+    prediction_type: str = "epsilon"
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    trained_betas: Annotated[list[_Variance], Field(min_length=1, max_length=100_000)] | None = None
+    beta_start: _Variance | None = None
+    beta_end: _Variance | None = None
+    beta_schedule: str | None = None
+    rescale_betas_zero_snr: bool = False
+    use_flow_sigmas: bool | None = None
+    timestep_type: str = "discrete"
+
+    @field_validator("class_name")
+    @classmethod
+    def _variance_preserving(cls, value: str | None) -> str | None:
+        if value is not None and value not in SCHEDULERS:
+            raise ValueError(
+                f"its noise is not one that this kit computes with; those of {', '.join(SCHEDULERS)} are"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _says_its_noise(self) -> Self:
+        if self.use_flow_sigmas or self.timestep_type != "discrete":
+            key = "use_flow_sigmas" if self.use_flow_sigmas else "timestep_type"
+            raise ValueError(
+                f"{key} {getattr(self, key)!r} is a noise that this kit does not compute with; "
+                "give a base with betas and integer timesteps"
+            )
+        wanted = ("beta_schedule",) if self.beta_schedule == "squaredcos_cap_v2" else (
+            "beta_start", "beta_end", "beta_schedule",
+        )  # fmt: skip
+        lacking = [key for key in wanted if getattr(self, key) is None]
+        if self.trained_betas is None and lacking:
+            raise ValueError(
+                f"it lacks {', '.join(lacking)}, so that nothing says which noise the base was trained with; "
+                "take the scheduler_config.json of the base that it was made from"
+            )
+        return self
+
+
+_Model = TypeVar("_Model", Unet, Teacher, Vae, Text, Scheduler)
+
+
+def parse(kind: type[_Model], content: Mapping[str, Any], name: str) -> _Model:
+    """`content` as `kind`. Raises `UserError` for its first fault; `name`: base and file, in sentences."""
+    try:
+        return kind.model_validate(dict(content))
+    except ValidationError as error:
+        raise UserError(f"{name}: {_sentence(error, content)}") from None
+
+
+def require_sizes(folder: Path, path: str) -> None:
+    """Raise `UserError` for a size without sense in the configuration of a part of `folder` that has one.
+
+    `path`: the base as a user calls it. Whether it can be a teacher is not asked: `inspect_base` does.
+    """
+    kinds: tuple[tuple[str, Any], ...] = (
+        ("unet", Unet), ("vae", Vae), ("text_encoder", Text), ("text_encoder_2", Text),
+    )  # fmt: skip
+    for part, kind in kinds:
+        if (file := folder / part / "config.json").is_file():
+            parse(kind, read_json(file, path), f"base {path!r}: {part}/config.json")
+
+
+def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
+    """Of a union pydantic tells each member's complaint; the first is enough, with the field's own value."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{first['loc'][0]} is missing; download or save the base again"
+    if not first["loc"]:
+        return message
+    field = str(first["loc"][0])
+    value = repr(content[field])
+    shown = value if len(value) <= 60 else f"{value[:57]}..."
+    if first["type"] == "value_error":
+        return f"{field} {shown}: {message}"
+    reason = f"{message[:1].lower()}{message[1:]}"
+    return f"{field} {shown} is not supported ({reason}); give an SD1.x, SD2.x or SDXL base"

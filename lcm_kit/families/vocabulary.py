@@ -1,0 +1,58 @@
+"""Whether a tokenizer's files are CLIP's and hold its vocabulary, read before a library sees them.
+
+transformers makes an empty tokenizer of a folder that has none, and then every caption is the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcm_kit.errors import UserError
+from lcm_kit.families.source import read_json
+
+_END = "</w>"  # of a word, in CLIP's vocabularies
+_REMEDY = "copy the tokenizer files of the base that it was made from there"
+
+
+def require_vocabulary(folder: Path, part: str, path: str, entry: Any, size: int) -> None:
+    """Raise `UserError` unless `folder/part` is a CLIP tokenizer whose tokens a text encoder has places for.
+
+    `path`: the base as a user calls it; `entry`: the part's in model_index.json; `size`: how many tokens the
+    encoder embeds.
+    """
+    name = f"base {path!r}: {part}"
+    own = folder / part
+    settings = (
+        read_json(own / "tokenizer_config.json", path) if (own / "tokenizer_config.json").is_file() else {}
+    )
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    for kind in (settings.get("tokenizer_class"), named):
+        if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") != "CLIPTokenizer"):
+            raise UserError(f"{name} is a {kind}, not CLIP's tokenizer; give an SD1.x, SD2.x or SDXL base")
+    vocabulary = _vocabulary(own, name, path)
+    ids = [number for number in vocabulary.values() if type(number) is int]
+    if not any(token.endswith(_END) for token in vocabulary) or len(ids) < len(vocabulary):
+        raise UserError(f"{name} has no vocabulary of CLIP's kind ({len(vocabulary)} tokens); {_REMEDY}")
+    if min(ids) < 0 or max(ids) >= size:
+        raise UserError(
+            f"{name} has tokens up to {max(ids)}, its text encoder embeds {size}: they are of two models; "
+            f"{_REMEDY}"
+        )
+
+
+def _vocabulary(own: Path, name: str, path: str) -> Mapping[str, Any]:
+    """Of tokenizer.json, which transformers prefers, else of vocab.json."""
+    if (own / "tokenizer.json").is_file():
+        model = read_json(own / "tokenizer.json", path).get("model")
+        found = model.get("vocab") if isinstance(model, dict) and model.get("type", "BPE") == "BPE" else None
+    elif missing := [file for file in ("vocab.json", "merges.txt") if not (own / file).is_file()]:
+        raise UserError(
+            f"{name} lacks {' and '.join(missing)}, so it would read every caption alike; {_REMEDY}"
+        )
+    else:
+        found = read_json(own / "vocab.json", path)
+    if not isinstance(found, dict):
+        raise UserError(f"{name} has no vocabulary of CLIP's kind; {_REMEDY}")
+    return found
