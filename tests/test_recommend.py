@@ -174,15 +174,18 @@ def test_where_prompts_are_not_read_the_look_decides() -> None:
 
 
 def test_worse_than_plain_needs_every_budget_and_certainty() -> None:
-    base = {plain(2): figures(prompt_adherence=spread(50.0, 1)), plain(4): figures(prompt_adherence=spread(60.0, 1))}  # fmt: skip
-    lora = {student(2): figures(prompt_adherence=spread(40.0, 1)), student(4): figures(prompt_adherence=spread(55.0, 1))}  # fmt: skip
+    def adherence(value: float) -> Figures:
+        return figures(prompt_adherence=spread(value, 1))
+
+    base = {plain(2): adherence(50.0), plain(4): adherence(60.0)}
+    lora = {student(2): adherence(40.0), student(4): adherence(55.0)}
     (warning,) = recommend(sweep({**base, **lora})).warnings
     assert warning.kind == "worse_than_plain" and "at as many UNet calls (2, 4)." in warning.sentence
     # As good at one of the two
     unsure = {**lora, student(4): figures(prompt_adherence=Figure(59.9, spread(60.0, 3).resampled))}
     assert recommend(sweep({**base, **unsure})).warnings == ()
     # A budget that plain samplers were not drawn at says nothing
-    assert recommend(sweep({student(8): figures(prompt_adherence=spread(1.0, 1))})).warnings == ()
+    assert recommend(sweep({student(8): adherence(1.0)})).warnings == ()
 
 
 def test_the_best_plain_cell_is_of_equal_calls() -> None:

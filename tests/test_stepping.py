@@ -68,7 +68,7 @@ def step_of(
 
 
 def test_two_processes_have_the_mean_of_their_losses_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: x . w + b is 4, 3, 5.5, 0; its mean square 13.8125, and a gradient twice the mean of it times x."""
+    """By hand: x . w + b is 4, 3, 5.5, 0, and the gradient is twice the mean of that times x, or 1."""
     loss, gradient = 13.8125, [torch.tensor([7.875, 13.5]), torch.tensor([6.25])]
     norm = torch.cat(gradient).norm()
     alone = Accelerator()
