@@ -1,7 +1,8 @@
-"""A step's gradients over two processes, and float16's scaler over a step that is left out; on the CPU."""
+"""A step over two processes and after a failed try, what is no number, and float16's scaler; on the CPU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lcm_kit import runtime
+from lcm_kit.errors import UserError
 from lcm_kit.stepping import Guard, Passes, Step
 from tests.recipes.small import TEMPLATE, configure
 
@@ -62,9 +64,9 @@ def step_of(
     """One step of w, b at ones on the losses (x . w + b)^2, and the gradients that it leaves."""
     w, b = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
     passes = Passes(accelerator, None, [w, b], len(samples), micro, clip)
-    step = passes(1, lambda part: (samples[part] @ w + b).square())
+    made = passes(1, lambda part: (samples[part] @ w + b).square())
     assert w.grad is not None and b.grad is not None
-    return step, [w.grad, b.grad]
+    return made, [w.grad, b.grad]
 
 
 def test_two_processes_have_the_mean_of_their_losses_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,64 @@ def test_a_flag_of_one_process_counts_for_all() -> None:
     assert said == [[False, True], [True, True]]
 
 
+# -- Memory and losses that are no numbers -------------------------------------------------------------------
+
+
+def test_a_try_that_ran_out_of_memory_leaves_no_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs out in the second half, when the first half's gradients are there already."""
+    whole, wanted = step_of(Accelerator(), SAMPLES, micro=2)
+    w, b = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    passes = Passes(Accelerator(), None, [w, b], 4, 2, CLIP)
+    sizes: list[int] = []
+
+    def losses_of(part: slice) -> Tensor:
+        sizes.append(len(SAMPLES[part]))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError
+        return (SAMPLES[part] @ w + b).square()
+
+    made = passes(3, losses_of)
+    assert sizes == [2, 2, 1, 1, 1, 1] and "out of memory at step 3" in capsys.readouterr().out
+    assert made.loss == pytest.approx(whole.loss) and made.norm == pytest.approx(whole.norm)
+    for mine, other in zip((w.grad, b.grad), wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def guard(tmp_path: Path, accelerator: Any, how: str) -> Guard:
+    config = configure(TEMPLATE, tmp_path, non_finite=how)
+    return Guard(accelerator, config, runtime.Metrics.open(config, accelerator, 0))
+
+
+def step(loss: float, norm: float, *losses: float) -> Step:
+    return Step(loss, norm, torch.tensor(losses or (loss, loss)))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (step(math.nan, 1.0, 0.5, math.nan), "the loss is nan at step 7, records b: training diverged"),
+        (step(math.inf, 1.0, math.inf, 1.0), "the loss is inf at step 7, records a: training diverged"),
+        (step(1.0, math.inf), "the gradient's norm is inf at step 7, records a, b: training diverged"),
+    ],
+)
+def test_what_is_no_number_stops_and_names_its_records(tmp_path: Path, made: Step, said: str) -> None:
+    stops = guard(tmp_path, Accelerator(), "stop")
+    assert stops.accepts(6, step(1.0, 1.0), ["a", "b"])
+    with pytest.raises(UserError, match=said):
+        stops.accepts(7, made, ["a", "b"])
+
+
+def test_the_tenth_skipped_step_in_a_row_stops(tmp_path: Path) -> None:
+    skips = guard(tmp_path, Accelerator(), "skip")
+    bad, number = step(math.nan, 1.0), 0
+    for good in (False, True, False):
+        for _ in range(1 if good else 9):
+            number += 1
+            assert skips.accepts(number, step(1.0, 1.0) if good else bad, ["a", "b"]) is good
+    with pytest.raises(UserError, match="at step 20, records a, b, the 10th in a row: training diverged"):
+        skips.accepts(20, bad, ["a", "b"])
+
+
 # -- Float16's scaler ----------------------------------------------------------------------------------------
 
 
@@ -113,16 +173,16 @@ def with_scaler() -> Any:
 def test_the_step_after_a_skipped_one_is_made_and_the_scale_is_halved(tmp_path: Path) -> None:
     """Clipping tells the scaler of the gradients; without its update it would refuse the next step's."""
     accelerator = with_scaler()
-    config = configure(TEMPLATE, tmp_path, non_finite="skip", precision="auto")
     w = nn.Parameter(torch.tensor([2.0]))
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD([w], lr=0.1))
     passes = Passes(accelerator, nn.Linear(1, 1), [w], 1, 1, 1e9)
-    guard = Guard(accelerator, config, runtime.Metrics.open(config, accelerator, 0))
+    skips = guard(tmp_path, accelerator, "skip")
+    assert skips.accepts(0, step(1.0, math.inf), ["a record"])  # the scaler itself leaves that update out
     made = []
     for number, factor in enumerate((1.0, float("nan"), 1.0), start=1):
         optimizer.zero_grad()
-        step = passes(number, lambda part, factor=factor: factor * w**2)
-        if guard.accepts(number, step, ["a record"]):
+        found = passes(number, lambda part, factor=factor: factor * w**2)
+        if skips.accepts(number, found, ["a record"]):
             optimizer.step()
         made.append((float(w.detach()), accelerator.scaler.get_scale()))
     # w - 0.1 * 2 w is 0.8 w: the gradient was scaled back before it was used
