@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcm_kit.losses import LOSSES, huber, l2
+from lcm_kit.losses import LOSSES, huber, huber_norm, l2
 
 A = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[..., None, None]
 B = torch.zeros_like(A)
@@ -12,6 +12,8 @@ B = torch.zeros_like(A)
 def test_values() -> None:
     assert l2(A, B, 0.001).tolist() == [4.5, 1.0]
     assert huber(A, B, 4.0).tolist() == pytest.approx([0.5, 17**0.5 - 4])
+    # of the RMS: the mean squares are 4.5 and 1
+    assert huber_norm(A, B, 4.0).tolist() == pytest.approx([20.5**0.5 - 4, 17**0.5 - 4])
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -308,6 +308,20 @@ def test_a_device_without_kernels_is_refused_before_weights_are_loaded(
         make_optimizer([nn.Parameter(torch.zeros(4))], Optimizer(name="adamw8bit"), CPU)
 
 
+@pytest.mark.parametrize(("factor", "passes"), [(1.24, True), (1.26, False), (-1.0, False)])
+@pytest.mark.usefixtures("_bnb")
+def test_a_kernel_that_gives_other_numbers_is_refused(
+    monkeypatch: pytest.MonkeyPatch, factor: float, passes: bool
+) -> None:
+    """A quarter off is more than rounding to four bits may cost."""
+    monkeypatch.setattr(memory, "_quantized", lambda layer, *_: lambda x: factor * layer(x))
+    if passes:
+        memory._probe_layer("nf4", CPU)
+        return
+    with pytest.raises(UserError, match=rf"a trial layer is off by {abs(factor - 1):.0%}\); set it to none"):
+        memory._probe_layer("nf4", CPU)
+
+
 @pytest.mark.usefixtures("_bnb")
 def test_a_unet_with_nothing_to_quantise_is_refused() -> None:
     odd = {**SMALL, "block_out_channels": (24,), "cross_attention_dim": 20}
@@ -333,6 +347,15 @@ def test_adamw_on_a_cpu_is_torchs_own() -> None:
         torch.optim.AdamW([plain], lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1), plain, range(4)
     )
     assert torch.equal(ours, plain)
+
+
+def test_each_group_has_its_own_factor_of_the_rate() -> None:
+    """As text encoders have, beside the UNet."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [first]}, {"params": [second], memory.LR_FACTOR: 0.25}]
+    optimizer = make_optimizer(groups, Optimizer(lr=1e-2), CPU)
+    memory.set_rates(optimizer, 4e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [4e-3, 1e-3]
 
 
 def test_adamw_is_fused_on_cuda_only() -> None:

@@ -64,6 +64,21 @@ def test_the_tolerance_is_a_share_of_the_lowest_figure() -> None:
     assert kept({}, {0: 1.0, 5: 1.0, 6: LIMIT}) == 6 and kept({}, {0: 1.0, 5: 1.0, 6: LIMIT + 1e-6}) == 5
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fine", "bad"), [("train/finetune", 1.999, 2.001), ("train/distill", 1.119, 1.121)]
+)
+def test_the_tolerances_themselves(recipe: str, fine: float, bad: float) -> None:
+    """By value: a style's control loss may double, a distillation's distance rise by 12%."""
+    assert kept({}, {0: 1.0, 5: 1.0, 6: fine}, recipe) == 6
+    assert kept({}, {0: 1.0, 5: 1.0, 6: bad}, recipe) == 5
+
+
+@pytest.mark.parametrize(("last", "said"), [(1.019, "adapter/ holds step 5"), (1.021, "over-trained")])
+def test_over_training_begins_two_hundredths_above_the_lowest_loss(last: float, said: str) -> None:
+    (sentence,) = verdict(Measured({0: 2.0, 5: 1.0, 6: last}), 5)
+    assert sentence.startswith(said)
+
+
 def test_whatever_comes_next_the_weights_that_are_kept_are_still_there() -> None:
     """What is thrown away on the way is never the result: as if every step's weights had been kept."""
     random.seed(0)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lcm_kit.errors import UserError
-from lcm_kit.schedule import Schedule, add_noise, grid, grid_steps
+from lcm_kit.schedule import Schedule, add_noise, grid, grid_steps, interval_weight
 from tests.gaussians import SD
 
 SCHEDULE = Schedule.from_config(SD)
@@ -32,9 +34,45 @@ def test_trained_betas_are_used_as_they_are() -> None:
     torch.testing.assert_close(schedule.alpha, torch.tensor([0.9, 0.45]).sqrt())
 
 
+def test_defaults_are_diffusers() -> None:
+    """Betas rise evenly from 0.0001 to 0.02 over 1000 timesteps."""
+    schedule = Schedule.from_config({})
+    assert schedule.steps == 1000
+    beta = 1 - (schedule.alpha[1:].double() / schedule.alpha[:-1].double()) ** 2
+    assert schedule.sigma[0].item() == pytest.approx(0.01, rel=1e-3)
+    assert beta[-1].item() == pytest.approx(0.02, rel=1e-3)
+    assert beta[499].item() == pytest.approx(0.0001 + 0.0199 * 500 / 999, rel=1e-3)
+
+
+def test_the_cosine_schedule_is_the_papers() -> None:
+    """arXiv:2102.09672, eq. 17: abar is a squared cosine with the offset 0.008; betas end at 0.999."""
+    schedule = Schedule.from_config({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100})
+
+    def f(i: int) -> float:
+        return math.cos((i / 100 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for i in (0, 1, 50, 98):
+        assert schedule.alpha[i].item() ** 2 == pytest.approx(f(i + 1) / f(0), rel=1e-4, abs=1e-7)
+    assert (schedule.alpha[99] / schedule.alpha[98]).item() ** 2 == pytest.approx(0.001, rel=1e-2)
+
+
+def test_interval_weights() -> None:
+    """abar = 0.5, 0.2, 0.1 gives rho = sigma / alpha = 1, 2, 3."""
+    schedule = Schedule.from_config({"trained_betas": [0.5, 0.6, 0.5]})
+    found = interval_weight(schedule, torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 1.0]))
+    with pytest.raises(
+        UserError, match="no weight on a base with zero terminal SNR; set loss.weighting=none"
+    ):
+        interval_weight(
+            Schedule.from_config(SD | {"rescale_betas_zero_snr": True}), found.long(), found.long()
+        )
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        ({"trained_betas": [[0.1, 0.2]]}, r"outside of \(0, 1\]"),
         ({"beta_schedule": "sigmoid"}, "'sigmoid'.*linear, scaled_linear, squaredcos_cap_v2"),
         ({"trained_betas": [0.1, 1.5]}, r"outside of \(0, 1\]"),
         ({"trained_betas": [0.0, 0.1]}, r"outside of \(0, 1\]"),

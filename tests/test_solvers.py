@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,30 @@ def test_second_order_beats_ddim_at_equal_model_calls(name: str, schedule: Sched
 def test_order_of_convergence(name: str, order: int) -> None:
     """Half the step, 2^order less error (with slack: in log SNR the last interval is much the longest)."""
     assert error(name, SCHEDULE, 50) / error(name, SCHEDULE, 100) > 2**order / 1.6
+
+
+@pytest.mark.parametrize("r", [0.1, 0.5, 0.9])
+def test_dpmpp_2s_is_the_papers_step_wherever_the_middle_is(r: float) -> None:
+    """arXiv:2211.01095, algorithm 1, in lambda and float64; the one timestep in between is at the share r."""
+    lam = torch.tensor([3.0, -2 + 5 * r, -2.0], dtype=torch.float64)
+    exact = Schedule(torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt())
+    t, middle, s, h = 2, 1, 0, 5.0
+
+    def x0_at(x: Tensor, k: int) -> Tensor:
+        return x**2 + 0.1 * k  # no flow's, so that each term shows
+
+    def predict(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        x0 = x0_at(x, int(k[0]))
+        alpha, sigma = exact.at(k)
+        return x0, (x - alpha * x0) / sigma
+
+    x = torch.tensor([0.75, -1.5], dtype=torch.float64).view(1, 2, 1, 1)
+    first = x0_at(x, t)
+    u = exact.sigma[middle] / exact.sigma[t] * x - exact.alpha[middle] * math.expm1(-r * h) * first
+    d = (1 - 1 / (2 * r)) * first + x0_at(u, middle) / (2 * r)
+    wanted = exact.sigma[s] / exact.sigma[t] * x - exact.alpha[s] * math.expm1(-h) * d
+    found = SOLVERS["dpmpp_2s"](predict, exact, x, torch.tensor([t]), torch.tensor([s]))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @EVERY

@@ -73,6 +73,8 @@ def test_teacher_and_student_are_the_fused_unets(base: Path, tmp_path: Path, in_
     info = inspect_base(str(base))
     with adapter.teacher(unet):
         teaching = output(unet)
+    with adapter.teacher(unet, styled=False):
+        assert torch.equal(output(unet), output(load_unet(info)))  # the plain base, for what is not styled
     assert loading.relative_error(teaching, output(style(load_unet(info)))) <= 1e-5
     student = fuse(load_unet(info), own)
     if in_student:
