@@ -58,6 +58,7 @@ class Structure:
     unet_config: Mapping[str, Any]
     prediction_type: str | None = None  # None: not known, as for a generation instead of a base
     factor: int = 8  # pixels along one side of a latent
+    zero_terminal_snr: bool = False  # its last timestep is pure noise (arXiv:2305.08891)
 
     @property
     def family(self) -> str:
@@ -134,6 +135,7 @@ def of_folder(folder: Path, path: str) -> Structure:
     return _structure(
         path, _generation(config), config, text,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         factor=2 ** (len(vae["block_out_channels"]) - 1),
     )  # fmt: skip
 

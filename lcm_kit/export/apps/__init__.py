@@ -17,7 +17,7 @@ from lcm_kit.export.apps.invokeai import invokeai
 from lcm_kit.export.apps.loaded import Loaded
 from lcm_kit.export.structure import Structure
 
-__all__ = ["APPS", "TITLES", "Loaded"]
+__all__ = ["APPS", "CHECKED", "TITLES", "VERSIONS", "WHOLE", "Loaded"]
 
 APPS: dict[str, Callable[[Mapping[str, Tensor], Structure], Loaded]] = {
     "comfyui": comfyui,
@@ -26,3 +26,8 @@ APPS: dict[str, Callable[[Mapping[str, Tensor], Structure], Loaded]] = {
     "invokeai": invokeai,
 }
 TITLES = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge", "invokeai": "InvokeAI"}
+VERSIONS = {"comfyui": "0.19.3", "a1111": "1.10.1", "forge": "dfdcbab", "invokeai": "6.14.0-alpha"}
+"""In which the rules were read, and what a card says checked."""
+CHECKED = "2026-11-28"  # when
+WHOLE = ("comfyui", "a1111", "forge", "invokeai")
+"""The apps that load this kit's kohya file whole: `delivery` writes none that they would not."""
