@@ -56,7 +56,11 @@ def verify(
     variant: Variant = None,
     apps: Annotated[
         list[str] | None,
-        typer.Option("--app", help="diffusers, comfyui, a1111, forge or invokeai; repeat it. [default: all]"),
+        typer.Option(
+            "--app",
+            help="diffusers, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; repeat it. "
+            "[default: all]",
+        ),
     ] = None,
     alpha: Alpha = None,
 ) -> None:
@@ -166,6 +170,8 @@ def _print_report(report: checks.Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from lcm_kit.export.apps import APPS, TITLES, able
+
     file = report.file
     typer.echo(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
     for line in file.findings:
@@ -175,11 +181,14 @@ def _print_report(report: checks.Report) -> None:
     table = Table("app", "modules", "right strength", "verdict")
     for row in report.rows:
         error = "" if row.error is None else f" (output within {row.error:.1e} of the exact one)"
-        verdict = Text(row.verdict + error if row.ok else row.verdict, style="" if row.ok else "red")
+        verdict = Text(row.verdict + error if row.ok else row.verdict, style="red" if row.wrong else "")
         table.add_row(row.title, f"{row.loaded} of {row.of}", f"{row.right} of {row.of}", verdict)
     Console().print(table)
-    if not file.structure.familiar:
+    unable = [TITLES[app] for app in APPS if app not in able(file.structure)]
+    if len(unable) == len(APPS):
         typer.echo("Apps other than diffusers cannot load a base with these blocks: they were not asked.")
+    elif unable:
+        typer.echo(f"{', '.join(unable)} cannot load a base with these blocks and was not asked.")
     elif not file.structure.published:
         typer.echo("Apps other than diffusers cannot load a base of this size: their counts go by the names.")
 
