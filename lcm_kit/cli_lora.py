@@ -178,7 +178,9 @@ def _print_report(report: checks.Report) -> None:
         typer.echo(f"  found: {line}")
     for line in file.problems:
         typer.echo(f"  problem: {line}")
-    table = Table("app", "modules", "right strength", "verdict")
+    table = Table()
+    for heading in ("app", "modules", "right strength", "verdict"):
+        table.add_column(heading, no_wrap=heading != "verdict", overflow="fold")
     for row in report.rows:
         error = "" if row.error is None else f" (output within {row.error:.1e} of the exact one)"
         verdict = Text(row.verdict + error if row.ok else row.verdict, style="red" if row.wrong else "")
