@@ -62,7 +62,11 @@ def verify(
     variant: Variant = None,
     apps: Annotated[
         list[str] | None,
-        typer.Option("--app", help="diffusers, comfyui, a1111, forge or invokeai; repeat it. [default: all]"),
+        typer.Option(
+            "--app",
+            help="diffusers, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; repeat it. "
+            "[default: all]",
+        ),
     ] = None,
     alpha: Alpha = None,
 ) -> None:
@@ -176,20 +180,27 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _print_report(report: checks.Report) -> None:
+    from lcm_kit.export.apps import APPS, TITLES, able
+
     file = report.file
     console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
     for line in file.findings:
         console.say(f"  found: {line}")
     for line in file.problems:
         console.say(f"  problem: {line}")
-    table = console.Table("app", "modules", "right strength", "verdict")
+    table = console.Table()
+    for heading in ("app", "modules", "right strength", "verdict"):
+        table.add_column(heading, no_wrap=heading != "verdict", overflow="fold")
     for row in report.rows:
         error = "" if row.error is None else f" (output within {row.error:.1e} of the exact one)"
-        verdict = console.cell(row.verdict + error if row.ok else row.verdict, "" if row.ok else "red")
+        verdict = console.cell(row.verdict + error if row.ok else row.verdict, "red" if row.wrong else "")
         table.add_row(row.title, f"{row.loaded} of {row.of}", f"{row.right} of {row.of}", verdict)
     console.show(table)
-    if not file.structure.familiar:
+    unable = [TITLES[app] for app in APPS if app not in able(file.structure)]
+    if len(unable) == len(APPS):
         console.say("Apps other than diffusers cannot load a base with these blocks: they were not asked.")
+    elif unable:
+        console.say(f"{', '.join(unable)} cannot load a base with these blocks and was not asked.")
     elif not file.structure.published:
         console.say(
             "Apps other than diffusers cannot load a base of this size: their counts go by the names."

@@ -1,85 +1,34 @@
 """What the apps load: whole kohya files at exact strengths, and every known failure with its exact count.
 
-The rules were also held against the apps' own functions on 1,000 random files: Forge's and InvokeAI's run as
-they are, A1111's copied out by hand. ComfyUI's were read; its table is Forge's.
+The rules of the first four were also held against the apps' own functions on 1,000 random files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lcm_kit.export import structure
-from lcm_kit.export.apps import APPS
+from lcm_kit.export.apps import APPS, WHOLE
 from lcm_kit.export.apps.comfyui import unet_to_diffusers
 from lcm_kit.export.apps.invokeai import walk
-from lcm_kit.export.structure import Structure
+from tests.app_files import (
+    GENERATIONS,
+    UPSAMPLER,
+    everything,
+    in_diffusers_spelling,
+    of,
+    peft,
+    refusal,
+    strengths,
+)
 from tests.loras import lcm_modules, text_modules
 
-GENERATIONS = ("sd1", "sd2", "sdxl")
-RANKS, ALPHAS = (4, 16, 8), (8.0, 1.0)
-File = dict[str, Tensor]
-UPSAMPLER = "unet.up_blocks.0.upsamplers.0.conv"  # SDXL's first
 
-
-def of(
-    base: Structure,
-    names: Iterable[str] | None = None,
-    spell: Callable[[str], str] | None = None,
-    ends: tuple[str, str] = (".lora_down.weight", ".lora_up.weight"),
-    alphas: tuple[float, ...] = ALPHAS,
-) -> File:
-    """A file without values: shapes on the meta device, and alphas (`()`: none). kohya's if not told else."""
-    file: File = {}
-    for k, name in enumerate(everything(base) if names is None else names):
-        out, *inner = base.modules[name]
-        key, rank = (spell or base.kohya.__getitem__)(name), RANKS[k % len(RANKS)]
-        file[key + ends[0]] = torch.empty((rank, *inner), device="meta")
-        file[key + ends[1]] = torch.empty((out, rank, *(1,) * (len(inner) - 1)), device="meta")
-        if alphas:
-            file[f"{key}.alpha"] = torch.tensor(alphas[k % len(alphas)])
-    return file
-
-
-def everything(base: Structure) -> list[str]:
-    return lcm_modules(base) + text_modules(base)
-
-
-def strengths(base: Structure, names: Iterable[str] | None = None) -> dict[str, float]:
-    """alpha / rank by arithmetic; the six of them differ."""
-    names = everything(base) if names is None else names
-    return {name: ALPHAS[k % 2] / RANKS[k % 3] for k, name in enumerate(names)}
-
-
-def in_diffusers_spelling(base: Structure) -> Callable[[str], str]:
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    if base.generation != "sdxl":
-        prefix["text_encoder"] = "lora_te_"
-
-    def spell(name: str) -> str:
-        part, _, module = name.partition(".")
-        return prefix[part] + module.replace(".", "_")
-
-    return spell
-
-
-def refusal(app: str, file: File, base: Structure) -> str:
-    """The reason; "" if the file is taken."""
-    loaded = APPS[app](file, base)
-    assert loaded.refused is None or (loaded.modules, loaded.unmatched) == ({}, list(file))
-    return loaded.refused or ""
-
-
-def peft(base: Structure, names: Iterable[str] | None = None) -> File:
-    return of(base, names, lambda name: name, (".lora_A.weight", ".lora_B.weight"), ())
-
-
-@pytest.mark.parametrize("app", APPS)
+@pytest.mark.parametrize("app", WHOLE)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_kohya_file_is_loaded_whole(app: str, generation: Any) -> None:
     """The LCM modules, with the text encoders, and all modules there are; mixed ranks, alpha beside rank."""
@@ -88,15 +37,15 @@ def test_a_kohya_file_is_loaded_whole(app: str, generation: Any) -> None:
     assert len(set(strengths(base).values())) == 6
     for count, names in zip(counts, (lcm_modules(base), everything(base), list(base.modules)), strict=True):
         backwards = dict(reversed(of(base, names).items()))
-        assert APPS[app](backwards, base) == (strengths(base, names), [], None)
+        assert APPS[app](backwards, base) == (strengths(base, names), [], None, {})
         assert len(names) == count
 
 
-@pytest.mark.parametrize("app", APPS)
+@pytest.mark.parametrize("app", [*WHOLE, "sd.cpp"])
 def test_without_alphas_the_strength_is_one_and_locons_third_factor_is_used(app: str) -> None:
     base = structure.known("sd1")
     mid = {f"{base.kohya['unet.mid_block.resnets.0.conv1']}.lora_mid.weight": torch.ones(4, 4, 3, 3)}
-    assert APPS[app](of(base, alphas=()) | mid, base) == (dict.fromkeys(strengths(base), 1.0), [], None)
+    assert APPS[app](of(base, alphas=()) | mid, base) == (dict.fromkeys(strengths(base), 1.0), [], None, {})
 
 
 def test_a1111_loses_the_first_upsampler_of_sdxl_in_diffusers_spelling() -> None:
@@ -105,7 +54,7 @@ def test_a1111_loses_the_first_upsampler_of_sdxl_in_diffusers_spelling() -> None
     file = of(base, spell=in_diffusers_spelling(base))
     wanted = strengths(base)
     for app in ("comfyui", "forge", "invokeai"):
-        assert APPS[app](file, base) == (wanted, [], None)
+        assert APPS[app](file, base) == (wanted, [], None, {})
     loaded = APPS["a1111"](file, base)
     assert loaded.refused is None
     assert loaded.modules == {name: value for name, value in wanted.items() if name != UPSAMPLER}
@@ -124,7 +73,7 @@ def test_the_original_spelling_of_sd_is_nothing_to_invokeai(generation: Any) -> 
 
     file = of(base, spell=spell)
     for app in ("comfyui", "a1111", "forge"):
-        assert APPS[app](file, base) == (strengths(base), [], None)
+        assert APPS[app](file, base) == (strengths(base), [], None, {})
     loaded = APPS["invokeai"](file, base)
     assert loaded.modules.keys() == set(text_modules(base))
     assert len(loaded.unmatched) == 3 * 278
@@ -135,7 +84,7 @@ def test_invokeai_refuses_mixed_spellings() -> None:
     other, odd = in_diffusers_spelling(base), "unet.mid_block.attentions.0.proj_in"
     file = of(base, spell=lambda name: other(name) if name == odd else base.kohya[name])
     for app in ("comfyui", "a1111", "forge"):
-        assert APPS[app](file, base) == (strengths(base), [], None)
+        assert APPS[app](file, base) == (strengths(base), [], None, {})
     words = "2361 of its UNet keys are in the original spelling, but 3 are not"
     assert refusal("invokeai", file, base) == words
 
@@ -151,7 +100,7 @@ def test_peft_keys(generation: Any, attention: int) -> None:
     loaded = APPS["comfyui"](file, base)
     assert (loaded.modules, loaded.refused) == (dict.fromkeys(rest, 1.0), None)
     assert len(loaded.unmatched) == 2 * attention
-    assert APPS["a1111"](file, base) == ({}, list(file), None)
+    assert APPS["a1111"](file, base) == ({}, list(file), None, {})
 
     assert f"{2 * attention} of {len(file)} keys match nothing" in refusal("forge", file, base)
     assert "finds no layer by which it tells a base" in refusal("invokeai", file, base)
@@ -181,7 +130,7 @@ def test_the_attention_processors_of_old_diffusers(generation: Any) -> None:
 
     file = of(base, names, spell, ("_lora.down.weight", "_lora.up.weight"), ())
     for app in ("comfyui", "forge"):
-        assert APPS[app](file, base) == (dict.fromkeys(names, 1.0), [], None)
+        assert APPS[app](file, base) == (dict.fromkeys(names, 1.0), [], None, {})
     assert APPS["a1111"](file, base).modules == {}
 
 
@@ -202,7 +151,7 @@ def test_a_layer_without_up(generation: Any) -> None:
     del file[f"{key}.lora_up.weight"]
     rest = {name: value for name, value in strengths(base).items() if name != lost}
     for app in ("comfyui", "forge"):
-        assert APPS[app](file, base) == (rest, [f"{key}.lora_down.weight", f"{key}.alpha"], None)
+        assert APPS[app](file, base) == (rest, [f"{key}.lora_down.weight", f"{key}.alpha"], None, {})
     assert APPS["a1111"](file, base).refused == (
         f"it stops at {key}.lora_down.weight, whose layer lacks a part that it needs"
     )
@@ -210,11 +159,16 @@ def test_a_layer_without_up(generation: Any) -> None:
 
 
 @pytest.mark.parametrize("app", APPS)
-def test_a_layer_without_down_stops_every_app(app: str) -> None:
+def test_a_layer_without_down(app: str) -> None:
+    """It stops the first four; the others pass it over."""
     base = structure.known("sd1")
-    file = of(base)
-    del file[f"{base.kohya['unet.mid_block.resnets.0.conv1']}.lora_down.weight"]
-    assert "it " in refusal(app, file, base)
+    file, lost = of(base), "unet.mid_block.resnets.0.conv1"
+    del file[f"{base.kohya[lost]}.lora_down.weight"]
+    if app in ("comfyui", "a1111", "forge", "invokeai"):
+        assert "it " in refusal(app, file, base)
+    else:
+        rest = {name: value for name, value in strengths(base).items() if name != lost}
+        assert APPS[app](file, base).modules == rest
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -226,15 +180,15 @@ def test_a_layer_that_belongs_nowhere(generation: Any) -> None:
         loaded = loads(file | stray, base)
         if app == "invokeai" and generation == "sdxl":  # what it cannot convert counts as the other spelling
             assert "original spelling, but 2 are not" in (loaded.refused or "")
-        else:
-            assert loaded == (strengths(base), list(stray), None)
+        elif (app, generation) != ("sd.cpp", "sd2"):
+            assert loaded == (strengths(base), list(stray), None, {})
 
 
 def test_a_foreign_key() -> None:
     base = structure.known("sdxl")
     file = of(base) | {"vae.x": torch.ones(1)}
     for app in ("comfyui", "a1111", "forge"):
-        assert APPS[app](file, base) == (strengths(base), ["vae.x"], None)
+        assert APPS[app](file, base) == (strengths(base), ["vae.x"], None, {})
     assert "must start with lora_unet_, lora_te1_, lora_te2_" in refusal("invokeai", file, base)
     base = structure.known("sd1")
     assert "format of vae.x" in refusal("invokeai", of(base) | {"vae.x": torch.ones(1)}, base)
@@ -276,16 +230,19 @@ def test_a1111_wants_whole_attentions_of_openclip(generation: Any, part: str) ->
 
 
 def test_the_first_of_two_text_encoders_in_a_base_with_one() -> None:
-    """`lora_te1_` on SD: nothing to InvokeAI, and to A1111 with SD2.x."""
+    """`lora_te1_` on SD: nothing to InvokeAI, SD.Next and sd-scripts, and to A1111 with SD2.x."""
     lacking = set()
     for generation in ("sd1", "sd2"):
         base = structure.known(generation)
         file = of(base, spell=lambda name: base.kohya[name].replace("lora_te_", "lora_te1_"))  # noqa: B023
-        for app in APPS:
+        for app in (*WHOLE, "sd-scripts"):
             missing = strengths(base).keys() - APPS[app](file, base).modules.keys()
             assert missing in (set(), set(text_modules(base)))
             lacking |= {(generation, app)} if missing else set()
-    assert lacking == {("sd1", "invokeai"), ("sd2", "invokeai"), ("sd2", "a1111")}
+    both = {
+        (generation, app) for generation in ("sd1", "sd2") for app in ("invokeai", "sdnext", "sd-scripts")
+    }
+    assert lacking == both | {("sd2", "a1111")}
 
 
 @pytest.mark.parametrize(
@@ -310,14 +267,22 @@ def test_a_lora_of_some_modules(generation: Any, ending: str, reason: str | None
     assert loaded.modules == ({} if reason else strengths(base, names))
     assert (reason or "") in (loaded.refused or "")
     for app in ("comfyui", "a1111", "forge"):
-        assert APPS[app](of(base, names), base) == (strengths(base, names), [], None)
+        assert APPS[app](of(base, names), base) == (strengths(base, names), [], None, {})
 
 
 def test_a_lora_of_text_encoders_alone() -> None:
+    """InvokeAI knows SDXL by the sum of both widths, and forgets the first when it reads the up behind it."""
     base = structure.known("sdxl")
-    first = [name for name in text_modules(base) if name.startswith("text_encoder.")]
+    text = text_modules(base)
+    first = [name for name in text if name.startswith("text_encoder.")]
     assert "Flux" in refusal("invokeai", of(base, first), base)
-    assert APPS["invokeai"](of(base, text_modules(base)), base).modules == strengths(base, text_modules(base))
+    assert "finds no layer by which it tells a base" in refusal("invokeai", of(base, text), base)
+    for app in ("comfyui", "a1111", "forge", "sdnext", "sd-scripts", "sd.cpp"):
+        assert APPS[app](of(base, text), base) == (strengths(base, text), [], None, {})
+    for generation in ("sd1", "sd2"):
+        base = structure.known(generation)
+        text = text_modules(base)
+        assert APPS["invokeai"](of(base, text), base).modules == strengths(base, text)
 
 
 def test_a_lora_of_another_generation() -> None:

@@ -99,32 +99,81 @@ def test_an_lcm_lora_of_an_epsilon_base(write: Callable[..., str]) -> None:
     assert settings["sampler"] == "LCM" and settings["resolution"] == "512 × 512 pixels"
     assert settings["steps"].startswith("4;") and settings["guidance (CFG)"].startswith("1.0;")
     comfy = section(page, "ComfyUI")
-    assert "`house.safetensors` into `models/loras`" in comfy and "`sampling` set to `lcm`" in comfy
-    assert "`sampler_name` `lcm`, `scheduler` `sgm_uniform`, `steps` 4, `cfg` 1.0" in comfy
+    assert comfy.startswith("Checked with ComfyUI 0.19.3 (2026-11-28).")
+    assert "`house.safetensors` into `models/loras`" in comfy
+    assert "Add *Load LoRA* behind *Load Checkpoint*: `strength_model` 1.0. 3." in comfy
+    assert "`sampling` set to `lcm` and `zsnr` off." in comfy
+    assert "`sampler_name` `lcm`, `scheduler` `simple`, `steps` 4, `cfg` 1.0" in comfy
     web = section(page, "A1111 and Forge")
-    assert (
-        "`<lora:house:1>`" in web and "*LCM* (A1111 has it since 1.8), sampling steps 4, CFG scale 1" in web
-    )
-    assert "weight 1. 3. Scheduler *LCM*, steps 4, CFG scale 1." in section(page, "InvokeAI")
-    assert "No app but diffusers" not in page and "v_prediction" not in page
+    assert web.startswith("Checked with A1111 1.10.1 and Forge dfdcbab (2026-11-28).")
+    assert "`<lora:house:1>`" in web and "schedule type *Simple* (A1111 has it since 1.10; in 1.9 *SGM" in web
+    invoke = section(page, "InvokeAI")
+    assert invoke.startswith("Checked with InvokeAI 6.14.0-alpha") and "in *Add LoRA*, below" in invoke
+    assert "weight 1. 3. Scheduler *LCM*, steps 4, CFG scale 1." in invoke and "4." not in invoke[-30:]
+    assert "`diffusers` (0.41 or newer)" in section(page, "diffusers")
+    assert "No app but diffusers" not in page and "v_prediction" not in page and "sgm_uniform" not in page
     assert "licence" in page and "license" not in front(page)
 
 
-def test_a_v_prediction_base_is_kept_from_what_reads_it_as_epsilon(write: Callable[..., str]) -> None:
+def test_a_v_prediction_base_in_each_app(write: Callable[..., str]) -> None:
+    """Right in ComfyUI whatever it finds out, exact in Forge, nothing in A1111."""
     sd2 = known("sd2")
-    page = write(replace(sd2, prediction_type="v_prediction"), facts=facts(resolution=None))
-    assert "Leave *ModelSamplingDiscrete* out" in section(page, "ComfyUI")
-    assert "set to `lcm`" not in page and "sgm_uniform" in section(page, "ComfyUI")
-    assert section(page, "A1111 and Forge").startswith("**Not supported for this base.**")
-    assert "<lora:" not in page
+    v = replace(sd2, prediction_type="v_prediction")
+    page = write(v, facts=facts(resolution=None))
+    comfy = section(page, "ComfyUI")
+    assert "`sampling` set to `v_prediction` and `zsnr` off." in comfy and "`scheduler` `simple`" in comfy
+    web = section(page, "A1111 and Forge")
+    assert "**A1111: not supported for this base.**" in web and "Forge's is exact:" in web
+    assert "`<lora:house:1>`" in web and "which says `model: {params: {parameterization: v}}`" in web
+    assert "Zero Terminal SNR" not in page and "A1111 has it since" not in page
+    assert "predicts `v_prediction`." in section(page, "InvokeAI")
     assert dict(tables(page)[0][1:])["resolution"] == "768 × 768 pixels"  # the base's own
+    page = write(replace(v, zero_terminal_snr=True))
+    assert "set to `v_prediction` and `zsnr` on." in section(page, "ComfyUI")
+    assert "*Noise schedule for sampling* *Zero Terminal SNR*" in section(page, "A1111 and Forge")
+    assert "with zero terminal SNR" in section(page, "InvokeAI")
+    sample = write(replace(sd2, prediction_type="sample"))
+    assert "set to `x0` and `zsnr` off" in section(sample, "ComfyUI") and "<lora:" not in sample
+    assert "**Not supported for this base.**" in section(sample, "A1111 and Forge")
     unknown = write(sd2)
-    assert "If the base predicts epsilon" in section(unknown, "ComfyUI")
-    assert "does not work for a v-prediction base" in section(unknown, "A1111 and Forge")
+    assert "set to `lcm` if the base predicts epsilon and to `v_prediction`" in section(unknown, "ComfyUI")
+    assert "with a v-prediction base use Forge" in section(unknown, "A1111 and Forge")
     epsilon = write(replace(sd2, prediction_type="epsilon"))
     assert "set to `lcm`" in epsilon and "v-prediction" not in epsilon
-    style = write(replace(sd2, prediction_type="v_prediction"), facts=facts(method=None))
-    assert "`<lora:house:1>`" in style and "Not supported" not in style
+    style = write(v, facts=facts(method=None))
+    assert "`<lora:house:1>`" in style and "ot supported" not in style
+
+
+def test_a_lora_with_text_encoder_layers_takes_the_node_for_both(write: Callable[..., str]) -> None:
+    """ComfyUI's *Load LoRA* is for the model alone since January 2026."""
+    sd1 = known("sd1")
+    comfy = section(write(lora=hollow(sd1, lcm_modules(sd1) + text_modules(sd1))), "ComfyUI")
+    assert (
+        "*Load LoRA (Model and CLIP)* behind *Load Checkpoint*: `strength_model` 1.0, `strength_clip`"
+        in comfy
+    )
+    assert "January 2026" in comfy
+
+
+def test_the_versions_are_those_of_the_documentation() -> None:
+    """The table of docs/lora-files.md names each app's version and the date."""
+    from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS
+
+    page = (Path(__file__).parents[1] / "docs" / "lora-files.md").read_text(encoding="utf-8")
+    assert VERSIONS.keys() == TITLES.keys()
+    for app, version in VERSIONS.items():
+        assert f"| {TITLES[app]} | {version} | {CHECKED} |" in page, app
+
+
+def test_a_zero_snr_base_is_known_by_its_scheduler(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(sd_base("v_prediction"), tmp_path / "base"))
+    assert not of_base(str(folder)).zero_terminal_snr
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    assert of_base(str(folder)).zero_terminal_snr
 
 
 def test_a_style_lora_has_no_talk_of_lcm(write: Callable[..., str]) -> None:

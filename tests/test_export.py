@@ -21,7 +21,7 @@ from lcm_kit.export.run import export_run
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run
 
-APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai")
+APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai", "sdnext", "sd-scripts", "sd.cpp")
 
 
 @pytest.fixture
@@ -98,6 +98,34 @@ def test_the_proof_lies_beside_the_files(real_run: Path) -> None:
             assert (row["modules"], row["loaded"], row["verdict"]) == (count, count, "ok")
     card = (real_run / "export" / "README.md").read_text()
     assert "lumo.safetensors" in card and "pytorch_lora_weights.safetensors" in card
+
+
+def test_a_gap_of_an_app_is_told_and_does_not_stop_the_delivery(sd2_v_base: Path, tmp_path: Path) -> None:
+    """stable-diffusion.cpp drops q, k and v of SD2.x's text encoder, however the file is spelled."""
+    against = verify.base_of(str(sd2_v_base))
+    text = text_modules(against.structure)
+    lora = random_lora(against.structure, lcm_modules(against.structure) + text)
+    reports = delivery.deliver(lora, against, tmp_path, {"kohya": "a.safetensors"}, "float32", Facts("a"))
+    lost = [name for name in text if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    record = json.loads((tmp_path / "verified.json").read_text())["files"]["a.safetensors"]["apps"]
+    assert {app for app, row in record.items() if row["verdict"] != "ok"} == {"sd.cpp"}
+    assert record["sd.cpp"]["verdict"].startswith(f"drops {len(lost)} modules, such as text_encoder.")
+    line = delivery.summary("a.safetensors", "float32", reports["kohya"])
+    assert (
+        "load in diffusers, ComfyUI, A1111, Forge, InvokeAI, SD.Next and sd-scripts; diffusers' output"
+        in line
+    )
+    assert line.endswith(f"\n  stable-diffusion.cpp: {record['sd.cpp']['verdict']}")
+
+
+def test_ssd1bs_blocks_get_the_rows_of_the_apps_that_can_load_them(ssd1b_base: Path, tmp_path: Path) -> None:
+    run = build_run(tmp_path / "fast", ssd1b_base)
+    export_run(run, "kohya")
+    record = json.loads((run / "export" / "verified.json").read_text())["files"]["fast.safetensors"]["apps"]
+    assert tuple(record) == tuple(app for app in APPS if app != "sd-scripts")
+    assert {(row["loaded"], row["verdict"]) for row in record.values()} == {(423, "ok")}
+    card = (run / "export" / "README.md").read_text()
+    assert "| ComfyUI 0.19.3 | kohya | 423 of 423 modules |" in card
 
 
 def test_apps_are_not_asked_about_blocks_that_they_do_not_know(run: Path) -> None:

@@ -40,8 +40,8 @@ RUN = Facts(
     data_fingerprint="ab12", resolution=512, date="2025-11-21T05:08:00+00:00", kit_version="0.1.0",
 )  # fmt: skip
 LCM_HINT = (
-    "Sampler LCM (TCD also works), 4 steps (1 to 8), guidance_scale / CFG 1.0: the guidance of 4.0 to 6.0 is "
-    "baked in. LoRA strength 1.0."
+    "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / CFG "
+    "1.0: the guidance of 4.0 to 6.0 is baked in. LoRA strength 1.0."
 )
 Q, CONV = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.resnets.0.conv1"
 POINT = "unet.mid_block.attentions.0.proj_in"  # a 1x1 convolution in SD1.x
@@ -115,12 +115,18 @@ def test_sd2_with_v_prediction() -> None:
         "modelspec.description": "A LoRA for few-step sampling with stabilityai/sd, distilled by LCM.",
         "modelspec.resolution": "768x768",
         "modelspec.prediction_type": "v",
-        "modelspec.usage_hint": f"{hint} ComfyUI's LCM sampler works on epsilon bases only, and this base "
-        "predicts v.",
+        "modelspec.usage_hint": f"{hint} The base predicts v: in ComfyUI add ModelSamplingDiscrete with "
+        "sampling v_prediction and zsnr off; A1111's LCM sampler is for epsilon bases only, Forge's is not.",
         **{key: value for key, value in LCM_OWN.items() if key != "lcm_kit.steps"},
         **own(**changed),
         "lcm_kit.modules": "1",
     }
+
+
+def test_the_hint_for_zero_terminal_snr() -> None:
+    base = replace(of("sd2", "v_prediction"), zero_terminal_snr=True)
+    hint = metadata.build(Lora({}), base, RUN)["modelspec.usage_hint"]
+    assert "sampling v_prediction and zsnr on;" in hint and "epsilon bases only, Forge's is not." in hint
 
 
 def test_sdxl_merged_from_two_files() -> None:

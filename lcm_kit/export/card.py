@@ -1,10 +1,12 @@
 """The model card: `README.md` beside the exported files, for whoever gets them without the kit.
 
-Where a file goes and what to set was read in the apps' own code. ComfyUI: the `lcm` sampling of
-`comfy_extras/nodes_model_advanced.py` derives from `EPS`, and without that node `sample_lcm` of
-`comfy/k_diffusion/sampling.py` gets what the base itself predicts. A1111 and Forge: `LCMCompVisDenoiser` of
-`modules/sd_samplers_lcm.py` takes every output for epsilon (in A1111 since 1.8, pull request 14583).
-InvokeAI draws with diffusers' `LCMScheduler` (pull request 5052).
+Where a file goes and what to set was read in the apps' own code, in the versions of `apps.VERSIONS`;
+docs/lora-files.md has the table, `tests/test_app_samplers.py` the numbers. ComfyUI: the mode `lcm` of
+`comfy_extras/nodes_model_advanced.py` derives from `EPS` and keeps 50 of 1000 sigmas, of which the scheduler
+`simple` (`comfy/samplers.py`) takes those of diffusers' `LCMScheduler`; `nodes.py` names the nodes. A1111 and
+Forge: `LCMCompVisDenoiser` of `modules/sd_samplers_lcm.py` keeps the same 50; A1111's takes every output for
+epsilon, Forge's asks the model's own predictor, which `backend/loader.py` sets up. InvokeAI draws with
+diffusers' `LCMScheduler` and the base's scheduler config (`invocations/denoise_latents.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
@@ -37,6 +40,8 @@ LOOK = "pictures/base-and-look.png"
 _ASKED = "a lighthouse by the sea at sunset"
 _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
 _GENERATIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+# What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
+_COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
 _METHODS = {"lcm": "latent consistency distillation (LCM)"}
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
@@ -95,6 +100,12 @@ def write(
         structure=structure,
         kind=_GENERATIONS[structure.generation],
         prediction=prediction(structure),
+        comfy_sampling=_COMFY_SAMPLING.get(prediction(structure)),
+        zero_snr=structure.zero_terminal_snr,
+        clip=any(part != "unet" for part in lora.parts()),
+        versions=VERSIONS,
+        checked=CHECKED,
+        app_names=", ".join(TITLES[app] for app in WHOLE),
         resolution=facts.resolution or structure.resolution,
         tags=_tags(structure, facts),
         layers=_layers(lora),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 class Layer:
     """The update of a linear or convolution layer: W + (alpha / rank) up @ down (arXiv:2106.09685, eq. 3)."""
 
+    kind: ClassVar[str] = "LoRA"
     down: Tensor  # [r, in], or [r, in, kh, kw] for a convolution
     up: Tensor  # [out, r], or [out, r, 1, 1]
     alpha: float
@@ -40,8 +42,8 @@ class Layer:
         """The shape of the weight that it updates: [out, in] or [out, in, kh, kw]."""
         return (int(self.up.shape[0]), *map(int, self.down.shape[1:]))
 
-    def delta(self) -> Tensor:
-        """The update itself, float32, in the shape of the module's weight."""
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The update itself, float32, in the shape of the module's weight, which it does not need."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return (self.scale * product).reshape(self.shape)
 

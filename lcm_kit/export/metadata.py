@@ -194,11 +194,15 @@ def _usage_hint(structure: Structure, facts: Facts) -> str | None:
     if facts.method != "lcm":
         return None
     hint = (
-        f"Sampler LCM (TCD also works), 4 steps (1 to 8), guidance_scale / CFG 1.0{_baked(facts.guidance)}. "
-        "LoRA strength 1.0."
+        "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / "
+        f"CFG 1.0{_baked(facts.guidance)}. LoRA strength 1.0."
     )
     if structure.prediction_type == "v_prediction":
-        hint += " ComfyUI's LCM sampler works on epsilon bases only, and this base predicts v."
+        zsnr = "on" if structure.zero_terminal_snr else "off"
+        hint += (
+            " The base predicts v: in ComfyUI add ModelSamplingDiscrete with sampling v_prediction and zsnr "
+            f"{zsnr}; A1111's LCM sampler is for epsilon bases only, Forge's is not."
+        )
     return hint
 
 

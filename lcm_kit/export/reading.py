@@ -20,6 +20,7 @@ from lcm_kit.export import structure as structures
 from lcm_kit.export import untrusted
 from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.facts import declared_modules
+from lcm_kit.export.kinds import Update
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.spelling import Key, Place, Speller, other_kind, take_apart
 from lcm_kit.export.structure import Structure
@@ -37,6 +38,8 @@ class Reading:
     problems: tuple[str, ...]  # cannot be mended
     lacks_alpha: int  # layers whose alpha the file does not say; taken as the rank unless it was given
     unknown: tuple[str, ...] = ()  # keys that belong to no module of the base
+    others: Mapping[str, Update] = field(default_factory=dict)  # updates of a weight that are no plain LoRA
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # what a bias [out] changes by, float32
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 from lcm_kit import adapter, console, families
 from lcm_kit.errors import UserError
 from lcm_kit.export import card, delivery, recommended, trained, verify
+from lcm_kit.export.apps import VERSIONS
 from lcm_kit.export.facts import Facts, facts_of_run
 from lcm_kit.export.write import file_name
 
@@ -80,7 +81,7 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     title = run.resolve().name
     mine = {info["format"]: Path(name) for name, info in files.items() if name in _names(title)}
     checks = [
-        (verify.TITLES.get(app, app), files[path.name]["format"], _words(row))
+        (_title(app), files[path.name]["format"], _words(row))
         for path in mine.values()
         for app, row in files[path.name]["apps"].items()
     ]
@@ -108,3 +109,8 @@ def _names(title: str) -> set[str]:
 def _words(row: dict[str, Any]) -> str:
     error = "" if row["output_error"] is None else f", output within {row['output_error']:.1e}"
     return f"{row['loaded']} of {row['modules']} modules{error}"
+
+
+def _title(app: str) -> str:
+    """The app's name, and the version whose rules were read."""
+    return " ".join(filter(None, (verify.TITLES.get(app, app), VERSIONS.get(app))))

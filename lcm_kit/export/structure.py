@@ -40,6 +40,12 @@ _SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+# What SSD-1B's UNet has instead of SDXL's (segmind/SSD-1B, unet/config.json)
+_SSD1B: dict[str, Any] = {
+    "transformer_layers_per_block": (1, [2, 2], [4, 4]),
+    "mid_block_type": "UNetMidBlock2D",
+    "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
+}
 # (layers, width, width of the hidden layer) of the text encoders
 _CLIP_L, _CLIP_H, _CLIP_G = (12, 768, 3072), (23, 1024, 4096), (32, 1280, 5120)
 _KNOWN: dict[Generation, tuple[str, dict[str, Any], dict[str, tuple[int, int, int]]]] = {
@@ -59,6 +65,7 @@ class Structure:
     unet_config: Mapping[str, Any]
     prediction_type: str | None = None  # None: not known, as for a generation instead of a base
     factor: int = 8  # pixels along one side of a latent
+    zero_terminal_snr: bool = False  # its last timestep is pure noise (arXiv:2305.08891)
 
     @property
     def family(self) -> str:
@@ -75,10 +82,15 @@ class Structure:
         """Whether it has the size of a published base, which apps know; a base in small does not."""
         return self.width == {"sd1": 768, "sd2": 1024, "sdxl": 2048}[self.generation]
 
-    @property
-    def familiar(self) -> bool:
-        """Whether its UNet has the blocks of a published base, of any width: apps take them for granted."""
-        return self.unet.keys() == known(self.generation).unet.keys()
+    @cached_property
+    def blocks(self) -> str | None:
+        """The published base whose blocks its UNet has, at any width: `sd1`, `sd2`, `sdxl`, `ssd1b`, or None.
+
+        Apps take the blocks for granted.
+        """
+        if self.unet.keys() == known(self.generation).unet.keys():
+            return self.generation
+        return "ssd1b" if self.generation == "sdxl" and self.unet.keys() == ssd1b().unet.keys() else None
 
     @property
     def resolution(self) -> int:
@@ -89,6 +101,17 @@ class Structure:
     def unet(self) -> dict[str, Shape]:
         """The UNet's modules, without `unet.` in front."""
         return {k.removeprefix("unet."): v for k, v in self.modules.items() if k.startswith("unet.")}
+
+    @cached_property
+    def norms(self) -> dict[str, Shape]:
+        """The UNet's group and layer norms, as `modules`, whose weights a LyCORIS file can change too."""
+        from torch.nn import GroupNorm, LayerNorm
+
+        return {
+            f"unet.{name}": tuple(module.weight.shape)
+            for name, module in empty_unet(self.unet_config).named_modules()
+            if isinstance(module, GroupNorm | LayerNorm)
+        }
 
     @cached_property
     def sgm(self) -> dict[str, str]:
@@ -106,6 +129,13 @@ def known(generation: Generation) -> Structure:
     """The structure of SD1.x, SD2.x or SDXL."""
     label, config, text = _KNOWN[generation]
     return _structure(label, generation, config, text)
+
+
+@cache
+def ssd1b() -> Structure:
+    """The structure of SSD-1B: SDXL with transformer blocks taken out."""
+    _, _, text = _KNOWN["sdxl"]
+    return _structure("SSD-1B", "sdxl", _SDXL | _SSD1B, text)
 
 
 def of_base(path: str, *, revision: str | None = None, variant: str | None = None) -> Structure:
@@ -136,6 +166,7 @@ def of_folder(folder: Path, path: str) -> Structure:
     return _structure(
         path, _generation(config), config, text,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         factor=2 ** (len(vae["block_out_channels"]) - 1),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Would the apps load this file whole and at the right strength? A table of answers, none of them a guess.
 
-For ComfyUI, A1111, Forge and InvokeAI the answer follows from each app's own naming rules
-(`lcm_kit.export.apps`); diffusers itself is run (`lcm_kit.export.loading`).
+For every app but diffusers the answer follows from its own rules for names and kinds (`lcm_kit.export.apps`);
+diffusers itself is run (`lcm_kit.export.loading`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import loading, reading, structure
-from lcm_kit.export.apps import APPS, TITLES, Loaded
-from lcm_kit.export.lora import Lora
+from lcm_kit.export.apps import APPS, NOT_JUDGED, TITLES, Loaded, able
+from lcm_kit.export.kinds import Update
+from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.structure import Structure
 from lcm_kit.families.source import locate
 
@@ -34,13 +35,18 @@ class Row:
     loaded: int  # modules of the LoRA that it changes, at whatever strength
     right: int  # of those, at the right strength
     of: int  # modules of the LoRA
-    verdict: str  # "ok", or what goes wrong, in words
+    verdict: str  # "ok", "not judged: ..." where neither code nor trial tells, or what goes wrong, in words
     error: float | None = None  # diffusers: relative error of the output, where it was measured
 
     @property
     def ok(self) -> bool:
         """Whole and at the right strength."""
         return self.verdict == "ok"
+
+    @property
+    def wrong(self) -> bool:
+        """Something is dropped or changed; not to be judged is neither this nor `ok`."""
+        return not self.ok and not self.verdict.startswith(NOT_JUDGED)
 
     @property
     def title(self) -> str:
@@ -57,8 +63,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Every app loads all of it and nothing is wrong with the file."""
-        return not self.file.problems and all(row.ok for row in self.rows)
+        """No app loads it wrongly and nothing is wrong with the file."""
+        return not self.file.problems and not any(row.wrong for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ def verify(
 ) -> Report:
     """Check `file` for each of `apps`.
 
-    Apps other than diffusers have rules for the blocks of the published bases alone: a LoRA of a base with
-    other blocks gets no row of theirs. Without `against` the base is told from the file, and diffusers'
-    loader runs without a base's weights.
+    Apps other than diffusers have rules for the blocks of the published bases alone (`apps.able`): a LoRA of
+    a base with other blocks gets no row of theirs. Without `against` the base is told from the file, and
+    diffusers' loader runs without a base's weights.
     `reference` is the LoRA that the file should give, before it was rounded: outputs may differ from its by
     `tolerance`, relative. Without one it is what the file itself says. Raises `UserError` if the file is not
     a LoRA at all.
@@ -101,22 +107,32 @@ def verify(
     rows = [
         _diffusers_row(read, place, reference or read.lora, tolerance)
         if app == "diffusers"
-        else _row(app, APPS[app](read.tensors, read.structure), read.lora)
-        for app in ALL
-        if app in apps and (app == "diffusers" or read.structure.familiar)
+        else _row(app, APPS[app](read.tensors, read.structure), read)
+        for app in ("diffusers", *able(read.structure))
+        if app in apps
     ]
     return Report(read, tuple(rows))
 
 
-def _row(app: str, loaded: Loaded, lora: Lora) -> Row:
+def _scales(read: reading.Reading) -> dict[str, float]:
+    """What each update of the file is to be multiplied with, of whatever kind it is."""
+    updates: dict[str, Update | Layer] = {**read.lora.layers, **read.others}
+    return {name: update.scale for name, update in updates.items()}
+
+
+def _row(app: str, loaded: Loaded, read: reading.Reading) -> Row:
     """Compare what an app would load with what the file holds."""
-    wanted = {name: layer.scale for name, layer in lora.layers.items()}
+    wanted = _scales(read)
     held = wanted.keys() & loaded.modules.keys()
-    right = [name for name in held if math.isclose(loaded.modules[name], wanted[name], rel_tol=1e-6)]
-    return Row(app, len(held), len(right), len(wanted), _verdict(loaded, wanted, len(right)))
+    right = [
+        name
+        for name in held
+        if math.isclose(loaded.modules[name], wanted[name], rel_tol=1e-6) and name not in loaded.remarks
+    ]
+    return Row(app, len(held), len(right), len(wanted), _verdict(loaded, wanted))
 
 
-def _verdict(loaded: Loaded, wanted: Mapping[str, float], right: int) -> str:
+def _verdict(loaded: Loaded, wanted: Mapping[str, float]) -> str:
     if loaded.refused:
         return f"refuses the file: {loaded.refused}"
     missing = [name for name in wanted if name not in loaded.modules]
@@ -139,11 +155,14 @@ def _verdict(loaded: Loaded, wanted: Mapping[str, float], right: int) -> str:
         )
     if loaded.unmatched and not missing:
         found.append(f"ignores {len(loaded.unmatched)} keys, such as {loaded.unmatched[0]}")
-    return "; ".join(found) or "ok"
+    for words in dict.fromkeys(loaded.remarks.values()):  # each once, what is not judged last
+        names = [name for name, each in loaded.remarks.items() if each == words]
+        found.append(f"{words}: {len(names)} modules, such as {names[0]}")
+    return "; ".join(sorted(found, key=lambda each: each.startswith(NOT_JUDGED))) or "ok"
 
 
 def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, tolerance: float) -> Row:
-    count = len(read.lora.layers)
+    count = len(_scales(read))
     try:
         parts = loading.models(read.lora, place.structure, place.folder, place.variant)
         pipe = loading.pipeline(place.structure, parts)
@@ -152,7 +171,10 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
         return Row("diffusers", 0, 0, count, f"refuses the file: {refused}")
     found = loading.layers(parts)
     loaded = {name: layer.scale for name, layer in found.items() if _same_weights(layer, read.lora, name)}
-    row = _row("diffusers", Loaded(loaded, []), read.lora)
+    plain = {
+        name: f"takes {read.others[name].kind} for a plain LoRA" for name in loaded if name in read.others
+    }
+    row = _row("diffusers", Loaded(loaded, [], None, plain), read)
     error: float | None = None
     if place.folder is not None:
         outputs = loading.probe(parts)

@@ -85,7 +85,7 @@ def _warm(config: Training, accelerator: Any) -> None:
 def _export(trial: Trial, found: Subject, folder: Path) -> int:
     """Write the adapter in kohya's style, read it back, hold it against the structure and the apps' rules."""
     from lcm_kit.export import verify, write
-    from lcm_kit.export.apps import APPS
+    from lcm_kit.export.apps import WHOLE
     from lcm_kit.export.facts import Facts
     from lcm_kit.export.lora import Layer, Lora
 
@@ -96,7 +96,7 @@ def _export(trial: Trial, found: Subject, folder: Path) -> int:
     })  # fmt: skip
     file = folder / "probe.safetensors"
     write.write(file, lora, found.structure, "kohya", "float32", Facts("probe"))
-    report = verify.verify(file, verify.Against(found.structure), apps=tuple(APPS))
+    report = verify.verify(file, verify.Against(found.structure), apps=WHOLE)
     held = report.file.lora.layers
     same = [n for n in lora.layers if n in held and torch.equal(held[n].up, lora.layers[n].up)]
     same = [n for n in same if torch.equal(held[n].down, lora.layers[n].down)]

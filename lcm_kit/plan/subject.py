@@ -14,15 +14,9 @@ from safetensors import safe_open
 from lcm_kit import assets
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
-from lcm_kit.export.structure import Structure, empty_unet, known, of_folder
+from lcm_kit.export.structure import Structure, known, of_folder, ssd1b
 
 PUBLISHED = ("sd1", "sd2", "sdxl", "ssd1b")
-# What SSD-1B's UNet has instead of SDXL's (segmind/SSD-1B, unet/config.json)
-_SSD1B = {
-    "transformer_layers_per_block": (1, [2, 2], [4, 4]),
-    "mid_block_type": "UNetMidBlock2D",
-    "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
-}
 # The VAE of all published bases
 _VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
@@ -101,18 +95,8 @@ def published(name: str) -> Subject:
     if name not in PUBLISHED:
         raise UserError(f"structure {name!r} is not known here; choose one of {', '.join(PUBLISHED)}")
     if name == "ssd1b":
-        return Subject(_ssd1b(), pooled=1280)
+        return Subject(ssd1b(), pooled=1280)
     return Subject(known(name), pooled=1280 * (name == "sdxl"))
-
-
-def _ssd1b() -> Structure:
-    from torch.nn import Conv2d, Linear
-
-    config = {**known("sdxl").unet_config, **_SSD1B}
-    named = empty_unet(config).named_modules()
-    modules = {f"unet.{n}": tuple(m.weight.shape) for n, m in named if isinstance(m, Linear | Conv2d)}
-    modules |= {k: shape for k, shape in known("sdxl").modules.items() if not k.startswith("unet.")}
-    return Structure("SSD-1B", "sdxl", modules, config)
 
 
 def _single_file(path: Path) -> Subject:

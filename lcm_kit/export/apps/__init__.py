@@ -1,7 +1,8 @@
-"""What each app would load of a LoRA file, worked out from that app's own naming rules.
+"""What each app would load of a LoRA file, worked out from that app's own rules for names and kinds.
 
-The rules are those for the layers of a LoRA; what an app makes of other kinds (LoHa, DoRA, a norm's weights)
-is not followed. Names decide: that the shapes fit is for the reader to check (`lcm_kit.export.reading`).
+The rules cover LoRA, LoHa, LoKr, full differences, norms, and DoRA on top; what an app makes of other kinds
+(OFT, IA3, GLoRA) is not followed. Names decide: that the shapes fit is for the reader to check
+(`lcm_kit.export.reading`).
 """
 
 from __future__ import annotations
@@ -14,15 +15,42 @@ from lcm_kit.export.apps.a1111 import a1111
 from lcm_kit.export.apps.comfyui import comfyui
 from lcm_kit.export.apps.forge import forge
 from lcm_kit.export.apps.invokeai import invokeai
-from lcm_kit.export.apps.loaded import Loaded
+from lcm_kit.export.apps.loaded import NOT_JUDGED, Loaded
+from lcm_kit.export.apps.sdcpp import sdcpp
+from lcm_kit.export.apps.sdnext import sdnext
+from lcm_kit.export.apps.sdscripts import sdscripts
 from lcm_kit.export.structure import Structure
 
-__all__ = ["APPS", "TITLES", "Loaded"]
+__all__ = ["APPS", "CHECKED", "NOT_JUDGED", "TITLES", "VERSIONS", "WHOLE", "Loaded", "able"]
 
 APPS: dict[str, Callable[[Mapping[str, Tensor], Structure], Loaded]] = {
     "comfyui": comfyui,
     "a1111": a1111,
     "forge": forge,
     "invokeai": invokeai,
+    "sdnext": sdnext,
+    "sd-scripts": sdscripts,
+    "sd.cpp": sdcpp,
 }
-TITLES = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge", "invokeai": "InvokeAI"}
+TITLES = {
+    "comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge", "invokeai": "InvokeAI", "sdnext": "SD.Next",
+    "sd-scripts": "sd-scripts", "sd.cpp": "stable-diffusion.cpp",
+}  # fmt: skip
+VERSIONS = {
+    "comfyui": "0.19.3", "a1111": "1.10.1", "forge": "dfdcbab", "invokeai": "6.14.0-alpha",
+    "sdnext": "058a7f0c", "sd-scripts": "48d368fa", "sd.cpp": "97d29908",
+}  # fmt: skip
+"""In which the rules were read, and what a card says checked."""
+CHECKED = "2026-11-28"  # when
+WHOLE = ("comfyui", "a1111", "forge", "invokeai", "sdnext")
+"""The apps that must load this kit's kohya file whole: `delivery` writes none that they would not.
+
+The two others have gaps of their own, which are reported and stop nothing: sd-scripts looks for no layers
+outside of blocks, and stable-diffusion.cpp drops q, k and v of SD2.x's text encoder."""
+
+
+def able(structure: Structure) -> tuple[str, ...]:
+    """The apps that can load a base with these blocks, whatever its width: all, none, or all but one."""
+    if structure.blocks is None:
+        return ()
+    return tuple(app for app in APPS if app != "sd-scripts" or structure.blocks != "ssd1b")

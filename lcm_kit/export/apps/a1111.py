@@ -1,8 +1,8 @@
 """A1111: rules that turn what stands before a key's first dot into a module's name in the original code.
 
 Sources: stable-diffusion-webui `extensions-builtin/Lora/networks.py` (names, which modules an attention of
-OpenCLIP takes), `network_lora.py` (what is accepted) and `network.py` (strength), at 873edba and as in 1.10.
-The header is read for the list of files only. A name that leads nowhere is only logged.
+OpenCLIP takes), `network_*.py` (what is accepted) and `network.py` (strength, DoRA), at 873edba and as in
+1.10. The header is read for the list of files only. A name that leads nowhere is only logged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,20 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lcm_kit.export.apps.loaded import Loaded, Pair, groups, joined, load, refusal
+from lcm_kit.export.apps.loaded import (
+    BY_INPUT,
+    Loaded,
+    Taken,
+    bundled,
+    dora_remarks,
+    groups,
+    joined,
+    load,
+    original,
+    refusal,
+    take,
+    targets,
+)
 from lcm_kit.export.structure import Structure
 
 _RESNET = {
@@ -23,39 +36,43 @@ _RESNET = {
     "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
 }
-_ENDINGS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"))
+_KINDS = ("LoRA", "LoHa", "LoKr", "full difference", "norm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def a1111(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     """What A1111's Lora extension would change."""
-    ours = _modules(structure)
+    modules = targets(tensors, structure)
+    ours = _modules(structure, modules)
     containers = {joined(dotted[:k]) for dotted in ours for k, c in enumerate(dotted) if c == "."}
-    targets = {joined(dotted): module for dotted, module in ours.items()}
+    places = {joined(dotted): module for dotted, module in ours.items()}
+    embeddings = [key for key in tensors if bundled(key)]
     landed: dict[str, dict[str, str]] = {}
-    for name, keys in groups(tensors).items():
+    for name, keys in groups(key for key in tensors if not bundled(key)).items():
         candidates = _candidates(name, structure.generation == "sd2")
-        target = next((c for c in candidates if c in targets or c in containers), None)
-        if target is not None:
-            landed.setdefault(target, {}).update(keys)
-    pairs = {}
-    for target, keys in landed.items():
-        pair = _pair(keys)
-        if target not in targets or pair is None:
-            what = "has no weight of its own" if target not in targets else "lacks a part that it needs"
+        place = next((c for c in candidates if c in places or c in containers), None)
+        if place is not None:
+            landed.setdefault(place, {}).update(keys)
+    taken = {}
+    for place, keys in landed.items():
+        one = _taken(keys)
+        if place not in places or one is None:
+            what = "has no weight of its own" if place not in places else "lacks a part that it needs"
             return refusal(tensors, f"it stops at {next(iter(keys.values()))}, whose layer {what}")
-        pairs[targets[target]] = pair
-    return load(tensors, _whole_attentions(pairs, structure))
+        taken[places[place]] = one
+    taken = _whole_attentions(taken, structure)
+    return load(tensors, taken, embeddings, dora_remarks(tensors, taken, modules, BY_INPUT))
 
 
-def _pair(keys: Mapping[str, str]) -> Pair | None:
-    """The keys of one layer, if they are those of a LoRA."""
-    for up, down in _ENDINGS:
-        if up in keys and down in keys:
-            if up == "lora_B.weight":  # it keeps these two alone: the alpha is lost
-                return Pair(keys[up], keys[down])
-            return Pair(keys[up], keys[down], keys.get("alpha"), keys.get("lora_mid.weight"))
-    return None
+def _taken(keys: Mapping[str, str]) -> Taken | None:
+    """The keys of one layer, if they make something; a norm's needs its bias beside it."""
+    one = take(keys, _KINDS, extra=("scale", "dora_scale"))
+    if one is None and {"lora_B.weight", "lora_A.weight"} <= keys.keys():
+        # it keeps these two alone: the alpha is lost
+        return Taken(
+            "LoRA", {"lora_up.weight": keys["lora_B.weight"], "lora_down.weight": keys["lora_A.weight"]}
+        )
+    return None if one is not None and one.kind == "norm" and "b_norm" not in keys else one
 
 
 def _openclip(structure: Structure) -> str | None:
@@ -63,7 +80,7 @@ def _openclip(structure: Structure) -> str | None:
     return {"sd2": "text_encoder", "sdxl": "text_encoder_2"}.get(structure.generation)
 
 
-def _whole_attentions(pairs: Mapping[str, Pair], structure: Structure) -> dict[str, Pair]:
+def _whole_attentions(taken: Mapping[str, Taken], structure: Structure) -> dict[str, Taken]:
     """Without those q, k, v and out of an OpenCLIP attention that are not all four there."""
     part = _openclip(structure)
 
@@ -71,14 +88,14 @@ def _whole_attentions(pairs: Mapping[str, Pair], structure: Structure) -> dict[s
         place, found, _ = module.partition(".self_attn.")
         if not found or module.partition(".")[0] != part:
             return True
-        return all(f"{place}{found}{end}" in pairs for end in _ATTENTION)
+        return all(f"{place}{found}{end}" in taken for end in _ATTENTION)
 
-    return {module: pair for module, pair in pairs.items() if kept(module)}
+    return {module: one for module, one in taken.items() if kept(module)}
 
 
-def _modules(structure: Structure) -> dict[str, str]:
+def _modules(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """A1111's name of each module of the base, with dots, -> ours."""
-    found = {f"diffusion_model.{sgm}": f"unet.{module}" for module, sgm in structure.sgm.items()}
+    found = {f"diffusion_model.{sgm}": module for module, sgm in original(structure, modules).items()}
     for name in structure.modules:
         part, _, module = name.partition(".")
         if part == "unet":

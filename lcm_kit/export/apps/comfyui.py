@@ -1,6 +1,6 @@
 """ComfyUI: a table of names, each looked for in the file with each of the endings that it knows.
 
-Sources: ComfyUI `comfy/lora.py` (names), `comfy/weight_adapter/lora.py` (endings, strength) and
+Sources: ComfyUI `comfy/lora.py` (names), `comfy/weight_adapter/` (endings, strength, `weight_decompose`) and
 `comfy/utils.py` (`unet_to_diffusers`), at 41444b5 and after. The header is never read. A key that
 matches nothing is only logged.
 """
@@ -13,7 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from lcm_kit.export.apps.loaded import Loaded, Pair, joined, load, refusal
+from lcm_kit.export.apps.loaded import (
+    BASE_NORM,
+    ROLES,
+    Loaded,
+    Taken,
+    dora_remarks,
+    joined,
+    load,
+    original,
+    refusal,
+    take,
+    targets,
+)
 from lcm_kit.export.structure import Structure
 
 # Endings of (up, down, mid) behind a name; the first one whose up is in the file counts.
@@ -30,6 +42,7 @@ _ENDINGS: tuple[tuple[str, str, str | None], ...] = (
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
+    "conv_norm_out": "out.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "class_embedding.linear_1": "label_emb.0.0",
@@ -38,6 +51,8 @@ _OUTSIDE = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 _RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
@@ -47,58 +62,78 @@ _TRANSFORMER_BLOCK = (
     *(f"attn{k}.to_{end}" for k in (1, 2) for end in ("q", "k", "v", "out.0")),
     "ff.net.0.proj",
     "ff.net.2",
+    *(f"norm{k}" for k in (1, 2, 3)),
 )
+# Of two in one file the last counts
+_KINDS = ("full difference", "norm", "LoKr", "LoHa", "LoRA")
+# Without these beside them the loader stops, or does when it applies the file
+_BEGUN = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a")
 _CLIP = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{end}_proj" for end in ("k", "q", "v", "out")))
 _CLIP_LAYERS = 32
 
 
 def comfyui(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     """What ComfyUI's LoRA loader would change."""
-    ours = {sgm: f"unet.{module}" for module, sgm in structure.sgm.items()}
-    own = {f"lora_prior_unet_{joined(sgm)}": module for sgm, module in ours.items()}
+    modules = targets(tensors, structure)
+    own = {f"lora_prior_unet_{joined(sgm)}": module for module, sgm in original(structure, modules).items()}
     for part, clip in _encoders(structure).items():
         for module in _clip_modules():
             own[f"text_encoders.{clip}.transformer.{module}"] = f"{part}.{module}"
-    table = own | names(structure)
-    return load_or_refuse(tensors, match(tensors, table, _ENDINGS)[0], structure)
+    table = own | names(structure, modules)
+    return load_or_refuse(tensors, match(tensors, table, _ENDINGS)[0], modules)
 
 
 def load_or_refuse(
-    tensors: Mapping[str, Tensor], pairs: Sequence[tuple[str, Pair]], structure: Structure
+    tensors: Mapping[str, Tensor],
+    found: Sequence[tuple[str, Mapping[str, str]]],
+    modules: Mapping[str, tuple[int, ...]],
 ) -> Loaded:
-    """The pairs of modules that the base has; a pair without its down stops the loader (KeyError).
+    """The modules that the base has; what is begun and not whole stops the loader (KeyError).
 
-    Of two pairs for one module the later one counts.
+    Of two entries for one module the later one counts.
     """
-    if half := next((pair for _, pair in pairs if pair.down not in tensors), None):
-        return refusal(tensors, f"it stops at {half.up}, because {half.down} is missing")
-    return load(tensors, {module: pair for module, pair in pairs if module in structure.modules})
+    taken: dict[str, Taken] = {}
+    for module, keys in found:
+        one = take(keys, _KINDS, extra=("dora_scale",))
+        if one is None and (begun := next((keys[role] for role in _BEGUN if role in keys), None)):
+            return refusal(tensors, f"it stops at {begun}, because {_missing(keys)} is missing")
+        if one is not None and module in modules:
+            taken[module] = one
+    return load(tensors, taken, remarks=dora_remarks(tensors, taken, modules, BASE_NORM))
+
+
+def _missing(keys: Mapping[str, str]) -> str:
+    if (up := keys.get("lora_up.weight")) is not None:
+        return up.replace("lora_up", "lora_down").replace("lora_B", "lora_A").replace(".up.", ".down.")
+    return "a factor"
 
 
 def match(
     tensors: Mapping[str, Tensor],
     table: Mapping[str, str],
     endings: Sequence[tuple[str, str, str | None]],
-) -> tuple[list[tuple[str, Pair]], set[str]]:
-    """The pairs for the modules that the table leads to, and the keys that the app takes as known."""
-    pairs: list[tuple[str, Pair]] = []
+) -> tuple[list[tuple[str, Mapping[str, str]]], set[str]]:
+    """The keys by role for the modules that the table leads to, and the keys that the app takes as known."""
+    found: list[tuple[str, Mapping[str, str]]] = []
     known: set[str] = set()
+    plain = [role for role in ROLES if not role.startswith("lora_") and role != "scale"]
     for name, module in table.items():
-        alpha = f"{name}.alpha" if f"{name}.alpha" in tensors else None
+        keys = {role: f"{name}.{role}" for role in plain if f"{name}.{role}" in tensors}
         for up, down, mid in endings:
             if name + up in tensors:
-                third = name + mid if mid and name + mid in tensors else None
-                pairs.append((module, Pair(name + up, name + down, alpha, third)))
-                known |= {key for key in pairs[-1][1] if key}
+                keys |= {"lora_up.weight": name + up}
+                keys |= {"lora_down.weight": name + down} if name + down in tensors else {}
+                keys |= {"lora_mid.weight": name + mid} if mid and name + mid in tensors else {}
                 break
-        if alpha:
-            known.add(alpha)  # also without a pair
-    return pairs, known
+        if keys:
+            found.append((module, keys))
+            known |= set(keys.values())  # an alpha also without the rest
+    return found, known
 
 
-def names(structure: Structure) -> dict[str, str]:
+def names(structure: Structure, modules: Iterable[str]) -> dict[str, str]:
     """All names that ComfyUI and Forge share -> our module, also such as the base lacks (`?` in front)."""
-    ours = {sgm: f"unet.{module}" for module, sgm in structure.sgm.items()}
+    ours = {sgm: module for module, sgm in original(structure, modules).items()}
     table: dict[str, str] = {}
     for sgm, module in ours.items():
         table |= {f"lora_unet_{joined(sgm)}": module, f"diffusion_model.{sgm}": module}
@@ -133,6 +168,9 @@ def _clip_names(structure: Structure) -> dict[str, str]:
             if name in structure.modules:
                 table |= {f"{prefix}{joined(module)}": name for prefix in prefixes[part]}
                 table[name] = name
+        projection = f"{part}.text_projection"  # OneTrainer's; of the first encoder it is not in use
+        if projection in structure.modules:
+            table |= {f"{prefix}text_projection": projection for prefix in prefixes[part]}
     return table
 
 
@@ -180,7 +218,7 @@ def _counts(unet: Iterable[str]) -> tuple[list[int], Counter[str]]:
 def _attention(depth: int) -> dict[str, str]:
     """What is in an attention of `depth` transformer blocks; the app calls it as diffusers does."""
     inner = [f"transformer_blocks.{k}.{end}" for k in range(depth) for end in _TRANSFORMER_BLOCK]
-    return {name: name for name in ("proj_in", "proj_out", *inner)} if depth else {}
+    return {name: name for name in ("norm", "proj_in", "proj_out", *inner)} if depth else {}
 
 
 def _renamed(place: str, target: str, inner: Mapping[str, str]) -> dict[str, str]:

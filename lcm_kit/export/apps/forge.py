@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lcm_kit.export.apps.comfyui import load_or_refuse, match, names
-from lcm_kit.export.apps.loaded import Loaded, refusal
+from lcm_kit.export.apps.loaded import Loaded, refusal, targets
 from lcm_kit.export.structure import Structure
 
 _ENDINGS = (
@@ -27,8 +27,9 @@ _MOST_UNMATCHED = 12  # tensors
 
 def forge(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     """What Forge would change: all that it knows, or nothing at all."""
-    pairs, known = match(tensors, names(structure), _ENDINGS)
-    loaded = load_or_refuse(tensors, pairs, structure)
+    modules = targets(tensors, structure)
+    found, known = match(tensors, names(structure, modules), _ENDINGS)
+    loaded = load_or_refuse(tensors, found, modules)
     unmatched = [key for key in tensors if key not in known]
     if loaded.refused is None and len(unmatched) > _MOST_UNMATCHED:
         return refusal(

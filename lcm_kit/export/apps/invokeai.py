@@ -1,21 +1,35 @@
 """InvokeAI: tells the base from the file, groups keys at the first dot, and walks diffusers' own modules.
 
 Sources: InvokeAI `invokeai/backend/model_manager/configs/lora.py` and `model_manager/util/model_util.py`
-(which base), `patches/lora_conversions/` (SDXL's names, the groups), `patches/layers/` (what is accepted,
-strength) and `patches/layer_patcher.py` (from a joined name to a module), at 8e71a8a. The same loader serves
-a diffusers folder. The header is not read for the strength.
+(which base), `model_manager/load/model_loaders/lora.py` (bundled embeddings), `patches/lora_conversions/`
+(SDXL's names, the groups), `patches/layers/` (what is accepted, strength, DoRA) and
+`patches/layer_patcher.py` (from a joined name to a module), at 8e71a8a. The same loader serves a diffusers
+folder. The header is not read for the strength.
 """
 
 from __future__ import annotations
 
-import bisect
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lcm_kit.export.apps.loaded import Loaded, Pair, groups, joined, load, refusal
+from lcm_kit.export.apps.loaded import (
+    BY_INPUT,
+    NEEDS,
+    Loaded,
+    Taken,
+    bundled,
+    dora_remarks,
+    groups,
+    load,
+    refusal,
+    take,
+    targets,
+)
+from lcm_kit.export.apps.original import beginnings, to_diffusers
 from lcm_kit.export.lora import PARTS
 from lcm_kit.export.structure import Structure
 
@@ -27,6 +41,11 @@ _SDXL_ATTENTION = re.compile(
     r"lora_unet_(?:(?:down|up)_blocks_\d+_attentions_\d+|mid_block_attentions_\d+"
     r"|(?:input|output)_blocks_\d+_\d+|middle_block_\d+)_transformer_blocks_(\d+)_"
 )
+# What makes it take a layer for one of a kind; what else that needs and is not there stops it
+_MARKS = {
+    "LoRA": ("lora_up.weight",), "LoHa": ("hada_w1_a",), "LoKr": ("lokr_w1", "lokr_w1_a"),
+    "full difference": ("diff",), "norm": ("w_norm",),
+}  # fmt: skip
 _FLUX_CLIP = re.compile(r"lora_te1_text_model_encoder_layers_\d+_(mlp|self_attn)_\w+")
 
 
@@ -39,17 +58,19 @@ def invokeai(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
 
     No app knows a base in small (`structure.published` is False); then only the names are followed.
     """
+    modules = targets(tensors, structure)
     try:
         if structure.published:
             _identify(tensors, structure)
-        landing = {key: key for key in tensors}
+        landing = {key: key for key in tensors if not bundled(key)}
         if structure.generation == "sdxl":
-            landing = sdxl_to_diffusers(tensors)
-        pairs = {name: _pair(name, keys) for name, keys in _groups(landing).items()}
-        modules = _modules(pairs, structure)
+            landing = sdxl_to_diffusers(landing)
+        taken = {name: _taken(name, keys) for name, keys in _groups(landing).items()}
+        found = _modules(taken, modules)
     except _Refused as refused:
         return refusal(tensors, str(refused))
-    return load(tensors, {module: pairs[name] for name, module in modules.items()})
+    placed = {module: taken[name] for name, module in found.items()}
+    return load(tensors, placed, remarks=dora_remarks(tensors, placed, modules, BY_INPUT))
 
 
 def _identify(tensors: Mapping[str, Tensor], structure: Structure) -> None:
@@ -68,25 +89,39 @@ def _identify(tensors: Mapping[str, Tensor], structure: Structure) -> None:
 def token_vector_length(tensors: Mapping[str, Tensor]) -> int | None:
     """The width of the text embeddings that the file is for, or what the app takes for it.
 
-    The first key that tells decides, in the order of the names, which is that of safetensors files.
+    The first key that tells decides, in the order of the names, which is that of safetensors files. Of two
+    text encoders the widths are added; but each key of one sets its width anew, and where a LoRA's last, the
+    up, tells none, the first encoder's is forgotten before the second's is found.
     """
     first = second = None
     for key in sorted(tensors):
         name, _, rest = key.partition(".")
-        if rest == "lora_down.weight" and tensors[key].ndim < 2:
-            raise _Refused(f"it stops at {key}, which is no matrix")
-        width = int(tensors[key].shape[1]) if rest == "lora_down.weight" else None
-        if name.startswith("lora_unet_") and name.endswith(("_attn2_to_k", "_attn2_to_v", "time_emb_proj")):
-            if width is not None:
-                return width
-        elif name.startswith("lora_te") and "_self_attn_" in name and width is not None:
-            if name.startswith("lora_te_"):
-                return width
-            first = width if name.startswith("lora_te1_") else first
-            second = width if name.startswith("lora_te2_") else second
+        crossing = name.endswith(("_attn2_to_k", "_attn2_to_v"))
+        width = None
+        if name.startswith("lora_unet_") and (crossing or name.endswith("time_emb_proj")):
+            width = _width(key, tensors) if crossing or rest == "lora_down.weight" else None
+        elif name.startswith("lora_te") and "_self_attn_" in name:
+            told = _width(key, tensors)
+            width = told if name.startswith("lora_te_") else None
+            first = told if name.startswith("lora_te1_") else first
+            second = told if name.startswith("lora_te2_") else second
         if first is not None and second is not None:
-            return first + second
+            width = first + second
+        if width is not None:
+            return width
     return None
+
+
+def _width(key: str, tensors: Mapping[str, Tensor]) -> int | None:
+    """How wide what the module of `key` takes is, where that key tells."""
+    name, _, rest = key.partition(".")
+    sizes = [tensors[key]] if rest in ("lora_down.weight", "hada_w1_b", "hada_w2_b", "diff") else []
+    if rest.startswith("lokr_"):
+        whole = (f"{name}.lokr_w1", f"{name}.lokr_w2")
+        sizes = [tensors[each] for each in whole] if all(each in tensors for each in whole) else []
+    if any(tensor.ndim < 2 for tensor in sizes):
+        raise _Refused(f"it stops at {key}, which is no matrix")
+    return math.prod(int(tensor.shape[1]) for tensor in sizes) if sizes else None
 
 
 def _groups(landing: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -98,30 +133,37 @@ def _groups(landing: Mapping[str, str]) -> dict[str, dict[str, str]]:
     }
 
 
-def _pair(name: str, keys: Mapping[str, str]) -> Pair:
-    """The keys of one layer; the loader knows no other endings, and raises before it asks where they lead."""
-    if "lora_up.weight" not in keys:
-        raise _Refused(f"it does not know the format of {next(iter(keys.values()))}")
-    if "lora_down.weight" not in keys:
-        raise _Refused(f"it stops at {name}, because its lora_down.weight is missing")
-    return Pair(
-        keys["lora_up.weight"], keys["lora_down.weight"], keys.get("alpha"), keys.get("lora_mid.weight")
-    )
+def _taken(name: str, keys: Mapping[str, str]) -> Taken:
+    """The keys of one layer; the loader knows no other kinds, and raises before it asks where they lead."""
+    if "dora_scale" in keys:
+        return _whole(name, keys, "LoRA", ("dora_scale",))
+    for kind, marks in _MARKS.items():
+        if any(mark in keys for mark in marks):
+            return _whole(name, keys, kind)
+    raise _Refused(f"it does not know the format of {next(iter(keys.values()))}")
 
 
-def _modules(names: Iterable[str], structure: Structure) -> dict[str, str]:
+def _whole(name: str, keys: Mapping[str, str], kind: str, extra: tuple[str, ...] = ()) -> Taken:
+    one = take(keys, (kind,), extra)
+    if one is None:
+        lacking = next((role for role in NEEDS[kind] if role not in keys), "a factor")
+        raise _Refused(f"it stops at {name}, because its {lacking} is missing")
+    return one
+
+
+def _modules(names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
     """Joined name -> the module that it leads to; names that lead nowhere are left out."""
     prefixes = {"lora_unet_": "unet", "lora_te_": "text_encoder"}
-    if structure.generation == "sdxl":
+    trees = _trees(modules)
+    if "text_encoder_2" in trees:
         prefixes = dict(zip(_SDXL_PREFIXES, PARTS, strict=True))
-    trees = _trees(structure)
     found = {}
     for name in names:
         for prefix, part in prefixes.items():
             path = walk(trees.get(part, {}), name.removeprefix(prefix)) if name.startswith(prefix) else None
             if path is not None:
                 found[name] = f"{part}.{path}"
-    if whole := next((name for name, module in found.items() if module not in structure.modules), None):
+    if whole := next((name for name, module in found.items() if module not in set(modules)), None):
         raise _Refused(f"it stops at {whole}, which is a block and no layer")
     return found
 
@@ -137,10 +179,10 @@ def walk(tree: Mapping[str, Any], name: str) -> str | None:
     return None if piece else ".".join(path)
 
 
-def _trees(structure: Structure) -> dict[str, Any]:
+def _trees(modules: Iterable[str]) -> dict[str, Any]:
     """The modules of each part by the pieces of their names."""
     tree: dict[str, Any] = {}
-    for name in structure.modules:
+    for name in modules:
         node = tree
         for word in name.split("."):
             node = node.setdefault(word, {})
@@ -152,7 +194,7 @@ def sdxl_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
 
     Raises where the app does: a prefix that it does not know, or keys in both spellings.
     """
-    table = _sdxl_table()
+    table = beginnings()
     ordered = sorted(table)
     found, converted, others = {}, 0, 0
     for key in keys:
@@ -160,41 +202,11 @@ def sdxl_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
             raise _Refused(f"SDXL keys must start with {', '.join(_SDXL_PREFIXES)}, and {key} does not")
         new = key
         if key.startswith("lora_unet_"):
-            search = key.removeprefix("lora_unet_")
-            nearest = ordered[bisect.bisect_right(ordered, search) - 1]
-            if search.startswith(nearest):
-                new, converted = key.replace(nearest, table[nearest]), converted + 1
+            if begins := to_diffusers(key.removeprefix("lora_unet_"), table, ordered):
+                new, converted = key.replace(*begins), converted + 1
             else:
                 others += 1
         found[new] = key
     if converted and others:
         raise _Refused(f"{converted} of its UNet keys are in the original spelling, but {others} are not")
     return found
-
-
-def _sdxl_table() -> dict[str, str]:
-    """Beginnings of SDXL's joined original names -> diffusers'."""
-    resnet = {
-        "in_layers.0": "norm1", "in_layers.2": "conv1", "out_layers.0": "norm2", "out_layers.3": "conv2",
-        "emb_layers.1": "time_emb_proj", "skip_connection": "conv_shortcut",
-    }  # fmt: skip
-    table = {
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-        "middle_block.1": "mid_block.attentions.0",
-    }  # fmt: skip
-    resnets = {f"middle_block.{2 * j}": f"mid_block.resnets.{j}" for j in range(2)}
-    for i in range(3):
-        for j in range(2):
-            resnets[f"input_blocks.{3 * i + j + 1}.0"] = f"down_blocks.{i}.resnets.{j}"
-            table[f"input_blocks.{3 * i + j + 1}.1"] = f"down_blocks.{i}.attentions.{j}"
-        for j in range(3):
-            resnets[f"output_blocks.{3 * i + j}.0"] = f"up_blocks.{i}.resnets.{j}"
-            table[f"output_blocks.{3 * i + j}.1"] = f"up_blocks.{i}.attentions.{j}"
-        table[f"input_blocks.{3 * i + 3}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
-        table[f"output_blocks.{3 * i + 2}.2"] = f"up_blocks.{i}.upsamplers.0"
-    for j in range(2):
-        table[f"time_embed.{2 * j}"] = f"time_embedding.linear_{j + 1}"
-        table[f"label_emb.0.{2 * j}"] = f"add_embedding.linear_{j + 1}"
-    for sgm, diffusers in resnets.items():
-        table |= {f"{sgm}.{a}": f"{diffusers}.{b}" for a, b in resnet.items()}
-    return {joined(sgm): joined(diffusers) for sgm, diffusers in table.items()}
