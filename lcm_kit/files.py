@@ -169,9 +169,10 @@ def make_folder(path: Path) -> Path:
 
 def require_writable(folder: Path) -> None:
     """Raise `UserError` now if nothing can be written into `folder`, which is made if it is not there."""
-    trial = folder / f".writable-{os.getpid()}"
-    atomic_write(trial, b"")
-    trial.unlink(missing_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def sha256_bytes(data: bytes) -> str:

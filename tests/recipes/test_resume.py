@@ -153,7 +153,7 @@ def test_a_step_may_be_made_of_other_parts(
     distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     batch_size: int, accumulation: int,
 ) -> None:  # fmt: skip
-    """Sums come in another order: weights of 0.01 to 0.1, after 3 steps of 1e-2, agree to 1e-5."""
+    """Sums come in another order: weights of 0.01 to 0.1, after 3 steps of 1e-2, agree to 1e-4."""
     interrupted(configure(distill_keys, tmp_path, **SETTINGS), monkeypatch)
     with pytest.raises(UserError, match=r"with batch_size x accumulation 2 x 1 and the config says 2 x 2"):
         distill.main(configure(distill_keys, tmp_path, **SETTINGS, accumulation=2))
@@ -161,7 +161,7 @@ def test_a_step_may_be_made_of_other_parts(
     distill.main(configure(distill_keys, tmp_path, **SETTINGS, **parts))
     a, b = newest(tmp_path), newest(straight)
     assert a is not None and b is not None
-    assert max(float((a.lora[key] - b.lora[key]).abs().max()) for key in b.lora) < 1e-5
+    assert max(float((a.lora[key] - b.lora[key]).abs().max()) for key in b.lora) < 1e-4
     for mine, other in zip(metrics(tmp_path), metrics(straight), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
 
