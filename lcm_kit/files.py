@@ -28,7 +28,6 @@ _REMEDIES = {
     errno.EACCES: "get the right to write there or choose another output",
     errno.EPERM: "get the right to write there or choose another output",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "remove the links that lead in a circle",
 }
 # torch and safetensors write in other languages, and what the file system said is lost or is in their text
 _FULL_IN_WORDS = ("PytorchStreamWriter failed", "unexpected pos ", "(os error 28)")
@@ -53,16 +52,19 @@ def reason_of(error: BaseException | None) -> OSError | None:
 def unwritable(path: Path, error: OSError) -> UserError:
     """The sentence for a `path` that could not be written because of `error`."""
     reason, remedy = error.strerror or str(error), _REMEDIES.get(error.errno or 0, _ELSEWHERE)
-    if error.errno in (errno.ENOTDIR, errno.EEXIST) and (file := _file_above(path)):
-        reason, remedy = f"{file} is a file, not a folder", f"remove it or {_ELSEWHERE}"
-    elif path.is_dir() and error.errno in (errno.EISDIR, errno.EACCES, errno.EEXIST, errno.ENOTEMPTY):
+    in_the_way = (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, *([errno.EACCES] * (os.name == "nt")))
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP) and (file := _no_folder(path)):
+        kind = "a link to no folder" if file.is_symlink() else "a file, not a folder"
+        reason, remedy = f"{file} is {kind}", f"remove it or {_ELSEWHERE}"
+    elif error.errno in in_the_way and os.path.isdir(path):
         reason, remedy = "a folder of that name is there", f"remove it or {_ELSEWHERE}"
     return UserError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
-def _file_above(path: Path) -> Path | None:
+def _no_folder(path: Path) -> Path | None:
     """What stands where `path` needs a folder."""
-    return next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+    above = (path, *path.parents)
+    return next((each for each in above if os.path.lexists(each) and not os.path.isdir(each)), None)
 
 
 @contextlib.contextmanager
@@ -167,9 +169,10 @@ def make_folder(path: Path) -> Path:
 
 def require_writable(folder: Path) -> None:
     """Raise `UserError` now if nothing can be written into `folder`, which is made if it is not there."""
-    trial = folder / f".writable-{os.getpid()}"
-    atomic_write(trial, b"")
-    trial.unlink(missing_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -75,9 +75,7 @@ def _without(folder: Path, error: Exception, needed: bool) -> None:
     """Raise for a lock that cannot be had, unless it is not needed; say so where there are no locks."""
     reason = reason_of(error) or OSError(errno.ENOLCK, str(error))
     if reason.errno in _NO_LOCKS:
-        console.say(
-            f"note: {folder}: its file system has no locks; start nothing else in this folder", err=True
-        )
+        console.say(f"note: {folder}: its file system has no locks; start nothing else there", err=True)
     elif needed or reason.errno not in _READ_ONLY:
         raise unwritable(folder, reason) from error
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from lcm_kit import shipped
 from lcm_kit.config import schema
-from lcm_kit.config.load import dump, load
+from lcm_kit.config.load import RECIPES, dump, load
 from lcm_kit.errors import UserError
 
 CONFIGS = [name for name in shipped.names() if name.startswith("configs/")]
@@ -153,3 +160,90 @@ def test_a_folder_and_binary_data_are_named(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match="not a text file"):
         load(tmp_path / "picture.png")
+
+
+DEEP = "a: " + "[" * 5000
+HOSTILE = [
+    ("a: &a [*a]\n", "an alias of what it stands in"),
+    (
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+        "more than 10,000 values",
+    ),
+    (DEEP, "more than 16 blocks within each other"),
+    ("b: " + "{a: " * 5000, "more than 16 blocks within each other"),
+    ("steps: " + "9" * 5000 + "\n", "a value of 5,000 characters that is not text"),
+    ("steps: 0x" + "f" * 5000 + "\n", "a value of 5,002 characters that is not text"),
+    ("seed: !!int x\n", "a value is not what its tag says"),
+    ("seed: !!bool x\n", "a value is not what its tag says"),
+    ("seed: !!timestamp 2024-99-99\n", "a value is not what its tag says"),
+    ("seed: !!set {a}\n", "the tag !!set; leave it out"),
+    ("seed: !mine {a: 1}\n", "the tag !mine; leave it out"),
+    ("? [a, b]\n: 1\n", "key is not text; quote it"),
+    ('output: "a\\0b"\n', "a text with a NUL character"),
+    ('output: "\\ud800"\n', "a text with a NUL character, or half of a character"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), HOSTILE)
+def test_hostile_yaml_is_a_sentence_within_a_second(tmp_path: Path, text: str, problem: str) -> None:
+    for source in (text, MINIMAL + text):
+        if "output" in text and source is not text:
+            continue
+        began = time.process_time()
+        with pytest.raises(UserError, match=re.escape(f"not valid YAML ({problem}")) as caught:
+            load(write(tmp_path, source))
+        assert time.process_time() - began < 1 and len(str(caught.value)) < 300
+    value = text.partition(": ")[2].strip()
+    if not text.startswith(("?", "a0")):  # as an override too
+        with pytest.raises(UserError, match="is not valid YAML; quote it"):
+            load(write(tmp_path, MINIMAL), [f"seed={value.replace('a [*a]', 'b [*b]')}"])
+
+
+def test_dates_are_text_and_aliases_work(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "recipe: train/distill\noutput: &o 2024-99-99\nbase: {path: *o}\n"))
+    assert isinstance(config, schema.Distill)
+    assert config.output == config.base.path == "2024-99-99"
+
+
+def test_many_keys_are_told_in_short_within_a_second(tmp_path: Path) -> None:
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"more than 65,536 bytes, which no config has"):
+        load(write(tmp_path, MINIMAL + "".join(f"k{n}: 1\n" for n in range(100_000))))
+    with pytest.raises(UserError) as caught:
+        load(write(tmp_path, MINIMAL + "".join(f"k{n}: 1\n" for n in range(3_000))))
+    assert time.process_time() - began < 2
+    head, *lines = str(caught.value).split("\n")
+    assert head.endswith("3000 mistakes") and len(lines) == 21 and lines[-1] == "  - and 2,980 more"
+
+
+def parts(hint: Any) -> Iterator[Any]:
+    """A type and all that it is made of; of a block its keys' types too."""
+    yield hint
+    inner = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    for part in (*inner, *(get_type_hints(hint, include_extras=True).values() if is_dataclass(hint) else ())):
+        yield from parts(part)
+
+
+BLOCKS = sorted(
+    {part for recipe in RECIPES.values() for part in parts(recipe) if is_dataclass(part)}, key=str
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_no_number_is_infinite_or_absurd(block: type) -> None:
+    """By the schema itself, so that a key that comes tomorrow is held to it too."""
+    for key, hint in get_type_hints(block, include_extras=True).items():
+        held = [part for part in parts(hint) if part in (int, float)]
+        if not held or any(is_dataclass(part) for part in parts(hint)):
+            continue
+        several = any(get_origin(part) is tuple for part in parts(hint))
+        wrong = [math.nan, math.inf, -math.inf, 1e308] if float in held else [10**30, -(10**30), 2**64]
+        for value in wrong:
+            with pytest.raises(ValidationError) as caught:
+                TypeAdapter(block).validate_python({key: [value, value] if several else value})
+            assert key in [error["loc"][0] for error in caught.value.errors()], f"{key} takes {value}"
+
+
+def test_the_blocks_are_all_there() -> None:
+    assert {schema.Optimizer, schema.Weighted, schema.Distill} <= set(BLOCKS) and len(BLOCKS) > 20

@@ -106,6 +106,58 @@ def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
     assert "steps: 9" in (tmp_path / "config.yaml").read_text()
 
 
+LORA = {"path": "a.safetensors", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"path": "/elsewhere", "cache": "/another"}},
+        {"data": {"kind": "folder", "split": "all", "image_column": "i", "caption_column": "c"}},
+        {"data": {"skip_bad": True, "shard_size": 9, "batch_size": 3}},
+        {"data": {"regularisation": "/moved/general", "samples": {"prompts": "moved.txt"}}},
+        {"data": {"leave_out": "runs/../runs/style"}},
+        {"teacher": {"adapters": [{**LORA, "path": "b.safetensors"}]}},
+        {"batch_size": 6, "accumulation": 1},
+        {"batch_size": 1, "accumulation": 6},
+    ],
+)
+def test_what_is_hashed_may_be_elsewhere(changes: dict[str, Any], tmp_path: Path) -> None:
+    started: dict[str, Any] = {
+        "data": {"path": "a", "regularisation": "general", "leave_out": "runs/style"},
+        "teacher": {"adapters": [LORA]}, "batch_size": 2, "accumulation": 3,
+    }  # fmt: skip
+    assert claim(tmp_path, **started)
+    save(tmp_path, 2)
+    blocks = {key: {**started.get(key, {}), **value} if isinstance(value, dict) else value
+              for key, value in changes.items()}  # fmt: skip
+    assert claim(tmp_path, **{**started, **blocks})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 3}, r"batch_size x accumulation 2 x 1 and the config says 3 x 1"),
+        ({"precision": "bfloat16"}, r"precision 'auto' and the config says 'bfloat16'"),
+        ({"optimizer": {"lr": 0.5}}, r"optimizer\.lr 0\.01 and the config says 0\.5"),
+        ({"data": {"resolution": 128}}, r"data\.resolution 64 and the config says 128"),
+        ({"data": {"regularisation": "x"}}, r"data\.regularisation None and the config says 'x'"),
+        ({"data": {"leave_out": "x"}}, r"data\.leave_out None and the config says 'x'"),
+        ({"teacher": {"adapters": [LORA]}}, r"teacher\.adapters \[\] and the config says \[\{.*0\.5"),
+        ({"adapter": {"start": [LORA]}}, r"adapter\.start \[\] and the config says"),
+        ({"validation": {"held_out": 0.2}}, r"validation\.held_out 0\.0 and the config says 0\.2"),
+        ({"base": {"path": "elsewhere"}}, r"base\.path 'asset:tiny-sd' and the config says 'elsewhere'"),
+    ],
+)
+def test_what_makes_another_result_is_refused(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    assert claim(tmp_path)
+    save(tmp_path, 2)  # a state of a kit that kept no hash of the whole base
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=f"this run was started with {sentence}"):
+        claim(tmp_path, **changes)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
 def test_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert claim(tmp_path)
     (tmp_path / "adapter").mkdir()

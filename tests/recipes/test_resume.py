@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lcm_kit import checkpoints
+from lcm_kit import checkpoints, locks
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
+from lcm_kit.data.cache import encode
 from lcm_kit.errors import UserError
 from tests.recipes.small import configure, environment
 from train import distill
@@ -97,6 +100,107 @@ def test_a_run_stopped_by_an_exception_continues(
     torch.manual_seed(12345)  # another process has another global random state
     distill.main(config)
     assert_same(tmp_path, straight)
+
+
+def interrupted(config: Distill, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:
+    """Train until amid step `at` (from 0), when the process ends."""
+    draws = distill.draws
+
+    def stop(config: Distill, method: Any, schedule: Any, batch: Any, step: int) -> Any:
+        if step == at:
+            raise KeyboardInterrupt
+        return draws(config, method, schedule, batch, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "draws", stop)
+        distill.main(config)
+
+
+def test_what_is_known_by_its_contents_may_move(
+    distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures, cache and base, from absolute paths to relative ones; bit for bit."""
+    interrupted(configure(distill_keys, tmp_path / "run", **SETTINGS), monkeypatch)
+    data = distill_keys["data"]
+    old = {"pictures": data["path"], "cache": data["cache"], "base": distill_keys["base"]["path"]}
+    for name, place in old.items():
+        shutil.copytree(place, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    moved = {"data": {"path": "pictures", "cache": "cache", "batch_size": 3}, "base": {"path": "base"}}
+    config = configure(distill_keys, Path("run"), **SETTINGS, **moved)
+    with pytest.raises(UserError, match=r"made for another config \(data\.path .* run `lcm-kit encode`"):
+        distill.main(config)
+    assert encode(config, progress=False).encoded == 0  # the pictures are those that it holds
+    absolute = configure(asdict(config), Path("run"), data={"path": str(tmp_path / "pictures")})
+    distill.main(absolute)
+    assert_same(tmp_path / "run", straight)
+
+
+def test_what_changes_no_arithmetic_may_change_bit_for_bit(
+    distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(configure(distill_keys, tmp_path, **SETTINGS), monkeypatch)
+    changes = {
+        "gradient_checkpointing": True, "non_finite": "skip", "memory": {"tf32": False},
+        "checkpoint": {"every": 3, "keep": 1}, "validation": {"every": 2},
+    }  # fmt: skip
+    distill.main(configure(distill_keys, tmp_path, **{**SETTINGS, **changes}))
+    assert_same(tmp_path, straight)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 2)])
+def test_a_step_may_be_made_of_other_parts(
+    distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    batch_size: int, accumulation: int,
+) -> None:  # fmt: skip
+    """Sums come in another order: weights of 0.01 to 0.1, after 3 steps of 1e-2, agree to 1e-4."""
+    interrupted(configure(distill_keys, tmp_path, **SETTINGS), monkeypatch)
+    with pytest.raises(UserError, match=r"with batch_size x accumulation 2 x 1 and the config says 2 x 2"):
+        distill.main(configure(distill_keys, tmp_path, **SETTINGS, accumulation=2))
+    parts = {"batch_size": batch_size, "accumulation": accumulation}
+    distill.main(configure(distill_keys, tmp_path, **SETTINGS, **parts))
+    a, b = newest(tmp_path), newest(straight)
+    assert a is not None and b is not None
+    assert max(float((a.lora[key] - b.lora[key]).abs().max()) for key in b.lora) < 1e-4
+    for mine, other in zip(metrics(tmp_path), metrics(straight), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_other_contents_are_refused_wherever_they_lie(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(configure(distill_keys, tmp_path / "run", **SETTINGS), monkeypatch)
+    base = Path(shutil.copytree(distill_keys["base"]["path"], tmp_path / "base"))
+    file = base / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_end": 0.013}))
+    with pytest.raises(UserError, match=r"the base has changed .* its noise schedule is not\); give back"):
+        distill.main(configure(distill_keys, tmp_path / "run", **SETTINGS, base={"path": str(base)}))
+
+
+def test_a_refused_run_leaves_no_folder_and_two_runs_no_mixture(
+    distill_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    missing = configure(distill_keys, tmp_path / "a/run", **SETTINGS, data={"cache": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="there is no finished cache"):
+        distill.main(missing)
+    assert list(tmp_path.iterdir()) == []
+    with locks.held(tmp_path / "run", "train"):
+        with pytest.raises(UserError, match=rf"run: process {os.getpid()} is at work there"):
+            distill.main(configure(distill_keys, tmp_path / "run", **SETTINGS))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".train.lock"]
+
+
+def test_a_finished_run_that_fails_to_go_on_is_as_it_was(
+    distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    more = configure(distill_keys, run, **{**SETTINGS, "steps": 9})
+    before = (run / "config.yaml").read_bytes()
+    interrupted(more, monkeypatch, at=7)
+    assert (run / "config.yaml").read_bytes() == before
+    interrupted(more, monkeypatch, at=8)  # after step 8 was saved
+    assert "steps: 9" in (run / "config.yaml").read_text()
+    assert [folder.name for folder in checkpoints.folders(run)] == ["step-000007", "step-000008"]
 
 
 def test_a_run_killed_at_a_random_step_continues(
