@@ -118,6 +118,9 @@ def test_brand_similarity_is_the_difference_of_mean_cosines() -> None:
     assert low == pytest.approx(across - np.mean(own))
     with pytest.raises(ValueError, match="2 pictures or more, not 1 and 7"):
         ends(brand[:1], control)
+    # Two a side are enough: the brand's at right angles, the control's opposite
+    across = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    assert ends(2 * torch.eye(2).double(), across) == pytest.approx((1.0, 0.0))
 
 
 def test_without_the_centre_brand_similarity_would_see_nothing() -> None:
