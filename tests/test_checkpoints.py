@@ -134,6 +134,10 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     write(tmp_path, 4)
     with pytest.raises(UserError, match="not finite after step 6, training diverged"):
         checkpoints.write(tmp_path, state(6, float("nan")), ORIGIN, 1)
+    spoiled = state(6)
+    spoiled.lora["b.lora_A.weight"] = torch.tensor([1.0, float("inf")])  # a single value is enough
+    with pytest.raises(UserError, match="not finite after step 6, training diverged"):
+        checkpoints.write(tmp_path, spoiled, ORIGIN, 1)
     assert names(tmp_path) == ["step-000004"]
 
 

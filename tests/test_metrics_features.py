@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.metrics.features import PROBE, Extractor, extractor
-from lcm_kit.metrics.preprocessing import preparation
+from lcm_kit.metrics.preprocessing import preparation, target
 from tests.bases import _tokenizer
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -95,6 +95,14 @@ def siglip2(folder: Path) -> Any:
     for part in (model, processor, tokenizer):
         part.save_pretrained(folder)
     return processor
+
+
+def test_a_size_in_one_number_is_the_shorter_edge_or_both() -> None:
+    """As files of old versions have it: of CLIP the shorter edge, of SigLIP height and width."""
+    assert target("clip", {"size": 224}, 300, 600) == (224, 448)
+    assert target("clip", {"size": 224}, 600, 300) == (448, 224)
+    assert target("siglip", {"size": 224}, 300, 600) == (224, 224)
+    assert target("siglip", {"size": {"height": 96, "width": 64}}, 300, 600) == (96, 64)
 
 
 def test_siglip2_sees_pictures_of_any_shape_as_transformers_does(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ def test_shapes_and_scales_that_do_not_fit() -> None:
         nearest(teachers[0, :11], teachers, SCALES, drawn)
     with pytest.raises(ValueError, match="two or more"):
         nearest(teachers[0], teachers[:1], SCALES[:1], drawn)
+    for scales in ([1.0, 1.0], [2.0, 1.0]):
+        with pytest.raises(ValueError, match="each larger than the one before"):
+            nearest(teachers[0], teachers[:2], torch.tensor(scales), drawn)
 
 
 def test_the_interval_knows_that_a_curve_is_not_its_chord() -> None:

@@ -60,6 +60,13 @@ def test_blur_lowers_the_energy_and_the_slope_more_and_more() -> None:
     assert energies[1] < 0.6 * energies[0]
 
 
+def test_chroma_is_the_largest_less_the_smallest_of_the_three() -> None:
+    """Pure red has 1, half of it 0.5, grey 0, and a picture the mean over its pixels."""
+    colours = torch.tensor([[1.0, -1, -1], [0.5, -0.5, 0.0], [0.3, 0.3, 0.3]])
+    assert chroma(colours[:, :, None, None].expand(3, 3, 2, 4)).tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert chroma(colours.T[None, :, None]).tolist() == pytest.approx([0.5])
+
+
 def test_chroma_does_not_see_brightness_and_clipping_is_counted_by_picture() -> None:
     pictures = 0.3 * normal(3, 3, 8, 8).clamp(-1, 1)
     assert chroma(pictures + 0.2).tolist() == pytest.approx(chroma(pictures).tolist())
@@ -111,6 +118,9 @@ def test_brand_similarity_is_the_difference_of_mean_cosines() -> None:
     assert low == pytest.approx(across - np.mean(own))
     with pytest.raises(ValueError, match="2 pictures or more, not 1 and 7"):
         ends(brand[:1], control)
+    # Two a side are enough: the brand's at right angles, the control's opposite
+    across = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    assert ends(2 * torch.eye(2).double(), across) == pytest.approx((1.0, 0.0))
 
 
 def test_without_the_centre_brand_similarity_would_see_nothing() -> None:

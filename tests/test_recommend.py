@@ -112,6 +112,36 @@ def test_a_file_that_does_not_load_whole_comes_before_all_other_faults() -> None
     assert warning.kind == "failed_to_load" and "half of it is missing" in warning.sentence
 
 
+def test_the_words_of_a_recommendation() -> None:
+    one = recommend(sweep({student(1): figures()}))
+    assert one.sentence == (
+        "Use 1 step of LCM, guidance_scale 1 (no guidance beyond what is baked in), LoRA weight 1."
+    )
+    assert (one.adapter, one.sampler, one.steps, one.guidance_scale, one.lora_weight) == (
+        "lora",
+        "lcm",
+        1,
+        1,
+        1,
+    )
+    subjects = [Subject(name, Path("f"), "", "", 1, None) for name in ("a", "b")]
+    cells = {TEACHER: figures(), student(4, 1.5, "a"): figures(), student(2, 4.0, "b"): figures(saturation=9)}
+    both = recommend(Sweep(cells, TEACHER, subjects, 0.95))
+    assert both.sentence == (
+        "Use a with 4 steps of LCM, guidance_scale 1.5 (a second UNet call a step), LoRA weight 1."
+    )
+    assert [warning.adapter for warning in both.warnings] == ["b"]
+
+
+def test_where_nothing_can_be_recommended_it_says_why() -> None:
+    none = "None of these settings can be recommended."
+    nobody = Sweep({TEACHER: figures()}, TEACHER, [], 0.95)
+    assert recommend(nobody).sentence == f"{none} Every setting looks broken."
+    assert recommend(sweep({student(1): figures()}, 0.0)).sentence == (
+        f"{none} lora has no effect: its pictures are those of the base alone."
+    )
+
+
 # -- What is as good as the best -----------------------------------------------------------------------------
 
 

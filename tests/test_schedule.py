@@ -89,6 +89,14 @@ def test_at_has_the_shape_that_multiplies_latents() -> None:
     assert alpha[1].item() == SCHEDULE.alpha[19].item()
 
 
+def test_noising_by_value() -> None:
+    """abar = 0.64 and 0.36: alpha and sigma are 0.8, 0.6 and 0.6, 0.8."""
+    schedule = Schedule.from_config({"trained_betas": [0.36, 1 - 0.36 / 0.64]})
+    x0, noise = torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), torch.tensor([-3.0, 5.0]).view(2, 1, 1, 1)
+    noised = add_noise(schedule, x0, noise, torch.tensor([0, 1]))
+    torch.testing.assert_close(noised.flatten(), torch.tensor([1.6 - 1.8, -0.6 + 4.0]))
+
+
 def test_noising_is_float32_for_half_precision_latents() -> None:
     """At t = 19 sigma is 4.8% off in the bfloat16 of public scripts; here it is the float32 table's."""
     noise = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)

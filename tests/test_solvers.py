@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from lcm_kit.guidance import guide
@@ -69,6 +70,22 @@ def test_dpmpp_2s_is_the_papers_step_wherever_the_middle_is(r: float) -> None:
     wanted = exact.sigma[s] / exact.sigma[t] * x - exact.alpha[s] * math.expm1(-h) * d
     found = SOLVERS["dpmpp_2s"](predict, exact, x, torch.tensor([t]), torch.tensor([s]))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("s", [0, 500, 979])
+def test_where_dpmpp_2s_stops_on_its_way_from_pure_noise(s: int) -> None:
+    """Its lambda is infinite there; diffusers puts that of abar = 2^-24 in its place."""
+    abar = DPMSolverMultistepScheduler(**SD, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    lam = (abar / (1 - abar)).log() / 2
+    asked = []
+
+    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(int(t[0]))
+        return x, x
+
+    SOLVERS["dpmpp_2s"](predict, ZERO_SNR, torch.ones(1, 1, 1, 1), torch.tensor([999]), torch.tensor([s]))
+    middle = min(range(s, 999), key=lambda m: abs(float(lam[m] - (lam[999] + lam[s]) / 2)))
+    assert asked == [999, middle]
 
 
 @EVERY
