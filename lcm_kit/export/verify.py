@@ -16,7 +16,8 @@ import torch
 from lcm_kit.errors import UserError
 from lcm_kit.export import loading, reading, structure
 from lcm_kit.export.apps import APPS, TITLES, Loaded
-from lcm_kit.export.lora import Lora
+from lcm_kit.export.kinds import Dora, Rebased
+from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.structure import Structure
 from lcm_kit.families.source import locate
 
@@ -110,7 +111,8 @@ def verify(
 
 def _row(app: str, loaded: Loaded, lora: Lora) -> Row:
     """Compare what an app would load with what the file holds."""
-    wanted = {name: layer.scale for name, layer in lora.layers.items()}
+    wanted = {name: update.scale for name, update in lora.updates.items()}
+    wanted |= {name: 1.0 for name in lora.biases if name not in wanted}
     held = wanted.keys() & loaded.modules.keys()
     right = [name for name in held if math.isclose(loaded.modules[name], wanted[name], rel_tol=1e-6)]
     return Row(app, len(held), len(right), len(wanted), _verdict(loaded, wanted, len(right)))
@@ -143,7 +145,7 @@ def _verdict(loaded: Loaded, wanted: Mapping[str, float], right: int) -> str:
 
 
 def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, tolerance: float) -> Row:
-    count = len(read.lora.layers)
+    count = len({**read.lora.updates, **read.lora.biases})
     try:
         parts = loading.models(read.lora, place.structure, place.folder, place.variant)
         pipe = loading.pipeline(place.structure, parts)
@@ -153,6 +155,7 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
     found = loading.layers(parts)
     loaded = {name: layer.scale for name, layer in found.items() if _same_weights(layer, read.lora, name)}
     row = _row("diffusers", Loaded(loaded, []), read.lora)
+    lost = _lost(found, read.lora)
     error: float | None = None
     if place.folder is not None:
         outputs = loading.probe(parts)
@@ -161,19 +164,40 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
         exact = loading.probe(parts)
         error = max(loading.relative_error(outputs[part], exact[part]) for part in parts)
     verdict = row.verdict
+    if lost:
+        name, what = next(iter(lost.items()))
+        words = f"{len(lost)} modules without their {what}, such as {name}"
+        verdict = words if verdict == "ok" else f"{verdict}; {words}"
     if verdict == "ok" and said:
         verdict = f"warns: {said[0].splitlines()[0][:200]}"
     if verdict == "ok" and error is not None and not error <= tolerance:
         verdict = f"its output is off by {error:.1e} relative, above {tolerance:.0e}"
-    return Row("diffusers", row.loaded, row.right, row.of, verdict, error)
+    return Row("diffusers", row.loaded, row.right - len(lost), row.of, verdict, error)
+
+
+def _lost(found: Mapping[str, loading.LoadedLayer], lora: Lora) -> dict[str, str]:
+    """What of a module is lost that peft holds at the right strength: a DoRA's magnitude, or a bias."""
+    lost = {}
+    for name in found.keys() & lora.updates.keys():
+        update, layer = lora.updates[name], found[name]
+        if isinstance(update, Dora) and not (
+            layer.magnitude is not None
+            and torch.equal(layer.magnitude.flatten().float(), update.magnitude.flatten().float())
+        ):
+            lost[name] = "DoRA magnitude"
+        elif name in lora.biases and layer.bias is None:
+            lost[name] = "change of the bias"
+    return lost
 
 
 def _same_weights(layer: loading.LoadedLayer, lora: Lora, name: str) -> bool:
     """Whether peft holds the file's own weights for the module; one that was left at its start does not."""
-    if name not in lora.layers:
+    mine = lora.updates.get(name)
+    if mine is None:
         return True  # reported as a module that should not change
-    mine = lora.layers[name]
-    return (
+    if isinstance(mine, Dora | Rebased):
+        mine = mine.inner
+    return isinstance(mine, Layer) and (
         layer.down.shape == mine.down.shape
         and torch.equal(layer.down.float(), mine.down.float())
         and torch.equal(layer.up.float(), mine.up.float())
