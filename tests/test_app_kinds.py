@@ -179,3 +179,34 @@ def test_the_remarks_on_dora_hold_in_numbers(axis: Any) -> None:
     for app, error in wrong.items():
         assert (error < 1e-5) == (axis == 1 or app == "sdnext"), (app, error)
         assert error < 1e-5 or error > 0.05
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_change_of_the_bias(alone: bool) -> None:
+    """`.diff_b`: ComfyUI, Forge and stable-diffusion.cpp apply it by itself, SD.Next beside a LoRA only."""
+    base = structure.known("sd1")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    file = {f"{base.kohya[name]}.diff_b": torch.empty(1280, device="meta")}
+    key = next(iter(file))
+    file |= {} if alone else of(base, [name])
+    for app in ("comfyui", "forge", "sd.cpp", "sdnext"):
+        loaded = APPS[app](file, base)
+        used = app != "sdnext" or not alone
+        assert loaded.modules == ({name: 1.0 if alone else 2.0} if used else {}), app
+        assert (key in loaded.unmatched) != used
+    if not alone:
+        for app in ("a1111", "invokeai", "sd-scripts"):
+            assert APPS[app](file, base).unmatched == [key]
+
+
+def test_onetrainers_text_projection() -> None:
+    base = structure.known("sdxl")
+    name, key = "text_encoder_2.text_projection", "lora_te2_text_projection"
+    file = of(base) | {
+        f"{key}.lora_down.weight": torch.empty((4, 1280), device="meta"),
+        f"{key}.lora_up.weight": torch.empty((1280, 4), device="meta"),
+        f"{key}.alpha": torch.tensor(2.0),
+    }
+    for app in APPS:
+        applied_by = app in ("comfyui", "forge", "invokeai", "sdnext")
+        assert APPS[app](file, base).modules == strengths(base) | ({name: 0.5} if applied_by else {}), app
