@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit.export import structure
+from lcm_kit.export import structure, verify
 from lcm_kit.export.apps import APPS, NOT_JUDGED
 from lcm_kit.export.apps.loaded import BASE_NORM, BY_INPUT, LEFT_OUT
 from lcm_kit.export.kinds import Dora
@@ -210,3 +212,35 @@ def test_onetrainers_text_projection() -> None:
     for app in APPS:
         applied_by = app in ("comfyui", "forge", "invokeai", "sdnext")
         assert APPS[app](file, base).modules == strengths(base) | ({name: 0.5} if applied_by else {}), app
+
+
+def verdicts(file: File, path: Path, *apps: str) -> tuple[bool, dict[str, str]]:
+    """Whether the report is good, and the rows' verdicts, of a file with random values."""
+    values = {key: torch.rand(x.shape) if x.is_meta else x for key, x in file.items()}
+    save_file(values, path / "a.safetensors")
+    report = verify.verify(
+        path / "a.safetensors", verify.Against(structure.known("sd1")), apps=apps or tuple(APPS)
+    )
+    return report.ok, {row.app: row.verdict for row in report.rows}
+
+
+def test_verify_judges_other_kinds_and_says_what_it_does_not(tmp_path: Path) -> None:
+    base = structure.known("sd1")
+    names = [name for name in lcm_modules(base) if ".attn2." in name]
+    _, found = verdicts(made(base, names, loha), tmp_path)
+    assert {app for app, words in found.items() if words != "ok"} == {"sd-scripts"}
+    assert found["sd-scripts"].startswith("drops 64 modules")
+
+    good, found = verdicts(made(base, names, lokr), tmp_path, "sd.cpp")
+    assert found["sd.cpp"].startswith("not judged: 64 modules") and good  # neither ok nor wrong
+
+    dora = of(base, names)
+    for name in names:
+        dora[f"{base.kohya[name]}.dora_scale"] = torch.empty((base.modules[name][0], 1), device="meta")
+    good, found = verdicts(dora, tmp_path)
+    assert not good and found["sdnext"] == "ok"
+    assert found["comfyui"].startswith(BASE_NORM) and found["invokeai"].startswith(BY_INPUT)
+
+    oft = of(base, names) | {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(4, 8, 8)}
+    _, found = verdicts(oft, tmp_path)
+    assert all(words.startswith("not judged: what it makes of OFT") for words in found.values())

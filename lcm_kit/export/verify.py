@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from lcm_kit.export import loading, reading, structure
 from lcm_kit.export.apps import APPS, NOT_JUDGED, TITLES, Loaded, able
 from lcm_kit.export.kinds import Dora, Rebased
 from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.export.spelling import other_kind
 from lcm_kit.export.structure import Structure
 from lcm_kit.families.source import locate
 
 ALL = ("diffusers", *APPS)
+_UNJUDGED = ("OFT", "BOFT", "GLoRA", "IA3")  # kinds that the apps' rules do not cover
 # Largest relative error of a model's output, by the dtype of the file's weights, against the LoRA before it
 # was rounded. The halves round each weight (2^-11, 2^-8 relative); the errors of a few hundred layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -107,21 +109,26 @@ def verify(
     rows = [
         _diffusers_row(read, place, reference or read.lora, tolerance)
         if app == "diffusers"
-        else _row(app, _taken_for_plain(APPS[app](read.tensors, read.structure), read.lora), read.lora)
+        else _app_row(app, read)
         for app in ("diffusers", *able(read.structure))
         if app in apps
     ]
     return Report(read, tuple(rows))
 
 
-def _taken_for_plain(loaded: Loaded, lora: Lora) -> Loaded:
-    """With a remark on what no app knows: that a file is a difference to another base than the plain one."""
+def _app_row(app: str, read: reading.Reading) -> Row:
+    """What the app's own rules say; of a file with a kind that they do not cover, that it is not judged."""
+    loaded = APPS[app](read.tensors, read.structure)
+    # what no app knows: that the file is a difference to another base than the plain one
     plain = {
         name: f"takes {update.kind} for a plain LoRA"
-        for name, update in lora.others.items()
+        for name, update in read.lora.others.items()
         if isinstance(update, Rebased) and name in loaded.modules
     }
-    return loaded._replace(remarks={**loaded.remarks, **plain})
+    row = _row(app, loaded._replace(remarks={**loaded.remarks, **plain}), read.lora)
+    if odd := next((key for key in read.tensors if other_kind(key) in _UNJUDGED), None):
+        return replace(row, verdict=f"{NOT_JUDGED}: what it makes of {other_kind(odd)}, such as {odd}")
+    return row
 
 
 def _row(app: str, loaded: Loaded, lora: Lora) -> Row:
