@@ -406,6 +406,24 @@ def test_convert_says_what_no_lora_holds_and_writes_the_rest_exactly(
     assert told == pytest.approx((off / size) ** 0.5, rel=1e-2) and told > 0.1
 
 
+def test_a_loha_merges_with_a_lora(base: Structure, folder: Path, tmp_path: Path) -> None:
+    """0.5 of the one and -1 of the other; what was made of the LoHa is told."""
+    torch.manual_seed(0)
+    name = module(base, LINEAR)
+    piece = {role: tensor * 0.3 for role, tensor in kinds.loha(base.modules[name]).items()}
+    save(tmp_path / "a.safetensors", base, {name: piece | {"alpha": torch.tensor(1.5)}})
+    save(tmp_path / "b.safetensors", base, {name: lora_piece(base, name)})
+    done = cli(
+        "merge", f"{tmp_path}/a.safetensors:0.5", f"{tmp_path}/b.safetensors:-1", "--base", folder,
+        "--output", tmp_path / "c", "--dtype", "float32",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "a.safetensors: 1 modules of LoHa made into layers of rank up to 9" in done.stdout
+    other = reading.read(tmp_path / "b.safetensors", base).lora.layers[name].delta()
+    found = reading.read(tmp_path / "c_kohya.safetensors", base).lora.layers[name]
+    close(found.delta(), 0.5 * kinds.loha_delta(piece, base.modules[name], 1.5) - other)
+
+
 def test_large_updates_ask_for_a_rank(tmp_path: Path) -> None:
     real = structure.known("sd1")
     name = next(n for n in real.modules if n.endswith("down_blocks.0.attentions.0.proj_in"))
