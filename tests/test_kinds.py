@@ -515,9 +515,9 @@ def test_broken_pieces_are_one_sentence(
     problems = reading.read(file, base).problems
     assert problems and re.search(words, " ".join(problems)), problems
     done = cli("convert", file, "--base", base.label)
-    assert done.exit_code == 2 and done.exception is None or isinstance(done.exception, SystemExit), (
-        done.output
-    )
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit), done.output
+    done = cli("verify", file, "--base", base.label, "--app", "diffusers")
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.output
 
 
 @pytest.mark.parametrize(
