@@ -14,6 +14,7 @@ from lcm_kit.export.kinds import Norm, exact_rank
 from lcm_kit.export.lora import Layer, Lora, Update
 from lcm_kit.export.merge import concatenate
 from lcm_kit.export.plain import MOST, plain
+from lcm_kit.export.reading_words import bundled
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_file
 from lcm_kit.lora_file import adapter_file
@@ -124,6 +125,10 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVER
         print(
             f"{key}: {path} changes {left} text encoder layers too, which are left out, since captions are "
             f"encoded by the base's own text encoders{advice if advice != _CONVERT else ''}"
+        )
+    if read.embeddings:
+        print(
+            f"{key}: {path} bundles the embeddings {', '.join(bundled(read.embeddings))}, which are left out"
         )
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")

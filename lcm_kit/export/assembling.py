@@ -162,18 +162,33 @@ def _pair_fits(a: Tensor, b: Tensor, core: Tensor | None, out: int, inner: int, 
 
 
 def _lokr(piece: Piece, shape: Shape, label: str, alpha: Alpha, notes: Counter[str]) -> LoKr:
-    got = {role.removeprefix("lokr_"): tensor for role, tensor in piece.items() if role.startswith("lokr_")}
-    if not all(n in got or {f"{n}_a", f"{n}_b"} <= got.keys() for n in ("w1", "w2")):
+    got = _lokr_factors(piece)
+    if got is None:
         raise Unfit(_missing(piece))
-    if "w1" in got:
-        got = {role: tensor for role, tensor in got.items() if role not in ("w1_a", "w1_b")}
-    if "w2" in got:
-        got = {role: tensor for role, tensor in got.items() if role not in ("w2_a", "w2_b", "t2")}
-    first = _sides(got, "w1", ())
-    second = first and _sides(got, "w2", shape[2:])
-    if not first or not second or (first[0] * second[0], first[1] * second[1]) != shape[:2]:
+    if not lokr_fits(piece, shape):
         raise _misfit(label, shape, got)
     return LoKr(scale=_scale(piece, alpha), shape=shape, **got)
+
+
+def lokr_fits(piece: Piece, shape: Shape) -> bool:
+    """Whether both factors are there and their Kronecker product is a weight of `shape`."""
+    got = _lokr_factors(piece)
+    if got is None or len(shape) < 2:
+        return False
+    first, second = _sides(got, "w1", ()), _sides(got, "w2", shape[2:])
+    if first is None or second is None:
+        return False
+    return (first[0] * second[0], first[1] * second[1]) == shape[:2]
+
+
+def _lokr_factors(piece: Piece) -> dict[str, Tensor] | None:
+    """By the names of `LoKr`'s fields; a whole factor goes before its thin ones. None if one is missing."""
+    got = {role.removeprefix("lokr_"): tensor for role, tensor in piece.items() if role.startswith("lokr_")}
+    if not all(n in got or {f"{n}_a", f"{n}_b"} <= got.keys() for n in ("w1", "w2")):
+        return None
+    thin = {"w1": ("w1_a", "w1_b"), "w2": ("w2_a", "w2_b", "t2")}
+    gone = {role for n, roles in thin.items() if n in got for role in roles}
+    return {role: tensor for role, tensor in got.items() if role not in gone}
 
 
 def _sides(got: Mapping[str, Tensor], name: str, kernel: Shape) -> tuple[int, int] | None:

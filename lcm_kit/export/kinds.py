@@ -248,9 +248,8 @@ def _thin(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """[out, r] and [r, in * kh * kw] of a pair of factors; a core is folded into the second."""
     if core is None:
         return a.float().flatten(1), b.float().flatten(1)
-    return a.float().flatten(1).T, torch.einsum("pqhw,qi->pihw", core.float(), b.float().flatten(1)).flatten(
-        1
-    )
+    folded = torch.einsum("pqhw,qi->pihw", core.float(), b.float().flatten(1))
+    return a.float().flatten(1).T.contiguous(), folded.flatten(1)  # torch.kron wants it whole
 
 
 def exact_rank(update: Update) -> int:

@@ -18,7 +18,7 @@ from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.lora import PARTS
 
 _BESIDE = {"adapter_model.safetensors": "adapter_config.json"}  # `PeftModel.save_pretrained`
-_DEFAULT = 8.0  # peft's lora_alpha where a config leaves it out
+_DEFAULT = 8  # peft's lora_alpha, and its r, where a config leaves them out
 _MOST = 1000  # characters of a pattern
 # Starts of a LoRA that are taken out of the base's weight, so that the file is no update of the base
 _TAKEN_OUT = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -29,6 +29,7 @@ class Config:
     """Of one part's layers."""
 
     alpha: float
+    rank: int
     pattern: tuple[
         tuple[re.Pattern[str], float], ...
     ]  # of a module's name -> alpha; the first that fits counts
@@ -75,7 +76,9 @@ def _config(section: Mapping[str, Any]) -> Config:
     start = str(section.get("init_lora_weights")).lower()
     alphas = _alphas(section)
     config = Config(
-        alpha=float(section.get("lora_alpha", _DEFAULT)),
+        # of LoRA, of LoHa and LoKr
+        alpha=float(section.get("lora_alpha", section.get("alpha", _DEFAULT))),
+        rank=max(1, int(section.get("r", _DEFAULT))),
         pattern=tuple((re.compile(_pattern(key)), alpha) for key, alpha in alphas.items()),
         rank_stabilised=bool(section.get("use_rslora")),
         start=start if start.startswith(_TAKEN_OUT) else None,

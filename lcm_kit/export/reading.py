@@ -141,10 +141,15 @@ def _fit(candidate: Structure, tensors: Mapping[str, Tensor], keys: Mapping[str,
     """How many keys name a module and have its size."""
     speller, count = Speller(candidate), 0
     sizes = candidate.sizes
+    products: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, parsed in keys.items():
         if parsed and parsed.role not in STRENGTHS and (place := speller.find(parsed.module)):
-            count += _same_size(parsed.role, tensors[key].shape, sizes[place.name])
-    return count
+            if parsed.role.startswith("lokr_"):
+                products[place.name][parsed.role] = tensors[key]
+            else:
+                count += _same_size(parsed.role, tensors[key].shape, sizes[place.name])
+    fitting = (assembling.lokr_fits(piece, sizes[name]) for name, piece in products.items())
+    return count + sum(fitting)
 
 
 def _same_size(role: str, held: torch.Size, wanted: tuple[int, ...]) -> bool:
@@ -153,8 +158,6 @@ def _same_size(role: str, held: torch.Size, wanted: tuple[int, ...]) -> bool:
         return held[:1] == wanted[:1] or held[1:2] == wanted[:1]
     if role in ("down", "hada_w1_b", "hada_w2_b"):
         return held[1:2] == wanted[1:2] or held[1:].numel() == torch.Size(wanted[1:]).numel()
-    if role.startswith("lokr"):
-        return len(held) > 0 and 0 not in held and wanted[0] % held[0] == 0
     return held[:1] == wanted[:1] or held[1:2] == wanted[1:2]
 
 
@@ -210,11 +213,13 @@ class _Strengths:
         """The alpha of `name`, or without a rank its strength. Raises `Unfit` where the file says two."""
         if "scale" in piece:
             return self._scale(name, piece, rank)
-        if rank is None:  # nothing to divide by: the apps take such a kind at strength 1
-            return 1.0
+        told = self._configs.get(name.partition(".")[0])
+        if rank is None:  # nothing to divide by: the apps take such a kind at strength 1; peft knows its r
+            whole = told is not None and any(role.startswith("lokr") for role in piece)
+            return told.alpha / told.rank if told is not None and whole else 1.0
         if "alpha" in piece:
             alpha, source = float(piece["alpha"].float()), "tensor"
-        elif (told := self._configs.get(name.partition(".")[0])) is not None:
+        elif told is not None:
             alpha, source = told.alpha_of(name, rank), "header"
         elif self._given is not None:
             alpha, source = self._given, "given"
@@ -232,7 +237,7 @@ class _Strengths:
         alpha = scale if rank is None else scale * rank
         if "alpha" in piece and rank is not None:
             told = float(piece["alpha"].float())
-            if abs(told - alpha) > 1e-3 * abs(alpha):
+            if abs(told - alpha) > 1e-3 * abs(alpha):  # more than halves round
                 if self._given is None:
                     raise Unfit(
                         f"has a scale of {scale:g} and an alpha of {told:g} at rank {rank}, and apps differ "
