@@ -330,7 +330,7 @@ def _insist_on_a_pair(adapter: Path, base: Base) -> None:
     from lcm_kit.lora_file import adapter_file
 
     against = verify.base_of(base.path, base.revision, base.variant)
-    convert.whole(adapter_file(adapter), against)
+    convert.insist_on_diffusers(adapter_file(adapter), against)
 
 
 def _base_of(adapter: Path | None) -> Base:

@@ -29,6 +29,13 @@ Base = Annotated[
     typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: SD1.x, SD2.x or SDXL, as it fits]"),
 ]
 Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
+LeaveOut = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--leave-out",
+        help="What may be lost, since no LoRA holds it: norms, biases, projections or embeddings; repeat it.",
+    ),
+]
 Alpha = Annotated[
     float | None,
     typer.Option(
@@ -90,28 +97,38 @@ def convert(
     variant: Variant = None,
     alpha: Alpha = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Reduce to this rank by SVD, at an error that is printed. [default: exact]"),
+    ] = None,
+    leave_out: LeaveOut = None,
     drop_unknown: Annotated[
-        bool, typer.Option("--drop-unknown", help="Leave out keys that belong to no module of the base.")
+        bool,
+        typer.Option("--drop-unknown", help="Leave out keys of no module of the base that change nothing."),
     ] = False,
 ) -> None:
-    """Mend a LoRA file and write it in the styles that apps load; FILE itself is left as it is."""
+    """Mend a LoRA file and write it in the styles that apps load; FILE itself is left as it is.
+
+    LoHa, LoKr, DoRA and others become plain LoRA layers.
+    """
     from lcm_kit.export import convert as mending
     from lcm_kit.export import delivery
     from lcm_kit.export import verify as checks
 
     quiet()
     against = checks.base_of(base, variant=variant) if base else None
-    read, reports = mending.convert(
-        file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype,
-        drop_unknown=drop_unknown,
+    done = mending.convert(
+        file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype, rank=rank,
+        leave_out=leave_out or (), drop_unknown=drop_unknown,
     )  # fmt: skip
-    console.say(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.layers)} modules")
-    for line in read.findings:
-        console.say(f"  found: {line}")
+    read = done.read
+    console.say(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.updates)} modules")
+    for line in (*(f"found: {line}" for line in read.findings), *done.plain.lines()):
+        console.say(f"  {line}")
     if drop_unknown and read.unknown:
         console.say(f"  left out: {len(read.unknown)} keys, such as {read.unknown[0]}")
-    for path, report in reports.items():
-        console.say(f"wrote {delivery.summary(str(path), dtype or mending.own_dtype(read), report)}")
+    for path, report in done.reports.items():
+        console.say(f"wrote {delivery.summary(str(path), done.dtype, report)}")
 
 
 @verbs.command(rich_help_panel=_PANEL)
@@ -138,6 +155,7 @@ def merge(
     base: Base = None,
     variant: Variant = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float16",
+    leave_out: LeaveOut = None,
 ) -> None:
     """Merge LoRAs, such as a style and an acceleration, into one file or into a base."""
     from lcm_kit.export import merge_files
@@ -147,12 +165,17 @@ def merge(
     if fuse_into is not None and rank is not None:
         raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
     if fuse_into is not None:
-        merge_files.fuse(parts, fuse_into, output, variant=variant)
+        merge_files.fuse(parts, fuse_into, output, variant=variant, leave_out=leave_out or ())
         console.say(
             f"wrote {output}: {fuse_into} with {len(parts)} LoRA{'s' * (len(parts) > 1)} in its weights"
         )
         return
-    done = merge_files.merge(parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype)
+    done = merge_files.merge(
+        parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype,
+        leave_out=leave_out or (),
+    )  # fmt: skip
+    for line in done.told:
+        console.say(f"  {line}")
     _print_interference(done.interference)
     for group, error in (done.errors or {}).items():
         console.say(f"  relative error of rank {rank} in {group}: {error:.3g}")
@@ -183,7 +206,7 @@ def _print_report(report: checks.Report) -> None:
     from lcm_kit.export.apps import APPS, TITLES, able
 
     file = report.file
-    console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.layers)} modules")
+    console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.updates)} modules")
     for line in file.findings:
         console.say(f"  found: {line}")
     for line in file.problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lcm_kit import console
@@ -9,8 +10,12 @@ from lcm_kit.adapter import add_style, load_lora_state, lora_state
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.export import reading, structure
-from lcm_kit.export.lora import Lora
+from lcm_kit.export.base_weights import BaseWeights
+from lcm_kit.export.kinds import Norm, exact_rank
+from lcm_kit.export.lora import Layer, Lora, Update
 from lcm_kit.export.merge import concatenate
+from lcm_kit.export.plain import MOST, plain
+from lcm_kit.export.reading_words import bundled
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_file
 from lcm_kit.lora_file import adapter_file
@@ -19,6 +24,7 @@ _FUSE = (
     "; to distil all of it, fuse it into the base first (`lcm-kit merge {path} --fuse-into {base} --output "
     "FOLDER`) and give that folder as base.path"
 )
+_CONVERT = "; make a LoRA of it with `lcm-kit convert`"
 
 
 def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> list[dict[str, Any]]:
@@ -31,8 +37,8 @@ def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> 
     if not teacher.adapters:
         return []
     place = structure.of_folder(base.folder, base.path)
-    reads = [_read("teacher.adapters", entry.path, place, _FUSE) for entry in teacher.adapters]
-    lora = concatenate([read.lora for read in reads], [entry.weight for entry in teacher.adapters])
+    loras = [_layers("teacher.adapters", entry.path, place, base, _FUSE) for entry in teacher.adapters]
+    lora = concatenate(loras, [entry.weight for entry in teacher.adapters])
     layers = {
         name.removeprefix("unet."): (layer.down, layer.up, layer.alpha) for name, layer in lora.layers.items()
     }
@@ -67,9 +73,9 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
     if not config.start:
         return []
     place = structure.of_folder(base.folder, base.path)
-    reads = [_read("adapter.start", entry.path, place) for entry in config.start]
-    alone = len(reads) == 1 and config.start[0].weight == 1
-    whole = reads[0].lora if alone else concatenate([r.lora for r in reads], [e.weight for e in config.start])
+    loras = [_layers("adapter.start", entry.path, place, base) for entry in config.start]
+    alone = len(loras) == 1 and config.start[0].weight == 1
+    whole = loras[0] if alone else concatenate(loras, [entry.weight for entry in config.start])
     layers = {name.removeprefix("unet."): layer for name, layer in whole.layers.items()}
     named = " and ".join(entry.path for entry in config.start)
     state = lora_state(unet)
@@ -100,22 +106,56 @@ def largest_rank(key: str, path: str, base: BaseInfo) -> int:
     Raises `UserError` if it is not whole or for another base.
     """
     read = _read(key, path, structure.of_folder(base.folder, base.path))
-    return max(layer.rank for layer in read.lora.layers.values())
+    return max(exact_rank(update) for update in read.lora.updates.values())
 
 
-def _read(key: str, path: str, place: structure.Structure, advice: str = "") -> reading.Reading:
-    """The UNet's layers of a file that the config's `key` names; `advice` ends what is said of others."""
+def _layers(key: str, path: str, place: structure.Structure, base: BaseInfo, advice: str = _CONVERT) -> Lora:
+    """The UNet's layers of a file that the config's `key` names, other kinds made into layers exactly."""
+    read = _read(key, path, place, advice)
+    return plain(read, BaseWeights(base.folder, base.variant)).lora
+
+
+def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVERT) -> reading.Reading:
+    """What a file that the config's `key` names changes in the UNet; `advice` ends what is said of others."""
     read = reading.read(adapter_file(path), place)
+    advice = advice.format(path=path, base=place.label)
     if read.problems:
         raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may mend it")
-    unet = {name: layer for name, layer in read.lora.layers.items() if name.startswith("unet.")}
-    if left := len(read.lora.layers) - len(unet):
+    unet = {name: update for name, update in read.lora.updates.items() if name.startswith("unet.")}
+    if left := len(read.lora.updates) - len(unet):
         console.say(
             f"{key}: {path} changes {left} text encoder layers too, which are left out, since captions are "
-            f"encoded by the base's own text encoders{advice.format(path=path, base=place.label)}"
+            f"encoded by the base's own text encoders{advice if advice != _CONVERT else ''}"
+        )
+    if read.embeddings:
+        console.say(
+            f"{key}: {path} bundles the embeddings {', '.join(bundled(read.embeddings))}, which are left out"
         )
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")
+    _insist_on_layers(key, path, read, unet, advice)
+    layers = {name: update for name, update in unet.items() if isinstance(update, Layer)}
+    others = {name: update for name, update in unet.items() if name not in layers}
     return reading.Reading(
-        read.path, Lora(unet), place, read.tensors, read.findings, read.problems, read.lacks_alpha
-    )
+        read.path, Lora(layers, others=others), place, read.tensors, read.findings, read.problems,
+        read.lacks_alpha,
+    )  # fmt: skip
+
+
+def _insist_on_layers(
+    key: str, path: str, read: reading.Reading, unet: Mapping[str, Update], advice: str
+) -> None:
+    """Raise `UserError` for what no layer beside the UNet's own holds, or none of a sensible rank."""
+    beyond = [name for name, update in unet.items() if isinstance(update, Norm)]
+    beyond += [name for name in read.biases if name.startswith("unet.")]
+    if beyond:
+        raise UserError(
+            f"{key}: {path} changes {len(beyond)} norms and biases, such as {beyond[0]}, which no LoRA "
+            f"holds{advice}"
+        )
+    ranks = {name: exact_rank(update) for name, update in unet.items() if not isinstance(update, Layer)}
+    if large := [name for name, rank in ranks.items() if rank > MOST]:
+        kind, rank = unet[large[0]].kind, ranks[large[0]]
+        raise UserError(
+            f"{key}: {path} changes {large[0]} by rank {rank} ({kind}), too much for a layer{advice}"
+        )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit.export import structure
+from lcm_kit.export import structure, verify
 from lcm_kit.export.apps import APPS, NOT_JUDGED
 from lcm_kit.export.apps.loaded import BASE_NORM, BY_INPUT, LEFT_OUT
 from lcm_kit.export.kinds import Dora
@@ -179,3 +181,66 @@ def test_the_remarks_on_dora_hold_in_numbers(axis: Any) -> None:
     for app, error in wrong.items():
         assert (error < 1e-5) == (axis == 1 or app == "sdnext"), (app, error)
         assert error < 1e-5 or error > 0.05
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_change_of_the_bias(alone: bool) -> None:
+    """`.diff_b`: ComfyUI, Forge and stable-diffusion.cpp apply it by itself, SD.Next beside a LoRA only."""
+    base = structure.known("sd1")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    file = {f"{base.kohya[name]}.diff_b": torch.empty(1280, device="meta")}
+    key = next(iter(file))
+    file |= {} if alone else of(base, [name])
+    for app in ("comfyui", "forge", "sd.cpp", "sdnext"):
+        loaded = APPS[app](file, base)
+        used = app != "sdnext" or not alone
+        assert loaded.modules == ({name: 1.0 if alone else 2.0} if used else {}), app
+        assert (key in loaded.unmatched) != used
+    if not alone:
+        for app in ("a1111", "invokeai", "sd-scripts"):
+            assert APPS[app](file, base).unmatched == [key]
+
+
+def test_onetrainers_text_projection() -> None:
+    base = structure.known("sdxl")
+    name, key = "text_encoder_2.text_projection", "lora_te2_text_projection"
+    file = of(base) | {
+        f"{key}.lora_down.weight": torch.empty((4, 1280), device="meta"),
+        f"{key}.lora_up.weight": torch.empty((1280, 4), device="meta"),
+        f"{key}.alpha": torch.tensor(2.0),
+    }
+    for app in APPS:
+        applied_by = app in ("comfyui", "forge", "invokeai", "sdnext")
+        assert APPS[app](file, base).modules == strengths(base) | ({name: 0.5} if applied_by else {}), app
+
+
+def verdicts(file: File, path: Path, *apps: str) -> tuple[bool, dict[str, str]]:
+    """Whether the report is good, and the rows' verdicts, of a file with random values."""
+    values = {key: torch.rand(x.shape) if x.is_meta else x for key, x in file.items()}
+    save_file(values, path / "a.safetensors")
+    report = verify.verify(
+        path / "a.safetensors", verify.Against(structure.known("sd1")), apps=apps or tuple(APPS)
+    )
+    return report.ok, {row.app: row.verdict for row in report.rows}
+
+
+def test_verify_judges_other_kinds_and_says_what_it_does_not(tmp_path: Path) -> None:
+    base = structure.known("sd1")
+    names = [name for name in lcm_modules(base) if ".attn2." in name]
+    _, found = verdicts(made(base, names, loha), tmp_path)
+    assert {app for app, words in found.items() if words != "ok"} == {"sd-scripts"}
+    assert found["sd-scripts"].startswith("drops 64 modules")
+
+    good, found = verdicts(made(base, names, lokr), tmp_path, "sd.cpp")
+    assert found["sd.cpp"].startswith("not judged: 64 modules") and good  # neither ok nor wrong
+
+    dora = of(base, names)
+    for name in names:
+        dora[f"{base.kohya[name]}.dora_scale"] = torch.empty((base.modules[name][0], 1), device="meta")
+    good, found = verdicts(dora, tmp_path)
+    assert not good and found["sdnext"] == "ok"
+    assert found["comfyui"].startswith(BASE_NORM) and found["invokeai"].startswith(BY_INPUT)
+
+    oft = of(base, names) | {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(4, 8, 8)}
+    _, found = verdicts(oft, tmp_path)
+    assert all(words.startswith("not judged: what it makes of OFT") for words in found.values())

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import loading, structure
+from lcm_kit.export.fuse import fuse_into
 from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.merge import fuse_into
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.test_merge import ATTENTION, dense, dense_sum, one
 

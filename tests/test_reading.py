@@ -212,9 +212,65 @@ def test_files_that_are_no_lora(tmp_path: Path) -> None:
     save_file({"model.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"holds no LoRA \(its first key is 'model.weight'\)"):
         reading.read(tmp_path / "model.safetensors")
+    save_file({"lora_unet_x.oft_diag": torch.zeros(2)}, tmp_path / "oft.safetensors")
+    with pytest.raises(UserError, match=r"holds no LoRA \(but OFT\)"):
+        reading.read(tmp_path / "oft.safetensors")
     save_file({"lora_unet_x.hada_w1_a": torch.zeros(2)}, tmp_path / "loha.safetensors")
-    with pytest.raises(UserError, match=r"holds no LoRA \(but LoHa\)"):
-        reading.read(tmp_path / "loha.safetensors")
-    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
     with pytest.raises(UserError, match="fits none of SD1.x, SD2.x and SDXL"):
-        reading.read(tmp_path / "flux.safetensors")
+        reading.read(tmp_path / "loha.safetensors")
+
+
+# One or two keys of each model as its trainers spell them, and the name that the sentence must have
+FOREIGN = [
+    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
+    ("lora_unet_single_blocks_3_linear1.lora_down.weight", "Flux"),
+    ("transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight", "Flux"),
+    ("diffusion_model.double_blocks.0.img_mlp.fc1.lora_A.weight", "HunyuanVideo"),
+    ("lora_unet_single_blocks_3_modulation_linear.lora_down.weight", "HunyuanVideo"),
+    ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "Stable Diffusion 3"),
+    ("transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight", "Flux or Stable Diffusion 3"),
+    ("transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight", "Qwen-Image"),
+    ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
+    ("lora_unet_blocks_11_cross_attn_k.lora_down.weight", "Wan"),
+    ("transformer.blocks.0.attn1.to_q.lora_A.weight", "Wan"),
+    ("net.blocks.0.adaln_modulation_self_attn.1.lora_A.weight", "Cosmos"),
+    ("diffusion_model.layers.0.attention.qkv.lora_A.weight", "Lumina or Z-Image"),
+    ("lora_prior_unet_down_blocks_0_1_channelwise_0.lora_down.weight", "Stable Cascade"),
+    ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight", "a T5 text encoder"),
+    ("transformer.something_new.lora_A.weight", "a video or image transformer"),
+]
+
+
+@pytest.mark.parametrize(("key", "model"), FOREIGN, ids=[key[:40] for key, _ in FOREIGN])
+def test_loras_of_other_models_are_named(tmp_path: Path, key: str, model: str) -> None:
+    """Also beside layers of CLIP, which SD1.x has as well, and with a base given."""
+    sd1 = structure.known("sd1")
+    clip = sd1.kohya[text_modules(sd1)[0]].replace("lora_te_", "lora_te1_")
+    tensors = {key: torch.zeros(2, 8), f"{clip}.lora_down.weight": torch.zeros(2, 768)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for place in (None, sd1):
+        with pytest.raises(UserError, match=f"is a LoRA of .*{model}.*, which fits none of SD1.x, SD2.x and"):
+            reading.read(tmp_path / "a.safetensors", place)
+
+
+def test_a_header_names_another_model(tmp_path: Path) -> None:
+    save_file(
+        {"x.lora_A.weight": torch.zeros(2, 8)},
+        tmp_path / "a.safetensors",
+        metadata={"modelspec.architecture": "flux-1-dev/lora"},
+    )
+    with pytest.raises(UserError, match="is a LoRA of Flux"):
+        reading.read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("generation", ["sd1", "sd2", "sdxl"])
+def test_no_key_of_stable_diffusion_is_taken_for_another_model(generation: Any) -> None:
+    from lcm_kit.export import foreign
+
+    place = structure.known(generation)
+    unet = [f"unet.{name}" for name in place.unet]
+    spelled = [f"diffusion_model.{name}" for name in place.sgm.values()]
+    joined = [f"lora_unet_{name.replace('.', '_')}" for name in (*place.unet, *place.sgm.values())]
+    for key in (*unet, *spelled, *joined, *place.modules, *place.norms, *place.kohya.values(), *place.unet):
+        for wrapped in (key, f"base_model.model.{key}"):
+            assert foreign.model_of([f"{wrapped}.lora_A.weight"], {}) is None, wrapped

@@ -128,3 +128,46 @@ def test_files_that_do_not_fit_and_text_encoder_layers(
         add(random_lora(place, text_modules(place)), place)
     with pytest.raises(UserError, match="teacher.adapters: .* is not whole"):
         add(random_lora(other, lcm_modules(other)[:50]), other)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_was_taken_out_of_the_base_is_not_added_to_it(
+    base: Path, tmp_path: Path, start: str
+) -> None:
+    """peft's PiSSA and OLoRA before a step: since W_res + B A = W, the teacher is the base itself."""
+    import json
+
+    import peft
+    from safetensors.torch import save_file
+
+    info = inspect_base(str(base))
+    unet = load_unet(info)
+    wanted = loading.probe({"unet": unet})["unet"]
+    targets = [name.removeprefix("unet.") for name in lcm_modules(structure.of_base(str(base)))]
+    targets = [name for name in targets if name.endswith((".to_q", ".to_k", ".to_v"))]
+    trained = load_unet(info)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=start)
+    peft.inject_adapter_in_model(config, trained)
+    state = peft.get_peft_model_state_dict(trained, adapter_name="default")
+    told = {"unet.r": 2, "unet.lora_alpha": 3, "unet.init_lora_weights": start}
+    tensors = {f"unet.{key}": value.contiguous() for key, value in state.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
+    teacher = schema.Teacher((schema.Weighted(str(tmp_path / "a.safetensors")),))
+    add_teacher_adapters(unet, teacher, info)
+    found = loading.probe({"unet": unet})["unet"]
+    assert loading.relative_error(found, wanted) <= 1e-5
+
+
+def test_norms_of_a_teachers_lora_are_refused_with_the_way_to_fuse_them(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    info = inspect_base(str(base))
+    place = structure.of_base(str(base))
+    name = next(n for n in place.norms if n.endswith("resnets.0.norm1"))
+    key = "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
+    save_file({f"{key}.w_norm": torch.ones(place.norms[name])}, tmp_path / "a.safetensors")
+    teacher = schema.Teacher((schema.Weighted(str(tmp_path / "a.safetensors")),))
+    with pytest.raises(
+        UserError, match="1 norms and biases, such as .*norm1, which no LoRA holds.* --fuse-into"
+    ):
+        add_teacher_adapters(load_unet(info), teacher, info)

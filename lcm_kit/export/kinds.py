@@ -10,32 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.export.lora import Layer
+from lcm_kit.export.lora import Layer, Update
 
 Shape = tuple[int, ...]
-
-
-class Update(Protocol):
-    """What a file does to the weight of one module."""
-
-    kind: ClassVar[str]  # "LoRA", "LoHa", "LoKr", "full difference", "norm" or "DoRA"
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the weight that it updates: [out, in], [out, in, kh, kw], or [n] of a norm."""
-
-    @property
-    def scale(self) -> float:
-        """What its factors' product is multiplied by: alpha / rank, or what stands for it."""
-
-    def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The update itself, float32, in `shape`; only DoRA needs the base's `weight`, of that shape."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +38,13 @@ class LoHa:
     shape: Shape
     t1: Tensor | None = None
     t2: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r1 r2."""
+        cores = self.t1 is not None, self.t2 is not None
+        pairs = zip((self.w1_a, self.w2_a), cores, strict=True)
+        return math.prod(int(a.shape[0] if core else a.shape[1]) for a, core in pairs)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """up [out, r1 r2] and down [r1 r2, in * kh * kw], whose product is the update: exactly a LoRA.
@@ -96,6 +86,13 @@ class LoKr:
     w2_a: Tensor | None = None  # [c, r]; with t2 [r, c]
     w2_b: Tensor | None = None  # [r, d * kh * kw]; with t2 [r, d]
     t2: Tensor | None = None  # [r, r, kh, kw]
+
+    @property
+    def rank(self) -> int:
+        """r1 r2, where a whole factor has its smaller side."""
+        first = min(self.w1.shape) if self.w1 is not None else _length(self.w1_b)
+        second = min(self.w2.flatten(1).shape) if self.w2 is not None else _length(self.w2_b)
+        return first * second
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """up [out, r1 r2] and down [r1 r2, in * kh * kw]: (A1 B1) kron (A2 B2) = (A1 kron A2)(B1 kron B2)."""
@@ -176,9 +173,7 @@ class Dora:
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """m (W + delta) / ||W + delta|| - W. Raises `UserError` without `weight`, of `shape`."""
-        if weight is None:
-            raise UserError("a DoRA changes a weight by what it is; give the base's folder, as --base FOLDER")
-        base = weight.float().reshape(self.shape)
+        base = _base("DoRA", weight).float().reshape(self.shape)
         moved = base + self.inner.delta()
         over = [k for k in range(moved.ndim) if k != self.axis]
         norm = torch.linalg.vector_norm(moved, dim=over, keepdim=True)
@@ -186,21 +181,89 @@ class Dora:
         return moved * (size / (norm + torch.finfo(torch.float32).eps)) - base
 
 
+@dataclass(frozen=True)
+class Rebased:
+    """A LoRA that was trained on a base whose weights had its start taken out.
+
+    PiSSA (arXiv:2404.02948) or OLoRA (arXiv:2406.01775). The start is a part of W itself, so it follows from
+    the base's weight: with W = U S V^T the first r of its singular triples (PiSSA), with W = Q R scale *
+    Q[:, :r] R[:r] (OLoRA). What the file adds to the true base is the LoRA's update less that: exactly a LoRA
+    of rank 2 r. Source: peft `tuners/lora/layer.py` (`pissa_init`, `olora_init`) and
+    `LoraModel.subtract_mutated_init`.
+    """
+
+    inner: Layer
+    start: Literal["PiSSA", "OLoRA"]
+
+    @property
+    def kind(self) -> str:
+        """`start`."""
+        return self.start
+
+    @property
+    def shape(self) -> Shape:
+        """As `Update.shape`."""
+        return self.inner.shape
+
+    @property
+    def scale(self) -> float:
+        """That of `inner`."""
+        return self.inner.scale
+
+    def factors(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """up [out, 2 r] and down [2 r, in], whose product is the update; `UserError` without `weight`."""
+        start = self._start(_base(self.start, weight))
+        up = torch.cat([self.scale * self.inner.up.float(), -start[0]], dim=1)
+        return up, torch.cat([self.inner.down.float(), start[1]])
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """As `Update.delta`, exact to float32."""
+        up, down = self.factors(weight)
+        return up @ down
+
+    def _start(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What was taken out of `weight`, as [out, r] and [r, in]."""
+        r = self.inner.rank
+        if self.start == "PiSSA":
+            u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+            return u[:, :r] * s[:r].sqrt(), s[:r].sqrt()[:, None] * v[:r]
+        q, upper = torch.linalg.qr(weight.float())
+        return self.scale * q[:, :r], upper[:r]
+
+
+def _base(kind: str, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise UserError(
+            f"what a {kind} changes follows from the base's weights; give its folder as --base FOLDER"
+        )
+    return weight
+
+
+def _length(factor: Tensor | None) -> int:
+    assert factor is not None
+    return int(factor.shape[0])
+
+
 def _thin(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """[out, r] and [r, in * kh * kw] of a pair of factors; a core is folded into the second."""
     if core is None:
         return a.float().flatten(1), b.float().flatten(1)
-    return a.float().flatten(1).T, torch.einsum("pqhw,qi->pihw", core.float(), b.float().flatten(1)).flatten(
-        1
-    )
+    folded = torch.einsum("pqhw,qi->pihw", core.float(), b.float().flatten(1))
+    return a.float().flatten(1).T.contiguous(), folded.flatten(1)  # torch.kron wants it whole
 
 
-def exact_rank(update: Layer | LoHa | LoKr | Full | Dora) -> int:
+def exact_rank(update: Update) -> int:
     """The rank at which a plain LoRA certainly holds the update: that of thin factors, else the full one."""
     full = min(update.shape[0], math.prod(update.shape[1:]))
     if isinstance(update, Layer):
         return update.rank
+    if isinstance(update, Rebased):
+        return min(full, 2 * update.inner.rank)
     if isinstance(update, LoHa | LoKr):
-        up, _ = update.factors()
-        return min(full, int(up.shape[1]))
+        return min(full, update.rank)
     return full
+
+
+def needs_base(update: Update) -> bool:
+    """Whether its change of a weight depends on what the weight is."""
+    return isinstance(update, Dora | Rebased)

@@ -23,8 +23,7 @@ from lcm_kit.families.weights import Place, load_model
 
 _NAME = "checked"
 _QUIET = (
-    "No LoRA keys associated to CLIPTextModel",  # of every LoRA without text encoder weights,
-    "No LoRA keys associated to NoneType",  # and of a pipeline without them
+    "No LoRA keys associated to",  # of every LoRA that leaves a part alone
     "LOAD REPORT",  # transformers lists the base's own weights as missing from the LoRA
 )
 
@@ -35,6 +34,8 @@ class LoadedLayer(NamedTuple):
     scale: float
     down: Tensor
     up: Tensor
+    magnitude: Tensor | None = None  # DoRA's
+    bias: Tensor | None = None  # of up
 
 
 @contextlib.contextmanager
@@ -87,8 +88,9 @@ def _empty(part: str, structure: Structure) -> Any:
         first = f"{part}.text_model.encoder.layers.0.mlp.fc1"
         hidden, width = structure.modules[first]
         layers = sum(name.startswith(f"{part}.") and name.endswith(".fc1") for name in structure.modules)
+        pooled = structure.projections.get(f"{part}.text_projection", (width,))[0]
         config = CLIPTextConfig(
-            hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
+            projection_dim=pooled, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
             num_attention_heads=max(1, width // 64), vocab_size=64,
             bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
@@ -131,9 +133,14 @@ def layers(parts: Mapping[str, Any]) -> dict[str, LoadedLayer]:
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and module.lora_A:
                 (key,) = module.lora_A
-                spelled = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-                down, up = module.lora_A[key].weight.data, module.lora_B[key].weight.data
-                found[f"{part}.{spelled}"] = LoadedLayer(module.scaling[key], down, up)
+                ours = part == "unet" or name.startswith(("text_model.", "text_projection"))
+                spelled = name if ours else f"text_model.{name}"
+                down, up = module.lora_A[key], module.lora_B[key]
+                dora = module.lora_magnitude_vector[key].weight.data if module.use_dora.get(key) else None
+                bias = up.bias.data if up.bias is not None else None
+                found[f"{part}.{spelled}"] = LoadedLayer(
+                    module.scaling[key], down.weight.data, up.weight.data, dora, bias
+                )
     return found
 
 
@@ -171,14 +178,25 @@ def _probe_text(encoder: Any, seed: int) -> Tensor:
 
 @torch.no_grad()
 def fuse(parts: Mapping[str, Any], lora: Lora) -> None:
-    """Add every update to the weights of `parts`, in place: the reference, plain arithmetic without peft."""
-    for name, layer in lora.layers.items():
+    """Add every update to the weights of `parts`, in place: the reference, plain arithmetic without peft.
+
+    A linear layer without a bias gets one where the LoRA changes it, as peft's `lora_bias` does.
+    """
+
+    def submodule(name: str) -> Any:
         part, _, module = name.partition(".")
         model = parts[part]
         if part != "unet" and not hasattr(model, "text_model"):
             module = module.removeprefix("text_model.")
-        weight = model.get_submodule(module).weight
-        weight += layer.delta().to(weight.dtype)
+        return model.get_submodule(module)
+
+    for name, update in lora.updates.items():
+        weight = submodule(name).weight
+        weight += update.delta(weight.float().reshape(update.shape)).reshape(weight.shape).to(weight.dtype)
+    for name, change in lora.biases.items():
+        module = submodule(name)
+        bias = torch.zeros_like(change) if module.bias is None else module.bias.data
+        module.bias = torch.nn.Parameter(bias + change.to(bias.dtype), requires_grad=False)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -10,12 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+class Update(Protocol):
+    """What a file does to the weight of one module: `Layer`, or one of `lcm_kit.export.kinds`."""
+
+    @property
+    def kind(self) -> str:
+        """LoRA, LoHa, LoKr, full difference, norm, DoRA, PiSSA or OLoRA."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it updates: [out, in], [out, in, kh, kw], or [n] of a norm."""
+
+    @property
+    def scale(self) -> float:
+        """What its factors' product is multiplied by: alpha / rank, or what stands for it."""
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The update itself, float32, in `shape`; some kinds need the base's `weight`, of that shape."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +73,30 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lora:
-    """All layers by module name, and what the file said of itself (strings, as safetensors keeps them)."""
+    """All layers by module name, and what the file said of itself (strings, as safetensors keeps them).
+
+    What a stranger's file changes beside plain LoRA layers stands in `others` and `biases`; no file of ours
+    has any (`lcm_kit.export.plain` makes layers of it).
+    """
 
     layers: Mapping[str, Layer]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Update] = field(default_factory=dict)  # LoHa, LoKr, DoRA, ... and norms, by module
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # what a module's bias [out] changes by
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """All that changes a weight, by module."""
+        return {**self.layers, **self.others}
+
+    @property
+    def plain(self) -> bool:
+        """Whether its layers are all of it."""
+        return not self.others and not self.biases
 
     def parts(self) -> tuple[str, ...]:
         """Which of `PARTS` it changes."""
-        found = {name.split(".", 1)[0] for name in self.layers}
+        found = {name.split(".", 1)[0] for name in (*self.layers, *self.others, *self.biases)}
         return tuple(part for part in PARTS if part in found)
 
     @property

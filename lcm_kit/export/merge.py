@@ -1,32 +1,25 @@
-"""The arithmetic of merging: several LoRAs into one, into fewer ranks, or into a base; and where they clash.
+"""The arithmetic of merging: several LoRAs into one, or into fewer ranks; and where they clash.
 
-Everything works on the thin factors. With R ranks in all, a module of [m, n] costs O((m + n) R^2), and its
-full update is formed only where it is added to a weight. All arithmetic is float32 on the CPU.
+Everything works on the thin factors: with R ranks in all, a module of [m, n] costs O((m + n) R^2). All
+arithmetic is float32 on the CPU, but for the factorisation of thin layers. Whoever has other kinds than plain
+layers makes those of them first (`lcm_kit.export.plain`).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import untrusted
+from lcm_kit.export.base_weights import plain_shape
 from lcm_kit.export.lora import Layer, Lora, layer_group
-from lcm_kit.families.source import STEMS, read_json
-from lcm_kit.files import atomic_folder
 
-Plan = dict[Path, dict[str, str]]  # a part's file, relative to the base: tensor -> module that changes it
-
+_THIN = 256  # ranks whose factorisation is done in float64
 
 # -- Several LoRAs into one ----------------------------------------------------------------------------------
 
@@ -38,9 +31,7 @@ def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     that one's rank. A linear layer and a 1x1 convolution of one module take the form of the first.
     The metadata is empty. Raises `UserError` if a weight or an update is not finite or two shapes differ.
     """
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise UserError(f"weight {weight} is not a finite number; give one such as 0.8")
+    check_weights(weights)
     found: dict[str, list[tuple[Layer, float]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for name, layer in lora.layers.items():
@@ -48,12 +39,25 @@ def concatenate(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     return Lora({name: _side_by_side(name, pieces) for name, pieces in found.items()})
 
 
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise `UserError` for a weight that is not finite."""
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UserError(f"weight {weight} is not a finite number; give one such as 0.8")
+
+
 def _side_by_side(name: str, pieces: Sequence[tuple[Layer, float]]) -> Layer:
     first = pieces[0][0]
     for layer, _ in pieces:
         _check_same_shape(name, first, layer)
-    ups, downs = zip(*(_balanced(name, layer, weight) for layer, weight in pieces), strict=True)
-    return _layer(torch.cat(ups, dim=1), torch.cat(downs), like=first)
+    ups, downs = zip(*(balanced(name, layer, weight) for layer, weight in pieces), strict=True)
+    return layer_of(torch.cat(ups, dim=1), torch.cat(downs), first.shape)
+
+
+def layer_of(up: Tensor, down: Tensor, shape: Sequence[int]) -> Layer:
+    """A layer of strength 1 from up [out, r] and down [r, n], for a weight of `shape`."""
+    rank, ones = down.shape[0], (1,) * (len(shape) - 2)
+    return Layer(down.reshape(rank, *shape[1:]), up.reshape(*up.shape, *ones), float(rank))
 
 
 def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -62,13 +66,7 @@ def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _layer(up: Tensor, down: Tensor, like: Layer) -> Layer:
-    """A layer of strength 1 from up [out, r] and down [r, n], in the form of `like`."""
-    rank, ones = down.shape[0], (1,) * (like.down.ndim - 2)
-    return Layer(down.reshape(rank, *like.shape[1:]), up.reshape(*up.shape, *ones), float(rank))
-
-
-def _balanced(name: str, layer: Layer, weight: float) -> tuple[Tensor, Tensor]:
+def balanced(name: str, layer: Layer, weight: float) -> tuple[Tensor, Tensor]:
     """up [out, r] and down [r, n] of equal norm, whose product is weight * the layer's update.
 
     Only the product counts, so the norms are free. Files hold float16, which overflows at 65504 and loses
@@ -92,16 +90,11 @@ def _check_finite(name: str, *values: float) -> None:
 
 
 def _check_same_shape(name: str, a: Layer, b: Layer) -> None:
-    if _plain_shape(a.shape) != _plain_shape(b.shape):
+    if plain_shape(a.shape) != plain_shape(b.shape):
         raise UserError(
             f"{name}: one LoRA changes a weight of shape {list(a.shape)}, another one of {list(b.shape)}, so "
             "they are for different bases; merge LoRAs of one base"
         )
-
-
-def _plain_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Without the kernel of a 1x1 convolution, which is a linear layer written differently."""
-    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
 # -- Fewer ranks ---------------------------------------------------------------------------------------------
@@ -117,18 +110,36 @@ def truncate(lora: Lora, rank: int) -> tuple[Lora, dict[str, float]]:
     """
     if rank < 1:
         raise UserError(f"rank {rank} is below 1; choose 1 or more")
-    layers, dropped, total = {}, defaultdict[str, float](float), defaultdict[str, float](float)
-    for name, layer in lora.layers.items():
-        u, s, v = _svd(name, layer)
-        if layer.rank <= rank:
-            layers[name] = layer
-        else:
-            root = s[:rank].sqrt()
-            layers[name] = _layer(u[:, :rank] * root, root[:, None] * v[:rank], like=layer)
+    reduced = {name: truncate_layer(name, layer, rank) for name, layer in lora.layers.items()}
+    return Lora({name: found.layer for name, found in reduced.items()}), relative_errors(reduced)
+
+
+class Truncated(NamedTuple):
+    """A layer of fewer ranks."""
+
+    layer: Layer
+    dropped: float  # squared Frobenius norm of what is gone
+    total: float  # of what was there
+
+
+def truncate_layer(name: str, layer: Layer, rank: int) -> Truncated:
+    """The closest layer of at most `rank`. Raises `UserError` if the update is not finite."""
+    u, s, v = _svd(name, layer)
+    dropped, total = _square(s[rank:]), _square(s)
+    if layer.rank <= rank:
+        return Truncated(layer, dropped, total)
+    root = s[:rank].sqrt()
+    return Truncated(layer_of(u[:, :rank] * root, root[:, None] * v[:rank], layer.shape), dropped, total)
+
+
+def relative_errors(reduced: Mapping[str, Truncated]) -> dict[str, float]:
+    """||update - truncated|| / ||update|| for each `layer_group` and for "all"; 0.0 where that is zero."""
+    dropped, total = defaultdict[str, float](float), defaultdict[str, float](float)
+    for name, found in reduced.items():
         for group in (layer_group(name), "all"):
-            dropped[group] += _square(s[rank:])
-            total[group] += _square(s)
-    return Lora(layers), {
+            dropped[group] += found.dropped
+            total[group] += found.total
+    return {
         group: math.sqrt(dropped[group] / total[group]) if total[group] else 0.0
         for group in [*(group for group in total if group != "all"), "all"]
     }
@@ -140,12 +151,14 @@ def _svd(name: str, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     up = Q_u R_u and down^T = Q_d R_d give up @ down = Q_u (R_u R_d^T) Q_d^T, and only the core, which is
     at most [rank, rank], needs an SVD.
     """
-    up, down = _factors(layer)
+    # Where singular values lie close float32 turns their vectors by more than it rounds; thin ones are cheap
+    exact = torch.float64 if layer.rank <= _THIN else torch.float32
+    up, down = (factor.to(exact) for factor in _factors(layer))
     (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     core = layer.scale * (r_up @ r_down.T)
     _check_finite(name, float(core.abs().max()))
     u, s, v = torch.linalg.svd(core, full_matrices=False)
-    return q_up @ u, s, v @ q_down.T
+    return (q_up @ u).float(), s.float(), (v @ q_down.T).float()
 
 
 def _square(values: Tensor) -> float:
@@ -205,143 +218,3 @@ def _inner(name: str, a: Layer, b: Layer) -> float:
     (up_a, down_a), (up_b, down_b) = _factors(a), _factors(b)
     products = (up_a.T @ up_b).double() * (down_a @ down_b.T).double()
     return a.scale * b.scale * float(products.sum())
-
-
-# -- Into a base ---------------------------------------------------------------------------------------------
-
-
-def fuse_into(
-    loras: Sequence[Lora], weights: Sequence[float], base: Path, output: Path, *, variant: str | None = None
-) -> None:
-    """Write the diffusers pipeline `output`: the folder `base` with W + sum_i weight_i * update_i for each W.
-
-    Weights keep their dtype, file and header; the sum is float32 and rounded once. Of the parts that change,
-    only the safetensors files of `variant` come along: other variants and formats would be the old weights.
-    Raises `UserError`, writing nothing, if `output` exists, `base` is no such folder, it lacks a module or
-    has it in another shape, or a sum overflows its dtype.
-    """
-    if os.path.lexists(output):
-        raise UserError(f"{output} exists already; choose another output")
-    index = read_json(base / "model_index.json", str(base))
-    lora = concatenate(loras, weights)
-    plan: Plan = {}
-    for part in lora.parts():
-        plan |= _plan(lora, base, part, variant)
-    copies = list(_copies(base, index, lora.parts()))  # listed first: `output` may lie within `base`
-    with atomic_folder(output) as temporary:
-        for file in [*copies, *(file for file, changes in plan.items() if not changes)]:
-            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / file, temporary / file)  # the content of the hub cache's links
-        for file, changes in plan.items():
-            if changes:
-                _fuse_file(base / file, temporary / file, changes, lora)
-
-
-def _plan(lora: Lora, base: Path, part: str, variant: str | None) -> Plan:
-    """The files of a part's weights, and the tensors in each that change; reads the headers alone."""
-    names = [name for name in lora.layers if name.startswith(f"{part}.")]
-    if not (base / part).is_dir():
-        raise UserError(f"{names[0]}: base {str(base)!r} has no {part}; take the base that the LoRA is for")
-    files = _weight_files(base, part, variant)
-    held = {file: untrusted.inspect(base / file).entries for file in files if file.suffix != ".json"}
-    homes = {key: file for file, entries in held.items() for key in entries}
-    plan: Plan = {file: {} for file in files}
-    for name in names:
-        key = next((key for key in _keys(name) if key in homes), None)
-        if key is None:
-            raise UserError(
-                f"{name}: base {str(base)!r} has no such module; take the base that the LoRA is for"
-            )
-        _check_weight(name, lora.layers[name], *held[homes[key]][key])
-        plan[homes[key]][key] = name
-    return plan
-
-
-def _keys(name: str) -> list[str]:
-    """What a base can call the weight: transformers 5 saves CLIPTextModel without `text_model.` in front."""
-    module = name.partition(".")[2]
-    return [f"{module}.weight", f"{module.removeprefix('text_model.')}.weight"]
-
-
-def _check_weight(name: str, layer: Layer, dtype: str, shape: Sequence[int]) -> None:
-    if _plain_shape(layer.shape) != _plain_shape(shape):
-        raise UserError(
-            f"{name}: the LoRA changes a weight of shape {list(layer.shape)}, the base's is {list(shape)}; "
-            "take the base that the LoRA is for"
-        )
-    if not dtype.startswith(("F", "BF")):
-        raise UserError(f"{name}: the base holds {dtype} numbers, so it is quantised; take the original base")
-
-
-def _weight_files(base: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a part, relative to `base`: one, or an index and its shards.
-
-    The names are diffusers' and transformers' (`_add_variant` of either): the variant stands before the last
-    ending, also in the index's name; what shards are called, the index says.
-    """
-    mark = f".{variant}" if variant else ""
-    single = Path(part, f"{STEMS[part]}{mark}.safetensors")
-    index = Path(part, f"{STEMS[part]}.safetensors.index{mark}.json")
-    if (base / single).is_file():
-        return [single]
-    if not (base / index).is_file():
-        raise UserError(
-            f"base {str(base)!r} has no {single}; check the variant, or save the base as safetensors"
-        )
-    shards = read_json(base / index, str(base)).get("weight_map")
-    names = sorted(set(map(str, shards.values()))) if isinstance(shards, Mapping) else []
-    # A name that leads out of the folder would be read, and written, elsewhere
-    if not names or any(Path(name).name != name or not (base / part / name).is_file() for name in names):
-        raise UserError(
-            f"base {str(base)!r}: {index} names files that are not beside it; save the base again"
-        )
-    return [index, *(Path(part, name) for name in names)]
-
-
-def _copies(base: Path, index: Mapping[str, Any], changed: Collection[str]) -> Iterator[Path]:
-    """What of a pipeline folder is copied as it is, relative to `base`, whose model_index.json is `index`.
-
-    The hub's folders hold more: whole checkpoints beside model_index.json, other frameworks' and other
-    variants' weights. None of them would have the LoRA. So the top level gives its texts and the parts that
-    `index` names; a part that changes gives its JSON and Python files.
-    """
-    for entry in sorted(base.iterdir()):
-        if entry.is_dir() and isinstance(index.get(entry.name), list):
-            for file in sorted(entry.rglob("*")):
-                text = file.suffix in (".json", ".py") and ".index." not in file.name
-                hidden = any(part.startswith(".") for part in file.relative_to(base).parts)
-                if file.is_file() and not hidden and (text or entry.name not in changed):
-                    yield file.relative_to(base)
-        elif entry.is_file() and _is_text(entry):
-            yield entry.relative_to(base)
-
-
-def _is_text(file: Path) -> bool:
-    licence = not file.suffix and not file.name.startswith(".")
-    return licence or file.suffix in (".json", ".md", ".txt", ".py")
-
-
-def _fuse_file(source: Path, target: Path, changes: Mapping[str, str], lora: Lora) -> None:
-    """Copy a safetensors file with the updates of the modules in `changes` (tensor -> module) added."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with safe_open(source, framework="pt") as file:
-            header = {"format": "pt"} | (file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        for key, name in changes.items():
-            tensors[key] = _added(name, tensors[key], lora.layers[name])
-        save_file(tensors, target, metadata=header)
-    except SafetensorError as error:  # also where the disk is full: safetensors raises no OSError
-        raise UserError(f"{source} cannot be copied with its changes ({error}); free some space") from error
-
-
-def _added(name: str, weight: Tensor, layer: Layer) -> Tensor:
-    """weight + update, in the weight's dtype."""
-    exact = weight.float() + layer.delta().reshape(weight.shape)
-    rounded = exact.to(weight.dtype)
-    if untrusted.not_finite({name: rounded}):
-        raise UserError(
-            f"{name}: its sum, up to {float(exact.abs().max()):.3g}, overflows the base's "
-            f"{str(weight.dtype).removeprefix('torch.')}; take smaller weights or a base in float32"
-        )
-    return rounded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -11,11 +11,15 @@ from pathlib import Path
 from lcm_kit import __version__
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, verify
-from lcm_kit.export.convert import whole
+from lcm_kit.export.convert import weights_of, whole
 from lcm_kit.export.facts import Facts, facts_from
-from lcm_kit.export.merge import Interference, concatenate, fuse_into, interference, truncate
+from lcm_kit.export.fuse import fuse_into
+from lcm_kit.export.lora import Lora
+from lcm_kit.export.merge import Interference, concatenate, interference, truncate
 from lcm_kit.export.older_transformers import make_readable
+from lcm_kit.export.plain import plain
 from lcm_kit.export.reading import Reading
+from lcm_kit.export.reading_words import bundled
 from lcm_kit.files import atomic_write
 from lcm_kit.lora_file import adapter_file
 
@@ -29,6 +33,7 @@ class Merged:
     written: tuple[str, ...]  # a line a file
     interference: dict[str, list[Interference]]  # by pair
     errors: dict[str, float] | None  # of the reduction to a rank, by block
+    told: tuple[str, ...] = ()  # what was made of a part that is no plain LoRA, and what was left out
 
 
 def merge(
@@ -40,11 +45,13 @@ def merge(
     base: str | None = None,
     variant: str | None = None,
     dtype: str = "float16",
+    leave_out: Collection[str] = (),
 ) -> Merged:
     """Write the weighted sum of `parts` as `<output>_<style>.safetensors`; exact unless `rank` is given.
 
-    Raises `UserError`, writing nothing, if a file is not whole, they are for different bases, or the result
-    would not load everywhere.
+    Parts of other kinds than plain LoRA become layers first, and `leave_out` names what no LoRA holds
+    (`plain`). Raises `UserError`, writing nothing, if a file is not whole, they are for different bases, or
+    the result would not load everywhere.
     """
     if len(parts) < 2:
         raise UserError(
@@ -54,24 +61,45 @@ def merge(
     reads = _read(parts, against)
     place = against or verify.Against(reads[0].structure)
     weights = [weight for _, weight in parts]
-    lora, errors = concatenate([read.lora for read in reads], weights), None
+    made = [plain(read, weights_of(against), rank=rank, leave_out=leave_out) for read in reads]
+    loras = [each.lora for each in made]
+    lora, errors = concatenate(loras, weights), None
     if rank is not None:
         lora, errors = truncate(lora, rank)
     names = {s: f"{output.name}_{s}.safetensors" for s in delivery.styles_of(style)}
     reports = delivery.deliver(lora, place, output.parent, names, dtype, _facts(parts, reads, output.name))
     lines = (delivery.summary(str(output.parent / names[s]), dtype, reports[s]) for s in names)
-    return Merged(tuple(lines), _pairs(parts, reads), errors)
+    told = [
+        f"{read.path.name}: {line}" for read, each in zip(reads, made, strict=True) for line in each.lines()
+    ]
+    return Merged(tuple(lines), _pairs(parts, loras), errors, tuple(told))
 
 
-def fuse(parts: Sequence[Part], base: str, output: Path, *, variant: str | None = None) -> None:
+def fuse(
+    parts: Sequence[Part],
+    base: str,
+    output: Path,
+    *,
+    variant: str | None = None,
+    leave_out: Collection[str] = (),
+) -> None:
     """Write the pipeline folder `output`: `base` with the weighted sum of `parts` in its weights.
 
-    transformers 4 reads it as well as 5, whichever wrote the base. `fused.json` in it says what was fused;
+    transformers 4 reads it as well as 5, whichever wrote the base.
+    Whatever they change in a weight or a bias is added exactly; embeddings are no weights of a base, so a
+    file that bundles some is refused unless `leave_out` names them. `fused.json` in it says what was fused;
     the other texts are the base's own.
     """
     against = verify.base_of(base, variant=variant)
     assert against.folder is not None
     reads = _read(parts, against)
+    odd = next((read for read in reads if read.embeddings), None)
+    if odd is not None and "embeddings" not in leave_out:
+        names = ", ".join(bundled(odd.embeddings))
+        raise UserError(
+            f"{odd.path} bundles the embeddings {names}, which are no weights of a base; --leave-out "
+            "embeddings leaves them out"
+        )
     weights = [weight for _, weight in parts]
     fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)
     make_readable(output)
@@ -88,8 +116,8 @@ def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading
     return reads
 
 
-def _pairs(parts: Sequence[Part], reads: Sequence[Reading]) -> dict[str, list[Interference]]:
-    rows = [(path.stem, weight, read.lora) for (path, weight), read in zip(parts, reads, strict=True)]
+def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Interference]]:
+    rows = [(path.stem, weight, lora) for (path, weight), lora in zip(parts, loras, strict=True)]
     return {
         f"{a} and {b}": interference(one, other, (v, w))
         for (a, v, one), (b, w, other) in combinations(rows, 2)

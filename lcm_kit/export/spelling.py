@@ -2,7 +2,7 @@
 
 A key is a module and a role. The module may be in diffusers' or the original spelling, with dots or with
 underscores, behind any of the prefixes that trainers put in front; the role (down, up, alpha, ...) in any of
-six styles. Sources: diffusers `loaders/lora_conversion_utils.py` and `utils/state_dict_utils.py`, peft
+seven styles. Sources: diffusers `loaders/lora_conversion_utils.py` and `utils/state_dict_utils.py`, peft
 `get_peft_model_state_dict`, sd-scripts `networks/lora.py`, ComfyUI `comfy/weight_adapter/lora.py`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from lcm_kit.export.names import sgm_names
 from lcm_kit.export.structure import Structure
 
 # Role of a key by its ending: (pattern, style). The first that fits counts.
@@ -20,24 +21,31 @@ _ENDINGS = [
     (re.compile(r"(?P<module>.+)\.lora\.(?P<role>down|up)\.weight"), "lora.down/up"),
     (re.compile(r"(?P<module>.+)_lora\.(?P<role>down|up)\.weight"), "processor"),
     (re.compile(r"(?P<module>.+)\.lora_linear_layer\.(?P<role>down|up)\.weight"), "lora_linear_layer"),
-    (re.compile(r"(?P<module>.+?)(?:\.lora|_lora)?\.(?P<role>alpha)"), ""),
+    (re.compile(r"(?P<module>.+?)(?:\.lora|_lora)?\.(?P<role>alpha|scale)"), ""),
+    (re.compile(r"(?P<module>.+)\.(?P<role>hada_(?:w[12]_[ab]|t[12]))(?:\.\w+)?"), "LyCORIS"),
+    (re.compile(r"(?P<module>.+)\.(?P<role>lokr_(?:w[12](?:_[ab])?|t2))(?:\.\w+)?"), "LyCORIS"),
+    (re.compile(r"(?P<module>.+)\.(?P<role>diff|diff_b|w_norm|b_norm|dora_scale)"), "LyCORIS"),
+    (re.compile(r"(?P<module>.+)\.(?P<role>lora_magnitude_vector)(?:\.\w+)?"), "peft"),
+    (re.compile(r"(?P<module>.+)\.lora_(?P<role>B|up)(?:\.\w+)?\.bias"), "bias"),
 ]
 _ROLES = {"A": "down", "B": "up"}
-# Adapters that are not a LoRA, by what their keys hold
+STRENGTHS = ("alpha", "scale")  # roles of keys that carry no weights
+# What is read of no module, or not read at all, by what the keys hold
 _OTHER_KINDS = {
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
     "oft_": "OFT",
     "boft": "BOFT",
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     ".a1.weight": "GLoRA",
     "on_input": "IA3",
-    "w_norm": "norm weights",
-    ".diff": "full weight differences",
-    ".lora_B.bias": "LoRA with a bias",
-    "bundle_emb": "a bundled embedding",
+    "_norm": "norm weights",
+    ".diff": "full differences",
+    "bias": "biases",
+    "set_weight": "whole weights",
 }
+BUNDLED = "bundle_emb."  # textual inversions that some trainers put into the file of their LoRA
 # `base_model.model.` is peft's own wrapper, which must be taken off before saving
 _WRAPPERS = ("base_model.model.", "model.")
 
@@ -46,8 +54,8 @@ class Key(NamedTuple):
     """A key of a file, taken apart; `module` is still as the file spells it."""
 
     module: str
-    role: str  # down, up, mid or alpha
-    style: str  # peft, kohya, lora.down/up, processor, lora_linear_layer; "" for an alpha
+    role: str  # down, up, mid, bias, alpha, scale, or LyCORIS's and peft's own word
+    style: str  # peft, kohya, lora.down/up, processor, lora_linear_layer, LyCORIS; "" for a strength
 
 
 class Place(NamedTuple):
@@ -63,7 +71,7 @@ def take_apart(key: str) -> Key | None:
     """The module, role and style of a key; None if it is not one of a LoRA."""
     for pattern, style in _ENDINGS:
         if match := pattern.fullmatch(key):
-            role = match["role"]
+            role = "bias" if style == "bias" else match["role"]
             return Key(match["module"], _ROLES.get(role, role), style)
     return None
 
@@ -78,7 +86,9 @@ class Speller:
 
     def __init__(self, structure: Structure) -> None:
         """Build the tables of joined names: an underscore does not tell what it stood for."""
-        unet, sgm = structure.unet, structure.sgm
+        norms = [name.removeprefix("unet.") for name in structure.norms if name.startswith("unet.")]
+        unet = [*structure.unet, *norms]
+        sgm = sgm_names(unet)
         self._unet: dict[str, dict[str, str]] = {
             "dotted": {name: name for name in unet},
             "sgm dotted": {spelled: name for name, spelled in sgm.items()},
@@ -86,7 +96,7 @@ class Speller:
             "sgm joined": {spelled.replace(".", "_"): name for name, spelled in sgm.items()},
         }
         self._text: dict[str, dict[str, str]] = {}
-        for name in structure.modules:
+        for name in structure.sizes:
             part, _, module = name.partition(".")
             if part != "unet":
                 table = self._text.setdefault(part, {})

@@ -66,6 +66,7 @@ class Structure:
     prediction_type: str | None = None  # None: not known, as for a generation instead of a base
     factor: int = 8  # pixels along one side of a latent
     zero_terminal_snr: bool = False  # its last timestep is pure noise (arXiv:2305.08891)
+    pooled: int | None = None  # numbers in SDXL's pooled text embedding; None: as many as its encoder is wide
 
     @property
     def family(self) -> str:
@@ -104,14 +105,32 @@ class Structure:
 
     @cached_property
     def norms(self) -> dict[str, Shape]:
-        """The UNet's group and layer norms, as `modules`, whose weights a LyCORIS file can change too."""
+        """The group and layer norms, as `modules`, whose weights and biases a LyCORIS file can change too."""
         from torch.nn import GroupNorm, LayerNorm
 
-        return {
+        found = {
             f"unet.{name}": tuple(module.weight.shape)
             for name, module in empty_unet(self.unet_config).named_modules()
             if isinstance(module, GroupNorm | LayerNorm)
         }
+        for name, (_, width) in _text_layers(self.modules):
+            layer = name.removesuffix(".mlp.fc1")
+            found |= {f"{layer}.layer_norm{k}": (width,) for k in (1, 2)}
+            found[f"{name.partition('.')[0]}.text_model.final_layer_norm"] = (width,)
+        return found
+
+    @cached_property
+    def projections(self) -> dict[str, Shape]:
+        """The projection behind SDXL's second text encoder, which OneTrainer adapts and the kit does not."""
+        widths = {name.partition(".")[0]: shape[1] for name, shape in _text_layers(self.modules)}
+        if (width := widths.get("text_encoder_2")) is None:
+            return {}
+        return {"text_encoder_2.text_projection": (self.pooled or width, width)}
+
+    @cached_property
+    def sizes(self) -> dict[str, Shape]:
+        """The shapes of all weights that a file can change: of modules, projections and norms."""
+        return {**self.modules, **self.projections, **self.norms}
 
     @cached_property
     def sgm(self) -> dict[str, str]:
@@ -121,7 +140,7 @@ class Structure:
     @cached_property
     def kohya(self) -> dict[str, str]:
         """What a kohya file calls each module that it has a name for."""
-        return kohya_names(self.modules, self.family)
+        return kohya_names([*self.modules, *self.projections], self.family)
 
 
 @cache
@@ -156,10 +175,11 @@ def of_folder(folder: Path, path: str) -> Structure:
             f"base {path!r} has a {config.get('_class_name')}, not a Stable Diffusion UNet; give an SD1.x, "
             "SD2.x or SDXL base"
         )
-    text = {}
+    text, pooled = {}, None
     for part in ("text_encoder", "text_encoder_2"):
         if (folder / part / "config.json").is_file():
             clip = read_json(folder / part / "config.json", path)
+            pooled = clip.get("projection_dim")
             text[part] = (clip["num_hidden_layers"], clip["hidden_size"], clip["intermediate_size"])
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", path)
     vae = read_json(folder / "vae" / "config.json", path)
@@ -167,8 +187,13 @@ def of_folder(folder: Path, path: str) -> Structure:
         path, _generation(config), config, text,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
+        factor=2 ** (len(vae["block_out_channels"]) - 1), pooled=pooled,
     )  # fmt: skip
+
+
+def _text_layers(modules: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
+    """The first matrix of each text encoder layer's MLP, [hidden, width], by its name."""
+    return [(name, shape) for name, shape in modules.items() if name.endswith(".mlp.fc1")]
 
 
 def _generation(config: Mapping[str, Any]) -> Generation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ import torch
 from lcm_kit.errors import UserError
 from lcm_kit.export import loading, reading, structure
 from lcm_kit.export.apps import APPS, NOT_JUDGED, TITLES, Loaded, able
-from lcm_kit.export.kinds import Update
+from lcm_kit.export.kinds import Dora, Rebased
 from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.export.spelling import other_kind
 from lcm_kit.export.structure import Structure
 from lcm_kit.families.source import locate
 
 ALL = ("diffusers", *APPS)
+_UNJUDGED = ("OFT", "BOFT", "GLoRA", "IA3")  # kinds that the apps' rules do not cover
 # Largest relative error of a model's output, by the dtype of the file's weights, against the LoRA before it
 # was rounded. The halves round each weight (2^-11, 2^-8 relative); the errors of a few hundred layers add up.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -107,22 +109,32 @@ def verify(
     rows = [
         _diffusers_row(read, place, reference or read.lora, tolerance)
         if app == "diffusers"
-        else _row(app, APPS[app](read.tensors, read.structure), read)
+        else _app_row(app, read)
         for app in ("diffusers", *able(read.structure))
         if app in apps
     ]
     return Report(read, tuple(rows))
 
 
-def _scales(read: reading.Reading) -> dict[str, float]:
-    """What each update of the file is to be multiplied with, of whatever kind it is."""
-    updates: dict[str, Update | Layer] = {**read.lora.layers, **read.others}
-    return {name: update.scale for name, update in updates.items()}
+def _app_row(app: str, read: reading.Reading) -> Row:
+    """What the app's own rules say; of a file with a kind that they do not cover, that it is not judged."""
+    loaded = APPS[app](read.tensors, read.structure)
+    # what no app knows: that the file is a difference to another base than the plain one
+    plain = {
+        name: f"takes {update.kind} for a plain LoRA"
+        for name, update in read.lora.others.items()
+        if isinstance(update, Rebased) and name in loaded.modules
+    }
+    row = _row(app, loaded._replace(remarks={**loaded.remarks, **plain}), read.lora)
+    if odd := next((key for key in read.tensors if other_kind(key) in _UNJUDGED), None):
+        return replace(row, verdict=f"{NOT_JUDGED}: what it makes of {other_kind(odd)}, such as {odd}")
+    return row
 
 
-def _row(app: str, loaded: Loaded, read: reading.Reading) -> Row:
+def _row(app: str, loaded: Loaded, lora: Lora) -> Row:
     """Compare what an app would load with what the file holds."""
-    wanted = _scales(read)
+    wanted = {name: update.scale for name, update in lora.updates.items()}
+    wanted |= {name: 1.0 for name in lora.biases if name not in wanted}
     held = wanted.keys() & loaded.modules.keys()
     right = [
         name
@@ -162,7 +174,7 @@ def _verdict(loaded: Loaded, wanted: Mapping[str, float]) -> str:
 
 
 def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, tolerance: float) -> Row:
-    count = len(_scales(read))
+    count = len({**read.lora.updates, **read.lora.biases})
     try:
         parts = loading.models(read.lora, place.structure, place.folder, place.variant)
         pipe = loading.pipeline(place.structure, parts)
@@ -171,10 +183,8 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
         return Row("diffusers", 0, 0, count, f"refuses the file: {refused}")
     found = loading.layers(parts)
     loaded = {name: layer.scale for name, layer in found.items() if _same_weights(layer, read.lora, name)}
-    plain = {
-        name: f"takes {read.others[name].kind} for a plain LoRA" for name in loaded if name in read.others
-    }
-    row = _row("diffusers", Loaded(loaded, [], None, plain), read)
+    row = _row("diffusers", Loaded(loaded, []), read.lora)
+    lost = _lost(found, read.lora)
     error: float | None = None
     if place.folder is not None:
         outputs = loading.probe(parts)
@@ -183,19 +193,40 @@ def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, toleranc
         exact = loading.probe(parts)
         error = max(loading.relative_error(outputs[part], exact[part]) for part in parts)
     verdict = row.verdict
+    if lost:
+        name, what = next(iter(lost.items()))
+        words = f"{len(lost)} modules without their {what}, such as {name}"
+        verdict = words if verdict == "ok" else f"{verdict}; {words}"
     if verdict == "ok" and said:
         verdict = f"warns: {said[0].splitlines()[0][:200]}"
     if verdict == "ok" and error is not None and not error <= tolerance:
         verdict = f"its output is off by {error:.1e} relative, above {tolerance:.0e}"
-    return Row("diffusers", row.loaded, row.right, row.of, verdict, error)
+    return Row("diffusers", row.loaded, row.right - len(lost), row.of, verdict, error)
+
+
+def _lost(found: Mapping[str, loading.LoadedLayer], lora: Lora) -> dict[str, str]:
+    """What of a module is lost that peft holds at the right strength: a DoRA's magnitude, or a bias."""
+    lost = {}
+    for name in found.keys() & lora.updates.keys():
+        update, layer = lora.updates[name], found[name]
+        if isinstance(update, Dora) and not (
+            layer.magnitude is not None
+            and torch.equal(layer.magnitude.flatten().float(), update.magnitude.flatten().float())
+        ):
+            lost[name] = "DoRA magnitude"
+        elif name in lora.biases and layer.bias is None:
+            lost[name] = "change of the bias"
+    return lost
 
 
 def _same_weights(layer: loading.LoadedLayer, lora: Lora, name: str) -> bool:
     """Whether peft holds the file's own weights for the module; one that was left at its start does not."""
-    if name not in lora.layers:
+    mine = lora.updates.get(name)
+    if mine is None:
         return True  # reported as a module that should not change
-    mine = lora.layers[name]
-    return (
+    if isinstance(mine, Dora | Rebased):
+        mine = mine.inner
+    return isinstance(mine, Layer) and (
         layer.down.shape == mine.down.shape
         and torch.equal(layer.down.float(), mine.down.float())
         and torch.equal(layer.up.float(), mine.up.float())

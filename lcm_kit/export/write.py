@@ -36,6 +36,7 @@ def write(path: Path, lora: Lora, structure: Structure, style: str, dtype: str, 
     """
     from safetensors.torch import save_file
 
+    assert lora.plain, "what is not a layer would be lost"
     form = FORMATS[style]
     even = form.as_written(lora)
     rounded = {name: layer.to(DTYPES[dtype]) for name, layer in even.layers.items()}

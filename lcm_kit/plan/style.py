@@ -13,6 +13,7 @@ from lcm_kit.adapter import add_style
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.errors import UserError
 from lcm_kit.export import reading
+from lcm_kit.export.kinds import exact_rank
 from lcm_kit.export.structure import Structure
 from lcm_kit.lora_file import adapter_file
 
@@ -34,11 +35,11 @@ def find(config: Training, structure: Structure) -> tuple[Style | None, str]:
     ranks: dict[str, int] = {}
     try:
         for entry in config.teacher.adapters:
-            held = reading.read(adapter_file(entry.path), structure).lora.layers
-            for name, layer in held.items():
-                if name.startswith("unet."):
+            held = reading.read(adapter_file(entry.path), structure).lora.updates
+            for name, update in held.items():
+                if name.startswith("unet.") and name in structure.modules:
                     plain = name.removeprefix("unet.")
-                    ranks[plain] = ranks.get(plain, 0) + layer.rank
+                    ranks[plain] = ranks.get(plain, 0) + exact_rank(update)
     except UserError as error:
         return None, f"the teacher's adapters are not counted: {error}"
     return (Style(ranks, config.teacher.in_student), "") if ranks else (None, "")

@@ -73,7 +73,7 @@ def _subject(name: str, file: Path, against: verify.Against) -> Subject:
     report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
     (row,) = report.rows
     problems = [*report.file.problems, *([] if row.ok else [f"diffusers {row.verdict}"])]
-    count = len(report.file.lora.layers)
+    count = len(report.file.lora.updates)
     return Subject(name, file, sha256_file(file), weights_hash(file), count, "; ".join(problems) or None)
 
 

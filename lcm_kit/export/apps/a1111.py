@@ -96,9 +96,12 @@ def _whole_attentions(taken: Mapping[str, Taken], structure: Structure) -> dict[
 def _modules(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """A1111's name of each module of the base, with dots, -> ours."""
     found = {f"diffusion_model.{sgm}": module for module, sgm in original(structure, modules).items()}
-    for name in structure.modules:
+    for name in modules:
         part, _, module = name.partition(".")
-        if part == "unet":
+        # OpenCLIP's norms have other names, and its projection is no module
+        if part == "unet" or (
+            part == _openclip(structure) and ".self_attn." not in name and ".mlp." not in name
+        ):
             continue
         # the embedders of SDXL are numbered
         number = {"text_encoder": "0.", "text_encoder_2": "1."}[part] if structure.family == "sdxl" else ""

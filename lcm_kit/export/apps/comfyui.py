@@ -18,6 +18,7 @@ from lcm_kit.export.apps.loaded import (
     ROLES,
     Loaded,
     Taken,
+    bias,
     dora_remarks,
     joined,
     load,
@@ -94,9 +95,10 @@ def load_or_refuse(
     """
     taken: dict[str, Taken] = {}
     for module, keys in found:
-        one = take(keys, _KINDS, extra=("dora_scale",))
+        one = take(keys, _KINDS, extra=("dora_scale", "diff_b"))
         if one is None and (begun := next((keys[role] for role in _BEGUN if role in keys), None)):
             return refusal(tensors, f"it stops at {begun}, because {_missing(keys)} is missing")
+        one = one or bias(keys)
         if one is not None and module in modules:
             taken[module] = one
     return load(tensors, taken, remarks=dora_remarks(tensors, taken, modules, BASE_NORM))
@@ -144,7 +146,7 @@ def names(structure: Structure, modules: Iterable[str]) -> dict[str, str]:
         dotted = dotted.removesuffix(".0") if dotted.endswith(".to_out.0") else dotted
         table |= {f"{prefix}{joined(diffusers)}": module for prefix in ("lora_unet_", "lycoris_")}
         table |= {f"{prefix}{dotted}": module for prefix in ("", "unet.")}
-    return table | _clip_names(structure)
+    return table | _clip_names(structure, modules)
 
 
 def _encoders(structure: Structure) -> dict[str, str]:
@@ -159,7 +161,7 @@ def _clip_modules() -> Iterable[str]:
     return (f"text_model.encoder.layers.{k}.{end}" for k in range(_CLIP_LAYERS) for end in _CLIP)
 
 
-def _clip_names(structure: Structure) -> dict[str, str]:
+def _clip_names(structure: Structure, modules: Iterable[str]) -> dict[str, str]:
     prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
     table: dict[str, str] = {}
     for part in _encoders(structure):
@@ -169,7 +171,7 @@ def _clip_names(structure: Structure) -> dict[str, str]:
                 table |= {f"{prefix}{joined(module)}": name for prefix in prefixes[part]}
                 table[name] = name
         projection = f"{part}.text_projection"  # OneTrainer's; of the first encoder it is not in use
-        if projection in structure.modules:
+        if projection in modules:
             table |= {f"{prefix}text_projection": projection for prefix in prefixes[part]}
     return table
 

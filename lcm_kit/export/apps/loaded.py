@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 class Taken(NamedTuple):
     """The keys that an app takes for one module, by the role that they have at the end of a kohya key."""
 
-    kind: str  # one of NEEDS
+    kind: str  # one of NEEDS, or "bias"
     keys: Mapping[str, str]  # role -> the file's key
 
 
@@ -62,6 +62,11 @@ def take(keys: Mapping[str, str], kinds: Sequence[str], extra: Sequence[str] = (
             roles = (*NEEDS[kind], *MAY[kind], "alpha", *extra)
             return Taken(kind, {role: keys[role] for role in roles if role in keys})
     return None
+
+
+def bias(keys: Mapping[str, str]) -> Taken | None:
+    """The change of a bias alone."""
+    return Taken("bias", {"diff_b": keys["diff_b"]}) if "diff_b" in keys else None
 
 
 def _lokr(keys: Mapping[str, str]) -> bool:
@@ -152,7 +157,7 @@ def dora_remarks(
 def targets(tensors: Mapping[str, Tensor], structure: Structure) -> dict[str, Shape]:
     """The modules that a file can change; norms only where its keys name any, for they take time to find."""
     norms = structure.norms if any("norm" in key for key in tensors) else {}
-    return {**structure.modules, **norms}
+    return {**structure.modules, **structure.projections, **norms}
 
 
 def original(structure: Structure, modules: Iterable[str]) -> dict[str, str]:

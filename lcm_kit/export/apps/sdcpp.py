@@ -18,6 +18,7 @@ from lcm_kit.export.apps.loaded import (
     ROLES,
     Loaded,
     Taken,
+    bias,
     load,
     original,
     take,
@@ -65,7 +66,8 @@ def sdcpp(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
         name, role = _apart(key)
         if role and (module := places.get(name)):
             landed.setdefault(module, {})[role] = key
-    taken = {m: one for m, keys in landed.items() if (one := take(keys, _KINDS, extra=("scale",)))}
+    extra = ("scale", "diff_b")
+    taken = {m: one for m, keys in landed.items() if (one := take(keys, _KINDS, extra) or bias(keys))}
     taken = _fused(taken, structure)
     remarks = {module: LEFT_OUT for module in taken if "dora_scale" in landed[module]}
     remarks |= {module: NOT_JUDGED for module, one in taken.items() if _unsure(tensors, one)}

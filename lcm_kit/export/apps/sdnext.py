@@ -53,7 +53,7 @@ def sdnext(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
 
 def _taken(keys: Mapping[str, str]) -> Taken | None:
     """A norm needs its bias beside it."""
-    one = take(keys, _KINDS, extra=("scale", "dora_scale"))
+    one = take(keys, _KINDS, extra=("scale", "dora_scale", "diff_b"))
     return None if one is not None and one.kind == "norm" and "b_norm" not in keys else one
 
 
