@@ -58,11 +58,14 @@ def pipeline(
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     info = families.inspect_base(base, revision=revision, variant=variant)
     parts: dict[str, Any] = {
-        "scheduler": scheduler("ddim", info.scheduler_config),  # `latents` puts another in its place
+        # as the pipelines want it; `latents` puts another in its place
+        "scheduler": DDIMScheduler.from_config(
+            noise_of(info.scheduler_config), clip_sample=False, steps_offset=1
+        ),
         # in float16 SDXL's overflows
         "vae": families.load_vae(
             info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
@@ -115,6 +118,11 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
     pipe.set_adapters([name], [weight])
 
 
+def noise_of(config: Any) -> dict[str, Any]:
+    """What a scheduler's `config` says of the base, without how it samples."""
+    return {key: config[key] for key in _NOISE if config.get(key) is not None}
+
+
 def scheduler(solver: str, config: Any) -> Any:
     """diffusers' scheduler for `solver`, with the noise and the prediction type of the base's own `config`.
 
@@ -125,7 +133,7 @@ def scheduler(solver: str, config: Any) -> Any:
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
-    noise = {key: config[key] for key in _NOISE if config.get(key) is not None}
+    noise = noise_of(config)
     if solver == "lcm":
         return LCMScheduler.from_config(noise, clip_sample=False)
     if solver == "tcd":

@@ -246,6 +246,37 @@ def test_a_variant_that_only_some_parts_have(base: Path):
     )  # now that file is the one that is read
 
 
+def test_of_the_hub_only_the_files_that_are_needed(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plain weights are asked for where the variant's are not, and nowhere else."""
+    rewrite(base / UNET, lambda tensors: {key: tensor.half() for key, tensor in tensors.items()})
+    (base / UNET).rename(base / UNET.replace(".safetensors", ".fp16.safetensors"))
+    asked: list[list[str]] = []
+
+    def snapshot_download(path: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append([pattern for pattern in allow_patterns if pattern.endswith("model.safetensors")])
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    inspect_base("some/base", variant="fp16")
+    assert asked == [[], ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]]
+    asked.clear()
+    (base / UNET.replace(".safetensors", ".fp16.safetensors")).rename(base / UNET)
+    inspect_base("some/base")
+    assert len(asked) == 1 and UNET in asked[0]
+
+
+def test_a_dry_run_sees_it_too(base: Path, tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from lcm_kit.cli import app
+
+    rewrite(base / TEXT, without(FC1))
+    words = ["finetune", "asset:brand", "--base", str(base), "--dry-run", "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and f"text_encoder lacks {FC1}; download" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 # -- Configurations ------------------------------------------------------------------------------------------
 
 NOISE = ("beta_start", "beta_end", "beta_schedule")

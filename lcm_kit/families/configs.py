@@ -20,7 +20,8 @@ _Width = Annotated[int, Field(ge=1, le=65_536)]  # channels and features: SDXL's
 _Count = Annotated[int, Field(ge=1, le=256)]  # blocks and layers: SDXL's second text encoder has 32
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Widths = Annotated[list[_Width], Field(min_length=1, max_length=16)]
-_Depths = Annotated[list[_Count | list[_Count]], Field(min_length=1, max_length=16)]
+_Depth = Annotated[int, Field(ge=0, le=256)]  # transformer layers of a block: pruned UNets have some without
+_Depths = Annotated[list[_Depth | list[_Depth]], Field(min_length=1, max_length=16)]
 _Names = Annotated[list[str], Field(min_length=1, max_length=16)]
 _Variance = Annotated[float, Field(gt=0, le=1)]
 
@@ -52,7 +53,7 @@ class Unet(_Fields):
     down_block_types: _Names | None = None
     up_block_types: _Names | None = None
     layers_per_block: _Count | Annotated[list[_Count], Field(max_length=16)] = 2
-    transformer_layers_per_block: _Count | _Depths = 1
+    transformer_layers_per_block: _Depth | _Depths = 1
     reverse_transformer_layers_per_block: _Depths | None = None
     cross_attention_dim: _Width | _Widths = 1280
     attention_head_dim: _Width | _Widths = 8
