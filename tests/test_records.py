@@ -68,9 +68,7 @@ def test_bad_captions_come_with_their_reason(tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize(
-    "line", ["{not json", '{"text": "x"}', '"text"', '{"file_name": "/elsewhere/a.png"}']
-)
+@pytest.mark.parametrize("line", ["{not json", '{"text": "x"}', '"text"', '{"file_name": 3}'])
 def test_a_broken_metadata_line_is_named(tmp_path: Path, line: str):
     _save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line)

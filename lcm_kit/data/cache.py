@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,10 +25,12 @@ from lcm_kit import families
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
+from lcm_kit.data.caption_files import Bad
+from lcm_kit.data.image_files import try_to_read
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
-from lcm_kit.data.records import Bad, Record, decode, open_records
+from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry, Shard
-from lcm_kit.data.transforms import framing, to_pixels
+from lcm_kit.data.transforms import framing, to_pixels, upright
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
@@ -113,7 +116,7 @@ def _check(record: Record, known: set[str]) -> tuple[str, str]:
         content = record.read()
         image = sha256_bytes(content)
         if image not in known:
-            decode(content)
+            try_to_read(content)
     except UserError as error:
         return "", str(error)
     except OSError as error:
@@ -215,9 +218,19 @@ def _ahead(
     """Entries and pictures by batches; threads decode the next while the VAE works on this one."""
 
     def picture(entry: Entry) -> Picture:
-        image = records[entry.id].load()
-        framed = framing(image.size, data.resolution, entry.mirrored)
-        return to_pixels(image, data.resolution, entry.mirrored), framed
+        def cut(image: Image.Image) -> Picture:
+            image = upright(image)
+            framed = framing(image.size, data.resolution, entry.mirrored)
+            return to_pixels(image, data.resolution, entry.mirrored), framed
+
+        try:
+            return records[entry.id].use(cut)
+        except (UserError, OSError) as error:  # it could be read when `encode` began
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(
+                f"{entry.id} of {data.path!r} changed while it was being encoded ({reason}); put it back or "
+                "remove it, and run the same command again: finished shards are kept"
+            ) from error
 
     size = data.batch_size
     batches = [shard.entries[first : first + size] for first in range(0, len(shard.entries), size)]

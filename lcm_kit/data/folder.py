@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,10 @@ from lcm_kit.config.schema import Data
 from lcm_kit.data import folder_captions, folder_pictures
 from lcm_kit.data.findings import Finding, Weight, few, number
 from lcm_kit.data.folder_pictures import Look
-from lcm_kit.data.records import Bad, Record, open_records
+from lcm_kit.data.records import Bad, LeftOut, Record, left_out_of, list_source
 from lcm_kit.errors import UserError
 
 _LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
-_UNREAD = (  # kinds of picture that studios have and `records.py` passes over
-    ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".tga", ".exr", ".svg", ".ai", ".eps",
-    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,8 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
         folder = Path(resolve(path)).expanduser()
         return _check(Data(path=path, kind="folder"), resolution, trigger)
     except UserError as error:
-        return FolderCheck(0, (f"{error}.",), tuple(_of("warning", _passed_over(folder))), ())
+        remarks = list(_left_out(left_out_of(folder)))
+        return FolderCheck(0, (f"{error}.",), tuple(_of("warning", remarks)), tuple(_of("note", remarks)))
 
 
 def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
@@ -70,7 +67,8 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
 
 
 def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
-    good, bad = open_records(replace(data, regularisation=None, regularisation_share=None))
+    listing = list_source(data)
+    good, bad = listing.good, listing.bad
     folder = Path(resolve(data.path)).expanduser()
     looks, broken = _look(good + _uncaptioned(folder, bad))
     usable = {record.id for record in good} - {id for id, _ in broken}
@@ -78,7 +76,7 @@ def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
         *_stopping(broken, bad, data.skip_bad and bool(usable)),
         *folder_captions.findings({r.id: r.caption for r in good}, trigger),
         *_amount(looks),
-        *_passed_over(folder),
+        *_left_out(listing.left_out),
         *folder_pictures.findings(looks, resolution),
     ]
     count = len({id for id, _ in broken} | {look.id for look in looks})
@@ -152,16 +150,35 @@ def _amount(looks: Sequence[Look]) -> Iterator[Finding]:
         )
 
 
-def _passed_over(folder: Path) -> Iterator[Finding]:
-    """Pictures in formats that are not read: without a word they would seem to be trained on."""
-    if not folder.is_dir():
-        return
-    found = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in _UNREAD
-    )
-    if found:
+def _left_out(left: LeftOut) -> Iterator[Finding]:
+    """What lies there and is not trained on: without a word it would seem to be."""
+    if found := left.pictures:
         what = number(len(found), "file", after=("is", "are"))
         yield Finding(
             "warning",
             f"{what} of a kind that is not read and will be passed over: {few(found)}; export as PNG.",
         )
+    if found := left.captions:
+        what = number(len(found), "caption file", after=("has", "have"))
+        yield Finding(
+            "warning", f"{what} no picture: {few(found)}; give it the picture's name, or remove it."
+        )
+    if found := left.unlike:
+        what = number(len(found), "image", after=("has", "have"))
+        yield Finding(
+            "warning",
+            f"{what} a second caption that says something else: {few(found)}; the .txt of the same name "
+            "counts, so remove the other one.",
+        )
+    if found := left.written:
+        what = number(len(found), "folder", after=("is", "are"))
+        yield Finding(
+            "note",
+            f"{what} this kit's own, a run or a cache, and left out: {few(found)}; better keep it elsewhere.",
+        )
+    if found := left.linked_twice:
+        what = number(len(found), "link", after=("leads", "lead"))
+        yield Finding("note", f"{what} to a folder that is read already: {few(found)}; read once.")
+    if found := left.others:
+        what = number(len(found), "file", after=("is", "are"))
+        yield Finding("note", f"{what} neither picture nor caption and left out: {few(found)}.")

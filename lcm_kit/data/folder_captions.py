@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.findings import Finding, few, number
-from lcm_kit.data.records import METADATA, SUFFIXES, Bad
+from lcm_kit.data.image_files import SUFFIXES
 
 _SHORT = 3  # words: fewer than these
 _LONG = 60  # words: more than these. CLIP reads 75 tokens, and English takes about 1.25 a word
@@ -39,6 +40,9 @@ _REASONS = (
     ("empty caption", "{} an empty caption", "write down what the picture shows"),
     ("caption is not text", "{} a caption in metadata.jsonl that is not text", "put it in quotes"),
     ("caption file", "{} a caption file that cannot be read", "save it as plain text in UTF-8"),
+    ("caption is too long", "{} a caption that is no caption but a text of its own", "write one sentence"),
+    ("caption holds", "{} a caption with control characters", "take them out"),
+    ("two captions", "{} two captions that differ in the same table", "keep one"),
 )
 
 
@@ -52,9 +56,18 @@ def unusable(bad: Sequence[Bad]) -> Iterator[str]:
             yield f"{what.format(has)}: {few(ids)}; {act}."
         for id in ids:
             del rest[id]
-    if rest:
-        there = number(len(rest), "image", after=("is", "are"))
-        yield f"{there} named in {METADATA} but not there: {few(list(rest))}; mend the names or the lines."
+    named = [id for id, reason in rest.items() if reason.startswith("is named in ")]
+    for table in sorted({_table(rest[id]) for id in named}):
+        ids = [id for id in named if _table(rest[id]) == table]
+        there = number(len(ids), "image", after=("is", "are"))
+        yield f"{there} named in {table} but not there: {few(ids)}; mend the names or the lines."
+    if others := [f"{id} ({reason})" for id, reason in rest.items() if id not in named]:
+        cannot = number(len(others), "file or folder", after=("cannot", "cannot"))
+        yield f"{cannot} be looked at: {few(others)}; put it right, or remove it."
+
+
+def _table(reason: str) -> str:
+    return reason.removeprefix("is named in ").partition(",")[0]
 
 
 def findings(captions: Mapping[str, str], trigger: str | None) -> Iterator[Finding]:

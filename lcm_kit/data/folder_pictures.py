@@ -11,9 +11,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from lcm_kit.data.findings import Finding, Weight, few, groups, number
+from lcm_kit.data.image_files import decode, of_image
 from lcm_kit.data.near_duplicates import Thumbnail, near_duplicates, thumbnail
-from lcm_kit.data.records import Record, decode
+from lcm_kit.data.records import Record
 from lcm_kit.data.transforms import to_rgb
+from lcm_kit.errors import UserError
 from lcm_kit.files import sha256_bytes
 
 _DRAFT = 128  # pixels of the shorter side are enough to look at; JPEG decodes to about that at once
@@ -41,9 +43,8 @@ def look(record: Record) -> Look:
     """Decode a record's image, once. Raises `UserError` with the reason if `encode` could not read it."""
     content = record.read()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            size, traits, small = _seen(image)
-    except Exception:  # of any kind, as in `decode`: that one has the last word, and the words
+        size, traits, small = of_image(content, _seen)
+    except UserError:  # `decode` has the last word, and the words
         small = decode(content)
         size, traits = small.size, frozenset()
     blank = np.asarray(small, dtype=np.float32).std(axis=(0, 1)).max() < _BLANK

@@ -19,6 +19,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
 from lcm_kit.data import cache, records
 from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import progress_bar
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
@@ -26,7 +27,6 @@ from lcm_kit.files import atomic_write
 from lcm_kit.locks import held
 from lcm_kit.share import Share
 
-DRAWN = "drawn.json"  # beside the pictures: what they were drawn from
 BATCH = 8  # pictures drawn at once
 
 

@@ -20,7 +20,7 @@ from lcm_kit.console import (
     Words,
 )
 from lcm_kit.data import shards
-from lcm_kit.data.records import Bad
+from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.shards import Shard
 from lcm_kit.share import Share
 

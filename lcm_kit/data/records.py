@@ -1,4 +1,4 @@
-"""Where images and captions come from: a folder, or a data set of the `datasets` library (local or hub).
+"""Where images and captions come from: a folder or zip file, or a data set of the `datasets` library.
 
 A source gives usable records and, for the rest, what is wrong with each; whether that stops a run is decided
 in `cache.py`. Images are opened later: `Record.load` finds out whether one can be read.
@@ -6,27 +6,28 @@ in `cache.py`. Images are opened later: `Record.load` finds out whether one can 
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lcm_kit import assets
 from lcm_kit.assets import resolve
 from lcm_kit.config.schema import Data
-from lcm_kit.data.transforms import to_rgb
+from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same, tidied
+from lcm_kit.data.folder_files import Files, add_zip, files_of
+from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
 from lcm_kit.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-METADATA = "metadata.jsonl"
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
+_DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
+_ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
+_PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
 
-Bad = tuple[str, str]  # id, reason
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,39 @@ class Record:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
 
+    def use(self, use: Callable[[Image.Image], Found]) -> Found:
+        """`use` of the opened image in whatever mode it has (`of_image`). Raises as `load`."""
+        return of_image(self.read(), use)
 
-def decode(content: bytes) -> Image.Image:
-    """An image file's content as an RGB picture. Raises `UserError` with the reason if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
-    # PIL's plugins raise nearly anything on broken files (struct.error, SyntaxError, IndexError, ...)
-    except Exception as error:
-        known = not isinstance(error, UnidentifiedImageError)  # that one's text is only a memory address
-        reason = (str(error) or type(error).__name__) if known else "not an image, or broken"
-        raise UserError(f"unreadable image: {reason}") from error
+
+@dataclass
+class LeftOut:
+    """What lies in a folder and is not trained on, by path."""
+
+    pictures: list[str] = field(default_factory=list)  # of a kind that is not read
+    captions: list[str] = field(default_factory=list)  # without a picture
+    written: list[str] = field(default_factory=list)  # folders that this kit wrote
+    linked_twice: list[str] = field(default_factory=list)  # links to folders that are read already
+    unlike: list[str] = field(default_factory=list)  # pictures of which a second caption says otherwise
+    others: list[str] = field(default_factory=list)  # all other files
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds, in a fixed order."""
+
+    items: list[Record | Bad]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def good(self) -> list[Record]:
+        """The records with a usable caption."""
+        return [item for item in self.items if isinstance(item, Record)]
+
+    @property
+    def bad(self) -> list[Bad]:
+        """The others, each with the reason."""
+        return [item for item in self.items if not isinstance(item, Record)]
 
 
 def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
@@ -60,22 +83,68 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     The pictures of `data.regularisation` follow, their ids under `regularisation/`. Raises `UserError` if
     there is no such source, or nothing in it.
     """
-    folder = Path(resolve(data.path)).expanduser()
-    if data.kind == "folder" or (data.kind == "auto" and _holds_images(folder)):
-        found = list(_folder(folder, f"data.path {data.path!r}"))
-    else:
-        if data.kind == "auto" and folder.is_dir() and not _holds_dataset(folder):
-            raise UserError(f"data.path {data.path!r} holds no image; put images and their captions there")
-        found = list(_datasets(folder, data))
-    if not found:
-        raise UserError(f"data.path {data.path!r} holds no image; put images and their captions there")
+    found = list_source(data)
+    items = found.items
     if data.regularisation is not None:
         name = f"data.regularisation {data.regularisation!r}"
-        general = list(_folder(Path(resolve(data.regularisation)).expanduser(), name))
+        general = _folder(Path(resolve(data.regularisation)).expanduser(), name).items
         if not general:
             raise UserError(f"{name} holds no image; give another folder")
-        found += [_below("regularisation", item) for item in general]
-    return [r for r in found if isinstance(r, Record)], [b for b in found if not isinstance(b, Record)]
+        items = items + [_below("regularisation", item) for item in general]
+    whole = Listing(items)
+    return whole.good, whole.bad
+
+
+def list_source(data: Data) -> Listing:
+    """What `data.path` holds, without `data.regularisation`. Raises `UserError` as `open_records`."""
+    path, name = Path(resolve(data.path)).expanduser(), f"data.path {data.path!r}"
+    files = None if data.kind == "datasets" else _own_files(path, data)
+    if files is not None:
+        _refuse_without_effect(data)
+        found = _listed(files, data.caption_column)
+    elif data.kind == "folder":
+        raise UserError(f"{name}: there is no such folder; check the path")
+    else:
+        if data.kind == "auto" and path.is_dir() and not _holds_dataset(path):
+            raise UserError(f"{name} holds no image; put images and their captions there")
+        found = Listing(list(_datasets(path, data)))
+    if not found.items:
+        if path.is_dir() and _holds_dataset(path):
+            raise UserError(f"{name} holds no image but a data set; check a config that has it as data.path")
+        raise UserError(f"{name} holds no image; put images and their captions there")
+    return found
+
+
+def _own_files(path: Path, data: Data) -> Files | None:
+    """The files of a folder of pictures or of a zip file; None if `path` is for `datasets`, or nothing."""
+    if path.is_file():
+        if path.suffix.lower() == ".zip":
+            return files_of(path)
+        if data.kind == "folder" and path.suffix.lower() == ".parquet":
+            raise UserError(f"data.path {data.path!r} is a data set; check a config that has it as data.path")
+        if path.suffix.lower() != ".parquet":
+            raise UserError(
+                f"data.path {data.path!r} is a file that is not read; give a folder of images, a .zip file "
+                "of one, or a .parquet file"
+            )
+        return None
+    if not path.is_dir() or (data.kind == "auto" and any((path / name).is_file() for name in _SAVED)):
+        return None
+    files = files_of(path)
+    if not _pictures(files):  # nothing but what was packed: as if it were unpacked
+        for name in [name for name in files.found if name.lower().endswith(".zip")]:
+            del files.found[name]
+            add_zip(files, path / name, f"{name}/")
+    return files if data.kind == "folder" or _pictures(files) else None
+
+
+def _refuse_without_effect(data: Data) -> None:
+    """Keys for data sets that say something of a folder would be passed over in silence."""
+    for key, default in (("split", "train"), ("image_column", "image")):
+        if (value := getattr(data, key)) != default:
+            raise UserError(
+                f"data.{key} {value!r} has no effect on {data.path!r}, which is a folder of images; remove it"
+            )
 
 
 def pictures(folder: Path, name: str) -> list[Record]:
@@ -83,10 +152,11 @@ def pictures(folder: Path, name: str) -> list[Record]:
 
     Raises `UserError` if there is no such folder, or no image in it.
     """
-    paths = sorted(_images(folder)) if folder.is_dir() else []
-    if not paths:
+    files = files_of(folder) if folder.is_dir() else Files(folder)
+    found = _pictures(files)
+    if not found:
         raise UserError(f"{name}: there is no such folder or no image in it; check the path")
-    return [Record(path.relative_to(folder).as_posix(), "", path.read_bytes) for path in paths]
+    return [Record(path, "", files.found[path].read) for path in found]
 
 
 def prompts(text: str) -> list[str]:
@@ -95,12 +165,23 @@ def prompts(text: str) -> list[str]:
     Raises `UserError` if there is none.
     """
     folder = Path(resolve(text)).expanduser()
-    if not folder.is_dir() or (folder / "prompts.txt").is_file():
+    if not folder.is_dir() or (folder / _PROMPTS).is_file():
         return assets.prompts(text)
-    found = [item.caption for item in _folder(folder, text) if isinstance(item, Record)]
+    found = [record.caption for record in _folder(folder, text).good]
     if not found:
         raise UserError(f"prompts {text!r}: no picture there has a caption; write a file, one prompt a line")
     return found
+
+
+def left_out_of(folder: Path) -> LeftOut:
+    """What a folder holds that cannot be trained on, where nothing in it can; empty if it is not there."""
+    if not folder.is_dir():
+        return LeftOut()
+    files = files_of(folder)
+    try:
+        return _listed(files, COLUMN).left_out
+    except UserError:  # of its tables: that was said already
+        return LeftOut(pictures=sorted(n for n in files.found if PurePosixPath(n).suffix.lower() in UNREAD))
 
 
 def _below(prefix: str, item: Record | Bad) -> Record | Bad:
@@ -109,87 +190,87 @@ def _below(prefix: str, item: Record | Bad) -> Record | Bad:
     return f"{prefix}/{item[0]}", item[1]
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
-            yield path
-
-
-def _holds_images(folder: Path) -> bool:
-    saved = any((folder / name).is_file() for name in _SAVED)
-    return folder.is_dir() and not saved and next(_images(folder), None) is not None
-
-
 def _holds_dataset(folder: Path) -> bool:
-    ends = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar", ".zip")
-    return any(path.suffix.lower() in ends for path in folder.rglob("*"))
+    return any(path.suffix.lower() in _DATASET for path in folder.rglob("*"))
 
 
-def _folder(folder: Path, name: str) -> Iterator[Record | Bad]:
-    """Every image below `folder` by path. A `.txt` beside one goes before its line in `metadata.jsonl`."""
-    if not folder.is_dir():
+# --- folders ---
+
+
+def _folder(folder: Path, name: str) -> Listing:
+    """The pictures and captions of a folder, or of a zip file."""
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".zip"):
         raise UserError(f"{name}: there is no such folder; check the path")
-    lines = _metadata(folder)
-    paths = {path.relative_to(folder).as_posix(): path for path in _images(folder)}
-    for id in sorted(paths.keys() | lines.keys()):
-        if id in paths:
-            yield _record(id, paths[id], lines)
-        else:
-            yield id, f"is named in {METADATA}, but there is no such image"
+    return _listed(files_of(folder), COLUMN)
 
 
-def _record(id: str, path: Path, lines: dict[str, Any]) -> Record | Bad:
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        try:
-            caption: Any = beside.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            return id, f"caption file {beside.name} cannot be read ({error})"
-    elif id in lines:
-        caption = lines[id]
-    else:
-        return id, f"no caption: there is neither {beside.name} nor a line for it in {METADATA}"
-    return _checked(id, caption, path.read_bytes)
+def _pictures(files: Files) -> list[str]:
+    """The files that are pictures, sorted: by their ending, or where that says nothing by their content."""
+    return sorted(name for name in files.found if _is_picture(files, name))
 
 
-def _checked(id: str, caption: Any, read: Callable[[], bytes]) -> Record | Bad:
-    """The record with white space in its caption tidied, or why the caption is of no use."""
-    if caption is None:
-        return id, "no caption"
-    if not isinstance(caption, str):
-        return id, f"caption is not text but {type(caption).__name__}"
-    tidy = " ".join(caption.split())
-    return Record(id, tidy, read) if tidy else (id, "empty caption")
+def _is_picture(files: Files, name: str) -> bool:
+    ending = PurePosixPath(name).suffix.lower()
+    if ending in SUFFIXES:
+        return True
+    if ending in (*ENDINGS, *_DATASET) or PurePosixPath(name).name.lower() in TABLES:
+        return False
+    try:
+        return is_picture(files.found[name].read(HEAD))
+    except (OSError, UserError):  # it is named among the files that are left out
+        return False
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
-    """Captions by image path from every metadata.jsonl below `folder`; `file_name` counts from beside it."""
-    found: dict[str, Any] = {}
-    for file in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                path = file.parent / row["file_name"]
-                found[path.relative_to(folder).as_posix()] = row.get("text")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{file}, line {number}: not a JSON object with file_name and text "
-                    f"({type(error).__name__}: {error}); mend the line"
-                ) from error
-    return found
+def _listed(files: Files, column: str) -> Listing:
+    """Every picture with its caption or what is wrong with it, and what is left out."""
+    captions, found = captions_of(files, column), _pictures(files)
+    items: dict[str, Record | Bad] = dict(_named_only(captions, found))
+    items |= {name: (name, reason) for name, reason in files.bad}
+    for name in found:
+        caption, reason = captions.of(name)
+        items[name] = (name, reason) if reason else Record(name, caption, files.found[name].read)
+    return Listing([items[name] for name in sorted(items)], _left_out(files, captions, set(found)))
 
 
-def _open_dataset(folder: Path, data: Data) -> Any:
+def _named_only(captions: Captions, found: list[str]) -> Iterator[tuple[str, Bad]]:
+    there = {same(name) for name in found}
+    for name, lines in captions.lines.items():
+        if name not in there:
+            table = lines[0].where.partition(",")[0]
+            yield name, (name, f"is named in {table}, but there is no such image")
+
+
+def _left_out(files: Files, captions: Captions, found: set[str]) -> LeftOut:
+    def meant(name: str) -> bool:
+        path = PurePosixPath(name.lower())
+        return path.stem not in _ABOUT and path.name not in (*TABLES, _PROMPTS)
+
+    unused = [name for name in captions.files_beside if name not in captions.used and meant(name)]
+    rest = [name for name in files.found.keys() - found - set(captions.files_beside) if meant(name)]
+    unread = [name for name in rest if PurePosixPath(name).suffix.lower() in UNREAD]
+    return LeftOut(
+        pictures=sorted(unread),
+        captions=sorted(unused),
+        written=files.written,
+        linked_twice=files.linked_twice,
+        unlike=captions.unlike,
+        others=sorted(set(rest) - set(unread)),
+    )
+
+
+# --- data sets ---
+
+
+def _open_dataset(path: Path, data: Data) -> Any:
     import datasets
 
     try:
-        if folder.is_dir() and any((folder / name).is_file() for name in _SAVED):
-            found = datasets.load_from_disk(str(folder))
+        if path.is_dir() and any((path / name).is_file() for name in _SAVED):
+            found = datasets.load_from_disk(str(path))
             return found[data.split] if isinstance(found, datasets.DatasetDict) else found
-        return datasets.load_dataset(str(folder) if folder.is_dir() else data.path, split=data.split)
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files=str(path), split=data.split)
+        return datasets.load_dataset(str(path) if path.is_dir() else data.path, split=data.split)
     # a wrong name or split, the network, a broken file: `datasets` raises of all kinds, and none is our bug
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -199,10 +280,10 @@ def _open_dataset(folder: Path, data: Data) -> Any:
         ) from error
 
 
-def _datasets(folder: Path, data: Data) -> Iterator[Record | Bad]:
+def _datasets(path: Path, data: Data) -> Iterator[Record | Bad]:
     import datasets
 
-    rows = _open_dataset(folder, data)
+    rows = _open_dataset(path, data)
     for key, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
         if column not in rows.column_names:
             raise UserError(
@@ -211,12 +292,23 @@ def _datasets(folder: Path, data: Data) -> Iterator[Record | Bad]:
     images = rows.select_columns([data.image_column]).cast_column(
         data.image_column, datasets.Image(decode=False)
     )
-    for row, caption in enumerate(rows[data.caption_column]):
-        yield _checked(f"row {row}", caption, partial(_read_row, images, row, data.image_column))
+    for row, given in enumerate(rows[data.caption_column]):
+        caption, reason = tidied(given)
+        id = f"row {row}"
+        yield (
+            (id, reason)
+            if reason
+            else Record(id, caption, partial(_read_row, images, row, data.image_column))
+        )
 
 
 def _read_row(images: Any, row: int, column: str) -> bytes:
+    import fsspec
+
     cell = images[row][column]
     if cell is None:
         raise UserError("no image in this row")
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    with fsspec.open(cell["path"], "rb") as handle:  # also zip://a.png::/folder/pictures.zip
+        return handle.read()

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from math import ceil, floor
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lcm_kit.families.condition import Framing
 
+_WHOLE = 16_000_000  # pixels: a larger picture is turned into RGB and made narrower in strips of rows
+_RESIZED = 100_000_000  # pixels: where the whole picture would be larger than this, it is cropped first
+_REACH = 3  # pixels of the result that LANCZOS looks to each side
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; itself where that says nothing."""
+    image.load()  # a PNG may say so behind its pixels
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it: EXIF orientation, transparency on white, 16-bit grey scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):  # PIL clips 16-bit grey to white instead of scaling it
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.has_transparency_data:
@@ -42,14 +55,54 @@ def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 
 
 def to_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The shorter side resized to `resolution` (LANCZOS), then the centre cropped to a square."""
+    """The shorter side resized to `resolution` (LANCZOS), then the centre cropped to a square: RGB.
+
+    `image` may have any mode. One so long that it would be enormous when resized is cropped first.
+    """
+    image = upright(image)
     top, left = framing(image.size, resolution).corner
-    image = image.resize(_resized(image.size, resolution), Image.Resampling.LANCZOS)
-    return image.crop((left, top, left + resolution, top + resolution))
+    width, height = _resized(image.size, resolution)
+    if width * height > _RESIZED:
+        return _cropped_first(image, resolution)
+    return resized(image, (width, height)).crop((left, top, left + resolution, top + resolution))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """`to_rgb(image)` resized to `size` by LANCZOS, bit for bit, without the whole of a large one in RGB.
+
+    PIL resizes rows and then columns, with 8 bits between the two: so rows can be made shorter by strips.
+    """
+    image = upright(image)
+    width, height = image.size
+    if width * height <= _WHOLE:
+        return to_rgb(image).resize(size, Image.Resampling.LANCZOS)
+    narrow = Image.new("RGB", (size[0], height))
+    rows = max(1, _WHOLE // 4 // width)
+    for top in range(0, height, rows):
+        strip = to_rgb(image.crop((0, top, width, min(top + rows, height))))
+        narrow.paste(strip.resize((size[0], strip.height), Image.Resampling.LANCZOS), (0, top))
+    return narrow.resize(size, Image.Resampling.LANCZOS)
+
+
+def _cropped_first(image: Image.Image, resolution: int) -> Image.Image:
+    """The square of a picture that is far longer than wide or far wider than long."""
+    scale = min(image.size) / resolution
+    corner = [scale * ((side - resolution) // 2) for side in _resized(image.size, resolution)]
+    margin = _REACH * max(scale, 1) + 1
+    wanted = [min(begin, side - min(image.size)) for begin, side in zip(corner, image.size, strict=True)]
+    begins = [max(0, floor(begin - margin)) for begin in wanted]
+    ends = [
+        min(side, ceil(begin + min(image.size) + margin))
+        for begin, side in zip(wanted, image.size, strict=True)
+    ]
+    part = to_rgb(image.crop((begins[0], begins[1], ends[0], ends[1])))
+    left, top = (begin - first for begin, first in zip(wanted, begins, strict=True))
+    box = (left, top, left + min(image.size), top + min(image.size))
+    return part.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
 def to_pixels(image: Image.Image, resolution: int, mirrored: bool = False) -> Tensor:
-    """An RGB image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1]."""
+    """An image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1]."""
     square = to_square(image, resolution)
     if mirrored:
         square = ImageOps.mirror(square)
