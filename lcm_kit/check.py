@@ -81,7 +81,7 @@ def _trains(config: Training) -> list[Callable[[], str]]:
     source = config.data.source
     prompts = [config.validation.prompts, config.validation.control]
     looks = [lambda: _base(config.base)]
-    looks += [lambda: _data(config.data)] if source != "teacher" else []
+    looks += [lambda: _data(config.data), lambda: _tokens(config)] if source != "teacher" else []
     looks += [lambda: _samples(config.data)] if source != "images" else []
     if isinstance(config, Finetune):
         prompts.append(config.prior.prompts)
@@ -93,7 +93,7 @@ def _trains(config: Training) -> list[Callable[[], str]]:
 
 
 def _base(base: Base) -> str:
-    if not base.path.startswith(("asset:", "/", ".", "~")) and not Path(base.path).exists():
+    if _on_the_hub(base.path):
         return f"base: {base.path} on the hub, not looked at"
     from lcm_kit.families import inspect_base, require_fit
     from lcm_kit.prediction import check as check_prediction
@@ -107,11 +107,7 @@ def _base(base: Base) -> str:
 
 
 def _data(data: Data) -> str:
-    if (
-        not data.path.startswith(("asset:", "/", ".", "~"))
-        and not Path(data.path).exists()
-        and data.kind != "folder"
-    ):
+    if _on_the_hub(data.path) and data.kind != "folder":
         return f"data: {data.path} on the hub, not looked at"
     from lcm_kit.data.folder import check_data
     from lcm_kit.data.records import open_records
@@ -135,6 +131,33 @@ def _data(data: Data) -> str:
         looked.remarks if looked else [f"note: more than {_LOOKED_AT} images are not opened by this check."]
     )
     return "\n".join([there, *(f"  {line}" for line in rest)])
+
+
+def _tokens(config: Training) -> str:
+    """Captions that the base's text encoders would not read to their end, counted by its own tokenizers."""
+    from lcm_kit.data.findings import few, number
+    from lcm_kit.data.records import open_records
+    from lcm_kit.families import inspect_base, too_long
+
+    try:
+        if _on_the_hub(config.base.path) or (_on_the_hub(config.data.path) and config.data.kind != "folder"):
+            return ""
+        base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+        records, _ = open_records(config.data)
+    except UserError:  # it is said of the base, or of the data
+        return ""
+    cut, most = too_long(base, {record.id: record.caption for record in records})
+    if not cut:
+        return ""
+    named = few([f"{id} ({count})" for id, count in cut.items()])
+    has = number(len(cut), "caption", after=("has", "have"))
+    return (
+        f"  warning: {has} more tokens than the {most} that the base reads, and the rest is cut off: {named}."
+    )
+
+
+def _on_the_hub(path: str) -> bool:
+    return not path.startswith(("asset:", "/", ".", "~")) and not Path(path).exists()
 
 
 def _prompts(prompts: str) -> str:

@@ -372,7 +372,8 @@ def test_the_cosines_of_a_window_are_those_of_the_cropped_picture() -> None:
         ("our_logo-final.png on a wall", "1 caption holds a file name, number or address: 00.png"),
         ("picture 4 of a dsc player from 1984", None),
         (" ".join(["word"] * 60), None),
-        (" ".join(["word"] * 61), "1 caption of more than 60 words: 00.png"),
+        (" ".join(["word"] * 61), "1 caption of more than about 75 tokens: 00.png"),
+        (", ".join(["tag"] * 43), "1 caption of more than about 75 tokens: 00.png"),  # 43 words, 42 commas
     ],
 )
 def test_captions(folder: Path, caption: str, expected: str | None) -> None:
@@ -381,7 +382,7 @@ def test_captions(folder: Path, caption: str, expected: str | None) -> None:
         assert check(folder) == FolderCheck(20, (), (), ())
     else:
         weight, sentence = only(check(folder))
-        assert weight == ("note" if "60" in expected else "warning") and sentence.startswith(expected)
+        assert weight == ("note" if "75" in expected else "warning") and sentence.startswith(expected)
 
 
 def test_captions_that_are_all_the_same(folder: Path) -> None:

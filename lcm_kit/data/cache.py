@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import families
+from lcm_kit import console, families
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -34,6 +34,7 @@ from lcm_kit.data.transforms import framing, to_pixels, upright
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
+from lcm_kit.families.tokens import straightened
 from lcm_kit.files import require_writable, sha256_bytes
 from lcm_kit.prediction import check as check_prediction
 from lcm_kit.schedule import Schedule
@@ -57,6 +58,8 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     old = shards.read_manifest(folder)
     with progress_bar(progress and share.first) as bar:
         records, entries, bad = _survey(data, old, bar)
+        if share.first:
+            _say_what_is_cut(base, entries)
         made_by = shards.settings(base, data)
         planned = shards.plan(made_by, entries, data.shard_size)
         missing = shards.missing(folder, planned)
@@ -77,6 +80,17 @@ def usable_base(config: Training) -> BaseInfo:
             "needs"
         )
     return base
+
+
+def _say_what_is_cut(base: BaseInfo, entries: Sequence[Entry]) -> None:
+    cut, most = families.too_long(base, {entry.id: entry.caption for entry in entries})
+    if cut:
+        longest = max(cut, key=lambda id: cut[id])
+        console.say(
+            f"warning: captions with more than the {most} tokens that the base reads, the rest is cut off: "
+            f"{len(cut)}, the longest that of {longest} with {cut[longest]}",
+            err=True,
+        )
 
 
 def _survey(
@@ -102,7 +116,7 @@ def _survey(
         raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{listing(bad)}")
     sides = (False, True) if data.flip else (False,)
     entries = [
-        Entry(record.id, record.caption, image, sha256_bytes(record.caption.encode()), mirrored)
+        Entry(record.id, record.caption, image, sha256_bytes(straightened(record.caption).encode()), mirrored)
         for record, (image, reason) in zip(good, found, strict=True)
         if not reason
         for mirrored in sides

@@ -60,13 +60,14 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
 def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
     """`check_folder` for any `data.path`, also a data set; with `data.skip_bad` bad records are warnings.
 
-    Pictures of `data.regularisation` are not looked at. Raises `UserError` if there is no such source, or
+    Pictures of `data.regularisation` are not looked at, and captions are not measured: the base's tokenizer
+    does that (`families.too_long`). Raises `UserError` if there is no such source, or
     nothing in it.
     """
-    return _check(data, data.resolution, trigger)
+    return _check(data, data.resolution, trigger, estimate=False)
 
 
-def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
+def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = True) -> FolderCheck:
     listing = list_source(data)
     good, bad = listing.good, listing.bad
     folder = Path(resolve(data.path)).expanduser()
@@ -74,7 +75,7 @@ def _check(data: Data, resolution: int, trigger: str | None) -> FolderCheck:
     usable = {record.id for record in good} - {id for id, _ in broken}
     findings = [
         *_stopping(broken, bad, data.skip_bad and bool(usable)),
-        *folder_captions.findings({r.id: r.caption for r in good}, trigger),
+        *folder_captions.findings({r.id: r.caption for r in good}, trigger, estimate=estimate),
         *_amount(looks),
         *_left_out(listing.left_out),
         *folder_pictures.findings(looks, resolution),

@@ -12,7 +12,7 @@ from lcm_kit.data.findings import Finding, few, number
 from lcm_kit.data.image_files import SUFFIXES
 
 _SHORT = 3  # words: fewer than these
-_LONG = 60  # words: more than these. CLIP reads 75 tokens, and English takes about 1.25 a word
+_LONG = 75  # tokens that CLIP reads; English takes about 1.25 a word, and one for a comma or the like
 _ALIKE = 5  # captions: of fewer, nothing is said about what most of them share
 _MOST = 0.6  # of the captions have a phrase that is likely meant for all
 _PHRASE = 4  # words of the longest phrase that is looked for
@@ -21,6 +21,7 @@ _PHRASE = 4  # words of the longest phrase that is looked for
 _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
 )
+_MARK = re.compile(r"[^\w\s]")
 _FILLERS = frozenset(
     ["a", "an", "the", "of", "on", "in", "at", "by", "to", "and", "or", "with", "for", "from", "is", "as"]
 )
@@ -70,8 +71,11 @@ def _table(reason: str) -> str:
     return reason.removeprefix("is named in ").partition(",")[0]
 
 
-def findings(captions: Mapping[str, str], trigger: str | None) -> Iterator[Finding]:
-    """What is worth saying about usable captions, by the id of their image."""
+def findings(captions: Mapping[str, str], trigger: str | None, *, estimate: bool = True) -> Iterator[Finding]:
+    """What is worth saying about usable captions, by the id of their image.
+
+    `estimate`: also which are likely to be cut; where the base is known, its tokenizer counts instead.
+    """
     words = {id: [word.lower() for word in _WORD.findall(caption)] for id, caption in captions.items()}
     yield from _junk(captions)
     if len(captions) > 1 and len(set(captions.values())) == 1:
@@ -83,14 +87,19 @@ def findings(captions: Mapping[str, str], trigger: str | None) -> Iterator[Findi
         )
     else:
         yield from _short(captions, words)
-    long = [id for id, found in words.items() if len(found) > _LONG]
-    if long:
+    long = [id for id, caption in captions.items() if _tokens(caption, len(words[id])) > _LONG]
+    if long and estimate:
         yield Finding(
             "note",
-            f"{number(len(long), 'caption')} of more than {_LONG} words: {few(long)}; the text encoder reads "
-            "75 tokens, about as many words, and what follows is cut off.",
+            f"{number(len(long), 'caption')} of more than about {_LONG} tokens: {few(long)}; a text encoder "
+            "reads no more of them (short words, pieces of long ones, commas), and the rest is cut off.",
         )
     yield from _trigger(words, trigger) if trigger else _most(words)
+
+
+def _tokens(caption: str, words: int) -> float:
+    """About how many tokens the caption takes; `check CONFIG` counts them with the base's own tokenizer."""
+    return 1.25 * words + len(_MARK.findall(caption))
 
 
 def _quoted(text: str) -> str:

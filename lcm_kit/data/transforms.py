@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcm_kit.families.condition import Framing
 
-_WHOLE = 16_000_000  # pixels: a larger picture is turned into RGB and made narrower in strips of rows
+_WHOLE = 64_000_000  # pixels, 256 MB in RGB: a larger picture is made narrower in strips of rows
 _RESIZED = 100_000_000  # pixels: where the whole picture would be larger than this, it is cropped first
 _REACH = 3  # pixels of the result that LANCZOS looks to each side
 
@@ -68,9 +68,10 @@ def to_square(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`to_rgb(image)` resized to `size` by LANCZOS, bit for bit, without the whole of a large one in RGB.
+    """`to_rgb(image)` resized to `size` by LANCZOS, without the whole of a very large one in RGB.
 
-    PIL resizes rows and then columns, with 8 bits between the two: so rows can be made shorter by strips.
+    There rows are made shorter first, by strips, and columns then; PIL rounds to 8 bits between the two, and
+    takes columns first where that is less work, so that single values may differ by the rounding.
     """
     image = upright(image)
     width, height = image.size

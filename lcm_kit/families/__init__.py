@@ -19,17 +19,18 @@ from lcm_kit.families.base import (
     encode_images,
     inspect_base,
     load_part,
-    load_tokenizer,
     load_unet,
     load_vae,
     lora_targets,
     require_fit,
     weight_files,
 )  # fmt: skip
+from lcm_kit.families.tokens import load_tokenizer, too_long
 
 __all__ = [
     "BaseInfo", "Parts", "decode_latents", "encode_images", "inspect_base", "load", "load_part",
-    "load_tokenizer", "load_unet", "load_vae", "lora_targets", "of", "require_fit", "weight_files",
+    "load_tokenizer", "load_unet", "load_vae", "lora_targets", "of", "require_fit", "too_long",
+    "weight_files",
 ]  # fmt: skip
 
 _MODULES: dict[str, Any] = {"sd": sd, "sdxl": sdxl}

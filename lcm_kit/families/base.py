@@ -234,19 +234,6 @@ def load_vae(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
     return load_part(base, "vae", dtype)
 
 
-def load_tokenizer(base: BaseInfo, part: str) -> Any:
-    """The CLIP tokenizer in folder `part` of a base."""
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
-    except Exception as error:  # tokenizers raises Exception itself
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
-        ) from error
-
-
 def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """By channel [1, C, 1, 1] as `like`: shift_factor + latents_mean, scaling_factor / latents_std.
 

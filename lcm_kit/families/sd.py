@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.families.base import BaseInfo, load_part, load_tokenizer, text_layers
+from lcm_kit.families.base import BaseInfo, load_part, text_layers
 from lcm_kit.families.condition import Condition
+from lcm_kit.families.tokens import load_tokenizer
 
 
 class Text(NamedTuple):

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.families.base import BaseInfo, load_part, load_tokenizer, text_layers
+from lcm_kit.families.base import BaseInfo, load_part, text_layers
 from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.families.sd import tokenize
+from lcm_kit.families.tokens import load_tokenizer
 
 
 class Text(NamedTuple):
