@@ -66,8 +66,8 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
     cut, most = too_long(base, {"a": "short", "b": "tag, " * 43 + "end"})
     wanted = len(tokenizer("tag, " * 43 + "end", truncation=False).input_ids) - 2
     assert cut == {"b": wanted} and wanted > most
-    words = f"1 caption has more than the {most} tokens that the base reads; "
-    words += f"the rest is cut off: 1.png ({wanted})"
+    words = f"1 caption has more tokens than the {most} that the base reads, and the rest is cut off: 1.png"
+    words += f" ({wanted})"
     assert any(words in line for line in check(config))
     cache.encode(config, progress=False)
     assert f"the longest that of 1.png with {wanted}" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import untrusted
-from lcm_kit.families.source import STEMS, read_json
+from lcm_kit.families.weights import Place, index_file, weight_files
 
 
 class Home(NamedTuple):
@@ -62,8 +62,14 @@ class BaseWeights:
             ) from error
 
     def files(self, part: str) -> list[Path]:
-        """The files of a part's weights, relative to the base (`weight_files`)."""
-        return weight_files(self._base, part, self._variant)
+        """The files of a part's weights, relative to the base, and the index that names them if there is one.
+
+        Raises `UserError` as `families.weights.weight_files`.
+        """
+        place = Place(str(self._base), self._base, self._variant)
+        index = index_file(place, part)
+        found = [*([] if index is None else [index]), *weight_files(place, part)]
+        return [file.relative_to(self._base) for file in found]
 
     def _part(self, part: str) -> dict[str, Home]:
         if part not in self._homes:
@@ -93,28 +99,3 @@ def check_weight(name: str, shape: Sequence[int], home: Home) -> None:
 def plain_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Without the kernel of a 1x1 convolution, which is a linear layer written differently."""
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
-
-
-def weight_files(base: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a part, relative to `base`: one, or an index and its shards.
-
-    The names are diffusers' and transformers' (`_add_variant` of either): the variant stands before the last
-    ending, also in the index's name; what shards are called, the index says.
-    """
-    mark = f".{variant}" if variant else ""
-    single = Path(part, f"{STEMS[part]}{mark}.safetensors")
-    index = Path(part, f"{STEMS[part]}.safetensors.index{mark}.json")
-    if (base / single).is_file():
-        return [single]
-    if not (base / index).is_file():
-        raise UserError(
-            f"base {str(base)!r} has no {single}; check the variant, or save the base as safetensors"
-        )
-    shards = read_json(base / index, str(base)).get("weight_map")
-    names = sorted(set(map(str, shards.values()))) if isinstance(shards, Mapping) else []
-    # A name that leads out of the folder would be read, and written, elsewhere
-    if not names or any(Path(name).name != name or not (base / part / name).is_file() for name in names):
-        raise UserError(
-            f"base {str(base)!r}: {index} names files that are not beside it; save the base again"
-        )
-    return [index, *(Path(part, name) for name in names)]

@@ -59,16 +59,28 @@ def part_variant(place: Place, part: str) -> str | None:
     return None if any(_files(place, other, place.variant) is not None for other in others) else place.variant
 
 
+def index_file(place: Place, part: str) -> Path | None:
+    """The file that names the pieces of a part's weights; None where they are one file."""
+    return _one_or_index(place, part, part_variant(place, part))[1]
+
+
 def _files(place: Place, part: str, variant: str | None) -> list[Path] | None:
     """One file or the pieces that an index names, whichever the part's library looks for first."""
+    single, index = _one_or_index(place, part, variant)
+    if single is not None:
+        return [single]
+    return None if index is None else _pieces(place, index)
+
+
+def _one_or_index(place: Place, part: str, variant: str | None) -> tuple[Path | None, Path | None]:
     folder, stem, mark = place.folder / part, STEMS[part], f".{variant}" if variant else ""
     single = folder / f"{stem}{mark}.safetensors"
     # the second name is that of older diffusers
     names = (f"{stem}.safetensors.index{mark}.json", f"{stem}.safetensors{mark}.index.json")
     index = next((folder / name for name in names if (folder / name).is_file()), None)
     if single.is_file() and (index is None or stem == "model"):
-        return [single]
-    return None if index is None else _pieces(place, index)
+        return single, None
+    return None, index
 
 
 def _pieces(place: Place, index: Path) -> list[Path]:

@@ -90,8 +90,8 @@ def summary(story: Story) -> None:
     lines = [
         "",
         "Your look in few steps (LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work):",
-        f"  ComfyUI, A1111, Forge, InvokeAI   {run / 'export' / f'{name}.safetensors'}",
-        f"  diffusers                         {run / 'export' / 'pytorch_lora_weights.safetensors'}",
+        f"  ComfyUI, A1111, Forge, InvokeAI, SD.Next   {run / 'export' / f'{name}.safetensors'}",
+        f"  diffusers                                  {run / 'export' / 'pytorch_lora_weights.safetensors'}",
         "Your look alone, with the base's usual sampler, steps and CFG:",
         f"  {Path(story.style.output) / 'export' / 'style.safetensors'}",
         f"What to set in each app: {run / 'export' / 'README.md'}",
