@@ -296,3 +296,56 @@ def test_a_foreign_manifest_is_left_alone(config):
     with pytest.raises(UserError, match="not a manifest of this kit"):
         encode(config(), progress=False)
     assert (folder / "manifest.json").read_text() == '{"name": "a web app"}'
+
+
+# -- Damage --------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, place: int) -> None:
+    """One bit of one byte, as a failing disk or memory leaves it."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_and_that_file_alone_is_made_anew(config):
+    config = config()
+    encode(config)
+    data, folder, base = config.data, Path(config.data.cache), inspect_base(config.base.path)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    whole = {name: (folder / name).read_bytes() for name in files}
+    assert len(files) >= 3 and "empty.safetensors" in files
+    for name in files:
+        for place in (-1, -1000, len(whole[name]) - 5):
+            flip(folder / name, place)
+            module._open.cache_clear()  # another process: what is open already is not looked at again
+            cache = Cache.open(folder, base=base, data=data)
+            with pytest.raises(UserError, match=rf"damaged at {name}; run `lcm-kit encode`"):
+                cache.latents(range(len(cache)))
+                cache.empty()
+            before = {other: (folder / other).stat().st_mtime_ns for other in files if other != name}
+            encode(config)
+            assert {n: (folder / n).read_bytes() for n in files} == whole
+            assert {other: (folder / other).stat().st_mtime_ns for other in before} == before
+
+
+@pytest.mark.parametrize("field", ["records", "shards", "settings", "skipped"])
+def test_a_manifest_that_lost_something_is_noticed_and_written_anew(config, field):
+    config = config()
+    encode(config)
+    file, base = Path(config.data.cache) / "manifest.json", inspect_base(config.base.path)
+    whole = file.read_text()
+    held = json.loads(whole)
+    if isinstance(held[field], list) and held[field]:
+        held[field].pop()
+    elif isinstance(held[field], list):
+        held[field].append({"id": "x", "reason": "y"})
+    else:
+        held[field]["family"] = "other"
+    file.write_text(json.dumps(held))
+    with pytest.raises(UserError, match=r"manifest.json is not .*encode|made for another config|no manifest"):
+        Cache.open(Path(config.data.cache), base=base, data=config.data)
+    if held["records"] and held["shards"]:
+        assert encode(config).encoded == 0
+        assert json.loads(file.read_text())["records"] == json.loads(whole)["records"]
+        Cache.open(Path(config.data.cache), base=base, data=config.data)

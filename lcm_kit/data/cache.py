@@ -55,7 +55,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     """
     started, data, folder = time.monotonic(), config.data, Path(config.data.cache)
     base = usable_base(config)
-    old = shards.read_manifest(folder)
+    old = shards.read_manifest(folder, repair=True)
     with progress_bar(progress and share.first) as bar:
         records, entries, bad = _survey(data, old, bar)
         if share.first:
@@ -149,7 +149,7 @@ def _encode(
     """Encode and write this process's missing shards, each when it is done, and the empty condition."""
     empty, content = Path(data.cache) / shards.EMPTY, shards.content_hash(shards.settings(base, data))
     mine = share.of(missing)
-    done = not share.first or (not missing and shards.content_of(empty) == content)
+    done = not share.first or (not missing and shards.intact(empty, content))
     if not mine and done:
         return
     require_writable(Path(data.cache))  # before the base is loaded for nothing
@@ -264,6 +264,7 @@ class Cache:
     captions: list[str]
     images: list[str]  # hash of each row's image file: the same for a picture and its mirror image
     _shards: list[dict[str, Any]] = field(repr=False)
+    _empty_content: str = field(repr=False)  # content hash of the empty condition's file
 
     @staticmethod
     def open(
@@ -271,8 +272,8 @@ class Cache:
     ) -> Cache:
         """The cache in `folder`, if it was made for this base and these settings, of images unless given.
 
-        Raises `UserError` if it is missing, unfinished, or was made for another VAE, text encoder, resolution
-        or source.
+        Raises `UserError` if it is missing, unfinished, damaged, or was made for another VAE, text encoder,
+        resolution or source; what is in a shard is looked at when it is first read (`shards.intact`).
         """
         folder = Path(folder)
         found = shards.read_manifest(folder)
@@ -280,21 +281,20 @@ class Cache:
             raise UserError(
                 f"there is no finished cache in {str(folder)!r}; run `lcm-kit encode` with this config first"
             )
-        changed = shards.differences(found["settings"], settings or shards.settings(base, data))
+        wanted = settings or shards.settings(base, data)
+        changed = shards.differences(found["settings"], wanted)
         if changed:
             raise UserError(
                 f"cache {str(folder)!r} was made for another config ({'; '.join(changed)}); run "
                 "`lcm-kit encode` with this config first"
             )
-        for shard in found["shards"]:
+        for shard in found["shards"]:  # by their headers; their tensors are looked at when they are opened
             if shards.content_of(folder / shard["file"]) != shard["content"]:
-                raise UserError(
-                    f"cache {str(folder)!r} is unfinished or damaged at {shard['file']}; run `lcm-kit encode`"
-                )
+                shards.require_intact(folder / shard["file"], shard["content"])
         rows = found["records"]
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
         captions, images = ([row[key] for row in rows] for key in ("caption", "image"))
-        return Cache(folder, ids, captions, images, found["shards"])
+        return Cache(folder, ids, captions, images, found["shards"], shards.content_hash(wanted))
 
     @property
     def fingerprint(self) -> str:
@@ -317,6 +317,7 @@ class Cache:
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times, float32; without sizes (`Condition.sized_as`)."""
+        shards.require_intact(self.folder / shards.EMPTY, self._empty_content)
         return Condition(**load_file(self.folder / shards.EMPTY)).expand(n)
 
     def _rows(self, name: str, index: int | Sequence[int]) -> Tensor:
@@ -331,5 +332,9 @@ class Cache:
 
 @lru_cache(maxsize=256)
 def _open(path: Path, content: str) -> Any:
-    """An open shard. `content` is in the key so that a shard that was written anew is opened anew."""
+    """An open shard. `content` is in the key so that a shard that was written anew is opened anew.
+
+    Raises `UserError` if its tensors are not those that were written.
+    """
+    shards.require_intact(path, content)
     return safe_open(path, framework="pt")

@@ -67,7 +67,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     """
     started, data, folder = time.monotonic(), config.data, folder_of(config.data)
     base = usable_base(config)
-    old, made_by = shards.read_manifest(folder), settings(config, base)
+    old, made_by = shards.read_manifest(folder, repair=True), settings(config, base)
     planned = shards.plan(made_by, _entries(data), data.shard_size)
     missing = shards.missing(folder, planned)
     share.wait()  # every process has seen which shards are missing
@@ -103,7 +103,7 @@ def _draw_missing(
 ) -> None:
     """Draw and write this process's missing shards, each when it is done, and the empty condition."""
     folder, content = folder_of(config.data), shards.content_hash(made_by)
-    empty_done = not share.first or shards.content_of(folder / shards.EMPTY) == content
+    empty_done = not share.first or shards.intact(folder / shards.EMPTY, content)
     if not mine and empty_done:
         return
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
