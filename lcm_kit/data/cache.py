@@ -149,13 +149,13 @@ def _encode(
     """Encode and write this process's missing shards, each when it is done, and the empty condition."""
     empty, content = Path(data.cache) / shards.EMPTY, shards.content_hash(shards.settings(base, data))
     mine = share.of(missing)
-    done = not share.first or (not missing and shards.intact(empty, content))
+    done = not share.first or shards.intact(empty, content)
     if not mine and done:
         return
     require_writable(Path(data.cache))  # before the base is loaded for nothing
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.load(base, device)
-    if share.first:
+    if not done:
         shards.write_tensors(empty, tensors_of(encoder.empty()), content)
     task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in mine))
     for shard in mine:
