@@ -396,7 +396,7 @@ def test_an_odd_batch_is_halved_too(distill_keys: Keys, tmp_path: Path, limited:
 
 def test_one_sample_too_many_says_what_helps(distill_keys: Keys, tmp_path: Path, limited: Any) -> None:
     limited(0, "student")
-    words = "out of memory at step 1 with one sample a forward; run the same command .* gradient_checkpointing"
+    words = "out of memory at step 1 with one sample a forward; run the same command .* gradient_check"
     with pytest.raises(UserError, match=words):
         distill.main(configure(distill_keys, tmp_path, **EXACT))
 
