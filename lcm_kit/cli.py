@@ -289,7 +289,8 @@ def _is_folder(text: str) -> bool:
     try:
         shipped.config_path(text)
     except UserError:
-        return text.startswith("asset:") or Path(text).expanduser().is_dir()
+        path = Path(text).expanduser()
+        return text.startswith("asset:") or path.is_dir() or path.suffix.lower() in (".zip", ".parquet")
     return False
 
 

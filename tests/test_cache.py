@@ -298,6 +298,27 @@ def test_a_foreign_manifest_is_left_alone(config):
     assert (folder / "manifest.json").read_text() == '{"name": "a web app"}'
 
 
+@pytest.mark.parametrize("what", ["deleted", "broken", "replaced"])
+def test_a_picture_that_changes_while_it_is_encoded_is_named(config, monkeypatch, what):
+    config = config()
+    last = Path(config.data.path) / "6.png"
+    real = module.Encoder.load
+
+    def load(*arguments, **more):  # after all were looked at, before the first is encoded
+        if what == "deleted":
+            last.unlink()
+        else:
+            last.write_bytes(b"x" if what == "broken" else (last.parent / "1.png").read_bytes())
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(module.Encoder, "load", load)
+    with pytest.raises(
+        UserError, match=r"6.png of .* changed while it was being encoded \(.+\); put it back"
+    ):
+        encode(config)
+    assert (Path(config.data.cache) / "shard-00000.safetensors").is_file()  # what was encoded stays
+
+
 # -- Damage --------------------------------------------------------------------------------------------------
 
 

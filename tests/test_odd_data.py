@@ -231,6 +231,10 @@ def test_data_sets_read_pictures_in_a_zip(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"image": addresses, "text": ["one", "two"]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
     assert [records._read_row(rows, k, "image") for k in range(2)] == [encoded(picture(k)) for k in range(2)]
+    far = datasets.Dataset.from_dict({"image": ["http://localhost:9/p.png"]})
+    far = far.cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(UserError, match="an address in place of an image, 'http://localhost:9/p.png'"):
+        records._read_row(far, 0, "image")
 
 
 def test_a_parquet_file_alone(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.caption_files import Bad
-from lcm_kit.data.image_files import try_to_read
+from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry, Shard
@@ -58,11 +58,11 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     old = shards.read_manifest(folder, repair=True)
     with progress_bar(progress and share.first) as bar:
         records, entries, bad = _survey(data, old, bar)
-        if share.first:
-            _say_what_is_cut(base, entries)
         made_by = shards.settings(base, data)
         planned = shards.plan(made_by, entries, data.shard_size)
         missing = shards.missing(folder, planned)
+        if share.first:
+            _say_what_is_cut(base, [entry for shard in missing for entry in shard.entries])
         share.wait()  # every process has seen which shards are missing
         _encode(base, data, missing, share, records, bar)
     share.wait()
@@ -238,7 +238,10 @@ def _ahead(
             return to_pixels(image, data.resolution, entry.mirrored), framed
 
         try:
-            return records[entry.id].use(cut)
+            content = records[entry.id].read()
+            if sha256_bytes(content) != entry.image:
+                raise UserError("it is another file now")
+            return of_image(content, cut)
         except (UserError, OSError) as error:  # it could be read when `encode` began
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise UserError(

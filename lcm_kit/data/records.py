@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -19,15 +19,15 @@ from lcm_kit.assets import resolve
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same, tidied
 from lcm_kit.data.folder_files import Files, add_zip, files_of
-from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
+from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture
 from lcm_kit.errors import UserError
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
 _ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
+# Addresses of what is here or in the hub's cache; a stranger's table must not make the kit call on a server
+_INSIDE = ("zip://", "tar://", "gzip://", "file://", "hf://")
 _PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ class Record:
     def load(self) -> Image.Image:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
-
-    def use(self, use: Callable[[Image.Image], Found]) -> Found:
-        """`use` of the opened image in whatever mode it has (`of_image`). Raises as `load`."""
-        return of_image(self.read(), use)
 
 
 @dataclass
@@ -310,5 +306,8 @@ def _read_row(images: Any, row: int, column: str) -> bytes:
         raise UserError("no image in this row")
     if cell["bytes"] is not None:
         return cell["bytes"]
-    with fsspec.open(cell["path"], "rb") as handle:  # also zip://a.png::/folder/pictures.zip
+    place = str(cell["path"])
+    if "://" in place and not place.startswith(_INSIDE):
+        raise UserError(f"an address in place of an image, {place!r}; download the images first")
+    with fsspec.open(place, "rb") as handle:  # also zip://a.png::/folder/pictures.zip
         return handle.read()

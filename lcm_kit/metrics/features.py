@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lcm_kit.errors import UserError
+from lcm_kit.families.tokens import straightened
 from lcm_kit.metrics.preprocessing import preparation
 
 PROBE = "asset:probe"
@@ -99,8 +100,12 @@ def _transformers(name: str, place: str, device: str, revision: str | None) -> E
     def texts(prompts: Sequence[str]) -> Tensor:
         length = model.config.text_config.max_position_embeddings
         tokens = tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+            list(map(straightened, prompts)),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
         # SigLIP was trained on filled-up texts without a mask, CLIP looks no further than the text's end
         names = ("input_ids", "attention_mask") if kind == "clip" else ("input_ids",)
         return (
