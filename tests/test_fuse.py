@@ -194,13 +194,15 @@ def test_what_does_not_fit_the_base_is_refused(base: Path, tmp_path: Path) -> No
     outside = "does not say which files hold the weights"
     named = {
         "../../secret.safetensors": outside, "../text_encoder/model.safetensors": outside,
-        "gone.safetensors": "names gone.safetensors, which is not there", "..": r"names \.\., which is not there",
+        "gone.safetensors": "names gone.safetensors, which is not there",
+        "..": r"names \.\., which is not there",
     }  # fmt: skip
     for value, words in named.items():
         index.write_text(json.dumps({"weight_map": {f"{ATTENTION}.weight": value}}))
         refused(base, lora, words, output)
     index.write_text("{}")
     refused(base, lora, outside, output)
+    index.unlink()  # diffusers, too, takes an index first
     (base / UNET).write_bytes(b"x" * 100)
     refused(base, lora, "is not a safetensors file", output)
 
