@@ -76,7 +76,12 @@ def test_convert_mends_for_every_app_without_a_base_at_hand(tmp_path: Path, gene
 
 @pytest.mark.parametrize(
     "breaker",
-    [broken.kohya_two_spellings, broken.kohya_with_peft_header, broken.sgm_with_dots, broken.mixed_styles],
+    [
+        broken.kohya_two_spellings,
+        broken.mixed_styles,
+        pytest.param(broken.kohya_with_peft_header, marks=pytest.mark.slow),
+        pytest.param(broken.sgm_with_dots, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value.__name__,
 )
 def test_convert_gives_the_original_output_back(

@@ -411,7 +411,8 @@ def test_disk_of_the_embedded_base(tiny: Planner) -> None:
     assert disk.disk(config("distill/sd15_lcm"), tiny).cache is None
 
 
-@pytest.mark.parametrize("in_student", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_student", [False, True])
 def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) -> None:
     """A style on every other layer: real tensors hold as much, and only the student that wears it does."""
     modules = [name.removeprefix("unet.") for name in lcm_modules(of_base("asset:tiny-sd"))[::2]]

@@ -23,7 +23,7 @@ KINDS = [
     ("real_sd_base", 278, "epsilon", "sd"),
     ("sd2_v_base", 278, "v_prediction", "sd"),
     ("sdxl_base", 788, "epsilon", "sdxl"),
-    ("ssd1b_base", None, "epsilon", "sdxl"),
+    pytest.param("ssd1b_base", None, "epsilon", "sdxl", marks=pytest.mark.slow),
 ]
 
 

@@ -139,6 +139,7 @@ def test_a_second_signal_stops_at_once(distill_keys: Keys, tmp_path: Path) -> No
         pytest.fail("the second one was only noted")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_and_continues(distill_keys: Keys, straight: Path, tmp_path: Path) -> None:
     config = configure(distill_keys, tmp_path / "run", **SETTINGS)
     (tmp_path / "config.yaml").write_text(dump(config))

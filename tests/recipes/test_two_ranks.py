@@ -102,6 +102,7 @@ def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     assert resumed["batch"] == 4  # what one step sees is that of the start
 
 
+@pytest.mark.slow
 def test_sharded_processes_ask_both_teachers_though_one_has_rows_of_one(
     mixed: tuple[dict[str, Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
