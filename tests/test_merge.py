@@ -227,6 +227,10 @@ def test_known_singular_values_give_the_error() -> None:
     lora = one(torch.diag(torch.tensor([4.0, 3.0, 12.0])), torch.eye(3), alpha=6.0)  # 8, 6, 24
     assert truncate(lora, 2)[1] == pytest.approx({"unet.down_blocks.0": 6 / 26, "all": 6 / 26})
     assert truncate(lora, 1)[1]["all"] == pytest.approx(10 / 26)
+    # And what is kept is the larger ones, at their own values
+    for rank, wanted in ((1, [0.0, 0.0, 24.0]), (2, [8.0, 0.0, 24.0])):
+        kept = dense(truncate(lora, rank)[0])[ATTENTION]
+        torch.testing.assert_close(kept, torch.diag(torch.tensor(wanted)).to(kept), rtol=1e-5, atol=1e-5)
 
 
 def test_a_zero_update_has_no_error_and_rank_0_is_refused() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lcm_kit import adapter
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
-from lcm_kit.export import names, structure
-from tests.loras import lcm_modules
+from lcm_kit.export import kohya_format, names, reading, structure
+from lcm_kit.export.spelling import Speller
+from tests.loras import lcm_modules, random_lora
 
 GENERATIONS = ("sd1", "sd2", "sdxl")
 
@@ -99,3 +102,29 @@ def test_a_module_without_a_name_or_with_anothers_is_refused() -> None:
         names.kohya_names(["unet.somewhere.else"], "sdxl")
     with pytest.raises(UserError, match=r"unet\.a\.b and unet\.a_b would share a name"):
         names.kohya_names(["unet.a.b", "unet.a_b"], "sd")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["lora_te{}_text_model_encoder_layers_{}_mlp_fc1", "text_encoder{}.text_model.encoder.layers.{}.mlp.fc1"],
+)
+def test_each_text_encoder_of_sdxl_is_found_by_its_own_prefix(prefix: str) -> None:
+    """The second has 32 layers, the first 12: a mix-up would find no module, or the other encoder's."""
+    find = Speller(structure.known("sdxl")).find
+    first, second = ("1", "2") if prefix.startswith("lora_te") else ("", "_2")
+    for number, part, layer in ((first, "", 0), (second, "_2", 0), (second, "_2", 31)):
+        place = find(prefix.format(number, layer))
+        assert place is not None
+        assert place.name == f"text_encoder{part}.text_model.encoder.layers.{layer}.mlp.fc1"
+    assert find(prefix.format(first, 31)) is None
+
+
+def test_a_file_with_fewer_modules_than_its_header_counts_is_not_whole(tmp_path: Path) -> None:
+    place = structure.of_base("asset:tiny-sd")
+    lora = random_lora(place, lcm_modules(place)[:6])
+    tensors = kohya_format.tensors(lora, place)
+    for counted, problems in (("5", 0), ("6", 0), ("7", 1)):
+        save_file(tensors, tmp_path / "lora.safetensors", {"lcm_kit.modules": counted})
+        found = reading.read(tmp_path / "lora.safetensors", place).problems
+        assert len(found) == problems
+    assert "it holds 6 of the 7 modules that its header counts" in found[0]

@@ -208,19 +208,6 @@ def test_what_cannot_be_mended_is_said(
     assert len(read.lora.layers) == layers
 
 
-@pytest.mark.parametrize(("counted", "problems"), [(5, 0), (6, 0), (7, 1)])
-def test_a_file_that_lost_modules_is_found_by_its_own_count(
-    base: structure.Structure, tmp_path: Path, counted: int, problems: int
-) -> None:
-    tensors = damaged(base, tmp_path, lambda tensors: None).tensors
-    file = tmp_path / "counted.safetensors"
-    save_file(dict(tensors), file, metadata={"lcm_kit.modules": str(counted)})
-    found = reading.read(file, base)
-    assert len(found.lora.layers) == 6 and len(found.problems) == problems
-    words = f"it holds 6 of the {counted} modules that its header counts"
-    assert all(problem == words for problem in found.problems)
-
-
 def test_files_that_are_no_lora(tmp_path: Path) -> None:
     save_file({"model.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"holds no LoRA \(its first key is 'model.weight'\)"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import TCDScheduler
 from PIL import Image
 
 from lcm_kit import families, sample
@@ -159,6 +160,30 @@ def test_guidance_changes_the_picture_and_one_is_none(pipe: Any) -> None:
         sample.latents(pipe, PROMPTS[:1], solver="ddim", steps=2, guidance_scale=g) for g in (1.0, 5.0)
     )
     assert (plain - guided).abs().max() > 1e-3
+
+
+def test_tcd_renews_as_much_noise_as_its_authors_do(pipe: Any) -> None:
+    """arXiv:2402.19159's gamma, 0.3, is diffusers' `eta`; the rest is a plain call from the same noise."""
+    found = sample.latents(pipe, PROMPTS[:2], solver="tcd", steps=2, seed=5)
+    streams = sample.generators(5, 0, 2)
+    noise = torch.stack([torch.randn(4, 16, 16, generator=stream) for stream in streams])
+    own = pipe.scheduler
+    pipe.scheduler = TCDScheduler.from_config(own.config, clip_sample=False)
+    plain = pipe(
+        PROMPTS[:2], num_inference_steps=2, guidance_scale=1.0, generator=streams, latents=noise, eta=0.3,
+        output_type="latent",
+    )  # fmt: skip
+    pipe.scheduler = own
+    torch.testing.assert_close(found, plain.images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_an_adapter_acts_at_its_weight(weight: float) -> None:
+    """peft's scaling of a layer is alpha / rank at weight 1; the embedded LoRA has 16 / 16."""
+    pipe = sample.pipeline("asset:tiny-sd")
+    sample.load_adapter(pipe, "asset:tiny-lcm-lora", weight)
+    layers = [module for module in pipe.unet.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 129 and {layer.scaling["lcm"] for layer in layers} == {weight}
 
 
 def test_size(pipe: Any) -> None:
