@@ -53,7 +53,7 @@ def test_what_each_app_makes_of_the_public_trainers_sdxl_file(
     assert not told["forge"][2] and not told["comfyui"][2]
 
 
-@pytest.mark.parametrize("generation", ["sd1", "sdxl"])
+@pytest.mark.parametrize("generation", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_convert_mends_for_every_app_without_a_base_at_hand(tmp_path: Path, generation: Any) -> None:
     """The published structures, no weights: the base is told from the file, diffusers' own loader runs."""
     real = structure.known(generation)
@@ -78,7 +78,7 @@ def test_convert_mends_for_every_app_without_a_base_at_hand(tmp_path: Path, gene
     "breaker",
     [
         broken.kohya_two_spellings,
-        broken.mixed_styles,
+        pytest.param(broken.mixed_styles, marks=pytest.mark.slow),
         pytest.param(broken.kohya_with_peft_header, marks=pytest.mark.slow),
         pytest.param(broken.sgm_with_dots, marks=pytest.mark.slow),
     ],

@@ -182,9 +182,16 @@ def real_files(base: Path, folder: Path, lora: Lora, style: str) -> Any:
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
-@pytest.mark.parametrize("fixture", ["real_sd_base", "sdxl_base"])
 @pytest.mark.parametrize(
-    ("ranks", "alphas"), [((4,), (10.0,)), ((*[4] * 15, 2), (8.0,)), ((*[4] * 15, 2), (*[8.0] * 8, 1.5))]
+    ("fixture", "ranks", "alphas"),
+    [
+        ("real_sd_base", (4,), (10.0,)),
+        ("real_sd_base", (*[4] * 15, 2), (8.0,)),
+        ("real_sd_base", (*[4] * 15, 2), (*[8.0] * 8, 1.5)),
+        pytest.param("sdxl_base", (4,), (10.0,), marks=pytest.mark.slow),
+        pytest.param("sdxl_base", (*[4] * 15, 2), (8.0,), marks=pytest.mark.slow),
+        ("sdxl_base", (*[4] * 15, 2), (*[8.0] * 8, 1.5)),
+    ],
 )
 def test_both_files_give_the_exact_output_on_the_real_blocks(
     request: pytest.FixtureRequest,

@@ -277,6 +277,7 @@ print("done without")
 """
 
 
+@pytest.mark.slow  # a process that imports torch anew
 @pytest.mark.usefixtures("_bnb")
 def test_who_does_not_ask_for_bitsandbytes_does_not_load_it_and_trains_without_it() -> None:
     """It is installed here: `lcm_kit.memory` leaves it alone, and a LoRA trains where it is hidden."""

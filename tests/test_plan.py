@@ -587,6 +587,7 @@ def test_forwards_with_and_without_the_lora(tiny: Planner) -> None:
         )
 
 
+@pytest.mark.slow  # rehearses a whole pipeline
 def test_encoding_draws_with_the_whole_pipeline(tiny: Planner) -> None:
     """The teacher's samples: never decoded, captions encoded beside it; the prior's: decoded by eights."""
     numbers, text = tiny.stage.weights, tiny.stage.subject.text

@@ -42,6 +42,7 @@ def features_of(asset: str) -> torch.Tensor:
     return extractor("asset:probe", "cpu").images(pixels)
 
 
+@pytest.mark.slow  # draws everything twice
 def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
     style = save(random_lora(tiny(), size=0.03, seed=1), tmp_path / "style.safetensors")
     speed = save(random_lora(tiny(), size=0.03, seed=2), tmp_path / "speed.safetensors")

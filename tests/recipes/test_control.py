@@ -286,6 +286,7 @@ def test_measuring_changes_nothing_and_a_healthy_run_is_not_warned(
     assert NAMES[recipe] not in facts(unseen)
 
 
+@pytest.mark.slow  # as in test_finetune and test_resume, with more measured
 @pytest.mark.parametrize("recipe", NAMES)
 def test_a_stopped_run_continues_bit_for_bit(
     recipe: str, distill_keys: Keys, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

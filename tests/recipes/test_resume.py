@@ -203,6 +203,7 @@ def test_a_finished_run_that_fails_to_go_on_is_as_it_was(
     assert [folder.name for folder in checkpoints.folders(run)] == ["step-000007", "step-000008"]
 
 
+@pytest.mark.slow  # processes that import torch anew
 def test_a_run_killed_at_a_random_step_continues(
     distill_keys: dict[str, Any], straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,7 @@ def test_flops_of_a_linear_layer_by_closed_form() -> None:
     assert measure.flops(side, tiny()) == 4 * b * i * o
 
 
+@pytest.mark.slow  # builds both sides twice
 def test_the_baseline_has_the_flops_of_the_encoders_beside_ours(speed: ModuleType) -> None:
     config = tiny()
     base = models.Base(config, META)

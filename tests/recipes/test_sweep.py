@@ -130,12 +130,14 @@ def test_cells_are_what_plain_diffusers_draws(swept: tuple[Path, dict[str, Any]]
     assert own["metrics"]["saturation"]["value"] == own["metrics"]["sharpness"]["value"] == 1.0
 
 
+@pytest.mark.slow  # a sweep twice
 def test_the_same_twice(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, results = swept
     again = run(configure([folder / "weak.safetensors"], tmp_path / "out"))
     assert untimed(again) == untimed(results)
 
 
+@pytest.mark.slow  # sweeps three times; test_brand keeps what it drew too
 def test_killed_and_resumed(
     swept: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +230,8 @@ def tenfold(lora: Lora, path: Path) -> Path:
     [
         (zeros, {"no_effect"}, "has no effect: its pictures are those of the base alone"),
         (half, {"failed_to_load"}, "it holds 64 of the 129 modules that its header counts"),
-        (orphans, {"failed_to_load"}, "does not load whole"),
-        (tenfold, {"astray"}, "is broken at every setting"),
+        pytest.param(orphans, {"failed_to_load"}, "does not load whole", marks=pytest.mark.slow),
+        pytest.param(tenfold, {"astray"}, "is broken at every setting", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_adapter_is_flagged(

@@ -374,6 +374,7 @@ RESUMED: Keys = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # as in test_finetune, of text encoders
 def test_a_stopped_run_continues_bit_for_bit(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def sharded_and_whole(
     return config, distill.main(configure(keys, folder / "one", batch_size=4, **settings))
 
 
+@pytest.mark.slow  # two processes, three times
 def test_sharded_weights_equal_whole_ones_and_resume_as_either(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
