@@ -11,17 +11,16 @@ run's folder, under brand/. Copy this file and change it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import families, processes, sample
+from lcm_kit import families, own_files, processes, sample
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.export import verify
-from lcm_kit.files import atomic_folder, atomic_write
+from lcm_kit.files import atomic_folder
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.results import Rows
@@ -116,6 +115,6 @@ def main(config: Brand) -> Path:
         "differences": brand.differences(cells, figures, config.confidence),
         "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
-    atomic_write(folder / "brand.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    own_files.write_json(folder / "brand.json", results)
     brand.show(table)
     return folder / "brand.json"

@@ -12,16 +12,15 @@ is kept of a cell lies in `cells/`: a stopped search continues. Copy this file a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lcm_kit import console, families, processes, sample
 from lcm_kit.config.sweep import Compose
 from lcm_kit.export import merge_files, verify
-from lcm_kit.files import atomic_write
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.results import SCHEMA
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.draw import Samples, draw_all, inputs, versions
 from lcm_kit.sweep.look import Looker, brand_features
@@ -87,7 +86,7 @@ def main(config: Compose) -> Path:
         "reasons": reasons, "warnings": [],
     }  # fmt: skip
     results: dict[str, Any] = {
-        "schema": tables.SCHEMA, "kind": "compose", "name": folder.resolve().name,
+        "schema": SCHEMA, "kind": "compose", "name": folder.resolve().name,
         "base": {**where, "hash": base.base_hash, "prediction_type": base.prediction_type},
         "style": style.facts(), "speed": speed.facts(), "prompts": list(prompts),
         "images_per_prompt": config.images_per_prompt, "count": len(samples), "seed": config.seed,
@@ -97,7 +96,6 @@ def main(config: Compose) -> Path:
                    "pictures": pictures[cell.id]} for cell in cells],
         "recommended": recommended, "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
-    atomic_write(folder / "recommended.json", json.dumps(recommended, indent=1) + "\n")
     merged = merge_files.merge(
         [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
         rank=config.rank, base=base.path, variant=base.variant,

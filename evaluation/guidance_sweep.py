@@ -23,6 +23,7 @@ from lcm_kit.export import verify
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.report.sweep import write_sweep_report
+from lcm_kit.results import SCHEMA, SWEEP
 from lcm_kit.sweep import measure, tables
 from lcm_kit.sweep.cells import plan, reference
 from lcm_kit.sweep.compare import comparisons
@@ -86,7 +87,7 @@ def main(config: GuidanceSweep) -> Path:
     pictures = tables.write_pictures(folder, drawn, samples)
     tables.write_samples(folder, drawn, samples)
     results: dict[str, Any] = {
-        "schema": tables.SCHEMA, "kind": "guidance_sweep", "name": folder.resolve().parent.name,
+        "schema": SCHEMA, "kind": SWEEP, "name": folder.resolve().parent.name,
         "base": {**where, "hash": base.base_hash, "prediction_type": base.prediction_type},
         "adapters": [subject.facts() for subject in found],
         "prompts": list(prompts), "images_per_prompt": config.images_per_prompt, "count": len(samples),

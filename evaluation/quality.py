@@ -23,20 +23,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
-from lcm_kit import __version__, assets, families, lora_file, processes, sample
+from lcm_kit import __version__, assets, families, lora_file, own_files, processes, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
+from lcm_kit.files import atomic_folder, sha256_bytes, sha256_file
 from lcm_kit.locks import alone
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
 from lcm_kit.results import Rows, kept, show
+from lcm_kit.run_folder import config_of
 from lcm_kit.share import Share
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
@@ -113,7 +113,7 @@ def main(config: Quality) -> Path:
     elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
-        size = int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["resolution"])
+        size = int(config_of(run)["data"]["resolution"])
         facts = read_facts(run / "adapter")["base"]
         base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
         adapter = lora_file.adapter_file(run)
@@ -195,6 +195,6 @@ def main(config: Quality) -> Path:
         "machine": {"device": sample.placement()["device"], "threads": torch.get_num_threads()},
         "prompts": prompts,
     }
-    atomic_write(run / "results.json", json.dumps(results, indent=1) + "\n")
+    own_files.write_json(run / "results.json", results)
     show(measured)
     return run / "results.json"

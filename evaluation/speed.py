@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import lcm_kit
+from lcm_kit import own_files
 from lcm_kit.adapter import add_lora, teacher
 from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
 from lcm_kit.bench.models import Base, cached
@@ -180,7 +181,7 @@ def main(config: Speed) -> Path:
     results["config"] = asdict(config)
 
     # -- Write -----------------------------------------------------------------------------------------------
-    atomic_write(output / "results.json", json.dumps(results, indent=1) + "\n")
+    own_files.write_json(output / "results.json", results)
     show(results, SIDES)
     return output / "results.json"
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lcm_kit import own_files, own_shapes
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.families import lora_targets
@@ -227,36 +228,47 @@ def save_adapter(folder: Path, unet: Any, facts: Mapping[str, Any]) -> None:
 
     Where text encoders were joined, "text_lora_config" holds peft's by part.
     """
-    from safetensors.torch import save_file
-
     configs: dict[str, Any] = {"lora_config": lora_config(unet)}
     if trained := {part: lora_config(encoder) for part, encoder in text_encoders(unet).items()}:
         configs["text_lora_config"] = trained
 
     with atomic_folder(folder) as temporary:
-        save_file(lora_state(unet), temporary / WEIGHTS)
-        text = json.dumps({**facts, **configs}, indent=2)
-        (temporary / FACTS).write_text(text + "\n", encoding="utf-8")
+        own_files.write_tensors(temporary / WEIGHTS, lora_state(unet))
+        own_files.write_json(temporary / FACTS, {**facts, **configs})
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> own_shapes.Adapter:
     """`adapter.json` of an adapter folder. Raises `UserError` if the folder holds no finished adapter."""
     if not (folder / FACTS).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no trained adapter; run `lcm-kit train` to its end first")
-    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return own_files.read_json(folder / FACTS, own_shapes.Adapter, _again(folder))
 
 
-def load_adapter(folder: Path, unet: Any) -> dict[str, Any]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of an adapter folder, as `lora_state` gave them. Raises `UserError` if they are damaged."""
+    return own_files.read_tensors(folder / WEIGHTS, _again(folder))
+
+
+def _again(folder: Path) -> str:
+    """What makes an adapter folder anew: that of a run, or of the steps of it that were best."""
+    if folder.name == "adapter":
+        run, then = folder.parent, "makes it anew from the last state"
+    else:
+        run, then = folder.parent.parent, "keeps another step's weights"
+    return f"remove {folder} and run `lcm-kit train {run / 'config.yaml'}`, which {then}"
+
+
+def load_adapter(folder: Path, unet: Any) -> own_shapes.Adapter:
     """Add the adapter that `save_adapter` wrote to `unet` (which has none) and return its facts.
 
     What it holds for text encoders is left out.
     """
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     facts = read_facts(folder)
-    config = {key: facts["lora_config"][key] for key in ("r", "lora_alpha", "target_modules")}
-    _add(unet, LoraConfig(**config), seed=0)
-    state = load_file(folder / WEIGHTS)
+    said = facts["lora_config"]
+    config = LoraConfig(said["r"], said["target_modules"], lora_alpha=said["lora_alpha"])
+    _add(unet, config, seed=0)
+    state = read_weights(folder)
     load_lora_state(unet, {key: t for key, t in state.items() if not key.startswith("text_encoder")})
     return facts

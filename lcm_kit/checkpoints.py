@@ -8,9 +8,9 @@ where parameters are sharded over them.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, console
+from lcm_kit import __version__, console, own_files, own_shapes
 from lcm_kit.adapter import NAME, load_lora_state, named_parameters
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, sha256_file
 
 MANIFEST = "manifest.json"
 _FILES = ("lora.safetensors", "ema.safetensors", "training.pt")
-_KEYS = {"step", "unet", "data", "teacher", "batch", "world", "files"}
+_AGAIN = "remove that state, and training goes on from the one before"
 
 
 class State(NamedTuple):
@@ -64,10 +64,19 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """What a state's manifest says; nothing for a state of a kit that wrote none."""
+def manifest(folder: Path) -> own_shapes.State | None:
+    """What a state's manifest says; None for a state of a kit that wrote none. Raises `own_files.Damaged`."""
     file = folder / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return own_files.read_json(file, own_shapes.State, _AGAIN) if file.is_file() else None
+
+
+def manifests(states: Sequence[Path]) -> list[own_shapes.State]:
+    """What can be read of the manifests of `states`; a damaged state is told of where it is passed over."""
+    found = []
+    for folder in states:
+        with contextlib.suppress(own_files.Damaged):
+            found.append(manifest(folder))
+    return [each for each in found if each]
 
 
 def read(folder: Path) -> State:
@@ -76,9 +85,7 @@ def read(folder: Path) -> State:
 
     try:
         said = manifest(folder)
-        if said and (lacking := _KEYS - said.keys()):
-            raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(lacking))}")
-        for name, wanted in said.get("files", {}).items():
+        for name, wanted in said["files"].items() if said else ():
             if not (folder / name).is_file():
                 raise ValueError(f"{name} is missing")
             if sha256_file(folder / name) != wanted["sha256"]:
@@ -139,7 +146,7 @@ def check_origin(folder: Path, origin: Origin) -> None:
         )
 
 
-def write(run: Path, state: State, origin: Origin, keep: int) -> None:
+def write(run: Path, state: State, origin: Origin, keep: int, config: Mapping[str, Any]) -> None:
     """Write `state/step-NNNNNN/` whole or not at all, then remove all but the `keep` newest.
 
     States of later steps go too: they are damaged ones that were passed over. Raises `UserError` for weights
@@ -159,8 +166,7 @@ def write(run: Path, state: State, origin: Origin, keep: int) -> None:
         (folder / "ema.safetensors").write_bytes(save(rest.pop("ema")))
         with (folder / "training.pt").open("wb") as handle:
             torch.save(rest, handle)
-        text = json.dumps(_manifest(folder, state.step, origin), indent=2)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        own_files.write_json(folder / MANIFEST, _manifest(folder, state.step, origin, config))
     found = folders(run)
     kept = [old for old in found if _step(old) <= state.step][-keep:]
     for old in found:
@@ -168,12 +174,12 @@ def write(run: Path, state: State, origin: Origin, keep: int) -> None:
             shutil.rmtree(old)
 
 
-def _manifest(folder: Path, step: int, origin: Origin) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, origin: Origin, config: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in _FILES
     }
-    return {"kit_version": __version__, "step": step, **asdict(origin), "files": files}
+    return {"kit_version": __version__, "step": step, **asdict(origin), "config": config, "files": files}
 
 
 # -- In memory -----------------------------------------------------------------------------------------------

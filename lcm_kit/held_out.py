@@ -7,7 +7,6 @@ alone.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
+from lcm_kit import own_files
+from lcm_kit.adapter import FACTS, WEIGHTS, read_facts, read_weights
 from lcm_kit.config import schema
 from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.families.condition import Condition
@@ -169,6 +169,5 @@ class Measuring:
     def _copy(self, kept: int, facts: Mapping[str, Any]) -> None:
         best = self._folders()[kept]
         with atomic_folder(self.saver.run / "adapter") as folder:
-            (folder / WEIGHTS).write_bytes((best / WEIGHTS).read_bytes())
-            text = json.dumps({**read_facts(best), **facts}, indent=2)
-            (folder / FACTS).write_text(text + "\n", encoding="utf-8")
+            own_files.write_tensors(folder / WEIGHTS, read_weights(best))
+            own_files.write_json(folder / FACTS, {**read_facts(best), **facts})

@@ -1,4 +1,4 @@
-"""What evaluations share: samples kept by what made them, and the table of rows that a person reads."""
+"""What evaluations share: results.json, samples kept by what made them, the table that a person reads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit import console
-from lcm_kit.files import atomic_file
+from lcm_kit import console, own_files, own_shapes
+from lcm_kit.errors import UserError
 from lcm_kit.share import Share
 
 Rows = dict[str, Tensor]  # every tensor [N, ...]: a row a sample
+FILE = "results.json"  # in the folder of a run, of a sweep, of a pair
+SWEEP = "guidance_sweep"  # `kind` in it; that of a run names none
+SCHEMA = 1  # of a sweep's: docs/contract.md
+
+
+def of_run(run: Path) -> own_shapes.Quality | None:
+    """What `evaluation/quality` found for `run`; None if it did not run, or another evaluation did."""
+    file, again = run / FILE, f"run `lcm-kit evaluate evaluation/quality run={run}` again"
+    if not file.is_file() or "rows" not in own_files.read_json(file, own_shapes.Kind, again):
+        return None
+    return own_files.read_json(file, own_shapes.Quality, again)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder's results.json is a guidance sweep's. Raises `UserError` if it cannot be read."""
+    file, again = folder / FILE, "run the evaluation that it is of again"
+    return file.is_file() and own_files.read_json(file, own_shapes.Kind, again).get("kind") == SWEEP
+
+
+def of_sweep(folder: Path) -> own_shapes.Sweep | None:
+    """What a guidance sweep found; None if there is no results.json.
+
+    Raises `UserError` if it is not a sweep's, or of another version.
+    """
+    file, again = (
+        folder / FILE,
+        "run the guidance sweep again, which keeps what it drew",
+    )
+    if not file.is_file():
+        return None
+    said = own_files.read_json(file, own_shapes.Kind, again)
+    if said.get("kind") != SWEEP:
+        raise UserError(f"{file} is not a guidance sweep's; `lcm-kit report` makes a run's report of it")
+    if said.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file} has schema {said.get('schema')}, and this lcm-kit reads {SCHEMA}; run the sweep again"
+        )
+    return own_files.read_json(file, own_shapes.Sweep, again)
 
 
 def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
@@ -24,13 +60,13 @@ def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
 
     `make` returns this process's batches, which are its share of all, every `share.world`-th; the first
     process joins those of all processes in order. `file` is named `CELL-KEY.safetensors`; other keys of the
-    same cell are from other inputs and are removed.
+    same cell are from other inputs and are removed. A damaged one is drawn again.
     """
-    missing = not file.is_file()
+    missing = not own_files.is_whole(file)
     share.wait()  # nobody may see what another writes
     if missing:
         tensors = {f"{k:06d}/{name}": value for k, rows in enumerate(make()) for name, value in rows.items()}
-        _save(_part(file, share.rank), tensors)
+        own_files.write_tensors(_part(file, share.rank), tensors)
     share.wait()
     if missing and share.first:
         parts = [_part(file, rank) for rank in range(share.world)]
@@ -39,43 +75,39 @@ def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
         cell = file.stem.rpartition("-")[0]
         for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
             old.unlink()
-        _save(file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        own_files.write_tensors(
+            file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        )
         for part in parts:
             part.unlink()
     share.wait()
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    return own_files.read_tensors(file, "evaluate again, which draws it anew")
 
 
 def _part(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.stem}.part{rank}.safetensors")
 
 
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_file(file) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-
-
 def _batches(file: Path) -> list[Rows]:
     found: dict[str, Rows] = {}
-    with safe_open(file, "pt") as opened:
-        for key in sorted(opened.keys()):
-            batch, _, name = key.partition("/")
-            found.setdefault(batch, {})[name] = opened.get_tensor(key)
+    for key, tensor in own_files.read_tensors(file, "evaluate again").items():
+        batch, _, name = key.partition("/")
+        found.setdefault(batch, {})[name] = tensor
     return list(found.values())
 
 
-def best_plain(rows: Sequence[dict[str, Any]], calls: int) -> dict[str, Any] | None:
+def best_plain(rows: Sequence[Mapping[str, Any]], calls: int) -> dict[str, Any] | None:
     """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
     found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
 
-    def rank(row: dict[str, Any]) -> tuple[float, float, float]:
+    def rank(row: Mapping[str, Any]) -> tuple[float, float, float]:
         return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
 
-    return min(found, key=rank, default=None)
+    best = min(found, key=rank, default=None)
+    return None if best is None else dict(best)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows as a table."""
     shown = {
         "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,14 +10,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lcm_kit import checkpoints
-from lcm_kit.adapter import FACTS
+from lcm_kit import checkpoints, own_files, own_shapes
+from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
 from lcm_kit.processes import say
 
+METRICS = "metrics.jsonl"
 FREE = (  # keys, or blocks of keys, that may change when a run is continued
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
@@ -89,8 +89,8 @@ def write_config(config: schema.Training) -> None:
 
 
 def _same_run(file: Path, config: schema.Training, states: Sequence[Path]) -> None:
-    hashed = bool(states) and bool(checkpoints.manifest(states[-1]).get("base"))
-    old, new = (_kept(keys, hashed) for keys in (_started_with(file, config), flat(config)))
+    hashed = any(known.get("base") for known in checkpoints.manifests(states))
+    old, new = (_kept(keys, hashed) for keys in (_started_with(file, config, states), flat(config)))
     for key in sorted(new):
         before, now = old.get(key, (None, None)), new[key]
         if before[0] != now[0]:
@@ -126,17 +126,45 @@ def _essence(key: str, value: Any) -> Any:
     return value
 
 
-def _started_with(file: Path, config: schema.Training) -> dict[str, Any]:
-    """The keys that a run was started with, and the defaults of those that there were not at the time."""
+def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -> dict[str, Any]:
+    """The keys that a run was started with, and the defaults of those that there were not at the time.
+
+    A state has them with a hash; `config.yaml`, which anybody may edit, counts where there is none.
+    """
+    defaults = flat(type(config)(config.recipe, ""))
+    known = [each["config"] for each in checkpoints.manifests(states) if "config" in each]
+    if known:
+        return {**defaults, **known[-1]}
     if not file.is_file():
         return {}
     try:
         return flat(load(file))
     except UserError:  # a key of then that this kit does not know any more
-        return {**flat(type(config)(config.recipe, "")), **flat(read(file))}
+        return {**defaults, **flat(read(file))}
+
+
+def bound(config: schema.Training) -> dict[str, Any]:
+    """By dotted key what of `config` stays as long as the run is continued."""
+    return {key: value for key, value in flat(config).items() if not _free(key)}
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """What `config.yaml` says that the run was trained with; nothing where there is none.
+
+    Raises `UserError` if it is no config of this kit.
+    """
+    file = run / "config.yaml"
+    return asdict(load(file)) if file.is_file() else {}
+
+
+def metrics_of(run: Path) -> list[own_shapes.Line]:
+    """The lines of the run's `metrics.jsonl`; none where there are none. Raises `own_files.Damaged`."""
+    again = "remove that line, and the run goes on without its figures"
+    return own_files.read_lines(run / METRICS, own_shapes.Line, again)
 
 
 def adapter_steps(run: Path) -> int:
     """How many steps the run's finished adapter was trained for; 0 if there is none yet."""
-    file = run / "adapter" / FACTS
-    return int(json.loads(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else 0
+    folder = run / "adapter"
+    there = all((folder / name).is_file() for name in (FACTS, WEIGHTS))
+    return read_facts(folder)["steps"] if there else 0

@@ -7,7 +7,6 @@ state is the weights and the optimizer's moments. Beside this stand `run_folder.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, parse_flag_from_env
 from torch import Tensor
 
-from lcm_kit import checkpoints
+from lcm_kit import checkpoints, own_files
 from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
@@ -38,9 +37,8 @@ from lcm_kit.console import (
     Words,
 )
 from lcm_kit.errors import UserError
-from lcm_kit.files import append, atomic_write
 from lcm_kit.processes import say
-from lcm_kit.run_folder import flat, write_config
+from lcm_kit.run_folder import METRICS, bound, flat, metrics_of, write_config
 
 T = TypeVar("T")
 
@@ -199,7 +197,7 @@ def resume(
     folder = main_does(accelerator, lambda: checkpoints.newest(run, partial(say, accelerator)))
     if folder is None:
         return Origin(unet, data, tuple(teacher), batch, world, base), None
-    batch = checkpoints.manifest(folder).get("batch", batch)
+    batch = (checkpoints.manifest(folder) or {"batch": batch})["batch"]
     if batch % world:
         raise UserError(
             f"{run}: a step of this run sees {batch} images, which {world} processes cannot share equally; "
@@ -231,7 +229,7 @@ class Saver:
 
         def write() -> None:
             write_config(self.config)
-            checkpoints.write(self.run, state, self.origin, self.config.checkpoint.keep)
+            checkpoints.write(self.run, state, self.origin, self.config.checkpoint.keep, bound(self.config))
 
         if self.accelerator.is_main_process or sharded(self.accelerator):
             scaler = self.accelerator.scaler
@@ -282,10 +280,10 @@ class Metrics:
     @classmethod
     def open(cls, config: schema.Training, accelerator: Accelerator, step: int) -> Metrics:
         """Continue the run's metrics after `step`: later lines, and one cut short by a kill, are dropped."""
-        file = Path(config.output) / "metrics.jsonl"
+        file = Path(config.output) / METRICS
         if accelerator.is_main_process:
-            old = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            atomic_write(file, "".join(f"{line}\n" for line in old if step and _step(line) <= step))
+            old = metrics_of(Path(config.output)) if step else []
+            own_files.write_lines(file, [line for line in old if line["step"] <= step])
         keys = {name: str(value) for name, value in flat(config).items()}
         accelerator.init_trackers(_name(config), config=keys if step == 0 else None)
         return cls(accelerator, file)
@@ -294,9 +292,7 @@ class Metrics:
         """What was logged under `name`, by step: the same on every process."""
 
         def look() -> dict[int, float]:
-            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
-            known = [json.loads(line) for line in lines]
-            return {line["step"]: line[name] for line in known if name in line}
+            return {int(line["step"]): line[name] for line in metrics_of(self.file.parent) if name in line}
 
         return main_does(self.accelerator, look)
 
@@ -310,7 +306,7 @@ class Metrics:
         if not values:
             return
         if self.accelerator.is_main_process:
-            append(self.file, json.dumps({"step": step, **values}))
+            own_files.append_line(self.file, {"step": step, **values})
         self.accelerator.log(values, step=step)
 
 
@@ -318,13 +314,6 @@ def _name(config: schema.Training) -> str:
     """The run's name for trackers; TensorBoard alone needs none and would make a folder of it."""
     alone = set(config.logging.trackers) <= {"tensorboard"}
     return "" if alone else Path(config.output).resolve().name
-
-
-def _step(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import console, families
+from lcm_kit import console, families, own_files, own_shapes
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -156,11 +156,11 @@ def _encode(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.load(base, device)
     if not done:
-        shards.write_tensors(empty, tensors_of(encoder.empty()), content)
+        own_files.write_tensors(empty, tensors_of(encoder.empty()), content)
     task = bar.add_task("encoding", total=sum(len(shard.entries) for shard in mine))
     for shard in mine:
         tensors = encode_shard(encoder, shard, records, data, lambda n: bar.advance(task, n))
-        shards.write_tensors(Path(data.cache) / shard.file, tensors, shard.content)
+        own_files.write_tensors(Path(data.cache) / shard.file, tensors, shard.content)
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Cache:
     ids: list[str]
     captions: list[str]
     images: list[str]  # hash of each row's image file: the same for a picture and its mirror image
-    _shards: list[dict[str, Any]] = field(repr=False)
+    _shards: list[own_shapes.Shard] = field(repr=False)
     _empty_content: str = field(repr=False)  # content hash of the empty condition's file
 
     @staticmethod
@@ -292,7 +292,7 @@ class Cache:
                 "`lcm-kit encode` with this config first"
             )
         for shard in found["shards"]:  # by their headers; their tensors are looked at when they are opened
-            if shards.content_of(folder / shard["file"]) != shard["content"]:
+            if own_files.made_from(folder / shard["file"]) != shard["content"]:
                 shards.require_intact(folder / shard["file"], shard["content"])
         rows = found["records"]
         ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]

@@ -6,7 +6,6 @@ any other folder of images. Picture i is a function of (base, prompt, prior.seed
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import sample
+from lcm_kit import own_files, own_shapes, sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
 from lcm_kit.data import cache, records
@@ -82,7 +81,7 @@ def draw(config: Finetune, progress: bool = True) -> None:
     folder, settings = Path(data_of(config).path), _settings(config, base)
     if _read(folder) != settings:
         shutil.rmtree(folder, ignore_errors=True)
-        atomic_write(folder / DRAWN, json.dumps(settings, indent=1) + "\n")
+        own_files.write_json(folder / DRAWN, settings)
     wanted = list(islice(cycle(settings["prompts"]), config.prior.count))
     files = [folder / f"{i:05d}.png" for i in range(len(wanted))]
     for extra in {*folder.glob("*.png")} - {*files}:
@@ -120,9 +119,9 @@ def _settings(config: Finetune, base: BaseInfo) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path) -> Any:
-    """What the pictures in `folder` were drawn from; None where there are none."""
+def _read(folder: Path) -> own_shapes.Prior | None:
+    """What the pictures in `folder` were drawn from; None where there are none, or it cannot be told."""
     try:
-        return json.loads((folder / DRAWN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        return own_files.read_json(folder / DRAWN, own_shapes.Prior, "")
+    except own_files.Damaged:
+        return None  # `encode` draws them again

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit import sample, styles
+from lcm_kit import own_files, sample, styles
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -108,7 +108,7 @@ def _draw_missing(
         return
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
     if not empty_done:
-        shards.write_tensors(folder / shards.EMPTY, tensors_of(encoder.empty()), content)
+        own_files.write_tensors(folder / shards.EMPTY, tensors_of(encoder.empty()), content)
     task = bar.add_task("drawing", total=sum(len(shard.entries) for shard in mine))
     pipe = teacher_pipeline(config, base) if mine else None
     for shard in mine:
@@ -118,7 +118,7 @@ def _draw_missing(
             parts.append(_draw(pipe, encoder, entries, config.data))
             bar.advance(task, len(entries))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        shards.write_tensors(folder / shard.file, tensors, shard.content)
+        own_files.write_tensors(folder / shard.file, tensors, shard.content)
 
 
 def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:

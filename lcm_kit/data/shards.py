@@ -1,31 +1,24 @@
 """The cache folder on disk: `manifest.json`, `shard-00000.safetensors`, ..., `empty.safetensors`.
 
-Every shard carries two hashes: of all that it was made from (settings, images, captions), and of its tensors.
-So whether a shard is done, and whole, is read from the shard itself: an interrupted or repeated run just
-looks, and nothing else keeps a state. manifest.json carries a hash of itself.
+Every shard carries two hashes (`own_files`): of all that it was made from (settings, images, captions), and
+of its tensors. So whether a shard is done, and whole, is read from the shard itself: an interrupted or
+repeated run just looks, and nothing else keeps a state. manifest.json carries a hash of itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
-from lcm_kit import __version__
+from lcm_kit import __version__, own_files, own_shapes
 from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
-from lcm_kit.files import atomic_write, sha256_bytes
+from lcm_kit.files import sha256_bytes
 
 MANIFEST = "manifest.json"
 EMPTY = "empty.safetensors"
@@ -44,6 +37,8 @@ _NAMES = {
     "prompts": "the prompts of data.samples, or how many",
     "teacher.adapters": "the teacher's adapters",
 }
+_AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
+_OTHER = "choose another data.cache, or remove it and run `lcm-kit encode` again: finished shards are kept"
 _MAKING = ("data.resolution", "data.samples.")  # keys of the config that tensors are made by
 _PLACES = ("data.path", "data.regularisation")  # keys that are paths of folders, or names
 _BY_ROW = ("prompts",)  # every row has its own
@@ -146,52 +141,9 @@ def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> li
     ]
 
 
-def content_of(path: Path) -> str | None:
-    """The content hash that a shard carries; None if there is no such file or it is not one of ours."""
-    return _hashes(path)[0]
-
-
-def _hashes(path: Path) -> tuple[str | None, str | None]:
-    """What a shard was made from, and what its tensors were.
-
-    They are one entry of the header, since safetensors writes several in any order.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            content, _, tensors = (file.metadata() or {}).get("content", "").partition(" ")
-    except (OSError, SafetensorError):
-        return None, None
-    return content or None, tensors or None
-
-
 def intact(path: Path, content: str) -> bool:
-    """Whether the shard at `path` was made from `content` and its tensors are those that were written.
-
-    Every byte is read, once a process while the file is unchanged (xxh3: memory's speed).
-    """
-    if content_of(path) != content:
-        return False
-    state = path.stat()
-    return _tensors_are_whole(path, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def _tensors_are_whole(path: Path, size: int, modified: int) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))  # noqa: SIM118
-            return _hash_of(tensors) == _hashes(path)[1]
-    except (OSError, SafetensorError):
-        return False
-
-
-def _hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """XXH3 of names, kinds, shapes and values, in the order given."""
-    found = xxhash.xxh3_128()
-    for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """Whether the shard at `path` was made from `content` and its tensors are those that were written."""
+    return own_files.made_from(path) == content and own_files.is_whole(path)
 
 
 def missing(folder: Path, planned: Sequence[Shard]) -> list[Shard]:
@@ -206,12 +158,6 @@ def require_intact(path: Path, content: str) -> None:
             f"cache {str(path.parent)!r} is unfinished or damaged at {path.name}; run `lcm-kit encode` with "
             "this config again, which makes that file anew and keeps the others"
         )
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
-    """Write a shard whole or not at all."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(whole, {"content": f"{content} {_hash_of(sorted(whole.items()))}"}))
 
 
 def manifest(
@@ -244,41 +190,25 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def write_manifest(folder: Path, new: Mapping[str, Any]) -> None:
     """Write manifest.json, and remove shards that it does not name."""
-    text = json.dumps({**new, "hash": _hash_of_manifest(new)}, indent=1, ensure_ascii=False)
-    atomic_write(folder / MANIFEST, text)
+    own_files.write_json(folder / MANIFEST, new)
     named = {shard["file"] for shard in new["shards"]}
     for path in folder.glob("shard-*.safetensors"):
         if path.name not in named:
             path.unlink()
 
 
-def _hash_of_manifest(held: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in held.items() if key != "hash"}
-    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder: Path, *, repair: bool = False) -> dict[str, Any] | None:
+def read_manifest(folder: Path, *, repair: bool = False) -> own_shapes.Cache | None:
     """manifest.json of a cache; None if there is none.
 
-    Raises `UserError` if it is not ours, or not what was written: with `repair` that is None too, for
-    `encode` writes it anew, and the shards say themselves whether they are done.
+    Raises `UserError` if it is not what was written: with `repair` that is None too if there is a shard of
+    ours, for `encode` writes it anew, and the shards say themselves whether they are done.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found["settings"], found["shards"], found["records"][0]["id"]  # noqa: B018
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a manifest of this kit; choose another data.cache, or remove it and run `lcm-kit "
-            "encode` again: finished shards are kept"
-        ) from error
-    if found.get("hash") == _hash_of_manifest(found):
-        return found
-    if repair:
-        return None
-    raise UserError(
-        f"{path} is not as it was written; run `lcm-kit encode` with this config again, which keeps what is "
-        "whole"
-    )
+        return own_files.read_json(path, own_shapes.Cache, _OTHER if repair else _AGAIN)
+    except own_files.Damaged:
+        if repair and any(map(own_files.made_from, folder.glob("*.safetensors"))):
+            return None
+        raise  # it may be a stranger's

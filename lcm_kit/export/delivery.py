@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 
-from lcm_kit import __version__
+from lcm_kit import __version__, console, own_files, own_shapes
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.export.apps import WHOLE
 from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import FORMATS, write
-from lcm_kit.files import atomic_file, atomic_write, sha256_file
+from lcm_kit.files import atomic_file, sha256_file
 from lcm_kit.locks import alone
 
 RECORD = "verified.json"
@@ -44,9 +43,11 @@ def deliver(
     names: Mapping[str, str],
     dtype: str,
     facts: Facts,
+    weights: str | None = None,
 ) -> dict[str, verify.Report]:
     """Write `lora` as `folder/names[style]` for each style, and `folder/verified.json`; returns the checks.
 
+    `weights`: the hash of the run's (`own_files.hash_of`), if it is made from a run.
     Raises `UserError`, and puts no file in place, if one of `MUST` would not load all of any file, or
     diffusers gives another output with it than the arithmetic does. What other apps lack is in the checks.
     """
@@ -64,7 +65,7 @@ def deliver(
         for name in names.values():
             with atomic_file(folder / name) as place:
                 shutil.copyfile(Path(temporary) / name, place)
-    _record(folder, names, reports, against, dtype)
+    _record(folder, names, reports, against, dtype, weights)
     return reports
 
 
@@ -90,17 +91,49 @@ def _equal(a: Layer, b: Layer) -> bool:
     return a.alpha == b.alpha and torch.equal(a.down, b.down) and torch.equal(a.up, b.up)
 
 
+def verified(folder: Path) -> own_shapes.Verified:
+    """What `folder/verified.json` says, nothing where there is none. Raises `own_files.Damaged`."""
+    file = folder / RECORD
+    if not file.is_file():
+        return {"files": {}}
+    again = f"remove it and export again into {folder}"
+    return own_files.read_json(file, own_shapes.Verified, again)
+
+
+def is_checked(file: Path, weights: Path | None = None) -> bool | None:
+    """Whether `file` is, byte for byte, what `verified.json` beside it tells of; None if it does not tell.
+
+    And whether it was made from the run's `weights` as they are now, if they are given.
+    """
+    known = verified(file.parent)["files"].get(file.name)
+    if known is None or not file.is_file():
+        return None
+    return sha256_file(file) == known["sha256"] and (weights is None or is_made_from(file, weights))
+
+
+def is_made_from(file: Path, weights: Path) -> bool:
+    """Whether `file` was exported from the run's `weights` as they are now."""
+    known = verified(file.parent)["files"].get(file.name)
+    made_from = known.get("weights") if known else None
+    now = own_files.hash_of(weights)
+    if made_from is None or now is None:  # of a kit that did not write it down
+        return file.stat().st_mtime >= weights.stat().st_mtime
+    return made_from == now
+
+
 def _record(
     folder: Path,
     names: Mapping[str, str],
     reports: Mapping[str, verify.Report],
     against: verify.Against,
     dtype: str,
+    weights: str | None,
 ) -> None:
     """Keep the proof beside the files; what it says of other files that are still there stays."""
     try:
-        files: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files: dict[str, Any] = dict(verified(folder)["files"])
+    except own_files.Damaged as damaged:
+        console.say(f"warning: {damaged}; it is written anew, of these files alone")
         files = {}
     for style, name in names.items():
         files[name] = {
@@ -109,10 +142,11 @@ def _record(
             "sha256": sha256_file(folder / name),
             "base": against.structure.label,
             "kit_version": __version__,
+            **({"weights": weights} if weights else {}),
             "apps": {row.app: _row(row) for row in reports[style].rows},
         }
     kept = {name: files[name] for name in sorted(files) if (folder / name).is_file()}
-    atomic_write(folder / RECORD, json.dumps({"files": kept}, indent=2) + "\n")
+    own_files.write_json(folder / RECORD, {"files": kept})
 
 
 def _row(row: verify.Row) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.files import sha256_bytes
+from lcm_kit.results import of_sweep
 
 FOLDER = "sweep"  # within a run's folder, by default
 
@@ -41,7 +41,7 @@ def weights_hash(file: Path) -> str:
 
 def of_run(run: Path, file: Path) -> Recommended | None:
     """What the sweep in `run/sweep` says of `file`; None if there is no sweep, or it is of other weights."""
-    results = _results(run)
+    results = of_sweep(run / FOLDER)
     if results is None:
         return None
     mine = weights_hash(file)
@@ -49,11 +49,11 @@ def of_run(run: Path, file: Path) -> Recommended | None:
     found = results["recommended"]
     if name is None or found["adapter"] not in (name, None):
         return None
-    keys = ("sentence", "sampler", "steps", "guidance_scale", "lora_weight")
     warnings = tuple(each["sentence"] for each in found["warnings"] if each["adapter"] == name)
     return Recommended(
-        **{key: found[key] for key in keys}, reasons=tuple(found["reasons"]), warnings=warnings
-    )
+        found["sentence"], found["sampler"], found["steps"], found["guidance_scale"], found["lora_weight"],
+        tuple(found["reasons"]), warnings,
+    )  # fmt: skip
 
 
 def insist(run: Path, file: Path) -> Recommended:
@@ -65,11 +65,3 @@ def insist(run: Path, file: Path) -> Recommended:
             f"evaluation/guidance_sweep adapters='[{run}]'` first"
         )
     return found
-
-
-def _results(run: Path) -> dict[str, Any] | None:
-    file = run / FOLDER / "results.json"
-    if not file.is_file():
-        return None
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return results

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from lcm_kit import adapter, console, families
+from lcm_kit import adapter, console, families, own_files, own_shapes, results
 from lcm_kit.errors import UserError
 from lcm_kit.export import card, delivery, recommended, trained, verify
 from lcm_kit.export.apps import VERSIONS
 from lcm_kit.export.facts import Facts, facts_of_run
 from lcm_kit.export.write import file_name
+from lcm_kit.report import brand as look
 
 
 def export_run(
@@ -43,24 +42,25 @@ def export_run(
     if with_evaluation:
         swept = recommended.insist(run, run / "export" / file_name("diffusers", title))
         about = replace(about, recommended=swept)
-    reports = delivery.deliver(lora, against, folder, names, dtype, about)
+    weights = own_files.hash_of(run / "adapter" / adapter.WEIGHTS)
+    reports = delivery.deliver(lora, against, folder, names, dtype, about, weights)
     for style, report in reports.items():
         console.say(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
     write_card(run, folder)
     return {style: folder / name for style, name in names.items()}
 
 
-def _base(run: Path) -> tuple[dict[str, Any], verify.Against]:
+def _base(run: Path) -> tuple[own_shapes.Adapter, verify.Against]:
     """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
     facts = adapter.read_facts(run / "adapter")
     base = facts["base"]
-    place = {key: base[key] for key in ("revision", "variant")}
+    place = {"revision": base.get("revision"), "variant": base.get("variant")}
     if families.inspect_base(base["path"], **place).base_hash != base["hash"]:
         raise UserError(f"base {base['path']!r} has changed since {run} was trained on it; put it back")
     return facts, verify.base_of(base["path"], **place)
 
 
-def _about(run: Path, facts: dict[str, Any]) -> Facts:
+def _about(run: Path, facts: own_shapes.Adapter) -> Facts:
     """The facts of a run, dated by its weights."""
     trained_at = datetime.fromtimestamp((run / "adapter" / adapter.WEIGHTS).stat().st_mtime, UTC)
     known = facts_of_run(facts, run.resolve().name)
@@ -73,9 +73,8 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     Returns None if nothing was exported yet.
     """
     folder = folder or run / "export"
-    try:
-        files = json.loads((folder / delivery.RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+    files = delivery.verified(folder)["files"]
+    if not files:
         return None
     facts, against = _base(run)
     title = run.resolve().name
@@ -90,23 +89,22 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     lora = trained.read(run / "adapter", against.structure)
     return card.write(
         folder, title=title, files=mine, structure=against.structure, facts=about, lora=lora, checks=checks,
-        results=_measured(run, "results.json"), brand=_measured(run, "brand.json"), pictures_from=run,
+        results=results.of_run(run) if _is_of_these_weights(run, results.FILE) else None,
+        brand=look.read(run) if _is_of_these_weights(run, look.FILE) else None, pictures_from=run,
     )  # fmt: skip
 
 
-def _measured(run: Path, name: str) -> dict[str, Any] | None:
-    """An evaluation of these very weights; one from before the last training says nothing about them."""
+def _is_of_these_weights(run: Path, name: str) -> bool:
+    """Whether there is such an evaluation; one from before the last training tells nothing of them."""
     file = run / name
-    if not file.is_file() or file.stat().st_mtime < (run / "adapter" / adapter.WEIGHTS).stat().st_mtime:
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return file.is_file() and file.stat().st_mtime >= (run / "adapter" / adapter.WEIGHTS).stat().st_mtime
 
 
 def _names(title: str) -> set[str]:
     return {file_name(style, title) for style in delivery.styles_of("both")}
 
 
-def _words(row: dict[str, Any]) -> str:
+def _words(row: own_shapes.Row) -> str:
     error = "" if row["output_error"] is None else f", output within {row['output_error']:.1e}"
     return f"{row['loaded']} of {row['modules']} modules{error}"
 

@@ -19,11 +19,9 @@ def read(folder: Path, structure: Structure) -> Lora:
 
     Raises `UserError` if there is no finished adapter or it was made for another base.
     """
-    from safetensors.torch import load_file
-
     facts = adapter.read_facts(folder)
     configs = {"unet": facts["lora_config"], **facts.get("text_lora_config", {})}
-    weights = {_full(key): tensor for key, tensor in load_file(folder / adapter.WEIGHTS).items()}
+    weights = {_full(key): tensor for key, tensor in adapter.read_weights(folder).items()}
     names = {key.rsplit(".lora_", 1)[0] for key in weights}
     if odd := sorted(names - structure.modules.keys()):
         raise UserError(

@@ -6,13 +6,12 @@ prompts and noise, held against the brand's own pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import assets
+from lcm_kit import assets, own_files, own_shapes
 from lcm_kit.data.records import pictures
 from lcm_kit.report.shared import SAMPLERS, number, percent, picture_uri
 
@@ -24,12 +23,12 @@ _TITLES = {"base": "The base", "styled": "The look, not fast", "adapter": "Your 
 Row = Mapping[str, Any]
 
 
-def read(run: Path) -> dict[str, Any] | None:
+def read(run: Path) -> own_shapes.Brand | None:
     """What `evaluation/brand` found for `run`; None if it did not run, or holds no adapter."""
     file = run / FILE
     if not file.is_file():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found = own_files.read_json(file, own_shapes.Brand, "run `lcm-kit evaluate evaluation/brand` again")
     return found if compares(found) else None
 
 

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lcm_kit import __version__, adapter, assets
+from lcm_kit import __version__, adapter, assets, own_files, own_shapes
+from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
-from lcm_kit.report.sweep import is_sweep, write_sweep_report
-from lcm_kit.results import best_plain
+from lcm_kit.report.sweep import write_sweep_report
+from lcm_kit.run_folder import config_of, metrics_of
 
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
@@ -31,9 +30,9 @@ def write_report(run: Path) -> Path:
     if the run has not been evaluated, or has no student. A style LoRA's report (`style.py`) needs no
     evaluation.
     """
-    if is_sweep(run):
+    if results_of.is_sweep(run):
         return write_sweep_report(run)
-    if (config := _config(run)).get("recipe") == style.RECIPE:
+    if (config := config_of(run)).get("recipe") == style.RECIPE:
         text = page("style.html.j2", _style(run, config))
     else:
         text = page(
@@ -44,34 +43,30 @@ def write_report(run: Path) -> Path:
 
 
 def _style(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    found = style.context(run, config, _metrics(run / "metrics.jsonl"))
+    found = style.context(run, config, metrics_of(run))
     drawn = {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in found["plots"].items()}
-    settings = (run / "config.yaml").read_text(encoding="utf-8")
-    more = {"validation": _validation(run), "settings": settings, "version": __version__}
+    more = {"validation": _validation(run), "settings": _settings(run), "version": __version__}
     return {**found, "plots": drawn, **more}
 
 
-def _config(run: Path) -> dict[str, Any]:
+def _settings(run: Path) -> str:
     file = run / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
+    return own_files.read_text(file, "put back what the run was started with") if file.is_file() else ""
 
 
 def context(run: Path) -> dict[str, Any]:
     """What the template shows."""
     found = brand.read(run)
     results = _results(run, needed=found is None)
-    metrics = _metrics(run / "metrics.jsonl")
-    file = run / "config.yaml"
-    settings = file.read_text(encoding="utf-8") if file.is_file() else ""
-    config = yaml.safe_load(settings) or {}
+    metrics = metrics_of(run)
     return {
         "name": run.resolve().name,
         "brand": brand.context(run, found, results) if found else None,
         **(_quality(run, results) if results else {"results": None}),
         "plots": _plots(results, metrics),
-        "facts": _facts(run, config),
+        "facts": _facts(run, config_of(run)),
         "style": _style_export(run),
-        "settings": settings,
+        "settings": _settings(run),
         "said": _said(run, metrics),
         "validation": _validation(run),
         **_use(run, found, results),
@@ -94,20 +89,19 @@ def _quality(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _results(run: Path, needed: bool = True) -> dict[str, Any] | None:
+def _results(run: Path, needed: bool = True) -> own_shapes.Quality | None:
     """What `evaluation/quality` found; None if it did not run and is not `needed`."""
-    file = run / "results.json"
-    if not file.is_file():
+    found = results_of.of_run(run)
+    if found is None:
         if not needed:
             return None
         raise UserError(f"run {str(run)!r} has no results.json; run `lcm-kit evaluate` on it first")
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if not any(row["name"] == "student" for row in results["rows"]):
+    if not any(row["name"] == "student" for row in found["rows"]):
         raise UserError(
             f"run {str(run)!r} was evaluated without a student, so there is nothing to report; its figures "
             "are in results.json"
         )
-    return results
+    return found
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -139,7 +133,7 @@ def headline(rows: Sequence[Row]) -> dict[str, Any]:
     teacher = next(row for row in rows if row["name"] == "teacher")
     students = [row for row in rows if row["name"] == "student"]
     student = min(students, key=lambda row: abs(row["unet_calls"] - _CALLS))
-    plain = best_plain(rows, student["unet_calls"])
+    plain = results_of.best_plain(rows, student["unet_calls"])
     return {
         "teacher": teacher,
         "plain": plain,
@@ -166,7 +160,7 @@ def verdict(head: Mapping[str, Any]) -> str:
 def _gallery(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows to look at by heading; plain solvers: the best at each budget of UNet calls, and the rest."""
     plain = [row for row in rows if row["name"] == "base"]
-    best = [best_plain(rows, calls) for calls in sorted({row["unet_calls"] for row in plain})]
+    best = [results_of.best_plain(rows, calls) for calls in sorted({row["unet_calls"] for row in plain})]
     return {
         "Teacher": [row for row in rows if row["name"] == "teacher"],
         "Student": [row for row in rows if row["name"] == "student"],
@@ -194,11 +188,6 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
         return []
     facts = adapter.read_facts(run / "adapter")
     return style.said(style.figures(metrics, "train/distill"), facts.get("step", facts["steps"]))
-
-
-def _metrics(file: Path) -> list[dict[str, float]]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _plots(

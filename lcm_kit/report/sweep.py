@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__
+from lcm_kit import __version__, own_shapes
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import sweep_plots
@@ -26,19 +25,12 @@ from lcm_kit.report.sweep_sheets import (
     title,
     weighed,
 )
+from lcm_kit.results import of_sweep
 
-KIND = "guidance_sweep"  # of results.json
-SCHEMA = 1
 _CALLS = 4  # UNet calls of the cell that is shown where none is recommended
 _QUALITY = ("prompt_adherence", "frechet_real", "kernel_teacher", "frechet_teacher")
 _COSTS = ("seconds", "energy", "cost_1000")
 Results = dict[str, Any]
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether the folder's results.json is a sweep's."""
-    file = folder / "results.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("kind") == KIND
 
 
 def write_sweep_report(folder: Path) -> Path:
@@ -82,18 +74,11 @@ def context(folder: Path) -> dict[str, Any]:
     }
 
 
-def _results(folder: Path) -> Results:
-    file = folder / "results.json"
-    if not file.is_file():
+def _results(folder: Path) -> own_shapes.Sweep:
+    found = of_sweep(folder)
+    if found is None:
         raise UserError(f"{folder} has no results.json; run `lcm-kit evaluate` with a guidance sweep first")
-    results: Results = json.loads(file.read_text(encoding="utf-8"))
-    if results.get("kind") != KIND:
-        raise UserError(f"{file} is not a guidance sweep's; `lcm-kit report` makes a run's report of it")
-    if results.get("schema") != SCHEMA:
-        raise UserError(
-            f"{file} has schema {results.get('schema')}, and this lcm-kit reads {SCHEMA}; run the sweep again"
-        )
-    return results
+    return found
 
 
 # -- Figures -------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import console
+from lcm_kit import console, results
 from lcm_kit.config.schema import Training
 from lcm_kit.data import prior
 from lcm_kit.story.configs import Story
@@ -81,11 +80,10 @@ def _pictures(story: Story, count: int) -> str:
 def summary(story: Story) -> None:
     """Print the numbers of the evaluations, then which file goes where, as far as there are such files."""
     run, name = story.run, story.run.resolve().name
-    file = run / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if results:
-        quality_table(results["rows"])
-    for sentence in _brand(run, results):
+    found = results.of_run(run)
+    if found:
+        quality_table(found["rows"])
+    for sentence in _brand(run, found):
         console.say(f"- {sentence}")
     lines = [
         "",
@@ -123,19 +121,17 @@ def other_way(story: Story, speed: str | None) -> None:
         console.say(line)
 
 
-def _brand(run: Path, results: Mapping[str, Any] | None) -> list[str]:
+def _brand(run: Path, quality: Mapping[str, Any] | None) -> list[str]:
     from lcm_kit.report import brand
 
     found = brand.read(run)
-    return brand.sentences(brand.headline(found, results), found.get("adherence")) if found else []
+    return brand.sentences(brand.headline(found, quality), found.get("adherence")) if found else []
 
 
-def quality_table(rows: Sequence[dict[str, Any]]) -> None:
+def quality_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the base at its full steps, and at 4 UNet calls the best plain solver and the adapter."""
-    from lcm_kit.results import best_plain
-
     chosen = [row for row in rows if row["name"] == "teacher"][:1]
-    plain = best_plain(rows, 4)
+    plain = results.best_plain(rows, 4)
     chosen += [plain] if plain else []
     chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lcm_kit import console, shipped
 from lcm_kit.config.load import Config
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write, sha256_file
+from lcm_kit.files import atomic_write
 from lcm_kit.story.configs import CAPTIONS, PROMPTS, Story
 
 Stage = tuple[str, Callable[[], Any]]
@@ -101,21 +100,13 @@ def export(run: Path) -> None:
 
 
 def exported(run: Path) -> bool:
-    """Whether the files of `run`'s export are whole, and not older than its weights."""
+    """Whether the files of `run`'s export are whole, and of its weights."""
     from lcm_kit import adapter
-    from lcm_kit.export.delivery import RECORD, styles_of
+    from lcm_kit.export.delivery import is_checked, styles_of
     from lcm_kit.export.write import file_name
 
-    record, weights = run / "export" / RECORD, run / "adapter" / adapter.WEIGHTS
-    if not record.is_file() or record.stat().st_mtime < weights.stat().st_mtime:
-        return False
-    known = json.loads(record.read_text(encoding="utf-8"))["files"]
     names = [file_name(each, run.resolve().name) for each in styles_of("both")]
-    return all(_is(run / "export" / name, known.get(name, {}).get("sha256")) for name in names)
-
-
-def _is(file: Path, sha256: str | None) -> bool:
-    return file.is_file() and sha256_file(file) == sha256
+    return all(is_checked(run / "export" / name, run / "adapter" / adapter.WEIGHTS) for name in names)
 
 
 def evaluate(story: Story) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from lcm_kit import console, sample
-from lcm_kit.files import atomic_file, atomic_folder, atomic_write
+from lcm_kit import console, own_files, sample
+from lcm_kit.files import atomic_file, atomic_folder
 from lcm_kit.results import Rows
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.draw import Samples
 
 C = TypeVar("C", bound=Cell)
-SCHEMA = 1  # of results.json: docs/contract.md
 _PER_SAMPLE = ("adherence", "chroma", "clipped", "sharpness", "seconds", "joules")
 
 
@@ -49,8 +47,8 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
         csv.write_csv(table, temporary)
     with atomic_file(folder / "results.parquet") as temporary:
         parquet.write_table(table, temporary)
-    atomic_write(folder / "recommended.json", json.dumps(results["recommended"], indent=1) + "\n")
-    atomic_write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    own_files.write_json(folder / "recommended.json", results["recommended"])
+    own_files.write_json(folder / "results.json", results)
     return folder / "results.json"
 
 

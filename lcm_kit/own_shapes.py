@@ -1,0 +1,352 @@
+"""The shapes of the kit's own JSON files, as `own_files.read_json` holds them against: what readers count on.
+
+Files may say more; docs/contract.md has all of it. A key that is not `Required` was not always written.
+"""
+
+from __future__ import annotations
+
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # typing's own, until Python 3.12, is not pydantic's
+)
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
+
+
+def _of_a_step(line: dict[str, float]) -> dict[str, float]:
+    if "step" not in line:
+        raise ValueError("it has no step")
+    return line
+
+
+Line = Annotated[dict[str, float], AfterValidator(_of_a_step)]
+"""Of metrics.jsonl: a step's figures by name, and `step`."""
+
+
+class Named(TypedDict):
+    """Something by name."""
+
+    name: str
+
+
+class Interval(TypedDict):
+    """A figure with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# -- adapter/adapter.json ------------------------------------------------------------------------------------
+
+
+class Base(TypedDict):
+    """Which base, and the hash of all of it."""
+
+    path: str
+    hash: str
+    revision: NotRequired[str | None]
+    variant: NotRequired[str | None]
+
+
+class LoraConfig(TypedDict):
+    """What peft needs to add the LoRA again."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str] | str
+    alpha_pattern: NotRequired[dict[str, float] | None]
+
+
+class Guidance(TypedDict):
+    """Baked in, as diffusers' guidance_scale."""
+
+    min: float
+    max: float
+
+
+class Seen(TypedDict):
+    """What was trained on."""
+
+    fingerprint: str
+    resolution: int
+
+
+class File(TypedDict):
+    """A file by its hash."""
+
+    sha256: str
+
+
+class Teacher(TypedDict):
+    """Whose look the teacher has."""
+
+    adapters: list[File]
+
+
+class Adapter(TypedDict):
+    """How a LoRA was made."""
+
+    base: Base
+    steps: int  # of the run
+    lora_config: LoraConfig
+    step: NotRequired[int]  # of the weights
+    text_lora_config: NotRequired[dict[str, LoraConfig]]
+    method: NotRequired[Named]
+    guidance: NotRequired[Guidance]
+    data: NotRequired[Seen]
+    teacher: NotRequired[Teacher]
+    date: NotRequired[str]
+    kit_version: NotRequired[str]
+
+
+# -- state/step-NNNNNN/manifest.json -------------------------------------------------------------------------
+
+
+class State(TypedDict):
+    """What a training state is of, and its files."""
+
+    step: int
+    unet: str
+    data: str
+    teacher: list[str]
+    batch: int
+    world: int
+    files: dict[str, File]
+    base: NotRequired[str]
+    config: NotRequired[dict[str, Any]]  # by dotted key: what may not change
+
+
+# -- cache/manifest.json -------------------------------------------------------------------------------------
+
+
+class Shard(TypedDict):
+    """A file of rows."""
+
+    file: str
+    content: str
+    rows: int
+
+
+class Skipped(TypedDict):
+    """A record that was left out."""
+
+    id: str
+    reason: str
+
+
+class Record(TypedDict):
+    """A row."""
+
+    id: str
+    caption: str
+    image: str
+    text: str
+    mirrored: bool
+
+
+class Cache(TypedDict):
+    """What a cache holds."""
+
+    settings: dict[str, Any]
+    shards: list[Shard]
+    skipped: list[Skipped]
+    records: list[Record]
+
+
+# -- <cache>-prior/pictures/drawn.json -----------------------------------------------------------------------
+
+
+class Prior(TypedDict):
+    """What the base's own pictures were drawn from."""
+
+    base: str
+    prompts: list[str]
+    steps: int
+    guidance_scale: float
+    seed: int
+    resolution: int
+
+
+# -- export/verified.json ------------------------------------------------------------------------------------
+
+
+class Row(TypedDict):
+    """What an app makes of a file."""
+
+    modules: int
+    loaded: int
+    verdict: str
+    output_error: float | None
+
+
+class Exported(TypedDict):
+    """A file that was checked."""
+
+    format: str
+    sha256: str
+    apps: dict[str, Row]
+    weights: NotRequired[str]  # what it was made from: `own_files.hash_of_tensors` of the run's LoRA
+
+
+class Verified(TypedDict):
+    """The proof beside the files, by name."""
+
+    files: dict[str, Exported]
+
+
+# -- results.json of a run -----------------------------------------------------------------------------------
+
+
+class Kind(TypedDict):
+    """Which evaluation a results.json is of: none is named by that of a run."""
+
+    kind: NotRequired[str]
+    schema: NotRequired[int]
+    rows: NotRequired[list[dict[str, Any]]]
+
+
+class QualityRow(TypedDict):
+    """One way to draw."""
+
+    name: str
+    solver: str
+    steps: int
+    guidance_scale: float
+    unet_calls: int
+    seconds_per_image: float
+    distance_to_teacher: float
+    attribute_accuracy: float | None
+    frechet: float | None
+    saturation: float
+    pictures: list[str]
+
+
+class Quality(TypedDict):
+    """What `evaluation/quality` found."""
+
+    rows: list[QualityRow]
+    n: int
+    prompts: list[str]
+    base: Base
+    frechet_floor: float | None
+
+
+# -- brand.json ----------------------------------------------------------------------------------------------
+
+
+class BrandRow(TypedDict):
+    """One way to draw, held against the brand."""
+
+    name: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    brand_similarity: Interval | None
+    brand_adherence: Interval | None
+    control_adherence: Interval | None
+    diversity: Interval | None
+    pictures: list[str]
+    control_pictures: list[str]
+
+
+class Difference(TypedDict):
+    """The adapter less another, on the same prompts and noise."""
+
+    steps: int
+    less: str
+    brand_similarity: dict[str, float] | None
+
+
+class Brand(TypedDict):
+    """What `evaluation/brand` found."""
+
+    base: Base
+    prompts: list[str]
+    brand_pictures: list[str | None]
+    rows: list[BrandRow]
+    differences: list[Difference]
+    adherence: NotRequired[str | None]
+    confidence: NotRequired[float]
+    brand: NotRequired[str | None]
+    control_prompts: NotRequired[list[str]]
+
+
+# -- results.json of a guidance sweep ------------------------------------------------------------------------
+
+
+class Swept(TypedDict):
+    """An adapter of a sweep."""
+
+    name: str
+    file: str
+    weights: str
+
+
+class Warned(TypedDict):
+    """What is to be said of an adapter."""
+
+    adapter: str
+    sentence: str
+
+
+class Recommended(TypedDict):
+    """Settings, or None where none can be recommended."""
+
+    sentence: str
+    adapter: str | None
+    cell: str | None
+    sampler: str | None
+    steps: int | None
+    guidance_scale: float | None
+    lora_weight: float | None
+    reasons: list[str]
+    warnings: list[Warned]
+
+
+class TeacherCell(TypedDict):
+    """The cell that all others are compared with."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    cell: str
+
+
+class Cell(TypedDict):
+    """One way to draw, measured."""
+
+    id: str
+    kind: str
+    adapter: str | None
+    sampler: str
+    steps: int
+    guidance_scale: float
+    lora_weight: float
+    unet_calls: int
+    metrics: dict[str, Interval | None]
+    pictures: list[str]
+
+
+class Sweep(TypedDict):
+    """What `evaluation/guidance_sweep` found."""
+
+    schema: int
+    kind: str
+    name: str
+    base: Base
+    adapters: list[Swept]
+    prompts: list[str]
+    images_per_prompt: int
+    count: int
+    seed: int
+    resolution: int
+    shown: list[int]
+    teacher: TeacherCell
+    extractor: str
+    confidence: float
+    metrics: dict[str, dict[str, Any]]
+    cells: list[Cell]
+    recommended: Recommended
