@@ -101,11 +101,7 @@ class StyleControl(Control):
 
         The UNet is told of the prompts as `text` encodes them by then, if text encoders are trained.
         """
-        from safetensors.torch import load_file
-
-        if not self.file.is_file():
-            self.teacher(self.pipe(unet))
-        tensors = load_file(self.file)
+        tensors = self.kept(lambda: self.pipe(unet))
         latents, condition = tensors.pop("latents"), Condition(**tensors)
         if text:
             condition = Captions.of(self.prompts, text, condition.time_ids)

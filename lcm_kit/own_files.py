@@ -116,7 +116,7 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
 
 def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, place: str = "") -> T:
     try:
-        _validator(shape).validate_python(found, strict=True)
+        _validator(cast(Any, shape)).validate_python(found, strict=True)
         return cast(T, found)  # with what the shape does not list
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

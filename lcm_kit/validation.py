@@ -8,7 +8,7 @@ fall or rise.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lcm_kit import assets, sample
+from lcm_kit import assets, own_files, sample
 from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
-from lcm_kit.files import atomic_file, sha256_bytes
+from lcm_kit.files import sha256_bytes
 
 TEACHER_STEPS = 50
 STUDENT_STEPS = (1, 2, 4)
@@ -88,13 +88,13 @@ class Fixed:
 
     def teacher(self, pipe: Any, rows: int | None = None) -> Tensor:
         """The teacher's samples of the first `rows` prompts: drawn once, then read from the run's folder."""
-        from safetensors.torch import load_file, save_file
+        return self.kept(lambda: pipe)["latents"][:rows]
 
-        if not self.file.is_file():
-            drawn = self.draw(pipe)
-            with atomic_file(self.file) as temporary:
-                save_file(drawn, temporary)
-        return load_file(self.file)["latents"][:rows]
+    def kept(self, pipe: Callable[[], Any]) -> dict[str, Tensor]:
+        """What is in the file; drawn with `pipe` where there is none, or it is not as it was written."""
+        if not own_files.is_whole(self.file):
+            own_files.write_tensors(self.file, self.draw(pipe()))
+        return own_files.read_tensors(self.file, "remove it and train again, which draws it anew")
 
     def draw(self, pipe: Any) -> dict[str, Tensor]:
         """What is kept in the file: `latents` [n, C, h, w] of the teacher's samples."""

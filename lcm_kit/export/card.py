@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lcm_kit import own_files
 from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
@@ -28,7 +29,7 @@ from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
 from lcm_kit.report import brand as look
 from lcm_kit.report.build import describe, headline
-from lcm_kit.report.shared import number, percent
+from lcm_kit.report.shared import AGAIN, number, percent
 from lcm_kit.results import best_plain
 from lcm_kit.sample import contact_sheet, save_png
 
@@ -312,7 +313,6 @@ def _sheet(file: Path, drawn: Mapping[str, Any], upper: str, lower: str, run: Pa
 
 
 def _small(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        small = picture.convert("RGB")
+    small = own_files.read_picture(file, AGAIN).convert("RGB")
     small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
     return small

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lcm_kit.families.source import read_json
 from lcm_kit.files import atomic_file, atomic_write
 
 _TOPS = ("embeddings.", "encoder.", "final_layer_norm.")
@@ -22,7 +23,7 @@ def make_readable(folder: Path) -> None:
         for file in sorted((folder / part).glob("*.safetensors")):
             _respell(file)
         for index in sorted((folder / part).glob("*.index*.json")):
-            content = json.loads(index.read_text(encoding="utf-8"))
+            content = read_json(index, str(folder))
             content["weight_map"] = {_spelled(key): name for key, name in content["weight_map"].items()}
             atomic_write(index, json.dumps(content, indent=2) + "\n")
     for part in ("tokenizer", "tokenizer_2"):
@@ -49,7 +50,7 @@ def _respell(file: Path) -> None:
 
 def _write_vocabulary(tokenizer: Path) -> None:
     """vocab.json and merges.txt of tokenizer.json, as CLIP published its own."""
-    model: dict[str, Any] = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    model: dict[str, Any] = read_json(tokenizer / "tokenizer.json", str(tokenizer.parent))["model"]
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     atomic_write(tokenizer / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *merges)))
     atomic_write(tokenizer / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))

@@ -13,7 +13,7 @@ from typing import Any
 
 from lcm_kit import assets, own_files, own_shapes
 from lcm_kit.data.records import pictures
-from lcm_kit.report.shared import SAMPLERS, number, percent, picture_uri
+from lcm_kit.report.shared import SAMPLERS, image_uri, number, percent, picture_uri
 
 FILE = "brand.json"
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
@@ -189,8 +189,8 @@ def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
     folder = Path(assets.resolve(found.get("brand") or "")).expanduser()
     if not found.get("brand") or not folder.is_dir():
         return [None] * count
-    there = [folder / record.id for record in pictures(folder, str(folder))]
-    return [picture_uri(there[k * len(there) // count]) for k in range(count)]
+    there = pictures(folder, str(folder))
+    return [image_uri(there[k * len(there) // count].load()) for k in range(count)]
 
 
 def _control(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:

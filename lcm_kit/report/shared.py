@@ -10,6 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from lcm_kit import own_files
+
+AGAIN = "remove it and evaluate again, which draws it anew"  # of a damaged picture
 LARGEST = 256  # pixels: larger pictures are embedded smaller
 SAMPLERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "lcm": "LCM", "tcd": "TCD"}
 _BUDGET = 1 << 18  # bytes a picture; pages with many pictures give less
@@ -46,17 +49,23 @@ def uri(data: bytes, kind: str) -> str:
 
 
 def picture_uri(file: Path, largest: int = LARGEST, budget: int = _BUDGET) -> str:
-    """A picture as data URI: the PNG itself if it is small, else a JPEG of at most `largest` pixels a side.
+    """A picture of ours as data URI: the PNG itself if it is small, else as `image_uri`.
+
+    Raises `UserError` if it is damaged.
+    """
+    picture = own_files.read_picture(file, AGAIN)
+    if max(picture.size) <= largest and file.stat().st_size <= budget:
+        return uri(file.read_bytes(), "png")
+    return image_uri(picture, largest, budget)
+
+
+def image_uri(picture: Image.Image, largest: int = LARGEST, budget: int = _BUDGET) -> str:
+    """A picture as data URI: a JPEG of at most `largest` pixels a side.
 
     `budget` is in bytes, before base64 adds a third. A picture that does not compress (noise) is made smaller
     until it fits; the last trial has a quarter of the side and a few kB.
     """
-    with Image.open(file) as picture:
-        small = max(picture.size) <= largest and file.stat().st_size <= budget
-        if small and picture.format == "PNG":
-            return uri(file.read_bytes(), "png")
-        colours = picture.convert("RGB")
-    data = b""
+    colours, data = picture.convert("RGB"), b""
     for share, quality in _SMALLER:
         data = _jpeg(colours, max(1, int(largest * share)), quality)
         if len(data) <= budget:

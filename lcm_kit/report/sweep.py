@@ -30,7 +30,6 @@ from lcm_kit.results import of_sweep
 _CALLS = 4  # UNet calls of the cell that is shown where none is recommended
 _QUALITY = ("prompt_adherence", "frechet_real", "kernel_teacher", "frechet_teacher")
 _COSTS = ("seconds", "energy", "cost_1000")
-Results = dict[str, Any]
 
 
 def write_sweep_report(folder: Path) -> Path:
@@ -98,7 +97,7 @@ def quality(cells: Sequence[Cell]) -> str | None:
     return next(present, None)
 
 
-def _metrics(results: Results, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def _metrics(results: Mapping[str, Any], cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """What results.json says of the metrics that any cell has; every entry complete."""
     names = dict.fromkeys([*results["metrics"], *(key for cell in cells for key in cell["metrics"])])
     currency = (results.get("cost") or {}).get("currency", "")
@@ -111,7 +110,7 @@ def _metrics(results: Results, cells: Sequence[Cell]) -> dict[str, dict[str, Any
     return found
 
 
-def _prompt(results: Results, sample: int) -> str:
+def _prompt(results: Mapping[str, Any], sample: int) -> str:
     return str(results["prompts"][sample // results["images_per_prompt"]])
 
 
@@ -119,7 +118,7 @@ def _prompt(results: Results, sample: int) -> str:
 
 
 def _headline(
-    results: Results, cells: Sequence[Cell], key: str | None, metrics: Mapping[str, Any]
+    results: Mapping[str, Any], cells: Sequence[Cell], key: str | None, metrics: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Teacher, recommended cell and best plain sampler at as many UNet calls; those that there are."""
     by_id = {cell["id"]: cell for cell in cells}
@@ -152,7 +151,7 @@ def best_plain(cells: Sequence[Cell], calls: int, key: str | None, metrics: Mapp
     return min(found, key=rank, default=None)
 
 
-def _command(results: Results) -> str | None:
+def _command(results: Mapping[str, Any]) -> str | None:
     """The recommended settings as a command; None where nothing is recommended."""
     chosen = results["recommended"]
     file = next((each["file"] for each in results["adapters"] if each["name"] == chosen["adapter"]), None)
@@ -167,7 +166,7 @@ def _command(results: Results) -> str | None:
     return shlex.join(words)
 
 
-def _hurt(results: Results, cells: Sequence[Cell]) -> list[str]:
+def _hurt(results: Mapping[str, Any], cells: Sequence[Cell]) -> list[str]:
     """The ids of the cells at which guidance hurts: from the scale on that `breaks` names."""
     found = []
     for name, entries in results.get("breaks", {}).items():
@@ -186,7 +185,9 @@ def _hurt(results: Results, cells: Sequence[Cell]) -> list[str]:
 # -- Plots ---------------------------------------------------------------------------------------------------
 
 
-def _plots(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _plots(
+    results: Mapping[str, Any], cells: Sequence[Cell], metrics: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """For each group of cells its plots: over guidance (if there is one, over steps), then over weights."""
     found = []
     for of, line in groups(of_kind(cells, "student")).items():
@@ -210,7 +211,7 @@ def _plots(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) 
 
 
 def _figures(
-    results: Results, line: Sequence[Cell], metrics: Mapping[str, Any], x: str, series: str,
+    results: Mapping[str, Any], line: Sequence[Cell], metrics: Mapping[str, Any], x: str, series: str,
     starts: Mapping[float, float],
 ) -> list[dict[str, str]]:  # fmt: skip
     found = []
@@ -223,7 +224,7 @@ def _figures(
     return found
 
 
-def _starts(results: Results, cell: Cell) -> dict[float, float]:
+def _starts(results: Mapping[str, Any], cell: Cell) -> dict[float, float]:
     """Steps -> the guidance_scale from which it hurts, of the cell's adapter, sampler and weight."""
     return {
         entry["steps"]: entry["guidance_scale"]
@@ -232,7 +233,7 @@ def _starts(results: Results, cell: Cell) -> dict[float, float]:
     }
 
 
-def _level(results: Results, key: str) -> Mapping[str, float] | None:
+def _level(results: Mapping[str, Any], key: str) -> Mapping[str, float] | None:
     """The teacher's figure; its effective guidance is, by definition, its guidance."""
     if key == "effective_guidance":
         return dict.fromkeys(("value", "low", "high"), results["teacher"]["guidance_scale"])
@@ -250,7 +251,9 @@ def _pareto(
 # -- Pairs and facts -----------------------------------------------------------------------------------------
 
 
-def _comparisons(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _comparisons(
+    results: Mapping[str, Any], cells: Sequence[Cell], metrics: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Adapters against each other, and against plain samplers: a table each, a row for each pair of cells."""
     by_id = {cell["id"]: cell for cell in cells}
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
@@ -283,7 +286,7 @@ def _mark(row: Mapping[str, float], better: str | None) -> str:
     return "better" if (row["low"] > 0) == (better == "higher") else "worse"
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How it was made, for the end of the page."""
     base, teacher, machine = results["base"], results["teacher"], results.get("machine", {})
     of = f" at revision {base['revision']}" if base.get("revision") else ""
