@@ -267,7 +267,7 @@ def load_adapter(folder: Path, unet: Any) -> own_shapes.Adapter:
 
     facts = read_facts(folder)
     said = facts["lora_config"]
-    config = LoraConfig(said["r"], said["target_modules"], lora_alpha=said["lora_alpha"])
+    config = LoraConfig(r=said["r"], lora_alpha=said["lora_alpha"], target_modules=said["target_modules"])
     _add(unet, config, seed=0)
     state = read_weights(folder)
     load_lora_state(unet, {key: t for key, t in state.items() if not key.startswith("text_encoder")})

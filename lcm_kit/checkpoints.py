@@ -93,6 +93,8 @@ def read(folder: Path) -> State:
         rest = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         lora, ema = (load_file(folder / f"{name}.safetensors") for name in ("lora", "ema"))
         state = State(lora=lora, ema=ema, **rest)
+    except own_files.Damaged as error:
+        raise ValueError(f"{MANIFEST}: {error.reason}") from error
     except Exception as error:  # torch, zip, json and safetensors raise kinds of their own
         raise ValueError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
     if state.step != _step(folder):
@@ -146,8 +148,12 @@ def check_origin(folder: Path, origin: Origin) -> None:
         )
 
 
-def write(run: Path, state: State, origin: Origin, keep: int, config: Mapping[str, Any]) -> None:
+def write(
+    run: Path, state: State, origin: Origin, keep: int, config: Mapping[str, Any] | None = None
+) -> None:
     """Write `state/step-NNNNNN/` whole or not at all, then remove all but the `keep` newest.
+
+    `config`: what of the run's may not change, by dotted key.
 
     States of later steps go too: they are damaged ones that were passed over. Raises `UserError` for weights
     that are not finite, which no training continues from, and as `atomic_folder` does.
@@ -174,12 +180,13 @@ def write(run: Path, state: State, origin: Origin, keep: int, config: Mapping[st
             shutil.rmtree(old)
 
 
-def _manifest(folder: Path, step: int, origin: Origin, config: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, origin: Origin, config: Mapping[str, Any] | None) -> dict[str, Any]:
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in _FILES
     }
-    return {"kit_version": __version__, "step": step, **asdict(origin), "config": config, "files": files}
+    bound = {} if config is None else {"config": config}
+    return {"kit_version": __version__, "step": step, **asdict(origin), **bound, "files": files}
 
 
 # -- In memory -----------------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 
 class Damaged(UserError):
-    """A file of ours is not as it was written."""
+    """A file of ours is not as it was written; `reason` says why, without what to do."""
 
-
-def _damaged(path: Path, why: object, again: str) -> Damaged:
-    reason = str(why).strip().partition("\n")[0].rstrip(".")[:200]
-    return Damaged(f"{path} is damaged ({reason}); {again}")
+    def __init__(self, path: Path, why: object, again: str) -> None:
+        """`why` it is damaged, and what makes it `again`."""
+        self.reason = str(why).strip().partition("\n")[0].rstrip(".")[:200]
+        super().__init__(f"{path} is damaged ({self.reason}); {again}")
 
 
 # -- Text ----------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def read_text(path: Path, again: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
+        raise Damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------
@@ -105,12 +105,12 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{place}it is not JSON", again) from error
+        raise Damaged(path, f"{place}it is not JSON", again) from error
     if not isinstance(found, dict):
-        raise _damaged(path, f"{place}it holds no JSON object", again)
+        raise Damaged(path, f"{place}it holds no JSON object", again)
     said = found.pop(HASH, None)
     if said is not None and said != _hash_of(found):
-        raise _damaged(path, f"{place}its content is not what was written", again)
+        raise Damaged(path, f"{place}its content is not what was written", again)
     return found
 
 
@@ -122,7 +122,7 @@ def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, 
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         what = "is missing" if first["type"] == "missing" else f"is not as it should be: {first['msg']}"
-        raise _damaged(path, f"{place}{where or 'it'} {what}", again) from error
+        raise Damaged(path, f"{place}{where or 'it'} {what}", again) from error
 
 
 @cache
@@ -183,10 +183,10 @@ def read_tensors(path: Path, again: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, getattr(error, "strerror", None) or error, again) from error
+        raise Damaged(path, getattr(error, "strerror", None) or error, again) from error
     said = _said(path)[1]
     if said is not None and said != _hash_of_tensors(tensors.items()):
-        raise _damaged(path, "its tensors are not what was written", again)
+        raise Damaged(path, "its tensors are not what was written", again)
     return tensors
 
 
@@ -230,4 +230,4 @@ def read_picture(path: Path, again: str) -> Image.Image:
         with Image.open(path, formats=("PNG",)) as image:
             return image.copy()
     except Exception as error:  # Pillow raises of all kinds
-        raise _damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error
+        raise Damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error

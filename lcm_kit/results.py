@@ -96,15 +96,14 @@ def _batches(file: Path) -> list[Rows]:
     return list(found.values())
 
 
-def best_plain(rows: Sequence[Mapping[str, Any]], calls: int) -> dict[str, Any] | None:
+def best_plain(rows: Sequence[Mapping[str, Any]], calls: int) -> Mapping[str, Any] | None:
     """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
     found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
 
     def rank(row: Mapping[str, Any]) -> tuple[float, float, float]:
         return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
 
-    best = min(found, key=rank, default=None)
-    return None if best is None else dict(best)
+    return min(found, key=rank, default=None)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

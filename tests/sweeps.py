@@ -73,7 +73,7 @@ def build_sweep(
         "schema": 1, "kind": "guidance_sweep", "name": "synthetic",
         "base": {"path": "asset:tiny-sd", "revision": None, "hash": "b" * 64, "prediction_type": "epsilon"},
         "adapters": [{"name": name, "file": f"runs/{name}/my lora.safetensors", "sha256": "a" * 64,
-                      "layers": 64, "note": ""} for name in adapters],
+                      "weights": "c" * 64, "layers": 64, "note": ""} for name in adapters],
         "prompts": list(prompts), "images_per_prompt": 2, "count": 2 * len(prompts), "seed": 7,
         "resolution": size, "shown": shown, "extractor": "asset:probe", "confidence": 0.95,
         "teacher": {"sampler": "ddim", "steps": 50, "guidance_scale": teachers[0], "cell": reference},

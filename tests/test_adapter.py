@@ -143,7 +143,7 @@ def test_ema_is_the_weighted_mean() -> None:
 def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Path) -> None:
     unet = load(sd_base)
     trained(unet)
-    adapter.save_adapter(tmp_path / "adapter", unet, {"steps": 7})
+    adapter.save_adapter(tmp_path / "adapter", unet, {"steps": 7, "base": {"path": "a base", "hash": "abc"}})
     other = load(sd_base)
     facts = adapter.load_adapter(tmp_path / "adapter", other)
     assert facts["steps"] == 7

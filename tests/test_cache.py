@@ -293,7 +293,9 @@ def test_a_foreign_manifest_is_left_alone(config):
     folder = Path(config().data.cache)
     folder.mkdir()
     (folder / "manifest.json").write_text('{"name": "a web app"}')
-    with pytest.raises(UserError, match="not a manifest of this kit"):
+    with pytest.raises(
+        UserError, match=r"manifest.json is damaged \(settings is missing\); choose another data.cache"
+    ):
         encode(config(), progress=False)
     assert (folder / "manifest.json").read_text() == '{"name": "a web app"}'
 
@@ -364,7 +366,9 @@ def test_a_manifest_that_lost_something_is_noticed_and_written_anew(config, fiel
     else:
         held[field]["family"] = "other"
     file.write_text(json.dumps(held))
-    with pytest.raises(UserError, match=r"manifest.json is not .*encode|made for another config|no manifest"):
+    with pytest.raises(
+        UserError, match=r"manifest.json is damaged .*encode|made for another config|no manifest"
+    ):
         Cache.open(Path(config.data.cache), base=base, data=config.data)
     if held["records"] and held["shards"]:
         assert encode(config).encoded == 0

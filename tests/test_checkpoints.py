@@ -53,6 +53,7 @@ def test_the_manifest_says_what_the_state_is(tmp_path: Path) -> None:
     write(tmp_path, 5)
     folder = tmp_path / "state/step-000005"
     said = json.loads((folder / "manifest.json").read_text())
+    assert len(said.pop("hash")) == 32
     assert said.pop("files") == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name in ("lora.safetensors", "ema.safetensors", "training.pt")
@@ -74,8 +75,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda f: _flip(f / "lora.safetensors"), "lora.safetensors is not what was written"),
     "cut": (lambda f: os.truncate(f / "training.pt", 100), "training.pt is not what was written"),
     "missing": (lambda f: (f / "ema.safetensors").unlink(), "ema.safetensors is missing"),
-    "no manifest that is JSON": (lambda f: (f / "manifest.json").write_text("{"), "Expecting property name"),
-    "a manifest in part": (lambda f: (f / "manifest.json").write_text('{"step": 6}'), "lacks batch, data"),
+    "no manifest that is JSON": (
+        lambda f: (f / "manifest.json").write_text("{"),
+        "manifest.json: it is not JSON",
+    ),
+    "a manifest in part": (
+        lambda f: (f / "manifest.json").write_text('{"step": 6}'),
+        "manifest.json: unet is missing",
+    ),
     "renamed": (lambda f: f.rename(f.with_name("step-000007")), "it holds step 6"),
 }
 
@@ -142,7 +149,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("name", ["lora.safetensors", "training.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["lora.safetensors", "training.pt"])
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_state(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
     metrics = runtime.Metrics.open(config(tmp_path), accelerator, 2)
     metrics.log(3, loss=1.5, grad_norm=math.inf)  # float16 may overflow in a step that is then skipped
     lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(len(line.pop("hash")) == 32 for line in lines)
     assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.5}]
 
 
@@ -161,7 +162,10 @@ def test_what_makes_another_result_is_refused(changes: dict[str, Any], sentence:
 def test_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert claim(tmp_path)
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter.json").write_text('{"steps": 4}')
+    facts = {"steps": 4, "base": {"path": "a base", "hash": "abc"}}
+    facts["lora_config"] = {"r": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]}
+    (tmp_path / "adapter/adapter.json").write_text(json.dumps(facts))
+    (tmp_path / "adapter/lora.safetensors").touch()
     assert not claim(tmp_path)
     assert "finished, 4 steps of 4; nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="state/ is gone"):

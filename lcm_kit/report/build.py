@@ -19,7 +19,7 @@ from lcm_kit.run_folder import config_of, metrics_of
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
 _BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 def write_report(run: Path) -> Path:

@@ -60,17 +60,25 @@ def picture_uri(file: Path, largest: int = LARGEST, budget: int = _BUDGET) -> st
 
 
 def image_uri(picture: Image.Image, largest: int = LARGEST, budget: int = _BUDGET) -> str:
-    """A picture as data URI: a JPEG of at most `largest` pixels a side.
+    """A picture as data URI: a PNG if it is small, else a JPEG of at most `largest` pixels a side.
 
     `budget` is in bytes, before base64 adds a third. A picture that does not compress (noise) is made smaller
     until it fits; the last trial has a quarter of the side and a few kB.
     """
     colours, data = picture.convert("RGB"), b""
+    if max(picture.size) <= largest and len(whole := _png(colours)) <= budget:
+        return uri(whole, "png")
     for share, quality in _SMALLER:
         data = _jpeg(colours, max(1, int(largest * share)), quality)
         if len(data) <= budget:
             break
     return uri(data, "jpeg")
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _jpeg(picture: Image.Image, largest: int, quality: int) -> bytes:
