@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lcm_kit import console
 from lcm_kit.errors import UserError
-from lcm_kit.files import reason_of, unwritable
+from lcm_kit.files import reason_of, sweep, unwritable
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
@@ -32,7 +32,8 @@ def held(folder: Path, work: str, *, needed: bool = True) -> Iterator[None]:
 
     Of the processes of one distributed run the first holds the lock for all. Raises `UserError` naming the
     folder and the process if another holds it, and if the folder cannot be written; where work may turn out
-    to be done already (not `needed`) it goes on without a lock there.
+    to be done already (not `needed`) it goes on without a lock there. What killed processes left half-written
+    in the folder is removed.
     """
     if os.environ.get("RANK", "0") != "0":  # as torchrun and accelerate number them
         yield
@@ -43,6 +44,7 @@ def held(folder: Path, work: str, *, needed: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(file), _holder(file)
         _acquire(lock, file, holder, work)
+        sweep(folder)
     except UserError:
         raise
     except (OSError, ValueError, NotImplementedError) as error:

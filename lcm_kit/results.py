@@ -78,8 +78,9 @@ def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
         own_files.write_tensors(
             file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         )
-        for part in parts:
-            part.unlink()
+    if share.first:
+        for rank in range(share.world):  # a killed process may have left some
+            _part(file, rank).unlink(missing_ok=True)
     share.wait()
     return own_files.read_tensors(file, "evaluate again, which draws it anew")
 

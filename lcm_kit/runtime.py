@@ -8,9 +8,8 @@ state is the weights and the optimizer's moments. Beside this stand `run_folder.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,8 +63,6 @@ def start(config: schema.Training) -> Accelerator:
         project_config=project,
     )
     _check_sharing(config, accelerator)
-    if accelerator.is_main_process:
-        _sweep(Path(config.output))
     return accelerator
 
 
@@ -113,14 +110,6 @@ def _trackers(names: tuple[str, ...]) -> list[str]:
 def dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen base's weights; the LoRA's are float32 always."""
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-
-
-def _sweep(run: Path) -> None:
-    """Remove what a killed process left half-written; nothing reads it."""
-    for folder in (run, run / "state"):
-        for leftover in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-            with suppress(OSError):  # where nothing can be removed nothing can be written: it is said there
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 # -- Processes -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lcm_kit import families
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_file
+from lcm_kit.files import atomic_file, sweep
 from lcm_kit.lora_file import adapter_file
 
 SOLVERS = ("lcm", "tcd", "ddim", "dpmpp_2m")
@@ -273,6 +273,7 @@ def sample_to_folder(
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
+    sweep(output, deep=False)
     _check(solver, steps, guidance_scale)
     file = None if adapter is None else adapter_file(adapter)
     pipe = pipeline(base, revision=revision, variant=variant, **placement())

@@ -117,3 +117,37 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 def test_every_recipe_is_alone_in_its_folder(name: str) -> None:
     main = shipped.load_recipe(name.removesuffix(".py")).main
     assert inspect.unwrap(main) is not main, f"{name}: decorate main with lcm_kit.locks.alone"
+
+
+LEAVE = """
+import os, sys
+from pathlib import Path
+from lcm_kit import files
+with files.atomic_folder(Path(sys.argv[1]) / "state/step-000006") as folder:
+    with files.atomic_file(folder.parent / "manifest.json") as file:
+        file.write_text("half")
+        print(flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/.step-000004.a user's own.tmp").touch()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVE, str(tmp_path)], env=environment(1), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "\n"
+    assert len(os.listdir(tmp_path / "state")) == 3
+    with held(tmp_path, "train"):
+        assert len(os.listdir(tmp_path / "state")) == 3
+    process.kill()
+    process.communicate()
+    other = tmp_path / "state" / f".x.{'0' * 8}-{process.pid}.tmp"  # of another machine, and of today
+    other.touch()
+    with held(tmp_path, "train"):
+        assert sorted(os.listdir(tmp_path / "state")) == [".step-000004.a user's own.tmp", other.name]
+    os.utime(other, (0, 0))
+    with held(tmp_path, "train"):
+        assert os.listdir(tmp_path / "state") == [".step-000004.a user's own.tmp"]

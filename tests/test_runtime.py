@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,15 +58,6 @@ def save(run: Path, step: int, batch: int = 2) -> None:
     lora = {"a.lora_A.weight": torch.full((2, 2), float(step))}
     state = State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
     checkpoints.write(run, state, Origin("unet", "data", (), batch, 1), keep=2)
-
-
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    (tmp_path / "state/.step-000006.x.tmp").mkdir()
-    (tmp_path / "state/.step-000005.x.old").mkdir()
-    assert [folder.name for folder in checkpoints.folders(tmp_path)] == ["step-000005"]
-    runtime.start(config(tmp_path))
-    assert os.listdir(tmp_path / "state") == ["step-000005"]
 
 
 def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:

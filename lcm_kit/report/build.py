@@ -10,7 +10,7 @@ from typing import Any
 from lcm_kit import __version__, adapter, assets, own_files, own_shapes
 from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
+from lcm_kit.files import atomic_write, sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
@@ -30,6 +30,7 @@ def write_report(run: Path) -> Path:
     if the run has not been evaluated, or has no student. A style LoRA's report (`style.py`) needs no
     evaluation.
     """
+    sweep(run, deep=False)
     if results_of.is_sweep(run):
         return write_sweep_report(run)
     if (config := config_of(run)).get("recipe") == style.RECIPE:
