@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ def write(
             f"{run}: the LoRA's weights are not finite after step {state.step}, training diverged, and "
             "no state is saved; lower optimizer.lr, or raise optimizer.warmup_steps"
         )
-    rest = state._asdict()
+    rest = _canonical(state._asdict())
     with atomic_folder(run / "state" / f"step-{state.step:06d}") as folder:
         # As bytes, and through a handle: given a path, safetensors and torch hide that the disk is full.
         (folder / "lora.safetensors").write_bytes(save(rest.pop("lora")))
@@ -178,6 +179,21 @@ def write(
     for old in found:
         if old not in kept:
             shutil.rmtree(old)
+
+
+def _canonical(value: Any) -> Any:
+    """`value` in fresh containers, equal text as one object and tensors on their own.
+
+    Pickle writes which objects are the same one, and that is another thing after a state was read: so the
+    states of a run that was stopped are the same bytes as those of one that was not.
+    """
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_canonical, value))
+    if isinstance(value, str):
+        return sys.intern(value)
+    return value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else value
 
 
 def _manifest(folder: Path, step: int, origin: Origin, config: Mapping[str, Any] | None) -> dict[str, Any]:
