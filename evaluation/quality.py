@@ -36,7 +36,7 @@ from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
 from lcm_kit.results import Rows, kept, show
-from lcm_kit.run_folder import config_of
+from lcm_kit.run_files import config_of
 from lcm_kit.share import Share
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcm_kit import assets
+from lcm_kit import assets, verified
 from lcm_kit.errors import UserError
 
 NAME = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file, which the hub's have too
@@ -25,15 +25,13 @@ def adapter_file(adapter: str | Path) -> Path:
     hub, `hub:OWNER/NAME/FILE` another one, downloaded once by huggingface_hub's own rules (HF_HOME,
     HF_HUB_OFFLINE, HF_TOKEN). Raises `UserError` if there is none.
     """
-    from lcm_kit.export import delivery
-
     text = str(adapter)
     if text.startswith(_HUB):
         return _downloaded(text)
     path = Path(assets.resolve(text))
     if path.is_dir() and not (path / NAME).is_file():
         trained, path = path / "adapter" / "lora.safetensors", path / ADAPTER_FILE
-        if trained.is_file() and path.is_file() and not delivery.is_made_from(path, trained):
+        if trained.is_file() and path.is_file() and not verified.is_made_from(path, trained):
             raise UserError(
                 f"run {text!r} was trained on since its export; run `lcm-kit export {adapter}` again"
             )
@@ -46,9 +44,9 @@ def adapter_file(adapter: str | Path) -> Path:
             f"adapter {text!r} is not a run's folder or a .safetensors file; check the path (a LoRA on the "
             "hub is hub:OWNER/NAME)"
         )
-    if delivery.is_checked(path) is False:
+    if verified.is_checked(path) is False:
         raise UserError(
-            f"{path} is not the file that {delivery.RECORD} beside it tells of; make it again, or move it "
+            f"{path} is not the file that {verified.RECORD} beside it tells of; make it again, or move it "
             "elsewhere if it was changed on purpose"
         )
     return path

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lcm_kit import checkpoints, own_files, own_shapes
+from lcm_kit import checkpoints
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load, read
@@ -18,7 +18,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
 from lcm_kit.processes import say
 
-METRICS = "metrics.jsonl"
 FREE = (  # keys, or blocks of keys, that may change when a run is continued
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
@@ -146,21 +145,6 @@ def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -
 def bound(config: schema.Training) -> dict[str, Any]:
     """By dotted key what of `config` stays as long as the run is continued."""
     return {key: value for key, value in flat(config).items() if not _free(key)}
-
-
-def config_of(run: Path) -> dict[str, Any]:
-    """What `config.yaml` says that the run was trained with; nothing where there is none.
-
-    Raises `UserError` if it is no config of this kit.
-    """
-    file = run / "config.yaml"
-    return asdict(load(file)) if file.is_file() else {}
-
-
-def metrics_of(run: Path) -> list[own_shapes.Line]:
-    """The lines of the run's `metrics.jsonl`; none where there are none. Raises `own_files.Damaged`."""
-    again = "remove that line, and the run goes on without its figures"
-    return own_files.read_lines(run / METRICS, own_shapes.Line, again)
 
 
 def adapter_steps(run: Path) -> int:

@@ -37,7 +37,8 @@ from lcm_kit.console import (
 )
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
-from lcm_kit.run_folder import METRICS, bound, flat, metrics_of, write_config
+from lcm_kit.run_files import METRICS, metrics_of
+from lcm_kit.run_folder import bound, flat, write_config
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcm_kit import __version__, console, own_files, own_shapes
+from lcm_kit import __version__, console, own_files, verified
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.export.apps import WHOLE
@@ -20,7 +20,6 @@ from lcm_kit.export.write import FORMATS, write
 from lcm_kit.files import atomic_file, sha256_file
 from lcm_kit.locks import alone
 
-RECORD = "verified.json"
 # The kohya style is checked in every app, the diffusers style is for diffusers alone
 APPS_OF = {"diffusers": ("diffusers",), "kohya": verify.ALL}
 MUST = ("diffusers", *WHOLE)  # in which a file that is kept loads whole
@@ -91,36 +90,6 @@ def _equal(a: Layer, b: Layer) -> bool:
     return a.alpha == b.alpha and torch.equal(a.down, b.down) and torch.equal(a.up, b.up)
 
 
-def verified(folder: Path) -> own_shapes.Verified:
-    """What `folder/verified.json` says, nothing where there is none. Raises `own_files.Damaged`."""
-    file = folder / RECORD
-    if not file.is_file():
-        return {"files": {}}
-    again = f"remove it and export again into {folder}"
-    return own_files.read_json(file, own_shapes.Verified, again)
-
-
-def is_checked(file: Path, weights: Path | None = None) -> bool | None:
-    """Whether `file` is, byte for byte, what `verified.json` beside it tells of; None if it does not tell.
-
-    And whether it was made from the run's `weights` as they are now, if they are given.
-    """
-    known = verified(file.parent)["files"].get(file.name)
-    if known is None or not file.is_file():
-        return None
-    return sha256_file(file) == known["sha256"] and (weights is None or is_made_from(file, weights))
-
-
-def is_made_from(file: Path, weights: Path) -> bool:
-    """Whether `file` was exported from the run's `weights` as they are now."""
-    known = verified(file.parent)["files"].get(file.name)
-    made_from = known.get("weights") if known else None
-    now = own_files.hash_of(weights)
-    if made_from is None or now is None:  # of a kit that did not write it down
-        return file.stat().st_mtime >= weights.stat().st_mtime
-    return made_from == now
-
-
 def _record(
     folder: Path,
     names: Mapping[str, str],
@@ -131,7 +100,7 @@ def _record(
 ) -> None:
     """Keep the proof beside the files; what it says of other files that are still there stays."""
     try:
-        files: dict[str, Any] = dict(verified(folder)["files"])
+        files: dict[str, Any] = dict(verified.read(folder)["files"])
     except own_files.Damaged as damaged:
         console.say(f"warning: {damaged}; it is written anew, of these files alone")
         files = {}
@@ -146,7 +115,7 @@ def _record(
             "apps": {row.app: _row(row) for row in reports[style].rows},
         }
     kept = {name: files[name] for name in sorted(files) if (folder / name).is_file()}
-    own_files.write_json(folder / RECORD, {"files": kept})
+    own_files.write_json(folder / verified.RECORD, {"files": kept})
 
 
 def _row(row: verify.Row) -> dict[str, Any]:

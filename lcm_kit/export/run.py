@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lcm_kit import adapter, console, families, own_files, own_shapes, results
+from lcm_kit import adapter, console, families, own_files, own_shapes, results, verified
 from lcm_kit.errors import UserError
 from lcm_kit.export import card, delivery, recommended, trained, verify
 from lcm_kit.export.apps import VERSIONS
@@ -73,7 +73,7 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     Returns None if nothing was exported yet.
     """
     folder = folder or run / "export"
-    files = delivery.verified(folder)["files"]
+    files = verified.read(folder)["files"]
     if not files:
         return None
     facts, against = _base(run)

@@ -14,7 +14,7 @@ from lcm_kit.files import atomic_write, sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.run_folder import config_of, metrics_of
+from lcm_kit.run_files import config_of, metrics_of
 
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import console, shipped
+from lcm_kit import console, shipped, verified
 from lcm_kit.config.load import Config
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
@@ -102,11 +102,13 @@ def export(run: Path) -> None:
 def exported(run: Path) -> bool:
     """Whether the files of `run`'s export are whole, and of its weights."""
     from lcm_kit import adapter
-    from lcm_kit.export.delivery import is_checked, styles_of
+    from lcm_kit.export.delivery import styles_of
     from lcm_kit.export.write import file_name
 
     names = [file_name(each, run.resolve().name) for each in styles_of("both")]
-    return all(is_checked(run / "export" / name, run / "adapter" / adapter.WEIGHTS) for name in names)
+    return all(
+        verified.is_checked(run / "export" / name, run / "adapter" / adapter.WEIGHTS) for name in names
+    )
 
 
 def evaluate(story: Story) -> None:
