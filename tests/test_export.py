@@ -373,7 +373,7 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
     }  # fmt: skip
 
     def sweep(weights: str) -> None:
-        results = build_sweep(run / "sweep", adapters=("lumo",), guidance=(1.5,), steps=(2,), size=8)
+        results = build_sweep(run / "sweep", adapters=("lumo",), size=8)
         results["adapters"][0]["weights"] = weights
         results["recommended"] = found
         (run / "sweep/results.json").write_text(json.dumps(results))
