@@ -35,32 +35,34 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _fail(str(error), 2)
+            _fail(error, 2)
         except KeyboardInterrupt:
             _fail("stopped; the same command continues where it left off", 130)
         except Exception as error:
-            sentence = _refusal(error)
-            if sentence is None:
+            refusal = _refusal(error)
+            if refusal is None:
                 raise
-            _fail(sentence, 2)
+            _fail(refusal, 2)
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: object, code: int) -> None:
     say(f"error: {sentence}", err=True)
     raise typer.Exit(code)
 
 
-def _refusal(error: Exception) -> str | None:
-    """What the file system refused, as a sentence; None for what is no refusal of its."""
+def _refusal(error: Exception) -> UserError | None:
+    """What the file system refused; None for what is no refusal of its."""
     reason = reason_of(error)
     if reason is None or reason.errno == errno.EPIPE:  # nobody reads on: typer ends quietly
         return None
     if reason.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error}); free some space and run the same command again, it continues"
+        return UserError(
+            f"the disk is full ({error}); free some space and run the same command again, it continues"
+        )
     if reason is not error:  # it came on the way, and something else went wrong since
         return None
     name = "" if reason.filename is None else f"{os.fsdecode(reason.filename)}: "
-    return f"{name}{reason.strerror}; check that the path is right, is there and may be used"
+    return UserError(f"{name}{reason.strerror}; check that the path is right, is there and may be used")
 
 
 app = typer.Typer(

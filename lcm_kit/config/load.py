@@ -122,9 +122,8 @@ def _recipe_problem(recipe: str | None, raw: Mapping[str, Any]) -> str:
 def _error(path: Path, problems: list[str]) -> UserError:
     if len(problems) == 1:
         return UserError(f"config {path}: {problems[0]}")
-    lines = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
-    lines += f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
-    return UserError(f"config {path}: {len(problems)} mistakes{lines}")
+    more = [f"and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else []
+    return UserError(f"config {path}: {len(problems)} mistakes", [*problems[:_LISTED], *more])
 
 
 def _validate(schema: type, raw: dict[str, Any]) -> tuple[Config | None, list[str]]:
