@@ -175,7 +175,7 @@ def _adapter(path: str) -> str:
 def _pictures(path: str) -> str:
     from lcm_kit.data.records import pictures
 
-    return f"images: {path}, {len(pictures(Path(assets.resolve(path)).expanduser(), path))} of them"
+    return f"images: {path}, {len(pictures(assets.place(path), path))} of them"
 
 
 def _left_out(run: str) -> str:

@@ -286,12 +286,12 @@ app.add_typer(cli_sweep.verbs)
 
 def _is_folder(text: str) -> bool:
     """Whether `check` was given images instead of a config; a config of that name goes first."""
-    from lcm_kit import shipped
+    from lcm_kit import assets, shipped
 
     try:
         shipped.config_path(text)
     except UserError:
-        path = Path(text).expanduser()
+        path = assets.place(text)
         return text.startswith("asset:") or path.is_dir() or path.suffix.lower() in (".zip", ".parquet")
     return False
 

@@ -19,5 +19,6 @@ class UserError(ValueError):
         super().__init__(sentence, items)  # what a copy is made of, as on its way to another process
 
     def __str__(self) -> str:
+        """The sentence, and the items below it."""
         sentence, items = self.args
         return "\n  - ".join(map(line, (sentence, *items)))

@@ -133,7 +133,7 @@ def _started_with(file: Path, config: schema.Training) -> dict[str, Any]:
     try:
         return flat(load(file))
     except UserError:  # a key of then that this kit does not know any more
-        return {**flat(type(config)(config.recipe, "")), **flat(read(file))}
+        return {**flat(type(config)(config.recipe, config.output)), **flat(read(file))}
 
 
 def adapter_steps(run: Path) -> int:

@@ -98,3 +98,13 @@ def test_the_base_is_as_good_as_its_card_says() -> None:
         assert guided[8]["frechet"] >= 1.3 * teacher[5.0]["frechet"]
     card = (assets.path("tiny-sd") / "README.md").read_text()
     assert f"{teacher[5.0]['attribute_accuracy']:.1%}" in card
+
+
+def test_a_place_is_an_asset_or_a_path_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert assets.place("~/a") == tmp_path / "a" and assets.place("b/~") == Path("b/~")
+    assert assets.place("asset:brand") == assets.path("brand")
+    assert assets.place("~no-such-user/a") == Path("~no-such-user/a")
+    (tmp_path / "p.txt").write_text("a fox\n")
+    assert assets.prompts("~/p.txt") == ["a fox"]

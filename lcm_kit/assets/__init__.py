@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lcm_kit.errors import UserError
@@ -22,13 +23,18 @@ def resolve(text: str) -> str:
     return str(path(text.removeprefix("asset:"))) if text.startswith("asset:") else text
 
 
+def place(text: str) -> Path:
+    """Where `text` is: an asset's path, or that path with a `~` of somebody known written out."""
+    return Path(os.path.expanduser(resolve(text)))  # where pathlib raises for a user who is not known
+
+
 def prompts(text: str) -> list[str]:
     """The prompts of an asset (`asset:tiny-sd`) or of a text file, one a line.
 
     Blank lines and `#` lines are skipped. Raises `UserError` if the file is missing, is not text or holds no
     prompt.
     """
-    source = Path(resolve(text))
+    source = place(text)
     if source.is_dir():
         source = source / "prompts.txt"
     if not source.is_file():

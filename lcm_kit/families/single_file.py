@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_kit import assets
 from lcm_kit.errors import UserError
 from lcm_kit.families.checkpoint import Contents, Family, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
@@ -60,7 +61,7 @@ def folder_of(file: Path, config: str | None = None) -> Path:
 
 def _bases() -> Path:
     cache = os.environ.get("LCM_KIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lcm-kit" / "bases"
+    return Path(os.path.expanduser(cache)) / "lcm-kit" / "bases"
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _local_config(file: Path, config: str | None) -> Path | None:
-    beside = [file.with_suffix(""), file.parent / "config"] if config is None else [Path(config).expanduser()]
+    beside = [file.with_suffix(""), file.parent / "config"] if config is None else [assets.place(config)]
     return next((folder for folder in beside if (folder / "model_index.json").is_file()), None)
 
 

@@ -6,6 +6,7 @@ huggingface_hub's own rules (HF_HUB_OFFLINE, HF_HOME, HF_TOKEN).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def extractor(name: str, device: str = "cpu", revision: str | None = None) -> Ex
 
     Raises `UserError` if there is no such model, it is of another kind, or a library for it is missing.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if revision is not None and (name in (PROBE, "inception") or folder.is_dir()):
         raise UserError(f"features {name!r} has no revisions, so {revision!r} means nothing; remove it")
     if name == PROBE:
