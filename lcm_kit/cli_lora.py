@@ -99,7 +99,10 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="Reduce to this rank by SVD, at an error that is printed. [default: exact]"),
+        typer.Option(
+            callback=within("--rank", 1, 65_536),
+            help="Reduce to this rank by SVD, at an error that is printed. [default: exact]",
+        ),
     ] = None,
     leave_out: LeaveOut = None,
     drop_unknown: Annotated[
