@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from lcm_kit.inert import line
 
+_LONGEST = 300  # characters of a library's words within a sentence
+
 
 class UserError(ValueError):
     """A mistake in the input. Its text is one sentence: the thing, what is wrong with it, what to do.
@@ -22,3 +24,9 @@ class UserError(ValueError):
         """The sentence, and the items below it."""
         sentence, items = self.args
         return "\n  - ".join(map(line, (sentence, *items)))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a part of a sentence; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(".")[:_LONGEST] if lines else "") or type(error).__name__

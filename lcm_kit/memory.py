@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from lcm_kit import families
 from lcm_kit.config import schema
 from lcm_kit.config.evaluation import Speed
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families import BaseInfo
 
 # Kept in full. The two embeddings are 2% of a UNet's linear weights, but all layers see their output: rounded
@@ -245,4 +245,4 @@ def _bitsandbytes(key: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)

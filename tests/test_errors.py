@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.inert import line, plain
 
 # ECMA-48's C0 and C1, Unicode's bidirectional embeddings and isolates, line and paragraph separator, surrogates
@@ -36,3 +36,17 @@ def test_an_error_is_one_line_and_one_for_each_item() -> None:
     assert str(error) == "2 mistakes\n  - x\\ny: wrong\n  - z\\r: wrong"
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(other) is UserError and str(other) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AssertionError(), "AssertionError"),
+        (ValueError(" \n "), "ValueError"),
+        (ValueError("\nit is wrong.\nand more"), "it is wrong"),
+        (ValueError("..."), "ValueError"),
+        (ValueError("x" * 10_000), "x" * 300),
+    ],
+)
+def test_a_librarys_error_is_a_part_of_a_sentence(error: Exception, words: str) -> None:
+    assert first_line(error) == words

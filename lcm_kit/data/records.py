@@ -20,7 +20,7 @@ from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same, tidied
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
@@ -269,7 +269,7 @@ def _open_dataset(path: Path, data: Data) -> Any:
         return datasets.load_dataset(str(path) if path.is_dir() else data.path, split=data.split)
     # a wrong name or split, the network, a broken file: `datasets` raises of all kinds, and none is our bug
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"data.path {data.path!r} is neither a folder of images nor a data set that can be opened with "
             f"split {data.split!r} ({reason}); check data.path and data.split"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.checkpoint import Contents, Family, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
 from lcm_kit.families.weights import Place, entries, hushed, load_model, weight_files
@@ -136,7 +136,7 @@ def _hub_config(file: Path, family: Family, config: str | None) -> Path:
         try:
             found = Path(snapshot_download(repository, allow_patterns=wanted))
         except Exception as error:  # the hub raises of all kinds, none is our bug
-            reason = str(error).strip().splitlines()[0].rstrip(".")
+            reason = first_line(error)
             continue
         if lacking := _lacking(found, family):
             reason = f"its copy in the hub's cache lacks {lacking}"
@@ -261,7 +261,7 @@ def _load(file: Path, readable: Path, contents: Contents, config: Path) -> Any:
     except (
         OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SingleFileComponentError,
     ) as error:  # fmt: skip
-        fault = str(error).strip().splitlines()[0].rstrip(".")
+        fault = first_line(error)
     if fault:
         raise UserError(
             f"base {str(file)!r}: its weights do not fit the configuration in {config} ({fault}); put the "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.tokens import straightened
 from lcm_kit.metrics.preprocessing import preparation
 
@@ -129,7 +129,7 @@ def _load(name: str, place: str, revision: str | None) -> tuple[str, Any, dict[s
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision) if kind in _TEXT else None
             return kind, model, config, tokenizer
     except Exception as error:  # the name, the network, a broken file: of all kinds, none is our bug
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"features {name!r}: there is no such model folder or hub id, or it cannot be loaded ({reason}); "
             f"check the name, or use {PROBE}"
