@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 _PANEL = "LoRA files"
+_PROBLEMS = 20  # that `verify` lists
 
 Style = Annotated[
     Literal["diffusers", "kohya", "both"],
@@ -212,8 +213,10 @@ def _print_report(report: checks.Report) -> None:
     console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.updates)} modules")
     for line in file.findings:
         console.say(f"  found: {line}")
-    for line in file.problems:
+    for line in file.problems[:_PROBLEMS]:
         console.say(f"  problem: {line}")
+    if len(file.problems) > _PROBLEMS:
+        console.say(f"  and {len(file.problems) - _PROBLEMS:,} more problems")
     table = console.Table()
     for heading in ("app", "modules", "right strength", "verdict"):
         table.add_column(heading, no_wrap=heading != "verdict", overflow="fold")
