@@ -192,6 +192,8 @@ def _weighted(text: str) -> tuple[Path, float]:
     from lcm_kit.lora_file import named
 
     path, colon, weight = text.rpartition(":")
+    if colon and not path:
+        raise UserError(f"{text!r} names no file; write FILE:WEIGHT, as style.safetensors:0.8")
     try:
         value = float(weight) if colon else 1.0
         weighed = within(f"{path}: weight", -WEIGHT, WEIGHT)(value)

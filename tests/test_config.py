@@ -156,6 +156,8 @@ def test_two_mistakes_in_a_list_are_both_told(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_is_named(tmp_path: Path) -> None:
+    text = "recipe: evaluation/guidance_sweep\nadapters: ['']\n"
+    assert mistakes(tmp_path, text) == ["adapters.0: '' is not allowed; it must be text, and not empty"]
     text = "recipe: evaluation/guidance_sweep\nadapters: []\ncost: {prise_per_hour: 3}\n"
     assert mistakes(tmp_path, text) == [
         "adapters: [] is not allowed; it must be a list, each text, and not empty",

@@ -307,7 +307,10 @@ def test_patterns_that_cannot_be_tried_are_named(
 
 def test_patterns_that_people_write_are_tried() -> None:
     names = {f"unet.blocks.{k}.attn1.to_q": 4.0 for k in range(2400)}  # diffusers' own: a module each
-    for said in (names, {r".*\.attn1\.to_[qk]": 2.0, "(to_q|to_k|to_v)": 3.0, r"^down_blocks\..*\..*to_q": 1.0}):
+    for said in (
+        names,
+        {r".*\.attn1\.to_[qk]": 2.0, "(to_q|to_k|to_v)": 3.0, r"^down_blocks\..*\..*to_q": 1.0},
+    ):
         configs, problems = peft_header.read(Path("a"), {HEADER: json.dumps({"unet.alpha_pattern": said})})
         assert problems == [] and len(configs["unet"].pattern) == len(said)
 

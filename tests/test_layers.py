@@ -24,6 +24,7 @@ LAYERS = {
         "lora_file",
         "console",
         "locks",
+        "written",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample", "text_lora"},
@@ -43,6 +44,7 @@ LAYERS = {
     },
     "top": {
         "cli",
+        "cli_errors",
         "cli_finetune",
         "cli_lora",
         "cli_numbers",

@@ -138,6 +138,8 @@ def _validate(schema: type, raw: dict[str, Any]) -> tuple[Config | None, list[st
         config = TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
         for detail in error.errors():
+            if detail["type"] == "too_short" and detail["input"]:  # its entries are wrong, and told
+                continue
             known = len(problems) >= _LISTED  # looking for the nearest of all names takes its time
             problems.setdefault(detail["loc"], _dotted(detail["loc"]) if known else _sentence(schema, detail))
     return config, list(problems.values())

@@ -17,10 +17,11 @@ from PIL import Image
 from lcm_kit import assets
 from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
-from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same, tidied
+from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.written import tidied
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
