@@ -147,9 +147,12 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     from lcm_kit.data import prior, sources
 
     share = processes.share()
+    beside = loaded if isinstance(loaded, Finetune) and loaded.prior.prompts is not None else None
+    if beside:
+        prior.insist_on_prompts(beside)  # before images are encoded, which takes hours
     sources.encode(loaded, share=share)
-    if isinstance(loaded, Finetune) and loaded.prior.prompts is not None:
-        prior.encode(loaded, share=share)
+    if beside:
+        prior.encode(beside, share=share)
 
 
 @app.command(rich_help_panel="The stages")
