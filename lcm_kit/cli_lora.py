@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 _PANEL = "LoRA files"
+_PROBLEMS = 20  # that `verify` lists
 
 Style = Annotated[
     Literal["diffusers", "kohya", "both"],
@@ -99,7 +100,10 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="Reduce to this rank by SVD, at an error that is printed. [default: exact]"),
+        typer.Option(
+            callback=within("--rank", 1, 65_536),
+            help="Reduce to this rank by SVD, at an error that is printed. [default: exact]",
+        ),
     ] = None,
     leave_out: LeaveOut = None,
     drop_unknown: Annotated[
@@ -188,6 +192,8 @@ def _weighted(text: str) -> tuple[Path, float]:
     from lcm_kit.lora_file import named
 
     path, colon, weight = text.rpartition(":")
+    if colon and not path:
+        raise UserError(f"{text!r} names no file; write FILE:WEIGHT, as style.safetensors:0.8")
     try:
         value = float(weight) if colon else 1.0
         weighed = within(f"{path}: weight", -WEIGHT, WEIGHT)(value)
@@ -209,8 +215,10 @@ def _print_report(report: checks.Report) -> None:
     console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.updates)} modules")
     for line in file.findings:
         console.say(f"  found: {line}")
-    for line in file.problems:
+    for line in file.problems[:_PROBLEMS]:
         console.say(f"  problem: {line}")
+    if len(file.problems) > _PROBLEMS:
+        console.say(f"  and {len(file.problems) - _PROBLEMS:,} more problems")
     table = console.Table()
     for heading in ("app", "modules", "right strength", "verdict"):
         table.add_column(heading, no_wrap=heading != "verdict", overflow="fold")

@@ -7,7 +7,6 @@ else in the kit imports rich or calls `print` (tests/test_console.py holds that)
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
@@ -26,26 +25,14 @@ from rich.progress import (
 from rich.table import Table as _Table
 from rich.text import Text
 
+from lcm_kit.inert import line, plain
+
 __all__ = [
     "BarColumn", "MofNCompleteColumn", "Progress", "ProgressColumn", "Table", "Task", "Text",
-    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "encodable", "line", "plain", "rule", "say",
-    "show",
+    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "encodable", "rule", "say", "show",
 ]  # fmt: skip
 
 SIMPLE = box.SIMPLE
-
-# C0 and C1 but line ends and tabs, what turns or hides the text around it, and halves of a character
-_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def plain(text: object) -> str:
-    """`str(text)` with every character that a terminal would act upon spelled out, as `\\x1b`."""
-    return _ACTIVE.sub(lambda found: repr(found[0])[1:-1], str(text).replace("\r\n", "\n"))
-
-
-def line(text: object) -> str:
-    """As `plain`, on one line: for names within a sentence or a table."""
-    return plain(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def encodable() -> None:

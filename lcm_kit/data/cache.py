@@ -110,10 +110,11 @@ def _survey(
     if bad and not data.skip_bad:
         raise UserError(
             f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out "
-            f"with data.skip_bad=true:\n{listing(bad)}"
+            "with data.skip_bad=true:",
+            listing(bad),
         )
     if len(bad) == total:
-        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{listing(bad)}")
+        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:", listing(bad))
     sides = (False, True) if data.flip else (False,)
     entries = [
         Entry(record.id, record.caption, image, sha256_bytes(straightened(record.caption).encode()), mirrored)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.base import BaseInfo
 from lcm_kit.families.source import read_json
 
@@ -33,7 +33,7 @@ def load_tokenizer(base: BaseInfo, part: str) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:  # tokenizers raises Exception itself
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.headers import Entry, read_header
 from lcm_kit.families.source import STEMS, read_json
 
@@ -176,7 +176,7 @@ def empty_model(place: Place, part: str) -> Any:
                 return kind(kind.config_class.from_dict(config))
             return kind.from_config(config)
     except Exception as error:  # a stranger's numbers make the libraries raise all kinds, none is our bug
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"base {place.path!r}: no model can be built from {part}/config.json ({reason}); download or "
             "save the base again"
@@ -223,7 +223,7 @@ def load_model(place: Place, part: str, dtype: torch.dtype) -> Any:
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"base {place.path!r}: {part} cannot be loaded ({reason}); download or save the base again"
         ) from error

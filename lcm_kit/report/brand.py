@@ -186,7 +186,7 @@ def _lines(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list
 
 def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
     """Pictures of the brand's folder, spread over it, for prompts that none was made for."""
-    folder = Path(assets.resolve(found.get("brand") or "")).expanduser()
+    folder = assets.place(found.get("brand") or "")
     if not found.get("brand") or not folder.is_dir():
         return [None] * count
     there = pictures(folder, str(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ class Looker:
     @torch.no_grad()
     def folder(self, path: str, size: int) -> Tensor:
         """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` for none."""
-        files = records.pictures(Path(assets.resolve(path)).expanduser(), path)
+        files = records.pictures(assets.place(path), path)
         rows = []
         for first in range(0, len(files), _BATCH):
             pictures = [to_pixels(record.load(), size) for record in files[first : first + _BATCH]]
