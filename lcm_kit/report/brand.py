@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import assets
-from lcm_kit.data.records import pictures
-from lcm_kit.report.shared import SAMPLERS, number, percent, picture_uri
+from lcm_kit.data.records import Record, pictures
+from lcm_kit.errors import UserError
+from lcm_kit.report.shared import SAMPLERS, jpeg_uri, number, percent, picture_uri
 
 FILE = "brand.json"
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
@@ -190,8 +191,16 @@ def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
     folder = Path(assets.resolve(found.get("brand") or "")).expanduser()
     if not found.get("brand") or not folder.is_dir():
         return [None] * count
-    there = [folder / record.id for record in pictures(folder, str(folder))]
-    return [picture_uri(there[k * len(there) // count]) for k in range(count)]
+    there = pictures(folder, str(folder))
+    return [_shown(there[k * len(there) // count]) for k in range(count)]
+
+
+def _shown(record: Record) -> str | None:
+    """A brand's picture, through the door for pictures that are not ours; None if it cannot be read by now."""
+    try:
+        return jpeg_uri(record.load())
+    except (OSError, UserError):
+        return None
 
 
 def _control(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,7 +55,11 @@ def picture_uri(file: Path, largest: int = LARGEST, budget: int = _BUDGET) -> st
         small = max(picture.size) <= largest and file.stat().st_size <= budget
         if small and picture.format == "PNG":
             return uri(file.read_bytes(), "png")
-        colours = picture.convert("RGB")
+        return jpeg_uri(picture.convert("RGB"), largest, budget)
+
+
+def jpeg_uri(colours: Image.Image, largest: int = LARGEST, budget: int = _BUDGET) -> str:
+    """An RGB picture as `picture_uri` gives those that are not small."""
     data = b""
     for share, quality in _SMALLER:
         data = _jpeg(colours, max(1, int(largest * share)), quality)
