@@ -30,7 +30,7 @@ from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry, Shard
-from lcm_kit.data.transforms import framing, to_pixels, upright
+from lcm_kit.data.transforms import framing, to_pixels, upright_for
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
@@ -234,9 +234,9 @@ def _ahead(
 
     def picture(entry: Entry) -> Picture:
         def cut(image: Image.Image) -> Picture:
-            image = upright(image)
-            framed = framing(image.size, data.resolution, entry.mirrored)
-            return to_pixels(image, data.resolution, entry.mirrored), framed
+            image, whole = upright_for(image, data.resolution)
+            framed = framing(whole, data.resolution, entry.mirrored)
+            return to_pixels(image, data.resolution, entry.mirrored, whole), framed
 
         try:
             content = records[entry.id].read()

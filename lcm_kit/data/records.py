@@ -13,13 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from lcm_kit import assets
 from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
 from lcm_kit.data.folder_files import Files, add_zip, files_of
-from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture
+from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
+from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.written import tidied
 
@@ -42,6 +44,15 @@ class Record:
     def load(self) -> Image.Image:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
+
+    def pixels(self, resolution: int) -> Tensor:
+        """The picture cut square, as `to_pixels`, without the whole of a very large one. Raises as `load`."""
+
+        def cut(image: Image.Image) -> Tensor:
+            image, whole = upright_for(image, resolution)
+            return to_pixels(image, resolution, whole=whole)
+
+        return of_image(self.read(), cut)
 
 
 @dataclass

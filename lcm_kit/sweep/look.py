@@ -14,7 +14,6 @@ from lcm_kit import assets
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.data import records
-from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
 from lcm_kit.metrics.accuracy import ATTRIBUTES
 from lcm_kit.metrics.features import PROBE, Extractor, extractor
@@ -92,7 +91,7 @@ class Looker:
         files = records.pictures(assets.place(path), path)
         rows = []
         for first in range(0, len(files), _BATCH):
-            pictures = [to_pixels(record.load(), size) for record in files[first : first + _BATCH]]
+            pictures = [record.pixels(size) for record in files[first : first + _BATCH]]
             rows.append(self.features.images(torch.stack(pictures)).float().cpu())
         return torch.cat(rows)
 
