@@ -150,7 +150,8 @@ def test_what_is_no_override_is_shown(tmp_path: Path, override: str) -> None:
 def test_two_mistakes_in_a_list_are_both_told(tmp_path: Path) -> None:
     found = mistakes(tmp_path, MINIMAL + "teacher: {adapters: [{path: a, weight: .nan}, 3]}\n")
     assert found == [
-        "teacher.adapters.0.weight: nan is not allowed; it must be a number of at least -1000 and at most 1000",
+        "teacher.adapters.0.weight: nan is not allowed; it must be a number of at least -1000 and at most "
+        "1000",
         "teacher.adapters.1: 3 is not allowed; it must be a block of keys (path, weight)",
     ]
 

@@ -10,7 +10,7 @@ import pytest
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.inert import line, plain
 
-# ECMA-48's C0 and C1, Unicode's bidirectional embeddings and isolates, line and paragraph separator, surrogates
+# ECMA-48's C0 and C1; Unicode's embeddings, isolates, line and paragraph separator; surrogates
 ACTIVE = [
     *map(chr, (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))),
     "\u2028", "\u2029", "\ufeff", "\ud800", "\udfff",

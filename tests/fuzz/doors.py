@@ -41,7 +41,7 @@ anything = st.recursive(
 
 
 def fuzz(given_: st.SearchStrategy[Any], *, small: int, large: int, examples: Sequence[Any] = ()) -> Any:
-    """Turn `check(folder, value)` into a test of `small` values and a slow one of `large`, and of `examples`."""
+    """Make a test of `small` values and a slow one of `large` of `check(folder, value)`."""
 
     def decorate(check: Callable[[Path, Any], None]) -> Callable[..., None]:
         @pytest.mark.parametrize("count", [small, pytest.param(large, marks=pytest.mark.slow)])
@@ -53,9 +53,14 @@ def fuzz(given_: st.SearchStrategy[Any], *, small: int, large: int, examples: Se
                 holds = example(value)(holds)
             slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
             settings(
-                max_examples=count, derandomize=count == small, deadline=None, database=None,
-                suppress_health_check=slow, verbosity=Verbosity.normal, print_blob=True,
-            )(given(given_)(holds))()  # fmt: skip
+                max_examples=count,
+                derandomize=count == small,
+                deadline=None,
+                database=None,
+                suppress_health_check=slow,
+                verbosity=Verbosity.normal,
+                print_blob=True,
+            )(given(given_)(holds))()
 
         test.__doc__ = check.__doc__
         return test

@@ -1,4 +1,4 @@
-"""Captions, tables of them and prompt files of any bytes: usable text, or a reason for each, or a sentence."""
+"""Captions, their tables and files of prompts of any bytes: usable text, a reason for each, or a sentence."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _check(place: Path) -> None:
         check_sentence(str(UserError(sentence)))
 
 
-@fuzz(st.tuples(CONTENT, CONTENT, CONTENT, st.lists(TABLES, max_size=1)), small=60, large=2500)
+@fuzz(st.tuples(CONTENT, CONTENT, CONTENT, st.lists(TABLES, max_size=1)), small=35, large=2500)
 def test_any_captions(place: Path, given: tuple[bytes, bytes, bytes, list[tuple[str, str]]]) -> None:
     a, b, d, tables = given
     files = {"a.txt": a, "b.caption": b, "c/d.png.txt": d}
@@ -107,7 +107,7 @@ def test_any_captions(place: Path, given: tuple[bytes, bytes, bytes, list[tuple[
     )
 
 
-@fuzz(st.lists(TABLES, min_size=1, max_size=2), small=60, large=2500)
+@fuzz(st.lists(TABLES, min_size=1, max_size=2), small=35, large=2500)
 def test_any_tables(place: Path, tables: list[tuple[str, str]]) -> None:
     _check(_folder(place / "x", {name: said.encode("utf-8", "surrogatepass") for name, said in tables}))
 

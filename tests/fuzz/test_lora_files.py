@@ -1,4 +1,4 @@
-"""LoRA files of any header, keys, shapes, values and metadata: read with figures that are numbers, or refused."""
+"""LoRA files of any header, keys, shapes, values and metadata: read to numbers, or refused."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ NAMES = [
     "unet.down_blocks.0.attentions.0.proj_in",
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
 ]
-ROLES = st.sampled_from(
-    (
-        "lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_down.weight", "lora_up.weight", "lora_mid.weight",
-        "lora.down.weight", "lora.up.weight", "alpha", "scale", "lora.alpha", "hada_w1_a", "hada_w1_b", "hada_w2_a",
-        "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_t2", "diff", "diff_b", "w_norm",
-        "b_norm", "dora_scale", "lora_magnitude_vector", "lora_B.bias", "oft_blocks", "a1.weight", "on_input", "weight", "",
-    )
-)  # fmt: skip
+_ROLES = """
+    lora_A.weight lora_B.weight lora_A.default.weight lora_down.weight lora_up.weight lora_mid.weight
+    lora.down.weight lora.up.weight alpha scale lora.alpha hada_w1_a hada_w1_b hada_w2_a hada_w2_b
+    hada_t1 lokr_w1 lokr_w2 lokr_w1_a lokr_w1_b lokr_t2 diff diff_b w_norm b_norm dora_scale
+    lora_magnitude_vector lora_B.bias oft_blocks a1.weight on_input weight
+"""
+ROLES = st.sampled_from([*_ROLES.split(), ""])
 PREFIXES = st.sampled_from(
     (
         "",
@@ -47,23 +46,36 @@ PREFIXES = st.sampled_from(
     )
 )
 DTYPES = st.sampled_from([*untrusted.DTYPES.values()])
-HEADERS = st.sampled_from(
-    (
-        "lora_adapter_metadata", "ss_network_alpha", "ss_network_args", "ss_output_name", "ss_sd_model_name", "ss_resolution",
-        "ss_base_model_version", "ss_steps", "ss_tag_frequency", "modelspec.architecture", "modelspec.merged_from",
-        "modelspec.date", "modelspec.title", "modelspec.resolution", "modelspec.trigger_phrase", "lcm_kit.metadata",
-        "lcm_kit.modules", "lcm_kit.base", "lcm_kit.method", "lcm_kit.steps", "lcm_kit.guidance_min", "lcm_kit.guidance_max",
-        "lcm_kit.parents", "format",
-    )
-)  # fmt: skip
+_HEADERS = """
+    lora_adapter_metadata ss_network_alpha ss_network_args ss_output_name ss_sd_model_name ss_resolution
+    ss_base_model_version ss_steps ss_tag_frequency modelspec.architecture modelspec.merged_from
+    modelspec.date modelspec.title modelspec.resolution modelspec.trigger_phrase lcm_kit.metadata
+    lcm_kit.modules lcm_kit.base lcm_kit.method lcm_kit.steps lcm_kit.guidance_min lcm_kit.guidance_max
+    lcm_kit.parents format
+"""
+HEADERS = st.sampled_from(_HEADERS.split())
 SETTINGS = st.dictionaries(
     st.sampled_from(
-        ("unet.r", "unet.lora_alpha", "unet.alpha", "unet.alpha_pattern", "unet.rank_pattern", "unet.use_rslora",
-         "unet.init_lora_weights", "conv_alpha", "conv_dim", "text_encoder.r")
+        (
+            "unet.r",
+            "unet.lora_alpha",
+            "unet.alpha",
+            "unet.alpha_pattern",
+            "unet.rank_pattern",
+            "unet.use_rslora",
+            "unet.init_lora_weights",
+            "conv_alpha",
+            "conv_dim",
+            "text_encoder.r",
+        )
     ),
-    st.one_of(numbers, st.dictionaries(st.one_of(text, st.sampled_from(("to_q", "a*", "to_[qk]"))), anything, max_size=2), anything),
+    st.one_of(
+        numbers,
+        st.dictionaries(st.one_of(text, st.sampled_from(("to_q", "a*", "to_[qk]"))), anything, max_size=2),
+        anything,
+    ),
     max_size=4,
-)  # fmt: skip
+)
 VALUES = st.sampled_from((1.0, 1.0, 0.5, -1.0, 8.0, 0.0, math.nan, math.inf, 1e30))
 SAID = st.dictionaries(
     st.one_of(HEADERS, text),
@@ -138,9 +150,14 @@ def plausible(found: reading.Reading) -> None:
     convert.own_dtype(found)
 
 
-@fuzz(st.tuples(modules(), SAID), small=150, large=5000, examples=[
-    ({"lora_unet_x.alpha": torch.tensor(1.0)}, {"ss_network_args": "[" * 100_000}),
-])  # fmt: skip
+@fuzz(
+    st.tuples(modules(), SAID),
+    small=50,
+    large=5000,
+    examples=[
+        ({"lora_unet_x.alpha": torch.tensor(1.0)}, {"ss_network_args": "[" * 100_000}),
+    ],
+)
 def test_any_keys_shapes_and_metadata(
     folder: Path, given: tuple[dict[str, torch.Tensor], dict[str, str]]
 ) -> None:
@@ -156,17 +173,32 @@ def test_any_keys_shapes_and_metadata(
         answer(lambda: convert.whole(path, verify.Against(SD1)), str(path))
 
 
-JSON = st.dictionaries(st.one_of(text, st.just("__metadata__")), st.one_of(
-    anything, st.fixed_dictionaries({"dtype": st.one_of(st.sampled_from([*untrusted.DTYPES]), anything),
-                                     "shape": st.one_of(st.lists(st.integers(0, 3), max_size=5), anything),
-                                     "data_offsets": st.one_of(st.tuples(st.integers(0, 9), st.integers(0, 9)), anything)}),
-), max_size=4)  # fmt: skip
+JSON = st.dictionaries(
+    st.one_of(text, st.just("__metadata__")),
+    st.one_of(
+        anything,
+        st.fixed_dictionaries(
+            {
+                "dtype": st.one_of(st.sampled_from([*untrusted.DTYPES]), anything),
+                "shape": st.one_of(st.lists(st.integers(0, 3), max_size=5), anything),
+                "data_offsets": st.one_of(st.tuples(st.integers(0, 9), st.integers(0, 9)), anything),
+            }
+        ),
+    ),
+    max_size=4,
+)
 
 
 @fuzz(
-    st.tuples(st.one_of(JSON.map(lambda made: json.dumps(made).encode()), st.binary(max_size=60), text.map(str.encode)), st.binary(max_size=16)),
-    small=150, large=5000,
-)  # fmt: skip
+    st.tuples(
+        st.one_of(
+            JSON.map(lambda made: json.dumps(made).encode()), st.binary(max_size=60), text.map(str.encode)
+        ),
+        st.binary(max_size=16),
+    ),
+    small=50,
+    large=5000,
+)
 def test_any_header(folder: Path, given: tuple[bytes, bytes]) -> None:
     header, data = given
     path = folder / "a.safetensors"
@@ -189,8 +221,10 @@ WHOLE = save(
 
 
 @fuzz(
-    st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=4), small=100, large=5000,
-)  # fmt: skip
+    st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=4),
+    small=60,
+    large=5000,
+)
 def test_any_bytes_changed(folder: Path, changes: list[tuple[int, int]]) -> None:
     broken, path = bytearray(WHOLE), folder / "a.safetensors"
     for place, value in changes:

@@ -90,11 +90,11 @@ def test_training(place: Place, monkeypatch: pytest.MonkeyPatch, recipe: str, wh
 
 
 ENCODING = {
-    "pictures that are none": ({"data": {"path": "inputs/bad"}}, "1 of 1 records of 'inputs/bad' cannot be used"),
+    "pictures that are none": ({"data": {"path": "inputs/bad"}}, "1 of 1 records of 'inputs/bad' cannot"),
     "no pictures": ({"data": {"path": "inputs/none"}}, "is neither a folder of images nor a data set"),
     "a pickled base": ({"base": {"path": "inputs/base.ckpt"}}, "can run code"),
     "no base": ({"base": {"path": "inputs/none"}}, "is neither a folder nor a hub id"),
-    "no prompts": ({"data": {"source": "teacher", "samples": {"prompts": "inputs/none"}}}, "there is no such"),
+    "no prompts": ({"data": {"source": "teacher", "samples": {"prompts": "inputs/none"}}}, "no such file"),
     "a pickled teacher": (
         {"data": {"source": "teacher"}, "teacher": {"adapters": [PICKLED]}}, "can run code",
     ),
@@ -104,7 +104,9 @@ ENCODING = {
     "a pickled teacher beside pictures": (
         {"data": {"source": "mix"}, "teacher": {"adapters": [PICKLED]}}, "can run code",
     ),
-    "no prompts of a style": ({"recipe": "train/finetune", "prior": {"prompts": "inputs/none"}}, "no such file"),
+    "no prompts of a style": (
+        {"recipe": "train/finetune", "prior": {"prompts": "inputs/none"}}, "no such file",
+    ),
     "no general pictures": ({"data": {"regularisation": "inputs/none"}}, "there is no such folder"),
 }  # fmt: skip
 
@@ -140,7 +142,8 @@ VERBS = {
          "base=asset:tiny-sd"), "there is no such folder",
     ),
     "evaluate compose, pickled": (
-        ("evaluate", COMPOSE, f"style={P}", f"speed={P}", "base=asset:tiny-sd", "output=new/x"), "can run code",
+        ("evaluate", COMPOSE, f"style={P}", f"speed={P}", "base=asset:tiny-sd", "output=new"),
+        "can run code",
     ),
     "evaluate brand, pickled": (
         ("evaluate", BRAND, f"run={P}", "base=asset:tiny-sd", "output=new/x", "style=null"), "can run code",
@@ -169,7 +172,8 @@ VERBS = {
         ("finetune", "asset:brand", "--base", "asset:tiny-sd", "--speed", P, *OUT), "can run code",
     ),
     "finetune, no prompts": (
-        ("finetune", "asset:brand", "--base", "asset:tiny-sd", "--prompts", "inputs/none", *OUT), "no such file",
+        ("finetune", "asset:brand", "--base", "asset:tiny-sd", "--prompts", "inputs/none", *OUT),
+        "no such file",
     ),
     "bench": (("bench", "evaluation/speed", "resolution=63", "output=new/x"), "is not a multiple of 8"),
     "pretrain": (("train", "pretrain/tiny_sd", "renders=0", "output=new/x", "work=new/y"), "renders: 0"),
