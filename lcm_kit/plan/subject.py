@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lcm_kit import assets
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
 from lcm_kit.export.structure import Structure, known, of_folder, ssd1b
+from lcm_kit.families.source import read_json
 
 PUBLISHED = ("sd1", "sd2", "sdxl", "ssd1b")
 # The VAE of all published bases
@@ -138,7 +138,7 @@ def _stored(folder: Path) -> torch.dtype | None:
 
 def _json(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, str(folder)) if file.is_file() else {}
 
 
 def _configuration(base: Base) -> Path | None:
@@ -151,7 +151,7 @@ def _configuration(base: Base) -> Path | None:
     except Exception:  # the name, the network, permissions: the hub raises of all kinds
         return None
     index = folder / "model_index.json"
-    if index.is_file() and "unet" not in json.loads(index.read_text(encoding="utf-8")):
+    if index.is_file() and "unet" not in read_json(index, base.path):
         raise UserError(f"base {base.path!r} has no UNet; give an SD1.x, SD2.x or SDXL base")
     parts = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     # offline, a cache may hold some of the files

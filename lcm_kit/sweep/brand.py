@@ -7,7 +7,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-
 from lcm_kit import assets, console, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
