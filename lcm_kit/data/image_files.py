@@ -35,6 +35,7 @@ UNREAD = (
 )  # fmt: skip
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "QOI")  # Pillow's own
 _EXTRAS = {"HEIF": ("pillow_heif", "heif"), "JXL": ("pillow_jxl", "jxl")}  # package, extra of lcm-kit
+_NAMES = {"HEIF": "HEIC", "JXL": "JPEG XL"}  # what people call them
 MOST_PIXELS = 178_956_970  # of a picture: 4 bytes each; Pillow refuses more as well
 MOST_COPIED = 80_000_000  # of a format whose decoder holds several whole copies of the picture at once
 _IN_STRIPS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM")  # decoded row by row into the one that is kept
@@ -144,8 +145,7 @@ def _opened(content: bytes) -> Image.Image:
     if image.width * image.height > most:
         raise UserError(
             f"unreadable image: {image.width} x {image.height} pixels are more than the "
-            f"{most // 10**6} million that are read{'' if kind in _IN_STRIPS else f' of {kind}'}; make it "
-            "smaller"
+            f"{most // 10**6} million that are read of {_NAMES.get(kind, kind)}; make it smaller"
         )
     return image
 
@@ -156,9 +156,8 @@ def _with_extra(kind: str) -> None:
     try:
         module = import_module(package)
     except ImportError as error:
-        name = {"HEIF": "HEIC", "JXL": "JPEG XL"}[kind]
         raise UserError(
-            f"unreadable image: {name}, whatever its name ends in; install what reads it with "
+            f"unreadable image: {_NAMES[kind]}, whatever its name ends in; install what reads it with "
             f"`pip install 'lcm-kit[{extra}]'`, or export as PNG"
         ) from error
     if kind == "HEIF":

@@ -195,7 +195,7 @@ def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
 
 
 def _shown(record: Record) -> str | None:
-    """A brand's picture, by the door for pictures that are not ours; None if it cannot be read now."""
+    """A brand's picture, through the door for pictures that are not ours; None if it cannot be read."""
     try:
         return image_uri(record.load())
     except (OSError, UserError):
