@@ -66,7 +66,8 @@ def main(config: Compose) -> Path:
         teachers={}, reference=drawn[cells[0]], real=None, brand=brand, cost=None,
         confidence=config.confidence,
     )  # fmt: skip
-    figures = {cell: ruler.figures(cell, rows) for cell, rows in drawn.items()}
+    with console.working(f"measuring {len(cells)} cells"):
+        figures = {cell: ruler.figures(cell, rows) for cell, rows in drawn.items()}
     chosen, reasons = choose(figures, config.confidence)
 
     # -- Write -----------------------------------------------------------------------------------------------
@@ -98,10 +99,11 @@ def main(config: Compose) -> Path:
         "recommended": recommended, "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
     atomic_write(folder / "recommended.json", json.dumps(recommended, indent=1) + "\n")
-    merged = merge_files.merge(
-        [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
-        rank=config.rank, base=base.path, variant=base.variant,
-    )  # fmt: skip
+    with console.working("merging the pair"):
+        merged = merge_files.merge(
+            [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
+            rank=config.rank, base=base.path, variant=base.variant,
+        )  # fmt: skip
     file = tables.write_results(folder, results)
     tables.show(results["cells"])
     console.say(recommended["sentence"])

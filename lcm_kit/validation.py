@@ -21,6 +21,7 @@ from torch import Tensor
 from lcm_kit import assets, sample
 from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
+from lcm_kit.console import working
 from lcm_kit.files import atomic_file, sha256_bytes
 
 TEACHER_STEPS = 50
@@ -91,7 +92,9 @@ class Fixed:
         from safetensors.torch import load_file, save_file
 
         if not self.file.is_file():
-            drawn = self.draw(pipe)
+            what = f"{len(self.prompts)} of the {self.kind}'s samples in {self.teacher_steps} steps, once"
+            with working(f"drawing {what}"):
+                drawn = self.draw(pipe)
             with atomic_file(self.file) as temporary:
                 save_file(drawn, temporary)
         return load_file(self.file)["latents"][:rows]
