@@ -14,7 +14,7 @@ import typer
 from lcm_kit import cli_finetune, cli_lora, cli_plan, cli_sweep
 from lcm_kit.cli_errors import Verbs
 from lcm_kit.cli_numbers import SEED, WEIGHT, within
-from lcm_kit.console import encodable, say
+from lcm_kit.console import encodable, say, working
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
 
@@ -127,9 +127,12 @@ def check(
     if _is_folder(config):
         if overrides:
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
-        lines, errors = check_images(config, resolution, trigger)
+        with working(f"looking at the pictures of {config}"):
+            lines, errors = check_images(config, resolution, trigger)
     else:
-        lines = examine(_load(config, overrides))
+        loaded = _load(config, overrides)
+        with working(f"checking what {config} names"):
+            lines = examine(loaded)
     for line in lines:
         say(line)
     if errors:
@@ -218,11 +221,13 @@ def sample(
     quiet()
     found = Base(path=base) if base else _base_of(adapter)
     if adapter is not None:
-        _insist_on_a_pair(adapter, found)
-    sheet = sample_to_folder(
-        found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
-        lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
-    )  # fmt: skip
+        with working(f"checking {adapter}"):
+            _insist_on_a_pair(adapter, found)
+    with working(f"drawing {len(wanted)} of {found.path} in {steps} steps"):
+        sheet = sample_to_folder(
+            found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
+            lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
+        )  # fmt: skip
     say(sheet)
 
 

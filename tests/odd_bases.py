@@ -1,4 +1,4 @@
-"""Bases with one thing wrong: a field of a configuration of another type, gone or absurd, or a spoiled file."""
+"""Bases with one thing wrong: a field of a configuration of another type or gone, or a spoiled file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _cases(base: Path) -> Iterator[Case]:
 
 
 def some(base: Path, count: int, seed: int = 0) -> list[Case]:
-    """`count` of the cases, drawn so that each field and each way has its turn; the same for the same seed."""
+    """`count` of the cases: each field has its turn, then each again; the same for the same seed."""
     drawn = random.Random(seed)
     by_field: dict[tuple[str, str], list[Case]] = {}
     for case in cases(base):
@@ -107,7 +107,7 @@ def _spoiled(content: bytes, case: Case) -> bytes | None:
 
 
 def listed(case: Case) -> bool:
-    """Whether the field is one that the kit reads, typed and bounded: another value may mean another model."""
+    """Whether the kit reads the field, typed and bounded, so that a value it takes means what it says."""
     part = case.file.partition("/")[0]
     kind = _KINDS.get("tokenizer" if "token" in case.file else part)
     if kind is None or case.file.endswith("tokenizer.json"):

@@ -1,12 +1,13 @@
 """Spoils bases in a thousand ways and asks every verb: is it one sentence, or the very same output?
 
-    python tools/odd_bases.py                        # 1,131 bases, drawn by --seed: about half an hour
+    python tools/odd_bases.py                        # 1,131 bases, drawn by --seed: an hour on two idle cores
     python tools/odd_bases.py --only "unet/config.json act_fn" --count 0   # all that begin so
 
-The shipped base and one with SDXL's blocks, each time with one field or file spoiled (tests/odd_bases.py). Each
-runs in a process of its own, with a bound on time and memory, forked from one that has imported everything.
-Linux alone. What comes out, by verb: `same`, an equal output; `said`, exit code 2 and a sentence that names the
-part; `meant`, another output, for a value that is as good as the one before; else a fault, and exit code 1.
+The shipped base and a small one of SDXL's family, each time with one field or file spoiled
+(tests/odd_bases.py). Each runs in a process of its own, with a bound on time and memory, forked from one that
+has imported everything; Linux alone. What comes out, by verb: `same`, an equal output; `said`, exit code 2
+and a line that names the part; `meant`, another output of a field that the kit reads, with a value that it may
+have; else a fault, and exit code 1.
 """
 
 from __future__ import annotations

@@ -144,8 +144,8 @@ def _opened(content: bytes) -> Image.Image:
     most = MOST_PIXELS if kind in _IN_STRIPS else MOST_COPIED
     if image.width * image.height > most:
         raise UserError(
-            f"unreadable image: {image.width} x {image.height} pixels are more than the "
-            f"{most // 10**6} million that are read of {_NAMES.get(kind, kind)}; make it smaller"
+            f"unreadable image: {image.width} x {image.height} pixels are more than the {most // 10**6} "
+            f"million that are read of {_NAMES.get(kind, kind)}; make it smaller"
         )
     return image
 

@@ -178,7 +178,7 @@ def of_folder(folder: Path, path: str) -> Structure:
         )
     text, pooled = {}, None
     for part in ("text_encoder", "text_encoder_2"):
-        if (folder / part / "config.json").is_file():
+        if (folder / part).is_dir():
             clip = read_json(folder / part / "config.json", path)
             pooled = clip.get("projection_dim")
             text[part] = (clip["num_hidden_layers"], clip["hidden_size"], clip["intermediate_size"])

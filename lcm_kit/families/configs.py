@@ -281,8 +281,8 @@ def require_sizes(folder: Path, path: str) -> None:
     )  # fmt: skip
     for part, kind in kinds:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        if (file := folder / part / name).is_file():
-            parse(kind, read_json(file, path), f"base {path!r}: {part}/{name}")
+        if (folder / part).is_dir():  # and then with its configuration
+            parse(kind, read_json(folder / part / name, path), f"base {path!r}: {part}/{name}")
 
 
 def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit.assets import place
+from lcm_kit.console import working
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.headers import require_content
 from lcm_kit.files import sha256_file
@@ -116,4 +117,5 @@ def file_hash(path: Path) -> str:
 
 @cache
 def _hash_of_state(path: Path, size: int, modified: int) -> str:
-    return sha256_file(path)
+    with working(f"hashing {path}"):
+        return sha256_file(path)

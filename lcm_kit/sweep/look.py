@@ -13,6 +13,7 @@ from torch import Tensor
 from lcm_kit import assets
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.console import working
 from lcm_kit.data import records
 from lcm_kit.errors import UserError
 from lcm_kit.metrics.accuracy import ATTRIBUTES
@@ -90,9 +91,10 @@ class Looker:
         """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` for none."""
         files = records.pictures(assets.place(path), path)
         rows = []
-        for first in range(0, len(files), _BATCH):
-            pictures = [record.pixels(size) for record in files[first : first + _BATCH]]
-            rows.append(self.features.images(torch.stack(pictures)).float().cpu())
+        with working(f"measuring the {len(files)} pictures of {path}"):
+            for first in range(0, len(files), _BATCH):
+                pictures = [record.pixels(size) for record in files[first : first + _BATCH]]
+                rows.append(self.features.images(torch.stack(pictures)).float().cpu())
         return torch.cat(rows)
 
     @torch.no_grad()
