@@ -64,7 +64,7 @@ def say(text: object = "", *, err: bool = False, style: str = "") -> None:
 
 def rule(number: str, title: str) -> None:
     """Print a heading on stderr: a number in bold and a title, a line behind them."""
-    heading = Text.assemble((plain(number), "bold"), " ", line(title))
+    heading = Text.assemble((line(number), "bold"), " ", line(title))
     _console(err=True).rule(heading, align="left")
 
 

@@ -6,6 +6,7 @@ What counts as an image and as its caption is decided in `records.py`, and what 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def _of(weight: str, findings: Iterable[Finding]) -> Iterator[str]:
 
 def _uncaptioned(folder: Path, bad: Sequence[Bad]) -> list[Record]:
     """The images without a usable caption: they are looked at too, so that all is said at once."""
-    return [Record(id, "", (folder / id).read_bytes) for id, _ in bad if (folder / id).is_file()]
+    # a name of a table that no file system holds is an error of pathlib's, and no file here
+    return [Record(id, "", (folder / id).read_bytes) for id, _ in bad if os.path.isfile(folder / id)]
 
 
 def _look(records: Sequence[Record]) -> tuple[list[Look], list[Bad]]:
