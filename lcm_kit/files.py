@@ -180,11 +180,17 @@ def make_folder(path: Path) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `UserError` now if nothing can be written into `folder`, which is made if it is not there."""
+    """Raise `UserError` now if nothing can be written into `folder`; a trial that leaves nothing behind."""
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for each in made:
+                with contextlib.suppress(OSError, ValueError):  # another process may have begun there
+                    each.rmdir()
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -16,7 +16,9 @@ from lcm_kit import families, sample
 from lcm_kit.check import check
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
+from lcm_kit.export.verify import base_of
 from lcm_kit.families import inspect_base
+from lcm_kit.families.tokens import load_tokenizer
 from lcm_kit.families.weights import Place, load_model
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -354,6 +356,21 @@ def test_trained_betas_and_the_cosine_need_no_bounds(base: Path):
         ("unet", "cross_attention_dim", {"a": 1}, "is not supported"),
         ("unet", "sample_size", None, "is not supported"),
         ("unet", "_class_name", "UNet3DConditionModel", "is not supported"),
+        ("unet", "act_fn", None, "is not supported"),
+        ("unet", "center_input_sample", 10**7, "is not supported"),
+        ("unet", "conv_in_kernel", [[3]], "is not supported"),
+        ("unet", "downsample_padding", 10**30, "is not supported"),
+        ("unet", "dual_cross_attention", "x", "is not supported"),
+        ("unet", "freq_shift", None, "is not supported"),
+        ("unet", "mid_block_scale_factor", float("nan"), "is not supported"),
+        ("unet", "norm_eps", -1, "is not supported"),
+        ("unet", "resnet_out_scale_factor", 0, "is not supported"),
+        ("unet", "time_embedding_type", "fourier", "is not supported"),
+        ("vae", "act_fn", "x", "is not supported"),
+        ("vae", "mid_block_add_attention", 1, "is not supported"),
+        ("text_encoder", "hidden_act", "x", "is not supported"),
+        ("text_encoder", "layer_norm_eps", None, "is not supported"),
+        ("text_encoder", "eos_token_id", -1, "is not supported"),
         ("vae", "_class_name", "AutoencoderTiny", "is not supported"),
         ("vae", "scaling_factor", "0.18", "is not supported"),
         ("vae", "scaling_factor", 0.0, "is not supported"),
@@ -381,6 +398,40 @@ def test_verify_reads_the_same_sizes_but_takes_a_distilled_base(base: Path):
         UserError, match=r"text_encoder/config.json: num_hidden_layers 10000000 is not supported"
     ):
         structure.of_base(str(base))
+
+
+def test_verify_does_not_pass_over_a_part_without_its_configuration(base: Path):
+    (base / "text_encoder" / "config.json").unlink()
+    with pytest.raises(UserError, match="text_encoder/config.json is missing"):
+        base_of(str(base))
+
+
+def test_a_noise_that_falls(base: Path):
+    edit(base / "scheduler" / "scheduler_config.json", beta_start=0.5)
+    with pytest.raises(UserError, match="scheduler.*beta_start 0.5 is above beta_end 0.012"):
+        inspect_base(str(base))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("model_max_length", 0, "tokenizer/tokenizer_config.json: model_max_length 0 is not supported"),
+        ("model_max_length", "77", "model_max_length '77' is not supported"),
+        ("pad_token", "<pad>", "tokenizer_config.json: pad_token '<pad>' is not in the vocabulary"),
+        ("pad_token", {"content": 7}, "pad_token '7' is not in the vocabulary"),
+        ("bos_token", True, "bos_token True is not supported"),
+    ],
+)
+def test_a_tokenizers_settings(field: str, value: Any, sentence: str, base: Path):
+    edit(base / "tokenizer" / "tokenizer_config.json", **{field: value})
+    with pytest.raises(UserError, match=sentence):
+        inspect_base(str(base))
+
+
+def test_a_tokenizer_of_no_length_reads_as_much_as_its_encoder(base: Path):
+    """transformers then says 10**30, which a pipeline pads to."""
+    edit(base / "tokenizer" / "tokenizer_config.json", "model_max_length")
+    assert load_tokenizer(inspect_base(str(base)), "tokenizer").model_max_length == 24
 
 
 def test_fields_that_fit_no_model_together(base: Path):

@@ -5,9 +5,9 @@
 
 The shipped base and a small one of SDXL's family, each time with one field or file spoiled
 (tests/odd_bases.py). Each runs in a process of its own, with a bound on time and memory, forked from one that
-has imported everything; Linux alone. What comes out, by verb: `same`, an equal output; `said`, exit code 2
-and a line that names the part; `meant`, another output of a field that the kit reads, with a value that it
-may have; else a fault, and exit code 1.
+has imported everything; Linux alone. What comes out, by verb: `same`, an equal output; `said`, code 2 and
+a line that names the part; `meant`, another output of a field that the kit reads, with a value that it may
+have; else a fault, and exit code 1.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_kit.config.pretrain import PretrainTiny
-from lcm_kit.files import atomic_file, atomic_write, make_folder
+from lcm_kit.files import atomic_file, atomic_write, make_folder, require_writable
 from lcm_kit.locks import alone
 from lcm_kit.prediction import from_x0_eps
 from lcm_kit.schedule import Schedule, add_noise
@@ -173,6 +173,7 @@ def main(config: PretrainTiny) -> Path:
 
     work, output = Path(config.work), Path(config.output)
     make_folder(work)
+    require_writable(output)  # hours before it is written
     renders, drawn = draw(config, work)
     reader = train_probe(config, work, renders, drawn)
     vae = train_vae(config, work, renders)

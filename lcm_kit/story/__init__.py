@@ -13,6 +13,7 @@ from pathlib import Path
 from lcm_kit import assets, console
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
+from lcm_kit.files import require_writable
 from lcm_kit.story import configs, show
 from lcm_kit.story.configs import Story
 from lcm_kit.story.stages import insist_on_the_folder, stages_of
@@ -30,6 +31,7 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     _alone()
     story = configs.quickstart(output, overrides)
     insist_on_the_folder(story)
+    require_writable(story.run)
     show.plan(story, _check(story, None))
     return _tell(story)
 
@@ -61,6 +63,8 @@ def finetune(
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
     story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, speed, overrides)
     insist_on_the_folder(story)
+    if not dry_run:
+        require_writable(story.run)
     show.plan(story, _check(story, trigger))
     if dry_run:
         return None
