@@ -16,15 +16,13 @@ import platform
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lcm_kit.errors import UserError
 
 _MOST_BYTES = 180  # of a name within a temporary one: file systems hold 255, and ours adds to it
-_LEFTOVER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.(?:\w+\.)?(?:tmp|old)$")  # as `_temporary` names it
-_A_DAY = 86_400  # seconds
+LEFTOVER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.(?:\w+\.)?(?:tmp|old)$")  # as `_temporary` names it
 _ELSEWHERE = "choose another place for it"
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another output",
@@ -106,34 +104,13 @@ def _temporary(path: Path) -> Path:
     name = path.name
     while len(os.fsencode(name)) > _MOST_BYTES:
         name = name[:-1]
-    return path.parent / f".{name}.{_machine()}-{os.getpid()}.tmp"
+    return path.parent / f".{name}.{machine()}-{os.getpid()}.tmp"
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
+    """A short name of this machine, for names of temporary files."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def sweep(folder: Path, *, deep: bool = True) -> None:
-    """Remove what processes that were killed left half-written in `folder`, and if `deep` below it.
-
-    What another machine writes is left alone for a day: whether its process lives cannot be seen from here.
-    """
-    for leftover in (folder.rglob if deep else folder.glob)(".*"):
-        if (made := _LEFTOVER.search(leftover.name)) and _is_dead(leftover, made[1], int(made[2])):
-            with contextlib.suppress(OSError):  # where nothing can be removed nothing can be written
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _is_dead(leftover: Path, machine: str, process: int) -> bool:
-    import psutil
-
-    if machine == _machine():
-        return not psutil.pid_exists(process)
-    try:
-        return time.time() - leftover.stat().st_mtime > _A_DAY
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

@@ -10,17 +10,21 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import psutil
 from filelock import FileLock, Timeout
 
 from lcm_kit import console
 from lcm_kit.errors import UserError
-from lcm_kit.files import reason_of, sweep, unwritable
+from lcm_kit.files import LEFTOVER, machine, reason_of, unwritable
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_A_DAY = 86_400  # seconds
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +63,26 @@ def held(folder: Path, work: str, *, needed: bool = True) -> Iterator[None]:
             file.unlink()
         lock.release()
         _remove(made)
+
+
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Remove what processes that were killed left half-written in `folder`, and if `deep` below it.
+
+    What another machine writes is left alone for a day: whether its process lives cannot be seen from here.
+    """
+    for leftover in (folder.rglob if deep else folder.glob)(".*"):
+        if (made := LEFTOVER.search(leftover.name)) and _is_dead(leftover, made[1], int(made[2])):
+            with contextlib.suppress(OSError):  # where nothing can be removed nothing can be written
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_dead(leftover: Path, place: str, process: int) -> bool:
+    if place == machine():
+        return not psutil.pid_exists(process)
+    try:
+        return time.time() - leftover.stat().st_mtime > _A_DAY
+    except OSError:
+        return False
 
 
 def _acquire(lock: FileLock, file: Path, holder: str, work: str) -> None:

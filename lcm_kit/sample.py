@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lcm_kit import families
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_file, sweep
+from lcm_kit.files import atomic_file
+from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
 
 SOLVERS = ("lcm", "tcd", "ddim", "dpmpp_2m")

@@ -260,7 +260,10 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
     from lcm_kit.report import build as building
 
     output, order = tmp_path / "run", list[Any]()
-    row = {"solver": "ddim", "unet_calls": 4, "seconds_per_image": 0.5, "distance_to_teacher": 0.1}
+    row = {
+        "solver": "ddim", "steps": 4, "guidance_scale": 1.0, "unet_calls": 4, "seconds_per_image": 0.5,
+        "distance_to_teacher": 0.1, "saturation": 1.0, "pictures": [],
+    }  # fmt: skip
     rows = [
         {**row, "name": "teacher", "unet_calls": 100, "attribute_accuracy": 0.97, "frechet": 1.0},
         {**row, "name": "base", "attribute_accuracy": 0.11, "frechet": 60.0},
@@ -268,11 +271,13 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
         {**row, "name": "student", "solver": "lcm", "attribute_accuracy": 0.93, "frechet": 8.0},
     ]
 
+    made = {"n": 4, "prompts": ["a cat"], "base": {"path": "x", "hash": "y"}, "frechet_floor": None}
+
     def recipe(name: str) -> SimpleNamespace:
         def main(config: Any) -> None:
             order.append((name, config))
             output.mkdir(exist_ok=True)
-            (output / "results.json").write_text(json.dumps({"rows": rows}))
+            (output / "results.json").write_text(json.dumps({"rows": rows, **made}))
 
         return SimpleNamespace(main=main)
 

@@ -20,6 +20,7 @@ from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.run import export_run
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run
+from tests.sweeps import build_sweep
 
 APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai", "sdnext", "sd-scripts", "sd.cpp")
 
@@ -366,14 +367,15 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
     before = recommended.weights_hash(files["diffusers"])
     warnings = {"other": "other is bad", "lumo": "Mind it."}
     found = {
-        "sentence": "Use 2 steps of TCD.", "adapter": "lumo", "sampler": "tcd", "steps": 2,
+        "sentence": "Use 2 steps of TCD.", "cell": None, "adapter": "lumo", "sampler": "tcd", "steps": 2,
         "guidance_scale": 1.5, "lora_weight": 0.8, "reasons": ["because"],
         "warnings": [{"adapter": name, "sentence": text} for name, text in warnings.items()],
     }  # fmt: skip
 
     def sweep(weights: str) -> None:
-        results = {"adapters": [{"name": "lumo", "weights": weights}], "recommended": found}
-        (run / "sweep").mkdir(exist_ok=True)
+        results = build_sweep(run / "sweep", adapters=("lumo",), size=8)
+        results["adapters"][0]["weights"] = weights
+        results["recommended"] = found
         (run / "sweep/results.json").write_text(json.dumps(results))
 
     sweep("of other weights")

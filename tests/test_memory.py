@@ -180,7 +180,7 @@ def test_a_lora_on_few_bits_trains_alone_and_is_the_base_when_off(kind: str, tmp
             assert torch.equal(unet(x, t, text).sample, base)
         assert relative(student, base) > 0.01
 
-        save_adapter(tmp_path / "adapter", unet, {})
+        save_adapter(tmp_path / "adapter", unet, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
         again = held(quantize=kind)
         load_adapter(tmp_path / "adapter", again)
         assert torch.equal(again(x, t, text).sample, student)

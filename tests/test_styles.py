@@ -96,7 +96,7 @@ def test_only_our_own_lora_learns_and_is_saved(base: Path, tmp_path: Path, in_st
     unet(x, 500, encoder_hidden_states=torch.randn(2, 8, 32)).sample.square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in parameters)
     assert frozen and all(p.grad is None for n, p in unet.named_parameters() if ".style." in n)
-    adapter.save_adapter(tmp_path / "adapter", unet, {})
+    adapter.save_adapter(tmp_path / "adapter", unet, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
     bare = families.load(str(base), parts=["unet"]).unet
     adapter.load_adapter(tmp_path / "adapter", bare)
     assert adapter.lora_state(bare).keys() == {

@@ -10,7 +10,8 @@ from typing import Any
 from lcm_kit import __version__, adapter, assets, own_files, own_shapes
 from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write, sweep
+from lcm_kit.files import atomic_write
+from lcm_kit.locks import sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report

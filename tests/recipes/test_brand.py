@@ -115,6 +115,8 @@ def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "adapter"
     folder.mkdir(parents=True)
     (folder / "lora.safetensors").touch()
-    (folder / "adapter.json").write_text(json.dumps({"teacher": {"in_student": True}}))
+    facts = {"teacher": {"in_student": True, "adapters": []}, "steps": 1, "base": {"path": "x", "hash": "y"}}
+    facts["lora_config"] = {"r": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]}
+    (folder / "adapter.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="learned speed alone"):
         shipped.load_recipe("evaluation/brand").main(configure(run=str(tmp_path / "run")))

@@ -415,7 +415,10 @@ def test_a_stopped_run_continues_bit_for_bit(
         finetune.main(config(keys, run, own=True, **RESUMED))
     # As a kill between a measurement and the state of its step, or a stop before it, would leave the run
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    assert json.loads(lines[-1]).keys() == {"step", "held_out_loss"} and json.loads(lines[-1])["step"] == 4
+    assert (
+        json.loads(lines[-1]).keys() == {"step", "held_out_loss", "hash"}
+        and json.loads(lines[-1])["step"] == 4
+    )
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
     late = {**RESUMED, "validation": {"every": 2, "held_out": 0.5}}
     with pytest.raises(UserError, match=r"started with validation\.held_out 0\.25 and the config says 0\.5"):

@@ -54,7 +54,10 @@ def states(run: Path) -> list[int]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "hash")}
+        for line in lines
+    ]
 
 
 def assert_same_state(a: Path, b: Path) -> None:
