@@ -146,7 +146,12 @@ class _Raw(io.FileIO):
     seen: Disk
 
     def write(self, data: Any) -> int:
-        self.seen.sees("write", self.fileno(), named=False)
+        try:
+            self.seen.sees("write", self.fileno(), named=False)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # the last that there is room for is written
+                super().write(memoryview(data)[: len(data) // 2])
+            raise
         return super().write(data)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner, Result
 
-from lcm_kit import checkpoints, files, own_files, own_shapes
+from lcm_kit import checkpoints, locks, own_files, own_shapes
 from lcm_kit.cli import app
 from lcm_kit.config.load import dump
 from tests.faults import Refusal, disk
@@ -38,7 +38,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "encode": Verb(("encode", "{place}/distill.yaml")),
-    "again": Verb(("encode", "{place}/distill.yaml", "data.shard_size=3"), ("encode",)),
+    "again": Verb(("encode", "{place}/distill.yaml", "data.shard_size=8"), ("encode",)),
     "train": Verb(("train", "{place}/distill.yaml"), ("encode",)),
     "longer": Verb(("train", "{place}/distill.yaml", "steps=3"), ("encode", "train")),
     "style": Verb(("train", "{place}/style.yaml"), ("encode",)),
@@ -77,10 +77,11 @@ class Bench:
         shutil.copytree(self.before, self.place)
 
     def refusals(self) -> list[Refusal]:
-        """One for each kind and operation that it can be of; of equal ones in a row the first two and the last."""
-        first = {name: k for k, name in reversed(list(enumerate(self.operations, 1)))}
-        last = {name: k for k, name in enumerate(self.operations, 1)}
-        at = sorted({*first.values(), *last.values(), *(k + 1 for name, k in first.items() if last[name] > k)})
+        """One for each kind and operation that it can be of; of equal ones the first two and the last."""
+        places: dict[str, list[int]] = {}
+        for k, name in enumerate(self.operations, 1):
+            places.setdefault(name, []).append(k)
+        at = sorted({k for found in places.values() for k in (*found[:2], found[-1])})
         every = (Refusal(k, kind, kind != errno.EACCES) for kind in KINDS for k in at)
         return [each for each in every if each.says_no(each.at, self.operations[each.at - 1].split()[0])]
 
@@ -94,7 +95,7 @@ class Bench:
         self._ended_well(done, where)
         if refusal.number != errno.EROFS:  # where nothing can be removed either, the next run does
             assert litter(self.place) == [], where
-        files.sweep(self.place)
+        locks.sweep(self.place)
         now = snapshot(self.place)
         if done.exit_code == 0:
             assert now == self.wanted, where
