@@ -65,7 +65,8 @@ def main(config: Compose) -> Path:
         teachers={}, reference=drawn[cells[0]], real=None, brand=brand, cost=None,
         confidence=config.confidence,
     )  # fmt: skip
-    figures = {cell: ruler.figures(cell, rows) for cell, rows in drawn.items()}
+    with console.working(f"measuring {len(cells)} cells"):
+        figures = {cell: ruler.figures(cell, rows) for cell, rows in drawn.items()}
     chosen, reasons = choose(figures, config.confidence)
 
     # -- Write -----------------------------------------------------------------------------------------------
@@ -96,10 +97,11 @@ def main(config: Compose) -> Path:
                    "pictures": pictures[cell.id]} for cell in cells],
         "recommended": recommended, "machine": tables.machine(device), "versions": versions(),
     }  # fmt: skip
-    merged = merge_files.merge(
-        [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
-        rank=config.rank, base=base.path, variant=base.variant,
-    )  # fmt: skip
+    with console.working("merging the pair"):
+        merged = merge_files.merge(
+            [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
+            rank=config.rank, base=base.path, variant=base.variant,
+        )  # fmt: skip
     file = tables.write_results(folder, results)
     tables.show(results["cells"])
     console.say(recommended["sentence"])

@@ -79,7 +79,8 @@ def main(config: GuidanceSweep) -> Path:
         reference=drawn[main_teacher], real=real, brand=brand,
         cost=config.cost, confidence=config.confidence,
     )  # fmt: skip
-    figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}
+    with console.working(f"measuring {len(cells)} cells"):
+        figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}
     sweep = Sweep(figures, main_teacher, found, config.confidence, measure.moved(drawn, main_teacher))
     recommended = recommend(sweep)
 

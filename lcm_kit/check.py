@@ -27,18 +27,16 @@ def check(config: Config) -> list[str]:
     Raises one `UserError` that lists everything that is not there or that `encode` would stop on.
     """
     found: list[str] = []
-    missing: list[str] = []
+    missing: list[UserError] = []
     for look in _looks(config):
         try:
             found += look().splitlines()
         except UserError as error:
-            missing.append(str(error))
+            missing.append(error)
     if len(missing) == 1:
-        raise UserError(missing[0])
+        raise missing[0]
     if missing:
-        raise UserError(
-            f"{len(missing)} things are missing" + "".join(f"\n  - {sentence}" for sentence in missing)
-        )
+        raise UserError(f"{len(missing)} things are missing", missing)
     return found
 
 
@@ -177,7 +175,7 @@ def _adapter(path: str) -> str:
 def _pictures(path: str) -> str:
     from lcm_kit.data.records import pictures
 
-    return f"images: {path}, {len(pictures(Path(assets.resolve(path)).expanduser(), path))} of them"
+    return f"images: {path}, {len(pictures(assets.place(path), path))} of them"
 
 
 def _left_out(run: str) -> str:

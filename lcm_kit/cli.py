@@ -1,26 +1,21 @@
 """The command line. Each verb imports what it needs when it runs, so that help comes at once.
 
-The one place where errors become exit codes: a `UserError` is printed as `error: ...` with code 2, and so
-is what the file system refuses; an interruption says that the same command continues, with code 130;
-anything else is a bug and keeps its traceback.
+Errors become exit codes in `cli_errors.py`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from lcm_kit import cli_finetune, cli_lora, cli_plan, cli_sweep
+from lcm_kit.cli_errors import Verbs
 from lcm_kit.cli_numbers import SEED, WEIGHT, within
-from lcm_kit.console import encodable, say
+from lcm_kit.console import encodable, say, working
 from lcm_kit.errors import UserError
-from lcm_kit.files import reason_of
 from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
@@ -28,43 +23,8 @@ if TYPE_CHECKING:
     from lcm_kit.config.schema import Base, Training
 
 
-class _Group(TyperGroup):
-    """Runs a verb and turns what the user can mend into one sentence and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            _fail(str(error), 2)
-        except KeyboardInterrupt:
-            _fail("stopped; the same command continues where it left off", 130)
-        except Exception as error:
-            sentence = _refusal(error)
-            if sentence is None:
-                raise
-            _fail(sentence, 2)
-
-
-def _fail(sentence: str, code: int) -> None:
-    say(f"error: {sentence}", err=True)
-    raise typer.Exit(code)
-
-
-def _refusal(error: Exception) -> str | None:
-    """What the file system refused, as a sentence; None for what is no refusal of its."""
-    reason = reason_of(error)
-    if reason is None or reason.errno == errno.EPIPE:  # nobody reads on: typer ends quietly
-        return None
-    if reason.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error}); free some space and run the same command again, it continues"
-    if reason is not error:  # it came on the way, and something else went wrong since
-        return None
-    name = "" if reason.filename is None else f"{os.fsdecode(reason.filename)}: "
-    return f"{name}{reason.strerror}; check that the path is right, is there and may be used"
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -167,9 +127,12 @@ def check(
     if _is_folder(config):
         if overrides:
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
-        lines, errors = check_images(config, resolution, trigger)
+        with working(f"looking at the pictures of {config}"):
+            lines, errors = check_images(config, resolution, trigger)
     else:
-        lines = examine(_load(config, overrides))
+        loaded = _load(config, overrides)
+        with working(f"checking what {config} names"):
+            lines = examine(loaded)
     for line in lines:
         say(line)
     if errors:
@@ -187,9 +150,12 @@ def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
     from lcm_kit.data import prior, sources
 
     share = processes.share()
+    beside = loaded if isinstance(loaded, Finetune) and loaded.prior.prompts is not None else None
+    if beside:
+        prior.insist_on_prompts(beside)  # before images are encoded, which takes hours
     sources.encode(loaded, share=share)
-    if isinstance(loaded, Finetune) and loaded.prior.prompts is not None:
-        prior.encode(loaded, share=share)
+    if beside:
+        prior.encode(beside, share=share)
 
 
 @app.command(rich_help_panel="The stages")
@@ -245,8 +211,9 @@ def sample(
     from lcm_kit import assets
     from lcm_kit.config.schema import Base
     from lcm_kit.sample import sample_to_folder
+    from lcm_kit.written import from_command
 
-    wanted = [*(prompt or []), *(assets.prompts(prompts) if prompts else [])]
+    wanted = [*map(from_command, prompt or []), *(assets.prompts(prompts) if prompts else [])]
     if not wanted:
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
@@ -254,11 +221,13 @@ def sample(
     quiet()
     found = Base(path=base) if base else _base_of(adapter)
     if adapter is not None:
-        _insist_on_a_pair(adapter, found)
-    sheet = sample_to_folder(
-        found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
-        lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
-    )  # fmt: skip
+        with working(f"checking {adapter}"):
+            _insist_on_a_pair(adapter, found)
+    with working(f"drawing {len(wanted)} of {found.path} in {steps} steps"):
+        sheet = sample_to_folder(
+            found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
+            lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
+        )  # fmt: skip
     say(sheet)
 
 
@@ -284,12 +253,12 @@ app.add_typer(cli_sweep.verbs)
 
 def _is_folder(text: str) -> bool:
     """Whether `check` was given images instead of a config; a config of that name goes first."""
-    from lcm_kit import shipped
+    from lcm_kit import assets, shipped
 
     try:
         shipped.config_path(text)
     except UserError:
-        path = Path(text).expanduser()
+        path = assets.place(text)
         return text.startswith("asset:") or path.is_dir() or path.suffix.lower() in (".zip", ".parquet")
     return False
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 _PANEL = "LoRA files"
+_PROBLEMS = 20  # that `verify` lists
 
 Style = Annotated[
     Literal["diffusers", "kohya", "both"],
@@ -59,7 +60,8 @@ def export(
     from lcm_kit.export.run import export_run
 
     quiet()
-    export_run(run, style, dtype, output, with_evaluation=with_evaluation)
+    with console.working(f"exporting {run}"):
+        export_run(run, style, dtype, output, with_evaluation=with_evaluation)
 
 
 @verbs.command(rich_help_panel=_PANEL)
@@ -81,8 +83,9 @@ def verify(
     from lcm_kit.export import verify as checks
 
     quiet()
-    against = checks.base_of(base, variant=variant) if base else None
-    report = checks.verify(file, against, apps=apps or checks.ALL, alpha=alpha)
+    with console.working(f"checking {file}"):
+        against = checks.base_of(base, variant=variant) if base else None
+        report = checks.verify(file, against, apps=apps or checks.ALL, alpha=alpha)
     _print_report(report)
     if not report.ok:
         raise typer.Exit(1)
@@ -99,7 +102,10 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="Reduce to this rank by SVD, at an error that is printed. [default: exact]"),
+        typer.Option(
+            callback=within("--rank", 1, 65_536),
+            help="Reduce to this rank by SVD, at an error that is printed. [default: exact]",
+        ),
     ] = None,
     leave_out: LeaveOut = None,
     drop_unknown: Annotated[
@@ -116,11 +122,12 @@ def convert(
     from lcm_kit.export import verify as checks
 
     quiet()
-    against = checks.base_of(base, variant=variant) if base else None
-    done = mending.convert(
-        file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype, rank=rank,
-        leave_out=leave_out or (), drop_unknown=drop_unknown,
-    )  # fmt: skip
+    with console.working(f"converting {file}"):
+        against = checks.base_of(base, variant=variant) if base else None
+        done = mending.convert(
+            file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype, rank=rank,
+            leave_out=leave_out or (), drop_unknown=drop_unknown,
+        )  # fmt: skip
     read = done.read
     console.say(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.updates)} modules")
     for line in (*(f"found: {line}" for line in read.findings), *done.plain.lines()):
@@ -165,15 +172,17 @@ def merge(
     if fuse_into is not None and rank is not None:
         raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
     if fuse_into is not None:
-        merge_files.fuse(parts, fuse_into, output, variant=variant, leave_out=leave_out or ())
+        with console.working(f"fusing {len(parts)} into {fuse_into}"):
+            merge_files.fuse(parts, fuse_into, output, variant=variant, leave_out=leave_out or ())
         console.say(
             f"wrote {output}: {fuse_into} with {len(parts)} LoRA{'s' * (len(parts) > 1)} in its weights"
         )
         return
-    done = merge_files.merge(
-        parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype,
-        leave_out=leave_out or (),
-    )  # fmt: skip
+    with console.working(f"merging {len(parts)} LoRAs"):
+        done = merge_files.merge(
+            parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype,
+            leave_out=leave_out or (),
+        )  # fmt: skip
     for line in done.told:
         console.say(f"  {line}")
     _print_interference(done.interference)
@@ -188,6 +197,8 @@ def _weighted(text: str) -> tuple[Path, float]:
     from lcm_kit.lora_file import named
 
     path, colon, weight = text.rpartition(":")
+    if colon and not path:
+        raise UserError(f"{text!r} names no file; write FILE:WEIGHT, as style.safetensors:0.8")
     try:
         value = float(weight) if colon else 1.0
         weighed = within(f"{path}: weight", -WEIGHT, WEIGHT)(value)
@@ -209,8 +220,10 @@ def _print_report(report: checks.Report) -> None:
     console.say(f"{file.path}: a LoRA for {file.structure.label}, {len(file.lora.updates)} modules")
     for line in file.findings:
         console.say(f"  found: {line}")
-    for line in file.problems:
+    for line in file.problems[:_PROBLEMS]:
         console.say(f"  problem: {line}")
+    if len(file.problems) > _PROBLEMS:
+        console.say(f"  and {len(file.problems) - _PROBLEMS:,} more problems")
     table = console.Table()
     for heading in ("app", "modules", "right strength", "verdict"):
         table.add_column(heading, no_wrap=heading != "verdict", overflow="fold")

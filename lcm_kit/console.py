@@ -7,8 +7,12 @@ else in the kit imports rich or calls `print` (tests/test_console.py holds that)
 
 from __future__ import annotations
 
-import re
+import contextlib
+import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich import box
@@ -16,36 +20,29 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as _Progress
 from rich.table import Table as _Table
 from rich.text import Text
 
+from lcm_kit.inert import line, plain
+
 __all__ = [
     "BarColumn", "MofNCompleteColumn", "Progress", "ProgressColumn", "Table", "Task", "Text",
-    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "encodable", "line", "plain", "rule", "say",
-    "show",
+    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "encodable", "rule", "say", "show",
+    "working",
 ]  # fmt: skip
 
 SIMPLE = box.SIMPLE
 
-# C0 and C1 but line ends and tabs, what turns or hides the text around it, and halves of a character
-_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
-def plain(text: object) -> str:
-    """`str(text)` with every character that a terminal would act upon spelled out, as `\\x1b`."""
-    return _ACTIVE.sub(lambda found: repr(found[0])[1:-1], str(text).replace("\r\n", "\n"))
-
-
-def line(text: object) -> str:
-    """As `plain`, on one line: for names within a sentence or a table."""
-    return plain(text).replace("\n", "\\n").replace("\t", "\\t")
+PATIENCE = 2.0  # seconds of silence after which is said what is being done
+AGAIN = 30.0  # and after which it is said again, where no bar moves
 
 
 def encodable() -> None:
@@ -107,3 +104,63 @@ class Words(TextColumn):
     def render(self, task: Task) -> Text:
         """The words for `task`."""
         return Text(line(self.text_format.format(task=task)))
+
+
+class Progress(_Progress):
+    """rich's bars; in a file or a pipe, where a bar is drawn when it is over, lines say how far it is."""
+
+    def add_task(self, description: str, *args: Any, **settings: Any) -> TaskID:
+        """Add a bar."""
+        task = super().add_task(description, *args, **settings)
+        self._tell(task, PATIENCE)
+        return task
+
+    def update(self, task_id: TaskID, **settings: Any) -> None:
+        """Move a bar, or change it."""
+        super().update(task_id, **settings)
+        self._tell(task_id, AGAIN)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Move a bar."""
+        super().advance(task_id, advance)
+        self._tell(task_id, AGAIN)
+
+    def _tell(self, task_id: TaskID, patience: float) -> None:
+        """A line, unless there was one not long ago or the bar is over."""
+        if self.disable or self.console.is_terminal:
+            return
+        due = vars(self).setdefault("_due", {})
+        task, now = self._tasks[task_id], time.monotonic()
+        if task_id not in due:
+            due[task_id] = now + patience
+        elif now >= due[task_id] and not task.finished:
+            due[task_id] = now + AGAIN
+            of = "" if task.total is None else f" of {task.total:g}"
+            say(f"{task.description.strip() or 'done'}: {task.completed:g}{of}", err=True)
+
+
+@contextlib.contextmanager
+def working(on: str) -> Iterator[None]:
+    """Say what is done, `on` as "checking my.safetensors", where it takes longer than one waits gladly.
+
+    Once after `PATIENCE` seconds and then every `AGAIN`, on stderr, until the block ends; of several
+    processes the first alone.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    over, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        wait = PATIENCE
+        while not over.wait(wait):
+            say(f"{on} ... {time.monotonic() - started:.0f} s", err=True)
+            wait = AGAIN
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcm_kit import assets, verified
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 
 NAME = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA file, which the hub's have too
 ADAPTER_FILE = f"export/{NAME}"  # within a run's folder
@@ -64,7 +64,7 @@ def _downloaded(text: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file or NAME))
     except Exception as error:  # the name, the network, permissions: the hub raises of all kinds
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"adapter {text!r} cannot be had from the hub ({reason}); check the name and the connection, or "
             "download the file and give its path"

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from lcm_kit import families
 from lcm_kit.config import schema
 from lcm_kit.config.evaluation import Speed
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families import BaseInfo
 
 # Kept in full. The two embeddings are 2% of a UNet's linear weights, but all layers see their output: rounded
@@ -141,7 +141,7 @@ def _probe_layer(kind: str, device: torch.device) -> None:
         error = float((y.detach().cpu() - expected).norm() / expected.norm())
         fault = "" if error < 0.25 and x.grad is not None else f"a trial layer is off by {error:.0%}"
     except Exception as reason:  # a missing kernel is of any kind
-        fault = _first_line(reason)
+        fault = first_line(reason)
     if fault:
         raise UserError(f"{key} does not work on this {device.type} device ({fault}); set it to none")
 
@@ -224,7 +224,7 @@ def _probe_optimizer(kind: Any, device: torch.device) -> None:
         off = float((weight.detach() + 1).abs().max())  # Adam's first step is -lr
         fault = "" if off < 0.1 else "a trial step is wrong"
     except Exception as reason:
-        fault = _first_line(reason)
+        fault = first_line(reason)
     if fault:
         raise UserError(
             f"optimizer.name adamw8bit does not work on this {device.type} device ({fault}); set it to adamw"
@@ -239,10 +239,6 @@ def _bitsandbytes(key: str) -> Any:
         raise UserError(f"{key} needs bitsandbytes; pip install 'lcm-kit[quantize]'") from error
     except Exception as error:  # a library of another CUDA
         raise UserError(
-            f"{key} needs bitsandbytes, which does not load here ({_first_line(error)}); install another"
+            f"{key} needs bitsandbytes, which does not load here ({first_line(error)}); install another"
         ) from error
     return bitsandbytes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import append, atomic_write
 
 HASH = "hash"  # the key of a JSON object's own hash
@@ -33,10 +33,14 @@ T = TypeVar("T")
 class Damaged(UserError):
     """A file of ours is not as it was written; `reason` says why, without what to do."""
 
-    def __init__(self, path: Path, why: object, again: str) -> None:
-        """`why` it is damaged, and what makes it `again`."""
-        self.reason = str(why).strip().partition("\n")[0].rstrip(".")[:200]
-        super().__init__(f"{path} is damaged ({self.reason}); {again}")
+    reason = ""
+
+
+def _damaged(path: Path, why: str | BaseException, again: str) -> Damaged:
+    reason = first_line(why) if isinstance(why, BaseException) else why
+    damaged = Damaged(f"{path} is damaged ({reason}); {again}")
+    damaged.reason = reason
+    return damaged
 
 
 # -- Text ----------------------------------------------------------------------------------------------------
@@ -47,7 +51,7 @@ def read_text(path: Path, again: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
+        raise _damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------
@@ -105,12 +109,12 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"{place}it is not JSON", again) from error
+        raise _damaged(path, f"{place}it is not JSON", again) from error
     if not isinstance(found, dict):
-        raise Damaged(path, f"{place}it holds no JSON object", again)
+        raise _damaged(path, f"{place}it holds no JSON object", again)
     said = found.pop(HASH, None)
     if said is not None and said != _hash_of(found):
-        raise Damaged(path, f"{place}its content is not what was written", again)
+        raise _damaged(path, f"{place}its content is not what was written", again)
     return found
 
 
@@ -122,7 +126,7 @@ def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, 
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         what = "is missing" if first["type"] == "missing" else f"is not as it should be: {first['msg']}"
-        raise Damaged(path, f"{place}{where or 'it'} {what}", again) from error
+        raise _damaged(path, f"{place}{where or 'it'} {what}", again) from error
 
 
 @cache
@@ -183,10 +187,10 @@ def read_tensors(path: Path, again: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (OSError, SafetensorError) as error:
-        raise Damaged(path, getattr(error, "strerror", None) or error, again) from error
+        raise _damaged(path, getattr(error, "strerror", None) or error, again) from error
     said = _said(path)[1]
     if said is not None and said != _hash_of_tensors(tensors.items()):
-        raise Damaged(path, "its tensors are not what was written", again)
+        raise _damaged(path, "its tensors are not what was written", again)
     return tensors
 
 
@@ -230,4 +234,4 @@ def read_picture(path: Path, again: str) -> Image.Image:
         with Image.open(path, formats=("PNG",)) as image:
             return image.copy()
     except Exception as error:  # Pillow raises of all kinds
-        raise Damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error
+        raise _damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error

@@ -133,7 +133,7 @@ def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -
 
     A state has them with a hash; `config.yaml`, which anybody may edit, counts where there is none.
     """
-    defaults = flat(type(config)(config.recipe, ""))
+    defaults = flat(type(config)(config.recipe, config.output))
     known = [each["config"] for each in checkpoints.manifests(states) if "config" in each]
     if known:
         return {**defaults, **known[-1]}

@@ -156,10 +156,10 @@ def main_does(accelerator: Accelerator, work: Callable[[], T]) -> T:
         try:
             said[0] = work()
         except UserError as error:
-            said[1] = str(error)
+            said[1] = error
     torch.distributed.broadcast_object_list(said)
     if said[1] is not None:
-        raise UserError(said[1])
+        raise said[1]
     return said[0]
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcm_kit import families
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import atomic_file
 from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
@@ -114,7 +114,7 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
         with _expecting_unet_only():
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"adapter {str(file)!r} does not load onto this base ({reason})") from error
     pipe.set_adapters([name], [weight])
 

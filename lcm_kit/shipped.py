@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from lcm_kit import assets
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 
@@ -42,14 +43,12 @@ def find(name: str) -> Path:
     for known in names():
         if wanted in _spellings(known):
             return root() / known
-    raise UserError(
-        f"{name!r} is not shipped with lcm-kit{_guess(wanted, names())}; `lcm-kit ls` lists what is"
-    )
+    raise UserError(f"{name!r} is not shipped with lcm-kit; {_guess(wanted, names())}")
 
 
 def config_path(text: str) -> Path:
     """A config from a path on disk or, where there is no such file, from the shipped configs by name."""
-    path = Path(text).expanduser()
+    path = assets.place(text)
     if path.is_file():
         return path
     configs = [known for known in names() if known.startswith("configs/")]
@@ -108,5 +107,5 @@ def _spellings(known: str) -> tuple[str, ...]:
 def _guess(wanted: str, known: list[str]) -> str:
     spellings = {form: name for name in known for form in _spellings(name)}
     spellings |= {Path(name).stem: name for name in known}
-    close = difflib.get_close_matches(wanted, spellings, n=1)
+    close = difflib.get_close_matches(wanted[:80], spellings, n=1)
     return f"did you mean `{spellings[close[0]]}`?" if close else "see `lcm-kit ls`"

@@ -128,9 +128,7 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVER
             f"encoded by the base's own text encoders{advice if advice != _CONVERT else ''}"
         )
     if read.embeddings:
-        console.say(
-            f"{key}: {path} bundles the embeddings {', '.join(bundled(read.embeddings))}, which are left out"
-        )
+        console.say(f"{key}: {path} bundles the embeddings {bundled(read.embeddings)}, which are left out")
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")
     _insist_on_layers(key, path, read, unet, advice)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lcm_kit import assets, own_files, sample
 from lcm_kit.adapter import teacher, text_encoders
 from lcm_kit.config import schema
+from lcm_kit.console import working
 from lcm_kit.files import sha256_bytes
 
 TEACHER_STEPS = 50
@@ -93,7 +94,10 @@ class Fixed:
     def kept(self, pipe: Callable[[], Any]) -> dict[str, Tensor]:
         """What is in the file; drawn with `pipe` where there is none, or it is not as it was written."""
         if not own_files.is_whole(self.file):
-            own_files.write_tensors(self.file, self.draw(pipe()))
+            what = f"{len(self.prompts)} of the {self.kind}'s samples in {self.teacher_steps} steps, once"
+            with working(f"drawing {what}"):
+                drawn = self.draw(pipe())
+            own_files.write_tensors(self.file, drawn)
         return own_files.read_tensors(self.file, "remove it and train again, which draws it anew")
 
     def draw(self, pipe: Any) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ _PRUNED = {
     "transformer_layers_per_block": (1, [2, 2], [4, 4]), "mid_block_type": "UNetMidBlock2D",
     "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
 }  # fmt: skip
+_FEW = {"transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1}
 _REAL_SDXL = {
     **_SMALL, "block_out_channels": (8, 16, 24), "cross_attention_dim": 64,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -91,10 +92,12 @@ def build_sd(
     return folder
 
 
-def build_sdxl(folder: Path, seed: int = 0, pruned: bool = False, zeros_when_empty: bool = True) -> Path:
+def build_sdxl(
+    folder: Path, seed: int = 0, pruned: bool = False, zeros_when_empty: bool = True, few: bool = False
+) -> Path:
     """Write a `StableDiffusionXLPipeline` folder with SDXL's blocks (794 modules in its UNet), but narrow.
 
-    `pruned`: the blocks of SSD-1B instead.
+    `pruned`: the blocks of SSD-1B instead; `few`: one layer of each, which is faster.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -102,8 +105,9 @@ def build_sdxl(folder: Path, seed: int = 0, pruned: bool = False, zeros_when_emp
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, ends = _tokenizer(folder)
+    shape = _REAL_SDXL | (_PRUNED if pruned else _FEW if few else {})
     StableDiffusionXLPipeline(
-        vae=_vae(), unet=UNet2DConditionModel(**_REAL_SDXL | (_PRUNED if pruned else {})),
+        vae=_vae(), unet=UNet2DConditionModel(**shape),
         text_encoder=CLIPTextModel(CLIPTextConfig(**_TEXT, **ends)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT, **ends, projection_dim=32)),
         tokenizer=tokenizer, tokenizer_2=tokenizer, force_zeros_for_empty_prompt=zeros_when_empty,

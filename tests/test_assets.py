@@ -98,3 +98,37 @@ def test_the_base_is_as_good_as_its_card_says() -> None:
         assert guided[8]["frechet"] >= 1.3 * teacher[5.0]["frechet"]
     card = (assets.path("tiny-sd") / "README.md").read_text()
     assert f"{teacher[5.0]['attribute_accuracy']:.1%}" in card
+
+
+def test_a_place_is_an_asset_or_a_path_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert assets.place("~/a") == tmp_path / "a" and assets.place("b/~") == Path("b/~")
+    assert assets.place("asset:brand") == assets.path("brand")
+    assert assets.place("~no-such-user/a") == Path("~no-such-user/a")
+    (tmp_path / "p.txt").write_text("a fox\n")
+    assert assets.prompts("~/p.txt") == ["a fox"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a fox\n\x1b[2Ja cat\n", r", line 2: prompt holds a control character, '\x1b'; take it out"),
+        (b"x" * 20_001, ", line 1: prompt is too long: 20,001 characters of at most 20,000; take it out"),
+        (b"# a\n \n", ": the file holds no prompt; write one a line"),
+        (b"\xff\xfe\x00", ": the file cannot be read ("),
+        (b"a\n" * 2**25 + b"a", ": more than 67,108,864 bytes, which no file of prompts has; "),
+    ],
+    ids=["control", "long", "none", "bytes", "large"],
+)
+def test_what_is_no_file_of_prompts(tmp_path: Path, content: bytes, sentence: str) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        assets.prompts(str(file))
+    assert str(caught.value).startswith(f"prompts {str(file)!r}{sentence}")
+
+
+def test_prompts_as_editors_save_them(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a\tfox  runs\r\n\r\n# no\r\nan\u2028owl\rb".encode("utf-16"))
+    assert assets.prompts(str(tmp_path / "p.txt")) == ["a fox runs", "an owl", "b"]

@@ -237,7 +237,7 @@ def test_bad_records_stop_the_run_with_all_reasons_or_are_left_out(config):
         encode(config(), progress=False)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"3 of {N} records of") and "data.skip_bad=true" in lines[0]
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["1.png", "3.png", "4.png"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["  - 1.png", "  - 3.png", "  - 4.png"]
     assert lines[2].endswith("unreadable image: not an image, or broken")
     assert not Path(config().data.cache).exists()
     report = encode(config(skip_bad=True), progress=False)

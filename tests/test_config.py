@@ -116,6 +116,19 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "grid.steps_start: 'x' is not allowed; it must be a whole number",
         ),
         (MINIMAL + "base: tiny-sd\n", "base: 'tiny-sd' is not allowed; it must be a block of keys (path, "),
+        (MINIMAL + "base: {path: ''}\n", "base.path: '' is not allowed; it must be text, and not empty"),
+        (
+            MINIMAL + "teacher: {adapters: [{path: a, weight: true}]}\n",
+            "teacher.adapters.0.weight: true is not allowed; it must be a number of at least -1000 and at",
+        ),
+        (
+            MINIMAL + "teacher: {adapters: {path: a, wait: 3}}\n",
+            "teacher.adapters.0.wait: there is no such key; did you mean `weight`?",
+        ),
+        (
+            MINIMAL + "teacher: {adapters: [a, 3]}\n",
+            "teacher.adapters.1: 3 is not allowed; it must be a block of keys (path, weight)",
+        ),
         (MINIMAL + "seed: yes\n", "seed: true is not allowed; it must be a whole number"),
         (
             MINIMAL + "steps: 5\noptimizer: {warmup_steps: 9}\n",
@@ -126,6 +139,31 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
 def test_one_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     found = mistakes(tmp_path, text)
     assert len(found) == 1 and found[0].startswith(sentence)
+
+
+@pytest.mark.parametrize("override", ["\udce9=1", "a.\x00=1", "\x1b[2J=1", "=1", "a..b=1", "a"])
+def test_what_is_no_override_is_shown(tmp_path: Path, override: str) -> None:
+    shown = f"{override}: an override is written key=value, as optimizer.lr=3e-4"
+    assert mistakes(tmp_path, MINIMAL, override) == [ascii(shown)[1:-1]]
+
+
+def test_two_mistakes_in_a_list_are_both_told(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, MINIMAL + "teacher: {adapters: [{path: a, weight: .nan}, 3]}\n")
+    assert found == [
+        "teacher.adapters.0.weight: nan is not allowed; it must be a number of at least -1000 and at most "
+        "1000",
+        "teacher.adapters.1: 3 is not allowed; it must be a block of keys (path, weight)",
+    ]
+
+
+def test_an_empty_list_is_named(tmp_path: Path) -> None:
+    text = "recipe: evaluation/guidance_sweep\nadapters: ['']\n"
+    assert mistakes(tmp_path, text) == ["adapters.0: '' is not allowed; it must be text, and not empty"]
+    text = "recipe: evaluation/guidance_sweep\nadapters: []\ncost: {prise_per_hour: 3}\n"
+    assert mistakes(tmp_path, text) == [
+        "adapters: [] is not allowed; it must be a list, each text, and not empty",
+        "cost.prise_per_hour: there is no such key; did you mean `price_per_hour`?",
+    ]
 
 
 def test_an_unknown_recipe_is_guessed(tmp_path: Path) -> None:
@@ -238,11 +276,26 @@ def test_no_number_is_infinite_or_absurd(block: type) -> None:
         if not held or any(is_dataclass(part) for part in parts(hint)):
             continue
         several = any(get_origin(part) is tuple for part in parts(hint))
-        wrong = [math.nan, math.inf, -math.inf, 1e308] if float in held else [10**30, -(10**30), 2**64]
+        wrong = (
+            [math.nan, math.inf, -math.inf, 1e308, -1e308] if float in held else [10**30, -(10**30), 2**64]
+        )
+        wrong += [True, False, "true", [1], {}, "", "1e400"]
         for value in wrong:
             with pytest.raises(ValidationError) as caught:
                 TypeAdapter(block).validate_python({key: [value, value] if several else value})
             assert key in [error["loc"][0] for error in caught.value.errors()], f"{key} takes {value}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_no_text_is_empty(block: type) -> None:
+    """An empty `output` would be the folder that the command is run in."""
+    for key, hint in get_type_hints(block, include_extras=True).items():
+        if str not in parts(hint) or any(is_dataclass(part) for part in parts(hint)):
+            continue
+        value = [""] if any(get_origin(part) is tuple for part in parts(hint)) else ""
+        with pytest.raises(ValidationError) as caught:
+            TypeAdapter(block).validate_python({key: value})
+        assert key in [error["loc"][0] for error in caught.value.errors()], key
 
 
 def test_the_blocks_are_all_there() -> None:

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from lcm_kit.cli import app
 from lcm_kit.errors import UserError
-from lcm_kit.export import plain, reading, structure, verify
+from lcm_kit.export import peft_header, plain, reading, structure, verify
 from lcm_kit.export.base_weights import BaseWeights
 from lcm_kit.export.convert import insist_on_diffusers, weights_of
+from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.structure import Structure
 from tests import kinds
 from tests.loras import lcm_modules
@@ -275,15 +276,55 @@ def test_alpha_patterns_are_pefts(base: Structure, tmp_path: Path, pattern: dict
     assert {name: layer.scale for name, layer in read.lora.layers.items()} == wanted
 
 
-@pytest.mark.parametrize("pattern", ["to_q(", "(a+)+$", "(\\w*)*q"])
-def test_patterns_that_cannot_be_tried_are_named(base: Structure, tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("alpha_pattern", {"to_q(": 1.0}),
+        ("alpha_pattern", {"(a+)+$": 1.0}),
+        ("alpha_pattern", {"(\\w*)*q": 1.0}),
+        ("alpha_pattern", {"a*b*c*d*": 1.0}),  # harmless here; a kind that is not, on a name that nearly fits
+        ("alpha_pattern", {f"{k}a*b*c": 1.0 for k in range(7)}),
+        ("rank_pattern", {"a?" * 14: 1}),
+        ("target_modules", "(a|b)" * 14),
+    ],
+)
+def test_patterns_that_cannot_be_tried_are_named(
+    base: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: Any
+) -> None:
+    """And diffusers, which would try them, is not given the file."""
     name = module(base, LINEAR)
     out, inner = base.modules[name]
     tensors = {f"{name}.lora_A.weight": torch.randn(2, inner), f"{name}.lora_B.weight": torch.randn(out, 2)}
-    told = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 1.0}})
+    told = json.dumps({"unet.lora_alpha": 4, f"unet.{where}": said})
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": told})
     read = reading.read(tmp_path / "a.safetensors", base)
-    assert any("alpha_pattern has" in problem for problem in read.problems)
+    (problem,) = (each for each in read.problems if "header" in each)
+    assert problem.startswith(f"its header's {where} has '")
+    monkeypatch.setattr(verify.loading, "load", lambda *_: pytest.fail("it was loaded"))
+    (row,) = verify.verify(tmp_path / "a.safetensors", verify.Against(base), apps=["diffusers"]).rows
+    assert row.wrong and row.verdict == f"is not asked to load it: {problem}"
+
+
+def test_patterns_that_people_write_are_tried() -> None:
+    names = {f"unet.blocks.{k}.attn1.to_q": 4.0 for k in range(2400)}  # diffusers' own: a module each
+    for said in (
+        names,
+        {r".*\.attn1\.to_[qk]": 2.0, "(to_q|to_k|to_v)": 3.0, r"^down_blocks\..*\..*to_q": 1.0},
+    ):
+        configs, problems = peft_header.read(Path("a"), {HEADER: json.dumps({"unet.alpha_pattern": said})})
+        assert problems == [] and len(configs["unet"].pattern) == len(said)
+
+
+@pytest.mark.parametrize("said", ["1e999", "nan", "-inf", "9" * 400, "[" * 100_000, "", "x", "null"])
+def test_an_alpha_that_is_no_number_is_none(base: Structure, tmp_path: Path, said: str) -> None:
+    name = module(base, CONV)
+    out, inner, *kernel = base.modules[name]
+    shapes = {"lora_down.weight": (2, inner, *kernel), "lora_up.weight": (out, 2, 1, 1)}
+    tensors = {f"{name}.{role}": torch.ones(shape) for role, shape in shapes.items()}
+    for header in ({"ss_network_args": f'{{"conv_alpha": {said}}}'}, {"ss_network_alpha": said}):
+        save_file(tensors, tmp_path / "a.safetensors", metadata=header)
+        read = reading.read(tmp_path / "a.safetensors", base)
+        assert read.lacks_alpha == 1 and read.lora.layers[name].alpha == 2.0
 
 
 def everything(base: Structure, path: Path) -> Path:

@@ -16,6 +16,7 @@ LAYERS = {
         "__init__",
         "errors",
         "files",
+        "inert",
         "overtraining",
         "assets",
         "config",
@@ -26,6 +27,7 @@ LAYERS = {
         "verified",
         "console",
         "locks",
+        "written",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
     "models": {"families", "adapter", "memory", "sample", "text_lora"},
@@ -56,6 +58,7 @@ LAYERS = {
     },
     "top": {
         "cli",
+        "cli_errors",
         "cli_finetune",
         "cli_lora",
         "cli_numbers",
@@ -136,10 +139,10 @@ def test_pure_files_know_torch_the_standard_library_and_each_other(path: Path) -
             assert part in LAYERS["pure"] | {"errors"}, module
 
 
-@pytest.mark.parametrize("name", ["errors.py", "files.py"])
+@pytest.mark.parametrize("name", ["inert.py", "errors.py", "files.py"])
 def test_errors_and_files_cost_nothing_to_import(name: str) -> None:
     for module in imports(ROOT / "lcm_kit" / name):
-        assert own(module) == "errors" or module.split(".")[0] in sys.stdlib_module_names, module
+        assert own(module) in ("errors", "inert") or module.split(".")[0] in sys.stdlib_module_names, module
 
 
 def test_the_pure_layer_is_all_there() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, BatchSize, Positive, Scale, Seed, Weight
+from lcm_kit.config.schema import STRICT, BatchSize, Number, Positive, Scale, Seed, Weight, Whole
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,8 +24,8 @@ class Brand:
     # those pictures of `brand` that the run of `style` held out, or of all if it held none out
     prompts: str | None = None
     control_prompts: str = "asset:tiny-sd"  # as `prompts`, but not naming the look
-    count: Annotated[int, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top
-    control_count: Annotated[int, Field(ge=3, le=1_000_000)] | None = (
+    count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top
+    control_count: Annotated[Whole, Field(ge=3, le=1_000_000)] | None = (
         None  # of control prompts; null: `count`
     )
     images_per_prompt: Positive = 2  # of the look, each from its own noise; 2 or more for diversity
@@ -34,7 +34,7 @@ class Brand:
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
-    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: BatchSize = 32
     teacher_steps: Positive = 50  # of the base and of the styled teacher: DDIM
     teacher_guidance: Scale = 5.0
@@ -44,6 +44,6 @@ class Brand:
     lora_weight: Weight = 1.0
     features: str = "asset:probe"  # as in a guidance sweep
     text_features: str | None = None
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000
     pictures: Positive = 6  # prompts whose pictures are kept, of each kind

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1)
 
+
+def _no_bool(given: Any) -> Any:
+    if isinstance(given, bool):  # Python counts with them: `lr: true` would be 1
+        raise PydanticCustomError("bool", "a truth value is no number")
+    return given
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
 # The upper bounds are far above what makes sense: they stop slips, and numbers that no machine has room for
-Positive = Annotated[int, Field(ge=1, le=10_000_000)]
-NonNegative = Annotated[int, Field(ge=0, le=10_000_000)]
-BatchSize = Annotated[int, Field(ge=1, le=100_000)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Rate = Annotated[float, Field(gt=0, le=1e9)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Scale = Annotated[float, Field(ge=1, le=1000)]
-Weight = Annotated[float, Field(ge=-1000, le=1000)]  # of a LoRA
+Positive = Annotated[Whole, Field(ge=1, le=10_000_000)]
+NonNegative = Annotated[Whole, Field(ge=0, le=10_000_000)]
+BatchSize = Annotated[Whole, Field(ge=1, le=100_000)]
+Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+Rate = Annotated[Number, Field(gt=0, le=1e9)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Scale = Annotated[Number, Field(ge=1, le=1000)]
+Weight = Annotated[Number, Field(ge=-1000, le=1000)]  # of a LoRA
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,10 +39,10 @@ class Samples:
     prompts: str = "asset:general"
     count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
     solver: Literal["ddim", "dpmpp_2m"] = "ddim"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    steps: Annotated[Whole, Field(ge=1, le=1000)] = 50
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the batches, with data.source mix
+    share: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # of the batches, with data.source mix
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,7 +57,7 @@ class Data:
     # adapter can still draw (docs/training.md)
     regularisation: str | None = None
     # share of the batches that these have; null: in proportion to their number
-    regularisation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    regularisation_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     # a run of train/finetune: what its validation held out is not trained on here either, so that there are
     # pictures of the look to judge by that no training saw (train/distill only, not of samples); null: none
     leave_out: str | None = None
@@ -58,7 +68,7 @@ class Data:
     caption_column: str = "text"  # datasets only
     cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
     # pixels, a multiple of 8: shorter side resized, then centre crop
-    resolution: Annotated[int, Field(ge=8, le=4096)] = 64
+    resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
     flip: bool = False  # cache each image's mirror image as well
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
     shard_size: BatchSize = 256  # records a safetensors shard

@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, BatchSize, Memory, NonNegative, Positive, Scale, Seed, Weight
+from lcm_kit.config.schema import (
+    STRICT,
+    BatchSize,
+    Memory,
+    NonNegative,
+    Number,
+    Positive,
+    Scale,
+    Seed,
+    Weight,
+    Whole,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,10 +56,10 @@ class Speed:
     seed: Seed = 0
     structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
-    width: Annotated[float, Field(gt=0, le=1)] = 1.0
-    resolution: Annotated[int, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
+    width: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    resolution: Annotated[Whole, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
     batch_size: BatchSize = 4
-    rank: Annotated[int, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
+    rank: Annotated[Whole, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
     # of both sides; auto: float32 on CPU, else float16
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False  # of both sides

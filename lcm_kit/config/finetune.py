@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, Fraction, Positive, Rate, Scale, Seed, Training, Validation
+from lcm_kit.config.schema import (
+    STRICT,
+    Fraction,
+    Number,
+    Positive,
+    Rate,
+    Scale,
+    Seed,
+    Training,
+    Validation,
+    Whole,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,7 +29,7 @@ class Denoising:
     # weight min(snr, gamma) / snr of each sample, / (snr + 1) for v (arXiv:2303.09556); null: all weigh 1
     min_snr_gamma: Rate | None = 5.0
     # share of a random constant, one a channel, in the noise: learns darker and brighter pictures
-    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    noise_offset: Annotated[Number, Field(ge=0, le=1)] = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,7 +45,7 @@ class Prior:
     prompts: str | None = None
     weight: Rate = 1.0  # of their loss; a brand picture's is 1
     count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
-    steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of DDIM
+    steps: Annotated[Whole, Field(ge=1, le=1000)] = 30  # of DDIM
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise
 
@@ -46,7 +57,7 @@ class TextEncoder:
     Captions are then encoded in every step. It lets a word of the captions get a new meaning.
     """
 
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: the text encoders are not trained
+    rank: Annotated[Whole, Field(ge=1, le=1024)] | None = None  # null: the text encoders are not trained
     alpha: Rate | None = None  # null: rank, which is strength 1
     lr: Rate | None = None  # null: optimizer.lr; follows the same warm-up and schedule
 
@@ -63,7 +74,7 @@ class StyleValidation(Validation):
     """What is drawn and measured while it trains: base beside base with LoRA, and the held-out loss."""
 
     # as in Validation, but on unless it is set to 0: a style LoRA is soon learned by heart
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    held_out: Annotated[Number, Field(ge=0, le=0.5)] = 0.1
 
 
 @dataclass(frozen=True, config=STRICT)

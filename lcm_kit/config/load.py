@@ -90,18 +90,22 @@ def read(path: Path) -> dict[str, Any]:
 def _override(raw: dict[str, Any], text: str) -> str | None:
     """Lay one `key.path=value` over `raw` in place; the problem if it cannot be done."""
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")) or key.count(".") > yaml_text.MOST_DEPTH:
+    named = equals and all(key.split(".")) and yaml_text.readable(key)
+    if not named or key.count(".") > yaml_text.MOST_DEPTH:
         return f"{_cut(text)}: an override is written key=value, as optimizer.lr=3e-4"
     try:
         parsed = yaml_text.parse(value)
     except yaml_text.BadYaml:
-        return f"{key}: the value {_short(value)} is not valid YAML; quote it"
+        return f"{_cut(key)}: the value {_short(value)} is not valid YAML; quote it"
     *blocks, last = key.split(".")
     inside = raw
     for block in blocks:
         inside = inside.setdefault(block, {})
         if not isinstance(inside, dict):
-            return f"{key}: {block} is {_short(inside)}, not a block of keys, so {last} cannot be set in it"
+            return (
+                f"{_cut(key)}: {_cut(block)} is {_short(inside)}, not a block of keys, so {_cut(last)} "
+                "cannot be set in it"
+            )
     inside[last] = parsed
     return None
 
@@ -122,23 +126,20 @@ def _recipe_problem(recipe: str | None, raw: Mapping[str, Any]) -> str:
 def _error(path: Path, problems: list[str]) -> UserError:
     if len(problems) == 1:
         return UserError(f"config {path}: {problems[0]}")
-    lines = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
-    lines += f"\n  - and {len(problems) - _LISTED:,} more" if len(problems) > _LISTED else ""
-    return UserError(f"config {path}: {len(problems)} mistakes{lines}")
+    more = [f"and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else []
+    return UserError(f"config {path}: {len(problems)} mistakes", [*problems[:_LISTED], *more])
 
 
 def _validate(schema: type, raw: dict[str, Any]) -> tuple[Config | None, list[str]]:
     """The schema object if `raw` is one, and the problems otherwise, in the order of their places."""
-    problems = {
-        key: f"{_dotted(key)}: {_short(value)} is not allowed; it must be {_describe(hint)}"
-        for key, value in _leaves(raw)
-        if isinstance(value, bool) and (hint := _hint(schema, key)) is not None and not _takes_bool(hint)
-    }
     config: Config | None = None
+    problems: dict[Key, str] = {}
     try:
         config = TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
         for detail in error.errors():
+            if detail["type"] == "too_short" and detail["input"]:  # its entries are wrong, and told
+                continue
             known = len(problems) >= _LISTED  # looking for the nearest of all names takes its time
             problems.setdefault(detail["loc"], _dotted(detail["loc"]) if known else _sentence(schema, detail))
     return config, list(problems.values())
@@ -153,7 +154,8 @@ def _sentence(schema: type, detail: Any) -> str:
     if kind == "value_error":  # a rule of the schema's own, a sentence already
         return f"{_dotted(key)}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
     hint = _hint(schema, key)
-    allowed = f"it must be {_describe(hint)}"
+    filled = ", and not empty" if kind.endswith("too_short") else ""
+    allowed = f"it must be {_describe(hint)}{filled}"
     if kind == "missing":
         return f"{_dotted(key)}: missing; {allowed}"
     options = _options(hint)
@@ -176,20 +178,9 @@ def _dotted(key: Key) -> str:
     return ".".join(_cut(str(part)) for part in key)
 
 
-def _leaves(raw: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every value of nested mappings and lists with the path of its key."""
-    if isinstance(raw, dict):
-        for key, value in raw.items():
-            yield from _leaves(value, (*at, key))
-    elif isinstance(raw, list):
-        for index, value in enumerate(raw):
-            yield from _leaves(value, (*at, index))
-    else:
-        yield at, raw
-
-
 def _fields(hint: Any) -> dict[str, Any]:
     """The keys of a block and their types; empty for anything that is not a block."""
+    hint = _bare(hint)
     return get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
 
 
@@ -197,7 +188,7 @@ def _hint(hint: Any, key: Key) -> Any:
     """The type that the schema gives to `key`; None if there is no such key."""
     for part in key:
         if isinstance(part, int):
-            items = [item for item in get_args(_without_null(hint)) if item is not Ellipsis]
+            items = [item for item in get_args(_bare(hint)) if item is not Ellipsis]
             hint = items[min(part, len(items) - 1)] if items else None
         else:
             hint = _fields(hint).get(part)
@@ -210,12 +201,14 @@ def _without_null(hint: Any) -> Any:
     return hint
 
 
-def _takes_bool(hint: Any) -> bool:
-    return _without_null(hint) is bool
+def _bare(hint: Any) -> Any:
+    """A type without null and without its limits."""
+    hint = _without_null(hint)
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _options(hint: Any) -> list[str]:
-    hint = _without_null(hint)
+    hint = _bare(hint)
     return [str(option) for option in get_args(hint)] if get_origin(hint) is Literal else []
 
 

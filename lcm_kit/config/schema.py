@@ -19,17 +19,19 @@ from lcm_kit.config.data import (
     Data,
     Fraction,
     NonNegative,
+    Number,
     Positive,
     Rate,
     Samples,
     Scale,
     Seed,
     Weight,
+    Whole,
 )
 
 __all__ = [
-    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Positive", "Rate", "Samples", "Scale", "Seed",
-    "Weight",
+    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Positive", "Rate", "Samples",
+    "Scale", "Seed", "Weight", "Whole",
 ]  # fmt: skip
 
 
@@ -64,7 +66,7 @@ Loras = Annotated[tuple[Weighted, ...], BeforeValidator(listed)]
 class Adapter:
     """The LoRA that is trained. Its strength is alpha / rank."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    rank: Annotated[Whole, Field(ge=1, le=1024)] = 64
     alpha: Rate = 64.0
     # lcm: every layer that LCM-LoRA adapts; attention: q, k, v, out only
     targets: Literal["lcm", "attention"] = "lcm"
@@ -85,7 +87,7 @@ class Teacher:
     regularisation: Literal["base", "adapters"] = "base"
     # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
     # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning
-    weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    weight: Annotated[Number, Field(ge=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -117,8 +119,8 @@ class Grid:
     visit, so a coarse grid learns fast and a fine one learns exactly.
     """
 
-    steps: Annotated[int, Field(ge=2, le=1000)] = 50
-    steps_start: Annotated[int, Field(ge=2, le=1000)] | None = None  # null: `steps` throughout
+    steps: Annotated[Whole, Field(ge=2, le=1000)] = 50
+    steps_start: Annotated[Whole, Field(ge=2, le=1000)] | None = None  # null: `steps` throughout
 
     @model_validator(mode="after")
     def _order(self) -> Grid:
@@ -161,7 +163,7 @@ class Optimizer:
     lr: Rate = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0, le=1000)] = 0.0
     # after the warm-up; linear and cosine end at 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
@@ -182,7 +184,7 @@ class Validation:
     control_count: Positive = 8
     # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
     # them, and 0: none
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    held_out: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)

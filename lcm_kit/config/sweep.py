@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, BatchSize, Positive, Rate, Scale, Seed, Weight
+from lcm_kit.config.schema import STRICT, BatchSize, Number, Positive, Rate, Scale, Seed, Weight, Whole
 
 Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
@@ -75,9 +75,9 @@ class GuidanceSweep:
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
+    count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
-    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: BatchSize = 32
     teacher: SweptTeacher = field(default_factory=SweptTeacher)
     student: Annotated[tuple[SweptStudent, ...], Field(min_length=1)] = (SweptStudent(),)
@@ -92,8 +92,8 @@ class GuidanceSweep:
     real: str | None = None
     brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
     control: str | None = None  # images of other looks, to compare with; needed with `brand`
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
-    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
+    resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
     cost: Cost | None = None
     pictures: Positive = 6  # samples whose pictures the report shows, at most one a prompt
 
@@ -106,7 +106,7 @@ class GuidanceSweep:
         return self
 
 
-Weights = Annotated[tuple[Annotated[float, Field(ge=0, le=1000)], ...], Field(min_length=1)]
+Weights = Annotated[tuple[Annotated[Number, Field(ge=0, le=1000)], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -122,9 +122,9 @@ class Compose:
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
     prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
-    count: Annotated[int, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
+    count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
-    resolution: Annotated[int, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
     batch_size: BatchSize = 32
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
     teacher_guidance: Scale = 5.0
@@ -138,11 +138,11 @@ class Compose:
     text_features: str | None = None
     brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
     control: str | None = None  # images of other looks; needed with `brand`
-    rank: Annotated[int, Field(ge=1, le=65_536)] | None = (
+    rank: Annotated[Whole, Field(ge=1, le=65_536)] | None = (
         None  # of the merged file; null: exact, the ranks add up
     )
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000
     pictures: Positive = 6
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ def _marked(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 def parse(text: str) -> Any:
     """The value that `text` stands for. Raises `BadYaml` for everything else."""
-    loader = _Loader(text) if not _unreadable(text) else None
+    loader = _Loader(text) if readable(text) else None
     if loader is None:
         raise BadYaml("characters that no text has")
     try:
@@ -86,9 +86,9 @@ def parse(text: str) -> Any:
         loader.dispose()
 
 
-def _unreadable(text: str) -> bool:
-    """Whether YAML forbids one of the characters."""
-    return yaml.reader.Reader.NON_PRINTABLE.search(text) is not None
+def readable(text: str) -> bool:
+    """Whether YAML allows all of the characters."""
+    return yaml.reader.Reader.NON_PRINTABLE.search(text) is None
 
 
 def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
@@ -129,7 +129,7 @@ def read(path: Path) -> Any:
                 "`lcm-kit ls` lists them"
             )
         text = content.decode("utf-8-sig")
-        if _unreadable(text):
+        if not readable(text):
             raise UnicodeError
         return parse(text)
     except BadYaml as error:

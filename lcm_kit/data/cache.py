@@ -30,7 +30,7 @@ from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import EncodeReport, finish, listing, progress_bar
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry, Shard
-from lcm_kit.data.transforms import framing, to_pixels, upright
+from lcm_kit.data.transforms import framing, to_pixels, upright_for
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.families.condition import Condition, Framing
@@ -110,10 +110,11 @@ def _survey(
     if bad and not data.skip_bad:
         raise UserError(
             f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out "
-            f"with data.skip_bad=true:\n{listing(bad)}"
+            "with data.skip_bad=true:",
+            listing(bad),
         )
     if len(bad) == total:
-        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:\n{listing(bad)}")
+        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:", listing(bad))
     sides = (False, True) if data.flip else (False,)
     entries = [
         Entry(record.id, record.caption, image, sha256_bytes(straightened(record.caption).encode()), mirrored)
@@ -233,9 +234,9 @@ def _ahead(
 
     def picture(entry: Entry) -> Picture:
         def cut(image: Image.Image) -> Picture:
-            image = upright(image)
-            framed = framing(image.size, data.resolution, entry.mirrored)
-            return to_pixels(image, data.resolution, entry.mirrored), framed
+            image, whole = upright_for(image, data.resolution)
+            framed = framing(whole, data.resolution, entry.mirrored)
+            return to_pixels(image, data.resolution, entry.mirrored, whole), framed
 
         try:
             content = records[entry.id].read()

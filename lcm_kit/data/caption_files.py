@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
-from unicodedata import category, normalize
+from unicodedata import normalize
 
 from lcm_kit.data.folder_files import File, Files
 from lcm_kit.errors import UserError
+from lcm_kit.written import LONGEST, decoded, tidied
 
 METADATA = "metadata.jsonl"
 TABLES = (METADATA, "metadata.csv")
@@ -25,7 +26,6 @@ ENDINGS = (".txt", ".caption")
 COLUMN = "text"  # of a table, unless data.caption_column says another
 _ALSO = ("caption", "prompt")  # what others call it: read where there is no `text` and only one of them
 _FILE = "file_name"
-_LONGEST = 20_000  # characters of a caption; a text encoder reads some 300
 
 Bad = tuple[str, str]  # id, reason
 
@@ -33,26 +33,6 @@ Bad = tuple[str, str]  # id, reason
 def same(name: str) -> str:
     """A path in the one spelling that paths are compared in."""
     return normalize("NFC", name)
-
-
-def tidied(caption: Any) -> tuple[str, str]:
-    """A caption with its white space tidied, and why it is of no use ("" if it is)."""
-    if caption is None:
-        return "", "no caption"
-    if not isinstance(caption, str):
-        return "", f"caption is not text but {type(caption).__name__}"
-    if len(caption) > _LONGEST:
-        return "", f"caption is too long: {len(caption):,} characters of at most {_LONGEST:,}"
-    tidy = " ".join(caption.split())
-    if found := next((sign for sign in tidy if category(sign) in ("Cc", "Cs")), None):
-        return "", f"caption holds a control character, {found!r}"
-    return tidy, "" if tidy else "empty caption"
-
-
-def text_of(content: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 where a mark at its begin says so. Raises `UnicodeDecodeError`."""
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return content.decode("utf-16" if utf16 else "utf-8-sig")
 
 
 @dataclass(frozen=True)
@@ -108,10 +88,10 @@ class Captions:
     def _read(self, name: str) -> tuple[str, str]:
         short = name.rpartition("/")[2]
         try:
-            content = self.files[name].read(8 * _LONGEST)
-            if len(content) == 8 * _LONGEST:
+            content = self.files[name].read(8 * LONGEST)
+            if len(content) == 8 * LONGEST:
                 return "", f"caption is too long: {short} is no caption of one picture"
-            return tidied(text_of(content))
+            return tidied(decoded(content))
         except (OSError, UnicodeDecodeError, UserError) as error:
             return "", f"caption file {short} cannot be read ({error})"
 
@@ -147,7 +127,7 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a table with their numbers; each has `file_name`."""
     path = f"{files.root}/{table}"
     try:
-        text = text_of(files.found[table].read())
+        text = decoded(files.found[table].read())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); save it as plain text in UTF-8") from error
     kind = "a JSON object" if table.lower().endswith("jsonl") else "a row of a table"

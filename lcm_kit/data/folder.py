@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lcm_kit.assets import resolve
+from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
 from lcm_kit.data import folder_captions, folder_pictures
 from lcm_kit.data.findings import Finding, Weight, few, number
@@ -50,7 +50,7 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
     """
     folder = Path(path)
     try:
-        folder = Path(resolve(path)).expanduser()
+        folder = place(path)
         return _check(Data(path=path, kind="folder"), resolution, trigger)
     except UserError as error:
         remarks = list(_left_out(left_out_of(folder)))
@@ -70,7 +70,7 @@ def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
 def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = True) -> FolderCheck:
     listing = list_source(data)
     good, bad = listing.good, listing.bad
-    folder = Path(resolve(data.path)).expanduser()
+    folder = place(data.path)
     looks, broken = _look(good + _uncaptioned(folder, bad))
     usable = {record.id for record in good} - {id for id, _ in broken}
     findings = [

@@ -14,7 +14,7 @@ from lcm_kit.data.findings import Finding, Weight, few, groups, number
 from lcm_kit.data.image_files import decode, of_image
 from lcm_kit.data.near_duplicates import Thumbnail, near_duplicates, thumbnail
 from lcm_kit.data.records import Record
-from lcm_kit.data.transforms import to_rgb
+from lcm_kit.data.transforms import ON_THE_SIDE, resized, to_rgb
 from lcm_kit.errors import UserError
 from lcm_kit.files import sha256_bytes
 
@@ -23,7 +23,6 @@ _BLANK = 3.0  # of 255: standard deviation of a picture that shows nothing
 _CROPPED = 0.4  # of a picture cut away: 16:9 loses 44%, 3:2 and 16:10 less than this
 _MIXED = 4.0  # largest shorter side over the smallest
 _MOVED = 8  # of 255: a colour profile that moves no colour by more is as good as sRGB
-_ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes in which neighbouring pixels may be averaged
 
 
@@ -56,7 +55,7 @@ def _seen(image: Image.Image) -> tuple[tuple[int, int], frozenset[str], Image.Im
     width, height = image.size
     traits = _traits(image)
     image.draft(None, (_DRAFT, _DRAFT))
-    if image.getexif().get(ExifTags.Base.Orientation) in _ON_THE_SIDE:
+    if image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE:
         width, height = height, width
     ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data and _lowest_alpha(image) < 255:
@@ -65,6 +64,8 @@ def _seen(image: Image.Image) -> tuple[tuple[int, int], frozenset[str], Image.Im
     keyed = image.has_transparency_data and not image.mode.endswith("A")
     if factor > 1 and image.mode in _AVERAGED and not keyed:
         small = image.reduce(factor)
+    elif factor > 1:  # the whole of a very large one would be in memory four times
+        small = resized(image, (image.width // factor, image.height // factor))
     return (width, height), frozenset(traits), to_rgb(small)
 
 

@@ -7,17 +7,18 @@ that no file that calls itself a picture starts another program (as Pillow does 
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import import_module
 from threading import Condition
 from typing import TypeVar
 
 from PIL import Image
 
-from lcm_kit.data.transforms import to_rgb, upright
+from lcm_kit.data.transforms import to_rgb, upright_for
 from lcm_kit.errors import UserError
 
 Found = TypeVar("Found")
@@ -34,7 +35,10 @@ UNREAD = (
 )  # fmt: skip
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "QOI")  # Pillow's own
 _EXTRAS = {"HEIF": ("pillow_heif", "heif"), "JXL": ("pillow_jxl", "jxl")}  # package, extra of lcm-kit
+_NAMES = {"HEIF": "HEIC", "JXL": "JPEG XL"}  # what people call them
 MOST_PIXELS = 178_956_970  # of a picture: 4 bytes each; Pillow refuses more as well
+MOST_COPIED = 80_000_000  # of a format whose decoder holds several whole copies of the picture at once
+_IN_STRIPS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM")  # decoded row by row into the one that is kept
 HEAD = 64  # bytes that tell the kind
 _AT_ONCE = 100_000_000  # pixels that threads decode at the same time; a larger picture is decoded alone
 
@@ -81,7 +85,7 @@ def try_to_read(content: bytes) -> None:
     """Raise the `UserError` that `decode` would raise, without a whole picture in RGB."""
 
     def first_row(image: Image.Image) -> None:
-        image = upright(image)
+        image, _ = upright_for(image, 1)
         to_rgb(image.crop((0, 0, image.width, 1)))
 
     of_image(content, first_row)
@@ -90,6 +94,7 @@ def try_to_read(content: bytes) -> None:
 def of_image(content: bytes, use: Callable[[Image.Image], Found]) -> Found:
     """`use` of the image that is in `content`, opened and not yet decoded, in whatever mode it has.
 
+    The image itself is closed then: `use` gives something else that it made of it.
     Raises `UserError` with the reason if it cannot be read, there or in `use`. Text and profiles in a PNG
     beyond Pillow's bounds are left out: they are none of the picture's pixels.
     """
@@ -116,7 +121,8 @@ def _unreadable(error: Exception) -> UserError:
 
 
 def _of_image(content: bytes, use: Callable[[Image.Image], Found]) -> Found:
-    with _opened(content) as image, _turn(image.width * image.height):
+    image = _opened(content)
+    with _turn(image.width * image.height), closing(image):  # its pixels are gone before the next one's turn
         return use(image)
 
 
@@ -135,10 +141,11 @@ def _opened(content: bytes) -> Image.Image:
         image = Image.OPEN[kind][0](io.BytesIO(content), "")
     except (SyntaxError, IndexError, TypeError, struct.error) as error:  # "not a PNG file" and the like
         raise UserError("unreadable image: not an image, or broken") from error
-    if image.width * image.height > MOST_PIXELS:
+    most = MOST_PIXELS if kind in _IN_STRIPS else MOST_COPIED
+    if image.width * image.height > most:
         raise UserError(
-            f"unreadable image: {image.width} x {image.height} pixels are more than the "
-            f"{MOST_PIXELS // 10**6} million that are read; make it smaller"
+            f"unreadable image: {image.width} x {image.height} pixels are more than the {most // 10**6} "
+            f"million that are read of {_NAMES.get(kind, kind)}; make it smaller"
         )
     return image
 
@@ -149,14 +156,18 @@ def _with_extra(kind: str) -> None:
     try:
         module = import_module(package)
     except ImportError as error:
-        name = {"HEIF": "HEIC", "JXL": "JPEG XL"}[kind]
         raise UserError(
-            f"unreadable image: {name}, whatever its name ends in; install what reads it with "
+            f"unreadable image: {_NAMES[kind]}, whatever its name ends in; install what reads it with "
             f"`pip install 'lcm-kit[{extra}]'`, or export as PNG"
         ) from error
     if kind == "HEIF":
         module.register_heif_opener()
 
+
+# The C library keeps freed blocks of up to 32 MiB, every thread its own; larger ones are given back at once.
+# As the environment variable PILLOW_BLOCK_SIZE, which goes first (Pillow's documentation, Block Allocator).
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    Image.core.set_block_size(64 << 20)
 
 _free = _AT_ONCE
 _waiting = Condition()

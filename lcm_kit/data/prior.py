@@ -52,6 +52,12 @@ def encode(config: Finetune, progress: bool = True, share: Share = ALONE) -> Enc
         return cache.encode(replace(config, data=data), progress, share)
 
 
+def insist_on_prompts(config: Finetune) -> None:
+    """Raise `UserError` now if the prompts that `encode` draws are missing or are none."""
+    assert config.prior.prompts is not None
+    records.prompts(config.prior.prompts)
+
+
 def open_cache(config: Finetune, base: BaseInfo) -> Cache | None:
     """The cache of the base's own pictures; None if `config.prior` asks for none.
 

@@ -52,7 +52,7 @@ class EncodeReport:
         else:
             lines.append(f"{self.folder}: {self.rows} {self.what}, up to date, nothing to encode")
         if self.skipped:
-            lines += [f"{len(self.skipped)} left out:", listing(self.skipped)]
+            lines += [f"{len(self.skipped)} left out:", *(f"  {each}" for each in listing(self.skipped))]
         return "\n".join(lines)
 
 
@@ -81,12 +81,10 @@ def progress_bar(progress: bool, things: str = "images") -> Progress:
     return Progress(*columns, disable=not progress)
 
 
-def listing(bad: Sequence[Bad]) -> str:
-    """Records and why each cannot be used, one a line."""
-    lines = [f"  {id}: {reason}" for id, reason in bad[:_LISTED]]
-    if len(bad) > _LISTED:
-        lines.append(f"  ... and {len(bad) - _LISTED} more")
-    return "\n".join(lines)
+def listing(bad: Sequence[Bad]) -> list[str]:
+    """The first records and why each cannot be used, and how many more there are."""
+    more = [f"and {len(bad) - _LISTED} more"] if len(bad) > _LISTED else []
+    return [f"{id}: {reason}" for id, reason in bad[:_LISTED]] + more
 
 
 def finish(

@@ -13,14 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from lcm_kit import assets
-from lcm_kit.assets import resolve
+from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
-from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same, tidied
+from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
 from lcm_kit.data.folder_files import Files, add_zip, files_of
-from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture
-from lcm_kit.errors import UserError
+from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
+from lcm_kit.data.transforms import to_pixels, upright_for
+from lcm_kit.errors import UserError, first_line
+from lcm_kit.written import tidied
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
@@ -41,6 +44,15 @@ class Record:
     def load(self) -> Image.Image:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
+
+    def pixels(self, resolution: int) -> Tensor:
+        """The picture cut square, as `to_pixels`, without the whole of a very large one. Raises as `load`."""
+
+        def cut(image: Image.Image) -> Tensor:
+            image, whole = upright_for(image, resolution)
+            return to_pixels(image, resolution, whole=whole)
+
+        return of_image(self.read(), cut)
 
 
 @dataclass
@@ -83,7 +95,7 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     items = found.items
     if data.regularisation is not None:
         name = f"data.regularisation {data.regularisation!r}"
-        general = _folder(Path(resolve(data.regularisation)).expanduser(), name).items
+        general = _folder(place(data.regularisation), name).items
         if not general:
             raise UserError(f"{name} holds no image; give another folder")
         items = items + [_below("regularisation", item) for item in general]
@@ -93,7 +105,7 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
 
 def list_source(data: Data) -> Listing:
     """What `data.path` holds, without `data.regularisation`. Raises `UserError` as `open_records`."""
-    path, name = Path(resolve(data.path)).expanduser(), f"data.path {data.path!r}"
+    path, name = place(data.path), f"data.path {data.path!r}"
     files = None if data.kind == "datasets" else _own_files(path, data)
     if files is not None:
         _refuse_without_effect(data)
@@ -160,7 +172,7 @@ def prompts(text: str) -> list[str]:
 
     Raises `UserError` if there is none.
     """
-    folder = Path(resolve(text)).expanduser()
+    folder = place(text)
     if not folder.is_dir() or (folder / _PROMPTS).is_file():
         return assets.prompts(text)
     found = [record.caption for record in _folder(folder, text).good]
@@ -269,7 +281,7 @@ def _open_dataset(path: Path, data: Data) -> Any:
         return datasets.load_dataset(str(path) if path.is_dir() else data.path, split=data.split)
     # a wrong name or split, the network, a broken file: `datasets` raises of all kinds, and none is our bug
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"data.path {data.path!r} is neither a folder of images nor a data set that can be opened with "
             f"split {data.split!r} ({reason}); check data.path and data.split"

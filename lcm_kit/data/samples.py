@@ -80,6 +80,14 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     )
 
 
+def insist_on_inputs(config: Distill) -> None:
+    """Raise `UserError` now for what `encode` would refuse: before images are encoded, which takes hours."""
+    base = usable_base(config)
+    settings(config, base)
+    for entry in config.teacher.adapters:
+        styles.largest_rank("teacher.adapters", entry.path, base)
+
+
 def open_cache(config: Distill, base: BaseInfo) -> Cache:
     """The finished cache of the teacher's samples. Raises `UserError` as `Cache.open`."""
     return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
@@ -106,11 +114,11 @@ def _draw_missing(
     empty_done = not share.first or shards.intact(folder / shards.EMPTY, content)
     if not mine and empty_done:
         return
+    pipe = teacher_pipeline(config, base) if mine else None  # before anything is written: it may be refused
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
     if not empty_done:
         own_files.write_tensors(folder / shards.EMPTY, tensors_of(encoder.empty()), content)
     task = bar.add_task("drawing", total=sum(len(shard.entries) for shard in mine))
-    pipe = teacher_pipeline(config, base) if mine else None
     for shard in mine:
         parts = []
         for first in range(0, len(shard.entries), config.data.batch_size):

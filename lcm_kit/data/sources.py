@@ -29,12 +29,18 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
     """Bring every cache that `data.source` asks for up to date. Raises `UserError` as each of them does."""
     source, done = config.data.source, []
     with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
+        if source == "mix":
+            samples.insist_on_inputs(_distill(config))
         if source != "teacher":
             done.append(cache.encode(config, progress, share))
         if source != "images":
-            assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
-            done.append(samples.encode(config, progress, share))
+            done.append(samples.encode(_distill(config), progress, share))
     return done
+
+
+def _distill(config: Training) -> Distill:
+    assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
+    return config
 
 
 def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from lcm_kit.families.condition import Framing
 
+ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _WHOLE = 64_000_000  # pixels, 256 MB in RGB: a larger picture is made narrower in strips of rows
 _RESIZED = 100_000_000  # pixels: where the whole picture would be larger than this, it is cropped first
+_SPARED = 4  # times the result: what a very large JPEG, decoded at a fraction of its size, still has at least
+_STRIP = 4_000_000  # pixels of a strip of rows
 _REACH = 3  # pixels of the result that LANCZOS looks to each side
 
 
@@ -21,6 +24,20 @@ def upright(image: Image.Image) -> Image.Image:
     image.load()  # a PNG may say so behind its pixels
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def upright_for(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
+    """`upright`, and the size that the whole picture has so, for `to_pixels` at `resolution`.
+
+    A JPEG of more than `_WHOLE` pixels is reduced while it is decoded: its own format can do that.
+    """
+    whole = image.size
+    if whole[0] * whole[1] > _WHOLE:
+        image.draft(None, (_SPARED * resolution, _SPARED * resolution))
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE:
+        whole = whole[1], whole[0]
+    return upright(image), whole
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -54,14 +71,16 @@ def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return width, height
 
 
-def to_square(image: Image.Image, resolution: int) -> Image.Image:
+def to_square(image: Image.Image, resolution: int, whole: tuple[int, int] | None = None) -> Image.Image:
     """The shorter side resized to `resolution` (LANCZOS), then the centre cropped to a square: RGB.
 
-    `image` may have any mode. One so long that it would be enormous when resized is cropped first.
+    `image` may have any mode. One so long that it would be enormous when resized is cropped first. `whole`:
+    the size of the picture of which `image` was decoded at a fraction (`upright_for`).
     """
     image = upright(image)
-    top, left = framing(image.size, resolution).corner
-    width, height = _resized(image.size, resolution)
+    size = whole or image.size
+    top, left = framing(size, resolution).corner
+    width, height = _resized(size, resolution)
     if width * height > _RESIZED:
         return _cropped_first(image, resolution)
     return resized(image, (width, height)).crop((left, top, left + resolution, top + resolution))
@@ -78,7 +97,7 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if width * height <= _WHOLE:
         return to_rgb(image).resize(size, Image.Resampling.LANCZOS)
     narrow = Image.new("RGB", (size[0], height))
-    rows = max(1, _WHOLE // 4 // width)
+    rows = max(1, min(_WHOLE // 4, _STRIP) // width)
     for top in range(0, height, rows):
         strip = to_rgb(image.crop((0, top, width, min(top + rows, height))))
         narrow.paste(strip.resize((size[0], strip.height), Image.Resampling.LANCZOS), (0, top))
@@ -102,9 +121,14 @@ def _cropped_first(image: Image.Image, resolution: int) -> Image.Image:
     return part.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
-def to_pixels(image: Image.Image, resolution: int, mirrored: bool = False) -> Tensor:
-    """An image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1]."""
-    square = to_square(image, resolution)
+def to_pixels(
+    image: Image.Image, resolution: int, mirrored: bool = False, whole: tuple[int, int] | None = None
+) -> Tensor:
+    """An image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1].
+
+    `whole` as in `to_square`.
+    """
+    square = to_square(image, resolution, whole)
     if mirrored:
         square = ImageOps.mirror(square)
     array = np.array(square, dtype=np.float32)

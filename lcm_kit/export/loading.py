@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure, empty_unet
 from lcm_kit.families.weights import Place, load_model
@@ -119,7 +119,7 @@ def load(pipe: Any, file: Path) -> list[str]:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_NAME)
     # whatever stops the loader is what a user would meet: ValueError, KeyError, peft's own, ...
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error)
         raise UserError(f"diffusers refuses {file.name} ({type(error).__name__}: {reason})") from error
     return said
 

@@ -95,10 +95,9 @@ def fuse(
     reads = _read(parts, against)
     odd = next((read for read in reads if read.embeddings), None)
     if odd is not None and "embeddings" not in leave_out:
-        names = ", ".join(bundled(odd.embeddings))
         raise UserError(
-            f"{odd.path} bundles the embeddings {names}, which are no weights of a base; --leave-out "
-            "embeddings leaves them out"
+            f"{odd.path} bundles the embeddings {bundled(odd.embeddings)}, which are no weights of a base; "
+            "--leave-out embeddings leaves them out"
         )
     weights = [weight for _, weight in parts]
     fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)

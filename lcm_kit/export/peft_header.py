@@ -20,6 +20,9 @@ from lcm_kit.export.lora import PARTS
 _BESIDE = {"adapter_model.safetensors": "adapter_config.json"}  # `PeftModel.save_pretrained`
 _DEFAULT = 8  # peft's lora_alpha, and its r, where a config leaves them out
 _MOST = 1000  # characters of a pattern
+_STEPS = 100_000  # of matching all patterns with one name, at worst: a millisecond
+_SEVERAL = ("alpha_pattern", "rank_pattern")  # whose keys are patterns
+_ONE = ("target_modules", "exclude_modules")  # a pattern where it is text, else names
 # Starts of a LoRA that are taken out of the base's weight, so that the file is no update of the base
 _TAKEN_OUT = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
@@ -59,11 +62,9 @@ def read(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Config], li
         else:
             told = dict(json.loads(metadata.get(HEADER, "{}")))
         parts = {part: _section(told, part) for part in PARTS}
-        problems = [
-            problem for section in parts.values() for key in _alphas(section) if (problem := _unfit(key))
-        ]
+        problems = [problem for section in parts.values() for problem in _unfit(section)]
         found = {} if problems else {part: _config(section) for part, section in parts.items() if section}
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError, OverflowError):
         return {}, []
     return found, problems
 
@@ -98,12 +99,29 @@ def _pattern(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def _unfit(key: str) -> str | None:
-    """Why a pattern is not tried: a repeated group can take for ever on a name that nearly fits."""
+def _unfit(section: Mapping[str, Any]) -> list[str]:
+    """Why patterns are not tried, here or by peft: some could take for ever on a name that nearly fits."""
+    patterns = [(where, str(key)) for where in _SEVERAL for key in section.get(where) or {}]
+    patterns += [(where, section[where]) for where in _ONE if isinstance(section.get(where), str)]
+    problems = [problem for where, key in patterns if (problem := _fault(where, key))]
+    if not problems and sum(_steps(key) for _, key in patterns) > _STEPS:
+        where, key = max(patterns, key=lambda pattern: _steps(pattern[1]))
+        problems.append(f"its header's {where} has {key[:60]!r}, which repeats too much: it is not read")
+    return problems
+
+
+def _fault(where: str, key: str) -> str | None:
+    """What is wrong with one pattern."""
     try:
         re.compile(_pattern(key))
     except (re.error, RecursionError, OverflowError):
-        return f"its header's alpha_pattern has {key[:60]!r}, which is not a regular expression"
+        return f"its header's {where} has {key[:60]!r}, which is not a regular expression"
     if len(key) > _MOST or re.search(r"\)\s*[*+{]", key):
-        return f"its header's alpha_pattern has {key[:60]!r}, which repeats a group: it is not read"
+        return f"its header's {where} has {key[:60]!r}, which repeats a group: it is not read"
     return None
+
+
+def _steps(key: str) -> int:
+    """About the most ways in which a pattern without repeated groups is tried with one name."""
+    repeats, choices = len(re.findall("[*+{]", key)), len(re.findall("[?|]", key))
+    return 10 * 40 ** min(repeats, 9) * 2 ** min(choices, 40)

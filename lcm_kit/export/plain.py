@@ -114,7 +114,7 @@ def unholdable(lora: Lora, embeddings: Collection[str] = ()) -> dict[str, str]:
     if lora.biases:
         found["biases"] = f"the biases of {len(lora.biases)} modules, such as {next(iter(lora.biases))}"
     if embeddings:
-        found["embeddings"] = f"what the embeddings {', '.join(bundled(list(embeddings)))} stand for"
+        found["embeddings"] = f"what the embeddings {bundled(list(embeddings))} stand for"
     return found
 
 

@@ -7,10 +7,12 @@ then the file is not whole.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ def read(path: Path, structure: Structure | None = None, *, alpha: float | None 
     """
     tensors, metadata = untrusted.read(path)
     embeddings = tuple(key for key in tensors if key.startswith(BUNDLED))
-    keys = {key: take_apart(key) for key in tensors if key not in embeddings}
+    keys = {key: take_apart(key) for key in tensors if not key.startswith(BUNDLED)}
     _insist_on_ours(path, tensors, keys, metadata)
     fitting = structure or _best_structure(path, tensors, keys, metadata)
     notes = Notes()
@@ -130,7 +132,7 @@ def _best_structure(
     best = max(scores, key=lambda generation: scores[generation])
     if scores[best] == 0:
         told = metadata.get("lcm_kit.base") or metadata.get("ss_sd_model_name")
-        named = f"its header names {told!r}" if told else f"its first key is {next(iter(tensors))!r}"
+        named = f"its header names {told[:80]!r}" if told else f"its first key is {next(iter(tensors))!r}"
         raise UserError(
             f"{path} fits none of SD1.x, SD2.x and SDXL ({named}); say which base it is for with --base"
         )
@@ -255,10 +257,14 @@ def _kohya_alpha(metadata: Mapping[str, str], down: Tensor | None) -> float | No
         if down is not None and down.ndim == 4 and down.shape[2] > 1:
             arguments = json.loads(metadata.get("ss_network_args", "{}"))
             if "conv_alpha" in arguments:
-                return float(arguments["conv_alpha"])
-        return float(metadata["ss_network_alpha"])
-    except (KeyError, ValueError, TypeError):
+                return _finite(arguments["conv_alpha"])
+        return _finite(metadata["ss_network_alpha"])
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _finite(value: Any) -> float | None:
+    return number if math.isfinite(number := float(value)) else None
 
 
 def _assemble(pieces: Pieces, structure: Structure, strengths: _Strengths, notes: Notes) -> Lora:

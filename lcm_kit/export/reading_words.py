@@ -32,6 +32,7 @@ class Notes:
     unknown: dict[str, Tensor] = field(default_factory=dict)
 
 
+_NAMED = 10  # embeddings that a sentence names; more are counted
 _ALPHA_WORDS = {
     "scale": "their strength is a `.scale`, which A1111, SD.Next and stable-diffusion.cpp alone read",
     "ss_network_alpha": "without alpha: taken from ss_network_alpha of the header",
@@ -58,8 +59,7 @@ def findings(notes: Notes, lora: Lora, embeddings: Sequence[str]) -> list[str]:
     if lora.biases:
         found.append(f"{len(lora.biases)} modules change their bias")
     if embeddings:
-        names = bundled(embeddings)
-        found.append(f"{len(names)} embeddings are bundled with it: {', '.join(names)}")
+        found.append(f"{len(_names(embeddings))} embeddings are bundled with it: {bundled(embeddings)}")
     return found
 
 
@@ -70,8 +70,14 @@ def kinds(lora: Lora) -> dict[str, int]:
     return {words.get(kind, kind): count for kind, count in counts.items()}
 
 
-def bundled(embeddings: Sequence[str]) -> list[str]:
-    """The names of the embeddings that keys belong to."""
+def bundled(embeddings: Sequence[str]) -> str:
+    """The names of the embeddings that keys belong to, as the words of a sentence."""
+    names = _names(embeddings)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _names(embeddings: Sequence[str]) -> list[str]:
     return sorted({key.removeprefix(BUNDLED).partition(".")[0] for key in embeddings})
 
 

@@ -15,6 +15,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.export.names import kohya_names, sgm_names
 from lcm_kit.families.configs import require_sizes
 from lcm_kit.families.source import locate, read_json
+from lcm_kit.families.weights import building
 
 Generation = Literal["sd1", "sd2", "sdxl"]
 Shape = tuple[int, ...]
@@ -177,7 +178,7 @@ def of_folder(folder: Path, path: str) -> Structure:
         )
     text, pooled = {}, None
     for part in ("text_encoder", "text_encoder_2"):
-        if (folder / part / "config.json").is_file():
+        if (folder / part).is_dir():
             clip = read_json(folder / part / "config.json", path)
             pooled = clip.get("projection_dim")
             text[part] = (clip["num_hidden_layers"], clip["hidden_size"], clip["intermediate_size"])
@@ -213,7 +214,8 @@ def _structure(
     text: Mapping[str, tuple[int, int, int]],
     **more: Any,
 ) -> Structure:
-    modules = {f"unet.{name}": shape for name, shape in _weight_shapes(empty_unet(config)).items()}
+    with building(label, "unet"):
+        modules = {f"unet.{name}": shape for name, shape in _weight_shapes(empty_unet(config)).items()}
     for part, (layers, width, hidden) in text.items():
         for k in range(layers):
             layer = f"{part}.text_model.encoder.layers.{k}"

@@ -29,8 +29,11 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MAX_TENSORS = 100_000  # SDXL with both text encoders has 3,156 in the kohya format
+# Bytes. The format allows 100 MB, of which Python makes gigabytes; a header with all captions has a few
+MAX_HEADER = 20_000_000
+MAX_TENSORS = 20_000  # SDXL with both text encoders has 3,156 in the kohya format, 7,400 as a LoKr
+_MAX_BRACKETS = 400_000  # of a header, which has three a tensor: Python takes long to make millions of lists
+MAX_NAME = 300  # characters; the longest of a LoRA in circulation have some 140
 MAX_DIMS = 5
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _AGAIN = "download it again or ask its maker for another file"
@@ -138,7 +141,9 @@ def _header_length(head: bytes, size: int) -> int:
     if size < 8 or (size > 8 and head[8:9] != b"{"):
         raise _Refused(f"this is not a safetensors file (its {size} bytes do not start as one); {_AGAIN}")
     if length > MAX_HEADER:
-        raise _Refused(f"its header claims {length} bytes, above the format's {MAX_HEADER}; {_AGAIN}")
+        raise _Refused(
+            f"its header claims {length} bytes, and the most that is read is {MAX_HEADER}; {_AGAIN}"
+        )
     if 8 + length > size:
         raise _Refused(
             f"it is truncated: its header ends at byte {8 + length}, and {size} bytes are there; download it "
@@ -148,6 +153,8 @@ def _header_length(head: bytes, size: int) -> int:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
+    if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS:
+        raise _Refused(f"its header has more than {_MAX_BRACKETS} lists and objects; {_AGAIN}")
     try:
         parsed = json.loads(raw.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -193,6 +200,8 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         return fits and all(type(number) is int and number >= 0 for number in value)
 
     tensor = f"its tensor {_quoted(name)}"
+    if len(name) > MAX_NAME:
+        raise _Refused(f"{tensor} has a name of {len(name)} characters, above {MAX_NAME}; {_AGAIN}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"{tensor} is not given by dtype, shape and data_offsets; {_AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import loading, reading, structure
+from lcm_kit.export import loading, peft_header, reading, structure
 from lcm_kit.export.apps import APPS, NOT_JUDGED, TITLES, Loaded, able
 from lcm_kit.export.kinds import Dora, Rebased
 from lcm_kit.export.lora import Layer, Lora
@@ -175,6 +175,8 @@ def _verdict(loaded: Loaded, wanted: Mapping[str, float]) -> str:
 
 def _diffusers_row(read: reading.Reading, place: Against, wanted: Lora, tolerance: float) -> Row:
     count = len({**read.lora.updates, **read.lora.biases})
+    if unfit := peft_header.read(read.path, read.lora.metadata)[1]:
+        return Row("diffusers", 0, 0, count, f"is not asked to load it: {unfit[0]}")
     try:
         parts = loading.models(read.lora, place.structure, place.folder, place.variant)
         pipe = loading.pipeline(place.structure, parts)

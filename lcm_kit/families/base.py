@@ -172,6 +172,7 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
     text = [
         _parsed(configs.Text, contents, part, path) for part in contents if part.startswith("text_encoder")
     ]
+    pipeline = configs.parse(configs.Index, index, f"base {path!r}: model_index.json")
     scheduler = _parsed(configs.Scheduler, _with_class(contents, index), "scheduler", path)
     if unet.in_channels != vae.latent_channels:
         raise UserError(
@@ -202,7 +203,7 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
         scaling_factor=vae.scaling_factor or 0.18215,
         shift_factor=vae.shift_factor or 0.0,
         width=sum(encoder.hidden_size for encoder in text),
-        zeros_when_empty=bool(index.get("force_zeros_for_empty_prompt", sdxl)),
+        zeros_when_empty=sdxl and pipeline.force_zeros_for_empty_prompt,
         vae_overflows=sdxl and vae.force_upcast,
         latents_mean=None if vae.latents_mean is None else tuple(vae.latents_mean),
         latents_std=None if vae.latents_std is None else tuple(vae.latents_std),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 
 _POINTER = b"version https://git-lfs"
 
@@ -39,7 +39,7 @@ def read_header(file: Path, name: str) -> Header:
             entries = {key: Entry(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
             return Header(entries, handle.metadata() or {})
     except (SafetensorError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"{name} cannot be read as a safetensors file ({reason}); download it again"
         ) from error

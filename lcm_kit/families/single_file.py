@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit.errors import UserError
+from lcm_kit import assets
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.checkpoint import Contents, Family, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
 from lcm_kit.families.weights import Place, entries, hushed, load_model, weight_files
@@ -60,7 +61,7 @@ def folder_of(file: Path, config: str | None = None) -> Path:
 
 def _bases() -> Path:
     cache = os.environ.get("LCM_KIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lcm-kit" / "bases"
+    return Path(os.path.expanduser(cache)) / "lcm-kit" / "bases"
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _local_config(file: Path, config: str | None) -> Path | None:
-    beside = [file.with_suffix(""), file.parent / "config"] if config is None else [Path(config).expanduser()]
+    beside = [file.with_suffix(""), file.parent / "config"] if config is None else [assets.place(config)]
     return next((folder for folder in beside if (folder / "model_index.json").is_file()), None)
 
 
@@ -135,7 +136,7 @@ def _hub_config(file: Path, family: Family, config: str | None) -> Path:
         try:
             found = Path(snapshot_download(repository, allow_patterns=wanted))
         except Exception as error:  # the hub raises of all kinds, none is our bug
-            reason = str(error).strip().splitlines()[0].rstrip(".")
+            reason = first_line(error)
             continue
         if lacking := _lacking(found, family):
             reason = f"its copy in the hub's cache lacks {lacking}"
@@ -260,7 +261,7 @@ def _load(file: Path, readable: Path, contents: Contents, config: Path) -> Any:
     except (
         OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SingleFileComponentError,
     ) as error:  # fmt: skip
-        fault = str(error).strip().splitlines()[0].rstrip(".")
+        fault = first_line(error)
     if fault:
         raise UserError(
             f"base {str(file)!r}: its weights do not fit the configuration in {config} ({fault}); put the "

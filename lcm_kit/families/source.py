@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lcm_kit.assets import resolve
-from lcm_kit.errors import UserError
+from lcm_kit.assets import place
+from lcm_kit.console import working
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.headers import require_content
 from lcm_kit.files import sha256_file
 
@@ -31,7 +32,7 @@ def locate(path: str, revision: str | None, variant: str | None) -> Path:
     A single .safetensors file is made into a folder first, once.
     Raises `UserError` if there is no such folder and the hub cannot give it.
     """
-    local = Path(resolve(path)).expanduser()
+    local = place(path)
     if local.is_dir() and revision is not None:
         raise UserError(f"base.revision {revision!r} means nothing for the folder {path!r}; remove it")
     if local.is_dir():
@@ -73,7 +74,7 @@ def _download(path: str, revision: str | None, variant: str | None, parts: Itera
     except (
         Exception
     ) as error:  # the name, the network, permissions: the hub raises of all kinds, none is our bug
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"base {path!r} is neither a folder nor a hub id that can be reached ({reason}); check "
             "base.path, base.revision and the connection"
@@ -116,4 +117,5 @@ def file_hash(path: Path) -> str:
 
 @cache
 def _hash_of_state(path: Path, size: int, modified: int) -> str:
-    return sha256_file(path)
+    with working(f"hashing {path}"):
+        return sha256_file(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.base import BaseInfo
 from lcm_kit.families.source import read_json
 
@@ -33,20 +33,19 @@ def load_tokenizer(base: BaseInfo, part: str) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:  # tokenizers raises Exception itself
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
         ) from error
+    encoder = read_json(base.folder / part.replace("tokenizer", "text_encoder") / "config.json", base.path)
+    # pipelines pad to this, and without a number of its own a tokenizer has 10**30
+    tokenizer.model_max_length = int(
+        min(tokenizer.model_max_length, encoder.get("max_position_embeddings", 77))
+    )
     inner = tokenizer.backend_tokenizer
     straight = [normalizers.Replace(Regex(f"[{curly}]"), plain) for plain, curly in _QUOTES.items()]
     inner.normalizer = normalizers.Sequence([*straight, *([inner.normalizer] if inner.normalizer else [])])
     return tokenizer
-
-
-def most_tokens(base: BaseInfo, tokenizer: Any, encoder: str) -> int:
-    """Tokens of a caption that the encoder in folder `encoder` reads, its start and end not counted."""
-    config = read_json(base.folder / encoder / "config.json", base.path)
-    return int(min(tokenizer.model_max_length, config.get("max_position_embeddings", 77))) - 2
 
 
 def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int], int]:
@@ -60,7 +59,7 @@ def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int
         if not part.startswith("tokenizer"):
             continue
         tokenizer = load_tokenizer(base, part)
-        most = most_tokens(base, tokenizer, part.replace("tokenizer", "text_encoder"))
+        most = tokenizer.model_max_length - 2  # its start and end
         least = min(least or most, most)
         if captions:
             # by what is behind it: the tokenizer itself would warn of every long one

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit.errors import UserError
+from lcm_kit.families.configs import Tokenizer, parse
 from lcm_kit.families.source import read_json
 
 _END = "</w>"  # of a word, in CLIP's vocabularies
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 _REMEDY = "copy the tokenizer files of the base that it was made from there"
 
 
@@ -24,11 +26,9 @@ def require_vocabulary(folder: Path, part: str, path: str, entry: Any, size: int
     """
     name = f"base {path!r}: {part}"
     own = folder / part
-    settings = (
-        read_json(own / "tokenizer_config.json", path) if (own / "tokenizer_config.json").is_file() else {}
-    )
+    settings = {file: _settings(own / file, path) for file in _SETTINGS if (own / file).is_file()}
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    for kind in (settings.get("tokenizer_class"), named):
+    for kind in (*(found.tokenizer_class for found in settings.values()), named):
         if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") != "CLIPTokenizer"):
             raise UserError(f"{name} is a {kind}, not CLIP's tokenizer; give an SD1.x, SD2.x or SDXL base")
     vocabulary = _vocabulary(own, name, path)
@@ -40,6 +40,14 @@ def require_vocabulary(folder: Path, part: str, path: str, entry: Any, size: int
             f"{name} has tokens up to {max(ids)}, its text encoder embeds {size}: they are of two models; "
             f"{_REMEDY}"
         )
+    for file, found in settings.items():
+        for field, token in found.tokens().items():
+            if token not in vocabulary:  # a library would add it, with a number that no encoder knows
+                raise UserError(f"{name}/{file}: {field} {token!r} is not in the vocabulary; {_REMEDY}")
+
+
+def _settings(file: Path, path: str) -> Tokenizer:
+    return parse(Tokenizer, read_json(file, path), f"base {path!r}: {file.parent.name}/{file.name}")
 
 
 def _vocabulary(own: Path, name: str, path: str) -> Mapping[str, Any]:

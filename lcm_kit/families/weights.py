@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.headers import Entry, read_header
 from lcm_kit.families.source import STEMS, read_json
 
@@ -170,15 +170,21 @@ def empty_model(place: Place, part: str) -> Any:
     Raises `UserError` if the library cannot build one.
     """
     kind, config = _kind(part), read_json(place.folder / part / "config.json", place.path)
+    with building(place.path, part), torch.device("meta"), hushed():
+        if part.startswith("text_encoder"):
+            return kind(kind.config_class.from_dict(config))
+        return kind.from_config(config)
+
+
+@contextlib.contextmanager
+def building(path: str, part: str) -> Iterator[None]:
+    """Turn whatever a library raises while it builds a part of the base called `path` into a `UserError`."""
     try:
-        with torch.device("meta"), hushed():
-            if part.startswith("text_encoder"):
-                return kind(kind.config_class.from_dict(config))
-            return kind.from_config(config)
+        yield
     except Exception as error:  # a stranger's numbers make the libraries raise all kinds, none is our bug
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
-            f"base {place.path!r}: no model can be built from {part}/config.json ({reason}); download or "
+            f"base {path!r}: no model can be built from {part}/config.json ({reason}); download or "
             "save the base again"
         ) from error
 
@@ -223,7 +229,7 @@ def load_model(place: Place, part: str, dtype: torch.dtype) -> Any:
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"base {place.path!r}: {part} cannot be loaded ({reason}); download or save the base again"
         ) from error

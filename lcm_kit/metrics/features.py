@@ -6,6 +6,7 @@ huggingface_hub's own rules (HF_HUB_OFFLINE, HF_HOME, HF_TOKEN).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.tokens import straightened
 from lcm_kit.metrics.preprocessing import preparation
 
@@ -54,7 +55,7 @@ def extractor(name: str, device: str = "cpu", revision: str | None = None) -> Ex
 
     Raises `UserError` if there is no such model, it is of another kind, or a library for it is missing.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if revision is not None and (name in (PROBE, "inception") or folder.is_dir()):
         raise UserError(f"features {name!r} has no revisions, so {revision!r} means nothing; remove it")
     if name == PROBE:
@@ -128,7 +129,7 @@ def _load(name: str, place: str, revision: str | None) -> tuple[str, Any, dict[s
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision) if kind in _TEXT else None
             return kind, model, config, tokenizer
     except Exception as error:  # the name, the network, a broken file: of all kinds, none is our bug
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"features {name!r}: there is no such model folder or hub id, or it cannot be loaded ({reason}); "
             f"check the name, or use {PROBE}"

@@ -74,7 +74,7 @@ def find(base: Base, structure: str | None = None) -> Subject:
 
 
 def _find(base: Base) -> Subject:
-    path = Path(assets.resolve(base.path)).expanduser()
+    path = assets.place(base.path)
     if path.is_file():
         return _single_file(path)
     if path.is_dir() or base.path.startswith(("asset:", "/", ".", "~")) or base.path.count("/") > 1:

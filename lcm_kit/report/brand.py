@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import assets, own_files, own_shapes
-from lcm_kit.data.records import pictures
+from lcm_kit.data.records import Record, pictures
+from lcm_kit.errors import UserError
 from lcm_kit.report.shared import SAMPLERS, image_uri, number, percent, picture_uri
 
 FILE = "brand.json"
@@ -186,11 +187,19 @@ def _lines(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list
 
 def _any_of(found: Mapping[str, Any], count: int) -> list[str | None]:
     """Pictures of the brand's folder, spread over it, for prompts that none was made for."""
-    folder = Path(assets.resolve(found.get("brand") or "")).expanduser()
+    folder = assets.place(found.get("brand") or "")
     if not found.get("brand") or not folder.is_dir():
         return [None] * count
     there = pictures(folder, str(folder))
-    return [image_uri(there[k * len(there) // count].load()) for k in range(count)]
+    return [_shown(there[k * len(there) // count]) for k in range(count)]
+
+
+def _shown(record: Record) -> str | None:
+    """A brand's picture, through the door for pictures that are not ours; None if it cannot be read."""
+    try:
+        return image_uri(record.load())
+    except (OSError, UserError):
+        return None
 
 
 def _control(run: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def finetune(
     folder that cannot be learned from, and as the stages do.
     """
     _alone()
-    place = Path(assets.resolve(folder)).expanduser()
+    place = assets.place(folder)
     if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
     story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, speed, overrides)

@@ -116,7 +116,7 @@ def quickstart(output: Path, overrides: Sequence[str]) -> Story:
 
 def prompts_in(folder: str) -> str | None:
     """The folder itself, if there are prompts in its `prompts.txt`; None otherwise."""
-    return folder if (Path(assets.resolve(folder)).expanduser() / PROMPTS).is_file() else None
+    return folder if (assets.place(folder) / PROMPTS).is_file() else None
 
 
 def finetune(

@@ -7,8 +7,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lcm_kit import assets, console, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
@@ -63,7 +61,7 @@ def insist_on_one_file(run: str) -> None:
         )
 
 
-def prompts_and_pictures(config: Brand) -> tuple[list[str], list[Image.Image | None]]:
+def prompts_and_pictures(config: Brand) -> tuple[list[str], list[records.Record | None]]:
     """The prompts of the look, `config.count` of them, and the brand's picture of each where there is one."""
     found, _ = records.open_records(Data(path=config.brand, kind="folder"))
     if config.prompts is not None:
@@ -72,8 +70,7 @@ def prompts_and_pictures(config: Brand) -> tuple[list[str], list[Image.Image | N
         held = _held_out(config, found)
         wanted = list(islice(cycle([record.caption for record in held or found]), config.count))
     by_caption = {record.caption: record for record in found}
-    shown = [by_caption.get(prompt) for prompt in wanted[: config.pictures]]
-    return wanted, [record.load() if record else None for record in shown]
+    return wanted, [by_caption.get(prompt) for prompt in wanted[: config.pictures]]
 
 
 def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Record]:
@@ -138,14 +135,12 @@ def _text(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
 
 
-def save_pictures(pictures: Sequence[Image.Image | None], folder: Path, size: int) -> list[str | None]:
+def save_pictures(pictures: Sequence[records.Record | None], folder: Path, size: int) -> list[str | None]:
     """The brand's pictures as `brand-NNN.png`, cut as for training; names within `folder`, None for none."""
-    from lcm_kit.data.transforms import to_pixels
-
     names: list[str | None] = []
     for k, picture in enumerate(pictures):
         names.append(None if picture is None else f"brand-{k:03d}.png")
         if picture is not None:
-            cut = sample.to_pil(to_pixels(picture, size)[None])[0]
+            cut = sample.to_pil(picture.pixels(size)[None])[0]
             cut.save(folder / f"brand-{k:03d}.png", optimize=True)
     return names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch import Tensor
 from lcm_kit import assets
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.console import working
 from lcm_kit.data import records
-from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
 from lcm_kit.metrics.accuracy import ATTRIBUTES
 from lcm_kit.metrics.features import PROBE, Extractor, extractor
@@ -90,11 +89,12 @@ class Looker:
     @torch.no_grad()
     def folder(self, path: str, size: int) -> Tensor:
         """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` for none."""
-        files = records.pictures(Path(assets.resolve(path)).expanduser(), path)
+        files = records.pictures(assets.place(path), path)
         rows = []
-        for first in range(0, len(files), _BATCH):
-            pictures = [to_pixels(record.load(), size) for record in files[first : first + _BATCH]]
-            rows.append(self.features.images(torch.stack(pictures)).float().cpu())
+        with working(f"measuring the {len(files)} pictures of {path}"):
+            for first in range(0, len(files), _BATCH):
+                pictures = [record.pixels(size) for record in files[first : first + _BATCH]]
+                rows.append(self.features.images(torch.stack(pictures)).float().cpu())
         return torch.cat(rows)
 
     @torch.no_grad()

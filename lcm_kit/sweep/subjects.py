@@ -11,6 +11,7 @@ from lcm_kit import lora_file, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.console import working
 from lcm_kit.errors import UserError
 from lcm_kit.export import untrusted, verify
 from lcm_kit.export.facts import facts_from
@@ -70,7 +71,8 @@ def insist_on_whole(found: Sequence[Subject]) -> None:
 
 
 def _subject(name: str, file: Path, against: verify.Against) -> Subject:
-    report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
+    with working(f"checking {file}"):
+        report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
     (row,) = report.rows
     problems = [*report.file.problems, *([] if row.ok else [f"diffusers {row.verdict}"])]
     count = len(report.file.lora.updates)
