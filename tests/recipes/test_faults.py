@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lcm_kit import checkpoints, locks, own_files, own_shapes
+from lcm_kit import checkpoints, held_out, locks, own_files, own_shapes, validation
 from lcm_kit.cli import app
 from lcm_kit.config.load import dump
 from tests.faults import Refusal, disk
@@ -93,7 +94,8 @@ class Bench:
         assert seen.refused, f"{refusal}: nothing was refused"
         where = f"{refusal} ({seen.refused[0]})"
         self._ended_well(done, where)
-        if refusal.number != errno.EROFS:  # where nothing can be removed either, the next run does
+        removes = any(operation.startswith(("unlink", "rmdir")) for operation in seen.refused)
+        if not removes:  # else the next run does it
             assert litter(self.place) == [], where
         locks.sweep(self.place)
         now = snapshot(self.place)
@@ -119,9 +121,10 @@ class Bench:
         assert (self.old.keys() & self.wanted.keys()) <= now.keys(), where
         changed = [name for name in now if now[name] not in (self.old.get(name), self.wanted.get(name))]
         for name in changed:
-            _read(self.place / name, where)
+            if "/state/" not in name:
+                _read(self.place / name, where)
         for state in self.place.glob("*/state/*"):
-            checkpoints.read(state)
+            checkpoints.read(state)  # with its hashes
         new = {name for name in now if "/state/" in name} - self.old.keys()
         if self.name == "longer" and not new:
             assert now["run/config.yaml"] == self.old["run/config.yaml"], where
@@ -175,13 +178,52 @@ class Kitchen:
         return copy
 
 
+def draw_little(patch: pytest.MonkeyPatch) -> None:
+    """What is drawn and measured on the way is as many files, and hardly any arithmetic."""
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setattr(held_out, "TIMES", 1)
+    for kind in (validation.Fixed, validation.StyleValidation):
+        patch.setattr(kind, "teacher_steps", 1)
+    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_STEPS", (1,))):
+        patch.setattr(validation, name, value)
+
+
 @pytest.fixture(scope="module")
 def bench(
     sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Bench]]:
     """`bench(verb)`, made once."""
-    kitchen = Kitchen(tmp_path_factory.mktemp("faults") / "place", sd_base())
-    made: dict[str, Bench] = {}
-    yield (
-        lambda name: made.setdefault(name, None) or made.__setitem__(name, Bench(kitchen, name)) or made[name]
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        draw_little(patch)
+        kitchen = Kitchen(tmp_path_factory.mktemp("faults") / "place", sd_base())
+        yield cache(partial(Bench, kitchen))
+
+
+CHOSEN = [  # a verb, the beginning of an operation's name, which of these it is, and why it is refused
+    ("encode", "fsync cache/.shard-00001", 0, errno.ENOSPC),
+    ("encode", "replace cache/.manifest", 0, errno.EROFS),
+    ("again", "unlink cache/shard-00001", 0, errno.EACCES),
+    ("longer", "open run/.train.lock", 0, errno.EROFS),
+    ("longer", "replace run/state/.step-000003", 1, errno.EACCES),
+    ("longer", "write run/state/.step-000003", 3, errno.ENOSPC),
+    ("longer", "replace run/.adapter", -1, errno.EACCES),
+]
+
+
+@pytest.mark.parametrize(("name", "begin", "which", "number"), CHOSEN)
+def test_a_disk_that_refuses(
+    name: str, begin: str, which: int, number: int, bench: Callable[[str], Bench]
+) -> None:
+    """Some that something was lost by once, or may be."""
+    found = [k for k, done in enumerate(bench(name).operations, 1) if done.startswith(begin)]
+    bench(name).refuse(Refusal(found[which], number, stays=number != errno.EACCES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", KINDS, ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("name", VERBS)
+def test_every_operation(name: str, number: int, bench: Callable[[str], Bench]) -> None:
+    tried = [refusal for refusal in bench(name).refusals() if refusal.number == number]
+    assert len(tried) > 10
+    for refusal in tried:
+        bench(name).refuse(refusal)
