@@ -9,7 +9,6 @@ where parameters are sharded over them.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from lcm_kit import __version__, console, own_files, own_shapes
 from lcm_kit.adapter import NAME, load_lora_state, named_parameters
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_folder, sha256_file
+from lcm_kit.files import atomic_folder, discard, sha256_file
 
 MANIFEST = "manifest.json"
 _FILES = ("lora.safetensors", "ema.safetensors", "training.pt")
@@ -58,10 +57,11 @@ class Origin:
 
 def folders(run: Path) -> list[Path]:
     """The states of `run`, oldest first; none of them was written in part, but any may be damaged since."""
-    return sorted((run / "state").glob("step-*"), key=_step)
+    return sorted((run / "state").glob("step-*"), key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """After how many steps the state in `folder` was written, as its name says."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -98,7 +98,7 @@ def read(folder: Path) -> State:
         raise ValueError(f"{MANIFEST}: {error.reason}") from error
     except Exception as error:  # torch, zip, json and safetensors raise kinds of their own
         raise ValueError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
-    if state.step != _step(folder):
+    if state.step != step_of(folder):
         raise ValueError(f"it holds step {state.step}")
     return state
 
@@ -174,11 +174,16 @@ def write(
         with (folder / "training.pt").open("wb") as handle:
             torch.save(rest, handle)
         own_files.write_json(folder / MANIFEST, _manifest(folder, state.step, origin, config))
-    found = folders(run)
-    kept = [old for old in found if _step(old) <= state.step][-keep:]
-    for old in found:
-        if old not in kept:
-            shutil.rmtree(old)
+    for later in folders(run):
+        if step_of(later) > state.step:
+            discard(later)
+    prune(run, state.step, keep)
+
+
+def prune(run: Path, step: int, keep: int) -> None:
+    """Remove the states of `run` until `step` but the `keep` newest. Raises `UserError` if it is refused."""
+    for old in [each for each in folders(run) if step_of(each) <= step][:-keep]:
+        discard(old)
 
 
 def _canonical(value: Any) -> Any:

@@ -23,6 +23,7 @@ from lcm_kit.errors import UserError
 
 _MOST_BYTES = 180  # of a name within a temporary one: file systems hold 255, and ours adds to it
 LEFTOVER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.(?:\w+\.)?(?:tmp|old)$")  # as `_temporary` names it
+ASIDE = ".old"  # ends the name of a folder that holds what another is put in the place of
 _ELSEWHERE = "choose another place for it"
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another output",
@@ -52,8 +53,8 @@ def reason_of(error: BaseException | None) -> OSError | None:
     return None
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """The sentence for a `path` that could not be written because of `error`."""
+def unwritable(path: Path, error: OSError, what: str = "written") -> UserError:
+    """The sentence for a `path` that could not be `what` because of `error`."""
     reason, remedy = error.strerror or str(error), _REMEDIES.get(error.errno or 0, _ELSEWHERE)
     in_the_way = (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, *([errno.EACCES] * (os.name == "nt")))
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP) and (file := _no_folder(path)):
@@ -61,7 +62,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
         reason, remedy = f"{file} is {kind}", f"remove it or {_ELSEWHERE}"
     elif error.errno in in_the_way and os.path.isdir(path):
         reason, remedy = "a folder of that name is there", f"remove it or {_ELSEWHERE}"
-    return UserError(f"{path}: cannot be written ({reason}); {remedy}")
+    return UserError(f"{path}: cannot be {what} ({reason}); {remedy}")
 
 
 def _no_folder(path: Path) -> Path | None:
@@ -71,7 +72,7 @@ def _no_folder(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, what: str = "written") -> Iterator[None]:
     """Turn the file system's refusal to write at `path` into the sentence.
 
     A refusal that names a file away from `path` is of something that was read, and is passed on as it is.
@@ -84,7 +85,7 @@ def _writing(path: Path) -> Iterator[None]:
         refusal = reason_of(error)
         if refusal is None or not _of(path, refusal):
             raise
-        raise unwritable(path, refusal) from error
+        raise unwritable(path, refusal, what) from error
 
 
 def _of(path: Path, refusal: OSError) -> bool:
@@ -161,15 +162,50 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.chmod(0o755)  # mkdtemp makes it private
             yield temporary
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=begin, suffix=".old", dir=path.parent))
-                path.replace(old / "old")
-                temporary.replace(path)
-                shutil.rmtree(old)
-            else:
-                temporary.replace(path)
+            _put(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`; what stood there is put aside, and comes back if that fails."""
+    if not path.exists():
+        folder.replace(path)
+        return
+    begin = _temporary(path).name.removesuffix("tmp")
+    aside = Path(tempfile.mkdtemp(prefix=begin, suffix=ASIDE, dir=path.parent))
+    try:
+        path.replace(aside / path.name)
+        folder.replace(path)
+    finally:
+        give_back(aside)
+
+
+def give_back(aside: Path) -> None:
+    """Rename what was put `aside` to where it stood, unless another took its place; then remove the rest.
+
+    Where it cannot be given back it stays where it is, for the next who holds the folder's lock.
+    """
+    with contextlib.suppress(OSError):
+        for each in aside.iterdir():
+            if not os.path.lexists(aside.parent / each.name):
+                each.replace(aside.parent / each.name)
+        shutil.rmtree(aside)
+
+
+def discard(path: Path) -> None:
+    """Remove the file or the folder `path`, if it is there: all of it or nothing, whatever comes between.
+
+    Raises `UserError` if the file system refuses.
+    """
+    with _writing(path, "removed"):
+        if path.is_dir() and not path.is_symlink():
+            doomed = _temporary(path)
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.replace(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:

@@ -8,7 +8,6 @@ alone.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lcm_kit.adapter import FACTS, WEIGHTS, read_facts, read_weights
 from lcm_kit.config import schema
 from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.families.condition import Condition
-from lcm_kit.files import atomic_folder
+from lcm_kit.files import atomic_folder, discard
 from lcm_kit.overtraining import NAME, Measured, of_tables, verdict
 from lcm_kit.processes import say
 from lcm_kit.runtime import Metrics, Saver, main_does, validate
@@ -164,7 +163,7 @@ class Measuring:
     def _forget(self, which: Callable[[int], bool]) -> None:
         for step, folder in self._folders().items():
             if which(step):
-                shutil.rmtree(folder)
+                discard(folder)
 
     def _copy(self, kept: int, facts: Mapping[str, Any]) -> None:
         best = self._folders()[kept]

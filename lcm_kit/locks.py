@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from lcm_kit import console
 from lcm_kit.errors import UserError
-from lcm_kit.files import LEFTOVER, machine, reason_of, unwritable
+from lcm_kit.files import ASIDE, LEFTOVER, give_back, machine, reason_of, unwritable
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _A_DAY = 86_400  # seconds
@@ -73,7 +73,10 @@ def sweep(folder: Path, *, deep: bool = True) -> None:
     for leftover in (folder.rglob if deep else folder.glob)(".*"):
         if (made := LEFTOVER.search(leftover.name)) and _is_dead(leftover, made[1], int(made[2])):
             with contextlib.suppress(OSError):  # where nothing can be removed nothing can be written
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if leftover.suffix == ASIDE:
+                    give_back(leftover)  # of a process that died before another folder took its place
+                else:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _is_dead(leftover: Path, place: str, process: int) -> bool:

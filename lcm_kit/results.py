@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcm_kit import console, own_files, own_shapes
 from lcm_kit.errors import UserError
+from lcm_kit.files import discard
 from lcm_kit.share import Share
 
 Rows = dict[str, Tensor]  # every tensor [N, ...]: a row a sample
@@ -74,13 +75,13 @@ def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
         batches = [batch for turn in turns for batch in turn if batch is not None]
         cell = file.stem.rpartition("-")[0]
         for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
-            old.unlink()
+            discard(old)
         own_files.write_tensors(
             file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         )
     if share.first:
         for rank in range(share.world):  # a killed process may have left some
-            _part(file, rank).unlink(missing_ok=True)
+            discard(_part(file, rank))
     share.wait()
     return own_files.read_tensors(file, "evaluate again, which draws it anew")
 

@@ -73,10 +73,13 @@ def claim(config: schema.Training, accelerator: Accelerator) -> bool:
 def begin(config: schema.Training, accelerator: Accelerator) -> None:
     """Write `config.yaml`, now that nothing is left that could refuse the run.
 
-    Where a finished run goes on, its own stays until there is something of the new one (`write_config`).
+    Where a finished run goes on, its own stays until there is a state of the new one (`write_config`).
     """
     accelerator.wait_for_everyone()  # every process has read the old file
-    if accelerator.is_main_process and not adapter_steps(Path(config.output)):
+    run = Path(config.output)
+    done, states = adapter_steps(run), checkpoints.folders(run)
+    started = not done or any(checkpoints.step_of(state) > done for state in states)
+    if started and accelerator.is_main_process:
         write_config(config)
 
 

@@ -218,8 +218,8 @@ class Saver:
         """Write the state after `step` steps, and its config; returns when both lie there."""
 
         def write() -> None:
-            write_config(self.config)
             checkpoints.write(self.run, state, self.origin, self.config.checkpoint.keep, bound(self.config))
+            write_config(self.config)  # which a finished run's stays until there is something of the new one
 
         if self.accelerator.is_main_process or sharded(self.accelerator):
             scaler = self.accelerator.scaler
@@ -227,7 +227,9 @@ class Saver:
         main_does(self.accelerator, write)
 
     def restore(self, state: State) -> None:
-        """Put `state` back, in place."""
+        """Put `state` back, in place; older ones go that a run which ended could not remove any more."""
+        keep = self.config.checkpoint.keep
+        main_does(self.accelerator, lambda: checkpoints.prune(self.run, state.step, keep))
         checkpoints.restore(state, self.unet, self.ema, self.optimizer, self.accelerator.scaler)
 
     def adapter(self, facts: Mapping[str, Any], name: str = "adapter") -> None:

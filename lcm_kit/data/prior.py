@@ -6,7 +6,6 @@ any other folder of images. Picture i is a function of (base, prompt, prior.seed
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -22,7 +21,7 @@ from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import progress_bar
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
-from lcm_kit.files import atomic_write
+from lcm_kit.files import atomic_write, discard
 from lcm_kit.locks import held
 from lcm_kit.share import Share
 
@@ -86,12 +85,12 @@ def draw(config: Finetune, progress: bool = True) -> None:
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     folder, settings = Path(data_of(config).path), _settings(config, base)
     if _read(folder) != settings:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         own_files.write_json(folder / DRAWN, settings)
     wanted = list(islice(cycle(settings["prompts"]), config.prior.count))
     files = [folder / f"{i:05d}.png" for i in range(len(wanted))]
     for extra in {*folder.glob("*.png")} - {*files}:
-        extra.unlink()
+        discard(extra)
     starts = range(0, len(files), BATCH)
     missing = [k for k in starts if not all(file.is_file() for file in files[k : k + BATCH])]
     if missing:

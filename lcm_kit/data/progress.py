@@ -106,6 +106,8 @@ def finish(
     changes = [] if old is None else shards.changes(old, new)
     if share.first and (made or changes or old is None):
         shards.write_manifest(folder, new)
+    if share.first:
+        shards.tidy(folder, new)
     count, rows = sum(len(shard.entries) for shard in made), len(new["records"])
     report = EncodeReport(folder, rows, count, time.monotonic() - started, changes, list(skipped), **words)
     share.wait()

@@ -18,7 +18,7 @@ from lcm_kit import __version__, own_files, own_shapes
 from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
-from lcm_kit.files import sha256_bytes
+from lcm_kit.files import discard, sha256_bytes
 
 MANIFEST = "manifest.json"
 EMPTY = "empty.safetensors"
@@ -189,12 +189,16 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def write_manifest(folder: Path, new: Mapping[str, Any]) -> None:
-    """Write manifest.json, and remove shards that it does not name."""
+    """Write manifest.json."""
     own_files.write_json(folder / MANIFEST, new)
+
+
+def tidy(folder: Path, new: Mapping[str, Any]) -> None:
+    """Remove shards that the manifest of the cache, `new`, does not name."""
     named = {shard["file"] for shard in new["shards"]}
     for path in folder.glob("shard-*.safetensors"):
         if path.name not in named:
-            path.unlink()
+            discard(path)
 
 
 def read_manifest(folder: Path, *, repair: bool = False) -> own_shapes.Cache | None:

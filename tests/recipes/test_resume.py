@@ -103,6 +103,14 @@ def test_a_run_stopped_by_an_exception_continues(
     torch.manual_seed(12345)  # another process has another global random state
     distill.main(config)
     assert_same(tmp_path, straight)
+    assert contents(tmp_path) == contents(straight)  # manifests and pickled moments too
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of the states and of the adapter."""
+    found = [*run.glob("state/*/*"), *run.glob("adapter/*")]
+    assert len(found) == 2 * 4 + 2  # two states
+    return {file.relative_to(run).as_posix(): file.read_bytes() for file in found}
 
 
 def interrupted(config: Distill, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:

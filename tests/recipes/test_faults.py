@@ -1,0 +1,229 @@
+"""A disk that refuses at any operation of any verb: one sentence, nothing lost, and the same run goes on.
+
+Each verb runs once undisturbed, and what it does to the disk is counted. Then, from the same folder, it runs
+with the k-th operation refused: by a disk that is full (`ENOSPC`) or read-only (`EROFS`) from then on, or
+without the right to it that once (`EACCES`). It must end with one sentence that names a path of the run, or
+do all of its work; what was finished before must be there and whole, with nothing half-written; and run
+again, it must leave the same bits as undisturbed.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lcm_kit import checkpoints, held_out, locks, own_files, own_shapes, validation
+from lcm_kit.cli import app
+from lcm_kit.config.load import dump
+from tests.faults import Refusal, disk
+from tests.recipes.small import configure, prepare
+from tests.snapshots import litter, snapshot
+
+KINDS = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+QUALITY = ("count=2", "batch_size=2", "teacher_steps=2", "student_steps=[1]", "unet_calls=[2]", "pictures=1")
+
+
+class Verb(NamedTuple):
+    """What is run, and what must have run before; each word may say {place} and {base}."""
+
+    words: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
+VERBS = {
+    "encode": Verb(("encode", "{place}/distill.yaml")),
+    "again": Verb(("encode", "{place}/distill.yaml", "data.shard_size=8"), ("encode",)),
+    "train": Verb(("train", "{place}/distill.yaml"), ("encode",)),
+    "longer": Verb(("train", "{place}/distill.yaml", "steps=3"), ("encode", "train")),
+    "style": Verb(("train", "{place}/style.yaml"), ("encode",)),
+    "export": Verb(("export", "{place}/run"), ("encode", "train")),
+    "once_more": Verb(("export", "{place}/run", "--dtype", "float32"), ("encode", "train", "export")),
+    "quality": Verb(
+        ("evaluate", "evaluation/quality", "run={place}/run", "prompts={place}/prompts.txt", *QUALITY),
+        ("encode", "train", "export"),
+    ),
+    "merge": Verb(
+        ("merge", "{place}/run", "{place}/style:0.5", "--base", "{base}", "--output", "{place}/merged"),
+        ("encode", "train", "export", "style"),
+    ),
+    "report": Verb(("report", "{place}/run"), ("encode", "train", "export", "quality")),
+}
+
+
+class Bench:
+    """A verb with the folder before it and after, to be refused again and again."""
+
+    def __init__(self, kitchen: Kitchen, name: str) -> None:
+        """Run what it needs, then itself, and count."""
+        self.place, self.name = kitchen.place, name
+        self.before = kitchen.after(VERBS[name].after)
+        self.old = snapshot(self.before)
+        self.restore()
+        with disk(self.place) as seen:
+            done = kitchen.run(name)
+        assert done.exit_code == 0, done.output
+        self.operations, self.wanted = seen.done, snapshot(self.place)
+        self._run = kitchen.run
+
+    def restore(self) -> None:
+        """The folder as it was before the verb."""
+        shutil.rmtree(self.place)
+        shutil.copytree(self.before, self.place)
+
+    def refusals(self) -> list[Refusal]:
+        """One for each kind and operation that it can be of; of equal ones the first two and the last."""
+        places: dict[str, list[int]] = {}
+        for k, name in enumerate(self.operations, 1):
+            places.setdefault(name, []).append(k)
+        at = sorted({k for found in places.values() for k in (*found[:2], found[-1])})
+        every = (Refusal(k, kind, kind != errno.EACCES) for kind in KINDS for k in at)
+        return [each for each in every if each.says_no(each.at, self.operations[each.at - 1].split()[0])]
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Refuse once, look at what is there, and run again."""
+        self.restore()
+        with disk(self.place, refusal) as seen:
+            done = self._run(self.name)
+        assert seen.refused, f"{refusal}: nothing was refused"
+        where = f"{refusal} ({seen.refused[0]})"
+        self._ended_well(done, where)
+        removes = any(operation.startswith(("unlink", "rmdir")) for operation in seen.refused)
+        if not removes:  # else the next run does it
+            assert litter(self.place) == [], where
+        locks.sweep(self.place)
+        now = snapshot(self.place)
+        if done.exit_code == 0:
+            assert now == self.wanted, where
+        self._nothing_is_lost(now, where)
+        done = self._run(self.name)
+        assert done.exit_code == 0, f"{where}, and then: {done.output}"
+        assert snapshot(self.place) == self.wanted and litter(self.place) == [], where
+
+    def _ended_well(self, done: Result, where: str) -> None:
+        """With all of the work done, or with one sentence that names a path."""
+        assert done.exception is None or isinstance(done.exception, SystemExit), (where, done.exc_info)
+        assert done.exit_code in (0, 2), where
+        sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(sentences) == (done.exit_code == 2), f"{where}: {done.stderr}"
+        if sentences:
+            assert done.stderr.splitlines()[-1] == sentences[0], f"{where}: {done.stderr}"
+            assert f"{self.place}/" in sentences[0], f"{where}: {sentences[0]}"
+
+    def _nothing_is_lost(self, now: dict[str, str], where: str) -> None:
+        """What stood there before and is there at the end stands there now, and all of it is whole."""
+        assert (self.old.keys() & self.wanted.keys()) <= now.keys(), where
+        changed = [name for name in now if now[name] not in (self.old.get(name), self.wanted.get(name))]
+        for name in changed:
+            if "/state/" not in name:
+                _read(self.place / name, where)
+        for state in self.place.glob("*/state/*"):
+            checkpoints.read(state)  # with its hashes
+        new = {name for name in now if "/state/" in name} - self.old.keys()
+        if self.name == "longer" and not new:
+            assert now["run/config.yaml"] == self.old["run/config.yaml"], where
+
+
+def _read(file: Path, where: str) -> None:
+    """Read a file that is neither as before nor as at the end: it must be whole all the same."""
+    if file.suffix == ".json":
+        own_files.read_json(file, own_shapes.Kind, "")
+    elif file.suffix == ".jsonl":
+        own_files.read_lines(file, own_shapes.Kind, "")
+    elif file.suffix == ".png":
+        own_files.read_picture(file, "")
+    else:
+        assert file.suffix == ".safetensors" and own_files.is_whole(file), f"{where}: {file} is another"
+
+
+class Kitchen:
+    """One folder in which all verbs are run, and copies of it as it was after some of them."""
+
+    def __init__(self, place: Path, base: Path) -> None:
+        """Pictures, prompts and two small configs, with all that is kept switched on."""
+        self.place, self.base, self.copies = place, base, place.parent
+        keys = prepare(place, base)
+        shutil.rmtree(place / "cache")
+        (place / "prompts.txt").write_text("a cat\na dog\n")
+        more: dict[str, Any] = {
+            "steps": 2, "checkpoint": {"every": 1, "keep": 1}, "data": {"shard_size": 4},
+            "validation": {"prompts": f"{place}/prompts.txt", "count": 1, "every": 2, "held_out": 0.25},
+        }  # fmt: skip
+        (place / "distill.yaml").write_text(dump(configure(keys, place / "run", ema=0.5, **more)))
+        style = {key: keys[key] for key in keys.keys() - {"guidance"}} | {"recipe": "train/finetune"}
+        (place / "style.yaml").write_text(dump(configure(style, place / "style", **more)))
+        shutil.copytree(place, self.copies / "after")
+
+    def run(self, name: str) -> Result:
+        """A verb, as from the command line."""
+        words = [word.format(place=self.place, base=self.base) for word in VERBS[name].words]
+        return CliRunner().invoke(app, words)
+
+    def after(self, names: tuple[str, ...]) -> Path:
+        """The folder after these verbs."""
+        copy = self.copies / "-".join(("after", *names))
+        if not copy.is_dir():
+            before = self.after(names[:-1])
+            shutil.rmtree(self.place)
+            shutil.copytree(before, self.place)
+            done = self.run(names[-1])
+            assert done.exit_code == 0, done.output
+            shutil.copytree(self.place, copy)
+        return copy
+
+
+def draw_little(patch: pytest.MonkeyPatch) -> None:
+    """What is drawn and measured on the way is as many files, and hardly any arithmetic."""
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setattr(held_out, "TIMES", 1)
+    for kind in (validation.Fixed, validation.StyleValidation):
+        patch.setattr(kind, "teacher_steps", 1)
+    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_STEPS", (1,))):
+        patch.setattr(validation, name, value)
+
+
+@pytest.fixture(scope="module")
+def bench(
+    sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Bench]]:
+    """`bench(verb)`, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_little(patch)
+        kitchen = Kitchen(tmp_path_factory.mktemp("faults") / "place", sd_base())
+        yield cache(partial(Bench, kitchen))
+
+
+CHOSEN = [  # a verb, the beginning of an operation's name, which of these it is, and why it is refused
+    ("encode", "fsync cache/.shard-00001", 0, errno.ENOSPC),
+    ("encode", "replace cache/.manifest", 0, errno.EROFS),
+    ("again", "unlink cache/shard-00001", 0, errno.EACCES),
+    ("longer", "open run/.train.lock", 0, errno.EROFS),
+    ("longer", "replace run/state/.step-000003", 1, errno.EACCES),
+    ("longer", "write run/state/.step-000003", 3, errno.ENOSPC),
+    ("longer", "replace run/.adapter", -1, errno.EACCES),
+]
+
+
+@pytest.mark.parametrize(("name", "begin", "which", "number"), CHOSEN)
+def test_a_disk_that_refuses(
+    name: str, begin: str, which: int, number: int, bench: Callable[[str], Bench]
+) -> None:
+    """Some that something was lost by once, or may be."""
+    found = [k for k, done in enumerate(bench(name).operations, 1) if done.startswith(begin)]
+    bench(name).refuse(Refusal(found[which], number, stays=number != errno.EACCES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", KINDS, ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("name", VERBS)
+def test_every_operation(name: str, number: int, bench: Callable[[str], Bench]) -> None:
+    tried = [refusal for refusal in bench(name).refusals() if refusal.number == number]
+    assert len(tried) > 10
+    for refusal in tried:
+        bench(name).refuse(refusal)
