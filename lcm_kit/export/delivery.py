@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from lcm_kit.export.apps import WHOLE
 from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import FORMATS, write
-from lcm_kit.files import atomic_file, sha256_file
+from lcm_kit.files import atomic_file, scratch, sha256_file
 from lcm_kit.locks import alone
 
 # The kohya style is checked in every app, the diffusers style is for diffusers alone
@@ -53,9 +51,9 @@ def deliver(
     if dtype not in verify.TOLERANCE:
         raise UserError(f"dtype {dtype!r} cannot be written; choose one of {', '.join(verify.TOLERANCE)}")
     reports: dict[str, verify.Report] = {}
-    with tempfile.TemporaryDirectory(prefix="lcm-kit-export-") as temporary:
+    with scratch(folder) as temporary:
         for style, name in names.items():
-            file = Path(temporary) / name
+            file = temporary / name
             written = write(file, lora, against.structure, style, dtype, facts)
             reports[style] = verify.verify(
                 file, against, apps=APPS_OF[style], reference=lora, tolerance=verify.TOLERANCE[dtype]
@@ -63,7 +61,7 @@ def deliver(
             _insist(reports[style], written, folder / name)
         for name in names.values():
             with atomic_file(folder / name) as place:
-                shutil.copyfile(Path(temporary) / name, place)
+                (temporary / name).replace(place)
     _record(folder, names, reports, against, dtype, weights)
     return reports
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +37,20 @@ Weighted = Sequence[tuple[Lora, float]]
 
 
 def fuse_into(
-    loras: Sequence[Lora], weights: Sequence[float], base: Path, output: Path, *, variant: str | None = None
+    loras: Sequence[Lora],
+    weights: Sequence[float],
+    base: Path,
+    output: Path,
+    *,
+    variant: str | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the diffusers pipeline `output`: the folder `base` with W + sum_i weight_i * update_i for each W.
 
     Norms and biases are added alike. Weights keep their dtype, file and header; the sum is float32 and
     rounded once. Of the parts that change, only the safetensors files of `variant` come along: other variants
-    and formats would be the old weights. Raises `UserError`, writing nothing, if `output` exists, `base` is
+    and formats would be the old weights. `finish` may change the new folder before it is at its place, where
+    it is whole from the first moment. Raises `UserError`, writing nothing, if `output` exists, `base` is
     no such folder, it lacks a module or has it in another shape, or a sum overflows its dtype.
     """
     if os.path.lexists(output):
@@ -61,6 +68,7 @@ def fuse_into(
         for file, changes in plan.items():
             if changes:
                 _fuse_file(base / file, temporary / file, changes, weighted)
+        finish(temporary)
 
 
 def _plan(weighted: Weighted, base: Path, variant: str | None, parts: Sequence[str]) -> Plan:

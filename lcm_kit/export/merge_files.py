@@ -21,6 +21,7 @@ from lcm_kit.export.plain import plain
 from lcm_kit.export.reading import Reading
 from lcm_kit.export.reading_words import bundled
 from lcm_kit.files import atomic_write
+from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
 
 Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
@@ -100,10 +101,15 @@ def fuse(
             "--leave-out embeddings leaves them out"
         )
     weights = [weight for _, weight in parts]
-    fuse_into([read.lora for read in reads], weights, against.folder, output, variant=variant)
-    make_readable(output)
     made = {"base": base, "loras": {str(path): weight for path, weight in parts}, "kit_version": __version__}
-    atomic_write(output / "fused.json", json.dumps(made, indent=2) + "\n")
+
+    def finish(folder: Path) -> None:
+        make_readable(folder)
+        atomic_write(folder / "fused.json", json.dumps(made, indent=2) + "\n")
+
+    sweep(output.parent, deep=False)
+    loras = [read.lora for read in reads]
+    fuse_into(loras, weights, against.folder, output, variant=variant, finish=finish)
 
 
 def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading]:
