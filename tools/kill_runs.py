@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -38,17 +37,15 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CP
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from pyarrow import csv, parquet  # noqa: E402
-from safetensors.torch import load_file, save  # noqa: E402
 
 from lcm_kit import cli  # noqa: E402
 from lcm_kit.config.load import dump  # noqa: E402
 from lcm_kit.config.schema import Training  # noqa: E402
 from tests.bases import build_sd  # noqa: E402
 from tests.recipes.small import configure, prepare  # noqa: E402
+from tests.snapshots import litter, snapshot  # noqa: E402
 
 LONGEST = 240.0  # seconds of one run
-VOLATILE = ("second", "images_per", "date", "machine", "joules", "energy", "cost", "hash", "modified")
 OPERATIONS = ("replace", "fsync", "rename", "mkdir", "unlink", "rmdir")  # of os, which pathlib calls
 STORY = [
     f"{stage}.{key}"
@@ -259,57 +256,6 @@ def whole(verb: Verb, log: Path, count: Path | None = None) -> list[int | None]:
     codes = wait(ids, time.monotonic() + LONGEST)
     end([child for child, code in zip(ids, codes, strict=True) if code is None])
     return codes
-
-
-# -- What must be equal --------------------------------------------------------------------------------------
-
-
-def snapshot(place: Path, dated: bool = False) -> dict[str, str]:
-    """A hash of what counts in every file below `place`; only whether it is there where that is the date."""
-    return {
-        path.relative_to(place).as_posix(): "" if dated and _has_date(path) else _content(path, dated)
-        for path in sorted(place.rglob("*"))
-        if path.is_file() and not path.is_symlink() and not path.name.endswith(".lock")
-    }
-
-
-def _has_date(path: Path) -> bool:
-    return path.suffix == ".json" and "cache" not in path.parts
-
-
-def _content(path: Path, dated: bool) -> str:
-    data = path.read_bytes()
-    if dated and path.suffix == ".safetensors":
-        data = save(load_file(path))
-    if path.suffix == ".json" and "state" not in path.parts and "cache" not in path.parts:
-        data = json.dumps(_steady(json.loads(data)), sort_keys=True).encode()
-    elif path.suffix == ".jsonl":
-        data = json.dumps([_steady(json.loads(line)) for line in data.splitlines()], sort_keys=True).encode()
-    elif path.suffix == ".safetensors" and {"evaluation", "brand", "cells"} & set(path.parts):
-        data = save({name: t for name, t in load_file(path).items() if "second" not in name})
-    elif path.suffix in (".csv", ".parquet"):
-        table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
-        data = json.dumps(_steady(table.to_pydict())).encode()
-    elif path.suffix in (".html", ".md"):  # both show seconds
-        data = b""
-    return hashlib.sha256(data).hexdigest()
-
-
-def _steady(value: Any) -> Any:
-    """Without what differs from run to run."""
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not any(word in k for word in VOLATILE)}
-        return {key: _steady(item) for key, item in kept.items()}
-    return [_steady(item) for item in value] if isinstance(value, list) else value
-
-
-def litter(place: Path) -> list[str]:
-    """Temporary files and folders that were left behind."""
-    return [
-        path.relative_to(place).as_posix()
-        for path in place.rglob(".*")
-        if path.name.endswith((".tmp", ".old")) or ".part" in path.name
-    ]
 
 
 # -- Trials --------------------------------------------------------------------------------------------------
