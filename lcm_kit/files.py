@@ -246,6 +246,23 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder in `folder` for what is not to stay; it is gone afterwards.
+
+    Not in the system's place for temporary files, where nobody removes what a killed process left, and which
+    may be too small. Raises `UserError` as `atomic_file`.
+    """
+    temporary = _temporary(folder / "scratch")
+    with _writing(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sha256_bytes(data: bytes) -> str:
     """Hex SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()

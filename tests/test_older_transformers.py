@@ -69,3 +69,23 @@ def test_the_verb_writes_such_a_folder(times: int, tmp_path: Path) -> None:
     after = load_file(Path(base) / "text_encoder" / "model.safetensors")
     assert after.keys() == {f"text_model.{key}" for key in before}
     assert all(torch.equal(after[f"text_model.{key}"], tensor) for key, tensor in before.items())
+
+
+def test_a_folder_that_could_not_be_finished_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill between the weights and the tokenizer; it was refused afterwards as there already."""
+    from lcm_kit.export import merge_files
+
+    parts, output = [(assets.path("tiny-lcm-lora"), 1.0)], tmp_path / "fused"
+
+    def stop(folder: Path) -> None:
+        assert (folder / "unet").is_dir() and not output.exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge_files, "make_readable", stop)
+        fuse(parts, "asset:tiny-sd", output)
+    assert list(tmp_path.iterdir()) == []
+    fuse(parts, "asset:tiny-sd", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["fused"] and (output / "fused.json").is_file()
