@@ -102,6 +102,25 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """`folder` with all above it, made where it is not there, and gone again if the block fails."""
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as there is nothing in them."""
+    for each in folders:
+        with contextlib.suppress(OSError, ValueError):  # another process may have begun there
+            each.rmdir()
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block ends well, else removed.
 
@@ -109,9 +128,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     unharmed.
     """
     temporary = _temporary(path)
-    with _writing(path):
+    with _writing(path), _within(path.parent):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
@@ -140,8 +158,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A folder that already stands at `path` is replaced. Raises `UserError` if the file system refuses.
     """
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path), _within(path.parent):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         begin = _temporary(path).name.removesuffix("tmp")
@@ -170,15 +187,10 @@ def make_folder(path: Path) -> Path:
 def require_writable(folder: Path) -> None:
     """Raise `UserError` now if nothing can be written into `folder`; a trial that leaves nothing behind."""
     with _writing(folder):
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        finally:
-            for each in made:
-                with contextlib.suppress(OSError, ValueError):  # another process may have begun there
-                    each.rmdir()
+        made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+        with _within(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+        _remove_empty(made)
 
 
 def sha256_bytes(data: bytes) -> str:

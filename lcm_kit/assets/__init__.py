@@ -7,6 +7,7 @@ from pathlib import Path
 from lcm_kit.errors import UserError
 
 _FOLDER = Path(__file__).resolve().parent
+LONGEST = 20_000  # characters of a caption or a prompt; a text encoder reads some 300
 NAMES = ("tiny-sd", "tiny-lcm-lora", "brand", "general", "probe", "brand-probe", "glyphs", "everyday")
 
 
@@ -41,4 +42,9 @@ def prompts(text: str) -> list[str]:
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise UserError(f"prompts {text!r}: the file holds no prompt; write one a line")
+    if longest := next((line for line in found if len(line) > LONGEST), None):
+        raise UserError(
+            f"prompts {text!r}: a line has {len(longest):,} characters of at most {LONGEST:,}; write one "
+            "prompt a line"
+        )
     return found

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from unicodedata import category, normalize
 
+from lcm_kit.assets import LONGEST
 from lcm_kit.data.folder_files import File, Files
 from lcm_kit.errors import UserError
 
@@ -25,7 +26,6 @@ ENDINGS = (".txt", ".caption")
 COLUMN = "text"  # of a table, unless data.caption_column says another
 _ALSO = ("caption", "prompt")  # what others call it: read where there is no `text` and only one of them
 _FILE = "file_name"
-_LONGEST = 20_000  # characters of a caption; a text encoder reads some 300
 
 Bad = tuple[str, str]  # id, reason
 
@@ -41,8 +41,8 @@ def tidied(caption: Any) -> tuple[str, str]:
         return "", "no caption"
     if not isinstance(caption, str):
         return "", f"caption is not text but {type(caption).__name__}"
-    if len(caption) > _LONGEST:
-        return "", f"caption is too long: {len(caption):,} characters of at most {_LONGEST:,}"
+    if len(caption) > LONGEST:
+        return "", f"caption is too long: {len(caption):,} characters of at most {LONGEST:,}"
     tidy = " ".join(caption.split())
     if found := next((sign for sign in tidy if category(sign) in ("Cc", "Cs")), None):
         return "", f"caption holds a control character, {found!r}"
@@ -108,8 +108,8 @@ class Captions:
     def _read(self, name: str) -> tuple[str, str]:
         short = name.rpartition("/")[2]
         try:
-            content = self.files[name].read(8 * _LONGEST)
-            if len(content) == 8 * _LONGEST:
+            content = self.files[name].read(8 * LONGEST)
+            if len(content) == 8 * LONGEST:
                 return "", f"caption is too long: {short} is no caption of one picture"
             return tidied(text_of(content))
         except (OSError, UnicodeDecodeError, UserError) as error:
