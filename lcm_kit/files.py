@@ -115,6 +115,25 @@ def machine() -> str:
 
 
 @contextlib.contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """`folder` with all above it, made where it is not there, and gone again if the block fails."""
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as there is nothing in them."""
+    for each in folders:
+        with contextlib.suppress(OSError, ValueError):  # another process may have begun there
+            each.rmdir()
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block ends well, else removed.
 
@@ -122,9 +141,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     unharmed.
     """
     temporary = _temporary(path)
-    with _writing(path):
+    with _writing(path), _within(path.parent):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
@@ -153,8 +171,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A folder that already stands at `path` is replaced. Raises `UserError` if the file system refuses.
     """
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path), _within(path.parent):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         begin = _temporary(path).name.removesuffix("tmp")
@@ -218,32 +235,10 @@ def make_folder(path: Path) -> Path:
 def require_writable(folder: Path) -> None:
     """Raise `UserError` now if nothing can be written into `folder`; a trial that leaves nothing behind."""
     with _writing(folder):
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        finally:
-            for each in made:
-                with contextlib.suppress(OSError, ValueError):  # another process may have begun there
-                    each.rmdir()
-
-
-@contextlib.contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder in `folder` for what is not to stay; it is gone afterwards.
-
-    Not in the system's place for temporary files, where nobody removes what a killed process left, and which
-    may be too small. Raises `UserError` as `atomic_file`.
-    """
-    temporary = _temporary(folder / "scratch")
-    with _writing(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+        with _within(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+        _remove_empty(made)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ def check(schedule: Schedule, kind: str) -> None:
         raise UserError(f"the base's scheduler config has prediction_type {kind!r}; lcm-kit knows {known}")
     if kind == "epsilon" and schedule.zero_terminal_snr:
         raise UserError(
-            "the base predicts epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): its "
-            "last timestep is pure noise, of which epsilon cannot tell x0; use a v_prediction or sample base "
-            "or switch the rescaling off"
+            "the base's scheduler config predicts epsilon on a schedule with zero terminal SNR "
+            "(rescale_betas_zero_snr, or betas too large): its last timestep is pure noise, of which epsilon "
+            "cannot tell x0; use a v_prediction or sample base or switch the rescaling off"
         )
 
 

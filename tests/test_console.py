@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,33 @@ def test_nothing_else_writes_to_the_terminal(path: Path) -> None:
         return
     assert calls(path) == set(), "print through lcm_kit.console"
     assert not any(module.split(".")[0] == "rich" for module in imports(path)), "take it from lcm_kit.console"
+
+
+def test_what_takes_long_says_so_and_what_does_not_is_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.working("quick"):
+        pass
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    told = threading.Event()
+    monkeypatch.setattr(console, "say", lambda text, err: (sys.stderr.write(f"{text}\n"), told.set()))
+    with console.working("checking [v2].safetensors"):
+        assert told.wait(30)
+    assert re.fullmatch(r"checking \[v2\]\.safetensors \.\.\. \d+ s\n", capsys.readouterr().err)
+
+
+def test_only_the_first_of_several_processes_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(threading, "Thread", None)  # none is started
+    with console.working("checking"):
+        pass
+
+
+def test_a_bar_in_a_log_is_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(console, "AGAIN", 0.0)
+    with console.Progress() as bar:
+        task = bar.add_task("encoding", total=3)
+        for _ in range(3):
+            bar.advance(task)
+    assert capsys.readouterr().err == "encoding: 1 of 3\nencoding: 2 of 3\n"

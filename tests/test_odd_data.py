@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from lcm_kit import assets
 from lcm_kit.config.schema import Data
 from lcm_kit.data import image_files, records, transforms
 from lcm_kit.data.folder import check_folder
 from lcm_kit.data.image_files import decode
-from lcm_kit.data.records import list_source, open_records
+from lcm_kit.data.records import Record, list_source, open_records
 from lcm_kit.data.transforms import framing, to_rgb, to_square
 from lcm_kit.errors import UserError
 
@@ -340,3 +341,60 @@ def test_what_a_run_draws_is_no_data(tmp_path: Path) -> None:
     notes = check_folder(str(tmp_path), resolution=8).notes
     assert any("this kit's own, a run or a cache, and left out: run" in sentence for sentence in notes)
     assert os.listdir(tmp_path / "run")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_very_large_jpeg_is_reduced_while_it_is_decoded(
+    orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same square but for what an average of 2 x 2 changes, and the framing of the whole picture."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.linear_gradient("L").rotate(30).resize((701, 503)).convert("RGB").save(file, "JPEG", exif=exif)
+    whole = Record("a.jpg", "", file.getvalue).pixels(32)
+    monkeypatch.setattr(transforms, "_WHOLE", 1000)
+    with Image.open(file) as image:
+        reduced, size = transforms.upright_for(image, 32)
+        assert min(reduced.size) == 252 and size == ((701, 503) if orientation < 5 else (503, 701))
+    assert float((Record("a.jpg", "", file.getvalue).pixels(32) - whole).abs().mean()) < 0.01
+
+
+def test_formats_that_are_copied_whole_have_a_bound_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "MOST_COPIED", 1_000_000)
+    for kind in ("WEBP", "PNG"):
+        file = io.BytesIO()
+        Image.new("RGB", (1001, 1000)).save(file, kind)
+        if kind == "PNG":
+            image_files.try_to_read(file.getvalue())
+            continue
+        with pytest.raises(UserError, match="1001 x 1000 pixels are more than the 1 million .* of WEBP"):
+            image_files.try_to_read(file.getvalue())
+
+
+def test_a_large_picture_is_gone_before_the_next_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of 13,000 x 13,000 took 5 GiB when it was not (docs/reliability.md)."""
+    kept: list[Image.Image] = []
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    image_files.of_image(file.getvalue(), lambda image: kept.append(image))
+    with pytest.raises(ValueError, match="closed"):
+        kept[0].load()
+    assert Image.core.get_block_size() == 64 << 20
+
+
+@pytest.mark.parametrize("word", ["word ", "\u4e00"])
+def test_a_prompt_of_megabytes_is_refused(tmp_path: Path, word: str) -> None:
+    (tmp_path / "prompts.txt").write_text(word * 2_000_000, encoding="utf-8")
+    with pytest.raises(UserError, match="characters of at most 20,000; take it out"):
+        assets.prompts(str(tmp_path / "prompts.txt"))
+
+
+def test_pictures_are_opened_at_few_places() -> None:
+    """A stranger's by `data/image_files.py` alone; the others open what the kit itself drew or ships."""
+    ours = {"report/shared.py", "export/card.py", "tiny/world.py", "own_files.py"}
+    root = Path(image_files.__file__).parents[1]
+    found = {
+        str(path.relative_to(root)) for path in root.rglob("*.py") if "Image.open(" in path.read_text("utf-8")
+    }
+    assert found <= ours

@@ -182,7 +182,7 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
     if (unet.addition_embed_type == "text_time") != sdxl:
         raise UserError(
             f"base {path!r}: its UNet is {'not ' * sdxl}one of SDXL, its text encoders are"
-            f"{' not' * (not sdxl)}; give the whole folder of one base"
+            f"{' not' * (not sdxl)}, as model_index.json has them; give the whole folder of one base"
         )
     if scheduler.prediction_type not in _KINDS:
         raise UserError(

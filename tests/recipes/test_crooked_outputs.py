@@ -34,6 +34,7 @@ def project(distill_keys: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     style = {"recipe": "train/finetune", "output": str(folder / "none"), "steps": 2, **own}
     style["validation"] = {"prompts": None, "held_out": 0.0, "control": None}
     (folder / "finetune.yaml").write_text(yaml.safe_dump(style, sort_keys=False))
+    shutil.copy(LORA, folder / "other.safetensors")
     shipped.load_recipe("train/distill").main(configure(distill_keys, folder / "run", steps=1))
     return folder
 
@@ -49,7 +50,7 @@ VERBS: dict[str, list[str]] = {
     "fuse": ["merge", f"{LORA}:0.5", "--fuse-into", BASE, "--output", "OUT"],
     "sample": ["sample", "--base", BASE, "--prompt", "a cat", "--steps", "1", "--output", "OUT"],
     "sweep": ["evaluate", "evaluation/guidance_sweep", f"adapters=[{LORA}]", f"base={BASE}", "output=OUT"],
-    "compare": ["compare", LORA, "PROJECT/run", "--base", BASE, "--output", "OUT"],
+    "compare": ["compare", LORA, "PROJECT/other.safetensors", "--base", BASE, "--output", "OUT"],
     "compose": ["compose", LORA, LORA, "--base", BASE, "--output", "OUT"],
     "brand": ["evaluate", "evaluation/brand", f"run={LORA}", "style=null", f"base={BASE}", "output=OUT"],
     "speed": ["evaluate", "evaluation/speed", "output=OUT"],
@@ -156,8 +157,10 @@ def test_a_place_that_cannot_be_written(
     before = left(place)
     monkeypatch.chdir(place)
     sentence = said(*(filled(word, project, out) for word in VERBS[verb]))
-    shown = str(out).replace("\0", "\\x00")
-    assert any(name in sentence for name in (shown, str(out.parent), str(place / "taken"))), sentence
+    names = [str(out), str(out.parent), str(place / "taken")]
+    if crooked is nul:  # the config's loader has the word, which names the key
+        names = ["output: ", "data.cache: "]
+    assert any(name in sentence for name in names), sentence
     assert left(place) == before
 
 
