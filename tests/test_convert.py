@@ -77,7 +77,7 @@ def test_convert_mends_for_every_app_without_a_base_at_hand(tmp_path: Path, gene
 @pytest.mark.parametrize(
     "breaker",
     [
-        broken.kohya_two_spellings,
+        pytest.param(broken.kohya_two_spellings, marks=pytest.mark.slow),
         pytest.param(broken.mixed_styles, marks=pytest.mark.slow),
         pytest.param(broken.kohya_with_peft_header, marks=pytest.mark.slow),
         pytest.param(broken.sgm_with_dots, marks=pytest.mark.slow),
@@ -200,6 +200,7 @@ def test_merge_of_two_runs_is_their_sum(sd_base: Any, tmp_path: Path) -> None:
     assert printed == pytest.approx((off / whole) ** 0.5, rel=2e-2) and printed > 0.1
 
 
+@pytest.mark.slow
 def test_merge_into_a_base_and_its_mistakes(sd_base: Any, real_sd_base: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -230,6 +231,7 @@ def test_merge_into_a_base_and_its_mistakes(sd_base: Any, real_sd_base: Path, tm
     assert not list(tmp_path.glob("x*"))
 
 
+@pytest.mark.slow
 def test_a_layer_of_zero_strength_stays_silent(base: structure.Structure, tmp_path: Path) -> None:
     """alpha 0: the update is none, in both styles."""
     lora = random_lora(base, lcm_modules(base)[:3])

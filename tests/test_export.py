@@ -119,6 +119,7 @@ def test_a_gap_of_an_app_is_told_and_does_not_stop_the_delivery(sd2_v_base: Path
     assert line.endswith(f"\n  stable-diffusion.cpp: {record['sd.cpp']['verdict']}")
 
 
+@pytest.mark.slow
 def test_ssd1bs_blocks_get_the_rows_of_the_apps_that_can_load_them(ssd1b_base: Path, tmp_path: Path) -> None:
     run = build_run(tmp_path / "fast", ssd1b_base)
     export_run(run, "kohya")

@@ -695,6 +695,7 @@ def test_text_attention_without_out_is_written_whole(base: Structure, folder: Pa
     assert all(torch.equal(fixed.layers[name].delta(), given.layers[name].delta()) for name in names)
 
 
+@pytest.mark.slow
 def test_the_projection_of_sdxls_second_text_encoder_is_known(sdxl_base: Path, tmp_path: Path) -> None:
     """OneTrainer's `lora_te2_text_projection`; and a file of text encoders alone converts."""
     place = structure.of_base(str(sdxl_base))

@@ -489,6 +489,7 @@ def test_three_graphs_and_no_recompiling() -> None:
     assert _graphs(SMALLEST, whole=True) == [3, 3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_dynamo")
 def test_a_large_unet_is_compiled_by_blocks_that_share_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three transformer blocks of one width: three graphs, not nine."""

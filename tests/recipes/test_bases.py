@@ -20,7 +20,7 @@ from train import distill
 
 # fixture of the base, modules that LCM-LoRA adapts, prediction type, family
 KINDS = [
-    ("sd2_v_base", 278, "v_prediction", "sd"),
+    pytest.param("sd2_v_base", 278, "v_prediction", "sd", marks=pytest.mark.slow),
     pytest.param("real_sd_base", 278, "epsilon", "sd", marks=pytest.mark.slow),
     pytest.param("sdxl_base", 788, "epsilon", "sdxl", marks=pytest.mark.slow),
     pytest.param("ssd1b_base", None, "epsilon", "sdxl", marks=pytest.mark.slow),

@@ -108,7 +108,7 @@ def test_the_prompts_are_the_captions_that_were_held_out(tmp_path: Path) -> None
     assert prompts == [*captions, *captions[:2]]
     for picture, file in zip(shown, [*held, held[0]], strict=True):
         with Image.open(file) as wanted:
-            assert picture is not None and picture.tobytes() == wanted.convert("RGB").tobytes()
+            assert picture is not None and picture.load().tobytes() == wanted.convert("RGB").tobytes()
 
 
 def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def drawn(pipe: Any, prompt: str, i: int, **how: Any) -> Tensor:
     return sample.latents(pipe, [prompt], seed=1234, first=i, size=64, **how)
 
 
+@pytest.mark.slow
 def test_control_loss_from_the_files(distill_keys: Keys, prompts: str, tmp_path: Path) -> None:
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -124,6 +125,7 @@ def test_control_loss_from_the_files(distill_keys: Keys, prompts: str, tmp_path:
     assert facts(run)["control_loss"] == found[2]
 
 
+@pytest.mark.slow
 def test_sdxl_is_told_pooled_texts_and_sizes(
     distill_keys: Keys, sdxl_base: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,7 @@ def test_control_distance_from_the_files(distill_keys: Keys, prompts: str, tmp_p
     assert facts(run)["control_distance"] == found[2]
 
 
+@pytest.mark.slow
 def test_the_held_out_consistency_loss_from_the_files(
     distill_keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from lcm_kit import shipped
 from lcm_kit.assets import path as asset
 from lcm_kit.cli import app
+from tests.brands import write_brand
 from tests.recipes.small import configure
 
 LORA = str(asset("tiny-lcm-lora") / "pytorch_lora_weights.safetensors")
@@ -36,6 +37,7 @@ def project(distill_keys: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     (folder / "finetune.yaml").write_text(yaml.safe_dump(style, sort_keys=False))
     shutil.copy(LORA, folder / "other.safetensors")
     shipped.load_recipe("train/distill").main(configure(distill_keys, folder / "run", steps=1))
+    write_brand(folder / "run", ["a cat"])  # for the report
     return folder
 
 

@@ -375,6 +375,7 @@ def test_an_average_is_what_is_measured_and_saved(keys: Keys, tmp_path: Path) ->
     assert facts(run)["held_out_loss"] == metrics(run, "held_out_loss")[3]
 
 
+@pytest.mark.slow
 def test_validation_draws_base_and_lora_and_disturbs_nothing(keys: Keys, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red ball\nblue\n")
     drawn = {"prompts": str(tmp_path / "prompts.txt"), "count": 2, "guidance_scale": 3.0}
