@@ -142,3 +142,43 @@ def test_writable_folders_are_known_by_trying(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file, not a folder"):
         files.require_writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_folder_whose_replacing_is_refused_stays(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either when it is put aside, or when it is aside and the new one does not take its place."""
+    _folder(tmp_path / "x")
+    (tmp_path / "x/a").write_text("precious")
+    real, calls = os.replace, []
+
+    def replace(*paths: object) -> None:
+        calls.append(paths)
+        if len(calls) == refused:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(paths[0]))
+        real(*paths)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match=r"x: cannot be written \(Permission denied\); get the right"):
+        _folder(tmp_path / "x")
+    assert listing(tmp_path) == ["x", "x/a"] and (tmp_path / "x/a").read_text() == "precious"
+
+
+def test_what_cannot_be_removed_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "x")
+    (tmp_path / "y").write_text("text")
+
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(paths[0]))
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, refuse)
+        for name in ("x", "y"):
+            with pytest.raises(UserError, match=rf"{name}: cannot be removed \(Permission denied\); get the"):
+                files.discard(tmp_path / name)
+    assert listing(tmp_path) == ["x", "x/a", "y"]
+    for name in ("x", "y", "not there"):
+        files.discard(tmp_path / name)
+    assert listing(tmp_path) == []

@@ -16,6 +16,7 @@ import pytest
 
 from lcm_kit import locks, shipped
 from lcm_kit.errors import UserError
+from lcm_kit.files import machine
 from lcm_kit.locks import held
 from tests.recipes.small import environment
 
@@ -151,3 +152,19 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
     os.utime(other, (0, 0))
     with held(tmp_path, "train"):
         assert os.listdir(tmp_path / "state") == [".step-000004.a user's own.tmp"]
+
+
+def test_a_folder_that_a_dead_process_put_aside_comes_back_unless_another_took_its_place(
+    tmp_path: Path,
+) -> None:
+    """Killed between its two renames: the finished adapter is not swept away with what was half-written."""
+    for name in ("adapter", "state"):
+        aside = tmp_path / f".{name}.{machine()}-{2**30}.abc.old/{name}"
+        aside.mkdir(parents=True)
+        (aside / "file").write_text("old")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/file").write_text("new")
+    with held(tmp_path, "train"):
+        found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == [".train.lock", "adapter", "state"]
+    assert [(tmp_path / name / "file").read_text() for name in ("adapter", "state")] == ["old", "new"]
