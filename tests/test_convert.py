@@ -38,6 +38,7 @@ def rows(report: verify.Report) -> dict[str, tuple[int, int, bool]]:
     return {row.app: (row.loaded, row.right, row.ok) for row in report.rows}
 
 
+@pytest.mark.slow
 def test_what_each_app_makes_of_the_public_trainers_sdxl_file(
     base: structure.Structure, sdxl_base: Path, tmp_path: Path
 ) -> None:

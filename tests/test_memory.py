@@ -484,6 +484,7 @@ def _graphs(shape: dict[str, Any], *, whole: bool) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_dynamo")
 def test_three_graphs_and_no_recompiling() -> None:
     assert _graphs(SMALLEST, whole=True) == [3, 3, 3, 3]

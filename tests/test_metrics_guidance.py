@@ -113,6 +113,7 @@ def test_the_interval_knows_that_a_curve_is_not_its_chord() -> None:
     assert nearest(truth * way, straight, torch.tensor(scales), Resamples.draw(12)).interpolation < 1e-12
 
 
+@pytest.mark.slow
 def test_the_embedded_base_at_guidances_between_those_of_the_grid() -> None:
     grid = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0]
     pipe, prompts = sample.pipeline("asset:tiny-sd"), assets.prompts("asset:tiny-sd")[:8]

@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_grid_and_what_it_writes(tmp_path: Path) -> None:
     style = save(random_lora(tiny(), size=0.03, seed=1), tmp_path / "style.safetensors")
     speed = save(random_lora(tiny(), size=0.03, seed=2), tmp_path / "speed.safetensors")

@@ -146,6 +146,7 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     assert torch.equal(again.latents([2, 0]), found.latents([2, 0]))
 
 
+@pytest.mark.slow
 def test_control_distance_from_the_files(distill_keys: Keys, prompts: str, tmp_path: Path) -> None:
     run = train(distill_keys, tmp_path / "run", "train/distill", prompts, steps=2, validation={"every": 2})
     pipe = sample.pipeline(distill_keys["base"]["path"])

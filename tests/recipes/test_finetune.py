@@ -169,6 +169,7 @@ def test_first_losses_equal_a_straight_line_script(
         assert max(abs(a / b - 1) for a, b in zip(other, losses, strict=False)) > 1e-3, changed
 
 
+@pytest.mark.slow
 def test_sdxl_is_told_pooled_texts_and_sizes(sdxl_base: Path, tmp_path: Path) -> None:
     found = tuning(prepare(tmp_path / "xl", sdxl_base))
     wanted = config(found, tmp_path / "run", steps=2, validation=ALONE, caption_dropout=0.5)

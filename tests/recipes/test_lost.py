@@ -389,6 +389,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_odd_batch_is_halved_too(distill_keys: Keys, tmp_path: Path, limited: Any) -> None:
     odd = {**EXACT, "batch_size": 7, "steps": 2}
     whole = distill.main(configure(distill_keys, tmp_path / "whole", **odd))

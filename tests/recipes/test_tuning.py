@@ -166,6 +166,7 @@ def test_the_teacher_term_asks_it_and_moves_the_weights_elsewhere(
     assert facts["guidance"] == {"min": 1.0, "max": 6.0}
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_is_the_straight_run(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
     straight = distill.main(tuned(distill_keys, tmp_path / "straight", run, steps=6))
     distill.main(tuned(distill_keys, tmp_path / "twice", run, steps=3))
