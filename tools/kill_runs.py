@@ -95,11 +95,14 @@ def verbs(place: Path) -> dict[str, Verb]:
              *few, "teacher_steps=2", "steps=[1,2]", "resamples=20", "pictures=1"],
             ["encode", "train", "export"],
         ),
-        "merge": Verb(["merge", f"{run}", f"{style}:0.5", "--output", f"{place}/merged"],
-                      ["encode", "train", "export", "style", "export_style"]),
+        "merge": Verb(
+            ["merge", f"{run}", f"{style}:0.5", "--output", f"{place}/merged", "--base", f"{place}/base"],
+            ["encode", "train", "export", "style", "export_style"],
+        ),
         "export_style": Verb(["export", f"{style}"], ["encode", "style"]),
         "convert": Verb(
-            ["convert", f"{run}/export/run.safetensors", "--output", f"{place}/out", "--format", "both"],
+            ["convert", f"{run}/export/run.safetensors", "--output", f"{place}/out", "--format", "both",
+             "--base", f"{place}/base"],
             ["encode", "train", "export"],
         ),
         "report": Verb(["report", f"{run}"], ["encode", "train", "export", "quality"]),
