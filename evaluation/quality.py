@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, assets, families, lora_file, own_files, processes, sample
-from lcm_kit.adapter import read_facts
+from lcm_kit.adapter import base_of, read_facts
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.errors import UserError
@@ -114,8 +114,7 @@ def main(config: Quality) -> Path:
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
         size = int(config_of(run)["data"]["resolution"])
-        facts = read_facts(run / "adapter")["base"]
-        base = families.inspect_base(facts["path"], revision=facts["revision"], variant=facts["variant"])
+        base = families.inspect_base(**base_of(read_facts(run / "adapter")))
         adapter = lora_file.adapter_file(run)
     adapter_hash = sha256_file(adapter) if adapter else None
 

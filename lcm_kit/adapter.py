@@ -244,6 +244,12 @@ def read_facts(folder: Path) -> own_shapes.Adapter:
     return own_files.read_json(folder / FACTS, own_shapes.Adapter, _again(folder))
 
 
+def base_of(facts: own_shapes.Adapter) -> dict[str, Any]:
+    """`path`, `revision` and `variant` of the base that an adapter was trained on."""
+    base = facts["base"]
+    return {"path": base["path"], "revision": base.get("revision"), "variant": base.get("variant")}
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of an adapter folder, as `lora_state` gave them. Raises `UserError` if they are damaged."""
     return own_files.read_tensors(folder / WEIGHTS, _again(folder))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lcm_kit import __version__, console, own_files, own_shapes
 from lcm_kit.adapter import NAME, load_lora_state, named_parameters
-from lcm_kit.errors import UserError
+from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import atomic_folder, discard, sha256_file
 
 MANIFEST = "manifest.json"
@@ -97,7 +97,7 @@ def read(folder: Path) -> State:
     except own_files.Damaged as error:
         raise ValueError(f"{MANIFEST}: {error.reason}") from error
     except Exception as error:  # torch, zip, json and safetensors raise kinds of their own
-        raise ValueError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        raise ValueError(first_line(error)) from error
     if state.step != step_of(folder):
         raise ValueError(f"it holds step {state.step}")
     return state

@@ -10,7 +10,7 @@ held against their shape alone. `lcm_kit.own_shapes` has the shapes; `lcm_kit.fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -185,10 +185,9 @@ def read_tensors(path: Path, again: str) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            tensors, said = dict(_tensors_in(file)), _said_in(file)[1]
     except (OSError, SafetensorError) as error:
         raise _damaged(path, getattr(error, "strerror", None) or error, again) from error
-    said = _said(path)[1]
     if said is not None and said != _hash_of_tensors(tensors.items()):
         raise _damaged(path, "its tensors are not what was written", again)
     return tensors
@@ -198,18 +197,27 @@ def _said(path: Path) -> tuple[str | None, str | None]:
     """What a file says that it was made from, and the hash of its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            content, found, tensors = (file.metadata() or {}).get(_ENTRY, "").partition(" ")
+            return _said_in(file)
     except (OSError, SafetensorError):
         return None, None
+
+
+def _said_in(file: Any) -> tuple[str | None, str | None]:
+    """As `_said`, of an open file."""
+    content, found, tensors = (file.metadata() or {}).get(_ENTRY, "").partition(" ")
     return (content, tensors) if found else (None, None)
+
+
+def _tensors_in(file: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an open file by name, in order, one after another."""
+    return ((name, file.get_tensor(name)) for name in sorted(file.keys()))
 
 
 @cache
 def _is_whole(path: Path, size: int, modified: int) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))  # noqa: SIM118
-            return _hash_of_tensors(tensors) == _said(path)[1]
+            return _hash_of_tensors(_tensors_in(file)) == _said_in(file)[1]
     except (OSError, SafetensorError):
         return False
 

@@ -27,12 +27,15 @@ def is_checked(file: Path, weights: Path | None = None) -> bool | None:
     known = read(file.parent)["files"].get(file.name)
     if known is None or not file.is_file():
         return None
-    return sha256_file(file) == known["sha256"] and (weights is None or is_made_from(file, weights))
+    return sha256_file(file) == known["sha256"] and (weights is None or _is_of(known, file, weights))
 
 
 def is_made_from(file: Path, weights: Path) -> bool:
     """Whether `file` was exported from the run's `weights` as they are now."""
-    known = read(file.parent)["files"].get(file.name)
+    return _is_of(read(file.parent)["files"].get(file.name), file, weights)
+
+
+def _is_of(known: own_shapes.Exported | None, file: Path, weights: Path) -> bool:
     made_from = known.get("weights") if known else None
     now = own_files.hash_of(weights)
     if made_from is None or now is None:  # of a kit that did not write it down

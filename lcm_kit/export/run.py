@@ -53,11 +53,10 @@ def export_run(
 def _base(run: Path) -> tuple[own_shapes.Adapter, verify.Against]:
     """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
     facts = adapter.read_facts(run / "adapter")
-    base = facts["base"]
-    place = {"revision": base.get("revision"), "variant": base.get("variant")}
-    if families.inspect_base(base["path"], **place).base_hash != base["hash"]:
+    base = adapter.base_of(facts)
+    if families.inspect_base(**base).base_hash != facts["base"]["hash"]:
         raise UserError(f"base {base['path']!r} has changed since {run} was trained on it; put it back")
-    return facts, verify.base_of(base["path"], **place)
+    return facts, verify.base_of(**base)
 
 
 def _about(run: Path, facts: own_shapes.Adapter) -> Facts:

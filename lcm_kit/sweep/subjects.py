@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import lora_file, sample
-from lcm_kit.adapter import read_facts
+from lcm_kit.adapter import base_of, read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.console import working
@@ -47,8 +47,7 @@ def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[st
         return {"path": config.base, "revision": config.revision, "variant": config.variant}
     first = Path(adapter)
     if (first / "adapter").is_dir():
-        facts = read_facts(first / "adapter")["base"]
-        return {key: facts[key] for key in ("path", "revision", "variant")}
+        return base_of(read_facts(first / "adapter"))
     file = lora_file.adapter_file(first)
     path = facts_from(untrusted.inspect(file).metadata, file.stem).base
     if path is None:
