@@ -150,11 +150,16 @@ def check_origin(folder: Path, origin: Origin) -> None:
 
 
 def write(
-    run: Path, state: State, origin: Origin, keep: int, config: Mapping[str, Any] | None = None
+    run: Path,
+    state: State,
+    origin: Origin,
+    keep: int,
+    config: Mapping[str, Any] | None = None,
+    lines: int | None = None,
 ) -> None:
     """Write `state/step-NNNNNN/` whole or not at all, then remove all but the `keep` newest.
 
-    `config`: what of the run's may not change, by dotted key.
+    `config`: what of the run's may not change, by dotted key. `lines`: how many `metrics.jsonl` has by now.
 
     States of later steps go too: they are damaged ones that were passed over. Raises `UserError` for weights
     that are not finite, which no training continues from, and as `atomic_folder` does.
@@ -167,13 +172,14 @@ def write(
             "no state is saved; lower optimizer.lr, or raise optimizer.warmup_steps"
         )
     rest = _canonical(state._asdict())
+    known = {name: value for name, value in (("config", config), ("lines", lines)) if value is not None}
     with atomic_folder(run / "state" / f"step-{state.step:06d}") as folder:
         # As bytes, and through a handle: given a path, safetensors and torch hide that the disk is full.
         (folder / "lora.safetensors").write_bytes(save(rest.pop("lora")))
         (folder / "ema.safetensors").write_bytes(save(rest.pop("ema")))
         with (folder / "training.pt").open("wb") as handle:
             torch.save(rest, handle)
-        own_files.write_json(folder / MANIFEST, _manifest(folder, state.step, origin, config))
+        own_files.write_json(folder / MANIFEST, _manifest(folder, state.step, origin, known))
     for later in folders(run):
         if step_of(later) > state.step:
             discard(later)
@@ -201,13 +207,12 @@ def _canonical(value: Any) -> Any:
     return value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else value
 
 
-def _manifest(folder: Path, step: int, origin: Origin, config: Mapping[str, Any] | None) -> dict[str, Any]:
+def _manifest(folder: Path, step: int, origin: Origin, known: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in _FILES
     }
-    bound = {} if config is None else {"config": config}
-    return {"kit_version": __version__, "step": step, **asdict(origin), **bound, "files": files}
+    return {"kit_version": __version__, "step": step, **asdict(origin), **known, "files": files}
 
 
 # -- In memory -----------------------------------------------------------------------------------------------

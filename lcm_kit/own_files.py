@@ -26,6 +26,7 @@ from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import append, atomic_write
 
 HASH = "hash"  # the key of a JSON object's own hash
+_PNG_ENDS = b"\0\0\0\0IEND\xaeB`\x82"
 _ENTRY = "content"  # of a safetensors header
 T = TypeVar("T")
 
@@ -36,11 +37,12 @@ class Damaged(UserError):
     reason = ""
 
 
-def _damaged(path: Path, why: str | BaseException, again: str) -> Damaged:
+def damaged(path: Path, why: str | BaseException, again: str) -> Damaged:
+    """That `path` is not as it was written, why, and what to do."""
     reason = first_line(why) if isinstance(why, BaseException) else why
-    damaged = Damaged(f"{path} is damaged ({reason}); {again}")
-    damaged.reason = reason
-    return damaged
+    found = Damaged(f"{path} is damaged ({reason}); {again}")
+    found.reason = reason
+    return found
 
 
 # -- Text ----------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def read_text(path: Path, again: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
+        raise damaged(path, getattr(error, "strerror", None) or "it is not text in UTF-8", again) from error
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------
@@ -109,12 +111,12 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{place}it is not JSON", again) from error
+        raise damaged(path, f"{place}it is not JSON", again) from error
     if not isinstance(found, dict):
-        raise _damaged(path, f"{place}it holds no JSON object", again)
+        raise damaged(path, f"{place}it holds no JSON object", again)
     said = found.pop(HASH, None)
     if said is not None and said != _hash_of(found):
-        raise _damaged(path, f"{place}its content is not what was written", again)
+        raise damaged(path, f"{place}its content is not what was written", again)
     return found
 
 
@@ -126,7 +128,7 @@ def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, 
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         what = "is missing" if first["type"] == "missing" else f"is not as it should be: {first['msg']}"
-        raise _damaged(path, f"{place}{where or 'it'} {what}", again) from error
+        raise damaged(path, f"{place}{where or 'it'} {what}", again) from error
 
 
 @cache
@@ -187,9 +189,9 @@ def read_tensors(path: Path, again: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors, said = dict(_tensors_in(file)), _said_in(file)[1]
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, getattr(error, "strerror", None) or error, again) from error
+        raise damaged(path, getattr(error, "strerror", None) or error, again) from error
     if said is not None and said != _hash_of_tensors(tensors.items()):
-        raise _damaged(path, "its tensors are not what was written", again)
+        raise damaged(path, "its tensors are not what was written", again)
     return tensors
 
 
@@ -239,7 +241,9 @@ def read_picture(path: Path, again: str) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()  # of all of its parts, which Pillow does not look at when it decodes
+        if not path.read_bytes().endswith(_PNG_ENDS):  # nor at the checksum of the last
+            raise ValueError
         with Image.open(path, formats=("PNG",)) as image:
             return image.copy()
     except Exception as error:  # Pillow raises of all kinds
-        raise _damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error
+        raise damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error

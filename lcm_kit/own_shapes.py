@@ -117,6 +117,7 @@ class State(TypedDict):
     files: dict[str, File]
     base: NotRequired[str]
     config: NotRequired[dict[str, Any]]  # by dotted key: what may not change
+    lines: NotRequired[int]  # of metrics.jsonl
 
 
 # -- cache/manifest.json -------------------------------------------------------------------------------------

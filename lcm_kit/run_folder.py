@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,12 @@ from accelerate import Accelerator
 from lcm_kit import checkpoints
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
+from lcm_kit.config.continued import flat, is_free
 from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
 from lcm_kit.processes import say
 
-FREE = (  # keys, or blocks of keys, that may change when a run is continued
-    "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
-    "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
-)  # fmt: skip
-FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 # Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
 DATA = (
     "data.path", "data.cache", "data.regularisation", "data.kind", "data.split", "data.image_column",
@@ -31,19 +26,6 @@ DATA = (
 BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
 LORAS = ("teacher.adapters", "adapter.start")  # states have hashes of their files, not of their weights
 BATCH = ("batch_size", "accumulation")  # a step sees their product, and its randomness knows no other
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A config (or its dictionary) as {"optimizer.lr": 1e-4, ...}, values as YAML would hold them."""
-    if hasattr(value, "__dataclass_fields__"):
-        value = asdict(value)
-    if not isinstance(value, Mapping):
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {
-        k: v
-        for name, part in value.items()
-        for k, v in flat(part, f"{path}.{name}" if path else name).items()
-    }
 
 
 def claim(config: schema.Training, accelerator: Accelerator) -> bool:
@@ -107,14 +89,10 @@ def _kept(keys: Mapping[str, Any], base_is_hashed: bool) -> dict[str, tuple[Any,
     kept = {
         key: (_essence(key, value), repr(value))
         for key, value in keys.items()
-        if not _free(key) and key not in BATCH and not (base_is_hashed and key in BASE)
+        if not is_free(key) and key not in BATCH and not (base_is_hashed and key in BASE)
     }
     sizes = [keys.get(key, 1) for key in BATCH]
     return {**kept, " x ".join(BATCH): (math.prod(sizes), " x ".join(map(str, sizes)))}
-
-
-def _free(key: str) -> bool:
-    return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
 
 
 def _essence(key: str, value: Any) -> Any:
@@ -143,11 +121,6 @@ def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -
         return flat(load(file))
     except UserError:  # a key of then that this kit does not know any more
         return {**defaults, **flat(read(file))}
-
-
-def bound(config: schema.Training) -> dict[str, Any]:
-    """By dotted key what of `config` stays as long as the run is continued."""
-    return {key: value for key, value in flat(config).items() if not _free(key)}
 
 
 def adapter_steps(run: Path) -> int:

@@ -26,6 +26,7 @@ from lcm_kit import checkpoints, own_files
 from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
+from lcm_kit.config.continued import bound, flat
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.console import (
     BarColumn,
@@ -37,8 +38,8 @@ from lcm_kit.console import (
 )
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
-from lcm_kit.run_files import METRICS, metrics_of
-from lcm_kit.run_folder import bound, flat, write_config
+from lcm_kit.run_files import METRICS, lines_of, metrics_of
+from lcm_kit.run_folder import write_config
 
 T = TypeVar("T")
 
@@ -218,7 +219,10 @@ class Saver:
         """Write the state after `step` steps, and its config; returns when both lie there."""
 
         def write() -> None:
-            checkpoints.write(self.run, state, self.origin, self.config.checkpoint.keep, bound(self.config))
+            lines = len(lines_of(self.run))
+            checkpoints.write(
+                self.run, state, self.origin, self.config.checkpoint.keep, bound(self.config), lines
+            )
             write_config(self.config)  # which a finished run's stays until there is something of the new one
 
         if self.accelerator.is_main_process or sharded(self.accelerator):
@@ -274,7 +278,7 @@ class Metrics:
         """Continue the run's metrics after `step`: later lines, and one cut short by a kill, are dropped."""
         file = Path(config.output) / METRICS
         if accelerator.is_main_process:
-            old = metrics_of(Path(config.output)) if step else []
+            old = metrics_of(Path(config.output), step) if step else []
             own_files.write_lines(file, [line for line in old if line["step"] <= step])
         keys = {name: str(value) for name, value in flat(config).items()}
         accelerator.init_trackers(_name(config), config=keys if step == 0 else None)
@@ -284,7 +288,7 @@ class Metrics:
         """What was logged under `name`, by step: the same on every process."""
 
         def look() -> dict[int, float]:
-            return {int(line["step"]): line[name] for line in metrics_of(self.file.parent) if name in line}
+            return {int(line["step"]): line[name] for line in lines_of(self.file.parent) if name in line}
 
         return main_does(self.accelerator, look)
 

@@ -59,6 +59,20 @@ def test_defaults_are_the_schemas_and_overrides_win(tmp_path: Path) -> None:
     assert load(path, ["grid.steps_start=4", "grid.steps_start=null"]) == expected
 
 
+def test_a_home_folder_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell writes `~` out in a file; a folder of that name would be made instead, in silence."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    path = write(tmp_path, "recipe: train/distill\noutput: ~/x\ndata: {cache: ~/c, path: asset:brand}\n")
+    config = load(path, ["validation.prompts=~/p.txt", "base.path=owner/name"])
+    assert isinstance(config, schema.Training)
+    assert (config.output, config.data.cache, config.data.path) == (
+        "/home/ada/x",
+        "/home/ada/c",
+        "asset:brand",
+    )
+    assert (config.validation.prompts, config.base.path) == ("/home/ada/p.txt", "owner/name")
+
+
 def test_a_config_is_frozen(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
         load(write(tmp_path, MINIMAL)).output = "elsewhere"  # type: ignore[misc]

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from lcm_kit import checkpoints, run_folder, runtime
 from lcm_kit.checkpoints import Origin, State
+from lcm_kit.config.continued import flat
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.schema import Distill, Optimizer
 from lcm_kit.errors import UserError
@@ -48,10 +49,10 @@ def test_learning_rates() -> None:
 
 
 def test_flat_names_every_key(tmp_path: Path) -> None:
-    flat = run_folder.flat(config(tmp_path))
-    assert flat["optimizer.lr"] == 1e-2
-    assert flat["optimizer.betas"] == [0.9, 0.999]
-    assert flat["base.path"] == "asset:tiny-sd"
+    keys = flat(config(tmp_path))
+    assert keys["optimizer.lr"] == 1e-2
+    assert keys["optimizer.betas"] == [0.9, 0.999]
+    assert keys["base.path"] == "asset:tiny-sd"
 
 
 def save(run: Path, step: int, batch: int = 2) -> None:

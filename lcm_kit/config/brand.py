@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, BatchSize, Number, Positive, Scale, Seed, Weight, Whole
+from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Scale, Seed, Weight, Whole
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -15,22 +15,22 @@ class Brand:
     """`recipe: evaluation/brand`: does a few-step adapter draw in the look, and what has it unlearned?"""
 
     recipe: Literal["evaluation/brand"]
-    run: str  # the few-step adapter: a run or a .safetensors file
-    style: str | None = None  # of the styled teacher: a run or a .safetensors file; null: no such row
-    brand: str = "asset:brand"  # images of the look: folder or asset:NAME
+    run: Place  # the few-step adapter: a run or a .safetensors file
+    style: Place | None = None  # of the styled teacher: a run or a .safetensors file; null: no such row
+    brand: Place = "asset:brand"  # images of the look: folder or asset:NAME
     # images of other looks, which similarity is measured away from; null: what the base draws for `prompts`
-    control: str | None = None
+    control: Place | None = None
     # of the look: file, one a line; folder, whose captions are the prompts; asset:NAME; null: the captions of
     # those pictures of `brand` that the run of `style` held out, or of all if it held none out
-    prompts: str | None = None
-    control_prompts: str = "asset:tiny-sd"  # as `prompts`, but not naming the look
+    prompts: Place | None = None
+    control_prompts: Place = "asset:tiny-sd"  # as `prompts`, but not naming the look
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top
     control_count: Annotated[Whole, Field(ge=3, le=1_000_000)] | None = (
         None  # of control prompts; null: `count`
     )
     images_per_prompt: Positive = 2  # of the look, each from its own noise; 2 or more for diversity
-    output: str | None = None  # folder of brand.json; null: the run's folder, or `brand` beside the file
-    base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what `run` was made on
+    output: Place | None = None  # folder of brand.json; null: the run's folder, or `brand` beside the file
+    base: Place | None = None  # diffusers folder, hub id, asset:NAME; null: what `run` was made on
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
@@ -42,8 +42,8 @@ class Brand:
     steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
     guidance_scale: Scale = 1.0  # of the adapter
     lora_weight: Weight = 1.0
-    features: str = "asset:probe"  # as in a guidance sweep
-    text_features: str | None = None
+    features: Place = "asset:probe"  # as in a guidance sweep
+    text_features: Place | None = None
     confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95
     resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000
     pictures: Positive = 6  # prompts whose pictures are kept, of each kind

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -29,6 +30,8 @@ Rate = Annotated[Number, Field(gt=0, le=1e9)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Scale = Annotated[Number, Field(ge=1, le=1000)]
 Weight = Annotated[Number, Field(ge=-1000, le=1000)]  # of a LoRA
+# A file or folder: `~` is written out, which no shell does in a file; hub ids and asset:NAME stay as they are
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,7 +39,7 @@ class Samples:
     """The teacher's own samples for a list of prompts, drawn once by `encode` (base and teacher.adapters)."""
 
     # text file, one prompt a line; or a folder of pictures, whose captions are the prompts; or an asset
-    prompts: str = "asset:general"
+    prompts: Place = "asset:general"
     count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
     solver: Literal["ddim", "dpmpp_2m"] = "ddim"
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 50
@@ -49,24 +52,24 @@ class Samples:
 class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
-    path: str = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
+    path: Place = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
     # images: those of `path`; teacher: its own samples, no images needed; mix: both (train/distill only)
     source: Literal["images", "teacher", "mix"] = "images"
     samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher
     # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
     # adapter can still draw (docs/training.md)
-    regularisation: str | None = None
+    regularisation: Place | None = None
     # share of the batches that these have; null: in proportion to their number
     regularisation_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     # a run of train/finetune: what its validation held out is not trained on here either, so that there are
     # pictures of the look to judge by that no training saw (train/distill only, not of samples); null: none
-    leave_out: str | None = None
+    leave_out: Place | None = None
     # auto: a folder of images if there is one, else `datasets`
     kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only
     image_column: str = "image"  # datasets only
     caption_column: str = "text"  # datasets only
-    cache: str = "cache/brand"  # folder that `encode` writes and `train` reads
+    cache: Place = "cache/brand"  # folder that `encode` writes and `train` reads
     # pixels, a multiple of 8: shorter side resized, then centre crop
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
     flip: bool = False  # cache each image's mirror image as well

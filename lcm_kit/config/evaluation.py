@@ -14,6 +14,7 @@ from lcm_kit.config.schema import (
     Memory,
     NonNegative,
     Number,
+    Place,
     Positive,
     Scale,
     Seed,
@@ -28,11 +29,11 @@ class Quality:
 
     recipe: Literal["evaluation/quality"]
     # the run's folder: its adapter is the student, its base the teacher; results.json is written there
-    run: str
+    run: Place
     # a base (as base.path of a run) to evaluate alone, without a student; `run` is then just where results go
-    base: str | None = None
+    base: Place | None = None
     seed: Seed = 0
-    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     # prompts, taken from the top of the file and repeated with new noise where it is shorter
     count: Positive = 128
     batch_size: BatchSize = 32
@@ -52,7 +53,7 @@ class Speed:
     """`recipe: evaluation/speed`: a training step of ours beside a straight-line one, on random weights."""
 
     recipe: Literal["evaluation/speed"]
-    output: str = "runs/speed"  # folder of results.json
+    output: Place = "runs/speed"  # folder of results.json
     seed: Seed = 0
     structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125

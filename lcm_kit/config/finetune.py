@@ -12,6 +12,7 @@ from lcm_kit.config.schema import (
     STRICT,
     Fraction,
     Number,
+    Place,
     Positive,
     Rate,
     Scale,
@@ -42,7 +43,7 @@ class Prior:
 
     # text file, one prompt a line; a folder of pictures, whose captions are the prompts; an asset; null: no
     # prior preservation
-    prompts: str | None = None
+    prompts: Place | None = None
     weight: Rate = 1.0  # of their loss; a brand picture's is 1
     count: Positive = 200  # pictures: the prompts from the top, repeated with new noise if they are fewer
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 30  # of DDIM

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.data import STRICT, BatchSize, Fraction, Positive, Rate, Seed
+from lcm_kit.config.data import STRICT, BatchSize, Fraction, Place, Positive, Rate, Seed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -14,9 +14,9 @@ class PretrainTiny:
     """`recipe: train/pretrain_tiny`: draw the world, train the probe, the VAE, the text encoder, the UNet."""
 
     recipe: Literal["train/pretrain_tiny"]
-    output: str  # folder of the finished pipeline; `probe/` is written beside it
+    output: Place  # folder of the finished pipeline; `probe/` is written beside it
     # renders, latents and training state: the same command continues from here
-    work: str = "runs/pretrain_tiny"
+    work: Place = "runs/pretrain_tiny"
     seed: Seed = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     renders: Positive = 24000

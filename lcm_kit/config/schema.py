@@ -20,6 +20,7 @@ from lcm_kit.config.data import (
     Fraction,
     NonNegative,
     Number,
+    Place,
     Positive,
     Rate,
     Samples,
@@ -30,8 +31,8 @@ from lcm_kit.config.data import (
 )
 
 __all__ = [
-    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Positive", "Rate", "Samples",
-    "Scale", "Seed", "Weight", "Whole",
+    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Place", "Positive", "Rate",
+    "Samples", "Scale", "Seed", "Weight", "Whole",
 ]  # fmt: skip
 
 
@@ -39,7 +40,7 @@ __all__ = [
 class Base:
     """The Stable Diffusion base: a diffusers folder, a hub id, or `asset:NAME` for one that the kit ships."""
 
-    path: str = "asset:tiny-sd"
+    path: Place = "asset:tiny-sd"
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
 
@@ -49,7 +50,7 @@ class Weighted:
     """A LoRA to use at a weight; where the weight is 1 its path alone may stand in its place."""
 
     # a file in any style that `lcm-kit convert` reads, a run's folder, asset:NAME, or hub:OWNER/NAME[/FILE]
-    path: str
+    path: Place
     weight: Weight = 1.0
 
 
@@ -175,12 +176,12 @@ class Validation:
     """What is drawn and measured while it trains: teacher beside student, from the same noise every time."""
 
     every: NonNegative = 0  # steps; 0: only at the end
-    prompts: str | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
+    prompts: Place | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
     count: Positive = 4
     guidance_scale: Scale = 5.0  # of the teacher's sample
     seed: Seed = 1234
     # prompts that do not name the look, to notice when they are forgotten: a text file or an asset; null: off
-    control: str | None = None
+    control: Place | None = None
     control_count: Positive = 8
     # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
     # them, and 0: none
@@ -208,7 +209,7 @@ class Training:
     """What every recipe that trains a LoRA on a cache made by `lcm-kit encode` takes."""
 
     recipe: str
-    output: str  # the run's folder
+    output: Place  # the run's folder
     seed: Seed = 0
     steps: Positive = 1000  # optimizer steps
     batch_size: BatchSize = 8  # samples a forward, on each process

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.schema import STRICT, BatchSize, Number, Positive, Rate, Scale, Seed, Weight, Whole
+from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Rate, Scale, Seed, Weight, Whole
 
 Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
@@ -67,14 +67,15 @@ class GuidanceSweep:
 
     recipe: Literal["evaluation/guidance_sweep"]
     # runs (their export is taken) or .safetensors files of any maker
-    adapters: Annotated[tuple[str, ...], Field(min_length=1)]
+    adapters: Annotated[tuple[Place, ...], Field(min_length=1)]
     # folder of results.json, report.html and the rest; null: `sweep` in the first adapter's run
-    output: str | None = None
-    base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what the first adapter was made on
+    output: Place | None = None
+    # diffusers folder, hub id, asset:NAME; null: what the first adapter was made on
+    base: Place | None = None
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
-    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
     resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
@@ -83,15 +84,15 @@ class GuidanceSweep:
     student: Annotated[tuple[SweptStudent, ...], Field(min_length=1)] = (SweptStudent(),)
     plain: SweptPlain = field(default_factory=SweptPlain)
     # of the pictures: asset:probe, or a folder or hub id of a CLIP, SigLIP or DINOv2 model, or inception
-    features: str = "asset:probe"
+    features: Place = "asset:probe"
     # of prompt adherence, as `features`: CLIP or SigLIP; null: `features` if it reads text, the probe's
     # attributes with asset:probe
-    text_features: str | None = None
+    text_features: Place | None = None
     # images for the Frechet and kernel distances: folder or asset:NAME; null: renders of tiny-sd's world
     # where the prompts are of it, else none
-    real: str | None = None
-    brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
-    control: str | None = None  # images of other looks, to compare with; needed with `brand`
+    real: Place | None = None
+    brand: Place | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
+    control: Place | None = None  # images of other looks, to compare with; needed with `brand`
     confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
     resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
     cost: Cost | None = None
@@ -114,14 +115,14 @@ class Compose:
     """`recipe: evaluation/compose`: at which weights do a style and an acceleration LoRA work together?"""
 
     recipe: Literal["evaluation/compose"]
-    style: str  # a run or a .safetensors file
-    speed: str  # as `style`: what makes sampling short
-    output: str = "runs/compose"  # folder of results.json, the merged file, map.png and the rest
-    base: str | None = None  # diffusers folder, hub id, asset:NAME; null: what `speed` was made on
+    style: Place  # a run or a .safetensors file
+    speed: Place  # as `style`: what makes sampling short
+    output: Place = "runs/compose"  # folder of results.json, the merged file, map.png and the rest
+    base: Place | None = None  # diffusers folder, hub id, asset:NAME; null: what `speed` was made on
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
-    prompts: str = "asset:tiny-sd"  # text file, one prompt a line, or an asset
+    prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
     resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
@@ -134,10 +135,10 @@ class Compose:
     guidance_scale: Scale = 1.0
     style_weights: Weights = (0.8, 1.0, 1.1, 1.2, 1.4)
     speed_weights: Weights = (0.6, 0.8, 1.0, 1.2)
-    features: str = "asset:probe"  # as in a guidance sweep
-    text_features: str | None = None
-    brand: str | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
-    control: str | None = None  # images of other looks; needed with `brand`
+    features: Place = "asset:probe"  # as in a guidance sweep
+    text_features: Place | None = None
+    brand: Place | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
+    control: Place | None = None  # images of other looks; needed with `brand`
     rank: Annotated[Whole, Field(ge=1, le=65_536)] | None = (
         None  # of the merged file; null: exact, the ranks add up
     )

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from lcm_kit.cli import app
-from lcm_kit.config.load import dump
+from lcm_kit.config.continued import bound
+from lcm_kit.config.load import dump, load
+from lcm_kit.config.schema import Training
 from tests.recipes.small import configure, prepare
 
 pytestmark = pytest.mark.slow  # a training for each damage
@@ -93,6 +95,13 @@ def page(place: Path) -> Any:
     return hash_of(place / "run/report.html")
 
 
+def kept_keys(place: Path) -> Any:
+    """What of the config, which anybody may edit, must stay as it is."""
+    config = load(place / "run/config.yaml")
+    assert isinstance(config, Training)
+    return bound(config)
+
+
 Verb = Callable[[Path], Result]
 Product = Callable[[Path], Any]
 
@@ -104,7 +113,7 @@ CASES: list[tuple[str, Verb, Product, str | None]] = [
     ("run/adapter/lora.safetensors", report, page, None),
     ("run/adapter/adapter.json", report, page, None),
     ("run/adapter/adapter.json", goes_on, weights, None),
-    ("run/config.yaml", report, page, None),
+    ("run/config.yaml", report, kept_keys, None),
     ("run/metrics.jsonl", report, page, None),
     ("run/metrics.jsonl", goes_on, weights, None),
     ("run/results.json", report, page, None),

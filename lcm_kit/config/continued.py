@@ -1,0 +1,38 @@
+"""What of a training's config may change when its run is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lcm_kit.config import schema
+
+FREE = (  # keys, or blocks of keys, that may change
+    "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
+    "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
+)  # fmt: skip
+FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A config (or its dictionary) as {"optimizer.lr": 1e-4, ...}, values as YAML would hold them."""
+    if hasattr(value, "__dataclass_fields__"):
+        value = asdict(value)
+    if not isinstance(value, Mapping):
+        return {path: list(value) if isinstance(value, tuple) else value}
+    return {
+        k: v
+        for name, part in value.items()
+        for k, v in flat(part, f"{path}.{name}" if path else name).items()
+    }
+
+
+def bound(config: schema.Training) -> dict[str, Any]:
+    """By dotted key what of `config` must stay."""
+    return {key: value for key, value in flat(config).items() if not is_free(key)}
+
+
+def is_free(key: str) -> bool:
+    """Whether a key may have another value than the run was started with."""
+    return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
