@@ -1,4 +1,4 @@
-"""A disk that counts what is done to it, and refuses from a chosen operation on.
+"""A disk that counts what is done to it, and refuses from a chosen operation on, or ends the process there.
 
 Everything that Python changes on a disk is seen: making, renaming and removing, opening to write, every write
 of the raw file below any buffer (so a refusal may come when a file is closed, as in life), fsync. What a
@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,8 @@ class Refusal(NamedTuple):
 class Disk:
     """What is done below `place`, in order, as "name path"."""
 
-    def __init__(self, place: Path, refusal: Refusal | None = None) -> None:
-        self.place, self.refusal = os.path.realpath(place), refusal
+    def __init__(self, place: Path, refusal: Refusal | None = None, kill: int | None = None) -> None:
+        self.place, self.refusal, self.kill = os.path.realpath(place), refusal, kill
         self.done: list[str] = []
         self.refused: list[str] = []
 
@@ -61,10 +62,17 @@ class Disk:
         if not f"{path}/".startswith(f"{self.place}/"):
             return
         self.done.append(f"{name} {os.path.relpath(path, self.place)}")
+        if len(self.done) == self.kill:
+            os.killpg(0, signal.SIGKILL)
         if self.refusal and self.refusal.says_no(len(self.done), name):
             self.refused.append(self.done[-1])
             number = self.refusal.number
             raise OSError(number, os.strerror(number), *([path] if named else []))
+
+    @property
+    def about_to_kill(self) -> bool:
+        """Whether the next operation is the last."""
+        return len(self.done) + 1 == self.kill
 
     def _path(self, target: Any, folder: int | None) -> str:
         if isinstance(target, int):
@@ -74,14 +82,17 @@ class Disk:
 
 
 @contextmanager
-def disk(place: Path, refusal: Refusal | None = None) -> Iterator[Disk]:
-    """A `Disk` that watches `place` within the block, as another process would see it, which ends with it.
+def disk(place: Path, refusal: Refusal | None = None, kill: int | None = None) -> Iterator[Disk]:
+    """A `Disk` that watches `place` within the block.
 
-    What it leaves half-written is a dead process's afterwards.
+    `refusal`: it then is as another process would see it, which ends with the block: what it leaves
+    half-written is a dead process's afterwards. `kill`: the number of the operation, from 1, at which this
+    process and its group are killed, a write being half done.
     """
-    seen = Disk(place, refusal)
+    seen = Disk(place, refusal, kill)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: 2**30)  # no kernel gives so high a number
+        if refusal:
+            patch.setattr(os, "getpid", lambda: 2**30)  # no kernel gives so high a number
         for name in BY_PATH:
             patch.setattr(os, name, _by_path(seen, name))
         for name in BY_HANDLE:
@@ -146,13 +157,19 @@ class _Raw(io.FileIO):
     seen: Disk
 
     def write(self, data: Any) -> int:
+        if self.seen.about_to_kill:
+            self._half(data)
         try:
             self.seen.sees("write", self.fileno(), named=False)
         except OSError as error:
             if error.errno == errno.ENOSPC:  # the last that there is room for is written
-                super().write(memoryview(data)[: len(data) // 2])
+                self._half(data)
             raise
         return super().write(data)
+
+    def _half(self, data: Any) -> None:
+        whole = memoryview(data).cast("B")
+        super().write(whole[: len(whole) // 2])
 
 
 def _open(seen: Disk) -> Callable[..., Any]:

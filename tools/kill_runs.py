@@ -5,11 +5,11 @@
     python tools/kill_runs.py --table                          the results so far
 
 A verb runs once undisturbed. Then, from the same folder as before it, it is started and killed (SIGKILL), at
-a random time or at a random one of its file operations, once or several times, and started again until it is
-done: that must succeed, leave no temporary file behind, and give the same files, but for times, dates and
-speeds. `ranks` is a distillation in two processes, one of which is killed; the other is then ended as
-torchrun would. Every child is forked from one process that has imported all there is, so that a run costs
-seconds. Results are appended to --log, which a later call goes on with.
+a random time or at a random one of its file operations (a write: after half of it), once or several times,
+and started again until it is done: that must succeed, leave no temporary file behind, and give the same
+files, but for times, dates and speeds. `ranks` is a distillation in two processes, one of which is killed;
+the other is then ended as torchrun would. Every child is forked from one process that has imported all there
+is, so that a run costs seconds. Results are appended to --log, which a later call goes on with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import os
 import random
@@ -28,135 +27,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 sys.path.insert(0, str(ROOT))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from lcm_kit import cli  # noqa: E402
-from lcm_kit.config.load import dump  # noqa: E402
-from lcm_kit.config.schema import Training  # noqa: E402
 from tests.bases import build_sd  # noqa: E402
-from tests.recipes.small import configure, prepare  # noqa: E402
+from tests.faults import disk  # noqa: E402
+from tests.recipes.small import draw_little  # noqa: E402
+from tests.recipes.verbs import Verb, build, verbs  # noqa: E402
 from tests.snapshots import litter, snapshot  # noqa: E402
 
 LONGEST = 240.0  # seconds of one run
-OPERATIONS = ("replace", "fsync", "rename", "mkdir", "unlink", "rmdir")  # of os, which pathlib calls
-STORY = [
-    f"{stage}.{key}"
-    for stage, keys in {
-        "style": ["validation.control=null"],
-        "distill": ["data.samples.count=4", "data.samples.steps=1"],
-    }.items()
-    for key in [
-        "steps=2", "batch_size=2", "adapter.rank=4", "optimizer.warmup_steps=0", "checkpoint.every=1",
-        "logging.trackers=[]", "validation.every=0", "validation.prompts=null", "data.regularisation=null",
-        "data.regularisation_share=null", *keys,
-    ]
-] + [
-    "evaluation.control=null", "evaluation.count=3", "evaluation.teacher_steps=2", "evaluation.steps=[1]",
-    "evaluation.resamples=100", "evaluation.pictures=1",
-]  # fmt: skip
-
-
-class Verb(NamedTuple):
-    """What is run, what must have run before, and what of the folder it makes."""
-
-    words: Sequence[str]
-    after: Sequence[str] = ()
-    ranks: int = 1
-    dated: bool = False  # files that it reads again have the date in them: of tensors and pictures then
-    done: str = ""  # what it says where it was done already, and exit code 2 is right
-
-
-def verbs(place: Path) -> dict[str, Verb]:
-    """All verbs, on the configs that `build` writes into `place`."""
-    run, style, prompts = place / "run", place / "style", f"prompts={place}/prompts.txt"
-    few = ["count=2", "batch_size=2", prompts]
-    swept = ["count=3", "batch_size=6", "images_per_prompt=2", "resamples=100", "pictures=1", prompts]
-    return {
-        "encode": Verb(["encode", f"{place}/distill.yaml"]),
-        "train": Verb(["train", f"{place}/distill.yaml"], ["encode"]),
-        "ranks": Verb(["train", f"{place}/distill.yaml"], ["encode"], ranks=2),
-        "style": Verb(["train", f"{place}/style.yaml"], ["encode"]),
-        "export": Verb(["export", f"{run}"], ["encode", "train"]),
-        "quality": Verb(
-            ["evaluate", "evaluation/quality", f"run={run}", *few, "teacher_steps=2", "student_steps=[1,2]",
-             "unet_calls=[2]", "pictures=2"],
-            ["encode", "train", "export"],
-        ),
-        "brand": Verb(
-            ["evaluate", "evaluation/brand", f"adapter={run}", f"brand={place}/images", "control=null",
-             *few, "teacher_steps=2", "steps=[1,2]", "resamples=20", "pictures=1"],
-            ["encode", "train", "export"],
-        ),
-        "merge": Verb(
-            ["merge", f"{run}", f"{style}:0.5", "--output", f"{place}/merged", "--base", f"{place}/base"],
-            ["encode", "train", "export", "style", "export_style"],
-        ),
-        "export_style": Verb(["export", f"{style}"], ["encode", "style"]),
-        "convert": Verb(
-            ["convert", f"{run}/export/run.safetensors", "--output", f"{place}/out", "--format", "both",
-             "--base", f"{place}/base"],
-            ["encode", "train", "export"],
-        ),
-        "report": Verb(["report", f"{run}"], ["encode", "train", "export", "quality"]),
-        "samples": Verb(["encode", f"{place}/samples.yaml"]),
-        "prior": Verb(["encode", f"{place}/prior.yaml"]),
-        "sample": Verb(
-            ["sample", "--prompt", "a cat", "--prompt", "a dog", "--adapter", f"{run}", "--steps", "2",
-             "--output", f"{place}/drawn"],
-            ["encode", "train", "export"],
-        ),
-        "sweep": Verb(
-            ["evaluate", "evaluation/guidance_sweep", f"adapters=[{run}]", f"brand={place}/images",
-             f"control={place}/images", *swept, "teacher.steps=2", "teacher.guidance_scales=[1,5]",
-             "student=[{samplers: [lcm], steps: [1, 2], guidance_scales: [1.0]}]",
-             "plain={samplers: [ddim], unet_calls: [2], guidance_scales: [1.0]}"],
-            ["encode", "train", "export"],
-        ),
-        "compose": Verb(
-            ["evaluate", "evaluation/compose", f"style={style}", f"speed={run}", f"output={place}/composed",
-             *swept, "teacher_steps=2", "steps=1", "style_weights=[1.0]", "speed_weights=[0.5,1.0]"],
-            ["encode", "train", "export", "style", "export_style"],
-        ),
-        "fuse": Verb(["merge", f"{run}:0.8", "--output", f"{place}/fused", "--fuse-into", f"{place}/base"],
-                     ["encode", "train", "export"], done="exists already; choose another output"),
-        "story": Verb(
-            ["finetune", f"{place}/images", "--base", f"{place}/base", "--output", f"{place}/story", *STORY],
-            dated=True,
-        ),
-    }  # fmt: skip
-
-
-def build(place: Path) -> None:
-    """A base, pictures, prompts and configs: a distillation and a style, small, with all that is kept on."""
-    base = build_sd(place / "base")
-    keys = prepare(place, base)
-    shutil.rmtree(place / "cache")
-    (place / "prompts.txt").write_text("a cat\na dog\na bird\n")
-    more: dict[str, Any] = {
-        "validation": {"prompts": f"{place}/prompts.txt", "count": 2, "every": 2, "held_out": 0.25},
-        "checkpoint": {"every": 1, "keep": 2}, "data": {"shard_size": 2}, "steps": 5,
-    }  # fmt: skip
-    write(configure(keys, place / "run", ema=0.5, **more), place / "distill.yaml")
-    plain = {key: keys[key] for key in keys.keys() - {"guidance"}}
-    write(configure({**plain, "recipe": "train/finetune"}, place / "style", **more), place / "style.yaml")
-    drawn = {"prompts": f"{place}/prompts.txt", "count": 9, "steps": 2}
-    samples = {"source": "teacher", "samples": drawn, "shard_size": 2}
-    write(configure(keys, place / "sampled", data=samples), place / "samples.yaml")
-    prior = {**plain, "recipe": "train/finetune", "prior": drawn, "data": {**plain["data"], "shard_size": 2}}
-    write(configure(prior, place / "with_prior"), place / "prior.yaml")
-
-
-def write(config: Training, file: Path) -> None:
-    """Write a config."""
-    file.write_text(dump(config))
 
 
 # -- Children ------------------------------------------------------------------------------------------------
@@ -190,43 +79,18 @@ def _child(verb: Verb, rank: int, port: int, log: Path, at_operation: int | None
             }  # fmt: skip
         torch.set_num_threads(1)
         tempfile.tempdir = str(log.parent / "tmp")
-        counted = _count(at_operation) if rank == 0 else [0]
-        try:
-            cli.app(list(verb.words), prog_name="lcm-kit", standalone_mode=True)
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        if count:
-            count.write_text(json.dumps([counted[0], sorted(sys.modules)]))
+        with disk(log.parent, kill=at_operation if rank == 0 else None) as seen:
+            try:
+                cli.app(list(verb.words), prog_name="lcm-kit", standalone_mode=True)
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+        if count and rank == 0:
+            count.write_text(json.dumps([len(seen.done), sorted(sys.modules)]))
     except BaseException as error:  # a bug: its text is what the log is for
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(code)
-
-
-def _count(at: int | None) -> list[int]:
-    """Count the file operations of this process from now on, and end it at number `at` of them."""
-    seen = [0]
-
-    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*arguments: Any, **named: Any) -> Any:
-            seen[0] += 1
-            if seen[0] == at:
-                os.killpg(0, signal.SIGKILL)
-            return real(*arguments, **named)
-
-        return operation
-
-    for name in OPERATIONS:
-        setattr(os, name, counting(getattr(os, name)))
-    real = io.open
-
-    def opening(file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
-        opened = counting(real) if set(mode) & set("wax+") else real
-        return opened(file, mode, *arguments, **named)
-
-    io.open = opening
-    return seen
 
 
 def wait(ids: Sequence[int], until: float) -> list[int | None]:
@@ -269,15 +133,16 @@ class Bench:
 
     def __init__(self, place: Path, name: str) -> None:
         """Run what `name` needs, then itself, and keep both folders."""
-        self.place, self.name, self.verb = place, name, verbs(place)[name]
+        known = verbs(place, place / "base")
+        self.place, self.name, self.verb = place, name, known[name]
         self.log, self.count = place.parent / "log.txt", place.parent / "count.json"
         self.temporary = place.parent / "tmp"
         self.before, self.seconds, self.operations = place.parent / f"before-{name}", 0.0, 0
         for folder in (place, self.temporary):
             folder.mkdir(parents=True)
-        build(place)
+        build(place, build_sd(place / "base"))
         for each in self.verb.after:
-            self._insist(whole(verbs(place)[each], self.log, self.count), each)
+            self._insist(whole(known[each], self.log, self.count), each)
             _import(self.count)
         shutil.copytree(place, self.before)
         self._insist(whole(self.verb, self.log, self.count), name)
@@ -380,7 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbs", default=",".join(verbs(Path())))
+    parser.add_argument("--verbs", default=",".join(verbs(Path(), Path())))
     parser.add_argument("--log", type=Path, default=Path("kill_runs.jsonl"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for all verbs together")
     parser.add_argument("--table", action="store_true", help="print the results so far, and stop")
@@ -388,6 +253,7 @@ def main() -> int:
     if arguments.table:
         print(table(arguments.log))
         return 0
+    draw_little(pytest.MonkeyPatch())
     chance, fine, wanted = random.Random(arguments.seed), True, arguments.verbs.split(",")
     for number, name in enumerate(wanted):
         until = time.monotonic() + 60 * arguments.minutes / len(wanted)

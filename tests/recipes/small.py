@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
+from lcm_kit import held_out, validation
 from lcm_kit.config.load import RECIPES
 from lcm_kit.data.cache import encode
 
@@ -71,3 +73,13 @@ def launch(script: str, folder: Path, *arguments: object) -> None:
     command += [str(folder / "rank.py"), *map(str, arguments)]
     done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def draw_little(patch: pytest.MonkeyPatch) -> None:
+    """What is drawn and measured on the way is as many files, and hardly any arithmetic."""
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setattr(held_out, "TIMES", 1)
+    for kind in (validation.Fixed, validation.StyleValidation):
+        patch.setattr(kind, "teacher_steps", 1)
+    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_STEPS", (1,))):
+        patch.setattr(validation, name, value)

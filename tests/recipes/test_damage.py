@@ -21,11 +21,12 @@ from lcm_kit.cli import app
 from lcm_kit.config.continued import bound
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Training
-from tests.recipes.small import configure, prepare
+from tests.recipes.small import configure, draw_little, prepare
+from tests.snapshots import snapshot
 
 pytestmark = pytest.mark.slow  # a training for each damage
 
-FEW = ["count=2", "batch_size=2", "prompts={run}/prompts.txt"]
+FEW = ["count=2", "batch_size=2", "prompts={place}/prompts.txt"]
 QUALITY = ["teacher_steps=2", "student_steps=[1]", "unet_calls=[2]", "pictures=2"]
 
 
@@ -61,8 +62,36 @@ def sample(place: Path) -> Result:
 
 def quality(place: Path) -> Result:
     run = place / "run"
-    few = [each.format(run=run) for each in (*FEW, *QUALITY)]
+    few = [each.format(place=place) for each in (*FEW, *QUALITY)]
     return cli("evaluate", "evaluation/quality", f"run={run}", *few)
+
+
+SWEPT = [
+    "count=3", "batch_size=6", "images_per_prompt=2", "resamples=100", "pictures=1", "teacher.steps=2",
+    "teacher.guidance_scales=[1,5]", "student=[{samplers: [lcm], steps: [1], guidance_scales: [1.0]}]",
+    "plain={samplers: [ddim], unet_calls: [2], guidance_scales: [1.0]}",
+]  # fmt: skip
+BRAND = ["control=null", "style=null", "count=3", "images_per_prompt=2", "teacher_steps=2", "steps=[1]"]
+
+
+def sweep(place: Path) -> Result:
+    run, few = place / "run", [f"prompts={place}/prompts.txt", *SWEPT]
+    looks = (f"brand={place}/images", f"control={place}/images")
+    return cli("evaluate", "evaluation/guidance_sweep", f"adapters=[{run}]", *looks, *few)
+
+
+def brand(place: Path) -> Result:
+    few = [*BRAND, "batch_size=6", "resamples=100", "pictures=1"]
+    given = (f"run={place}/run", f"brand={place}/images", f"prompts={place}/prompts.txt")
+    return cli("evaluate", "evaluation/brand", *given, *few)
+
+
+def sweep_report(place: Path) -> Result:
+    return cli("report", place / "run/sweep")
+
+
+def export_advised(place: Path) -> Result:
+    return cli("export", place / "run", "--with-evaluation")
 
 
 def hash_of(*files: Path) -> str:
@@ -79,7 +108,8 @@ def exported(place: Path) -> Any:
 
 
 def cache(place: Path) -> Any:
-    return [hash_of(file) for file in sorted((place / "cache").iterdir()) if not file.name.startswith(".")]
+    files = [file for file in sorted((place / "cache").iterdir()) if not file.name.startswith(".")]
+    return [json.loads(file.read_text()) if file.suffix == ".json" else hash_of(file) for file in files]
 
 
 def drawn(place: Path) -> Any:
@@ -87,12 +117,23 @@ def drawn(place: Path) -> Any:
 
 
 def figures(place: Path) -> Any:
-    rows = json.loads((place / "run/results.json").read_text())["rows"]
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+    return snapshot(place)["run/results.json"]
 
 
 def page(place: Path) -> Any:
     return hash_of(place / "run/report.html")
+
+
+def sweep_page(place: Path) -> Any:
+    return hash_of(place / "run/sweep/report.html")
+
+
+def swept(place: Path) -> Any:
+    return snapshot(place)["run/sweep/results.json"]
+
+
+def branded(place: Path) -> Any:
+    return snapshot(place)["run/brand.json"]
 
 
 def kept_keys(place: Path) -> Any:
@@ -134,6 +175,16 @@ CASES: list[tuple[str, Verb, Product, str | None]] = [
     ("run/export/verified.json", sample, drawn, None),
     ("run/export/verified.json", export, exported, None),
     ("run/evaluation/student-*.safetensors", quality, figures, None),
+    ("run/sweep/results.json", sweep_report, sweep_page, None),
+    ("run/sweep/results.json", export_advised, exported, None),
+    ("run/sweep/results.json", sweep, swept, None),
+    ("run/sweep/recommended.json", sweep, swept, None),
+    ("run/sweep/pictures/*.png", sweep_report, sweep_page, None),
+    ("run/sweep/cells/*.safetensors", sweep, swept, None),
+    ("run/brand.json", report, page, None),
+    ("run/brand.json", brand, branded, None),
+    ("run/brand/pictures/*.png", report, page, None),
+    ("run/brand/brand/*.safetensors", brand, branded, None),
 ]
 
 
@@ -162,22 +213,23 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.fixture(scope="module")
 def pristine(sd_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A place with a run that all verbs have worked on, and a copy of it beside."""
-    place = tmp_path_factory.mktemp("damage") / "place"
-    keys = prepare(place, sd_base("epsilon"))
-    (place / "run").mkdir()
-    prompts = place / "run" / "prompts.txt"
-    prompts.write_text("a cat\na dog\n")
-    config = configure(
-        keys, place / "run", ema=0.5, checkpoint={"every": 2}, data={"shard_size": 4},
-        validation={"prompts": str(prompts), "count": 2, "every": 2, "held_out": 0.25},
-    )  # fmt: skip
-    (place / "config.yaml").write_text(dump(config))
-    (place / "base.json").write_text(json.dumps(keys["base"]["path"]))
-    for verb in (encode, train, export, quality, report, sample):
-        done = verb(place)
-        assert done.exit_code == 0, done.output
-    shutil.copytree(place, place.with_name("copy"))
-    yield place
+    with pytest.MonkeyPatch.context() as patch:
+        draw_little(patch)
+        place = tmp_path_factory.mktemp("damage") / "place"
+        keys = prepare(place, sd_base("epsilon"))
+        prompts = place / "prompts.txt"
+        prompts.write_text("a cat\na dog\n")
+        config = configure(
+            keys, place / "run", ema=0.5, checkpoint={"every": 2}, data={"shard_size": 4},
+            validation={"prompts": str(prompts), "count": 2, "every": 2, "held_out": 0.25},
+        )  # fmt: skip
+        (place / "config.yaml").write_text(dump(config))
+        (place / "base.json").write_text(json.dumps(keys["base"]["path"]))
+        for verb in (encode, train, export, quality, sweep, brand, report, sample):
+            done = verb(place)
+            assert done.exit_code == 0, done.output
+        shutil.copytree(place, place.with_name("copy"))
+        yield place
 
 
 @pytest.mark.parametrize(

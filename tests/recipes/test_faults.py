@@ -12,51 +12,26 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lcm_kit import checkpoints, held_out, locks, own_files, own_shapes, validation
+from lcm_kit import checkpoints, locks, own_files, own_shapes
 from lcm_kit.cli import app
-from lcm_kit.config.load import dump
 from tests.faults import FREEING, Refusal, disk
-from tests.recipes.small import configure, prepare
+from tests.recipes.small import draw_little
+from tests.recipes.verbs import build, verbs
 from tests.snapshots import litter, snapshot
 
 KINDS = (errno.ENOSPC, errno.EROFS, errno.EACCES)
-QUALITY = ("count=2", "batch_size=2", "teacher_steps=2", "student_steps=[1]", "unet_calls=[2]", "pictures=1")
-
-
-class Verb(NamedTuple):
-    """What is run, and what must have run before; each word may say {place} and {base}."""
-
-    words: tuple[str, ...]
-    after: tuple[str, ...] = ()
-
-
-VERBS = {
-    "encode": Verb(("encode", "{place}/distill.yaml")),
-    "again": Verb(("encode", "{place}/distill.yaml", "data.shard_size=8"), ("encode",)),
-    "train": Verb(("train", "{place}/distill.yaml"), ("encode",)),
-    "longer": Verb(("train", "{place}/distill.yaml", "steps=3"), ("encode", "train")),
-    "style": Verb(("train", "{place}/style.yaml"), ("encode",)),
-    "export": Verb(("export", "{place}/run"), ("encode", "train")),
-    "once_more": Verb(("export", "{place}/run", "--dtype", "float32"), ("encode", "train", "export")),
-    "quality": Verb(
-        ("evaluate", "evaluation/quality", "run={place}/run", "prompts={place}/prompts.txt", *QUALITY),
-        ("encode", "train", "export"),
-    ),
-    "merge": Verb(
-        ("merge", "{place}/run", "{place}/style:0.5", "--base", "{base}", "--output", "{place}/merged"),
-        ("encode", "train", "export", "style"),
-    ),
-    "report": Verb(("report", "{place}/run"), ("encode", "train", "export", "quality")),
-}
+NAMES = (
+    "encode", "again", "train", "longer", "style", "export", "once_more", "quality", "merge", "report",
+    "sweep", "brand", "compose", "convert", "sample", "samples", "prior",
+)  # fmt: skip
 
 
 class Bench:
@@ -65,7 +40,7 @@ class Bench:
     def __init__(self, kitchen: Kitchen, name: str) -> None:
         """Run what it needs, then itself, and count."""
         self.place, self.name = kitchen.place, name
-        self.before = kitchen.after(VERBS[name].after)
+        self.before = kitchen.after(kitchen.verbs[name].after)
         self.old = snapshot(self.before)
         self.restore()
         with disk(self.place) as seen:
@@ -156,26 +131,16 @@ class Kitchen:
     """One folder in which all verbs are run, and copies of it as it was after some of them."""
 
     def __init__(self, place: Path, base: Path) -> None:
-        """Pictures, prompts and two small configs, with all that is kept switched on."""
-        self.place, self.base, self.copies = place, base, place.parent
-        keys = prepare(place, base)
-        shutil.rmtree(place / "cache")
-        (place / "prompts.txt").write_text("a cat\na dog\n")
-        more: dict[str, Any] = {
-            "steps": 2, "checkpoint": {"every": 1, "keep": 1}, "data": {"shard_size": 4},
-            "validation": {"prompts": f"{place}/prompts.txt", "count": 1, "every": 2, "held_out": 0.25},
-        }  # fmt: skip
-        (place / "distill.yaml").write_text(dump(configure(keys, place / "run", ema=0.5, **more)))
-        style = {key: keys[key] for key in keys.keys() - {"guidance"}} | {"recipe": "train/finetune"}
-        (place / "style.yaml").write_text(dump(configure(style, place / "style", **more)))
+        """Pictures, prompts and configs, and nothing that a verb made."""
+        self.place, self.copies, self.verbs = place, place.parent, verbs(place, base)
+        build(place, base)
         shutil.copytree(place, self.copies / "after")
 
     def run(self, name: str) -> Result:
         """A verb, as from the command line."""
-        words = [word.format(place=self.place, base=self.base) for word in VERBS[name].words]
-        return CliRunner().invoke(app, words)
+        return CliRunner().invoke(app, list(self.verbs[name].words))
 
-    def after(self, names: tuple[str, ...]) -> Path:
+    def after(self, names: Sequence[str]) -> Path:
         """The folder after these verbs."""
         copy = self.copies / "-".join(("after", *names))
         if not copy.is_dir():
@@ -186,16 +151,6 @@ class Kitchen:
             assert done.exit_code == 0, done.output
             shutil.copytree(self.place, copy)
         return copy
-
-
-def draw_little(patch: pytest.MonkeyPatch) -> None:
-    """What is drawn and measured on the way is as many files, and hardly any arithmetic."""
-    patch.setenv("ACCELERATE_USE_CPU", "true")
-    patch.setattr(held_out, "TIMES", 1)
-    for kind in (validation.Fixed, validation.StyleValidation):
-        patch.setattr(kind, "teacher_steps", 1)
-    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_STEPS", (1,))):
-        patch.setattr(validation, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +169,8 @@ CHOSEN = [  # a verb, the beginning of an operation's name, which of these it is
     ("encode", "replace cache/.manifest", 0, errno.EROFS),
     ("again", "unlink cache/shard-00001", 0, errno.EACCES),
     ("longer", "open run/.train.lock", 0, errno.EROFS),
-    ("longer", "replace run/state/.step-000003", 1, errno.EACCES),
-    ("longer", "write run/state/.step-000003", 3, errno.ENOSPC),
+    ("longer", "replace run/state/.step-000004", 1, errno.EACCES),
+    ("longer", "write run/state/.step-000004", 3, errno.ENOSPC),
     ("longer", "replace run/.adapter", -1, errno.EACCES),
 ]
 
@@ -230,7 +185,7 @@ def test_a_disk_that_refuses(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_operation(name: str, bench: Callable[[str], Bench]) -> None:
     tried, faults = bench(name).refusals(), []
     assert len(tried) > 20
