@@ -33,7 +33,9 @@ def _content(path: Path, dated: bool) -> str:
     if path.suffix == ".json" and "state" not in path.parts and "cache" not in path.parts:
         data = json.dumps(_steady(json.loads(data)), sort_keys=True).encode()
     elif path.suffix == ".jsonl":
-        data = json.dumps([_steady(json.loads(line)) for line in data.splitlines()], sort_keys=True).encode()
+        *lines, rest = data.split(b"\n")  # of the last a full disk may have taken half
+        told = [_steady(json.loads(line)) for line in lines]
+        data = json.dumps([told, bool(rest)], sort_keys=True).encode()
     elif path.suffix == ".safetensors" and {"evaluation", "brand", "cells"} & set(path.parts):
         data = save({name: t for name, t in load_file(path).items() if "second" not in name})
     elif path.suffix in (".csv", ".parquet"):

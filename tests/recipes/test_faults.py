@@ -10,6 +10,8 @@ again, it must leave the same bits as undisturbed.
 from __future__ import annotations
 
 import errno
+import os
+import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from tests.recipes.verbs import build, verbs
 from tests.snapshots import litter, snapshot
 
 KINDS = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+SOME = 16  # refusals of a verb, of all that there are; FAULTS=all tries each, which takes hours
 NAMES = (
     "encode", "again", "train", "longer", "style", "export", "once_more", "quality", "merge", "report",
     "sweep", "brand", "compose", "convert", "sample", "samples", "prior",
@@ -55,7 +58,7 @@ class Bench:
         shutil.copytree(self.before, self.place)
 
     def refusals(self) -> list[Refusal]:
-        """Of operations that are alike but for numbers in their names the first, the second and the last.
+        """Of operations that are alike but for numbers in their names the first and the last.
 
         Each is refused for another reason, and the reasons take turns from one group to the next.
         """
@@ -67,7 +70,7 @@ class Bench:
             reasons = KINDS[turn % 3 :] + KINDS[: turn % 3]
             if name.split()[0] in FREEING:  # which a full disk allows
                 reasons = tuple(number for number in reasons if number != errno.ENOSPC)
-            for k, number in zip(sorted({*at[:2], at[-1]}), cycle(reasons), strict=False):
+            for k, number in zip(sorted({at[0], at[-1]}), cycle(reasons), strict=False):
                 found.append(Refusal(k, number, number != errno.EACCES))
         return found
 
@@ -186,10 +189,11 @@ def test_a_disk_that_refuses(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_operation(name: str, bench: Callable[[str], Bench]) -> None:
-    tried, faults = bench(name).refusals(), []
-    assert len(tried) > 20
-    for refusal in tried:
+def test_an_operation_of_each_kind(name: str, bench: Callable[[str], Bench]) -> None:
+    known, faults = bench(name).refusals(), []
+    assert len(known) > 5
+    some = random.Random(name).sample(known, min(len(known), SOME))
+    for refusal in known if os.environ.get("FAULTS") == "all" else some:
         try:
             bench(name).refuse(refusal)
         except AssertionError as fault:
