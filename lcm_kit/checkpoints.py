@@ -169,7 +169,7 @@ def write(
     if not all(tensor.isfinite().all() for tensor in state.lora.values()):
         raise UserError(
             f"{run}: the LoRA's weights are not finite after step {state.step}, training diverged, and "
-            "no state is saved; lower optimizer.lr, or raise optimizer.warmup_steps"
+            "no state is saved; train again with a lower optimizer.lr or more optimizer.warmup_steps"
         )
     rest = _canonical(state._asdict())
     known = {name: value for name, value in (("config", config), ("lines", lines)) if value is not None}

@@ -179,7 +179,7 @@ def sample(
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, or asset:tiny-sd.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: the run's]")
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import checkpoints, own_files, own_shapes
-from lcm_kit.config.continued import flat
+from lcm_kit.config.continued import TOLD, flat
 from lcm_kit.config.load import load
 
 METRICS = "metrics.jsonl"
@@ -24,7 +24,7 @@ def config_of(run: Path) -> dict[str, Any]:
         return {}
     config, state = asdict(load(file)), _state(run)
     told, kept = flat(config), state.get("config", {}) if state else {}
-    for key in told.keys() & kept.keys():
+    for key in sorted((told.keys() & kept.keys()).difference(TOLD)):
         if told[key] != kept[key]:
             why = f"{key} is {told[key]!r}, and the run was trained with {kept[key]!r}"
             raise own_files.damaged(file, why, "set it back")

@@ -195,9 +195,10 @@ class Guard:
     def _last_words(self, which: str) -> str:
         states = checkpoints.folders(Path(self.config.output))
         good = f"the last good checkpoint is {states[-1]}" if states else "there is no checkpoint yet"
+        on = "train again, which goes on from there, with a" if states else "train again with a"
         times = f", the {self.skipped}th in a row" if self.skipped > 1 else ""
         return (
-            f"{which}{times}: training diverged ({good}); lower optimizer.lr, or raise "
-            "optimizer.warmup_steps, or with precision float16 try bfloat16, or leave such steps out with "
-            "non_finite=skip"
+            f"{which}{times}: training diverged ({good}); {on} lower optimizer.lr, a lower "
+            "optimizer.grad_clip or more optimizer.warmup_steps, with bfloat16 where precision is float16, "
+            "or with non_finite=skip, which leaves such steps out"
         )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -64,6 +65,23 @@ def test_help_names_every_verb() -> None:
     text = cli("--help").output
     assert [verb for verb in verbs if f" {verb} " not in text] == []
     assert all(cli(verb, "--help").exit_code == 0 for verb in verbs)
+
+
+def test_help_shows_all_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes `[default: x]` in a help text for markup and shows nothing of it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERMINAL_WIDTH", "300")
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    defaults = 0
+    for name, verb in verbs.items():
+        shown = " ".join(cli(name, "--help").output.replace("│", " ").split())
+        for parameter in verb.params:
+            said = [" ".join((getattr(parameter, "help", None) or "").split())]
+            if isinstance(parameter.show_default, str):
+                said.append(f"[default: ({parameter.show_default})]")
+                defaults += 1
+            assert [text for text in said if text not in shown] == [], f"{name} {parameter.name}"
+    assert defaults >= 13
 
 
 def test_ls_prints_one_line_a_file() -> None:

@@ -15,6 +15,10 @@ FREE = (  # keys, or blocks of keys, that may change
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 
 
+# May change too, and that it does is told: what helps a run that diverged
+TOLD = ("optimizer.lr", "optimizer.warmup_steps", "optimizer.schedule", "optimizer.grad_clip", "precision")
+
+
 def flat(value: Any, path: str = "") -> dict[str, Any]:
     """A config (or its dictionary) as {"optimizer.lr": 1e-4, ...}, values as YAML would hold them."""
     if hasattr(value, "__dataclass_fields__"):
@@ -29,7 +33,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def bound(config: schema.Training) -> dict[str, Any]:
-    """By dotted key what of `config` must stay."""
+    """By dotted key what of `config` must stay, or is told of where it does not."""
     return {key: value for key, value in flat(config).items() if not is_free(key)}
 
 
