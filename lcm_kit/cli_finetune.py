@@ -37,7 +37,9 @@ def finetune(
             show_default="the folder's prompts.txt, or captions",
         ),
     ] = None,
-    trigger: Annotated[str | None, typer.Option(help="A word that every caption should hold.")] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="The word of the captions that stands for the look.")
+    ] = None,
     speed: Annotated[
         str | None,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lcm_kit import checkpoints
+from lcm_kit import run_files
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
 from lcm_kit.config.continued import TOLD, flat, is_free
@@ -37,7 +37,7 @@ def claim(config: schema.Training, accelerator: Accelerator) -> bool:
     run is to go on without its state, and if nothing can be written.
     """
     run = Path(config.output)
-    done, states = adapter_steps(run), checkpoints.folders(run)
+    done, states = adapter_steps(run), run_files.folders(run)
     if done or states:
         for change in _changes(run / "config.yaml", config, states):
             say(accelerator, f"{run}: {change} from here on")
@@ -60,8 +60,8 @@ def begin(config: schema.Training, accelerator: Accelerator) -> None:
     """
     accelerator.wait_for_everyone()  # every process has read the old file
     run = Path(config.output)
-    done, states = adapter_steps(run), checkpoints.folders(run)
-    started = not done or any(checkpoints.step_of(state) > done for state in states)
+    done, states = adapter_steps(run), run_files.folders(run)
+    started = not done or any(run_files.step_of(state) > done for state in states)
     if started and accelerator.is_main_process:
         write_config(config)
 
@@ -75,7 +75,7 @@ def write_config(config: schema.Training) -> None:
 
 def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> list[str]:
     """In words what of `TOLD` is another value now. Raises `UserError` for another change."""
-    hashed = any(known.get("base") for known in checkpoints.manifests(states))
+    hashed = any(known.get("base") for known in run_files.manifests(states))
     old, new = (_kept(keys, hashed) for keys in (_started_with(file, config, states), flat(config)))
     changed = []
     for key in sorted(new):
@@ -120,7 +120,7 @@ def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -
     A state has them with a hash; `config.yaml`, which anybody may edit, counts where there is none.
     """
     defaults = flat(type(config)(config.recipe, config.output))
-    known = [each["config"] for each in checkpoints.manifests(states) if "config" in each]
+    known = [each["config"] for each in run_files.manifests(states) if "config" in each]
     if known:
         return {**defaults, **known[-1]}
     if not file.is_file():

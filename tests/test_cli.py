@@ -19,6 +19,8 @@ from lcm_kit import __version__, shipped
 from lcm_kit.cli import app
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
+from lcm_kit.export import recommended
+from lcm_kit.export.facts import Recommended
 
 
 def cli(*arguments: str | Path) -> Result:
@@ -202,6 +204,8 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     calls, pairs = list[Any](), list[Any]()
     monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
+    advice: list[Recommended | None] = [None]
+    monkeypatch.setattr(recommended, "of_adapter", lambda adapter: advice[0])
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )
@@ -227,6 +231,11 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")
     assert [call[0][0] for call in calls[1:]] == ["other", "asset:tiny-sd"]
+    advice[0] = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.7)
+    done = cli("sample", "--prompt", "one", "--adapter", tmp_path / "run", "--weight", "0")
+    assert "tcd, 2 steps, guidance_scale 1.5, LoRA weight 0; measured for it" in " ".join(done.output.split())
+    how = ("solver", "steps", "guidance_scale", "lora_weight")
+    assert [calls[-1][1][key] for key in how] == ["tcd", 2, 1.5, 0.0]
 
 
 def test_sample_without_prompts_says_how() -> None:

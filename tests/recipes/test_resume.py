@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import checkpoints, locks
+from lcm_kit import checkpoints, locks, run_files
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.cache import encode
@@ -211,7 +211,7 @@ def test_a_finished_run_that_fails_to_go_on_is_as_it_was(
     assert (run / "config.yaml").read_bytes() == before
     interrupted(more, monkeypatch, at=8)  # after step 8 was saved
     assert "steps: 9" in (run / "config.yaml").read_text()
-    assert [folder.name for folder in checkpoints.folders(run)] == ["step-000007", "step-000008"]
+    assert [folder.name for folder in run_files.folders(run)] == ["step-000007", "step-000008"]
 
 
 @pytest.mark.slow  # processes that import torch anew
