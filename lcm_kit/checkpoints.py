@@ -8,7 +8,6 @@ where parameters are sharded over them.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, console, own_files, own_shapes
+from lcm_kit import __version__, console, own_files
 from lcm_kit.adapter import NAME, load_lora_state, named_parameters
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import atomic_folder, discard, sha256_file
+from lcm_kit.run_files import MANIFEST, folders, manifest, step_of
 
-MANIFEST = "manifest.json"
 _FILES = ("lora.safetensors", "ema.safetensors", "training.pt")
-_AGAIN = "remove that state, and training goes on from the one before"
 
 
 class State(NamedTuple):
@@ -53,31 +51,6 @@ class Origin:
 
 
 # -- On disk -------------------------------------------------------------------------------------------------
-
-
-def folders(run: Path) -> list[Path]:
-    """The states of `run`, oldest first; none of them was written in part, but any may be damaged since."""
-    return sorted((run / "state").glob("step-*"), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """After how many steps the state in `folder` was written, as its name says."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def manifest(folder: Path) -> own_shapes.State | None:
-    """What a state's manifest says; None for a state of a kit that wrote none. Raises `own_files.Damaged`."""
-    file = folder / MANIFEST
-    return own_files.read_json(file, own_shapes.State, _AGAIN) if file.is_file() else None
-
-
-def manifests(states: Sequence[Path]) -> list[own_shapes.State]:
-    """What can be read of the manifests of `states`; a damaged state is told of where it is passed over."""
-    found = []
-    for folder in states:
-        with contextlib.suppress(own_files.Damaged):
-            found.append(manifest(folder))
-    return [each for each in found if each]
 
 
 def read(folder: Path) -> State:
@@ -169,7 +142,7 @@ def write(
     if not all(tensor.isfinite().all() for tensor in state.lora.values()):
         raise UserError(
             f"{run}: the LoRA's weights are not finite after step {state.step}, training diverged, and "
-            "no state is saved; lower optimizer.lr, or raise optimizer.warmup_steps"
+            "no state is saved; train again with a lower optimizer.lr or more optimizer.warmup_steps"
         )
     rest = _canonical(state._asdict())
     known = {name: value for name, value in (("config", config), ("lines", lines)) if value is not None}

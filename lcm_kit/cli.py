@@ -179,37 +179,48 @@ def sample(
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, or asset:tiny-sd.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: the run's]")
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
     ] = None,
     steps: Annotated[
-        int,
-        typer.Option(callback=within("--steps", 1, 1000), help="Solver steps: 1 to 8 for an adapter."),
-    ] = 4,
+        int | None,
+        typer.Option(
+            callback=within("--steps", 1, 1000),
+            help="Solver steps: 1 to 8 for an adapter.",
+            show_default="what a sweep recommends for the LoRA, else 4",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(callback=within("--seed", -SEED - 1, SEED), help="Of the initial noise.")
     ] = 0,
     weight: Annotated[
-        float,
-        typer.Option(callback=within("--weight", -WEIGHT, WEIGHT), help="Strength of the LoRA."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            callback=within("--weight", -WEIGHT, WEIGHT),
+            help="Strength of the LoRA.",
+            show_default="recommended, else 1.0",
+        ),
+    ] = None,
     guidance: Annotated[
-        float,
+        float | None,
         typer.Option(
             callback=within("--guidance", 1, 1000),
             help="guidance_scale; 1 is none, and right for an adapter.",
+            show_default="recommended, else 1.0",
         ),
-    ] = 1.0,
+    ] = None,
     solver: Annotated[
-        Literal["lcm", "tcd", "ddim", "dpmpp_2m"], typer.Option(help="lcm or tcd for an adapter.")
-    ] = "lcm",
+        Literal["lcm", "tcd", "ddim", "dpmpp_2m"] | None,
+        typer.Option(help="lcm or tcd for an adapter.", show_default="recommended, else lcm"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures and a contact sheet."""
     from lcm_kit import assets
     from lcm_kit.config.schema import Base
+    from lcm_kit.export.recommended import of_adapter, settings
     from lcm_kit.sample import sample_to_folder
     from lcm_kit.written import from_command
 
@@ -223,10 +234,15 @@ def sample(
     if adapter is not None:
         with working(f"checking {adapter}"):
             _insist_on_a_pair(adapter, found)
-    with working(f"drawing {len(wanted)} of {found.path} in {steps} steps"):
+    advice = of_adapter(adapter) if adapter else None
+    use = settings(advice, solver, steps, guidance, weight)
+    if advice and advice.steps:
+        say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
+    with working(f"drawing {len(wanted)} of {found.path} in {use.steps} steps"):
         sheet = sample_to_folder(
-            found.path, wanted, output, adapter=adapter, steps=steps, guidance_scale=guidance, seed=seed,
-            lora_weight=weight, solver=solver, revision=found.revision, variant=found.variant,
+            found.path, wanted, output, adapter=adapter, steps=use.steps, guidance_scale=use.guidance_scale,
+            seed=seed, lora_weight=use.lora_weight, solver=use.solver, revision=found.revision,
+            variant=found.variant,
         )  # fmt: skip
     say(sheet)
 

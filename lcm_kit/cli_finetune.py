@@ -27,16 +27,19 @@ def finetune(
         str, typer.Option(help="SD1.x, SD2.x or SDXL: diffusers folder, hub id, .safetensors, asset:tiny-sd.")
     ] = ...,  # type: ignore[assignment]  # required, though after an optional argument
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run. [default: runs/NAME of the folder]")
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME of the folder")
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What to draw and judge by. [default: the folder's prompts.txt, or captions]",
+            help="What to draw and judge by.",
+            show_default="the folder's prompts.txt, or captions",
         ),
     ] = None,
-    trigger: Annotated[str | None, typer.Option(help="A word that every caption should hold.")] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="The word of the captions that stands for the look.")
+    ] = None,
     speed: Annotated[
         str | None,
         typer.Option(

@@ -27,7 +27,9 @@ Style = Annotated[
 Dtype = Literal["float32", "float16", "bfloat16"]
 Base = Annotated[
     str | None,
-    typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: SD1.x, SD2.x or SDXL, as it fits]"),
+    typer.Option(
+        help="Diffusers folder, hub id or asset:NAME.", show_default="SD1.x, SD2.x or SDXL, as it fits"
+    ),
 ]
 Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
 LeaveOut = Annotated[
@@ -50,7 +52,7 @@ Alpha = Annotated[
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
     style: Style = "both",
-    output: Annotated[Path | None, typer.Option(help="Folder. [default: RUN/export]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder.", show_default="RUN/export")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the files.")] = "float16",
     with_evaluation: Annotated[
         bool, typer.Option("--with-evaluation", help="Write what its guidance sweep recommends into them.")
@@ -73,8 +75,8 @@ def verify(
         list[str] | None,
         typer.Option(
             "--app",
-            help="diffusers, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; repeat it. "
-            "[default: all]",
+            help="diffusers, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; repeat it.",
+            show_default="all",
         ),
     ] = None,
     alpha: Alpha = None,
@@ -95,16 +97,17 @@ def verify(
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors LoRA, anybody's.")],
     style: Style = "both",
-    output: Annotated[Path | None, typer.Option(help="Folder. [default: beside FILE]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder.", show_default="beside FILE")] = None,
     base: Base = None,
     variant: Variant = None,
     alpha: Alpha = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [default: the file's]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.", show_default="the file's")] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             callback=within("--rank", 1, 65_536),
-            help="Reduce to this rank by SVD, at an error that is printed. [default: exact]",
+            help="Reduce to this rank by SVD, at an error that is printed.",
+            show_default="exact",
         ),
     ] = None,
     leave_out: LeaveOut = None,
@@ -152,7 +155,8 @@ def merge(
         int | None,
         typer.Option(
             callback=within("--rank", 1, 65_536),
-            help="Reduce to this rank by SVD. [default: exact, the ranks add up]",
+            help="Reduce to this rank by SVD.",
+            show_default="exact, the ranks add up",
         ),
     ] = None,
     fuse_into: Annotated[

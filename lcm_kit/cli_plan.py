@@ -38,12 +38,13 @@ def plan(
         typer.Option(
             metavar="GB",
             callback=within("--device-memory", 0, 1e6, above=True),
-            help="Of the device. [default: of the one that is here]",
+            help="Of the device.",
+            show_default="of the one that is here",
         ),
     ] = None,
     structure: Annotated[
         Literal["sd1", "sd2", "sdxl", "ssd1b"] | None,
-        typer.Option(help="What to take the base for. [default: what its files say, else its name]"),
+        typer.Option(help="What to take the base for.", show_default="what its files say, else its name"),
     ] = None,
 ) -> None:
     """Say what a run will need, and what to change if it does not fit; no weights are loaded.

@@ -20,7 +20,8 @@ def compare(
         list[str], typer.Argument(metavar="A B [C ...] [KEY=VALUE ...]", help="Runs or .safetensors LoRAs.")
     ],
     base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: what A was made on]")
+        str | None,
+        typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="what A was made on"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of report.html and the rest.")] = Path("runs/compare"),
     config: Annotated[str, typer.Option(help="A guidance sweep's config.")] = "evaluation/compare",
@@ -53,7 +54,7 @@ def compose(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, as steps=8.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME. [default: SPEED's]")
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="SPEED's")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the merged file and the map.")] = Path(
         "runs/compose"

@@ -72,6 +72,8 @@ class Seen(TypedDict):
 
     fingerprint: str
     resolution: int
+    source: NotRequired[str]
+    trigger: NotRequired[str | None]
 
 
 class File(TypedDict):

@@ -1,16 +1,20 @@
-"""What a training leaves in its run's folder for others to read: its config and its metrics."""
+"""What a training leaves in its run's folder for others to read: config, metrics, what its states are of."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import checkpoints, own_files, own_shapes
-from lcm_kit.config.continued import flat
+from lcm_kit import own_files, own_shapes
+from lcm_kit.config.continued import TOLD, flat
 from lcm_kit.config.load import load
 
 METRICS = "metrics.jsonl"
+MANIFEST = "manifest.json"  # of a state
+_STATE = "remove that state, and training goes on from the one before"
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def config_of(run: Path) -> dict[str, Any]:
         return {}
     config, state = asdict(load(file)), _state(run)
     told, kept = flat(config), state.get("config", {}) if state else {}
-    for key in told.keys() & kept.keys():
+    for key in sorted((told.keys() & kept.keys()).difference(TOLD)):
         if told[key] != kept[key]:
             why = f"{key} is {told[key]!r}, and the run was trained with {kept[key]!r}"
             raise own_files.damaged(file, why, "set it back")
@@ -52,7 +56,32 @@ def metrics_of(run: Path, step: int | None = None) -> list[own_shapes.Line]:
     return lines
 
 
+def folders(run: Path) -> list[Path]:
+    """The states of `run`, oldest first; none of them was written in part, but any may be damaged since."""
+    return sorted((run / "state").glob("step-*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """After how many steps the state in `folder` was written, as its name says."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def manifest(folder: Path) -> own_shapes.State | None:
+    """What a state's manifest says; None for a state of a kit that wrote none. Raises `own_files.Damaged`."""
+    file = folder / MANIFEST
+    return own_files.read_json(file, own_shapes.State, _STATE) if file.is_file() else None
+
+
+def manifests(states: Sequence[Path]) -> list[own_shapes.State]:
+    """What can be read of the manifests of `states`; a damaged state is told of where it is passed over."""
+    found = []
+    for folder in states:
+        with contextlib.suppress(own_files.Damaged):
+            found.append(manifest(folder))
+    return [each for each in found if each]
+
+
 def _state(run: Path, step: int | None = None) -> own_shapes.State | None:
     """What is said of the run's state after `step`, or of its newest."""
-    found = checkpoints.manifests(checkpoints.folders(run))
+    found = manifests(folders(run))
     return next((each for each in reversed(found) if step in (None, each["step"])), None)

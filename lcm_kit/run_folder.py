@@ -9,10 +9,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lcm_kit import checkpoints
+from lcm_kit import run_files
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
-from lcm_kit.config.continued import flat, is_free
+from lcm_kit.config.continued import TOLD, flat, is_free
 from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
@@ -32,14 +32,15 @@ def claim(config: schema.Training, accelerator: Accelerator) -> bool:
     """Whether there is anything to do in `config.output`; False, and said, if the run is finished.
 
     Nothing is written there yet. Raises `UserError`, naming the key and both values, if the folder holds a
-    run that another config started: only what leaves the result as it is may change, how long it runs, and
-    what it logs, draws and saves. Raises it too if a finished run is to go on without its state, and if
-    nothing can be written.
+    run that another config started: only what leaves the result as it is may change, how long it runs, what
+    it logs, draws and saves, and what helps a run that diverged, which is said. Raises it too if a finished
+    run is to go on without its state, and if nothing can be written.
     """
     run = Path(config.output)
-    done, states = adapter_steps(run), checkpoints.folders(run)
+    done, states = adapter_steps(run), run_files.folders(run)
     if done or states:
-        _same_run(run / "config.yaml", config, states)
+        for change in _changes(run / "config.yaml", config, states):
+            say(accelerator, f"{run}: {change} from here on")
     if done >= config.steps:
         say(accelerator, f"{run}: finished, {done} steps of {config.steps}; nothing to do")
         return False
@@ -59,8 +60,8 @@ def begin(config: schema.Training, accelerator: Accelerator) -> None:
     """
     accelerator.wait_for_everyone()  # every process has read the old file
     run = Path(config.output)
-    done, states = adapter_steps(run), checkpoints.folders(run)
-    started = not done or any(checkpoints.step_of(state) > done for state in states)
+    done, states = adapter_steps(run), run_files.folders(run)
+    started = not done or any(run_files.step_of(state) > done for state in states)
     if started and accelerator.is_main_process:
         write_config(config)
 
@@ -72,16 +73,23 @@ def write_config(config: schema.Training) -> None:
         atomic_write(file, text)
 
 
-def _same_run(file: Path, config: schema.Training, states: Sequence[Path]) -> None:
-    hashed = any(known.get("base") for known in checkpoints.manifests(states))
+def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> list[str]:
+    """In words what of `TOLD` is another value now. Raises `UserError` for another change."""
+    hashed = any(known.get("base") for known in run_files.manifests(states))
     old, new = (_kept(keys, hashed) for keys in (_started_with(file, config, states), flat(config)))
+    changed = []
     for key in sorted(new):
         before, now = old.get(key, (None, None)), new[key]
-        if before[0] != now[0]:
+        if before[0] == now[0]:
+            continue
+        if key in TOLD:
+            changed.append(f"{key} was {before[1]} and is {now[1]}")
+        else:
             raise UserError(
                 f"{file.parent}: this run was started with {key} {before[1]} and the config says {now[1]}; "
                 "set it back to continue, or give another output"
             )
+    return changed
 
 
 def _kept(keys: Mapping[str, Any], base_is_hashed: bool) -> dict[str, tuple[Any, str]]:
@@ -112,7 +120,7 @@ def _started_with(file: Path, config: schema.Training, states: Sequence[Path]) -
     A state has them with a hash; `config.yaml`, which anybody may edit, counts where there is none.
     """
     defaults = flat(type(config)(config.recipe, config.output))
-    known = [each["config"] for each in checkpoints.manifests(states) if "config" in each]
+    known = [each["config"] for each in run_files.manifests(states) if "config" in each]
     if known:
         return {**defaults, **known[-1]}
     if not file.is_file():

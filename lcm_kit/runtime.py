@@ -22,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, parse_flag_from_env
 from torch import Tensor
 
-from lcm_kit import checkpoints, own_files
+from lcm_kit import checkpoints, own_files, run_files
 from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
@@ -188,7 +188,7 @@ def resume(
     folder = main_does(accelerator, lambda: checkpoints.newest(run, partial(say, accelerator)))
     if folder is None:
         return Origin(unet, data, tuple(teacher), batch, world, base), None
-    batch = (checkpoints.manifest(folder) or {"batch": batch})["batch"]
+    batch = (run_files.manifest(folder) or {"batch": batch})["batch"]
     if batch % world:
         raise UserError(
             f"{run}: a step of this run sees {batch} images, which {world} processes cannot share equally; "

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lcm_kit import checkpoints
+from lcm_kit import run_files
 from lcm_kit.checkpoints import whole
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
@@ -193,11 +193,12 @@ class Guard:
         return ", ".join(found[:_NAMED]) + more
 
     def _last_words(self, which: str) -> str:
-        states = checkpoints.folders(Path(self.config.output))
+        states = run_files.folders(Path(self.config.output))
         good = f"the last good checkpoint is {states[-1]}" if states else "there is no checkpoint yet"
+        on = "train again, which goes on from there, with a" if states else "train again with a"
         times = f", the {self.skipped}th in a row" if self.skipped > 1 else ""
         return (
-            f"{which}{times}: training diverged ({good}); lower optimizer.lr, or raise "
-            "optimizer.warmup_steps, or with precision float16 try bfloat16, or leave such steps out with "
-            "non_finite=skip"
+            f"{which}{times}: training diverged ({good}); {on} lower optimizer.lr, a lower "
+            "optimizer.grad_clip or more optimizer.warmup_steps, with bfloat16 where precision is float16, "
+            "or with non_finite=skip, which leaves such steps out"
         )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -18,6 +19,8 @@ from lcm_kit import __version__, shipped
 from lcm_kit.cli import app
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
+from lcm_kit.export import recommended
+from lcm_kit.export.facts import Recommended
 
 
 def cli(*arguments: str | Path) -> Result:
@@ -64,6 +67,23 @@ def test_help_names_every_verb() -> None:
     text = cli("--help").output
     assert [verb for verb in verbs if f" {verb} " not in text] == []
     assert all(cli(verb, "--help").exit_code == 0 for verb in verbs)
+
+
+def test_help_shows_all_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes `[default: x]` in a help text for markup and shows nothing of it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERMINAL_WIDTH", "300")
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    defaults = 0
+    for name, verb in verbs.items():
+        shown = " ".join(cli(name, "--help").output.replace("│", " ").split())
+        for parameter in verb.params:
+            said = [" ".join((getattr(parameter, "help", None) or "").split())]
+            if isinstance(parameter.show_default, str):
+                said.append(f"[default: ({parameter.show_default})]")
+                defaults += 1
+            assert [text for text in said if text not in shown] == [], f"{name} {parameter.name}"
+    assert defaults >= 13
 
 
 def test_ls_prints_one_line_a_file() -> None:
@@ -184,6 +204,8 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     calls, pairs = list[Any](), list[Any]()
     monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
+    advice: list[Recommended | None] = [None]
+    monkeypatch.setattr(recommended, "of_adapter", lambda adapter: advice[0])
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )
@@ -209,6 +231,11 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")
     assert [call[0][0] for call in calls[1:]] == ["other", "asset:tiny-sd"]
+    advice[0] = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.7)
+    done = cli("sample", "--prompt", "one", "--adapter", tmp_path / "run", "--weight", "0")
+    assert "tcd, 2 steps, guidance_scale 1.5, LoRA weight 0; measured for it" in " ".join(done.output.split())
+    how = ("solver", "steps", "guidance_scale", "lora_weight")
+    assert [calls[-1][1][key] for key in how] == ["tcd", 2, 1.5, 0.0]
 
 
 def test_sample_without_prompts_says_how() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from typer.testing import CliRunner
 
 from lcm_kit.cli import app
 from lcm_kit.export import loading, reading, structure, verify
+from lcm_kit.export.facts import Facts, Recommended, facts_from
 from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.export.recommended import of_adapter
+from lcm_kit.export.untrusted import inspect
+from lcm_kit.export.write import write
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run
@@ -118,6 +123,34 @@ def test_convert_keeps_what_a_stranger_said_of_it_and_where_it_came_from(tmp_pat
     assert (told["modelspec.author"], told["modelspec.license"]) == ("Ada", "CC-BY-4.0")
     assert told["ss_base_model_version"] == "sd_v1" and told["ss_network_alpha"] == "8.0"
     assert prefixes == {"lora_te", "lora_unet"}
+
+
+def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path) -> None:
+    """What was measured is told of the very file, or of the part of a merged or reduced one that it is of."""
+    real = structure.known("sd1")
+    use = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.8)
+    kinds = {"speed": Facts("speed", method="lcm", recommended=use), "look": Facts("look", trigger="lumo")}
+    for seed, (name, facts) in enumerate(kinds.items()):
+        modules = text_modules(real)[:12] + lcm_modules(real)[:12]
+        lora = random_lora(real, modules, ranks=(4,), seed=seed)
+        write(tmp_path / f"{name}.safetensors", lora, real, "kohya", "float32", facts)
+
+    def told(name: str) -> tuple[Recommended | None, str | None]:
+        facts = facts_from(inspect(tmp_path / f"{name}.safetensors").metadata, name)
+        return facts.recommended, facts.trigger
+
+    speed = tmp_path / "speed.safetensors"
+    done = cli("convert", speed, "--format", "kohya")
+    assert done.exit_code == 0, done.output
+    assert told("speed_kohya") == (use, None)
+    assert cli("convert", speed, "--format", "diffusers", "--rank", "2").exit_code == 0
+    assert told("speed_diffusers") == (replace(use, part="speed.safetensors"), None)
+    done = cli("merge", tmp_path / "look.safetensors", f"{speed}:0.8", "--output", tmp_path / "both")
+    assert done.exit_code == 0, done.output
+    assert told("both_kohya") == (replace(use, part="speed.safetensors", lora_weight=1.0), "lumo")
+    header = inspect(tmp_path / "both_kohya.safetensors").metadata
+    assert header["modelspec.usage_hint"].endswith("LoRA strength 1. Measured for speed.safetensors alone.")
+    assert of_adapter(tmp_path / "both_kohya.safetensors") == told("both_kohya")[0]
 
 
 def test_verify_prints_a_table_and_tells_by_its_exit_code(

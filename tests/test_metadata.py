@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcm_kit.export import metadata, structure
-from lcm_kit.export.facts import Facts, facts_from, facts_of_run
+from lcm_kit.export.facts import Facts, Recommended, facts_from, facts_of_run
 from lcm_kit.export.lora import Lora
-from lcm_kit.export.recommended import Recommended
 from tests.loras import random_lora
 
 CONVENTION = (
@@ -199,6 +198,10 @@ def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> N
         "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA "
         "strength 0.8. Chosen by measurement."
     )
+    assert facts_from(built, "brand").recommended == use
+    for key, value in (("sampler", "rm -rf"), ("sampling_steps", "1e9"), ("sampling_guidance_scale", "nan")):
+        spoiled = facts_from({**built, f"lcm_kit.{key}": value}, "brand").recommended
+        assert spoiled == Recommended("Use 2 steps of TCD.", None, None, None, None), key
     none = Recommended("None of these settings can be recommended.", None, None, None, None, (), ())
     built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=none))
     assert (

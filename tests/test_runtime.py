@@ -130,8 +130,8 @@ def test_what_is_hashed_may_be_elsewhere(changes: dict[str, Any], tmp_path: Path
     ("changes", "sentence"),
     [
         ({"batch_size": 3}, r"batch_size x accumulation 2 x 1 and the config says 3 x 1"),
-        ({"precision": "bfloat16"}, r"precision 'auto' and the config says 'bfloat16'"),
-        ({"optimizer": {"lr": 0.5}}, r"optimizer\.lr 0\.01 and the config says 0\.5"),
+        ({"optimizer": {"weight_decay": 0.5}}, r"optimizer\.weight_decay 0\.0 and the config says 0\.5"),
+        ({"optimizer": {"name": "adamw8bit"}}, r"optimizer\.name 'adamw' and the config says 'adamw8bit'"),
         ({"data": {"resolution": 128}}, r"data\.resolution 64 and the config says 128"),
         ({"data": {"regularisation": "x"}}, r"data\.regularisation None and the config says 'x'"),
         ({"data": {"leave_out": "x"}}, r"data\.leave_out None and the config says 'x'"),
@@ -148,6 +148,22 @@ def test_what_makes_another_result_is_refused(changes: dict[str, Any], sentence:
     with pytest.raises(UserError, match=f"this run was started with {sentence}"):
         claim(tmp_path, **changes)
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_what_helps_a_run_that_diverged_may_change_and_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert claim(tmp_path, optimizer={"lr": 1e-2, "warmup_steps": 0})
+    save(tmp_path, 2)
+    capsys.readouterr()
+    assert claim(tmp_path, precision="bfloat16", optimizer={"lr": 1e-3, "warmup_steps": 4})
+    told = " ".join(capsys.readouterr().out.split())
+    for change in (
+        "optimizer.lr was 0.01 and is 0.001",
+        "optimizer.warmup_steps was 0 and is 4",
+        "precision was 'auto' and is 'bfloat16'",
+    ):
+        assert f"{change} from here on" in told
 
 
 def test_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

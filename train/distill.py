@@ -85,7 +85,10 @@ def facts(
         "guidance": asdict(config.baked_guidance()),
         "solver": config.solver if config.teacher.weight else None,
         "teacher": {**asdict(config.teacher), "adapters": styles},
-        "data": {"fingerprint": data, "source": config.data.source, "resolution": config.data.resolution},
+        "data": {
+            "fingerprint": data,
+            **{name: getattr(config.data, name) for name in ("source", "resolution", "trigger")},
+        },
     }
 
 

@@ -82,7 +82,10 @@ def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: in
         "steps": steps,
         **{name: asdict(getattr(config, name)) for name in ("adapter", "text_encoder", "loss", "prior")},
         "caption_dropout": config.caption_dropout,
-        "data": {"fingerprint": fingerprint, "resolution": config.data.resolution},
+        "data": {
+            "fingerprint": fingerprint,
+            **{name: getattr(config.data, name) for name in ("resolution", "trigger")},
+        },
     }
 
 

@@ -11,8 +11,13 @@ from lcm_kit.config import schema
 FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
+    "data.trigger",
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
+
+
+# May change too, and that it does is told: what helps a run that diverged
+TOLD = ("optimizer.lr", "optimizer.warmup_steps", "optimizer.schedule", "optimizer.grad_clip", "precision")
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -29,7 +34,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def bound(config: schema.Training) -> dict[str, Any]:
-    """By dotted key what of `config` must stay."""
+    """By dotted key what of `config` must stay, or is told of where it does not."""
     return {key: value for key, value in flat(config).items() if not is_free(key)}
 
 

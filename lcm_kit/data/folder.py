@@ -58,14 +58,14 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
         return FolderCheck(0, (f"{error}.",), tuple(_of("warning", remarks)), tuple(_of("note", remarks)))
 
 
-def check_data(data: Data, trigger: str | None = None) -> FolderCheck:
+def check_data(data: Data) -> FolderCheck:
     """`check_folder` for any `data.path`, also a data set; with `data.skip_bad` bad records are warnings.
 
     Pictures of `data.regularisation` are not looked at, and captions are not measured: the base's tokenizer
     does that (`families.too_long`). Raises `UserError` if there is no such source, or
     nothing in it.
     """
-    return _check(data, data.resolution, trigger, estimate=False)
+    return _check(data, data.resolution, data.trigger, estimate=False)
 
 
 def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = True) -> FolderCheck:

@@ -67,6 +67,9 @@ def convert(
     told = facts_from(read.lora.metadata, file.stem)
     base = told.base or (against.structure.label if against else None)
     facts = replace(told, base=base, parents=(*told.parents, file.name))
+    if facts.recommended and (rank is not None or leave_out):  # what was measured had other weights
+        use = facts.recommended
+        facts = replace(facts, recommended=replace(use, part=use.part or file.name))
     dtype = dtype or own_dtype(read)
     try:
         reports = delivery.deliver(made.lora, place, output, names, dtype, facts)

@@ -7,12 +7,29 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lcm_kit.export.recommended import Recommended
-
+SAMPLERS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM, trailing timesteps"}  # as apps call them
 PREFIX = "lcm_kit."  # of the metadata keys that hold what only this kit knows
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Settings that were measured to serve best; all None where none can be recommended."""
+
+    sentence: str
+    sampler: str | None
+    steps: int | None
+    guidance_scale: float | None
+    lora_weight: float | None
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    part: str | None = None  # of a merged file what was measured, alone; None: the file itself
+
+    @property
+    def sampler_name(self) -> str:
+        """As apps call it."""
+        return SAMPLERS.get(self.sampler or "", "")
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Facts:
     guidance: tuple[float, float] | None = None  # baked in, lowest and highest, by `metadata.CONVENTION`
     data_fingerprint: str | None = None
     resolution: int | None = None  # pixels along one side of the training images
+    trigger: str | None = None  # what prompts say to get the look
     date: str | None = None  # ISO 8601
     kit_version: str | None = None  # that trained it
     parents: tuple[str, ...] = ()  # the files that it was merged or converted from
@@ -49,6 +67,7 @@ def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
         guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
         data_fingerprint=section("data").get("fingerprint"),
         resolution=section("data").get("resolution"),
+        trigger=section("data").get("trigger"),
         date=adapter_facts.get("date"),
         kit_version=adapter_facts.get("kit_version"),
     )
@@ -78,9 +97,11 @@ def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
             guidance=None if low is None or high is None else (low, high),
             data_fingerprint=own.get("data_fingerprint"),
             resolution=_square(known.get("ss_resolution")),
+            trigger=known.get("modelspec.trigger_phrase"),
             date=known.get("modelspec.date"),
             kit_version=own.get("kit_version"),
             parents=_names(own.get("parents")),
+            recommended=_recommended(own),
         )
     merged = known.get("modelspec.merged_from")
     return Facts(
@@ -88,9 +109,21 @@ def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
         base=known.get("ss_sd_model_name"),
         steps=_whole(known.get("ss_steps")),
         resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
+        trigger=known.get("modelspec.trigger_phrase"),
         date=known.get("modelspec.date"),
         parents=tuple(merged.split(", ")) if merged else (),
     )
+
+
+def _recommended(own: Mapping[str, str]) -> Recommended | None:
+    """What a sweep recommended for the weights of a file, back from its header."""
+    sampler, steps = own.get("sampler"), _whole(own.get("sampling_steps"))
+    scale, weight = _number(own.get("sampling_guidance_scale")), _number(own.get("lora_weight"))
+    if "recommended" not in own:  # what else it says of sampling holds for the method in general
+        return None
+    if sampler not in SAMPLERS or not steps or steps > 1000 or scale is None or scale < 1 or weight is None:
+        return Recommended(own["recommended"], None, None, None, None)
+    return Recommended(own["recommended"], sampler, steps, scale, weight, part=own.get("recommended_for"))
 
 
 def said(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -130,7 +130,17 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
 
 
 def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> Facts:
-    """The merged file draws in few steps if one of its parts makes it: that one's settings are its own."""
+    """The merged file draws in few steps if one of its parts makes it: that one's settings are its own.
+
+    Its trigger is that of all of them."""
     told = [facts_from(read.lora.metadata, title) for read in reads]
-    speed = next((facts for facts in told if facts.method is not None), told[0])
-    return replace(speed, parents=tuple(f"{path.name}:{weight:g}" for path, weight in parts))
+    k = next((k for k, facts in enumerate(told) if facts.method is not None), 0)
+    speed, known = told[k], told[k].recommended
+    if known:  # the merged file was not measured, and holds the weight already
+        weight = None if known.steps is None else 1.0
+        known = replace(known, lora_weight=weight, part=known.part or parts[k][0].name)
+    triggers = dict.fromkeys(facts.trigger for facts in told if facts.trigger)
+    return replace(
+        speed, parents=tuple(f"{path.name}:{weight:g}" for path, weight in parts), recommended=known,
+        trigger=", ".join(triggers) or None,
+    )  # fmt: skip

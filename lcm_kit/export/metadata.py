@@ -13,17 +13,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcm_kit.export.facts import PREFIX, Facts, said
+from lcm_kit.export.facts import PREFIX, Facts, Recommended, said
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
-
-if TYPE_CHECKING:
-    from lcm_kit.export.recommended import Recommended
 
 VERSION = "1"  # of the keys under PREFIX
 CONVENTION = (
@@ -146,6 +143,7 @@ def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]
         resolution=f"{side}x{side}",
         prediction_type="v" if prediction == "v_prediction" else prediction,
         usage_hint=_usage_hint(structure, facts),
+        trigger_phrase=facts.trigger,
         merged_from=", ".join(facts.parents) if len(facts.parents) > 1 else None,
     )
     return {f"modelspec.{key}": value for key, value in keys.items()}
@@ -184,7 +182,8 @@ def _usage_hint(structure: Structure, facts: Facts) -> str | None:
         use = facts.recommended
         return (
             f"Sampler {use.sampler_name}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
-            f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. Chosen by measurement."
+            f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
+            + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
         )
     if facts.method is None:
         return (
@@ -251,6 +250,7 @@ def _measured(use: Recommended | None) -> dict[str, str]:
     return {
         "sampler": str(use.sampler), "sampling_steps": str(use.steps), "lora_weight": f"{use.lora_weight:g}",
         "sampling_guidance_scale": f"{use.guidance_scale:g}", "recommended": use.sentence,
+        **({"recommended_for": use.part} if use.part else {}),
     }  # fmt: skip
 
 

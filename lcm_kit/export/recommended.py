@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
+from lcm_kit.export.facts import Recommended, facts_from
 from lcm_kit.files import sha256_bytes
+from lcm_kit.lora_file import adapter_file
 from lcm_kit.results import of_sweep
 
 FOLDER = "sweep"  # within a run's folder, by default
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """Settings that were measured to serve best; all None where none can be recommended."""
-
-    sentence: str
-    sampler: str | None
-    steps: int | None
-    guidance_scale: float | None
-    lora_weight: float | None
-    reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def sampler_name(self) -> str:
-        """As apps call it."""
-        return {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM, trailing timesteps"}.get(self.sampler or "", "")
 
 
 def weights_hash(file: Path) -> str:
@@ -65,3 +49,39 @@ def insist(run: Path, file: Path) -> Recommended:
             f"evaluation/guidance_sweep adapters='[{run}]'` first"
         )
     return found
+
+
+def of_adapter(adapter: Path) -> Recommended | None:
+    """What was measured to serve best for a run's folder or a LoRA file; None if nothing was."""
+    file = adapter_file(adapter)
+    return (of_run(adapter, file) if adapter.is_dir() else None) or facts_from(
+        untrusted.inspect(file).metadata, file.stem
+    ).recommended
+
+
+class Settings(NamedTuple):
+    """How a picture is drawn."""
+
+    solver: str
+    steps: int
+    guidance_scale: float
+    lora_weight: float
+
+    def __str__(self) -> str:
+        """In words."""
+        how = f"{self.solver}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
+        return f"{how}, LoRA weight {self.lora_weight:g}"
+
+
+def settings(
+    use: Recommended | None,
+    solver: str | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    lora_weight: float | None,
+) -> Settings:
+    """What was asked for; where nothing was, what `use` recommends, and else what serves an LCM-LoRA."""
+    known = use if use and use.steps else Recommended("", "lcm", 4, 1.0, 1.0)
+    asked = (solver, steps, guidance_scale, lora_weight)
+    kept = (known.sampler, known.steps, known.guidance_scale, known.lora_weight)
+    return Settings(*(b if a is None else a for a, b in zip(asked, kept, strict=True)))  # type: ignore[arg-type]

@@ -251,7 +251,8 @@ def _seen(data: Mapping[str, Any]) -> dict[str, str]:
     source = data.get("source", "images")
     images = {"images": data["path"]} if source != "teacher" else {}
     samples = {"the teacher's samples for": data["samples"]["prompts"]} if source != "images" else {}
-    return {**images, **samples}
+    trigger = {"trigger": data["trigger"]} if data.get("trigger") else {}
+    return {**images, **samples, **trigger}
 
 
 def _style_export(run: Path) -> str | None:

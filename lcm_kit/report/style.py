@@ -90,6 +90,7 @@ def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
     return {
         "base": config["base"]["path"],
         "images": config["data"]["path"],
+        **({"trigger": config["data"]["trigger"]} if config["data"].get("trigger") else {}),
         "held out": f"{config['validation']['held_out']:.0%} of them",
         "training": f"{facts['steps']} steps of {images} images a process; step {facts['step']} is kept",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",

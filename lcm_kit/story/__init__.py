@@ -32,7 +32,7 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     story = configs.quickstart(output, overrides)
     insist_on_the_folder(story)
     require_writable(story.run)
-    show.plan(story, _check(story, None))
+    show.plan(story, _check(story))
     return _tell(story)
 
 
@@ -51,21 +51,23 @@ def finetune(
 
     `output`: the run's folder, `runs/<name of the folder>` unless given. `prompts`: a file of prompts to draw
     while it trains and to judge by; None: `prompts.txt` in the folder if there is one, else the captions of
-    the pictures that are held out. `trigger`: a word that every caption should hold. `speed`: an LCM-LoRA for
-    the base (as `lora_file.adapter_file` takes it), which the distillation then starts from beside the style.
-    `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and `evaluation.KEY=VALUE`. `dry_run`: check, print
-    the plan and return None. A stage that is done already does nothing or continues. Raises `UserError` for a
-    folder that cannot be learned from, and as the stages do.
+    the pictures that are held out. `trigger`: the word of the captions that stands for the look
+    (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
+    distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
+    `evaluation.KEY=VALUE`. `dry_run`: check, print the plan and return None. A stage that is done already
+    does nothing or continues. Raises `UserError` for a folder that cannot be learned from, and as the stages
+    do.
     """
     _alone()
     place = assets.place(folder)
     if not place.is_dir():
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
-    story = _of_studio(folder, base, output or Path("runs") / place.resolve().name, prompts, speed, overrides)
+    run = output or Path("runs") / place.resolve().name
+    story = _of_studio(folder, base, run, prompts, trigger, speed, overrides)
     insist_on_the_folder(story)
     if not dry_run:
         require_writable(story.run)
-    show.plan(story, _check(story, trigger))
+    show.plan(story, _check(story))
     if dry_run:
         return None
     report = _tell(story)
@@ -74,8 +76,9 @@ def finetune(
 
 
 def _of_studio(
-    folder: str, base: Base, output: Path, prompts: str | None, speed: str | None, overrides: Sequence[str]
-) -> Story:
+    folder: str, base: Base, output: Path, prompts: str | None, trigger: str | None, speed: str | None,
+    overrides: Sequence[str],
+) -> Story:  # fmt: skip
     from lcm_kit import styles
     from lcm_kit.families import inspect_base, require_fit
 
@@ -86,19 +89,19 @@ def _of_studio(
         assets.prompts(wanted)  # are there any?
     place = {"path": base.path, "revision": base.revision, "variant": base.variant}
     size, family = found.sample_size * found.factor, configs.family_of(found.width)
-    story = configs.finetune(folder, place, family, output, size, wanted, overrides)
+    story = configs.finetune(folder, place, family, output, size, wanted, overrides, trigger)
     if speed is None:
         return story
     return configs.from_speed_too(story, speed, styles.largest_rank("--speed", speed, found))
 
 
-def _check(story: Story, trigger: str | None) -> int:
+def _check(story: Story) -> int:
     """Print what is to be said of the pictures; returns how many there are, and raises for what is wrong."""
     from lcm_kit.data.folder import check_data
 
     data = story.distill.data
     _heading(1, "check: are these pictures to learn from?")
-    found = check_data(data, trigger)
+    found = check_data(data)
     for sentence in found.notes:
         console.say(sentence, err=True)
     for sentence in found.warnings:

@@ -36,6 +36,7 @@ _OWN = (
     "teacher.in_student",
 )
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
+_SHARED = ("path", "kind", "resolution", "skip_bad", "trigger")  # of `data`, by both trainings
 _GENERAL = 100  # pictures that the base draws of everyday things
 _SEEN = ("path", "regularisation", "resolution", "flip", "kind", "shard_size", "skip_bad")
 
@@ -121,12 +122,12 @@ def prompts_in(folder: str) -> str | None:
 
 def finetune(
     folder: str, base: Mapping[str, str | None], family: str, output: Path, size: int,
-    prompts: str | None, overrides: Sequence[str],
+    prompts: str | None, overrides: Sequence[str], trigger: str | None = None,
 ) -> Story:  # fmt: skip
     """The story for a studio's `folder` of pictures on `base` (path, revision, variant) of a `family`.
 
     `size`: pixels that the base was made for; `prompts`: a file of them, None: made of the pictures'
-    captions. Raises one `UserError` a config for all that is wrong with it.
+    captions; `trigger`: as `data.trigger`. Raises one `UserError` a config for all that is wrong with it.
     """
     given = Overrides(("style", "distill", "evaluation"), tuple(overrides))
     given.check()
@@ -134,6 +135,7 @@ def finetune(
         **{f"base.{key}": value for key, value in base.items()},
         "data.path": folder, "data.kind": "folder", "data.resolution": size,
         "data.cache": str(output / CACHE), "validation.prompts": prompts or str(output / PROMPTS),
+        "data.trigger": trigger,
     }  # fmt: skip
     if family != "tiny":  # whose own are of the embedded world
         told["data.samples.prompts"] = str(output / CAPTIONS)
@@ -194,7 +196,7 @@ def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Override
     base, data = asdict(distill.base), distill.data
     told = {
         **told, **{f"base.{key}": value for key, value in base.items()},
-        **{f"data.{key}": getattr(data, key) for key in ("path", "kind", "resolution", "skip_bad")},
+        **{f"data.{key}": getattr(data, key) for key in _SHARED},
         "data.cache": f"{data.cache}-style", "output": str(Path(distill.output) / STYLE),
     }  # fmt: skip
     config = _load(name, told, own := given.of("style"))

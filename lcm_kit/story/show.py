@@ -39,11 +39,11 @@ def rows(story: Story, pictures: int) -> list[tuple[str, str, str]]:
 
 def _training(config: Training, start: str = "") -> str:
     """`200 steps of 16, LoRA of rank 16`, and how far it is if it was begun."""
-    from lcm_kit import checkpoints, run_folder
+    from lcm_kit import run_files, run_folder
 
     run, batch = Path(config.output), config.batch_size * config.accumulation
     done = run_folder.adapter_steps(run)
-    states = checkpoints.folders(run)
+    states = run_files.folders(run)
     text = f"{config.steps:,} steps of {batch}, LoRA of rank {config.adapter.rank}{start}"
     if done >= config.steps:
         return f"{text}; done"

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import checkpoints, runtime, stepping
+from lcm_kit import checkpoints, run_files, runtime, stepping
 from lcm_kit.config.load import dump
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
@@ -49,7 +49,7 @@ def straight(distill_keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def states(run: Path) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in checkpoints.folders(run)]
+    return [int(folder.name.removeprefix("step-")) for folder in run_files.folders(run)]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -229,7 +229,7 @@ def test_another_base_or_cache_is_refused(
     distill_keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill.main(configure(distill_keys, tmp_path, steps=1))
-    said = checkpoints.manifest(tmp_path / "state/step-000001")
+    said = run_files.manifest(tmp_path / "state/step-000001")
     base = inspect_base(str(distill_keys["base"]["path"]))
     data = configure(distill_keys, tmp_path).data
     assert said["unet"] == base.hash_of("unet") and (said["batch"], said["world"]) == (2, 1)

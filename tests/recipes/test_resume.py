@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import checkpoints, locks
+from lcm_kit import checkpoints, locks, run_files
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.cache import encode
@@ -211,7 +211,7 @@ def test_a_finished_run_that_fails_to_go_on_is_as_it_was(
     assert (run / "config.yaml").read_bytes() == before
     interrupted(more, monkeypatch, at=8)  # after step 8 was saved
     assert "steps: 9" in (run / "config.yaml").read_text()
-    assert [folder.name for folder in checkpoints.folders(run)] == ["step-000007", "step-000008"]
+    assert [folder.name for folder in run_files.folders(run)] == ["step-000007", "step-000008"]
 
 
 @pytest.mark.slow  # processes that import torch anew
@@ -252,3 +252,28 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(
     distill.main(configure(distill_keys, straight, **{**SETTINGS, "steps": 8}))
     assert "continuing after step 7 of 8" in capsys.readouterr().out
     assert json.loads((straight / "adapter/adapter.json").read_text())["steps"] == 8
+
+
+def test_a_run_that_diverged_goes_on_as_the_message_says(
+    distill_keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the last good state, with the rate that the command gives: what comes after is of that rate."""
+    steady: dict[str, Any] = {"checkpoint": {"every": 1}, "logging": {"every": 1}}
+    distill.main(configure(distill_keys, tmp_path / "run", **steady, steps=2))
+    good = newest(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"step-000003\); train again, which goes on from there, with a lower"
+    ):
+        distill.main(configure(distill_keys, tmp_path / "run", **steady, steps=6, optimizer={"lr": 1e9}))
+    shutil.rmtree(
+        tmp_path / "run/state/step-000003"
+    )  # a state after the first of the wild steps: finite, and lost
+    capsys.readouterr()
+    distill.main(configure(distill_keys, tmp_path / "run", **steady, steps=4, optimizer={"lr": 1e-4}))
+    assert "optimizer.lr was" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [1e-2, 1e-2, 1e-4, 1e-4]
+    after = newest(tmp_path / "run")
+    assert good is not None and after is not None and after.step == 4
+    moved = max(float((after.lora[key] - good.lora[key]).abs().max()) for key in good.lora)
+    assert 0 < moved < 2.5e-4  # two of Adam's steps, each of about the rate
