@@ -314,7 +314,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(exporting, "write_card", lambda run: order.append(("card", run)))
     monkeypatch.setattr(building, "write_report", lambda run: order.append(("report", run)))
 
-    done = cli("quickstart", "steps=30", "evaluation.count=4", "--output", output)
+    done = cli("quickstart", "steps=30", "quality.count=4", "--output", output)
     assert done.exit_code == 0, done.output
     stages = ["encode", "train/finetune", "export", "encode", "train/distill", "export"]
     stages += ["evaluation/brand", "evaluation/quality", "card", "report", "card", "report"]
@@ -334,8 +334,7 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
 def test_quickstart_checks_both_configs_before_it_starts(tmp_path: Path) -> None:
     assert "steps: 0 is not allowed" in cli("quickstart", "steps=0", "--output", tmp_path / "r").stderr
     assert (
-        "count: 0 is not allowed"
-        in cli("quickstart", "evaluation.count=0", "--output", tmp_path / "r").stderr
+        "count: 0 is not allowed" in cli("quickstart", "quality.count=0", "--output", tmp_path / "r").stderr
     )
     assert not (tmp_path / "r").exists()
 

@@ -24,7 +24,7 @@ _STAGES = 7
 def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     """The story on the embedded base and brand set into `output`; returns the path of its report.html.
 
-    `overrides` are keys of `configs/quickstart.yaml`; with `style.`, `brand.` or `evaluation.` before them,
+    `overrides` are keys of `configs/quickstart.yaml`; with `style.`, `brand.` or `quality.` before them,
     of `configs/finetune/tiny_brand.yaml` and of `configs/evaluation/` `brand.yaml` or `quality.yaml`. A stage
     that is done already does nothing or continues. Raises `UserError` as the stages do.
     """
@@ -54,9 +54,9 @@ def finetune(
     the pictures that are held out. `trigger`: the word of the captions that stands for the look
     (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
     distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
-    `evaluation.KEY=VALUE`. `dry_run`: check, print the plan and return None. A stage that is done already
-    does nothing or continues. Raises `UserError` for a folder that cannot be learned from, and as the stages
-    do.
+    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and return None. A stage that
+    is done already does nothing or continues. Raises `UserError` for a folder that cannot be learned from,
+    and as the stages do.
     """
     _alone()
     place = assets.place(folder)

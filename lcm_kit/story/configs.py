@@ -25,6 +25,7 @@ STYLE, CACHE = "style", "cache"  # folders within the run's
 PROMPTS = "prompts.txt"  # in the run's folder: captions of the pictures that the style was not trained on
 CAPTIONS = "captions.txt"  # and those of the others
 _FAMILIES = {768: "sd15", 1024: "sd15", 2048: "sdxl"}  # by the width of the text embeddings
+EVALUATIONS = ("brand", "quality")  # each a recipe and a stage
 _OWN = (
     "recipe",
     "output",
@@ -85,7 +86,10 @@ class Overrides:
                 raise UserError(f"{text}: it must say which stage it is for; write one of {stages}")
 
     def _stage(self, text: str) -> str | None:
-        first, dot, _ = text.partition("=")[0].partition(".")
+        first, dot, key = text.partition("=")[0].partition(".")
+        if dot and first == "evaluation":
+            known = " or ".join(f"{stage}.{key}" for stage in self.stages if stage in EVALUATIONS)
+            raise UserError(f"{text}: there is no stage of that name; write {known}")
         return first if dot and first in self.stages else self.bare
 
 
@@ -102,7 +106,7 @@ def quickstart(output: Path, overrides: Sequence[str]) -> Story:
 
     Raises one `UserError` a config for all that is wrong with it.
     """
-    stages = ("distill", "style", "brand", "evaluation")
+    stages = ("distill", "style", "brand", "quality")
     given = Overrides(stages, tuple(overrides), bare="distill")
     distill = _distill("quickstart", output, {}, given)
     style = _style("finetune/tiny_brand", distill, {}, given)
@@ -111,7 +115,7 @@ def quickstart(output: Path, overrides: Sequence[str]) -> Story:
     size = distill.data.resolution
     told = {"run": str(output), "style": style.output, "brand": pictures, "resolution": size}
     brand = _load("evaluation/brand", told, given.of("brand"))
-    quality = _load("evaluation/quality", {"run": str(output)}, given.of("evaluation"))
+    quality = _load("evaluation/quality", {"run": str(output)}, given.of("quality"))
     return Story(style, distill, (brand, quality))
 
 
@@ -129,7 +133,7 @@ def finetune(
     `size`: pixels that the base was made for; `prompts`: a file of them, None: made of the pictures'
     captions; `trigger`: as `data.trigger`. Raises one `UserError` a config for all that is wrong with it.
     """
-    given = Overrides(("style", "distill", "evaluation"), tuple(overrides))
+    given = Overrides(("style", "distill", "brand"), tuple(overrides))
     given.check()
     told: dict[str, Any] = {
         **{f"base.{key}": value for key, value in base.items()},
@@ -148,7 +152,7 @@ def finetune(
     distill = _without_held_out(_with_general(distill, style), style)
     judged = "evaluation/brand" if family == "tiny" else "evaluation/brand_clip"
     subject = {"run": str(output), "style": style.output, "brand": folder, "prompts": prompts}
-    brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("evaluation"))
+    brand = _load(judged, {**subject, "resolution": distill.data.resolution}, given.of("brand"))
     return Story(style, distill, (brand,), prompts is None)
 
 

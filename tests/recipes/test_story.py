@@ -18,6 +18,7 @@ from lcm_kit.cli import app
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
 from lcm_kit.data.cache import Cache
+from lcm_kit.export.facts import facts_of_run
 from lcm_kit.families import inspect_base
 from lcm_kit.files import sha256_file
 from lcm_kit.story import configs, show, stages
@@ -30,11 +31,11 @@ FEW = [
     "distill.validation.every=0", "distill.validation.count=1", "distill.optimizer.warmup_steps=0",
     "distill.checkpoint.every=1", "distill.logging.trackers=[]", "distill.data.samples.count=4",
     "style.validation.prompts=null", "style.validation.control=null", "distill.validation.prompts=null",
-    "evaluation.control=null",
+    "brand.control=null",
     "distill.data.regularisation=null", "style.data.regularisation=null",
     "distill.data.regularisation_share=null", "style.data.regularisation_share=null",
-    "distill.data.samples.steps=1", "evaluation.count=3", "evaluation.teacher_steps=2",
-    "evaluation.steps=[1, 4]", "evaluation.resamples=100", "evaluation.pictures=3",
+    "distill.data.samples.steps=1", "brand.count=3", "brand.teacher_steps=2",
+    "brand.steps=[1, 4]", "brand.resamples=100", "brand.pictures=3",
 ]  # fmt: skip
 
 
@@ -183,7 +184,8 @@ def test_an_lcm_lora_of_the_base_is_started_from_too(
         (["brand", "--base", "BASE", "style.stepz=3"], "stepz: there is no such key"),
         (["brand", "--base", "BASE", "distill.output=x"], "distill.output is decided by the story"),
         (["brand", "--base", "BASE", "distill.teacher.adapters=[]"], "decided by the story"),
-        (["brand", "--base", "BASE", "evaluation.run=x"], "evaluation.run is decided by the story"),
+        (["brand", "--base", "BASE", "brand.run=x"], "brand.run is decided by the story"),
+        (["brand", "--base", "BASE", "evaluation.count=3"], "no stage of that name; write brand.count"),
         (["brand", "--base", "BASE", "--prompts", "nowhere.txt"], "there is no such file"),
     ],
 )
@@ -259,12 +261,20 @@ def test_what_the_base_drew_for_the_style_keeps_the_rest_in_the_distillation() -
     assert general("tiny") == "asset:general"
 
 
+def test_the_trigger_is_of_both_trainings() -> None:
+    place = {"path": "asset:tiny-sd", "revision": None, "variant": None}
+    told = configs.finetune("my/brand", place, "sd15", Path("runs/x"), 512, None, [], "lumo style")
+    assert told.style.data.trigger == told.distill.data.trigger == "lumo style"
+    facts = {"steps": 1, "base": {"path": "b", "hash": "h"}, "data": {"trigger": "lumo style"}}
+    assert facts_of_run(facts, "x").trigger == "lumo style"
+
+
 def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> None:
     told = configs.quickstart(Path("runs/quickstart"), [])
     assert load(shipped.find("quickstart")) == told.distill
     assert load(shipped.find("finetune/tiny_brand")).steps == told.style.steps
     other = configs.quickstart(tmp_path, ["steps=30", "base.path=b", "data.cache=c", "style.steps=90",
-                                          "evaluation.count=4", "brand.count=5"])  # fmt: skip
+                                          "quality.count=4", "brand.count=5"])  # fmt: skip
     assert (other.distill.steps, other.distill.base.path, other.distill.data.cache) == (30, "b", "c")
     assert (other.style.steps, other.style.base.path, other.style.data.path) == (90, "b", "asset:brand")
     brand, quality = other.evaluations

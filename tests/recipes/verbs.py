@@ -26,8 +26,8 @@ STORY = [
         "data.regularisation_share=null", *keys,
     ]
 ] + [
-    "evaluation.control=null", "evaluation.count=3", "evaluation.teacher_steps=2", "evaluation.steps=[1]",
-    "evaluation.resamples=100", "evaluation.pictures=1",
+    "brand.control=null", "brand.count=3", "brand.teacher_steps=2", "brand.steps=[1]",
+    "brand.resamples=100", "brand.pictures=1",
 ]  # fmt: skip
 
 
