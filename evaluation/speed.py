@@ -21,6 +21,7 @@ import json
 import platform
 import statistics
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,10 @@ from torch import Tensor
 
 import lcm_kit
 from lcm_kit import own_files
-from lcm_kit.adapter import add_lora, teacher
+from lcm_kit.adapter import add_lora
 from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
 from lcm_kit.bench.models import Base, cached
-from lcm_kit.bench.side import Drawn, Part, Side, run, scaler
+from lcm_kit.bench.side import Drawn, Part, Side, autocast, run, scaler
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Guidance, Optimizer
@@ -48,9 +49,9 @@ from lcm_kit.losses import huber
 from lcm_kit.memory import compiled, make_optimizer, place
 from lcm_kit.methods import METHODS, Times
 from lcm_kit.prediction import predictor
+from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import Schedule, add_noise
 from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
 
 METHOD, SOLVER, GRID, GUIDANCE, HUBER_C = METHODS["lcm"](), SOLVERS["ddim"], 50, Guidance(), 0.001
 KIND = "v_prediction"  # any would do: its arithmetic is nothing beside a UNet's
@@ -62,12 +63,12 @@ def ours(config: Speed, device: torch.device) -> Side:
     base = Base(config, device)
     unet, dtype = place(base.unet(), config, device), base.dtype
     lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
-    call = compiled(unet, config)
+    call = autocast(compiled(unet, config), dtype)
     tables = Schedule.from_config(BETAS)
     schedule = tables.to(device)
-    predict = partial(predictor, schedule=schedule, kind=KIND)
     latents, embeddings = cached(config)
-    empty = embeddings[0].expand(config.batch_size).to(device, dtype)
+    objective = Objective(METHOD, SOLVER, lambda a, b: huber(a, b, HUBER_C))
+    empty = embeddings[0].to(device, dtype)
 
     def inputs(at: int) -> tuple[Tensor, Condition, Drawn]:
         of = partial(draw, config.seed, at, range(config.batch_size))
@@ -78,22 +79,11 @@ def ours(config: Speed, device: torch.device) -> Side:
         return latents.to(device), embeddings.to(device, dtype), drawn
 
     def loss(x0: Tensor, condition: Condition, drawn: Drawn, part: Part) -> Tensor:
-        def as_teacher(x: Tensor, t: Tensor) -> Tensor:
-            both = Condition.cat([empty.sized_as(condition), condition])
-            with part("teacher"), teacher(unet):
-                uncond, cond = run(call, x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            return guide(uncond, cond, drawn.guidance)
+        def named(name: str) -> AbstractContextManager[None]:
+            return part("student forward" if name == "student" else name)
 
-        def as_student(name: str, x: Tensor, t: Tensor) -> Tensor:
-            with part(name):
-                return run(call, x, t, condition)
-
-        return consistency_loss(
-            method=METHOD, solver=SOLVER, loss=lambda a, b: huber(a, b, HUBER_C), schedule=schedule,
-            teacher=predict(as_teacher), target=predict(partial(as_student, "target")),
-            student=predict(partial(as_student, "student forward")),
-            x0=x0, noise=drawn.noise, times=drawn.times,
-        ).mean()  # fmt: skip
+        roles = Roles(unet, call, lora, (), empty, schedule, KIND, objective, dtype, part=named)
+        return roles.losses(Given(x0, drawn.noise, drawn.times, drawn.guidance, condition)).mean()
 
     return Side(inputs, loss, lora, make_optimizer(lora, Optimizer(), device), scaler(device, dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -65,25 +66,36 @@ def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
     """
     missing = not own_files.is_whole(file)
     share.wait()  # nobody may see what another writes
-    if missing:
-        tensors = {f"{k:06d}/{name}": value for k, rows in enumerate(make()) for name, value in rows.items()}
-        own_files.write_tensors(_part(file, share.rank), tensors)
-    share.wait()
-    if missing and share.first:
-        parts = [_part(file, rank) for rank in range(share.world)]
-        turns = zip_longest(*(_batches(part) for part in parts))
-        batches = [batch for turn in turns for batch in turn if batch is not None]
-        cell = file.stem.rpartition("-")[0]
-        for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
-            discard(old)
-        own_files.write_tensors(
-            file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        )
+    try:
+        if missing:
+            tensors = {
+                f"{k:06d}/{name}": value for k, rows in enumerate(make()) for name, value in rows.items()
+            }
+            own_files.write_tensors(_part(file, share.rank), tensors)
+        share.wait()
+        if missing and share.first:
+            _join(file, share.world)
+    except BaseException:
+        with suppress(UserError):  # the one that is raised says more
+            discard(_part(file, share.rank))
+        raise
     if share.first:
         for rank in range(share.world):  # a killed process may have left some
             discard(_part(file, rank))
     share.wait()
     return own_files.read_tensors(file, "evaluate again, which draws it anew")
+
+
+def _join(file: Path, world: int) -> None:
+    """Write `file` of the parts of all processes, and remove what is of other inputs."""
+    turns = zip_longest(*(_batches(_part(file, rank)) for rank in range(world)))
+    batches = [batch for turn in turns for batch in turn if batch is not None]
+    cell = file.stem.rpartition("-")[0]
+    for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
+        discard(old)
+    own_files.write_tensors(
+        file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    )
 
 
 def _part(file: Path, rank: int) -> Path:

@@ -30,7 +30,7 @@ LAYERS = {
         "written",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
-    "models": {"families", "adapter", "memory", "sample", "text_lora"},
+    "models": {"families", "adapter", "memory", "roles", "sample", "text_lora"},
     "disk": {
         "bench",
         "data",
@@ -53,7 +53,6 @@ LAYERS = {
         "stepping",
         "stopping",
         "sweep",
-        "teaching",
         "validation",
     },
     "top": {

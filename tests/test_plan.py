@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from lcm_kit import families, shipped, text_lora
+from lcm_kit import families, roles, shipped, text_lora
 from lcm_kit.adapter import add_lora, trained_parameters
 from lcm_kit.cli_plan import verbs
 from lcm_kit.config.finetune import Finetune
@@ -24,14 +24,15 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import write
 from lcm_kit.export.facts import Facts
 from lcm_kit.export.structure import of_base
+from lcm_kit.methods import METHODS
 from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.rehearsal import Stage, rehearse_vae
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, largest
-from lcm_kit.plan.work import teacher_calls
 from lcm_kit.schedule import Schedule
+from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
 from lcm_kit.styles import add_teacher_adapters
 from tests.loras import lcm_modules, random_lora
@@ -166,7 +167,7 @@ def test_weights_of_text_encoders_at_hand(sdxl_base: Path) -> None:
 @pytest.mark.parametrize(("solver", "calls"), [("ddim", 1), ("heun", 2), ("dpmpp_2s", 2)])
 def test_flops_of_a_step_count_every_teacher_pass(solver: str, calls: int, tiny: Planner) -> None:
     wanted = config("quickstart", f"solver={solver}", "accumulation=3", "batch_size=2")
-    assert teacher_calls(wanted) == calls
+    assert roles.passes(wanted) == {"teacher": 2 * calls, "target": 1, "student": 1}
     passes = tiny.stage.rehearse(64, torch.float16, cuda=True, checkpointing=False)
     flops = tiny(wanted).flops
     assert flops["teacher"] == pytest.approx(passes.teacher.flops * 2 * calls * 6)
@@ -511,12 +512,12 @@ def test_passes_of_a_step_are_those_of_the_loss(weight: float, tiny: Planner) ->
     wanted = config(
         "quickstart", f"teacher.weight={weight}", *(["guidance.min=3", "guidance.max=8"] * (weight == 0))
     )
-    method = trial.METHODS["lcm"](0.5, 10.0)
+    method = METHODS["lcm"](0.5, 10.0)
     schedule = Schedule.from_config(
         {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     )
     consistency_loss(
-        method=method, solver=trial.SOLVERS["ddim"], loss=lambda a, b: (a - b).square().mean((1, 2, 3)),
+        method=method, solver=SOLVERS["ddim"], loss=lambda a, b: (a - b).square().mean((1, 2, 3)),
         schedule=schedule, teacher=counted("teacher"), target=counted("target"), student=counted("student"),
         x0=torch.ones(1, 1, 2, 2), noise=torch.zeros(1, 1, 2, 2), teacher_weight=weight,
         times=method.times(schedule, 50, 1, torch.Generator().manual_seed(0)),

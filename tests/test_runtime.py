@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter
 
-from lcm_kit import checkpoints, run_folder, runtime
+from lcm_kit import checkpoints, own_files, run_files, run_folder, runtime
 from lcm_kit.checkpoints import Origin, State
-from lcm_kit.config.continued import flat
+from lcm_kit.config.continued import bound, flat
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.schema import Distill, Optimizer
 from lcm_kit.errors import UserError
@@ -55,10 +55,10 @@ def test_flat_names_every_key(tmp_path: Path) -> None:
     assert keys["base.path"] == "asset:tiny-sd"
 
 
-def save(run: Path, step: int, batch: int = 2) -> None:
+def save(run: Path, step: int, batch: int = 2, **known: Any) -> None:
     lora = {"a.lora_A.weight": torch.full((2, 2), float(step))}
     state = State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
-    checkpoints.write(run, state, Origin("unet", "data", (), batch, 1), keep=2)
+    checkpoints.write(run, state, Origin("unet", "data", (), batch, 1), keep=2, **known)
 
 
 def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
@@ -164,6 +164,35 @@ def test_what_helps_a_run_that_diverged_may_change_and_is_told(
         "precision was 'auto' and is 'bfloat16'",
     ):
         assert f"{change} from here on" in told
+
+
+def test_lines_that_were_lost_are_told(tmp_path: Path) -> None:
+    """By the number that the newest state counted; who removed the file knows of it."""
+    for step in (1, 2, 3):
+        own_files.append_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 0.5})
+    save(tmp_path, 3, lines=3)
+    assert [line["step"] for line in run_files.metrics_of(tmp_path)] == [1, 2, 3]
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole[: whole.rindex('{"step": 3')])
+    with pytest.raises(own_files.Damaged, match="of its 3 lines until step 3 2 are there"):
+        run_files.metrics_of(tmp_path)
+    assert len(run_files.metrics_of(tmp_path, step=2)) == 2  # of that state nothing is known
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run_files.metrics_of(tmp_path) == []
+
+
+def test_a_config_that_says_other_than_the_run_kept_is_told(tmp_path: Path) -> None:
+    assert claim(tmp_path)
+    save(tmp_path, 2, config=bound(config(tmp_path)))
+    assert run_files.config_of(tmp_path)["adapter"]["rank"] == 4
+    for key, changed in (("steps: 4", "steps: 400"), ("lr: 0.01", "lr: 0.02")):  # which may change
+        text = (tmp_path / "config.yaml").read_text()
+        (tmp_path / "config.yaml").write_text(text.replace(key, changed))
+        run_files.config_of(tmp_path)
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("rank: 4", "rank: 5"))
+    with pytest.raises(own_files.Damaged, match="adapter.rank is 5, and the run was trained with 4"):
+        run_files.config_of(tmp_path)
 
 
 def test_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,11 +108,17 @@ def wait(ids: Sequence[int], until: float) -> list[int | None]:
     return [codes[child] for child in ids]
 
 
+def kill(child: int) -> None:
+    """Kill a child with its group, or alone where it had no time to become the group's leader."""
+    for strike in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            strike(child, signal.SIGKILL)
+
+
 def end(ids: Sequence[int]) -> None:
     """Kill what runs still."""
     for child in ids:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+        kill(child)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
 
@@ -200,7 +206,7 @@ class Bench:
             codes = wait(ids, time.monotonic() + delay)
             victim = chance.choice(ids)
             if None in codes:
-                os.killpg(victim, signal.SIGKILL)
+                kill(victim)
         running = [child for child, code in zip(ids, codes, strict=True) if code is None]
         end(running)
         return int(bool(running) or -signal.SIGKILL in codes), all(code == 0 for code in codes)

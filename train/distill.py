@@ -16,7 +16,6 @@ command continues an interrupted run, bit for bit on a CPU. To try another idea,
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,26 +25,22 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping
-from lcm_kit.adapter import add_lora, swapped, teacher, trained_parameters, update_ema
+from lcm_kit.adapter import add_lora, trained_parameters, update_ema
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
-from lcm_kit.families.condition import Condition
-from lcm_kit.guidance import guide, sample_guidance
+from lcm_kit.data.split import of_the_base
+from lcm_kit.guidance import sample_guidance
 from lcm_kit.held_out import HeldOut, Measuring
 from lcm_kit.locks import alone
-from lcm_kit.losses import LOSSES
 from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
-from lcm_kit.methods import METHODS, Method, Times
-from lcm_kit.prediction import predictor
+from lcm_kit.methods import Method, Times
 from lcm_kit.processes import say
-from lcm_kit.schedule import Schedule, grid_steps, interval_weight
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
+from lcm_kit.roles import Given, Objective, Roles
+from lcm_kit.schedule import Schedule, grid_steps
 from lcm_kit.stopping import leave, stoppable
 from lcm_kit.styles import add_teacher_adapters, start_from
-from lcm_kit.teaching import by_teacher, of_the_base
 from lcm_kit.validation import Validation
 
 
@@ -109,10 +104,7 @@ def main(config: Distill) -> Path:
     control = Control.prepare(config, base.base_hash)
     validation = Validation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
-    method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
-    solver, distance = SOLVERS[config.solver], LOSSES[config.loss.name]
-    weighted = config.loss.weighting == "interval"
-    predict = partial(predictor, schedule=schedule, kind=base.prediction_type)
+    objective = Objective.of(config)
     unet = load_unet(base, config, device, dtype)
 
     # -- Adapters: the teacher's, then the one that is trained; everything else is frozen --------------------
@@ -146,50 +138,24 @@ def main(config: Distill) -> Path:
     share = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, share, config.seed, *places, sources.mix_of(trained, config.data))
-    empty = cache.empty().to(device, dtype)
-    two_teachers = any(of_the_base(config, trained.ids))
 
-    # -- The three parts that one UNet plays: raw model outputs ----------------------------------------------
-    def as_teacher(
-        x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, bases: Sequence[bool]
-    ) -> Tensor:
-        def ask(rows: list[int], styled: bool) -> Tensor:
-            n, named = len(rows), condition[rows]
-            both = Condition.cat([empty.expand(n).sized_as(named), named])
-            with teacher(unet, styled=styled):
-                output = call(x[rows].to(dtype).repeat(2, 1, 1, 1), t[rows].repeat(2), **both.kwargs()).sample
-            return guide(output[:n], output[n:], guidance[rows])
-
-        return by_teacher(ask, bases, always=two_teachers and runtime.sharded(accelerator))
-
-    def as_target(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with swapped(lora, ema or lora):
-            return call(x.to(dtype), t, **condition.kwargs()).sample
-
-    def as_student(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return call(x.to(dtype), t, **condition.kwargs()).sample
+    # -- The three parts that one UNet plays, and the loss between them --------------------------------------
+    roles = Roles(
+        unet, call, lora, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
+        dtype, both=any(of_the_base(config, trained.ids)) and runtime.sharded(accelerator),
+    )  # fmt: skip
 
     def losses_of(batch: Batch, drawn: Draws, part: slice) -> Tensor:
-        condition = batch.condition[part].to(device, dtype)
-        times = Times(*(time[part] for time in drawn.times)).to(device)
-        losses = consistency_loss(
-            method=method, solver=solver, schedule=schedule,
-            loss=lambda a, b: distance(a, b, config.loss.c),
-            teacher=predict(partial(
-                as_teacher, condition=condition, guidance=drawn.guidance[part],
-                bases=of_the_base(config, batch.ids[part]),
-            )),
-            target=predict(partial(as_target, condition=condition)),
-            student=predict(partial(as_student, condition=condition)),
-            x0=batch.latents[part].to(device), noise=drawn.noise[part].to(device),
-            times=times, teacher_weight=config.teacher.weight,
-        )  # fmt: skip
-        return losses * interval_weight(schedule, times.t, times.s) if weighted else losses
+        return roles.losses(Given(
+            batch.latents[part].to(device), drawn.noise[part].to(device),
+            Times(*(time[part] for time in drawn.times)).to(device), drawn.guidance[part],
+            batch.condition[part].to(device, dtype), of_the_base(config, batch.ids[part]),
+        ))  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
         final = replace(config, grid=replace(config.grid, steps_start=None))
-        return losses_of(batch, draws(final, method, schedule, batch, -1), slice(None))
+        return losses_of(batch, draws(final, objective.method, schedule, batch, -1), slice(None))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(unet)
@@ -208,7 +174,7 @@ def main(config: Distill) -> Path:
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
-            drawn = draws(config, method, schedule, batch, step)
+            drawn = draws(config, objective.method, schedule, batch, step)
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, batch, drawn))

@@ -57,9 +57,18 @@ def scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
+def autocast(unet: Any, dtype: torch.dtype) -> Callable[..., Any]:
+    """`unet`, called under autocast as accelerate does it where the weights are half."""
+
+    def call(x: Tensor, t: Tensor, **conditions: Any) -> Any:
+        with nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype):
+            return unet(x, t, **conditions)
+
+    return call
+
+
 def run(unet: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The UNet's raw output [B, C, h, w], under autocast as accelerate does it where the weights are half."""
+    """The UNet's raw output [B, C, h, w], of the precision of `condition`."""
     dtype = condition.embeds.dtype
-    with nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype):
-        output: Tensor = unet(x.to(dtype), t, **condition.kwargs()).sample
+    output: Tensor = autocast(unet, dtype)(x.to(dtype), t, **condition.kwargs()).sample
     return output

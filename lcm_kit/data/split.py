@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lcm_kit.config.schema import Distill
 from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
@@ -85,3 +86,14 @@ def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset(
         and not cache.ids[i].endswith(MIRRORED)
     ]
     return Rows(cache, trained), Rows(cache, measured)
+
+
+def of_the_base(config: Distill, ids: Sequence[str]) -> list[bool]:
+    """Which records the base alone teaches: those of data.regularisation (`teacher.regularisation`)."""
+    alone = config.teacher.regularisation == "base" and not config.teacher.in_student
+    return [alone and bool(config.teacher.adapters) and id.startswith(GENERAL) for id in ids]
+
+
+def two_teachers(config: Distill) -> bool:
+    """Whether the base alone teaches some of the records."""
+    return config.data.regularisation is not None and any(of_the_base(config, [GENERAL]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import families, memory, runtime, stepping
-from lcm_kit.adapter import add_lora, swapped, teacher, update_ema
+from lcm_kit.adapter import add_lora, update_ema
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
+from lcm_kit.data.split import two_teachers
 from lcm_kit.export.structure import empty_unet
 from lcm_kit.families.condition import Condition
-from lcm_kit.guidance import guide
 from lcm_kit.losses import LOSSES
-from lcm_kit.methods import METHODS, Times
+from lcm_kit.methods import Times
 from lcm_kit.plan import work
 from lcm_kit.plan.meter import Meter
 from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
 from lcm_kit.prediction import predictor
+from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import Schedule
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss, diffusion_loss
+from lcm_kit.step import diffusion_loss
 
 _MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -81,7 +82,7 @@ class Trial:
         return condition, self.condition[0].to(device, dtype).expand(len(condition)).sized_as(condition)
 
     def _as_student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.meter.start("student pass")  # until the gradients are clipped
+        self._part("student")
         return self._call(x, t, condition)
 
     def _denoising(self, part: slice) -> Tensor:
@@ -98,31 +99,21 @@ class Trial:
     def _consistency(self, config: Distill, part: slice) -> Tensor:
         condition, empty = self._conditions(part)
         x0 = self.latents[part].to(self.accelerator.device)
-
-        def as_teacher(x: Tensor, t: Tensor) -> Tensor:
-            self.meter.start("teacher pass")
-            with teacher(self.unet):
-                both = Condition.cat([empty, condition])
-                uncond, cond = self._call(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            return guide(uncond, cond, config.guidance.max)
-
-        def as_target(x: Tensor, t: Tensor) -> Tensor:
-            self.meter.start("target pass")
-            with swapped(self.lora, self.ema or self.lora):
-                return self._call(x, t, condition)
-
-        method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
-        times = method.times(self.tables, config.grid.steps, len(x0), torch.Generator().manual_seed(0))
-        schedule = self.tables.to(x0.device)
-        predict = partial(predictor, schedule=schedule, kind=self.kind)
-        return consistency_loss(
-            method=method, solver=SOLVERS[config.solver], schedule=schedule,
-            loss=lambda a, b: LOSSES[config.loss.name](a, b, config.loss.c),
-            teacher=predict(as_teacher), target=predict(as_target),
-            student=predict(partial(self._as_student, condition=condition)),
-            x0=x0, noise=torch.randn(x0.shape).to(x0.device), times=Times(*times).to(x0.device),
-            teacher_weight=config.teacher.weight,
+        objective, n = Objective.of(config), len(x0)
+        roles = Roles(
+            self.unet, self.unet, self.lora, self.ema, empty[0], self.tables.to(x0.device), self.kind,
+            objective, runtime.dtype(self.accelerator), part=self._part,
         )  # fmt: skip
+        times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
+        return roles.losses(Given(
+            x0, torch.randn(x0.shape).to(x0.device), Times(*times).to(x0.device),
+            torch.full((n,), config.guidance.max), condition,
+            [two_teachers(config) and k % 2 == 1 for k in range(n)],
+        ))  # fmt: skip
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        self.meter.start(f"{name} pass")  # until the next begins, the student's until gradients are clipped
+        return nullcontext()
 
     def step(self) -> tuple[float, int]:
         """One optimizer step: its seconds with all of its micro-batches, and samples a forward."""

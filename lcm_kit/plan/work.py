@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lcm_kit import validation
+from lcm_kit import roles, validation
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.held_out import TIMES
 from lcm_kit.plan.rehearsal import Rehearsal
-from lcm_kit.schedule import Schedule
-from lcm_kit.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -34,21 +29,6 @@ def pairs(config: Training) -> bool:
 def guided(guidance_scale: float) -> int:
     """Passes of the UNet for one step of one picture."""
     return 2 if guidance_scale > 1 else 1
-
-
-def teacher_calls(config: Distill) -> int:
-    """How often the solver asks the teacher in one step: found by letting it."""
-    calls = 0
-
-    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
-        return x, x
-
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    schedule, t = Schedule.from_config(betas), torch.tensor([500])
-    SOLVERS[config.solver](predict, schedule, torch.ones(1, 1, 1, 1), t, t - 20)
-    return calls
 
 
 def flops_of_step(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
@@ -95,8 +75,8 @@ def _of_loss(config: Training) -> tuple[int, int]:
     """Passes for the loss of one sample: of the teacher, and of the UNet with the LoRA."""
     if not isinstance(config, Distill):
         return 0, 1
-    weight = config.teacher.weight
-    return 2 * teacher_calls(config) * (weight > 0), (weight > 0) + (weight < 1) + 1
+    asked = roles.passes(config)
+    return asked["teacher"], asked["target"] + asked["student"]
 
 
 def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) -> Aside:

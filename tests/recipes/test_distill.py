@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcm_kit import families, sample
+from lcm_kit import families, roles, sample
 from lcm_kit.adapter import load_adapter
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
@@ -168,13 +168,13 @@ def test_the_loss_on_held_out_pictures_is_by_the_styled_teacher(
 ) -> None:
     keys, _ = mixed
     asked: list[list[bool]] = []
-    real = distill.by_teacher
+    real = roles.by_teacher
 
     def by_teacher(ask: Any, bases: list[bool], **more: Any) -> Tensor:
         asked.append(list(bases))
         return real(ask, bases, **more)
 
-    monkeypatch.setattr(distill, "by_teacher", by_teacher)
+    monkeypatch.setattr(roles, "by_teacher", by_teacher)
     run = distill.main(configure(keys, tmp_path / "run", steps=2, validation={"held_out": 0.25}))
     found = metrics(run, "held_out_loss")
     assert len(found) == 2 and all(np.isfinite(found))

@@ -102,7 +102,7 @@ class Bench:
         assert len(sentences) == (done.exit_code == 2), f"{where}: {done.stderr}"
         if sentences:
             assert done.stderr.splitlines()[-1] == sentences[0], f"{where}: {done.stderr}"
-            assert f"{self.place}/" in sentences[0], f"{where}: {sentences[0]}"
+            assert f"{self.place}" in sentences[0], f"{where}: {sentences[0]}"
 
     def _nothing_is_lost(self, now: dict[str, str], where: str) -> None:
         """What stood there before and is there at the end stands there now, and all of it is whole."""

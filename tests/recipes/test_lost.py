@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import checkpoints, run_files, runtime, stepping
+from lcm_kit import checkpoints, roles, run_files, runtime, stepping
 from lcm_kit.config.load import dump
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
@@ -248,7 +248,7 @@ def test_another_base_or_cache_is_refused(
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`spoil((2, 3), f)`: the losses [B] of these calls of the loss (from 1) go through f."""
-    whole = distill.consistency_loss
+    whole = roles.consistency_loss
 
     def arrange(calls: Any, change: Callable[[Tensor], Tensor]) -> None:
         counted = [0]
@@ -258,7 +258,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             losses = whole(**parts)
             return change(losses) if counted[0] in calls else losses
 
-        monkeypatch.setattr(distill, "consistency_loss", loss)
+        monkeypatch.setattr(roles, "consistency_loss", loss)
 
     return arrange
 

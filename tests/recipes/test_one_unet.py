@@ -19,6 +19,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lcm_kit import roles
 from lcm_kit.families import lora_targets
 from tests.recipes.small import configure
 from train import distill
@@ -138,8 +139,8 @@ def test_one_unet_is_resident_and_passes_without_gradient_leave_no_trace(
     """With an EMA, whose weights the target's pass swaps in."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     before = objects()  # held to the end, so that their addresses stay theirs
-    watch = Watch(distill.consistency_loss, before)
-    monkeypatch.setattr(distill, "consistency_loss", watch)
+    watch = Watch(roles.consistency_loss, before)
+    monkeypatch.setattr(roles, "consistency_loss", watch)
     keys = {**distill_keys, "adapter": {"rank": RANK, "alpha": 8.0}}
     run = distill.main(configure(keys, tmp_path / "run", steps=STEPS, ema=0.9))
     assert len(watch.counted) == 3 * STEPS

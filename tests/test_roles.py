@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lcm_kit.config.load import RECIPES
-from lcm_kit.teaching import by_teacher, of_the_base
+from lcm_kit.data.split import of_the_base
+from lcm_kit.roles import by_teacher
 
 X = torch.arange(12.0).view(4, 3)
 
