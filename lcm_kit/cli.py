@@ -215,9 +215,39 @@ def sample(
         Literal["lcm", "tcd", "ddim", "dpmpp_2m"] | None,
         typer.Option(help="lcm or tcd for an adapter.", show_default="recommended, else lcm"),
     ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; it takes a --guidance above 1.")
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--width", 8, 8192),
+            help="Pixels, a multiple of 8.",
+            show_default="the base's own",
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(callback=within("--height", 8, 8192), help="As --width.", show_default="as the width"),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(callback=within("--count", 1, 1000), help="Pictures of each prompt.")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(callback=within("--batch-size", 1, 1000), help="Pictures at once.")
+    ] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures and a contact sheet."""
+    import torch
+
     from lcm_kit import assets
     from lcm_kit.config.schema import Base
     from lcm_kit.export.recommended import of_adapter, settings
@@ -234,15 +264,18 @@ def sample(
     if adapter is not None:
         with working(f"checking {adapter}"):
             _insist_on_a_pair(adapter, found)
+    side = width or height
     advice = of_adapter(adapter) if adapter else None
     use = settings(advice, solver, steps, guidance, weight)
     if advice and advice.steps:
         say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
-    with working(f"drawing {len(wanted)} of {found.path} in {use.steps} steps"):
+    with working(f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps"):
         sheet = sample_to_folder(
             found.path, wanted, output, adapter=adapter, steps=use.steps, guidance_scale=use.guidance_scale,
             seed=seed, lora_weight=use.lora_weight, solver=use.solver, revision=found.revision,
-            variant=found.variant,
+            variant=found.variant, negative_prompt=None if negative is None else from_command(negative),
+            size=None if side is None else (height or side, width or side), count=count,
+            batch_size=batch_size, device=device, dtype=None if dtype is None else getattr(torch, dtype),
         )  # fmt: skip
     say(sheet)
 

@@ -34,7 +34,6 @@ _NOISE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
 )  # fmt: skip
-_BATCH = 8  # prompts a call in `sample_to_folder`
 
 
 def placement() -> dict[str, Any]:
@@ -185,18 +184,23 @@ def latents(
     guidance_scale: float = 1.0,
     seed: int = 0,
     first: int = 0,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k).
 
-    `size` (pixels) is the UNet's own by default. LCM's renewed noise follows the same generators, so it too
+    `size`, of a side or (height, width) in pixels, is the UNet's own by default. `negative_prompt` stands in
+    the place of the empty one, which guidance leads away from; with none (1) it does nothing. LCM's renewed
+    noise follows the same generators, so it too
     is a function of (seed, index). `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError`
     for an unknown solver and for impossible steps or guidance.
     """
     _check(solver, steps, guidance_scale)
     own = pipe.scheduler
-    side = size // pipe.vae_scale_factor if size else pipe.unet.config.sample_size
-    shape = (pipe.unet.config.in_channels, side, side)
+    own_side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    height, width = size if isinstance(size, tuple) else (size or own_side,) * 2
+    sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    shape = (pipe.unet.config.in_channels, *sides)
     streams = generators(seed, first, len(prompts))
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     pipe.scheduler = scheduler(solver, own.config)
@@ -204,8 +208,8 @@ def latents(
     try:
         drawn = pipe(
             list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams,
-            height=size, width=size, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
-            **extra,
+            height=height, width=width, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts), **extra,
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own
@@ -266,27 +270,62 @@ def sample_to_folder(
     solver: str = "lcm",
     revision: str | None = None,
     variant: str | None = None,
+    negative_prompt: str | None = None,
+    size: tuple[int, int] | None = None,
+    count: int = 1,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
-    `adapter` is a run's folder or a `.safetensors` file. Returns the contact sheet's path. Raises `UserError`
-    for everything that the caller can mend.
+    `adapter` is a run's folder or a `.safetensors` file; `size` (height, width) in pixels, the base's own by
+    default; `count` pictures of each prompt, `NNN-prompt-K.png` where they are several: the first of each are
+    the same whatever `count` and `batch_size` are. `device` and `dtype` are by `placement`. Returns the
+    contact sheet's path, with a row a prompt where there are several pictures. Raises `UserError` for
+    everything that the caller can mend.
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
     sweep(output, deep=False)
     _check(solver, steps, guidance_scale)
+    if negative_prompt is not None and guidance_scale <= 1:
+        raise UserError(
+            "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
+        )
     file = None if adapter is None else adapter_file(adapter)
-    pipe = pipeline(base, revision=revision, variant=variant, **placement())
+    where = _placed(device, dtype)
+    if size is not None and any(side % 8 for side in size):
+        raise UserError(f"size {size[1]} x {size[0]}: width and height must be multiples of 8 pixels")
+    pipe = pipeline(base, revision=revision, variant=variant, **where)
     if file is not None:
         load_adapter(pipe, file, lora_weight)
+    wanted = list(prompts) * count  # the first of every prompt, then the second of every one, ...
     pictures: list[Image.Image] = []
-    for first in range(0, len(prompts), _BATCH):
-        batch = prompts[first : first + _BATCH]
+    for first in range(0, len(wanted), batch_size):
+        batch = wanted[first : first + batch_size]
         images = sample(
-            pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first
-        )
-        for k, picture in enumerate(to_pil(images), start=first):
-            save_png(picture, output / f"{k:03d}-{slug(prompts[k])}.png")
+            pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
+            size=size, negative_prompt=negative_prompt,
+        )  # fmt: skip
+        for at, picture in enumerate(to_pil(images), start=first):
+            k, which = at % len(prompts), at // len(prompts) + 1
+            more = f"-{which}" if count > 1 else ""
+            save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png")
             pictures.append(picture)
-    return save_png(contact_sheet(pictures), output / "contact-sheet.png")
+    rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
+    sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
+    return save_png(sheet, output / "contact-sheet.png")
+
+
+def _placed(device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Where to draw, and in which precision. Raises `UserError` for a device that is not here."""
+    where = placement() if device is None else {"device": device, "dtype": torch.float32}
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"device {device!r} cannot be used ({first_line(error)}); give cpu") from error
+        if torch.device(device).type != "cpu":
+            where["dtype"] = torch.float16
+    return where if dtype is None else {**where, "dtype": dtype}

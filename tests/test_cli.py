@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner, Result
@@ -227,6 +228,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
         "seed": 5, "lora_weight": 0.8, "solver": "lcm", "revision": None, "variant": "fp16",
+        "negative_prompt": None, "size": None, "count": 1, "batch_size": 8, "device": None, "dtype": None,
     }  # fmt: skip
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")
@@ -234,6 +236,10 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     advice[0] = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.7)
     done = cli("sample", "--prompt", "one", "--adapter", tmp_path / "run", "--weight", "0")
     assert "tcd, 2 steps, guidance_scale 1.5, LoRA weight 0; measured for it" in " ".join(done.output.split())
+    more = ("--negative", "red", "--width", "64", "--count", "2", "--batch-size", "3", "--device", "cpu")
+    cli("sample", "--prompt", "one", "--base", "b", *more, "--dtype", "bfloat16", "--guidance", "2")
+    given, keys = calls.pop()[1], ("negative_prompt", "size", "count", "batch_size", "device", "dtype")
+    assert [given[key] for key in keys] == ["red", (64, 64), 2, 3, "cpu", torch.bfloat16]
     how = ("solver", "steps", "guidance_scale", "lora_weight")
     assert [calls[-1][1][key] for key in how] == ["tcd", 2, 1.5, 0.0]
 

@@ -230,6 +230,58 @@ def test_folder(sd_base: Callable[..., Path], tmp_path: Path) -> None:
         assert opened.size == (64 * 2 + 4, 64)
 
 
+def test_several_pictures_of_a_prompt_and_other_sizes(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    """The first of each are the same however many there are; the noise is of (seed, index) alone."""
+    base, prompts = str(sd_base("epsilon")), ["a cat", "a dog"]
+    sample.sample_to_folder(base, prompts, tmp_path / "one", steps=1, size=(32, 48))
+    sheet = sample.sample_to_folder(
+        base, prompts, tmp_path / "three", steps=1, size=(32, 48), count=3, batch_size=5
+    )
+    names = [f"00{k}-a-{what}-{n}.png" for k, what in enumerate(("cat", "dog")) for n in (1, 2, 3)]
+    assert sorted(p.name for p in sheet.parent.iterdir()) == [*names, "contact-sheet.png"]
+    with Image.open(sheet) as opened:
+        assert opened.size == (3 * 48 + 2 * 4, 2 * 32 + 4)  # a row a prompt
+    for alone, first in (("000-a-cat", "000-a-cat-1"), ("001-a-dog", "001-a-dog-1")):
+        a, b = (Image.open(tmp_path / f"{name}.png") for name in (f"one/{alone}", f"three/{first}"))
+        assert a.size == (48, 32)
+        assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1  # batches of 2, 5
+    drawn = {(tmp_path / "three" / name).read_bytes() for name in names}
+    assert len(drawn) == 6
+
+
+def test_a_negative_prompt_is_diffusers_own(sd_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = str(sd_base("epsilon"))
+    pipe = sample.pipeline(base)
+    found = sample.latents(
+        pipe, ["a cat"], solver="ddim", steps=2, guidance_scale=4.0, seed=3, negative_prompt="a dog"
+    )
+    noise = torch.randn((4, 16, 16), generator=sample.generators(3, 0, 1)[0])[None]
+    pipe.scheduler = sample.scheduler("ddim", pipe.scheduler.config)
+    wanted = pipe(
+        "a cat", negative_prompt="a dog", num_inference_steps=2, guidance_scale=4.0, latents=noise,
+        output_type="latent",
+    ).images  # fmt: skip
+    assert torch.equal(found, wanted)
+    plain = sample.latents(pipe, ["a cat"], solver="ddim", steps=2, guidance_scale=4.0, seed=3)
+    assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"negative_prompt": "a dog"}, "does nothing without guidance; give a guidance_scale above 1"),
+        ({"size": (64, 60)}, "size 60 x 64: width and height must be multiples of 8"),
+        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
+    wrong: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        sample.sample_to_folder("no such base", ["a"], tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_adapter_and_prompts(sd_base: Callable[..., Path], tmp_path: Path) -> None:
     base = str(sd_base("epsilon"))
     with pytest.raises(UserError, match="lcm-kit export"):
