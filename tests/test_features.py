@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcm_kit.errors import UserError
@@ -96,6 +97,23 @@ def test_dinov2_and_the_probe_read_no_text(tmp_path: Path) -> None:
     pixels = pictures(64).permute(0, 3, 1, 2) / 127.5 - 1
     assert probe.texts(["a"]) is None
     assert torch.equal(probe.images(pixels), load_probe().features(pixels))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_a_model_that_lacks_a_tensor_or_is_a_pickle_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers fills what is missing with random numbers, and would open a pickle."""
+    folder = tmp_path / "model"
+    save(folder, kind)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(tensors) if name.endswith("norm1.weight"))
+    kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="1 of its tensors are not in its files, as .*norm1"):
+        extractor(str(folder))
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no file named model.safetensors|cannot be loaded"):
+        extractor(str(folder))
 
 
 def test_what_is_not_there_is_a_sentence(tmp_path: Path) -> None:

@@ -124,7 +124,11 @@ def _load(name: str, place: str, revision: str | None) -> tuple[str, Any, dict[s
     try:
         kind = AutoConfig.from_pretrained(place, revision=revision).model_type
         if kind in _TYPES:
-            model = AutoModel.from_pretrained(place, revision=revision, dtype=torch.float32)
+            model, report = AutoModel.from_pretrained(
+                place, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if lost := sorted(report["missing_keys"]):  # which transformers fills with random numbers
+                raise UserError(f"{len(lost)} of its tensors are not in its files, as {lost[0]}")
             config, _ = ImageProcessingMixin.get_image_processor_dict(place, revision=revision)
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision) if kind in _TEXT else None
             return kind, model, config, tokenizer
