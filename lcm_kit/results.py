@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit import console, own_files, own_shapes
+from lcm_kit import console, own_files, result_shapes
 from lcm_kit.errors import UserError
 from lcm_kit.files import discard
 from lcm_kit.share import Share
@@ -22,21 +22,21 @@ SWEEP = "guidance_sweep"  # `kind` in it; that of a run names none
 SCHEMA = 1  # of a sweep's: docs/contract.md
 
 
-def of_run(run: Path) -> own_shapes.Quality | None:
+def of_run(run: Path) -> result_shapes.Quality | None:
     """What `evaluation/quality` found for `run`; None if it did not run, or another evaluation did."""
     file, again = run / FILE, f"run `lcm-kit evaluate evaluation/quality run={run}` again"
-    if not file.is_file() or "rows" not in own_files.read_json(file, own_shapes.Kind, again):
+    if not file.is_file() or "rows" not in own_files.read_json(file, result_shapes.Kind, again):
         return None
-    return own_files.read_json(file, own_shapes.Quality, again)
+    return own_files.read_json(file, result_shapes.Quality, again)
 
 
 def is_sweep(folder: Path) -> bool:
     """Whether the folder's results.json is a guidance sweep's. Raises `UserError` if it cannot be read."""
     file, again = folder / FILE, "run the evaluation that it is of again"
-    return file.is_file() and own_files.read_json(file, own_shapes.Kind, again).get("kind") == SWEEP
+    return file.is_file() and own_files.read_json(file, result_shapes.Kind, again).get("kind") == SWEEP
 
 
-def of_sweep(folder: Path) -> own_shapes.Sweep | None:
+def of_sweep(folder: Path) -> result_shapes.Sweep | None:
     """What a guidance sweep found; None if there is no results.json.
 
     Raises `UserError` if it is not a sweep's, or of another version.
@@ -47,14 +47,14 @@ def of_sweep(folder: Path) -> own_shapes.Sweep | None:
     )
     if not file.is_file():
         return None
-    said = own_files.read_json(file, own_shapes.Kind, again)
+    said = own_files.read_json(file, result_shapes.Kind, again)
     if said.get("kind") != SWEEP:
         raise UserError(f"{file} is not a guidance sweep's; `lcm-kit report` makes a run's report of it")
     if said.get("schema") != SCHEMA:
         raise UserError(
             f"{file} has schema {said.get('schema')}, and this lcm-kit reads {SCHEMA}; run the sweep again"
         )
-    return own_files.read_json(file, own_shapes.Sweep, again)
+    return own_files.read_json(file, result_shapes.Sweep, again)
 
 
 def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:

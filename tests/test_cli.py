@@ -201,7 +201,7 @@ def test_a_lora_for_another_base_is_refused_before_weights_are_loaded(
 
 def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import lcm_kit.sample
-    from lcm_kit import cli as command_line
+    from lcm_kit import cli_sample as command_line
 
     calls, pairs = list[Any](), list[Any]()
     monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))

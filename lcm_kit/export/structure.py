@@ -14,7 +14,8 @@ from typing import Any, Literal
 from lcm_kit.errors import UserError
 from lcm_kit.export.names import kohya_names, sgm_names
 from lcm_kit.families.configs import require_sizes
-from lcm_kit.families.source import locate, read_json
+from lcm_kit.families.locate import locate
+from lcm_kit.families.source import read_json
 from lcm_kit.families.weights import building
 
 Generation = Literal["sd1", "sd2", "sdxl"]

@@ -20,7 +20,7 @@ from lcm_kit.export.kinds import Dora, Rebased
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.spelling import other_kind
 from lcm_kit.export.structure import Structure
-from lcm_kit.families.source import locate
+from lcm_kit.families.locate import locate
 
 ALL = ("diffusers", *APPS)
 _UNJUDGED = ("OFT", "BOFT", "GLoRA", "IA3")  # kinds that the apps' rules do not cover

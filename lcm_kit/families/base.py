@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.families import configs, weights
-from lcm_kit.families.source import STEMS, file_hash, locate, read_json
+from lcm_kit.families.locate import locate
+from lcm_kit.families.source import STEMS, file_hash, read_json
 from lcm_kit.families.vocabulary import require_vocabulary
 from lcm_kit.families.weights import Place
 from lcm_kit.files import sha256_bytes

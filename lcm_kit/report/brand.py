@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import assets, own_files, own_shapes
+from lcm_kit import assets, own_files, result_shapes
 from lcm_kit.data.records import Record, pictures
 from lcm_kit.errors import UserError
 from lcm_kit.report.shared import SAMPLERS, image_uri, number, percent, picture_uri
@@ -24,12 +24,12 @@ _TITLES = {"base": "The base", "styled": "The look, not fast", "adapter": "Your 
 Row = Mapping[str, Any]
 
 
-def read(run: Path) -> own_shapes.Brand | None:
+def read(run: Path) -> result_shapes.Brand | None:
     """What `evaluation/brand` found for `run`; None if it did not run, or holds no adapter."""
     file = run / FILE
     if not file.is_file():
         return None
-    found = own_files.read_json(file, own_shapes.Brand, "run `lcm-kit evaluate evaluation/brand` again")
+    found = own_files.read_json(file, result_shapes.Brand, "run `lcm-kit evaluate evaluation/brand` again")
     return found if compares(found) else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, adapter, assets, own_files, own_shapes
+from lcm_kit import __version__, adapter, assets, own_files, result_shapes
 from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
@@ -91,7 +91,7 @@ def _quality(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _results(run: Path, needed: bool = True) -> own_shapes.Quality | None:
+def _results(run: Path, needed: bool = True) -> result_shapes.Quality | None:
     """What `evaluation/quality` found; None if it did not run and is not `needed`."""
     found = results_of.of_run(run)
     if found is None:

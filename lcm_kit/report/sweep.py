@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, own_shapes
+from lcm_kit import __version__, result_shapes
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import sweep_plots
@@ -73,7 +73,7 @@ def context(folder: Path) -> dict[str, Any]:
     }
 
 
-def _results(folder: Path) -> own_shapes.Sweep:
+def _results(folder: Path) -> result_shapes.Sweep:
     found = of_sweep(folder)
     if found is None:
         raise UserError(f"{folder} has no results.json; run `lcm-kit evaluate` with a guidance sweep first")

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lcm_kit import checkpoints, locks, own_files, own_shapes
+from lcm_kit import checkpoints, locks, own_files, result_shapes
 from lcm_kit.cli import app
 from tests.faults import FREEING, Refusal, disk
 from tests.recipes.small import draw_little
@@ -121,9 +121,9 @@ class Bench:
 def _read(file: Path, where: str) -> None:
     """Read a file that is neither as before nor as at the end: it must be whole all the same."""
     if file.suffix == ".json":
-        own_files.read_json(file, own_shapes.Kind, "")
+        own_files.read_json(file, result_shapes.Kind, "")
     elif file.suffix == ".jsonl":
-        own_files.read_lines(file, own_shapes.Kind, "")
+        own_files.read_lines(file, result_shapes.Kind, "")
     elif file.suffix == ".png":
         own_files.read_picture(file, "")
     else:
