@@ -31,7 +31,7 @@ PARTS = {
         "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "unet", "scheduler",
     ),
 }  # fmt: skip
-_DENOISERS = {"transformer": "a transformer", "prior": "a prior", "image_encoder": "an image encoder"}
+_DENOISERS = {"transformer": "a transformer", "prior": "a prior", "image_encoder": "an image_encoder"}
 _KINDS = ("epsilon", "v_prediction", "sample")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _LCM = (
@@ -150,7 +150,9 @@ def _family(folder: Path, index: Mapping[str, Any], path: str) -> str:
     parts = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
     name = index.get("_class_name")
     if other := next((words for part, words in _DENOISERS.items() if part in parts), None):
-        raise UserError(f"base {path!r} ({name}) has {other}; give an SD1.x, SD2.x or SDXL base")
+        raise UserError(
+            f"base {path!r} ({name}): its model_index.json names {other}; give an SD1.x, SD2.x or SDXL base"
+        )
     family = "sdxl" if "text_encoder_2" in parts else "sd"
     missing = [part for part in PARTS[family] if not (folder / part).is_dir()]
     if missing:
