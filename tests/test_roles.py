@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from lcm_kit.config.load import RECIPES
 from lcm_kit.data.split import of_the_base
-from lcm_kit.roles import by_teacher
+from lcm_kit.families.condition import Condition
+from lcm_kit.methods import Times
+from lcm_kit.roles import Given, Objective, Roles, by_teacher
+from lcm_kit.schedule import Schedule
 
 X = torch.arange(12.0).view(4, 3)
 
@@ -57,8 +63,33 @@ def test_a_teacher_without_rows_is_asked_only_where_it_must_be(base: bool) -> No
     ],
 )
 def test_whose_the_general_pictures_are(teacher: dict[str, Any], general: bool) -> None:
-    from pydantic import TypeAdapter
-
     keys = {"recipe": "train/distill", "output": "x", "teacher": teacher}
     config = TypeAdapter(RECIPES["train/distill"]).validate_python(keys)
     assert of_the_base(config, ["a.png", "regularisation/a.png", "teacher/00001"]) == [False, general, False]
+
+
+def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
+    """1 / (rho_t - rho_s), rho = sigma / alpha, from the betas in float64; nothing else differs."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule, config = Schedule.from_config(betas), TypeAdapter(RECIPES["train/distill"])
+    unet = SimpleNamespace(_lora_layers=[])
+    g = torch.Generator().manual_seed(0)
+    given = Given(
+        torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
+        Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long)),
+        torch.tensor([2.0, 5.0]), Condition(torch.randn(2, 3, 5, generator=g)),
+    )  # fmt: skip
+
+    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+
+    def losses(weighting: str) -> torch.Tensor:
+        keys = {"recipe": "train/distill", "output": "x", "loss": {"weighting": weighting}}
+        objective = Objective.of(config.validate_python(keys))
+        empty = Condition(torch.zeros(1, 3, 5))
+        return Roles(unet, call, [], [], empty, schedule, "epsilon", objective, torch.float32).losses(given)
+
+    beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    rho = np.sqrt(1 / np.cumprod(1 - beta) - 1)
+    wanted = 1 / (rho[[999, 499]] - rho[[979, 479]])
+    assert (losses("interval") / losses("none")).numpy() == pytest.approx(wanted, rel=1e-4)
