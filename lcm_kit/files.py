@@ -23,6 +23,7 @@ from lcm_kit.errors import UserError
 
 _MOST_BYTES = 180  # of a name within a temporary one: file systems hold 255, and ours adds to it
 LEFTOVER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.(?:\w+\.)?(?:tmp|old)$")  # as `_temporary` names it
+_TRIAL = 2**16  # bytes that must be free where anything is to be written
 ASIDE = ".old"  # ends the name of a folder that holds what another is put in the place of
 _ELSEWHERE = "choose another place for it"
 _REMEDIES = {
@@ -233,11 +234,16 @@ def make_folder(path: Path) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `UserError` now if nothing can be written into `folder`; a trial that leaves nothing behind."""
+    """Raise `UserError` now if nothing can be written into `folder`; a trial that leaves nothing behind.
+
+    On a full disk too, which makes an empty file but takes no byte.
+    """
     with _writing(folder):
         made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-        with _within(folder), tempfile.TemporaryFile(dir=folder):
-            pass
+        with _within(folder), tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(_TRIAL))
+            trial.flush()
+            os.fsync(trial.fileno())  # where space is only taken then
         _remove_empty(made)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +67,7 @@ def copy(name: str, target: Path) -> Path:
     """
     source = find(name)
     target = target / source.name if target.is_dir() else target
-    if target.exists():
+    if os.path.lexists(target):  # a link to nothing is there, too
         raise UserError(f"{target} is there already; choose another name or remove it first")
     atomic_write(target, source.read_bytes())
     return target

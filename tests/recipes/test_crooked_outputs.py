@@ -124,7 +124,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A folder for the crooked output; what is mounted there is taken away again."""
     yield tmp_path
     if os.path.ismount(tmp_path / "disk"):
-        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
 
 
 def left(place: Path) -> dict[str, str]:
