@@ -164,6 +164,8 @@ def append(path: Path, line: str) -> None:
     """Add `line` and its end to the text file at `path`. Raises `UserError` as `atomic_file`."""
     with _writing(path), path.open("a", encoding="utf-8") as handle:
         handle.write(f"{line}\n")
+        handle.flush()
+        os.fsync(handle.fileno())  # before the state that counts on it
 
 
 @contextlib.contextmanager

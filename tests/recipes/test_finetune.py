@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import adapter, checkpoints, families, sample
+from lcm_kit import adapter, checkpoints, families, own_files, own_shapes, sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
@@ -415,13 +415,18 @@ def test_a_stopped_run_continues_bit_for_bit(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finetune, "draws", stop)
         finetune.main(config(keys, run, own=True, **RESUMED))
-    # As a kill between a measurement and the state of its step, or a stop before it, would leave the run
+    # As a stop before a measurement leaves the run, which saves the state of its step without it
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert (
         json.loads(lines[-1]).keys() == {"step", "held_out_loss", "hash"}
         and json.loads(lines[-1])["step"] == 4
     )
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="of its 4 lines until step 4 3 are there"):  # it counted all
+        finetune.main(config(keys, run, own=True, **RESUMED))
+    state = run / "state/step-000004/manifest.json"
+    counted = own_files.read_json(state, own_shapes.State, "")
+    own_files.write_json(state, {**counted, "lines": 3})
     late = {**RESUMED, "validation": {"every": 2, "held_out": 0.5}}
     with pytest.raises(UserError, match=r"started with validation\.held_out 0\.25 and the config says 0\.5"):
         finetune.main(config(keys, run, own=True, **late))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcm_kit import adapter
+from lcm_kit import adapter, roles
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load
 from lcm_kit.errors import UserError
@@ -144,7 +144,7 @@ def test_it_starts_as_the_sum_of_several(distill_keys: Keys, run: Path, tmp_path
 def test_without_a_teacher_none_is_asked_and_no_guidance_is_claimed(
     distill_keys: Keys, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "guide", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(roles, "guide", lambda *_: pytest.fail("the teacher was asked"))
     trained = distill.main(tuned(distill_keys, tmp_path / "run", run))
     facts = json.loads((trained / "adapter" / "adapter.json").read_text())
     assert facts["guidance"] == {"min": 1.0, "max": 1.0} and facts["solver"] is None
