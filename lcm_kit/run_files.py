@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import own_files, own_shapes
-from lcm_kit.config.continued import TOLD, flat
+from lcm_kit.config.continued import fixed, flat
 from lcm_kit.config.load import load
 
 METRICS = "metrics.jsonl"
@@ -20,15 +20,15 @@ _STATE = "remove that state, and training goes on from the one before"
 def config_of(run: Path) -> dict[str, Any]:
     """What `config.yaml` says that the run was trained with; nothing where there is none.
 
-    Anybody may edit that file. Raises `UserError` if it is no config of this kit, or if it says other than
-    the newest state of what a run keeps.
+    Anybody may edit that file, as where base and data lie now. Raises `UserError` if it is no config of this
+    kit, or if it says other than the newest state of what a run keeps.
     """
     file = run / "config.yaml"
     if not file.is_file():
         return {}
     config, state = asdict(load(file)), _state(run)
-    told, kept = flat(config), state.get("config", {}) if state else {}
-    for key in sorted((told.keys() & kept.keys()).difference(TOLD)):
+    told, kept = flat(config), fixed(state.get("config", {})) if state else {}
+    for key in sorted(told.keys() & kept.keys()):
         if told[key] != kept[key]:
             why = f"{key} is {told[key]!r}, and the run was trained with {kept[key]!r}"
             raise own_files.damaged(file, why, "set it back")

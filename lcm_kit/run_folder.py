@@ -12,20 +12,11 @@ from accelerate import Accelerator
 from lcm_kit import run_files
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
-from lcm_kit.config.continued import TOLD, flat, is_free
+from lcm_kit.config.continued import BASE, BATCH, DATA, LORAS, TOLD, flat, is_free
 from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
 from lcm_kit.processes import say
-
-# Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
-DATA = (
-    "data.path", "data.cache", "data.regularisation", "data.kind", "data.split", "data.image_column",
-    "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
-)  # fmt: skip
-BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
-LORAS = ("teacher.adapters", "adapter.start")  # states have hashes of their files, not of their weights
-BATCH = ("batch_size", "accumulation")  # a step sees their product, and its randomness knows no other
 
 
 def claim(config: schema.Training, accelerator: Accelerator) -> bool:

@@ -185,7 +185,11 @@ def test_a_config_that_says_other_than_the_run_kept_is_told(tmp_path: Path) -> N
     assert claim(tmp_path)
     save(tmp_path, 2, config=bound(config(tmp_path)))
     assert run_files.config_of(tmp_path)["adapter"]["rank"] == 4
-    for key, changed in (("steps: 4", "steps: 400"), ("lr: 0.01", "lr: 0.02")):  # which may change
+    for key, changed in (
+        ("steps: 4", "steps: 400"),
+        ("lr: 0.01", "lr: 0.02"),
+        ("asset:tiny-sd", "moved"),
+    ):  # may
         text = (tmp_path / "config.yaml").read_text()
         (tmp_path / "config.yaml").write_text(text.replace(key, changed))
         run_files.config_of(tmp_path)

@@ -10,12 +10,17 @@ from lcm_kit.config import schema
 
 FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
-    "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size",
-    "data.trigger",
+    "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size", "data.trigger",
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
-
-
+# Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
+DATA = (
+    "data.path", "data.cache", "data.regularisation", "data.kind", "data.split", "data.image_column",
+    "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
+)  # fmt: skip
+BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
+LORAS = ("teacher.adapters", "adapter.start")  # states have hashes of their files, not of their weights
+BATCH = ("batch_size", "accumulation")  # a step sees their product, and its randomness knows no other
 # May change too, and that it does is told: what helps a run that diverged
 TOLD = ("optimizer.lr", "optimizer.warmup_steps", "optimizer.schedule", "optimizer.grad_clip", "precision")
 
@@ -41,3 +46,9 @@ def bound(config: schema.Training) -> dict[str, Any]:
 def is_free(key: str) -> bool:
     """Whether a key may have another value than the run was started with."""
     return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
+
+
+def fixed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `bound` what no continuation writes in another way: no places, no sizes, nothing that is told."""
+    others = (*DATA, *BASE, *LORAS, *BATCH, *TOLD, "data.leave_out")
+    return {key: value for key, value in keys.items() if not is_free(key) and key not in others}

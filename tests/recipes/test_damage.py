@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from lcm_kit.cli import app
-from lcm_kit.config.continued import bound
+from lcm_kit.config.continued import fixed, flat
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Training
 from tests.recipes.small import configure, draw_little, prepare
@@ -140,7 +140,7 @@ def kept_keys(place: Path) -> Any:
     """What of the config, which anybody may edit, must stay as it is."""
     config = load(place / "run/config.yaml")
     assert isinstance(config, Training)
-    return bound(config)
+    return fixed(flat(config))
 
 
 Verb = Callable[[Path], Result]
