@@ -50,12 +50,11 @@ from lcm_kit.memory import compiled, make_optimizer, place
 from lcm_kit.methods import METHODS, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.roles import Given, Objective, Roles
-from lcm_kit.schedule import Schedule, add_noise
+from lcm_kit.schedule import SD_BETAS, Schedule, add_noise
 from lcm_kit.solvers import SOLVERS
 
 METHOD, SOLVER, GRID, GUIDANCE, HUBER_C = METHODS["lcm"](), SOLVERS["ddim"], 50, Guidance(), 0.001
 KIND = "v_prediction"  # any would do: its arithmetic is nothing beside a UNet's
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of SD and SDXL
 
 
 def ours(config: Speed, device: torch.device) -> Side:
@@ -64,7 +63,7 @@ def ours(config: Speed, device: torch.device) -> Side:
     unet, dtype = place(base.unet(), config, device), base.dtype
     lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
     call = autocast(compiled(unet, config), dtype)
-    tables = Schedule.from_config(BETAS)
+    tables = Schedule.from_config(SD_BETAS)
     schedule = tables.to(device)
     latents, embeddings = cached(config)
     objective = Objective(METHOD, SOLVER, lambda a, b: huber(a, b, HUBER_C))
@@ -97,7 +96,7 @@ def baseline(config: Speed, device: torch.device) -> Side:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
-    schedule = Schedule.from_config(BETAS).to(device)
+    schedule = Schedule.from_config(SD_BETAS).to(device)
     predict = partial(predictor, schedule=schedule, kind=KIND)
     latents, condition = cached(config)
     (n, tokens), width = condition.embeds.shape[:2], config.resolution

@@ -109,12 +109,12 @@ def sample(
         )
     quiet()
     found = Base(path=base) if base else _base_of(adapter)
+    advice = None
     if adapter is not None:
         with working(f"checking {adapter}"):
-            _insist_on_a_pair(adapter, found)
+            advice = of_adapter(adapter, _insist_on_a_pair(adapter, found))
     side = width or height
-    advice = of_adapter(adapter) if adapter else None
-    use = settings(advice, solver, steps, guidance, weight)
+    use = settings(advice, solver=solver, steps=steps, guidance_scale=guidance, lora_weight=weight)
     if advice and advice.steps:
         say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
     with working(f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps"):
@@ -128,13 +128,15 @@ def sample(
     say(sheet)
 
 
-def _insist_on_a_pair(adapter: Path, base: Base) -> None:
-    """Raise `UserError` if the LoRA is not for this base, before any of the base's weights are loaded."""
+def _insist_on_a_pair(adapter: Path, base: Base) -> Path:
+    """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
     from lcm_kit.export import convert, verify
     from lcm_kit.lora_file import adapter_file
 
     against = verify.base_of(base.path, base.revision, base.variant)
-    convert.insist_on_diffusers(adapter_file(adapter), against)
+    file = adapter_file(adapter)
+    convert.insist_on_diffusers(file, against)
+    return file
 
 
 def _base_of(adapter: Path | None) -> Base:

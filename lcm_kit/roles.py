@@ -22,7 +22,7 @@ from lcm_kit.guidance import guide
 from lcm_kit.losses import LOSSES
 from lcm_kit.methods import METHODS, Method, Times
 from lcm_kit.prediction import predictor
-from lcm_kit.schedule import Schedule, interval_weight
+from lcm_kit.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.solvers import SOLVERS, Solver
 from lcm_kit.step import Loss, consistency_loss
 
@@ -142,9 +142,7 @@ def passes(config: Distill) -> dict[str, int]:
     """How often a step asks each part for a sample, guidance being two: found by letting it."""
     counted = dict.fromkeys(PARTS, 0)
     objective = Objective.of(config)
-    schedule = Schedule.from_config(
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    )
+    schedule = Schedule.from_config(SD_BETAS)
     x, grid = torch.ones(1, 1, 1, 1), config.grid.steps
 
     def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

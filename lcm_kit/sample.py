@@ -36,11 +36,20 @@ _NOISE = (
 )  # fmt: skip
 
 
-def placement() -> dict[str, Any]:
-    """Device and dtype for drawing on this machine: float16 on CUDA if there is one, else float32."""
-    if torch.cuda.is_available():
-        return {"device": "cuda", "dtype": torch.float16}
-    return {"device": "cpu", "dtype": torch.float32}
+def placement(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Device and dtype for drawing: CUDA if there is one, else the CPU; float16, on a CPU float32.
+
+    What is given stays. Raises `UserError` for a device that is not here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"device {device!r} cannot be used ({first_line(error)}); give cpu") from error
+    usual = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    return {"device": device, "dtype": dtype or usual}
 
 
 def pipeline(
@@ -191,9 +200,8 @@ def latents(
 
     `size`, of a side or (height, width) in pixels, is the UNet's own by default. `negative_prompt` stands in
     the place of the empty one, which guidance leads away from; with none (1) it does nothing. LCM's renewed
-    noise follows the same generators, so it too
-    is a function of (seed, index). `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError`
-    for an unknown solver and for impossible steps or guidance.
+    noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
+    Returns float32 on the CPU. Raises `UserError` for an unknown solver and for impossible steps or guidance.
     """
     _check(solver, steps, guidance_scale)
     own = pipe.scheduler
@@ -294,7 +302,7 @@ def sample_to_folder(
             "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
         )
     file = None if adapter is None else adapter_file(adapter)
-    where = _placed(device, dtype)
+    where = placement(device, dtype)
     if size is not None and any(side % 8 for side in size):
         raise UserError(f"size {size[1]} x {size[0]}: width and height must be multiples of 8 pixels")
     pipe = pipeline(base, revision=revision, variant=variant, **where)
@@ -316,16 +324,3 @@ def sample_to_folder(
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
     return save_png(sheet, output / "contact-sheet.png")
-
-
-def _placed(device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Where to draw, and in which precision. Raises `UserError` for a device that is not here."""
-    where = placement() if device is None else {"device": device, "dtype": torch.float32}
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"device {device!r} cannot be used ({first_line(error)}); give cpu") from error
-        if torch.device(device).type != "cpu":
-            where["dtype"] = torch.float16
-    return where if dtype is None else {**where, "dtype": dtype}

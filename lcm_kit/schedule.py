@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 
+# Of Stable Diffusion and SDXL, as diffusers writes it: where no base is at hand
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:

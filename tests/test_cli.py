@@ -206,7 +206,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     calls, pairs = list[Any](), list[Any]()
     monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
     advice: list[Recommended | None] = [None]
-    monkeypatch.setattr(recommended, "of_adapter", lambda adapter: advice[0])
+    monkeypatch.setattr(recommended, "of_adapter", lambda adapter, file: advice[0])
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )

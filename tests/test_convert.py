@@ -150,7 +150,7 @@ def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path
     assert told("both_kohya") == (replace(use, part="speed.safetensors", lora_weight=1.0), "lumo")
     header = inspect(tmp_path / "both_kohya.safetensors").metadata
     assert header["modelspec.usage_hint"].endswith("LoRA strength 1. Measured for speed.safetensors alone.")
-    assert of_adapter(tmp_path / "both_kohya.safetensors") == told("both_kohya")[0]
+    assert of_adapter(*[tmp_path / "both_kohya.safetensors"] * 2) == told("both_kohya")[0]
 
 
 def test_verify_prints_a_table_and_tells_by_its_exit_code(

@@ -132,7 +132,8 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
 def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> Facts:
     """The merged file draws in few steps if one of its parts makes it: that one's settings are its own.
 
-    Its trigger is that of all of them."""
+    Its trigger is that of all of them.
+    """
     told = [facts_from(read.lora.metadata, title) for read in reads]
     k = next((k for k, facts in enumerate(told) if facts.method is not None), 0)
     speed, known = told[k], told[k].recommended

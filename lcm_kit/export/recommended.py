@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.facts import Recommended, facts_from
 from lcm_kit.files import sha256_bytes
-from lcm_kit.lora_file import adapter_file
 from lcm_kit.results import of_sweep
 
 FOLDER = "sweep"  # within a run's folder, by default
@@ -51,21 +50,22 @@ def insist(run: Path, file: Path) -> Recommended:
     return found
 
 
-def of_adapter(adapter: Path) -> Recommended | None:
-    """What was measured to serve best for a run's folder or a LoRA file; None if nothing was."""
-    file = adapter_file(adapter)
-    return (of_run(adapter, file) if adapter.is_dir() else None) or facts_from(
-        untrusted.inspect(file).metadata, file.stem
-    ).recommended
+def of_adapter(adapter: Path, file: Path) -> Recommended | None:
+    """What was measured to serve best for a run's folder or a LoRA file; None if nothing was.
+
+    `file`: what `adapter_file` says of `adapter`.
+    """
+    swept = of_run(adapter, file) if adapter.is_dir() else None
+    return swept or facts_from(untrusted.inspect(file).metadata, file.stem).recommended
 
 
 class Settings(NamedTuple):
-    """How a picture is drawn."""
+    """How a picture is drawn: by default what serves an LCM-LoRA."""
 
-    solver: str
-    steps: int
-    guidance_scale: float
-    lora_weight: float
+    solver: str = "lcm"
+    steps: int = 4
+    guidance_scale: float = 1.0
+    lora_weight: float = 1.0
 
     def __str__(self) -> str:
         """In words."""
@@ -73,15 +73,10 @@ class Settings(NamedTuple):
         return f"{how}, LoRA weight {self.lora_weight:g}"
 
 
-def settings(
-    use: Recommended | None,
-    solver: str | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    lora_weight: float | None,
-) -> Settings:
-    """What was asked for; where nothing was, what `use` recommends, and else what serves an LCM-LoRA."""
-    known = use if use and use.steps else Recommended("", "lcm", 4, 1.0, 1.0)
-    asked = (solver, steps, guidance_scale, lora_weight)
-    kept = (known.sampler, known.steps, known.guidance_scale, known.lora_weight)
-    return Settings(*(b if a is None else a for a, b in zip(asked, kept, strict=True)))  # type: ignore[arg-type]
+def settings(use: Recommended | None, **asked: Any) -> Settings:
+    """What was asked for, by name; where that is None what `use` recommends, and else the defaults."""
+    known: dict[str, Any] = {}
+    if use and use.steps:
+        known = {"solver": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale}
+        known["lora_weight"] = use.lora_weight
+    return Settings(**known | {name: value for name, value in asked.items() if value is not None})

@@ -26,11 +26,10 @@ from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
 from lcm_kit.prediction import predictor
 from lcm_kit.roles import Given, Objective, Roles
-from lcm_kit.schedule import Schedule
+from lcm_kit.schedule import SD_BETAS, Schedule
 from lcm_kit.step import diffusion_loss
 
 _MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def random_unet(config: Any, dtype: torch.dtype) -> Any:
@@ -151,7 +150,7 @@ def make(
 ) -> Trial:
     """Load or make up the UNet, put the LoRAs on it, draw latents and conditions for a step."""
     device, dtype = accelerator.device, runtime.dtype(accelerator)
-    tables, kind = Schedule.from_config(_BETAS), "v_prediction"
+    tables, kind = Schedule.from_config(SD_BETAS), "v_prediction"
     meter.start("loading")
     if found.folder is None:
         unet = memory.place(random_unet(unet_config, dtype), config, device)
