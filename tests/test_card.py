@@ -341,6 +341,15 @@ def test_foreign_text_breaks_nothing(text: str, write: Callable[..., str], tmp_p
     assert set(tags) <= {"<code>", "</code>"}
 
 
+@pytest.mark.parametrize("trigger", ["lumo style", HOSTILE, WORSE], ids=["plain", "hostile", "worse"])
+def test_the_trigger_is_a_row_of_the_settings(trigger: str, write: Callable[..., str]) -> None:
+    page = write(facts=facts(trigger=trigger))
+    line = " ".join(trigger.split("\n"))
+    shown = dict(tables(page)[0][1:])["trigger"]
+    assert shown.replace("<code>", "").replace("</code>", "") == f"{line}, in every prompt"
+    assert "trigger" not in dict(tables(write())[0][1:])
+
+
 @pytest.mark.parametrize("prompt", ["- a", "+ a", "1. a", "12) a", "# a", "> a", "a_b", "---", "-"])
 def test_a_prompt_opens_no_list(prompt: str, write: Callable[..., str], tmp_path: Path) -> None:
     results = evaluated(tmp_path / "run")
