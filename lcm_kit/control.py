@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lcm_kit import assets, families
 from lcm_kit.config import schema
-from lcm_kit.data.cache import Encoder, tensors_of
+from lcm_kit.data.encoder import Encoder, tensors_of
 from lcm_kit.data.transforms import framing
 from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition

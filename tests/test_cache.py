@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from lcm_kit import families
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import cache as module
-from lcm_kit.data.cache import Cache, encode
+from lcm_kit.data import encoding
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.encoder import Encoder
+from lcm_kit.data.images import encode
 from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base, sd
@@ -104,15 +107,15 @@ def test_a_second_run_does_nothing_and_says_so(config, capsys, monkeypatch):
 def test_an_interrupted_run_continues_at_the_first_missing_shard(config, tmp_path, monkeypatch):
     whole = config(cache=str(tmp_path / "whole"))
     encode(whole, progress=False)
-    real, calls = module.encode_shard, []
+    real, calls = encoding.write_shard, []
 
     def interrupted(*args):
-        calls.append(args[1].file)
+        calls.append(args[2].file)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "encode_shard", interrupted)
+    monkeypatch.setattr(encoding, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(config(), progress=False)
     with pytest.raises(UserError, match="no finished cache in .*; run `lcm-kit encode`"):
@@ -304,7 +307,7 @@ def test_a_foreign_manifest_is_left_alone(config):
 def test_a_picture_that_changes_while_it_is_encoded_is_named(config, monkeypatch, what):
     config = config()
     last = Path(config.data.path) / "6.png"
-    real = module.Encoder.load
+    real = Encoder.load
 
     def load(*arguments, **more):  # after all were looked at, before the first is encoded
         if what == "deleted":
@@ -313,7 +316,7 @@ def test_a_picture_that_changes_while_it_is_encoded_is_named(config, monkeypatch
             last.write_bytes(b"x" if what == "broken" else (last.parent / "1.png").read_bytes())
         return real(*arguments, **more)
 
-    monkeypatch.setattr(module.Encoder, "load", load)
+    monkeypatch.setattr(Encoder, "load", load)
     with pytest.raises(
         UserError, match=r"6.png of .* changed while it was being encoded \(.+\); put it back"
     ):

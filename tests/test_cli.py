@@ -139,10 +139,10 @@ def test_encode_refuses_a_config_without_data() -> None:
 
 
 def test_encode_draws_the_bases_own_pictures_if_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcm_kit.data import cache, prior
+    from lcm_kit.data import images, prior
 
     seen: list[str] = []
-    monkeypatch.setattr(cache, "encode", lambda config, *rest: seen.append("brand"))
+    monkeypatch.setattr(images, "encode", lambda config, *rest: seen.append("brand"))
     monkeypatch.setattr(prior, "encode", lambda config, share: seen.append("prior"))
     assert cli("encode", "finetune/tiny_brand").exit_code == 0 and seen == ["brand"]
     assert cli("encode", "finetune/tiny_brand", "prior.prompts=asset:tiny-sd").exit_code == 0

@@ -12,7 +12,8 @@ from PIL import Image
 
 from lcm_kit import families, sample
 from lcm_kit.config import schema
-from lcm_kit.data.cache import Cache, encode
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.images import encode
 from lcm_kit.data.transforms import framing, to_pixels
 from lcm_kit.families import sdxl
 from lcm_kit.families.condition import Condition, Framing

@@ -13,7 +13,7 @@ from lcm_kit import families, sample
 from lcm_kit.check import check
 from lcm_kit.config import schema
 from lcm_kit.config.load import load
-from lcm_kit.data import cache
+from lcm_kit.data import images
 from lcm_kit.data.cache import Cache
 from lcm_kit.families.tokens import straightened, too_long
 from lcm_kit.shipped import config_path
@@ -69,19 +69,19 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
     words = f"1 caption has more tokens than the {most} that the base reads, and the rest is cut off: 1.png"
     words += f" ({wanted})"
     assert any(words in line for line in check(config))
-    cache.encode(config, progress=False)
+    images.encode(config, progress=False)
     assert f"the longest that of 1.png with {wanted}" in capsys.readouterr().err
 
 
 def test_a_cache_of_curly_quotes_is_one_of_straight_ones(config: schema.Training) -> None:
     """The same tokens, so the same rows: nothing is encoded again, and nothing was encoded otherwise."""
-    cache.encode(config, progress=False)
+    images.encode(config, progress=False)
     base = families.inspect_base(config.base.path)
     before = Cache.open(config.data.cache, base=base, data=config.data)
     embeds = before.condition([2]).embeds.clone()
     (Path(config.data.path) / "2.txt").write_text("a “red” fish")
-    assert cache.encode(config, progress=False).encoded == 0
+    assert images.encode(config, progress=False).encoded == 0
     (Path(config.data.path) / "2.txt").write_text("a “blue” fish")
-    assert cache.encode(config, progress=False).encoded > 0
+    assert images.encode(config, progress=False).encoded > 0
     after = Cache.open(config.data.cache, base=base, data=config.data)
     assert not torch.equal(after.condition([2]).embeds, embeds)

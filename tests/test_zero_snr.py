@@ -8,7 +8,7 @@ import pytest
 
 from lcm_kit.check import check
 from lcm_kit.config import schema
-from lcm_kit.data import cache
+from lcm_kit.data import encoding, images
 from lcm_kit.errors import UserError
 from tests.bases import build_sd
 
@@ -19,8 +19,8 @@ def test_encode_and_check_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         recipe="train/distill", output=str(tmp_path / "run"), base=schema.Base(path=str(base)),
         data=schema.Data(path="asset:brand", cache=str(tmp_path / "cache")),
     )  # fmt: skip
-    monkeypatch.setattr(cache, "encode_shard", lambda *a: pytest.fail("something was encoded"))
-    for refuse in (lambda: cache.encode(config, progress=False), lambda: check(config)):
+    monkeypatch.setattr(encoding, "write_shard", lambda *a: pytest.fail("something was encoded"))
+    for refuse in (lambda: images.encode(config, progress=False), lambda: check(config)):
         with pytest.raises(UserError, match="predicts epsilon on a schedule with zero terminal SNR"):
             refuse()
     v = build_sd(tmp_path / "v", "v_prediction", rescale_betas_zero_snr=True)

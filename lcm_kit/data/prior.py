@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcm_kit import own_files, own_shapes, sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
-from lcm_kit.data import cache, records
-from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.data import images, records
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.encoding import Advance, make_each
 from lcm_kit.data.folder_files import DRAWN
-from lcm_kit.data.progress import progress_bar
+from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo, inspect_base
 from lcm_kit.files import atomic_write, discard
 from lcm_kit.locks import held
-from lcm_kit.share import Share
+from lcm_kit.share import ALONE, Share
 
 BATCH = 8  # pictures drawn at once
 
@@ -41,15 +43,13 @@ def data_of(config: Finetune) -> Data:
 def encode(config: Finetune, progress: bool = True, share: Share = ALONE) -> EncodeReport:
     """Draw the pictures of `config.prior` that are not there yet and bring their cache up to date.
 
-    The first of several processes draws; all encode. Raises `UserError` for missing prompts and as
-    `cache.encode`.
+    Of several processes each draws and encodes its `share`. Raises `UserError` for missing prompts and as
+    `images.encode`.
     """
     data = data_of(config)
     with held(Path(data.cache), "encode", needed=False):  # it may be done, and read-only
-        if share.first:
-            draw(config, progress)
-        share.wait()
-        return cache.encode(replace(config, data=data), progress, share)
+        draw(config, progress, share)
+        return images.encode(replace(config, data=data), progress, share)
 
 
 def insist_on_prompts(config: Finetune) -> None:
@@ -80,37 +80,55 @@ def open_cache(config: Finetune, base: BaseInfo) -> Cache | None:
     return found
 
 
-def draw(config: Finetune, progress: bool = True) -> None:
+def draw(config: Finetune, progress: bool = True, share: Share = ALONE) -> None:
     """Draw what is missing of `config.prior.count` pictures; other pictures are removed."""
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     folder, settings = Path(data_of(config).path), _settings(config, base)
-    if _read(folder) != settings:
-        discard(folder)
-        own_files.write_json(folder / DRAWN, settings)
-    wanted = list(islice(cycle(settings["prompts"]), config.prior.count))
-    files = [folder / f"{i:05d}.png" for i in range(len(wanted))]
-    for extra in {*folder.glob("*.png")} - {*files}:
-        discard(extra)
-    starts = range(0, len(files), BATCH)
-    missing = [k for k in starts if not all(file.is_file() for file in files[k : k + BATCH])]
-    if missing:
+    prompts = list(islice(cycle(settings["prompts"]), config.prior.count))
+    wanted = [Picture(i, prompt, folder / f"{i:05d}.png") for i, prompt in enumerate(prompts)]
+    if share.first:
+        _clear(folder, settings, {picture.file for picture in wanted})
+    share.wait()
+    batches = [wanted[first : first + BATCH] for first in range(0, len(wanted), BATCH)]
+    missing = [batch for batch in batches if not all(picture.file.is_file() for picture in batch)]
+    share.wait()  # every process has seen which are missing
+    if mine := share.of(missing):
         pipe = sample.pipeline(
             config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
         )
-        with progress_bar(progress, "batches") as bar:
-            for k in bar.track(missing, description="drawing with the base"):
-                _draw(pipe, config, wanted[k : k + BATCH], files[k : k + BATCH], k)
+        with progress_bar(progress and share.first, "pictures") as bar:
+            make_each(mine, partial(_draw, pipe, config), len, bar, "drawing with the base")
+    share.wait()
 
 
-def _draw(pipe: Any, config: Finetune, prompts: Sequence[str], files: Sequence[Path], first: int) -> None:
-    """Draw `prompts` from the noise of numbers `first` and up; a caption is written before its picture."""
+class Picture(NamedTuple):
+    """One that the base draws, from the noise of its number."""
+
+    number: int
+    prompt: str
+    file: Path
+
+
+def _clear(folder: Path, settings: dict[str, Any], wanted: set[Path]) -> None:
+    """Leave in `folder` only pictures that were drawn by `settings`, and that are wanted."""
+    if _read(folder) != settings:
+        discard(folder)
+        own_files.write_json(folder / DRAWN, settings)
+    for extra in {*folder.glob("*.png")} - wanted:
+        discard(extra)
+
+
+def _draw(pipe: Any, config: Finetune, batch: Sequence[Picture], advance: Advance) -> None:
+    """Draw pictures whose numbers follow one another; a caption is written before its picture."""
     pixels = sample.sample(
-        pipe, prompts, solver="ddim", steps=config.prior.steps, guidance_scale=config.prior.guidance_scale,
-        seed=config.prior.seed, first=first, size=config.data.resolution,
+        pipe, [picture.prompt for picture in batch], solver="ddim", steps=config.prior.steps,
+        guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=batch[0].number,
+        size=config.data.resolution,
     )  # fmt: skip
-    for prompt, file, picture in zip(prompts, files, sample.to_pil(pixels), strict=True):
-        atomic_write(file.with_suffix(".txt"), prompt + "\n")
-        sample.save_png(picture, file)
+    for picture, image in zip(batch, sample.to_pil(pixels), strict=True):
+        atomic_write(picture.file.with_suffix(".txt"), picture.prompt + "\n")
+        sample.save_png(image, picture.file)
+    advance(len(batch))
 
 
 def _settings(config: Finetune, base: BaseInfo) -> dict[str, Any]:

@@ -7,28 +7,29 @@ a cache like that of images. Sample i is a function of what draws it, its prompt
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lcm_kit import own_files, sample, styles
+from lcm_kit import sample, styles
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
-from lcm_kit.data.cache import ALONE, Cache, Encoder, tensors_of, usable_base
-from lcm_kit.data.progress import EncodeReport, finish, progress_bar
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
+from lcm_kit.data.encoding import Batches, Maker, Rows, bring_up_to_date
+from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
-from lcm_kit.data.shards import Entry, Shard
+from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
-from lcm_kit.share import Share
+from lcm_kit.share import ALONE, Share
 
 _DRAWN_BY = ("solver", "steps", "guidance_scale", "seed")
 
@@ -62,21 +63,16 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
 def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> EncodeReport:
     """Bring the cache of the teacher's samples up to date with the base, its adapters and the prompts.
 
-    As `cache.encode`: an interrupted run continues at the first missing shard, processes share the shards, a
-    second run does nothing. Raises `UserError` if the base, an adapter or the prompts cannot be used.
+    As `encoding.bring_up_to_date`. Raises `UserError` if the base, an adapter or the prompts cannot be used.
     """
-    started, data, folder = time.monotonic(), config.data, folder_of(config.data)
-    base = usable_base(config)
-    old, made_by = shards.read_manifest(folder, repair=True), settings(config, base)
-    planned = shards.plan(made_by, _entries(data), data.shard_size)
-    missing = shards.missing(folder, planned)
-    share.wait()  # every process has seen which shards are missing
-    with progress_bar(progress and share.first, "samples") as bar:
-        _draw_missing(config, base, made_by, share.of(missing), share, bar)
-    share.wait()
-    new = shards.manifest(base, data, planned, [], made_by)
-    return finish(
-        folder, old, new, missing, started, progress, share, what="samples of the teacher", done="drawn"
+    base, data = usable_base(config), config.data
+
+    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Rows:
+        entries, made_by = _entries(data), settings(config, base)
+        return Rows(base, data, made_by, entries, partial(_maker, config, base), "drawing")
+
+    return bring_up_to_date(
+        folder_of(data), survey, progress, share, what="samples of the teacher", done="drawn"
     )
 
 
@@ -101,32 +97,10 @@ def _entries(data: Data) -> list[Entry]:
     ]
 
 
-def _draw_missing(
-    config: Distill,
-    base: BaseInfo,
-    made_by: dict[str, Any],
-    mine: Sequence[Shard],
-    share: Share,
-    bar: Progress,
-) -> None:
-    """Draw and write this process's missing shards, each when it is done, and the empty condition."""
-    folder, content = folder_of(config.data), shards.content_hash(made_by)
-    empty_done = not share.first or shards.intact(folder / shards.EMPTY, content)
-    if not mine and empty_done:
-        return
-    pipe = teacher_pipeline(config, base) if mine else None  # before anything is written: it may be refused
+def _maker(config: Distill, base: BaseInfo, missing: bool) -> Maker:
+    pipe = teacher_pipeline(config, base) if missing else None  # first: it may be refused
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
-    if not empty_done:
-        own_files.write_tensors(folder / shards.EMPTY, tensors_of(encoder.empty()), content)
-    task = bar.add_task("drawing", total=sum(len(shard.entries) for shard in mine))
-    for shard in mine:
-        parts = []
-        for first in range(0, len(shard.entries), config.data.batch_size):
-            entries = shard.entries[first : first + config.data.batch_size]
-            parts.append(_draw(pipe, encoder, entries, config.data))
-            bar.advance(task, len(entries))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        own_files.write_tensors(folder / shard.file, tensors, shard.content)
+    return Maker(encoder, partial(_drawn, pipe, encoder, config.data))
 
 
 def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
@@ -139,6 +113,11 @@ def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
     )
     styles.add_teacher_adapters(pipe.unet, config.teacher, base)
     return pipe
+
+
+def _drawn(pipe: Any, encoder: Encoder, data: Data, entries: Sequence[Entry]) -> Batches:
+    for first in range(0, len(entries), data.batch_size):
+        yield _draw(pipe, encoder, entries[first : first + data.batch_size], data)
 
 
 def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> dict[str, Tensor]:

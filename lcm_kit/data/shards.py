@@ -165,13 +165,13 @@ def manifest(
     data: Data,
     shards: Sequence[Shard],
     skipped: Sequence[tuple[str, str]],
-    made_with: Mapping[str, Any] | None = None,
+    made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What manifest.json holds: what made the cache (`settings` unless others are given), and its rows."""
-    made_by = {"path": base.path, "revision": base.revision, "variant": base.variant}
+    """What manifest.json holds: `made_by`, the `settings` of the cache, and its rows."""
+    origin = {"path": base.path, "revision": base.revision, "variant": base.variant}
     return {
-        "settings": made_with or settings(base, data),
-        "base": {**made_by, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
+        "settings": dict(made_by),
+        "base": {**origin, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
         "data": asdict(data),
         "versions": {"lcm-kit": __version__, **dict(_versions())},
         "shards": [{"file": s.file, "content": s.content, "rows": len(s.entries)} for s in shards],

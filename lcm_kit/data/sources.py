@@ -13,16 +13,17 @@ from torch import Tensor
 
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
-from lcm_kit.data import cache, samples
+from lcm_kit.data import images, samples
 from lcm_kit.data.batches import Mix
-from lcm_kit.data.cache import ALONE, Cache, EncodeReport
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.split import GENERAL, Rows, chosen, own_images, split
 from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition
 from lcm_kit.files import sha256_bytes
 from lcm_kit.locks import held
-from lcm_kit.share import Share
+from lcm_kit.share import ALONE, Share
 
 
 def encode(config: Training, progress: bool = True, share: Share = ALONE) -> list[EncodeReport]:
@@ -32,7 +33,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
         if source == "mix":
             samples.insist_on_inputs(_distill(config))
         if source != "teacher":
-            done.append(cache.encode(config, progress, share))
+            done.append(images.encode(config, progress, share))
         if source != "images":
             done.append(samples.encode(_distill(config), progress, share))
     return done
@@ -48,10 +49,10 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
     data = config.data
     if data.source == "teacher":
         return samples.open_cache(config, base)
-    images = Cache.open(Path(data.cache), base=base, data=data)
+    of_images = Cache.open(Path(data.cache), base=base, data=data)
     if data.source == "images":
-        return images
-    return Both(images, samples.open_cache(config, base), data.samples.share)
+        return of_images
+    return Both(of_images, samples.open_cache(config, base), data.samples.share)
 
 
 def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
@@ -60,14 +61,14 @@ def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows
     What the run of `data.leave_out` held out is not trained on. Raises `UserError` as `split`, and if that
     run is none.
     """
-    images = cache.images if isinstance(cache, Both) else cache
-    assert isinstance(images, Cache)  # as `open_cache` gives it
+    of_images = cache.images if isinstance(cache, Both) else cache
+    assert isinstance(of_images, Cache)  # as `open_cache` gives it
     left_out: Set[str] = frozenset()
     if config.data.leave_out is not None and config.data.source != "teacher":
-        left_out = chosen(own_images(images), *held_out_of(config.data.leave_out))
+        left_out = chosen(own_images(of_images), *held_out_of(config.data.leave_out))
     if not config.validation.held_out and not left_out:
-        return cache, Rows(images, ())
-    trained, kept = split(images, config.validation.held_out, config.seed, left_out)
+        return cache, Rows(of_images, ())
+    trained, kept = split(of_images, config.validation.held_out, config.seed, left_out)
     return (replace(cache, images=trained) if isinstance(cache, Both) else trained), kept
 
 

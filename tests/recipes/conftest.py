@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lcm_kit import families
-from lcm_kit.data.cache import encode
+from lcm_kit.data.images import encode
 from lcm_kit.export import structure
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora

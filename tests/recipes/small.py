@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from lcm_kit import held_out, validation
 from lcm_kit.config.load import RECIPES
-from lcm_kit.data.cache import encode
+from lcm_kit.data.images import encode
 
 TEMPLATE: dict[str, Any] = {
     "recipe": "train/distill",

@@ -20,7 +20,7 @@ import torch
 from lcm_kit import checkpoints, locks, run_files
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
-from lcm_kit.data.cache import encode
+from lcm_kit.data.images import encode
 from lcm_kit.errors import UserError
 from tests.recipes.small import configure, environment
 from train import distill

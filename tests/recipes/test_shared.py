@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from lcm_kit import shipped
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.load import dump
-from lcm_kit.data.cache import Cache, encode
+from lcm_kit.data.cache import Cache
+from lcm_kit.data.images import encode
 from lcm_kit.export.run import export_run
 from lcm_kit.families import inspect_base
 from tests.recipes.small import configure, launch
@@ -26,13 +27,15 @@ import torch
 torch.set_num_threads(1)
 from lcm_kit import processes, sample, shipped
 from lcm_kit.config.load import load
-from lcm_kit.data import cache
+from lcm_kit.data import encoding, images
 
 share = processes.share()
 assert torch.distributed.get_world_size() == share.world == 2
-real, did = cache.encode_shard, []
-cache.encode_shard = lambda encoder, shard, *rest: (did.append(shard.file), real(encoder, shard, *rest))[1]
-cache.encode(load(Path(sys.argv[1])), progress=False, share=share)
+real, did = encoding.write_shard, []
+encoding.write_shard = lambda folder, maker, shard, *rest: (
+    did.append(shard.file), real(folder, maker, shard, *rest)
+)[1]
+images.encode(load(Path(sys.argv[1])), progress=False, share=share)
 drawn, draw = [], sample.sample
 sample.sample = lambda pipe, prompts, **k: (drawn.append(k.get("first")), draw(pipe, prompts, **k))[1]
 quality = shipped.load_recipe("evaluation/quality")

@@ -17,8 +17,9 @@ from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
 from lcm_kit.data.batches import Batch, Batches, generator_at
-from lcm_kit.data.cache import Cache, encode
+from lcm_kit.data.cache import Cache
 from lcm_kit.data.captions import live
+from lcm_kit.data.images import encode
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run

@@ -1,0 +1,65 @@
+"""The base's VAE and text encoders, which make latents and conditions of pictures and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_kit import families
+from lcm_kit.config.schema import Training
+from lcm_kit.errors import UserError
+from lcm_kit.families import BaseInfo, inspect_base
+from lcm_kit.families.condition import Condition, Framing
+from lcm_kit.prediction import check as check_prediction
+from lcm_kit.schedule import Schedule
+
+CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
+
+
+def usable_base(config: Training) -> BaseInfo:
+    """The base of `config`. Raises `UserError` if it cannot be trained, or not at `data.resolution`."""
+    base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
+    if config.data.resolution % base.factor:
+        raise UserError(
+            f"data.resolution {config.data.resolution} is not a multiple of {base.factor}, as the base's VAE "
+            "needs"
+        )
+    return base
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
+
+    family: Any  # module of lcm_kit.families
+    vae: Any  # None where only captions are encoded
+    text: Any
+
+    @classmethod
+    def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
+        """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
+        family = families.of(base)
+        text = family.load_text(base)
+        for part in text:
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+        return cls(family, families.load_vae(base).to(device) if vae else None, text)
+
+    def empty(self) -> Condition:
+        """The condition of an unconditional pass."""
+        return self.family.empty_condition(self.text, 1)
+
+    def condition(self, captions: Sequence[str], framings: Sequence[Framing]) -> Condition:
+        """The conditions of captions, and of how their pictures were cut."""
+        return replace(self.family.encode_text(self.text, captions), time_ids=self.family.sizes(framings))
+
+
+def tensors_of(condition: Condition) -> dict[str, Tensor]:
+    """The tensors of a condition by name, float32 on the CPU."""
+    tensors = {name: getattr(condition, name) for name in CONDITION}
+    return {name: tensor.float().cpu() for name, tensor in tensors.items() if tensor is not None}
