@@ -23,6 +23,7 @@ LAYERS = {
         "share",
         "lora_file",
         "own_files",
+        "samplers",
         "own_shapes",
         "result_shapes",
         "verified",

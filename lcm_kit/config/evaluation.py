@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from lcm_kit.config.choices import BaseSampler
 from lcm_kit.config.schema import (
     STRICT,
     BatchSize,
@@ -42,7 +43,7 @@ class Quality:
     student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
     # budgets of the plain solvers; guidance costs two calls a step
     unet_calls: tuple[Positive, ...] = (2, 4, 8)
-    solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    solvers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     lora_weight: Weight = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
     pictures: Positive = 16  # prompts whose pictures are kept for the report

@@ -105,7 +105,7 @@ def draw(config: Finetune, progress: bool = True) -> None:
 def _draw(pipe: Any, config: Finetune, prompts: Sequence[str], files: Sequence[Path], first: int) -> None:
     """Draw `prompts` from the noise of numbers `first` and up; a caption is written before its picture."""
     pixels = sample.sample(
-        pipe, prompts, solver="ddim", steps=config.prior.steps, guidance_scale=config.prior.guidance_scale,
+        pipe, prompts, sampler="ddim", steps=config.prior.steps, guidance_scale=config.prior.guidance_scale,
         seed=config.prior.seed, first=first, size=config.data.resolution,
     )  # fmt: skip
     for prompt, file, picture in zip(prompts, files, sample.to_pil(pixels), strict=True):

@@ -290,7 +290,7 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert verdicts(run) == {"ok"} and len(files) == 2
     same_embeddings(wanted, run, plain(wanted), files["kohya"].name)
     pipe = plain(wanted)
-    how: Keys = {"solver": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
+    how: Keys = {"sampler": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
     prompts = ["a red ball", "blue"]
     base = sample.latents(pipe, prompts, **how)
     kept = load_file(next((run / "validation").glob("teacher-*.safetensors")))["latents"]
