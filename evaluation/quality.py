@@ -136,7 +136,9 @@ def main(config: Quality) -> Path:
             )
             if adapted and adapter:
                 sample.load_adapter(pipes[adapted], adapter, config.lora_weight)
-            sample.sample(pipes[adapted], prompts[:1], sampler="ddim", steps=1, size=size)  # warm up the clock
+            sample.sample(
+                pipes[adapted], prompts[:1], sampler="ddim", steps=1, size=size
+            )  # warm up the clock
         return pipes[adapted]
 
     drawn: list[Rows] = []

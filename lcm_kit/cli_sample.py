@@ -20,7 +20,9 @@ verbs = typer.Typer()
 
 
 def _known_sampler(name: str | None) -> str | None:
-    return name if name is None or samplers.sampler_of(name) else None
+    if name is not None:
+        samplers.sampler_of(name)
+    return name
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -67,8 +69,12 @@ def sample(
     sampler: Annotated[
         str | None,
         typer.Option(
-            "--sampler", "--solver", callback=_known_sampler, metavar="|".join(samplers.names()),
-            help=f"{', '.join(samplers.for_adapter())} for an adapter.", show_default="recommended, else lcm",
+            "--sampler",
+            "--solver",
+            callback=_known_sampler,
+            metavar="|".join(samplers.names()),
+            help=f"{', '.join(samplers.for_adapter())} for an adapter.",
+            show_default="recommended, else lcm",
         ),
     ] = None,
     negative: Annotated[

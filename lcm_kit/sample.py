@@ -66,7 +66,7 @@ def pipeline(
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler
 
     info = families.inspect_base(base, revision=revision, variant=variant)
     parts: dict[str, Any] = {
@@ -74,7 +74,7 @@ def pipeline(
         "scheduler": DDIMScheduler.from_config(
             noise_of(info.scheduler_config), clip_sample=False, steps_offset=1
         ),
-        # in float16 SDXL's overflows
+        # which overflows in float16 where its configuration says so, as SDXL's
         "vae": families.load_vae(
             info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
         ),
@@ -86,12 +86,9 @@ def pipeline(
             parts[part] = families.load_tokenizer(info, part)
         elif part not in parts:
             parts[part] = families.load_part(info, part, dtype)
-    if info.family == "sdxl":
-        empty = info.zeros_when_empty
-        pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
-    else:
-        none = dict.fromkeys(("safety_checker", "feature_extractor"))
-        pipe = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
+    if info.family.zeros_when_empty:
+        parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
+    pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -182,7 +179,7 @@ def latents(
     `size`, of a side or (height, width) in pixels, is the UNet's own by default. `negative_prompt` stands in
     the place of the empty one, which guidance leads away from; with none (1) it does nothing. LCM's renewed
     noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
-    Returns float32 on the CPU. Raises `UserError` for an unknown sampler and for impossible steps or guidance.
+    Returns float32 on the CPU. Raises `UserError` for an unknown sampler, impossible steps or guidance.
     """
     _check(sampler, steps, guidance_scale)
     own = pipe.scheduler

@@ -1,13 +1,13 @@
 """The samplers: one entry for each way of drawing a picture, from which everything else of it follows.
 
-A sampler draws whole pictures with one of diffusers' schedulers; a solver (`lcm_kit.solvers`) is one ODE step
-within distillation. Configs, the command line, sweeps, reports, cards and metadata take names, titles and what
-a sampler is good for from `SAMPLERS`. Nothing heavy is imported: `scheduler` is the name of a class.
+A sampler draws whole pictures with one of diffusers' schedulers; a solver (`lcm_kit.solvers`) is one step of
+the ODE within distillation. Configs, the command line, sweeps, reports, cards and metadata take names, titles
+and what a sampler is good for from `SAMPLERS`. Nothing heavy is imported: `scheduler` is the name of a class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,9 @@ class Sampler:
     scheduler: str  # class in diffusers
     settings: Mapping[str, Any]  # of its configuration
     app_title: str | None = None  # on cards and in metadata, as apps call it; None: as `title`
-    call: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the pipeline for each drawing
+    call: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keyword arguments of the pipeline for each drawing
     stochastic: bool = False  # it draws fresh noise on its way, from two steps on
     most_steps: int = 1000
     for_adapter: bool = False  # a few-step adapter may be drawn, swept and recommended with it
@@ -37,8 +39,8 @@ class Sampler:
         return self.app_title or self.title
 
 
-# Plain samplers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which is
-# their best at few steps. LCM and TCD choose among 50 timesteps, those that were distilled. None clips latents.
+# Plain samplers use trailing timesteps (they start at T-1, where the noise is) and end at clean data, which
+# is their best at few steps. LCM and TCD choose among 50 timesteps, the distilled ones. None clips latents.
 SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(
         "LCM", "LCMScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True
@@ -78,15 +80,15 @@ def for_base() -> list[str]:
     return [name for name, sampler in SAMPLERS.items() if sampler.for_base]
 
 
-def sampler_of(name: str, allowed: Callable[[], list[str]] = names) -> Sampler:
-    """The sampler called `name`. Raises `UserError`, which lists the table, unless it is one of `allowed()`."""
-    if name not in allowed():
-        raise UserError(f"sampler {name!r} is unknown; choose one of {', '.join(allowed())}")
+def sampler_of(name: str) -> Sampler:
+    """The sampler called `name`. Raises `UserError`, which lists the table, for another name."""
+    if name not in SAMPLERS:
+        raise UserError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
 def title_of(name: str) -> str:
-    """How people call a sampler; the name itself where the table lacks it, as in results of another version."""
+    """How people call a sampler; the name itself where the table lacks it, as in older results."""
     return SAMPLERS[name].title if name in SAMPLERS else name
 
 

@@ -80,8 +80,8 @@ class Fixed:
         wanted, size = self.prompts[:rows], self.config.count
         parts = [
             sample.latents(
-                pipe, wanted[first : first + size], sampler=sampler, steps=steps, guidance_scale=guidance_scale,
-                seed=self.config.seed, first=first, size=self.resolution,
+                pipe, wanted[first : first + size], sampler=sampler, steps=steps,
+                guidance_scale=guidance_scale, seed=self.config.seed, first=first, size=self.resolution,
             )
             for first in range(0, len(wanted), size)
         ]  # fmt: skip

@@ -19,6 +19,7 @@ LAYERS = {
         "inert",
         "overtraining",
         "assets",
+        "base_families",
         "config",
         "share",
         "lora_file",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.choices import BaseSampler
+from lcm_kit.config.choices import BaseSampler, Structure
 from lcm_kit.config.schema import (
     STRICT,
     BatchSize,
@@ -56,7 +56,7 @@ class Speed:
     recipe: Literal["evaluation/speed"]
     output: Place = "runs/speed"  # folder of results.json
     seed: Seed = 0
-    structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
+    structure: Structure = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
     width: Annotated[Number, Field(gt=0, le=1)] = 1.0
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8

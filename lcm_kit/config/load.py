@@ -210,7 +210,9 @@ def _bare(hint: Any) -> Any:
 
 def _options(hint: Any) -> list[str]:
     hint = _without_null(hint)
-    if get_origin(hint) is Annotated and (tables := [each for each in get_args(hint) if isinstance(each, OneOf)]):
+    if get_origin(hint) is Annotated and (
+        tables := [each for each in get_args(hint) if isinstance(each, OneOf)]
+    ):
         return tables[0].names()
     hint = _bare(hint)
     return [str(option) for option in get_args(hint)] if get_origin(hint) is Literal else []

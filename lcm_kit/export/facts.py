@@ -122,7 +122,14 @@ def _recommended(own: Mapping[str, str]) -> Recommended | None:
     scale, weight = _number(own.get("sampling_guidance_scale")), _number(own.get("lora_weight"))
     if "recommended" not in own:  # what else it says of sampling holds for the method in general
         return None
-    if sampler not in samplers.for_adapter() or not steps or steps > 1000 or scale is None or scale < 1 or weight is None:
+    if (
+        sampler not in samplers.for_adapter()
+        or not steps
+        or steps > 1000
+        or scale is None
+        or scale < 1
+        or weight is None
+    ):
         return Recommended(own["recommended"], None, None, None, None)
     return Recommended(own["recommended"], sampler, steps, scale, weight, part=own.get("recommended_for"))
 

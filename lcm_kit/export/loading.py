@@ -102,14 +102,13 @@ def _empty(part: str, structure: Structure) -> Any:
 
 def pipeline(structure: Structure, parts: Mapping[str, Any]) -> Any:
     """A pipeline that has `parts` alone: enough for `load_lora_weights`."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # as the pipelines want it; never used
-    if structure.family == "sdxl":
-        none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        return StableDiffusionXLPipeline(**none | dict(parts), scheduler=scheduler)
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(**none | dict(parts), scheduler=scheduler, requires_safety_checker=False)
+    family = structure.family
+    # as the pipelines want it; never used
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    given = dict.fromkeys(family.parts) | dict(family.pipeline_off) | dict(parts) | {"scheduler": scheduler}
+    return family.pipeline_class()(**given)
 
 
 def load(pipe: Any, file: Path) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from lcm_kit.adapter import add_text_lora
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
-from lcm_kit.families import sd, sdxl
+from lcm_kit.families import Code, code_of
 from lcm_kit.families.condition import Condition
 from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.tracker import Kernels, checkpoint
@@ -31,7 +31,7 @@ def rank_of(config: Training) -> int | None:
 class Captions:
     """Text encoders, frozen but for their LoRA."""
 
-    family: Any  # module of lcm_kit.families
+    family: Code
     text: Any  # its Text
     encoders: list[Any]
     lora: list[Parameter]
@@ -39,8 +39,8 @@ class Captions:
     @classmethod
     def build(cls, subject: Subject, rank: int) -> Captions:
         """Those of the base, float32."""
-        family = sdxl if subject.pooled else sd
-        text = _text(subject)
+        family = code_of(subject.structure.family)
+        text = _text(subject, family)
         lora, encoders = [], []
         for part, (encoder, modules) in family.adapted(text).items():
             with torch.device("meta"):
@@ -65,7 +65,7 @@ class Captions:
             return self.family.encode_text(self.text, [_CAPTION] * n)
 
 
-def _text(subject: Subject) -> Any:
+def _text(subject: Subject, family: Code) -> Any:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     def tokenizer(captions: list[str], **_: Any) -> Any:
@@ -73,12 +73,11 @@ def _text(subject: Subject) -> Any:
         return SimpleNamespace(input_ids=ids, attention_mask=None)
 
     tokenizer.model_max_length = subject.tokens  # type: ignore[attr-defined]
+    parts = subject.structure.family.text_parts
+    kinds = (CLIPTextModel, *[CLIPTextModelWithProjection] * (len(parts) - 1))
     with torch.device("meta"):
-        first = CLIPTextModel(_config(subject, "text_encoder.")).eval()
-        if not subject.pooled:
-            return sd.Text(tokenizer, first)
-        second = CLIPTextModelWithProjection(_config(subject, "text_encoder_2.")).eval()
-    return sdxl.Text(tokenizer, first, tokenizer, second, False)
+        made = [kind(_config(subject, f"{part}.")).eval() for kind, part in zip(kinds, parts, strict=True)]
+    return family.text_of([tokenizer] * len(parts), made, False)
 
 
 def _config(subject: Subject, part: str) -> Any:

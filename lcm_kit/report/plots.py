@@ -18,7 +18,7 @@ Style = tuple[str, str, str, str]  # title, colour, marker, dash
 
 
 def styles() -> dict[tuple[str, str, bool], Style]:
-    """How each line is drawn, by the rows' name, sampler and whether they have guidance, in the legend's order."""
+    """How lines look, by their rows' name, sampler and whether there is guidance, in the legend's order."""
     bases, students = samplers.for_base(), samplers.for_adapter()
 
     blocks = (

@@ -137,7 +137,9 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     unet = families.load_unet(base)
     adapter.add_lora(unet, config.adapter)
     found = StyleControl.prepare(config, base.base_hash).pictures(unet)
-    told = families.of(base).encode_text(families.of(base).load_text(base), [*PROMPTS, PROMPTS[0]])
+    told = families.family_of(base).encode_text(
+        families.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]]
+    )
     condition = found.condition(range(4))
     assert torch.equal(condition.embeds, told.embeds) and torch.equal(condition.pooled, told.pooled)
     assert condition.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 4
