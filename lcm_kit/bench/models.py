@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import assets
-from lcm_kit.base_families import generation_of
+from lcm_kit.base_families import PARTS, generation_of
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition
@@ -67,7 +67,7 @@ def cached(config: Speed) -> tuple[Tensor, Condition]:
     side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     tokens = texts[0].get("max_position_embeddings", 77)
     condition = Condition(torch.randn(n, tokens, unet["cross_attention_dim"]))
-    if "addition_embed_type" in unet:
+    if unet.get("addition_embed_type"):
         condition = replace(condition, pooled=torch.randn(n, texts[1]["hidden_size"]), time_ids=sizes(config))
     return torch.randn(n, 4, side, side), condition
 
@@ -109,12 +109,12 @@ class Base:
 
     def texts(self) -> list[Any]:
         """The text encoders."""
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig
 
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        kinds = (part.kind() for name, part in PARTS.items() if name.startswith("text_encoder"))
         return [
             self.build(kind, CLIPTextConfig(**{**of, "projection_dim": of["hidden_size"]}))
-            for kind, of in zip(kinds, settings(self.config)[2], strict=False)
+            for of, kind in zip(settings(self.config)[2], kinds, strict=False)
         ]
 
     @torch.no_grad()

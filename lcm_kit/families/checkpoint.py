@@ -10,15 +10,8 @@ from typing import Any
 
 import torch
 
-from lcm_kit.base_families import (
-    CHECKPOINT_UNET,
-    CHECKPOINT_VAE,
-    FIRST_EMBEDDER,
-    SECOND_EMBEDDER,
-    Generation,
-    by_checkpoint,
-    listed,
-)
+from lcm_kit.base_families import Generation, by_checkpoint, listed
+from lcm_kit.base_families.kinds import CHECKPOINT_UNET, CHECKPOINT_VAE, FIRST_EMBEDDER, SECOND_EMBEDDER
 from lcm_kit.errors import UserError
 from lcm_kit.families.checkpoint_names import Names, names_of
 from lcm_kit.families.headers import Entry, read_header

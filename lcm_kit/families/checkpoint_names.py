@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lcm_kit.base_families import CHECKPOINT_UNET
+from lcm_kit.base_families.kinds import CHECKPOINT_UNET
 
 _BARE_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _CLIP = re.compile(

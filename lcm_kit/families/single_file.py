@@ -20,21 +20,12 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
-from lcm_kit.base_families import Generation
+from lcm_kit.base_families import PARTS, Generation
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.checkpoint import Contents, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
 from lcm_kit.families.weights import Place, entries, hushed, load_model, weight_files
 from lcm_kit.files import atomic_folder, sha256_bytes
-
-_CLASSES = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "tokenizer": "CLIPTokenizer",
-    "tokenizer_2": "CLIPTokenizer",
-}
 
 
 def folder_of(file: Path, config: str | None = None) -> Path:
@@ -97,7 +88,7 @@ def _local_config(file: Path, config: str | None) -> Path | None:
 
 
 def _config_files(config: Path) -> list[Path]:
-    parts = [config / part for part in (*_CLASSES, "scheduler")]
+    parts = [config / part for part in PARTS]
     files = [p for part in parts if part.is_dir() for p in part.iterdir() if p.suffix in (".json", ".txt")]
     return [config / "model_index.json", *sorted(files)]
 
@@ -173,13 +164,13 @@ def _check_config(file: Path, generation: Generation, config: Path) -> None:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
         parts = [
             *generation.checkpoint,
-            *(part for part in _CLASSES if "tokenizer" in part and part in index),
+            *(part for part in PARTS if "tokenizer" in part and part in index),
         ]
         wrong = [
             part
             for part in parts
             if index[part][0] not in ("diffusers", "transformers")
-            or index[part][1].removesuffix("Fast") != _CLASSES[part]
+            or index[part][1].removesuffix("Fast") != PARTS[part].class_name
         ]
         wrong += ["scheduler"] if index["scheduler"][0] != "diffusers" else []
         wrong += [p for p in index if p.startswith("text_encoder") and p not in generation.family.parts]

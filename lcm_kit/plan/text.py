@@ -11,6 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from lcm_kit.adapter import add_text_lora
+from lcm_kit.base_families import PARTS
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
 from lcm_kit.families import Code, code_of
@@ -66,17 +67,14 @@ class Captions:
 
 
 def _text(subject: Subject, family: Code) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     def tokenizer(captions: list[str], **_: Any) -> Any:
         ids = torch.zeros(len(captions), subject.tokens, dtype=torch.int64, device="meta")
         return SimpleNamespace(input_ids=ids, attention_mask=None)
 
     tokenizer.model_max_length = subject.tokens  # type: ignore[attr-defined]
     parts = subject.structure.family.text_parts
-    kinds = (CLIPTextModel, *[CLIPTextModelWithProjection] * (len(parts) - 1))
     with torch.device("meta"):
-        made = [kind(_config(subject, f"{part}.")).eval() for kind, part in zip(kinds, parts, strict=True)]
+        made = [PARTS[part].kind()(_config(subject, f"{part}.")).eval() for part in parts]
     return family.text_of([tokenizer] * len(parts), made, False)
 
 
