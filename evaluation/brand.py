@@ -57,7 +57,7 @@ def main(config: Brand) -> Path:
     cells = brand.plan(config)
     pipes = Pipes(
         base, adapters,
-        warm=lambda pipe: sample.sample(pipe, wanted[:1], solver="ddim", steps=1, size=size),
+        warm=lambda pipe: sample.sample(pipe, wanted[:1], sampler="ddim", steps=1, size=size),
     )  # fmt: skip
 
     def draw(kind: str) -> dict[Cell, Rows]:

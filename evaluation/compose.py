@@ -50,7 +50,7 @@ def main(config: Compose) -> Path:
     made_by = inputs(config, base, samples, look, device)
     pipes = PairPipes(
         base, style.file, speed.file,
-        warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
+        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
     )  # fmt: skip
     made_from = [made_by, style.weights, speed.weights]
     drawn = draw_all(

@@ -62,7 +62,7 @@ def main(config: GuidanceSweep) -> Path:
     hashes = {subject.name: subject.weights for subject in found}
     pipes = Pipes(
         base, {subject.name: subject for subject in found},
-        warm=lambda pipe: sample.sample(pipe, prompts[:1], solver="ddim", steps=1, size=size),
+        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
     )  # fmt: skip
     drawn = draw_all(
         cells, folder / "cells", pipes.get, samples, look,

@@ -88,7 +88,7 @@ def draw(
         batch = prompts[first : first + config.batch_size]
         start = time.perf_counter()
         pixels = sample.sample(
-            pipe, batch, solver=row.solver, steps=row.steps, guidance_scale=row.guidance_scale,
+            pipe, batch, sampler=row.solver, steps=row.steps, guidance_scale=row.guidance_scale,
             seed=config.seed, first=first, size=size,
         )  # fmt: skip
         seconds = torch.full((len(batch),), (time.perf_counter() - start) / len(batch), dtype=torch.float64)
@@ -136,7 +136,9 @@ def main(config: Quality) -> Path:
             )
             if adapted and adapter:
                 sample.load_adapter(pipes[adapted], adapter, config.lora_weight)
-            sample.sample(pipes[adapted], prompts[:1], solver="ddim", steps=1, size=size)  # warm up the clock
+            sample.sample(
+                pipes[adapted], prompts[:1], sampler="ddim", steps=1, size=size
+            )  # warm up the clock
         return pipes[adapted]
 
     drawn: list[Rows] = []

@@ -100,7 +100,7 @@ def _base(base: Base) -> str:
     info = inspect_base(base.path, revision=base.revision, variant=base.variant)
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
     require_fit(info)
-    kind = f"{info.family}, {info.prediction_type} prediction"
+    kind = f"{info.family.name}, {info.prediction_type} prediction"
     return f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
 
 

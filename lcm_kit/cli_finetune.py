@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lcm_kit.base_families import listed
 from lcm_kit.quiet import quiet
 
 verbs = typer.Typer()
@@ -24,7 +25,7 @@ def finetune(
         ),
     ] = None,
     base: Annotated[
-        str, typer.Option(help="SD1.x, SD2.x or SDXL: diffusers folder, hub id, .safetensors, asset:tiny-sd.")
+        str, typer.Option(help=f"{listed()}: diffusers folder, hub id, .safetensors, asset:tiny-sd.")
     ] = ...,  # type: ignore[assignment]  # required, though after an optional argument
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME of the folder")

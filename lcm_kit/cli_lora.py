@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lcm_kit import console
+from lcm_kit.base_families import listed
 from lcm_kit.cli_numbers import WEIGHT, within
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
@@ -27,9 +28,7 @@ Style = Annotated[
 Dtype = Literal["float32", "float16", "bfloat16"]
 Base = Annotated[
     str | None,
-    typer.Option(
-        help="Diffusers folder, hub id or asset:NAME.", show_default="SD1.x, SD2.x or SDXL, as it fits"
-    ),
+    typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default=f"{listed()}, as it fits"),
 ]
 Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
 LeaveOut = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lcm_kit import console
+from lcm_kit import base_families, console
 from lcm_kit.cli_numbers import within
 from lcm_kit.errors import UserError
 from lcm_kit.quiet import quiet
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lcm_kit.plan.estimate import Estimate, Planner
 
 verbs = typer.Typer()
+
+
+def _published(name: str | None) -> str | None:
+    return None if name is None else base_families.generation_of(name).name
 
 
 @verbs.command(rich_help_panel="Recipes and configs")
@@ -43,8 +47,13 @@ def plan(
         ),
     ] = None,
     structure: Annotated[
-        Literal["sd1", "sd2", "sdxl", "ssd1b"] | None,
-        typer.Option(help="What to take the base for.", show_default="what its files say, else its name"),
+        str | None,
+        typer.Option(
+            callback=_published,
+            metavar="|".join(base_families.names()),
+            help="What to take the base for.",
+            show_default="what its files say, else its name",
+        ),
     ] = None,
 ) -> None:
     """Say what a run will need, and what to change if it does not fit; no weights are loaded.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lcm_kit import samplers
 from lcm_kit.cli_numbers import SEED, WEIGHT, within
 from lcm_kit.console import say, working
 from lcm_kit.errors import UserError
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from lcm_kit.config.schema import Base
 
 verbs = typer.Typer()
+
+
+def _known_sampler(name: str | None) -> str | None:
+    if name is not None:
+        samplers.sampler_of(name)
+    return name
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -59,9 +66,16 @@ def sample(
             show_default="recommended, else 1.0",
         ),
     ] = None,
-    solver: Annotated[
-        Literal["lcm", "tcd", "ddim", "dpmpp_2m"] | None,
-        typer.Option(help="lcm or tcd for an adapter.", show_default="recommended, else lcm"),
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            "--solver",
+            callback=_known_sampler,
+            metavar="|".join(samplers.names()),
+            help=f"{', '.join(samplers.for_adapter())} for an adapter.",
+            show_default="recommended, else lcm",
+        ),
     ] = None,
     negative: Annotated[
         str | None, typer.Option(help="What guidance leads away from; it takes a --guidance above 1.")
@@ -114,13 +128,13 @@ def sample(
         with working(f"checking {adapter}"):
             advice = of_adapter(adapter, _insist_on_a_pair(adapter, found))
     side = width or height
-    use = settings(advice, solver=solver, steps=steps, guidance_scale=guidance, lora_weight=weight)
+    use = settings(advice, sampler=sampler, steps=steps, guidance_scale=guidance, lora_weight=weight)
     if advice and advice.steps:
         say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
     with working(f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps"):
         sheet = sample_to_folder(
             found.path, wanted, output, adapter=adapter, steps=use.steps, guidance_scale=use.guidance_scale,
-            seed=seed, lora_weight=use.lora_weight, solver=use.solver, revision=found.revision,
+            seed=seed, lora_weight=use.lora_weight, sampler=use.sampler, revision=found.revision,
             variant=found.variant, negative_prompt=None if negative is None else from_command(negative),
             size=None if side is None else (height or side, width or side), count=count,
             batch_size=batch_size, device=device, dtype=None if dtype is None else getattr(torch, dtype),

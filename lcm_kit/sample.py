@@ -25,9 +25,8 @@ from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import atomic_file
 from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
+from lcm_kit.samplers import sampler_of
 
-SOLVERS = ("lcm", "tcd", "ddim", "dpmpp_2m")
-_TCD_GAMMA = 0.3  # how much noise TCD renews on its way: its authors' choice (arXiv:2402.19159)
 _ADAPTER_NAME = "lcm"
 # Keys of a scheduler's configuration that say what the base is; all others say how to sample
 _NOISE = (
@@ -67,7 +66,7 @@ def pipeline(
 
     `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler
 
     info = families.inspect_base(base, revision=revision, variant=variant)
     parts: dict[str, Any] = {
@@ -75,7 +74,7 @@ def pipeline(
         "scheduler": DDIMScheduler.from_config(
             noise_of(info.scheduler_config), clip_sample=False, steps_offset=1
         ),
-        # in float16 SDXL's overflows
+        # which overflows in float16 where its configuration says so, as SDXL's
         "vae": families.load_vae(
             info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
         ),
@@ -87,12 +86,9 @@ def pipeline(
             parts[part] = families.load_tokenizer(info, part)
         elif part not in parts:
             parts[part] = families.load_part(info, part, dtype)
-    if info.family == "sdxl":
-        empty = info.zeros_when_empty
-        pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
-    else:
-        none = dict.fromkeys(("safety_checker", "feature_extractor"))
-        pipe = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
+    if info.family.zeros_when_empty:
+        parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
+    pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -132,34 +128,16 @@ def noise_of(config: Any) -> dict[str, Any]:
     return {key: config[key] for key in _NOISE if config.get(key) is not None}
 
 
-def scheduler(solver: str, config: Any) -> Any:
-    """diffusers' scheduler for `solver`, with the noise and the prediction type of the base's own `config`.
+def scheduler(sampler: str, config: Any) -> Any:
+    """diffusers' scheduler for `sampler`, with the noise and the prediction type of the base's own `config`.
 
     How the base's scheduler samples (Karras' sigmas, order, spacing, clipping, ...) is not taken over:
-    "ddim" is the same sampler on every base. Plain solvers use trailing timesteps (they start at T-1, where
-    the noise is) and end at clean data, which is their best at few steps. Latents are never clipped. Raises
-    `UserError` for an unknown solver.
+    "ddim" is the same sampler on every base (`lcm_kit.samplers`). Raises `UserError` for an unknown sampler.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
+    import diffusers
 
-    noise = noise_of(config)
-    if solver == "lcm":
-        return LCMScheduler.from_config(noise, clip_sample=False)
-    if solver == "tcd":
-        return TCDScheduler.from_config(noise, clip_sample=False)
-    if solver == "ddim":
-        return DDIMScheduler.from_config(
-            noise, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
-    if solver == "dpmpp_2m":
-        return DPMSolverMultistepScheduler.from_config(
-            noise,
-            timestep_spacing="trailing",
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            final_sigmas_type="zero",
-        )
-    raise UserError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    chosen = sampler_of(sampler)
+    return getattr(diffusers, chosen.scheduler).from_config(noise_of(config), **chosen.settings)
 
 
 def unet_calls(steps: int, guidance_scale: float) -> int:
@@ -173,10 +151,10 @@ def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1) for digest in digests]
 
 
-def _check(solver: str, steps: int, guidance_scale: float) -> None:
-    most = 50 if solver in ("lcm", "tcd") else 1000
+def _check(sampler: str, steps: int, guidance_scale: float) -> None:
+    most = sampler_of(sampler).most_steps
     if not 1 <= steps <= most:
-        raise UserError(f"steps {steps} is impossible with solver {solver}; give 1 to {most}")
+        raise UserError(f"steps {steps} is impossible with sampler {sampler}; give 1 to {most}")
     if not 1 <= guidance_scale < math.inf:  # a NaN is neither
         raise UserError(
             f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8"
@@ -188,7 +166,7 @@ def latents(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    solver: str,
+    sampler: str,
     steps: int,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -201,9 +179,9 @@ def latents(
     `size`, of a side or (height, width) in pixels, is the UNet's own by default. `negative_prompt` stands in
     the place of the empty one, which guidance leads away from; with none (1) it does nothing. LCM's renewed
     noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
-    Returns float32 on the CPU. Raises `UserError` for an unknown solver and for impossible steps or guidance.
+    Returns float32 on the CPU. Raises `UserError` for an unknown sampler, impossible steps or guidance.
     """
-    _check(solver, steps, guidance_scale)
+    _check(sampler, steps, guidance_scale)
     own = pipe.scheduler
     own_side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     height, width = size if isinstance(size, tuple) else (size or own_side,) * 2
@@ -211,13 +189,13 @@ def latents(
     shape = (pipe.unet.config.in_channels, *sides)
     streams = generators(seed, first, len(prompts))
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-    pipe.scheduler = scheduler(solver, own.config)
-    extra = {"eta": _TCD_GAMMA} if solver == "tcd" else {}
+    pipe.scheduler = scheduler(sampler, own.config)
     try:
         drawn = pipe(
             list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams,
             height=height, width=width, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts), **extra,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            **sampler_of(sampler).call,
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own
@@ -275,7 +253,7 @@ def sample_to_folder(
     guidance_scale: float = 1.0,
     seed: int = 0,
     lora_weight: float = 1.0,
-    solver: str = "lcm",
+    sampler: str = "lcm",
     revision: str | None = None,
     variant: str | None = None,
     negative_prompt: str | None = None,
@@ -296,7 +274,7 @@ def sample_to_folder(
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
     sweep(output, deep=False)
-    _check(solver, steps, guidance_scale)
+    _check(sampler, steps, guidance_scale)
     if negative_prompt is not None and guidance_scale <= 1:
         raise UserError(
             "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
@@ -313,7 +291,7 @@ def sample_to_folder(
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
         images = sample(
-            pipe, batch, solver=solver, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
+            pipe, batch, sampler=sampler, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
             size=size, negative_prompt=negative_prompt,
         )  # fmt: skip
         for at, picture in enumerate(to_pil(images), start=first):

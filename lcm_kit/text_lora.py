@@ -93,7 +93,7 @@ def load(base: BaseInfo, config: Finetune, device: torch.device) -> TextLora | N
     wanted = config.text_encoder
     if wanted.rank is None:
         return None
-    family = families.of(base)
+    family = families.family_of(base)
     text, encoders = family.load_text(base), {}
     for k, (part, (encoder, modules)) in enumerate(family.adapted(text).items(), start=1):
         encoder.to(device)

@@ -74,14 +74,14 @@ class Fixed:
         )  # fmt: skip
 
     def latents(
-        self, pipe: Any, solver: str, steps: int, guidance_scale: float, rows: int | None = None
+        self, pipe: Any, sampler: str, steps: int, guidance_scale: float, rows: int | None = None
     ) -> Tensor:
         """Latents [rows, C, h, w] of the first `rows` prompts (all), `config.count` of them at once."""
         wanted, size = self.prompts[:rows], self.config.count
         parts = [
             sample.latents(
-                pipe, wanted[first : first + size], solver=solver, steps=steps, guidance_scale=guidance_scale,
-                seed=self.config.seed, first=first, size=self.resolution,
+                pipe, wanted[first : first + size], sampler=sampler, steps=steps,
+                guidance_scale=guidance_scale, seed=self.config.seed, first=first, size=self.resolution,
             )
             for first in range(0, len(wanted), size)
         ]  # fmt: skip

@@ -48,7 +48,7 @@ def strengths(base: Structure, names: Iterable[str] | None = None) -> dict[str, 
 
 def in_diffusers_spelling(base: Structure) -> Callable[[str], str]:
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    if base.generation != "sdxl":
+    if base.generation.name != "sdxl":
         prefix["text_encoder"] = "lora_te_"
 
     def spell(name: str) -> str:

@@ -33,7 +33,7 @@ def test_the_counts_of_the_apps_themselves(name: Any, count: int, diffusers_styl
     """Of the kohya file all, and at its strength, but for what stable-diffusion.cpp drops of SD2.x; of the
     diffusers-style file ComfyUI's part, stable-diffusion.cpp's whole UNet, and nothing in the five others.
     """
-    base = structure.ssd1b() if name == "ssd1b" else structure.known(name)
+    base = structure.known(name)
     wanted = strengths(base, trial(base))
     assert len(wanted) == count
     for app in able(base):
@@ -57,8 +57,8 @@ def test_the_counts_of_the_apps_themselves(name: Any, count: int, diffusers_styl
 def test_which_apps_can_load_a_base() -> None:
     """sd-scripts has one SDXL, of full size; no app but diffusers has a UNet of other blocks."""
     assert all(able(structure.known(generation)) == tuple(APPS) for generation in GENERATIONS)
-    assert able(structure.ssd1b()) == tuple(app for app in APPS if app != "sd-scripts")
-    assert structure.ssd1b().blocks == "ssd1b"
+    assert able(structure.known("ssd1b")) == tuple(app for app in APPS if app != "sd-scripts")
+    assert structure.known("ssd1b").blocks.name == "ssd1b"
     sdxl = structure.known("sdxl")
     fewer = {name: shape for name, shape in sdxl.modules.items() if "mid_block.attentions" not in name}
     assert able(dataclasses.replace(sdxl, modules=fewer)) == ()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lcm_kit.base_families import GENERATIONS
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base
-from lcm_kit.families.checkpoint import FAMILIES, contents_of
+from lcm_kit.families.checkpoint import contents_of
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 UNET = {FIRST: torch.zeros(8, 4, 3, 3)}
@@ -62,7 +63,7 @@ def test_the_repositories_are_those_that_diffusers_infers():
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS as known
 
     for ours, theirs in (("sd1", "v1"), ("sd2", "v2"), ("sdxl", "xl_base")):
-        assert FAMILIES[ours].repositories[0] == known[theirs]["pretrained_model_name_or_path"]
+        assert GENERATIONS[ours].repositories[0] == known[theirs]["pretrained_model_name_or_path"]
 
 
 SDXL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
@@ -89,7 +90,7 @@ def _whole(*text: str) -> dict[str, torch.Tensor]:
 def test_the_family_is_in_the_names(name: str, text: tuple[str, ...], tmp_path: Path):
     save_file(_whole(*text), tmp_path / "model.safetensors")
     contents = contents_of(tmp_path / "model.safetensors")
-    assert contents.family.name == name
+    assert contents.generation.short == name
     assert contents.counts == {"unet": 2, "vae": 1} | {f"text_encoder{'_2' * k}": 1 for k in range(len(text))}
 
 
@@ -97,7 +98,7 @@ def test_a_middle_without_attention_is_the_pruned_sdxl(tmp_path: Path):
     tensors = _whole(*SDXL_TEXT)
     del tensors["model.diffusion_model.middle_block.1.norm.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    assert contents_of(tmp_path / "model.safetensors").family.repositories == ("segmind/SSD-1B",)
+    assert contents_of(tmp_path / "model.safetensors").generation.repositories == ("segmind/SSD-1B",)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +131,8 @@ def test_the_family_of_a_unet_alone(prefix: str, tensor: dict[str, torch.Tensor]
     tensors = {"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), **tensor}
     save_file({prefix + key: x for key, x in tensors.items()}, tmp_path / "unet.safetensors")
     contents = contents_of(tmp_path / "unet.safetensors")
-    assert contents.family.name == name and contents.counts == {"unet": len(tensors)}
-    assert contents.lacking == tuple(part for part in contents.family.prefixes if part != "unet")
+    assert contents.generation.short == name and contents.counts == {"unet": len(tensors)}
+    assert contents.lacking == tuple(part for part in contents.generation.checkpoint if part != "unet")
 
 
 def test_sd2_at_its_known_step_is_epsilon(tmp_path: Path):

@@ -227,7 +227,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert calls[0][0] == ("my/base", ["one", "two", "three"], tmp_path / "out")
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
-        "seed": 5, "lora_weight": 0.8, "solver": "lcm", "revision": None, "variant": "fp16",
+        "seed": 5, "lora_weight": 0.8, "sampler": "lcm", "revision": None, "variant": "fp16",
         "negative_prompt": None, "size": None, "count": 1, "batch_size": 8, "device": None, "dtype": None,
     }  # fmt: skip
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
@@ -240,7 +240,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     cli("sample", "--prompt", "one", "--base", "b", *more, "--dtype", "bfloat16", "--guidance", "2")
     given, keys = calls.pop()[1], ("negative_prompt", "size", "count", "batch_size", "device", "dtype")
     assert [given[key] for key in keys] == ["red", (64, 64), 2, 3, "cpu", torch.bfloat16]
-    how = ("solver", "steps", "guidance_scale", "lora_weight")
+    how = ("sampler", "steps", "guidance_scale", "lora_weight")
     assert [calls[-1][1][key] for key in how] == ["tcd", 2, 1.5, 0.0]
 
 

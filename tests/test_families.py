@@ -37,7 +37,7 @@ SD15_UNET = {  # unet/config.json of Stable Diffusion 1.5
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_inspect_reads_the_base_without_its_weights(sd_base: Callable[..., Path], kind: str):
     info = inspect_base(str(sd_base(kind)))
-    assert (info.family, info.prediction_type, info.factor, info.sample_size) == ("sd", kind, 4, 16)
+    assert (info.family.name, info.prediction_type, info.factor, info.sample_size) == ("sd", kind, 4, 16)
     assert (info.latent_channels, info.width, info.scaling_factor, info.shift_factor) == (4, 32, 0.5, 0.0)
     assert info.scheduler_config["beta_start"] == 0.00085
 

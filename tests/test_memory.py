@@ -202,7 +202,7 @@ def test_the_families_bases_train_in_few_bits_with_checkpointing(
     assert unet.is_gradient_checkpointing and not unet.training
     lora = add_lora(unet, Adapter(rank=2, alpha=2.0))
     more: dict[str, Any] = {}
-    if base.family == "sdxl":
+    if base.family.name == "sdxl":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         more["added_cond_kwargs"] = {"text_embeds": torch.randn(1, pooled), "time_ids": torch.ones(1, 6)}
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 24, unet.config.cross_attention_dim)

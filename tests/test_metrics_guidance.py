@@ -119,7 +119,7 @@ def test_the_embedded_base_at_guidances_between_those_of_the_grid() -> None:
     pipe, prompts = sample.pipeline("asset:tiny-sd"), assets.prompts("asset:tiny-sd")[:8]
 
     def drawn(guidance_scale: float) -> Tensor:
-        return sample.latents(pipe, prompts, solver="ddim", steps=4, guidance_scale=guidance_scale, seed=0)
+        return sample.latents(pipe, prompts, sampler="ddim", steps=4, guidance_scale=guidance_scale, seed=0)
 
     teachers = torch.stack([drawn(scale) for scale in grid])
     for truth in (3.5, 6.0):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_kit import adapter
+from lcm_kit.base_families import FAMILIES
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.export import kohya_format, names, reading, structure
@@ -96,12 +97,12 @@ def test_the_names_that_sd_scripts_writes() -> None:
 
 
 def test_a_module_without_a_name_or_with_anothers_is_refused() -> None:
-    with pytest.raises(UserError, match="a sd base has no text_encoder_2"):
-        names.kohya_names(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "sd")
+    with pytest.raises(UserError, match="a base of Stable Diffusion 1.x and 2.x has no text_encoder_2"):
+        names.kohya_names(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], FAMILIES["sd"])
     with pytest.raises(UserError, match="has no name for it"):
-        names.kohya_names(["unet.somewhere.else"], "sdxl")
+        names.kohya_names(["unet.somewhere.else"], FAMILIES["sdxl"])
     with pytest.raises(UserError, match=r"unet\.a\.b and unet\.a_b would share a name"):
-        names.kohya_names(["unet.a.b", "unet.a_b"], "sd")
+        names.kohya_names(["unet.a.b", "unet.a_b"], FAMILIES["sd"])
 
 
 @pytest.mark.parametrize(

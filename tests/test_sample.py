@@ -13,7 +13,7 @@ import torch
 from diffusers import TCDScheduler
 from PIL import Image
 
-from lcm_kit import families, sample
+from lcm_kit import families, sample, samplers
 from lcm_kit.errors import UserError
 
 PROMPTS = ["a cat", "a dog", "an owl", "a fox", "a fish"]
@@ -24,11 +24,11 @@ def pipe(sd_base: Callable[..., Path]) -> Any:
     return sample.pipeline(str(sd_base("epsilon")))
 
 
-@pytest.mark.parametrize("solver", sample.SOLVERS)
-def test_batch_size_changes_no_picture(pipe: Any, solver: str) -> None:
-    together = sample.sample(pipe, PROMPTS, solver=solver, steps=3, seed=5)
+@pytest.mark.parametrize("sampler", samplers.names())
+def test_batch_size_changes_no_picture(pipe: Any, sampler: str) -> None:
+    together = sample.sample(pipe, PROMPTS, sampler=sampler, steps=3, seed=5)
     parts = [
-        sample.sample(pipe, PROMPTS[a:b], solver=solver, steps=3, seed=5, first=a)
+        sample.sample(pipe, PROMPTS[a:b], sampler=sampler, steps=3, seed=5, first=a)
         for a, b in ((0, 2), (2, 5))
     ]
     assert together.shape == (5, 3, 64, 64)
@@ -46,14 +46,14 @@ def test_noise_is_a_function_of_seed_and_index() -> None:
     assert not torch.equal(draw(0, 1, 1)[0], draw(1, 0, 1)[0])
 
 
-@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize("sampler", samplers.names())
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(1, 1.0), (4, 1.0), (4, 5.0)])
-def test_unet_calls(pipe: Any, solver: str, steps: int, guidance_scale: float) -> None:
+def test_unet_calls(pipe: Any, sampler: str, steps: int, guidance_scale: float) -> None:
     """Counted in the pipeline: samples that pass through the UNet for one picture."""
     seen: list[int] = []
     hook = pipe.unet.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
     try:
-        sample.latents(pipe, PROMPTS[:2], solver=solver, steps=steps, guidance_scale=guidance_scale)
+        sample.latents(pipe, PROMPTS[:2], sampler=sampler, steps=steps, guidance_scale=guidance_scale)
     finally:
         hook.remove()
     assert (
@@ -65,8 +65,8 @@ def test_unet_calls(pipe: Any, solver: str, steps: int, guidance_scale: float) -
 def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
     consistency, plain = [999, 759, 499, 259], [999, 749, 499, 249]
     expected = {"lcm": consistency, "tcd": consistency, "ddim": plain, "dpmpp_2m": plain}
-    for solver, timesteps in expected.items():
-        scheduler = sample.scheduler(solver, pipe.scheduler.config)
+    for sampler, timesteps in expected.items():
+        scheduler = sample.scheduler(sampler, pipe.scheduler.config)
         scheduler.set_timesteps(4)
         assert scheduler.timesteps.tolist() == timesteps
     fifty = sample.scheduler("ddim", pipe.scheduler.config)
@@ -78,7 +78,7 @@ def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
 
 def test_one_ddim_step_is_the_predicted_clean_latent(pipe: Any) -> None:
     """From t = 999 to clean data in one step: x0 = (x - sigma eps) / alpha, with the pipeline's own UNet."""
-    drawn = sample.latents(pipe, PROMPTS[:1], solver="ddim", steps=1, seed=3)
+    drawn = sample.latents(pipe, PROMPTS[:1], sampler="ddim", steps=1, seed=3)
     x = torch.randn((1, 4, 16, 16), generator=sample.generators(3, 0, 1)[0])
     embeds = pipe.encode_prompt(PROMPTS[:1], "cpu", 1, False)[0]
     with torch.no_grad():
@@ -100,14 +100,14 @@ SAMPLING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize("sampler", samplers.names())
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_how_the_bases_own_scheduler_samples_is_not_taken_over(solver: str, zero_snr: bool) -> None:
+def test_how_the_bases_own_scheduler_samples_is_not_taken_over(sampler: str, zero_snr: bool) -> None:
     noise = {
         "beta_start": 0.001, "beta_end": 0.011, "beta_schedule": "scaled_linear", "num_train_timesteps": 800,
         "prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr,
     }  # fmt: skip
-    bare, full = sample.scheduler(solver, noise), sample.scheduler(solver, noise | SAMPLING)
+    bare, full = sample.scheduler(sampler, noise), sample.scheduler(sampler, noise | SAMPLING)
     assert dict(full.config) == dict(bare.config)
     assert {key: full.config[key] for key in noise} == noise
     generator = torch.Generator().manual_seed(0)
@@ -151,20 +151,20 @@ def test_the_vae_of_sdxl_stays_float32_in_float16(sdxl_base: Path, sd_base, tmp_
 
 def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
     before = pipe.scheduler
-    sample.latents(pipe, PROMPTS[:1], solver="lcm", steps=1)
+    sample.latents(pipe, PROMPTS[:1], sampler="lcm", steps=1)
     assert pipe.scheduler is before
 
 
 def test_guidance_changes_the_picture_and_one_is_none(pipe: Any) -> None:
     plain, guided = (
-        sample.latents(pipe, PROMPTS[:1], solver="ddim", steps=2, guidance_scale=g) for g in (1.0, 5.0)
+        sample.latents(pipe, PROMPTS[:1], sampler="ddim", steps=2, guidance_scale=g) for g in (1.0, 5.0)
     )
     assert (plain - guided).abs().max() > 1e-3
 
 
 def test_tcd_renews_as_much_noise_as_its_authors_do(pipe: Any) -> None:
     """arXiv:2402.19159's gamma, 0.3, is diffusers' `eta`; the rest is a plain call from the same noise."""
-    found = sample.latents(pipe, PROMPTS[:2], solver="tcd", steps=2, seed=5)
+    found = sample.latents(pipe, PROMPTS[:2], sampler="tcd", steps=2, seed=5)
     streams = sample.generators(5, 0, 2)
     noise = torch.stack([torch.randn(4, 16, 16, generator=stream) for stream in streams])
     own = pipe.scheduler
@@ -187,16 +187,16 @@ def test_an_adapter_acts_at_its_weight(weight: float) -> None:
 
 
 def test_size(pipe: Any) -> None:
-    assert sample.sample(pipe, PROMPTS[:1], solver="lcm", steps=1, size=32).shape == (1, 3, 32, 32)
+    assert sample.sample(pipe, PROMPTS[:1], sampler="lcm", steps=1, size=32).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"solver": "lcm", "steps": 0}, "steps 0"),
-        ({"solver": "lcm", "steps": 51}, "1 to 50"),
-        ({"solver": "euler", "steps": 4}, "lcm, tcd, ddim, dpmpp_2m"),
-        ({"solver": "ddim", "steps": 4, "guidance_scale": 0.5}, "guidance_scale 0.5"),
+        ({"sampler": "lcm", "steps": 0}, "steps 0"),
+        ({"sampler": "lcm", "steps": 51}, "1 to 50"),
+        ({"sampler": "euler", "steps": 4}, "lcm, tcd, ddim, dpmpp_2m"),
+        ({"sampler": "ddim", "steps": 4, "guidance_scale": 0.5}, "guidance_scale 0.5"),
     ],
 )
 def test_impossible_settings(pipe: Any, settings: dict[str, Any], words: str) -> None:
@@ -253,7 +253,7 @@ def test_a_negative_prompt_is_diffusers_own(sd_base: Callable[..., Path], tmp_pa
     base = str(sd_base("epsilon"))
     pipe = sample.pipeline(base)
     found = sample.latents(
-        pipe, ["a cat"], solver="ddim", steps=2, guidance_scale=4.0, seed=3, negative_prompt="a dog"
+        pipe, ["a cat"], sampler="ddim", steps=2, guidance_scale=4.0, seed=3, negative_prompt="a dog"
     )
     noise = torch.randn((4, 16, 16), generator=sample.generators(3, 0, 1)[0])[None]
     pipe.scheduler = sample.scheduler("ddim", pipe.scheduler.config)
@@ -262,7 +262,7 @@ def test_a_negative_prompt_is_diffusers_own(sd_base: Callable[..., Path], tmp_pa
         output_type="latent",
     ).images  # fmt: skip
     assert torch.equal(found, wanted)
-    plain = sample.latents(pipe, ["a cat"], solver="ddim", steps=2, guidance_scale=4.0, seed=3)
+    plain = sample.latents(pipe, ["a cat"], sampler="ddim", steps=2, guidance_scale=4.0, seed=3)
     assert (found - plain).abs().max() > 1e-3
 
 

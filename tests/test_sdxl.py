@@ -140,7 +140,7 @@ def test_pictures_are_the_pipelines_own(request: pytest.FixtureRequest, fixture:
 
     base = request.getfixturevalue(fixture)
     found = sample.latents(
-        sample.pipeline(str(base)), ["a fox"], solver="ddim", steps=3, guidance_scale=4.0, seed=5
+        sample.pipeline(str(base)), ["a fox"], sampler="ddim", steps=3, guidance_scale=4.0, seed=5
     )
     own = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     own.scheduler = DDIMScheduler.from_config(

@@ -172,7 +172,7 @@ def test_the_headline(found: dict[str, Any], text: str) -> None:
     words = shlex.split(command)
     assert words[:2] == ["lcm-kit", "sample"] and words[words.index("--prompt") + 1] == EVIL
     assert words[words.index("--adapter") + 1] == "runs/quickstart/my lora.safetensors"
-    assert [words[words.index(key) + 1] for key in ("--steps", "--guidance", "--weight", "--solver")] == [
+    assert [words[words.index(key) + 1] for key in ("--steps", "--guidance", "--weight", "--sampler")] == [
         "4", "1", "0.8", "lcm",
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lcm_kit import base_families
 from lcm_kit.export import structure, verify, write
 from lcm_kit.export.facts import Facts
 from lcm_kit.quiet import quiet
@@ -50,7 +51,7 @@ def main() -> None:
             lora = random_lora(base)
             broken.save(file, breaker(lora, base))
             show(what, base, file)
-        for base in (*map(structure.known, ("sd1", "sd2", "sdxl")), structure.ssd1b()):
+        for base in map(structure.known, base_families.names()):
             for style in ("kohya", "diffusers"):
                 write.write(file, random_lora(base), base, style, "float16", Facts("lora"))
                 show(f"this kit, {style} style", base, file)

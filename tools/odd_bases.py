@@ -120,7 +120,7 @@ def verify(base: Path, out: Path, images: Path) -> str:
     from lcm_kit.export.verify import base_of
 
     found = base_of(str(base))
-    return repr((found.structure.modules, found.structure.generation, found.structure.prediction_type))
+    return repr((found.structure.modules, found.structure.generation.name, found.structure.prediction_type))
 
 
 VERBS: tuple[Callable[[Path, Path, Path], str], ...] = (check, encode, plan, verify, sample)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import assets
+from lcm_kit.base_families import PARTS, generation_of
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError
-from lcm_kit.export.structure import known
 from lcm_kit.families.condition import Condition
 
 UNET = {"norm_num_groups": 32, "block_out_channels": (320, 640, 1280, 1280)}
@@ -25,9 +25,12 @@ VAE = {
     "block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32, "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
-CLIP_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-CLIP_L, CLIP_H, CLIP_G = (12, 768, 3072, 12), (23, 1024, 4096, 16), (32, 1280, 5120, 20)
-TEXT = {"sd1": (CLIP_L,), "sd2": (CLIP_H,), "sdxl": (CLIP_L, CLIP_G)}
+CLIP_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+)  # as `Clip` has them
 SCALED = {*CLIP_KEYS[1:], *UNET, "cross_attention_dim", "attention_head_dim"}  # the last is a number of heads
 
 
@@ -44,9 +47,10 @@ def settings(config: Speed) -> tuple[dict[str, Any], dict[str, Any], list[dict[s
     def scaled(of: dict[str, Any]) -> dict[str, Any]:
         return {key: share(value) if key in SCALED else value for key, value in of.items()}
 
-    texts = [scaled(dict(zip(CLIP_KEYS, row, strict=True))) for row in TEXT[config.structure]]
-    unet = scaled({**UNET, **known(config.structure).unet_config})
-    if config.structure == "sdxl":  # it is told the pooled text and six sizes
+    generation = generation_of(config.structure)
+    texts = [scaled(dict(zip(CLIP_KEYS, clip[1:5], strict=True))) for clip in generation.text.values()]
+    unet = scaled({**UNET, **generation.unet})
+    if generation.pooled:  # it is told the pooled text and six sizes
         unet["projection_class_embeddings_input_dim"] = texts[1]["hidden_size"] + 6 * 256
     return unet, scaled(VAE), texts
 
@@ -63,7 +67,7 @@ def cached(config: Speed) -> tuple[Tensor, Condition]:
     side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     tokens = texts[0].get("max_position_embeddings", 77)
     condition = Condition(torch.randn(n, tokens, unet["cross_attention_dim"]))
-    if config.structure == "sdxl":
+    if unet.get("addition_embed_type"):
         condition = replace(condition, pooled=torch.randn(n, texts[1]["hidden_size"]), time_ids=sizes(config))
     return torch.randn(n, 4, side, side), condition
 
@@ -105,12 +109,12 @@ class Base:
 
     def texts(self) -> list[Any]:
         """The text encoders."""
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig
 
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        kinds = (part.kind() for name, part in PARTS.items() if name.startswith("text_encoder"))
         return [
             self.build(kind, CLIPTextConfig(**{**of, "projection_dim": of["hidden_size"]}))
-            for kind, of in zip(kinds, settings(self.config)[2], strict=False)
+            for of, kind in zip(settings(self.config)[2], kinds, strict=False)
         ]
 
     @torch.no_grad()

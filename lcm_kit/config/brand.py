@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from lcm_kit.config.choices import AdapterSampler
 from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Scale, Seed, Weight, Whole
 
 
@@ -38,7 +39,7 @@ class Brand:
     batch_size: BatchSize = 32
     teacher_steps: Positive = 50  # of the base and of the styled teacher: DDIM
     teacher_guidance: Scale = 5.0
-    sampler: Literal["lcm", "tcd", "ddim"] = "lcm"
+    sampler: AdapterSampler = "lcm"
     steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
     guidance_scale: Scale = 1.0  # of the adapter
     lora_weight: Weight = 1.0

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from lcm_kit.config.choices import BaseSampler
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1)
 
 
@@ -41,7 +43,7 @@ class Samples:
     # text file, one prompt a line; or a folder of pictures, whose captions are the prompts; or an asset
     prompts: Place = "asset:general"
     count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
-    solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    solver: BaseSampler = "ddim"
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 50
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise

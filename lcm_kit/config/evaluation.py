@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from lcm_kit.config.choices import BaseSampler, Structure
 from lcm_kit.config.schema import (
     STRICT,
     BatchSize,
@@ -42,7 +43,7 @@ class Quality:
     student_steps: tuple[Positive, ...] = (1, 2, 4, 8)
     # budgets of the plain solvers; guidance costs two calls a step
     unet_calls: tuple[Positive, ...] = (2, 4, 8)
-    solvers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    solvers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     lora_weight: Weight = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
     pictures: Positive = 16  # prompts whose pictures are kept for the report
@@ -55,7 +56,7 @@ class Speed:
     recipe: Literal["evaluation/speed"]
     output: Place = "runs/speed"  # folder of results.json
     seed: Seed = 0
-    structure: Literal["sd1", "sd2", "sdxl", "tiny"] = "sd1"  # the base whose blocks are built
+    structure: Structure = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
     width: Annotated[Number, Field(gt=0, le=1)] = 1.0
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8

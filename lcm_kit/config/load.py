@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lcm_kit.config import yaml_text
 from lcm_kit.config.brand import Brand
+from lcm_kit.config.choices import OneOf
 from lcm_kit.config.evaluation import Quality, Speed
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.pretrain import PretrainTiny
@@ -208,6 +209,11 @@ def _bare(hint: Any) -> Any:
 
 
 def _options(hint: Any) -> list[str]:
+    hint = _without_null(hint)
+    if get_origin(hint) is Annotated and (
+        tables := [each for each in get_args(hint) if isinstance(each, OneOf)]
+    ):
+        return tables[0].names()
     hint = _bare(hint)
     return [str(option) for option in get_args(hint)] if get_origin(hint) is Literal else []
 
@@ -217,8 +223,8 @@ def _describe(hint: Any) -> str:
     origin, items = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return f"{_describe(_without_null(hint))}, or null"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, items))}" if len(items) > 1 else str(items[0])
+    if options := _options(hint):
+        return f"one of {', '.join(options)}" if len(options) > 1 else options[0]
     if origin is tuple:
         each = f"each {_describe(items[0])}"
         return f"a list, {each}" if Ellipsis in items else f"a list of {len(items)}, {each}"

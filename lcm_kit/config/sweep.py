@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from lcm_kit.config.choices import AdapterSampler, BaseSampler
 from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Rate, Scale, Seed, Weight, Whole
 
 Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -38,7 +39,7 @@ class SweptTeacher:
 class SweptStudent:
     """A grid of settings for each adapter: every combination is a cell."""
 
-    samplers: Annotated[tuple[Literal["lcm", "tcd", "ddim"], ...], Field(min_length=1)] = ("lcm",)
+    samplers: Annotated[tuple[AdapterSampler, ...], Field(min_length=1)] = ("lcm",)
     steps: Some = (1, 2, 4, 8)
     guidance_scales: Scales = (1.0, 1.25, 1.5, 2.0, 3.0)
     lora_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (1.0,)
@@ -48,7 +49,7 @@ class SweptStudent:
 class SweptPlain:
     """The base with few-step samplers that need no training, at the same number of UNet calls."""
 
-    samplers: tuple[Literal["ddim", "dpmpp_2m"], ...] = ("ddim", "dpmpp_2m")
+    samplers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     unet_calls: tuple[Positive, ...] = (4, 8)  # guidance costs two a step
     guidance_scales: Scales = (1.0, 5.0)
 
@@ -130,7 +131,7 @@ class Compose:
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
     teacher_guidance: Scale = 5.0
     teacher_weight: Weight = 1.0  # of the style in the teacher
-    sampler: Literal["lcm", "tcd", "ddim"] = "lcm"
+    sampler: AdapterSampler = "lcm"
     steps: Positive = 4
     guidance_scale: Scale = 1.0
     style_weights: Weights = (0.8, 1.0, 1.1, 1.2, 1.4)

@@ -36,14 +36,14 @@ def usable_base(config: Training) -> BaseInfo:
 class Encoder:
     """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
 
-    family: Any  # module of lcm_kit.families
+    family: families.Code
     vae: Any  # None where only captions are encoded
     text: Any
 
     @classmethod
     def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
         """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
-        family = families.of(base)
+        family = families.family_of(base)
         text = family.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):

@@ -121,7 +121,7 @@ def _clear(folder: Path, settings: dict[str, Any], wanted: set[Path]) -> None:
 def _draw(pipe: Any, config: Finetune, batch: Sequence[Picture], advance: Advance) -> None:
     """Draw pictures whose numbers follow one another; a caption is written before its picture."""
     pixels = sample.sample(
-        pipe, [picture.prompt for picture in batch], solver="ddim", steps=config.prior.steps,
+        pipe, [picture.prompt for picture in batch], sampler="ddim", steps=config.prior.steps,
         guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=batch[0].number,
         size=config.data.resolution,
     )  # fmt: skip

@@ -124,8 +124,8 @@ def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> 
     """Latents and conditions of a batch, by their names in a shard."""
     captions, drawn_by = [entry.caption for entry in entries], data.samples
     latents = sample.latents(
-        pipe, captions, first=int(entries[0].id.rpartition("/")[2]), size=data.resolution,
-        **{key: getattr(drawn_by, key) for key in _DRAWN_BY},
+        pipe, captions, sampler=drawn_by.solver, steps=drawn_by.steps, guidance_scale=drawn_by.guidance_scale,
+        seed=drawn_by.seed, first=int(entries[0].id.rpartition("/")[2]), size=data.resolution,
     )  # fmt: skip
     broken = [entry.id for entry, z in zip(entries, latents, strict=True) if not z.isfinite().all()]
     if broken:

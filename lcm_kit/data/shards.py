@@ -58,9 +58,9 @@ class Entry:
 def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
     """What latents and embeddings depend on of the base, and the format: hashes of its parts but some."""
     parts: dict[str, Any] = {part: base.hash_of(part) for part in base.parts if part not in without}
-    if base.family == "sdxl":
+    if base.family.zeros_when_empty:
         parts["zeros_when_empty"] = base.zeros_when_empty
-    return {"format": _FORMAT, "family": base.family, **parts}
+    return {"format": _FORMAT, "family": base.family.name, **parts}
 
 
 def settings(base: BaseInfo, data: Data) -> dict[str, Any]:

@@ -40,7 +40,6 @@ SHEET = "pictures/teacher-and-student.png"  # within the card's folder
 LOOK = "pictures/base-and-look.png"
 _ASKED = "a lighthouse by the sea at sunset"
 _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
-_GENERATIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
 _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
 _METHODS = {"lcm": "latent consistency distillation (LCM)"}
@@ -99,7 +98,7 @@ def write(
         guidance=_baked(facts.guidance),
         base=_base(facts.base, structure),
         structure=structure,
-        kind=_GENERATIONS[structure.generation],
+        kind=structure.generation.title,
         prediction=prediction(structure),
         comfy_sampling=_COMFY_SAMPLING.get(prediction(structure)),
         zero_snr=structure.zero_terminal_snr,
@@ -166,7 +165,7 @@ def _prompt_tag(file: str) -> str:
 def prediction(structure: Structure) -> str:
     """What the base predicts: `epsilon`, `v_prediction`, ..., or `unknown` where only the generation is."""
     if structure.prediction_type is None:
-        return "unknown" if structure.generation == "sd2" else "epsilon"
+        return structure.generation.prediction_type or "unknown"
     return structure.prediction_type
 
 
@@ -182,9 +181,8 @@ def _base(path: str | None, structure: Structure) -> dict[str, Any]:
 
 
 def _tags(structure: Structure, facts: Facts) -> list[str]:
-    family = "stable-diffusion-xl" if structure.family == "sdxl" else "stable-diffusion"
     fast = ["lcm", "lcm-lora"] if facts.method is not None else []
-    return ["text-to-image", family, "lora", *fast, "diffusers"]
+    return ["text-to-image", structure.family.hub_tag, "lora", *fast, "diffusers"]
 
 
 def _range(values: Iterable[float]) -> str:

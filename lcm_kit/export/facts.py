@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SAMPLERS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM, trailing timesteps"}  # as apps call them
+from lcm_kit import samplers
+
 PREFIX = "lcm_kit."  # of the metadata keys that hold what only this kit knows
 
 
@@ -29,7 +30,7 @@ class Recommended:
     @property
     def sampler_name(self) -> str:
         """As apps call it."""
-        return SAMPLERS.get(self.sampler or "", "")
+        return "" if self.sampler is None else samplers.sampler_of(self.sampler).name_in_apps
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,14 @@ def _recommended(own: Mapping[str, str]) -> Recommended | None:
     scale, weight = _number(own.get("sampling_guidance_scale")), _number(own.get("lora_weight"))
     if "recommended" not in own:  # what else it says of sampling holds for the method in general
         return None
-    if sampler not in SAMPLERS or not steps or steps > 1000 or scale is None or scale < 1 or weight is None:
+    if (
+        sampler not in samplers.for_adapter()
+        or not steps
+        or steps > 1000
+        or scale is None
+        or scale < 1
+        or weight is None
+    ):
         return Recommended(own["recommended"], None, None, None, None)
     return Recommended(own["recommended"], sampler, steps, scale, weight, part=own.get("recommended_for"))
 

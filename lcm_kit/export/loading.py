@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lcm_kit.base_families import PARTS
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure, empty_unet
@@ -80,7 +81,7 @@ def _from_folder(part: str, folder: Path, variant: str | None) -> Any:
 
 
 def _empty(part: str, structure: Structure) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig
 
     if part == "unet":
         model = empty_unet(structure.unet_config)
@@ -94,22 +95,20 @@ def _empty(part: str, structure: Structure) -> Any:
             num_attention_heads=max(1, width // 64), vocab_size=64,
             bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
-        kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
         with torch.device("meta"):
-            model = kind(config)
+            model = PARTS[part].kind()(config)
     return model.to_empty(device="cpu")  # memory that is never touched costs nothing
 
 
 def pipeline(structure: Structure, parts: Mapping[str, Any]) -> Any:
     """A pipeline that has `parts` alone: enough for `load_lora_weights`."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)  # as the pipelines want it; never used
-    if structure.family == "sdxl":
-        none = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        return StableDiffusionXLPipeline(**none | dict(parts), scheduler=scheduler)
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(**none | dict(parts), scheduler=scheduler, requires_safety_checker=False)
+    family = structure.family
+    # as the pipelines want it; never used
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    given = dict.fromkeys(family.parts) | dict(family.pipeline_off) | dict(parts) | {"scheduler": scheduler}
+    return family.pipeline_class()(**given)
 
 
 def load(pipe: Any, file: Path) -> list[str]:

@@ -27,7 +27,6 @@ CONVENTION = (
     "diffusers' guidance_scale, where 1 means no guidance; the LCM paper's w (arXiv:2310.04378) is "
     "guidance_scale - 1"
 )
-_LABEL = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 _SGM = "https://github.com/Stability-AI/generative-models"
 # A maker's own words, which a converted file keeps; the second row speaks for a few-step LoRA better itself
 _KEPT = (
@@ -82,7 +81,7 @@ def _known(**values: Any) -> dict[str, str]:
 def _kohya(lora: Lora, structure: Structure, facts: Facts) -> dict[str, str]:
     return _known(
         ss_base_model_version=_base_version(structure),
-        ss_v2=structure.generation == "sd2",
+        ss_v2=structure.generation.kohya_v2,
         ss_network_module="networks.lora",
         **_sizes(lora),
         ss_output_name=facts.title,
@@ -94,10 +93,7 @@ def _kohya(lora: Lora, structure: Structure, facts: Facts) -> dict[str, str]:
 
 def _base_version(structure: Structure) -> str:
     """By sd-scripts: `library/model_util.py`, get_model_version_str_for_sd1_sd2, and `sdxl_model_util.py`."""
-    if structure.generation == "sdxl":
-        return "sdxl_base_v1-0"
-    v = "_v" if structure.prediction_type == "v_prediction" else ""
-    return {"sd1": "sd_v1", "sd2": "sd_v2"}[structure.generation] + v
+    return structure.generation.kohya_version[structure.prediction_type == "v_prediction"]
 
 
 def _sizes(lora: Lora) -> dict[str, str]:
@@ -136,7 +132,7 @@ def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]
     keys = _known(
         sai_model_spec="1.0.1",
         architecture=_architecture(structure),
-        implementation=_SGM if style == "kohya" and structure.family == "sdxl" else "diffusers",
+        implementation=_SGM if style == "kohya" and structure.family.kohya_original else "diffusers",
         title=facts.title,
         description=_description(structure, facts),
         date=facts.date,
@@ -150,19 +146,15 @@ def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]
 
 
 def _architecture(structure: Structure) -> str | None:
-    """One of ModelSpec's names. SD2.x has two, so it is unknown there if the prediction type is."""
-    if structure.generation != "sd2":
-        base = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[structure.generation]
-    elif structure.prediction_type is None:
+    """One of ModelSpec's names. Where a generation has two, it is unknown if the prediction type is."""
+    known = structure.generation.modelspec
+    if structure.prediction_type is None and len(set(known)) > 1:
         return None
-    else:
-        v = structure.prediction_type == "v_prediction"
-        base = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
-    return f"{base}/lora"
+    return f"{known[structure.prediction_type == 'v_prediction']}/lora"
 
 
 def _description(structure: Structure, facts: Facts) -> str:
-    label = _LABEL[structure.generation]
+    label = structure.generation.title
     base = _public(facts.base) or label
     if facts.method:
         steps = f" in {facts.steps} optimizer steps" if facts.steps is not None else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from lcm_kit.base_families import Family
 from lcm_kit.errors import UserError
 
 # Within a residual block (`ResBlock` of the original code)
@@ -31,10 +32,6 @@ _ENDS = {
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
-}
-_KOHYA_PART = {
-    "sd": {"unet": "lora_unet", "text_encoder": "lora_te"},
-    "sdxl": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
 }
 
 
@@ -111,24 +108,24 @@ def _block_names(modules: list[str]) -> dict[str, str]:
     return names
 
 
-def kohya_names(modules: Iterable[str], family: str) -> dict[str, str]:
-    """What a kohya file calls each module (names with their part in front); `family`: `sd` or `sdxl`.
+def kohya_names(modules: Iterable[str], family: Family) -> dict[str, str]:
+    """What a kohya file calls each module (names with their part in front).
 
     Raises `UserError` if two modules would share a name or one has none: such a file could not be read back.
     """
     modules = list(modules)
     sgm: Mapping[str, str] = {}
-    if family == "sdxl":
+    if family.kohya_original:
         sgm = sgm_names(name.removeprefix("unet.") for name in modules if name.startswith("unet."))
     found: dict[str, str] = {}
     for name in modules:
         part, _, module = name.partition(".")
-        prefix = _KOHYA_PART[family].get(part)
+        prefix = family.kohya_prefixes.get(part)
         if prefix is None:
             raise UserError(
-                f"{name}: a {family} base has no {part}; check that the LoRA was made for this base"
+                f"{name}: a base of {family.title} has no {part}; check that the LoRA was made for this base"
             )
-        spelled = sgm.get(module) if part == "unet" and family == "sdxl" else module
+        spelled = sgm.get(module) if part == "unet" and family.kohya_original else module
         if spelled is None:
             raise UserError(f"{name}: the kohya format has no name for it; export to diffusers only")
         found[name] = f"{prefix}_{spelled.replace('.', '_')}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_kit.base_families import listed, unpruned
 from lcm_kit.errors import UserError
 from lcm_kit.export import assembling, foreign, peft_header, reading_words, untrusted
 from lcm_kit.export import structure as structures
@@ -113,12 +114,11 @@ def _insist_on_ours(
     """Raise `UserError` for a file that is no LoRA, or one of another model."""
     if not any(parsed and parsed.role not in STRENGTHS for parsed in keys.values()):
         raise UserError(
-            f"{path} holds no LoRA ({reading_words.what_else(tensors)}); give a LoRA of an SD1.x, SD2.x or "
-            "SDXL base"
+            f"{path} holds no LoRA ({reading_words.what_else(tensors)}); give a LoRA of an {listed()} base"
         )
     if model := foreign.model_of(keys, metadata):
         raise UserError(
-            f"{path} is a LoRA of {model}, which fits none of SD1.x, SD2.x and SDXL; give one of such a base"
+            f"{path} is a LoRA of {model}, which fits none of {listed('and')}; give one of such a base"
         )
 
 
@@ -126,15 +126,13 @@ def _best_structure(
     path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, Key | None], metadata: Mapping[str, str]
 ) -> Structure:
     """The published base most of whose modules fit, names and shapes; names alone for what says no shape."""
-    scores = {
-        generation: _fit(structures.known(generation), tensors, keys) for generation in ("sd1", "sd2", "sdxl")
-    }
-    best = max(scores, key=lambda generation: scores[generation])
+    scores = {each.name: _fit(structures.known(each.name), tensors, keys) for each in unpruned()}
+    best = max(scores, key=lambda name: scores[name])
     if scores[best] == 0:
         told = metadata.get("lcm_kit.base") or metadata.get("ss_sd_model_name")
         named = f"its header names {told[:80]!r}" if told else f"its first key is {next(iter(tensors))!r}"
         raise UserError(
-            f"{path} fits none of SD1.x, SD2.x and SDXL ({named}); say which base it is for with --base"
+            f"{path} fits none of {listed('and')} ({named}); say which base it is for with --base"
         )
     return structures.known(best)
 

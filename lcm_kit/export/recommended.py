@@ -62,14 +62,14 @@ def of_adapter(adapter: Path, file: Path) -> Recommended | None:
 class Settings(NamedTuple):
     """How a picture is drawn: by default what serves an LCM-LoRA."""
 
-    solver: str = "lcm"
+    sampler: str = "lcm"
     steps: int = 4
     guidance_scale: float = 1.0
     lora_weight: float = 1.0
 
     def __str__(self) -> str:
         """In words."""
-        how = f"{self.solver}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
+        how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
         return f"{how}, LoRA weight {self.lora_weight:g}"
 
 
@@ -77,6 +77,6 @@ def settings(use: Recommended | None, **asked: Any) -> Settings:
     """What was asked for, by name; where that is None what `use` recommends, and else the defaults."""
     known: dict[str, Any] = {}
     if use and use.steps:
-        known = {"solver": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale}
+        known = {"sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale}
         known["lora_weight"] = use.lora_weight
     return Settings(**known | {name: value for name, value in asked.items() if value is not None})

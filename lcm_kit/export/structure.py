@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from lcm_kit.base_families import Family, Generation, by_unet, generation_of, listed, names
 from lcm_kit.errors import UserError
 from lcm_kit.export.names import kohya_names, sgm_names
 from lcm_kit.families.configs import require_sizes
@@ -18,43 +19,7 @@ from lcm_kit.families.locate import locate
 from lcm_kit.families.source import read_json
 from lcm_kit.families.weights import building
 
-Generation = Literal["sd1", "sd2", "sdxl"]
 Shape = tuple[int, ...]
-
-# The UNets of the published bases, as their unet/config.json has them (the rest is diffusers' default)
-_SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-_SD2 = {
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
-_SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-# What SSD-1B's UNet has instead of SDXL's (segmind/SSD-1B, unet/config.json)
-_SSD1B: dict[str, Any] = {
-    "transformer_layers_per_block": (1, [2, 2], [4, 4]),
-    "mid_block_type": "UNetMidBlock2D",
-    "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
-}
-# (layers, width, width of the hidden layer) of the text encoders
-_CLIP_L, _CLIP_H, _CLIP_G = (12, 768, 3072), (23, 1024, 4096), (32, 1280, 5120)
-_KNOWN: dict[Generation, tuple[str, dict[str, Any], dict[str, tuple[int, int, int]]]] = {
-    "sd1": ("Stable Diffusion 1.x", _SD, {"text_encoder": _CLIP_L}),
-    "sd2": ("Stable Diffusion 2.x", _SD2, {"text_encoder": _CLIP_H}),
-    "sdxl": ("SDXL", _SDXL, {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G}),
-}
 
 
 @dataclass(frozen=True)
@@ -71,9 +36,9 @@ class Structure:
     pooled: int | None = None  # numbers in SDXL's pooled text embedding; None: as many as its encoder is wide
 
     @property
-    def family(self) -> str:
-        """`sd` or `sdxl`."""
-        return "sdxl" if self.generation == "sdxl" else "sd"
+    def family(self) -> Family:
+        """Of its generation."""
+        return self.generation.family
 
     @property
     def width(self) -> int:
@@ -83,17 +48,17 @@ class Structure:
     @property
     def published(self) -> bool:
         """Whether it has the size of a published base, which apps know; a base in small does not."""
-        return self.width == {"sd1": 768, "sd2": 1024, "sdxl": 2048}[self.generation]
+        return self.width == self.generation.width
 
     @cached_property
-    def blocks(self) -> str | None:
-        """The published base whose blocks its UNet has, at any width: `sd1`, `sd2`, `sdxl`, `ssd1b`, or None.
+    def blocks(self) -> Generation | None:
+        """The published model whose blocks its UNet has, at any width; None: nobody published them.
 
-        Apps take the blocks for granted.
+        It is its generation or one pruned from that. Apps take the blocks for granted.
         """
-        if self.unet.keys() == known(self.generation).unet.keys():
-            return self.generation
-        return "ssd1b" if self.generation == "sdxl" and self.unet.keys() == ssd1b().unet.keys() else None
+        own = self.generation.name
+        related = (g for g in map(generation_of, names()) if own in (g.name, g.pruned_from))
+        return next((g for g in related if known(g.name).unet.keys() == self.unet.keys()), None)
 
     @property
     def resolution(self) -> int:
@@ -146,17 +111,12 @@ class Structure:
 
 
 @cache
-def known(generation: Generation) -> Structure:
-    """The structure of SD1.x, SD2.x or SDXL."""
-    label, config, text = _KNOWN[generation]
-    return _structure(label, generation, config, text)
-
-
-@cache
-def ssd1b() -> Structure:
-    """The structure of SSD-1B: SDXL with transformer blocks taken out."""
-    _, _, text = _KNOWN["sdxl"]
-    return _structure("SSD-1B", "sdxl", _SDXL | _SSD1B, text)
+def known(name: str) -> Structure:
+    """The structure of a published model (`lcm_kit.base_families`). Raises `UserError` for another name."""
+    model = generation_of(name)
+    generation = model if model.pruned_from is None else generation_of(model.pruned_from)
+    text = {part: (clip.layers, clip.width, clip.hidden) for part, clip in model.text.items()}
+    return _structure(model.title, generation, model.unet, text)
 
 
 def of_base(path: str, *, revision: str | None = None, variant: str | None = None) -> Structure:
@@ -174,8 +134,8 @@ def of_folder(folder: Path, path: str) -> Structure:
     config = read_json(folder / "unet" / "config.json", path)
     if config.get("_class_name") != "UNet2DConditionModel":
         raise UserError(
-            f"base {path!r} has a {config.get('_class_name')}, not a Stable Diffusion UNet; give an SD1.x, "
-            "SD2.x or SDXL base"
+            f"base {path!r} has a {config.get('_class_name')}, not a Stable Diffusion UNet; give an "
+            f"{listed()} base"
         )
     text, pooled = {}, None
     for part in ("text_encoder", "text_encoder_2"):
@@ -186,7 +146,7 @@ def of_folder(folder: Path, path: str) -> Structure:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", path)
     vae = read_json(folder / "vae" / "config.json", path)
     return _structure(
-        path, _generation(config), config, text,
+        path, by_unet(config), config, text,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         factor=2 ** (len(vae["block_out_channels"]) - 1), pooled=pooled,
@@ -196,16 +156,6 @@ def of_folder(folder: Path, path: str) -> Structure:
 def _text_layers(modules: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
     """The first matrix of each text encoder layer's MLP, [hidden, width], by its name."""
     return [(name, shape) for name, shape in modules.items() if name.endswith(".mlp.fc1")]
-
-
-def _generation(config: Mapping[str, Any]) -> Generation:
-    """Told by the text embeddings' width; a base in small by what sets the families apart."""
-    by_width: dict[Any, Generation] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-    if found := by_width.get(config.get("cross_attention_dim")):
-        return found
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return "sd2" if config.get("use_linear_projection") else "sd1"
 
 
 def _structure(

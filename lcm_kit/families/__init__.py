@@ -1,18 +1,20 @@
-"""The families of bases: each is a module with the same functions, found by `of(base)`.
+"""The code of the families of bases: a module each with the functions of `Code`, by `family_of(base)`.
 
-Stable Diffusion 1.x and 2.x (`sd.py`), SDXL and UNets pruned from it (`sdxl.py`). What they share is in
-`base.py`.
+Which families there are, and all else about them, says the table `lcm_kit.base_families`. What their code
+shares is in `base.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
-from lcm_kit.families import sd, sdxl
+from lcm_kit.base_families import Family
 from lcm_kit.families.base import (
     BaseInfo,
     decode_latents,
@@ -25,20 +27,46 @@ from lcm_kit.families.base import (
     require_fit,
     weight_files,
 )  # fmt: skip
+from lcm_kit.families.condition import Condition, Framing
 from lcm_kit.families.tokens import load_tokenizer, too_long
 
 __all__ = [
-    "BaseInfo", "Parts", "decode_latents", "encode_images", "inspect_base", "load", "load_part",
-    "load_tokenizer", "load_unet", "load_vae", "lora_targets", "of", "require_fit", "too_long",
-    "weight_files",
+    "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "encode_images", "family_of", "inspect_base",
+    "load", "load_part", "load_tokenizer", "load_unet", "load_vae", "lora_targets", "require_fit",
+    "too_long", "weight_files",
 ]  # fmt: skip
 
-_MODULES: dict[str, Any] = {"sd": sd, "sdxl": sdxl}
+
+class Code(Protocol):
+    """The functions of a family's module; `text` is what its own `text_of` makes."""
+
+    def text_of(self, tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool) -> Any:
+        """A named tuple of tokenizers and text encoders, given in the order of the family's parts."""
+
+    def load_text(self, base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
+        """The base's tokenizers and text encoders, frozen, in eval mode."""
+
+    def encode_text(self, text: Any, captions: Sequence[str]) -> Condition:
+        """The condition of B captions, without sizes, as the family's pipeline makes it."""
+
+    def empty_condition(self, text: Any, n: int) -> Condition:
+        """The condition of classifier-free guidance's unconditional pass, n times."""
+
+    def adapted(self, text: Any) -> dict[str, tuple[Any, list[str]]]:
+        """Each text encoder by its part, and its modules that a LoRA adapts."""
+
+    def sizes(self, framings: Sequence[Framing]) -> Tensor | None:
+        """What the UNet is told of how pictures were cut, [B, k] float32; None: nothing."""
 
 
-def of(base: BaseInfo) -> Any:
-    """The module of a base's family: `load_text`, `encode_text`, `empty_condition`, `adapted`, `sizes`."""
-    return _MODULES[base.family]
+def code_of(family: Family) -> Code:
+    """The module with a family's functions."""
+    return cast(Code, import_module(family.module))
+
+
+def family_of(base: BaseInfo) -> Code:
+    """The functions of a base's family; what it is otherwise is `base.family`."""
+    return code_of(base.family)
 
 
 @dataclass(frozen=True)
@@ -68,5 +96,5 @@ def load(
         info,
         load_unet(info, dtype) if "unet" in parts else None,
         load_vae(info) if "vae" in parts else None,
-        of(info).load_text(info) if "text" in parts else None,
+        family_of(info).load_text(info) if "text" in parts else None,
     )

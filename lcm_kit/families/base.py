@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_kit.base_families import FAMILIES, Family, by_pipeline, listed
 from lcm_kit.errors import UserError
 from lcm_kit.families import configs, weights
 from lcm_kit.families.locate import locate
@@ -25,12 +26,6 @@ from lcm_kit.families.vocabulary import require_vocabulary
 from lcm_kit.families.weights import Place
 from lcm_kit.files import sha256_bytes
 
-PARTS = {
-    "sd": ("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
-    "sdxl": (
-        "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "unet", "scheduler",
-    ),
-}  # fmt: skip
 _DENOISERS = {"transformer": "a transformer", "prior": "a prior", "image_encoder": "an image_encoder"}
 _KINDS = ("epsilon", "v_prediction", "sample")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -71,10 +66,10 @@ class BaseInfo:
     scaling_factor: float
     shift_factor: float
     width: int  # D of the text embeddings
-    family: str = "sd"  # sd (SD1.x and 2.x) or sdxl (SDXL and UNets pruned from it)
-    zeros_when_empty: bool = False  # sdxl: the empty condition is zeros, not the encoded ""
-    vae_overflows: bool = False  # sdxl: in float16, as its configuration says
-    latents_mean: tuple[float, ...] | None = None  # sdxl: of raw latents, by channel, with latents_std
+    family: Family
+    zeros_when_empty: bool = False  # the empty condition is zeros, not the encoded ""
+    vae_overflows: bool = False  # in float16, as its configuration says
+    latents_mean: tuple[float, ...] | None = None  # of raw latents, by channel, with latents_std
     latents_std: tuple[float, ...] | None = None
 
     @property
@@ -85,7 +80,7 @@ class BaseInfo:
     @property
     def parts(self) -> tuple[str, ...]:
         """The folders that make this base."""
-        return PARTS[self.family]
+        return self.family.parts
 
     def hash_of(self, part: str) -> str:
         """Content hash of one of `parts`: configuration and weight files (unchanged by a plain re-save)."""
@@ -120,7 +115,7 @@ def inspect_base(path: str, *, revision: str | None = None, variant: str | None 
     family = _family(folder, index, path)
     contents = {
         part: read_json(_config_file(folder / part), path)
-        for part in PARTS[family]
+        for part in family.parts
         if not part.startswith("tokenizer")
     }
     place = {"path": path, "folder": folder, "revision": revision, "variant": variant, "family": family}
@@ -145,20 +140,18 @@ def _config_file(folder: Path) -> Path:
     return folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
 
 
-def _family(folder: Path, index: Mapping[str, Any], path: str) -> str:
-    """`sd` or `sdxl`, by which parts the pipeline has."""
+def _family(folder: Path, index: Mapping[str, Any], path: str) -> Family:
+    """By what model_index.json says; all of its parts must be there."""
     parts = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
     name = index.get("_class_name")
     if other := next((words for part, words in _DENOISERS.items() if part in parts), None):
         raise UserError(
-            f"base {path!r} ({name}): its model_index.json names {other}; give an SD1.x, SD2.x or SDXL base"
+            f"base {path!r} ({name}): its model_index.json names {other}; give an {listed()} base"
         )
-    family = "sdxl" if "text_encoder_2" in parts else "sd"
-    missing = [part for part in PARTS[family] if not (folder / part).is_dir()]
+    family = by_pipeline(name, parts)
+    missing = [part for part in family.parts if not (folder / part).is_dir()]
     if missing:
-        raise UserError(
-            f"base {path!r} ({name}) has no {', '.join(missing)}; give an SD1.x, SD2.x or SDXL base"
-        )
+        raise UserError(f"base {path!r} ({name}) has no {', '.join(missing)}; give an {listed()} base")
     return family
 
 
@@ -168,7 +161,7 @@ def _parsed(kind: Any, contents: Mapping[str, Mapping[str, Any]], part: str, pat
 
 
 def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], **place: Any) -> BaseInfo:
-    path, sdxl = place["path"], place["family"] == "sdxl"
+    path, family = place["path"], place["family"]
     unet, vae = (
         _parsed(k, contents, part, path) for k, part in ((configs.Teacher, "unet"), (configs.Vae, "vae"))
     )
@@ -182,20 +175,22 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
             f"base {path!r}: its UNet takes {unet.in_channels} channels, its VAE gives "
             f"{vae.latent_channels}; inpainting and depth bases are not supported, give the plain one"
         )
-    if (unet.addition_embed_type == "text_time") != sdxl:
+    if unet.addition_embed_type != family.added_condition:
+        kind = unet.addition_embed_type
+        others = [other.title for other in FAMILIES.values() if other.added_condition == kind]
         raise UserError(
-            f"base {path!r}: its UNet is {'not ' * sdxl}one of SDXL, its text encoders are"
-            f"{' not' * (not sdxl)}, as model_index.json has them; give the whole folder of one base"
+            f"base {path!r}: its parts in model_index.json are those of {family.title}, its UNet is one of "
+            f"{' or '.join(others)}; give the whole folder of one base"
         )
     if scheduler.prediction_type not in _KINDS:
         raise UserError(
             f"base {path!r}: prediction_type {scheduler.prediction_type!r} is not supported, only "
             f"{', '.join(_KINDS)}"
         )
-    if vae.latents_mean is not None and not sdxl:
+    if vae.latents_mean is not None and not family.latent_statistics:
         raise UserError(
-            f"base {path!r}: vae/config.json has latents_mean, which no app applies to a base that is not "
-            "SDXL; take it out, with latents_std, if the UNet was trained without"
+            f"base {path!r}: vae/config.json has latents_mean, which no app applies to a base of "
+            f"{family.title}; take it out, with latents_std, if the UNet was trained without"
         )
     return BaseInfo(
         prediction_type=scheduler.prediction_type,
@@ -206,8 +201,8 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
         scaling_factor=vae.scaling_factor or 0.18215,
         shift_factor=vae.shift_factor or 0.0,
         width=sum(encoder.hidden_size for encoder in text),
-        zeros_when_empty=sdxl and pipeline.force_zeros_for_empty_prompt,
-        vae_overflows=sdxl and vae.force_upcast,
+        zeros_when_empty=family.zeros_when_empty and pipeline.force_zeros_for_empty_prompt,
+        vae_overflows=family.vae_overflows and vae.force_upcast,
         latents_mean=None if vae.latents_mean is None else tuple(vae.latents_mean),
         latents_std=None if vae.latents_std is None else tuple(vae.latents_std),
         **place,

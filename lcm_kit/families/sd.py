@@ -20,6 +20,11 @@ class Text(NamedTuple):
     text_encoder: Any
 
 
+def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
+    """What captions are encoded by; an empty one is always encoded."""
+    return Text(tokenizers[0], encoders[0])
+
+
 def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     """The base's tokenizer and text encoder, frozen, in eval mode."""
     return Text(load_tokenizer(base, "tokenizer"), load_part(base, "text_encoder", dtype))

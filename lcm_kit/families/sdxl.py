@@ -28,6 +28,11 @@ class Text(NamedTuple):
     zeros_when_empty: bool
 
 
+def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
+    """What captions are encoded by."""
+    return Text(tokenizers[0], encoders[0], tokenizers[1], encoders[1], zeros_when_empty)
+
+
 def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
     """The base's tokenizers and text encoders, frozen, in eval mode."""
     return Text(

@@ -20,20 +20,12 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
+from lcm_kit.base_families import PARTS, Generation
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.families.checkpoint import Contents, Family, contents_of, most_common_dtype
+from lcm_kit.families.checkpoint import Contents, contents_of, most_common_dtype
 from lcm_kit.families.source import file_hash
 from lcm_kit.families.weights import Place, entries, hushed, load_model, weight_files
 from lcm_kit.files import atomic_folder, sha256_bytes
-
-_CLASSES = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "tokenizer": "CLIPTokenizer",
-    "tokenizer_2": "CLIPTokenizer",
-}
 
 
 def folder_of(file: Path, config: str | None = None) -> Path:
@@ -55,7 +47,7 @@ def folder_of(file: Path, config: str | None = None) -> Path:
         return target
     with _one_at_a_time(target):
         if not target.is_dir():  # another process may have been faster
-            _convert(file, contents, local or _hub_config(file, contents.family, config), target)
+            _convert(file, contents, local or _hub_config(file, contents.generation, config), target)
     return target
 
 
@@ -96,7 +88,7 @@ def _local_config(file: Path, config: str | None) -> Path | None:
 
 
 def _config_files(config: Path) -> list[Path]:
-    parts = [config / part for part in (*_CLASSES, "scheduler")]
+    parts = [config / part for part in PARTS]
     files = [p for part in parts if part.is_dir() for p in part.iterdir() if p.suffix in (".json", ".txt")]
     return [config / "model_index.json", *sorted(files)]
 
@@ -120,41 +112,43 @@ def _require_others(file: Path, contents: Contents, config: Path | None) -> None
             ) from None
         if not held:
             raise UserError(
-                f"base {str(file)!r} lacks weights of an {contents.family.name} checkpoint "
+                f"base {str(file)!r} lacks weights of an {contents.generation.short} checkpoint "
                 f"({', '.join(contents.lacking)}); give the whole checkpoint, or put the diffusers folder of "
                 f"a base that has them, weights included, beside it as {file.with_suffix('')}"
             )
 
 
-def _hub_config(file: Path, family: Family, config: str | None) -> Path:
+def _hub_config(file: Path, generation: Generation, config: str | None) -> Path:
     """A folder of the hub's cache with the family's configuration, downloaded where there is a connection."""
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", "*/*.json", "tokenizer*/*.txt"]
-    repositories = (config,) if config else family.repositories
+    repositories = (config,) if config else generation.repositories
     for repository in repositories:
         try:
             found = Path(snapshot_download(repository, allow_patterns=wanted))
         except Exception as error:  # the hub raises of all kinds, none is our bug
             reason = first_line(error)
             continue
-        if lacking := _lacking(found, family):
+        if lacking := _lacking(found, generation):
             reason = f"its copy in the hub's cache lacks {lacking}"
             continue
         return found
     raise UserError(
-        f"base {str(file)!r}: a single {family.name} file brings no configuration and no tokenizer, and "
+        f"base {str(file)!r}: a single {generation.short} file brings no configuration and no tokenizer, and "
         f"those of {repositories[-1]} cannot be had from the hub or its cache ({reason}); put that "
         f"repository's model_index.json and its parts' .json and tokenizer files, without weights, into "
         f"{file.with_suffix('')}"
     )
 
 
-def _lacking(config: Path, family: Family) -> str:
+def _lacking(config: Path, generation: Generation) -> str:
     """Which files are not there, for a sentence; empty if all are."""
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in family.prefixes if "text" in part]
+    tokenizers = [
+        part.replace("text_encoder", "tokenizer") for part in generation.checkpoint if "text" in part
+    ]
     names = ["model_index.json", "scheduler/scheduler_config.json"]
-    names += [f"{part}/config.json" for part in family.prefixes]
+    names += [f"{part}/config.json" for part in generation.checkpoint]
     names += [
         f"{part}/tokenizer.json"
         for part in tokenizers
@@ -163,31 +157,34 @@ def _lacking(config: Path, family: Family) -> str:
     return ", ".join(name for name in names if not (config / name).is_file())
 
 
-def _check_config(file: Path, family: Family, config: Path) -> None:
+def _check_config(file: Path, generation: Generation, config: Path) -> None:
     """A stranger's model_index.json names the classes to import: only those of the family may stand there."""
     place = f"{file.with_suffix('')}"
     try:
         index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
-        parts = [*family.prefixes, *(part for part in _CLASSES if "tokenizer" in part and part in index)]
+        parts = [
+            *generation.checkpoint,
+            *(part for part in PARTS if "tokenizer" in part and part in index),
+        ]
         wrong = [
             part
             for part in parts
             if index[part][0] not in ("diffusers", "transformers")
-            or index[part][1].removesuffix("Fast") != _CLASSES[part]
+            or index[part][1].removesuffix("Fast") != PARTS[part].class_name
         ]
         wrong += ["scheduler"] if index["scheduler"][0] != "diffusers" else []
-        wrong += ["text_encoder_2"] if "text_encoder_2" in index and len(family.prefixes) == 3 else []
+        wrong += [p for p in index if p.startswith("text_encoder") and p not in generation.family.parts]
     except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
         wrong = [f"model_index.json: {type(error).__name__} {error}"]
     if wrong:
         raise UserError(
-            f"base {str(file)!r}: the configuration in {config} is not of an {family.name} model "
-            f"({', '.join(wrong)}); put that of {family.repositories[-1]} into {place}"
+            f"base {str(file)!r}: the configuration in {config} is not of an {generation.short} model "
+            f"({', '.join(wrong)}); put that of {generation.repositories[-1]} into {place}"
         )
-    if lacking := _lacking(config, family):
+    if lacking := _lacking(config, generation):
         raise UserError(
             f"base {str(file)!r}: its configuration in {config} lacks {lacking}; copy the .json and "
-            f"tokenizer files of {family.repositories[-1]} to {place}"
+            f"tokenizer files of {generation.repositories[-1]} to {place}"
         )
 
 
@@ -197,7 +194,7 @@ def _check_config(file: Path, family: Family, config: Path) -> None:
 def _convert(file: Path, contents: Contents, config: Path, target: Path) -> None:
     from safetensors import SafetensorError
 
-    _check_config(file, contents.family, config)
+    _check_config(file, contents.generation, config)
     with atomic_folder(target) as temporary:
         try:
             readable = _respelled(file, contents, temporary)
@@ -237,23 +234,20 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _load(file: Path, readable: Path, contents: Contents, config: Path) -> Any:
     """The pipeline with every tensor of the file, each part in its own dtype; `readable`: it, respelled."""
-    import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     dtypes = set(contents.dtypes.values())
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    kind: Any = diffusers.StableDiffusionPipeline
-    off: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
-    if "text_encoder_2" in contents.family.prefixes:
-        kind, off = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
+    family = contents.generation.family
+    off = {"feature_extractor": None, "image_encoder": None, **family.pipeline_off}
     others = _others(contents.lacking, config)
     try:
         fault = _misfit(contents, config)
         if fault is None:
             with hushed():
-                pipeline = kind.from_single_file(
+                pipeline = family.pipeline_class().from_single_file(
                     str(readable), config=str(config), local_files_only=True, dtype=dtype,
-                    feature_extractor=None, image_encoder=None, **off, **others,
+                    **off, **others,
                 )  # fmt: skip
                 for part, own in contents.dtypes.items():
                     getattr(pipeline, part).to(own)
@@ -297,7 +291,7 @@ def _misfit(contents: Contents, config: Path) -> str | None:
 
 def _without_values(pipeline: Any, contents: Contents) -> str | None:
     """diffusers leaves what it does not find in the file without values."""
-    for part in contents.family.prefixes:
+    for part in contents.generation.checkpoint:
         state = getattr(pipeline, part).state_dict()
         if empty := [name for name, tensor in state.items() if tensor.is_meta]:
             return f"the file has no {part} {empty[0]}"

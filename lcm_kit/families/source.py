@@ -8,18 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lcm_kit.base_families import PARTS
 from lcm_kit.console import working
 from lcm_kit.errors import UserError
 from lcm_kit.families.headers import require_content
 from lcm_kit.files import sha256_file
 
 # The parts of a pipeline whose weights are read, and how diffusers and transformers name their files
-STEMS = {
-    "vae": "diffusion_pytorch_model",
-    "unet": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+STEMS = {name: part.stem for name, part in PARTS.items() if part.stem is not None}
 _MOST_JSON = 64 * 2**20
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_kit.base_families import listed
 from lcm_kit.errors import UserError
 from lcm_kit.families.configs import Tokenizer, parse
 from lcm_kit.families.source import read_json
@@ -30,7 +31,7 @@ def require_vocabulary(folder: Path, part: str, path: str, entry: Any, size: int
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     for kind in (*(found.tokenizer_class for found in settings.values()), named):
         if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") != "CLIPTokenizer"):
-            raise UserError(f"{name} is a {kind}, not CLIP's tokenizer; give an SD1.x, SD2.x or SDXL base")
+            raise UserError(f"{name} is a {kind}, not CLIP's tokenizer; give an {listed()} base")
     vocabulary = _vocabulary(own, name, path)
     ids = [number for number in vocabulary.values() if type(number) is int]
     if not any(token.endswith(_END) for token in vocabulary) or len(ids) < len(vocabulary):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lcm_kit.base_families import PARTS
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.families.headers import Entry, read_header
 from lcm_kit.families.source import STEMS, read_json
@@ -169,7 +170,7 @@ def empty_model(place: Place, part: str) -> Any:
 
     Raises `UserError` if the library cannot build one.
     """
-    kind, config = _kind(part), read_json(place.folder / part / "config.json", place.path)
+    kind, config = PARTS[part].kind(), read_json(place.folder / part / "config.json", place.path)
     with building(place.path, part), torch.device("meta"), hushed():
         if part.startswith("text_encoder"):
             return kind(kind.config_class.from_dict(config))
@@ -187,18 +188,6 @@ def building(path: str, part: str) -> Iterator[None]:
             f"base {path!r}: no model can be built from {part}/config.json ({reason}); download or "
             "save the base again"
         ) from error
-
-
-def _kind(part: str) -> Any:
-    import diffusers
-    import transformers
-
-    kinds = {
-        "vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel,
-        "text_encoder": transformers.CLIPTextModel,
-        "text_encoder_2": transformers.CLIPTextModelWithProjection,
-    }  # fmt: skip
-    return kinds[part]
 
 
 @contextlib.contextmanager
@@ -224,7 +213,7 @@ def load_model(place: Place, part: str, dtype: torch.dtype) -> Any:
     """
     require_fit(place, part)
     try:
-        model, report = _kind(part).from_pretrained(
+        model, report = PARTS[part].kind().from_pretrained(
             place.folder / part, variant=part_variant(place, part), dtype=dtype, use_safetensors=True,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lcm_kit import runtime
+from lcm_kit import base_families, runtime
 from lcm_kit.adapter import lora_state
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Logging, Memory, Training
@@ -79,7 +79,7 @@ def _warm(config: Training, accelerator: Any) -> None:
         data=replace(config.data, resolution=64),
     )  # fmt: skip
     meter = Meter(accelerator.device.type == "cuda")
-    trial.make(small, accelerator, subject.published("sd1"), _SMALL, meter).step()
+    trial.make(small, accelerator, subject.published(base_families.names()[0]), _SMALL, meter).step()
 
 
 def _export(trial: Trial, found: Subject, folder: Path) -> int:

@@ -11,23 +11,18 @@ import torch
 from safetensors import safe_open
 
 from lcm_kit import assets
+from lcm_kit.base_families import by_repository, generation_of, listed, names
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
-from lcm_kit.export.structure import Structure, known, of_folder, ssd1b
+from lcm_kit.export.structure import Structure, known, of_folder
 from lcm_kit.families.source import read_json
 
-PUBLISHED = ("sd1", "sd2", "sdxl", "ssd1b")
 # The VAE of all published bases
 _VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 _WORDS = 49408  # of CLIP's vocabulary
-_HINTS = {
-    "ssd1b": ("ssd-1b", "ssd1b"),
-    "sdxl": ("xl",),
-    "sd2": ("diffusion-2", "diffusion-v2", "sd2", "sd-2", "sd_2", "sdv2"),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Subject:
 
 
 def find(base: Base, structure: str | None = None) -> Subject:
-    """The base of a config, or the published `structure` (of `PUBLISHED`) in its place.
+    """The base of a config, or the published `structure`, by its name, in its place.
 
     Of a hub id at most the configuration files are downloaded; where they cannot be had, and no structure is
     given, it is guessed from the name, which the note says. Raises `UserError` for a path with nothing there.
@@ -82,28 +77,23 @@ def _find(base: Base) -> Subject:
     folder = _configuration(base)
     if folder is not None:
         return _of_folder(folder, base.path)
-    guess = published(_guess(base.path))
+    guess = published(by_repository(base.path).name)
     note = (
         f"base {base.path} is not at hand: planned as {guess.structure.label}, by its name; "
-        f"--structure ({', '.join(PUBLISHED)}) says otherwise"
+        f"--structure ({', '.join(names())}) says otherwise"
     )
     return replace(guess, note=note)
 
 
 def published(name: str) -> Subject:
     """SD1.x, SD2.x, SDXL or SSD-1B as published. Raises `UserError` for another name."""
-    if name not in PUBLISHED:
-        raise UserError(f"structure {name!r} is not known here; choose one of {', '.join(PUBLISHED)}")
-    if name == "ssd1b":
-        return Subject(ssd1b(), pooled=1280)
-    return Subject(known(name), pooled=1280 * (name == "sdxl"))
+    return Subject(known(name), pooled=generation_of(name).pooled)
 
 
 def _single_file(path: Path) -> Subject:
-    from lcm_kit.families.checkpoint import FAMILIES, contents_of
+    from lcm_kit.families.checkpoint import contents_of
 
-    family = contents_of(path).family
-    return published(next(key for key, value in FAMILIES.items() if value is family))
+    return published(contents_of(path).generation.name)
 
 
 def _of_folder(folder: Path, path: str) -> Subject:
@@ -119,7 +109,7 @@ def _of_folder(folder: Path, path: str) -> Subject:
     return Subject(
         found,
         text.get("max_position_embeddings", 77),
-        second.get("projection_dim", 1280) if found.family == "sdxl" else 0,
+        second.get("projection_dim", found.generation.pooled) if found.family.added_condition else 0,
         vae_config=vae,
         words=text.get("vocab_size", _WORDS),
         folder=folder if all(any((folder / p).glob("*.safetensors")) for p in ("unet", "vae")) else None,
@@ -152,12 +142,7 @@ def _configuration(base: Base) -> Path | None:
         return None
     index = folder / "model_index.json"
     if index.is_file() and "unet" not in read_json(index, base.path):
-        raise UserError(f"base {base.path!r} has no UNet; give an SD1.x, SD2.x or SDXL base")
+        raise UserError(f"base {base.path!r} has no UNet; give an {listed()} base")
     parts = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     # offline, a cache may hold some of the files
     return folder if index.is_file() and all((folder / part).is_file() for part in parts) else None
-
-
-def _guess(path: str) -> str:
-    name = path.lower()
-    return next((key for key, hints in _HINTS.items() if any(hint in name for hint in hints)), "sd1")

@@ -11,9 +11,10 @@ import torch
 from torch.nn import Parameter
 
 from lcm_kit.adapter import add_text_lora
+from lcm_kit.base_families import PARTS
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
-from lcm_kit.families import sd, sdxl
+from lcm_kit.families import Code, code_of
 from lcm_kit.families.condition import Condition
 from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.tracker import Kernels, checkpoint
@@ -31,7 +32,7 @@ def rank_of(config: Training) -> int | None:
 class Captions:
     """Text encoders, frozen but for their LoRA."""
 
-    family: Any  # module of lcm_kit.families
+    family: Code
     text: Any  # its Text
     encoders: list[Any]
     lora: list[Parameter]
@@ -39,8 +40,8 @@ class Captions:
     @classmethod
     def build(cls, subject: Subject, rank: int) -> Captions:
         """Those of the base, float32."""
-        family = sdxl if subject.pooled else sd
-        text = _text(subject)
+        family = code_of(subject.structure.family)
+        text = _text(subject, family)
         lora, encoders = [], []
         for part, (encoder, modules) in family.adapted(text).items():
             with torch.device("meta"):
@@ -65,20 +66,16 @@ class Captions:
             return self.family.encode_text(self.text, [_CAPTION] * n)
 
 
-def _text(subject: Subject) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
+def _text(subject: Subject, family: Code) -> Any:
     def tokenizer(captions: list[str], **_: Any) -> Any:
         ids = torch.zeros(len(captions), subject.tokens, dtype=torch.int64, device="meta")
         return SimpleNamespace(input_ids=ids, attention_mask=None)
 
     tokenizer.model_max_length = subject.tokens  # type: ignore[attr-defined]
+    parts = subject.structure.family.text_parts
     with torch.device("meta"):
-        first = CLIPTextModel(_config(subject, "text_encoder.")).eval()
-        if not subject.pooled:
-            return sd.Text(tokenizer, first)
-        second = CLIPTextModelWithProjection(_config(subject, "text_encoder_2.")).eval()
-    return sdxl.Text(tokenizer, first, tokenizer, second, False)
+        made = [PARTS[part].kind()(_config(subject, f"{part}.")).eval() for part in parts]
+    return family.text_of([tokenizer] * len(parts), made, False)
 
 
 def _config(subject: Subject, part: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 from lcm_kit import assets, own_files, result_shapes
 from lcm_kit.data.records import Record, pictures
 from lcm_kit.errors import UserError
-from lcm_kit.report.shared import SAMPLERS, image_uri, number, percent, picture_uri
+from lcm_kit.report.shared import image_uri, number, percent, picture_uri
+from lcm_kit.samplers import title_of
 
 FILE = "brand.json"
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
@@ -86,7 +87,7 @@ def title(row: Row) -> str:
 
 def how(row: Row) -> str:
     """How a row was drawn, in words: `DDIM, guidance_scale 5`."""
-    sampler = SAMPLERS.get(row["sampler"], row["sampler"])
+    sampler = title_of(row["sampler"])
     return f"{sampler}, guidance_scale {row['guidance_scale']:g}"
 
 

@@ -13,9 +13,10 @@ from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.locks import sweep
 from lcm_kit.report import brand, plots, style
-from lcm_kit.report.shared import SAMPLERS, page, picture_uri, uri
+from lcm_kit.report.shared import page, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.run_files import config_of, metrics_of
+from lcm_kit.samplers import title_of
 
 _CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
@@ -110,7 +111,7 @@ def describe(row: Mapping[str, Any]) -> str:
     """How a row was drawn, in words: `DDIM, 2 steps with guidance`."""
     steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
     guided = " with guidance" if row["guidance_scale"] > 1 else ""
-    return f"{SAMPLERS.get(row['solver'], row['solver'])}, {steps}{guided}"
+    return f"{title_of(row['solver'])}, {steps}{guided}"
 
 
 # -- Does it work? -------------------------------------------------------------------------------------------

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, Literal
 
+from lcm_kit import samplers
+
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), with a marker and a dash of its own for each
-# line.
-_STYLES = {
-    ("student", "lcm", False): ("student (LCM)", "#D55E00", "o", "-"),
-    ("base", "ddim", True): ("DDIM, guidance", "#0072B2", "s", "--"),
-    ("base", "dpmpp_2m", True): ("DPM++ 2M, guidance", "#009E73", "^", "--"),
-    ("base", "ddim", False): ("DDIM, none", "#56B4E9", "s", ":"),
-    ("base", "dpmpp_2m", False): ("DPM++ 2M, none", "#7A7A7A", "^", ":"),
-}
+# line: of students, of the base with guidance, and of the base without, by the sampler's place in its table.
+_STUDENT = (("#D55E00", "o"), ("#CC79A7", "v"), ("#E69F00", "D"))
+_GUIDED = (("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "P"), ("#E69F00", "X"))
+_PLAIN = (("#56B4E9", "s"), ("#7A7A7A", "^"), ("#F0E442", "P"), ("#000000", "X"))
+Style = tuple[str, str, str, str]  # title, colour, marker, dash
+
+
+def styles() -> dict[tuple[str, str, bool], Style]:
+    """How lines look, by their rows' name, sampler and whether there is guidance, in the legend's order."""
+    bases, students = samplers.for_base(), samplers.for_adapter()
+
+    blocks = (
+        ("student", False, students, _STUDENT, "student ({})", "-"),
+        ("base", True, bases, _GUIDED, "{}, guidance", "--"),
+        ("base", False, bases, _PLAIN, "{}, none", ":"),
+    )
+    return {
+        (name, sampler, guided): (words.format(samplers.title_of(sampler)), colour, marker, dash)
+        for name, guided, known, marks, words, dash in blocks
+        for sampler, (colour, marker) in zip(known, cycle(marks), strict=False)
+    }
 
 
 def figure(
@@ -45,15 +61,14 @@ def by_calls(rows: Sequence[Mapping[str, Any]], key: str, label: str, floor: flo
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     drawn, axes = figure()
-    for (name, solver, guided), (title, colour, marker, dash) in _STYLES.items():
-        line = [
-            r for r in rows if (r["name"], r["solver"], r["guidance_scale"] > 1) == (name, solver, guided)
-        ]
+    for drawn_as, (title, colour, marker, dash) in styles().items():
+        line = [r for r in rows if (r["name"], r["solver"], r["guidance_scale"] > 1) == drawn_as]
         line.sort(key=lambda row: row["unet_calls"])
-        axes.plot(
-            [row["unet_calls"] for row in line], [row[key] for row in line], color=colour, marker=marker,
-            linestyle=dash, linewidth=2.6 if name == "student" else 1.6, label=title if line else None,
-        )  # fmt: skip
+        if line:
+            axes.plot(
+                [row["unet_calls"] for row in line], [row[key] for row in line], color=colour, marker=marker,
+                linestyle=dash, linewidth=2.6 if drawn_as[0] == "student" else 1.6, label=title,
+            )  # fmt: skip
     for row in (row for row in rows if row["name"] == "teacher"):
         axes.axhline(row[key], color="black", linewidth=1.4, label=f"teacher, {row['unet_calls']} calls")
     if floor is not None:

@@ -14,7 +14,6 @@ from lcm_kit import own_files
 
 AGAIN = "remove it and evaluate again, which draws it anew"  # of a damaged picture
 LARGEST = 256  # pixels: larger pictures are embedded smaller
-SAMPLERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "lcm": "LCM", "tcd": "TCD"}
 _BUDGET = 1 << 18  # bytes a picture; pages with many pictures give less
 # Tried from left to right until a picture is within its budget: share of the largest side, JPEG quality
 _SMALLER = ((1.0, 88), (1.0, 75), (0.75, 75), (0.75, 60), (0.5, 60), (0.5, 35), (0.25, 35))

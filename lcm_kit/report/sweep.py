@@ -12,7 +12,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import sweep_plots
 from lcm_kit.report.plots import svg
-from lcm_kit.report.shared import SAMPLERS, number, page, uri
+from lcm_kit.report.shared import number, page, uri
 from lcm_kit.report.sweep_sheets import (
     Cell,
     describe,
@@ -26,6 +26,7 @@ from lcm_kit.report.sweep_sheets import (
     weighed,
 )
 from lcm_kit.results import of_sweep
+from lcm_kit.samplers import title_of
 
 _CALLS = 4  # UNet calls of the cell that is shown where none is recommended
 _QUALITY = ("prompt_adherence", "frechet_real", "kernel_teacher", "frechet_teacher")
@@ -160,7 +161,7 @@ def _command(results: Mapping[str, Any]) -> str | None:
     words = [
         "lcm-kit", "sample", "--base", results["base"]["path"], "--adapter", file, "--steps",
         str(chosen["steps"]), "--guidance", f"{chosen['guidance_scale']:g}", "--weight",
-        f"{chosen['lora_weight']:g}", "--solver", chosen["sampler"], "--prompt",
+        f"{chosen['lora_weight']:g}", "--sampler", chosen["sampler"], "--prompt",
         _prompt(results, results["shown"][0] if results["shown"] else 0),
     ]  # fmt: skip
     return shlex.join(words)
@@ -296,7 +297,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"{each['file']}, SHA-256 {each['sha256'][:12]}, {each['layers']} layers"
         facts.append((f"adapter {each['name']}", text + (f"; {note}" if note else "")))
     facts += [
-        ("teacher", f"{SAMPLERS.get(teacher['sampler'], teacher['sampler'])}, {teacher['steps']} steps, "
+        ("teacher", f"{title_of(teacher['sampler'])}, {teacher['steps']} steps, "
                     f"guidance_scale {teacher['guidance_scale']:g}"),
         ("samples", f"{results['count']} a cell: {len(results['prompts'])} prompts, "
                     f"{results['images_per_prompt']} of each, {results['resolution']} pixels"),

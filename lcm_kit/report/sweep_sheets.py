@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_kit.report.shared import SAMPLERS, picture_uri
+from lcm_kit.report.shared import picture_uri
+from lcm_kit.samplers import title_of
 
 Cell = dict[str, Any]  # as in results.json, with `number` (its place there) and `shots`
 Group = tuple[str | None, str, float]  # adapter, sampler, LoRA weight
@@ -33,7 +34,7 @@ class Sheet:
 
 def sampler(cell: Mapping[str, Any]) -> str:
     """The sampler's name as people know it."""
-    return SAMPLERS.get(cell["sampler"], cell["sampler"])
+    return title_of(cell["sampler"])
 
 
 def describe(cell: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ def _of_studio(
     if wanted:
         assets.prompts(wanted)  # are there any?
     place = {"path": base.path, "revision": base.revision, "variant": base.variant}
-    size, family = found.sample_size * found.factor, configs.family_of(found.width)
+    size, family = found.sample_size * found.factor, configs.configs_for(found.width)
     story = configs.finetune(folder, place, family, output, size, wanted, overrides, trigger)
     if speed is None:
         return story

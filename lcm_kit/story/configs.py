@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import assets, shipped
+from lcm_kit.base_families import unpruned
 from lcm_kit.config.data import Data
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config, load
@@ -24,7 +25,6 @@ from lcm_kit.errors import UserError
 STYLE, CACHE = "style", "cache"  # folders within the run's
 PROMPTS = "prompts.txt"  # in the run's folder: captions of the pictures that the style was not trained on
 CAPTIONS = "captions.txt"  # and those of the others
-_FAMILIES = {768: "sd15", 1024: "sd15", 2048: "sdxl"}  # by the width of the text embeddings
 EVALUATIONS = ("brand", "quality")  # each a recipe and a stage
 _OWN = (
     "recipe",
@@ -93,12 +93,12 @@ class Overrides:
         return first if dot and first in self.stages else self.bare
 
 
-def family_of(width: int) -> str:
-    """Which configs a base takes: sd15 (SD1.x and SD2.x), sdxl, or tiny for a base in small.
+def configs_for(width: int) -> str:
+    """Which configs a base takes, by their name: sd15 (SD1.x and SD2.x), sdxl, or tiny for a base in small.
 
     `width`: D of its text embeddings.
     """
-    return _FAMILIES.get(width, "tiny")
+    return next((each.configs for each in unpruned() if each.configs and each.width == width), "tiny")
 
 
 def quickstart(output: Path, overrides: Sequence[str]) -> Story:

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
-from lcm_kit import sample
+from lcm_kit import sample, samplers
 from lcm_kit.config.sweep import GuidanceSweep, SweptPlain, SweptStudent, SweptTeacher
 
 Kind = Literal["teacher", "student", "plain"]
-# Samplers that draw fresh noise on their way, from two steps on: the same start then ends elsewhere by chance
-_STOCHASTIC = ("lcm", "tcd")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Cell:
     @property
     def deterministic(self) -> bool:
         """Whether the picture follows from the initial noise, so that it compares with the teacher's."""
-        return self.steps == 1 or self.sampler not in _STOCHASTIC
+        return samplers.deterministic(self.sampler, self.steps)
 
     def settings(self) -> dict[str, Any]:
         """What results.json says of it."""

@@ -151,7 +151,7 @@ def draw(
         started = time.perf_counter()
         with Energy(str(pipe.device)) as energy:
             latents = sample.latents(
-                pipe, prompts, solver=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
+                pipe, prompts, sampler=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
                 seed=samples.seed, first=first, size=samples.size,
             )  # fmt: skip
             pixels = sample.decode(pipe, latents)

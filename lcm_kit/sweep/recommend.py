@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lcm_kit.samplers import title_of
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.measure import METRICS, Figures, compare
 from lcm_kit.sweep.subjects import Subject
@@ -29,7 +30,6 @@ MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
 MARGIN = 0.02  # of the best cell's prompt adherence that a cheaper one may lose
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
 BREAKS = {"saturation": 1.25, "clipped": 0.05}  # guidance hurts: colours beyond this, over those at 1
-_NAMES = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def words(cell: Cell, sweep: Sweep) -> str:
     )
     who = f"{cell.adapter} with " if len(sweep.subjects) > 1 else ""
     return (
-        f"{who}{_steps(cell.steps)} of {_NAMES[cell.sampler]}, guidance_scale {cell.guidance_scale:g} "
+        f"{who}{_steps(cell.steps)} of {title_of(cell.sampler)}, guidance_scale {cell.guidance_scale:g} "
         f"({guided}), LoRA weight {cell.lora_weight:g}"
     )
 
@@ -185,7 +185,7 @@ def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
         verdict = "better" if sweep.better(chosen, plain, key) else "no better, as far as the sweep can tell,"
         found.append(
             f"{verdict} than the best plain sampler at the same {plain.unet_calls} UNet calls "
-            f"({_NAMES[plain.sampler]}: {other:.3g})"
+            f"({title_of(plain.sampler)}: {other:.3g})"
         )
     guidance = sweep.cells[chosen].get("effective_guidance")
     if guidance is not None:
@@ -290,7 +290,7 @@ def breaks(sweep: Sweep, name: str) -> list[dict[str, Any]]:
         hurt = next(((c, why) for c in row if start and c != start and (why := _hurt(sweep, start, c))), None)
         if hurt is not None:
             scale, why = hurt[0].guidance_scale, hurt[1]
-            sentence = f"{_NAMES[sampler]}, {_steps(steps)}: from guidance_scale {scale:g} on {why}"
+            sentence = f"{title_of(sampler)}, {_steps(steps)}: from guidance_scale {scale:g} on {why}"
             found.append({
                 "sampler": sampler, "steps": steps, "lora_weight": weight, "guidance_scale": scale,
                 "sentence": sentence,

@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lcm_kit.schedule import SD_BETAS
+
 TOKENS, WIDTH = 32, 128
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -49,9 +51,7 @@ def build_unet() -> UNet2DConditionModel:
 def build_scheduler(prediction_type: str) -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **SD_BETAS,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,

@@ -44,7 +44,7 @@ def test_encode_train_export_reload_sample(
 ) -> None:
     base = request.getfixturevalue(fixture)
     info = inspect_base(str(base))
-    assert (info.prediction_type, info.family) == (prediction, family)
+    assert (info.prediction_type, info.family.name) == (prediction, family)
     _, run = train(base, tmp_path)
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)

@@ -58,7 +58,7 @@ def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
     prompts = records.prompts("asset:brand")[:3]
     assert found["prompts"] == prompts
     texts = [prompt for prompt in prompts for _ in range(2)]
-    pixels = sample.sample(pipe, texts, solver="lcm", steps=2, size=64)
+    pixels = sample.sample(pipe, texts, sampler="lcm", steps=2, size=64)
     row = found["rows"][3]
     wanted = brand_similarity(
         extractor("asset:probe", "cpu").images(pixels),

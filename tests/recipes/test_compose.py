@@ -45,10 +45,10 @@ def test_the_grid_and_what_it_writes(tmp_path: Path) -> None:
     pipe = sample.pipeline("asset:tiny-sd")
     texts = [prompt for prompt in results["prompts"] for _ in range(2)]
     sample.load_adapter(pipe, style, name="a")
-    teacher = sample.latents(pipe, texts, solver="ddim", steps=2, guidance_scale=3.0)
+    teacher = sample.latents(pipe, texts, sampler="ddim", steps=2, guidance_scale=3.0)
     sample.load_adapter(pipe, speed, name="b")
     pipe.set_adapters(["a", "b"], [1.0, 0.5])
-    pair = sample.latents(pipe, texts, solver="ddim", steps=1)
+    pair = sample.latents(pipe, texts, sampler="ddim", steps=1)
     found = {cell["id"]: cell["metrics"] for cell in results["cells"]}["pair-ddim-1-g1-style1-speed0.5"]
     assert found["latent_distance"]["value"] == pytest.approx(float(rms(pair, teacher).mean()), rel=1e-4)
 

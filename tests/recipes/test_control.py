@@ -99,7 +99,7 @@ def test_control_loss_from_the_files(distill_keys: Keys, prompts: str, tmp_path:
     pipe = sample.pipeline(base.path)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     pictures = [
-        drawn(pipe, p, i, solver="ddim", steps=30, guidance_scale=3.0) for i, p in enumerate(PROMPTS[:2])
+        drawn(pipe, p, i, sampler="ddim", steps=30, guidance_scale=3.0) for i, p in enumerate(PROMPTS[:2])
     ]
     ids = pipe.tokenizer(list(PROMPTS), padding="max_length", truncation=True, return_tensors="pt").input_ids
     told = pipe.text_encoder(ids)[0].detach()
@@ -137,7 +137,9 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     unet = families.load_unet(base)
     adapter.add_lora(unet, config.adapter)
     found = StyleControl.prepare(config, base.base_hash).pictures(unet)
-    told = families.of(base).encode_text(families.of(base).load_text(base), [*PROMPTS, PROMPTS[0]])
+    told = families.family_of(base).encode_text(
+        families.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]]
+    )
     condition = found.condition(range(4))
     assert torch.equal(condition.embeds, told.embeds) and torch.equal(condition.pooled, told.pooled)
     assert condition.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 4
@@ -154,8 +156,8 @@ def test_control_distance_from_the_files(distill_keys: Keys, prompts: str, tmp_p
     def far(student: Any) -> float:
         total = 0.0
         for i, prompt in enumerate(PROMPTS[:2]):
-            wanted = drawn(pipe, prompt, i, solver="ddim", steps=50, guidance_scale=3.0)
-            got = drawn(student, prompt, i, solver="lcm", steps=1, guidance_scale=1.0)
+            wanted = drawn(pipe, prompt, i, sampler="ddim", steps=50, guidance_scale=3.0)
+            got = drawn(student, prompt, i, sampler="lcm", steps=1, guidance_scale=1.0)
             total += float((got - wanted).square().mean())
         return (total / 2) ** 0.5
 

@@ -275,9 +275,9 @@ def test_validation_measures_and_disturbs_nothing(distill_keys: Keys, tmp_path: 
     # The number again, from the files alone.
     pipe = sample.pipeline(distill_keys["base"]["path"])
     draw = {"prompts": ["a red ball", "blue"], "seed": 1234, "size": 64}
-    teacher = sample.latents(pipe, solver="ddim", steps=50, guidance_scale=5.0, **draw)
+    teacher = sample.latents(pipe, sampler="ddim", steps=50, guidance_scale=5.0, **draw)
     load_adapter(run / "adapter", pipe.unet)
-    student = sample.latents(pipe, solver="lcm", steps=1, **draw)
+    student = sample.latents(pipe, sampler="lcm", steps=1, **draw)
     distance = float((student - teacher).square().mean().sqrt())
     assert metrics(run, "one_step_distance")[-1] == pytest.approx(distance, rel=1e-4)
 

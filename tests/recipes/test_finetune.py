@@ -245,7 +245,7 @@ def test_the_bases_own_pictures_are_drawn_once(keys: Keys, tmp_path: Path) -> No
     assert found is not None and found.captions == ["a cat", "a dog", "a tree", "a cat", "a dog"]
     pipe = sample.pipeline(three.base.path)
     again = sample.sample(
-        pipe, ["a dog"], solver="ddim", steps=2, guidance_scale=5.0, seed=0, first=4, size=64
+        pipe, ["a dog"], sampler="ddim", steps=2, guidance_scale=5.0, seed=0, first=4, size=64
     )
     told, seen = sample.to_pil(again)[0], Image.open(folder / "00004.png").convert("RGB")
     gap = [abs(a - b) for a, b in zip(told.tobytes(), seen.tobytes(), strict=True)]
@@ -385,7 +385,7 @@ def test_validation_draws_base_and_lora_and_disturbs_nothing(keys: Keys, tmp_pat
     assert same(weights(run), weights(plain))
     assert Image.open(run / "validation/step-000002.png").width == 2 * 64 + 4
     pipe = sample.pipeline(keys["base"]["path"])
-    how: Keys = {"solver": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
+    how: Keys = {"sampler": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
     base = sample.latents(pipe, ["a red ball", "blue"], **how)
     adapter.load_adapter(run / "adapter", pipe.unet)
     styled = sample.latents(pipe, ["a red ball", "blue"], **how)

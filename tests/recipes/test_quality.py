@@ -77,7 +77,7 @@ def test_results(quality: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
     # the student is plain diffusers with the exported file: drawn again here, picture by picture
     pipe = sample.pipeline(str(json.loads((run / "adapter/adapter.json").read_text())["base"]["path"]))
     sample.load_adapter(pipe, run)
-    wanted = sample.to_pil(sample.sample(pipe, ["a dog"], solver="lcm", steps=1, first=1))[0]
+    wanted = sample.to_pil(sample.sample(pipe, ["a dog"], sampler="lcm", steps=1, first=1))[0]
     assert student["pictures"] == ["pictures/student-lcm-1-g1-000.png", "pictures/student-lcm-1-g1-001.png"]
     with Image.open(run / student["pictures"][1]) as picture:
         difference = torch.tensor(list(picture.tobytes()), dtype=torch.int16) - torch.tensor(

@@ -75,7 +75,7 @@ def test_the_rows_are_what_sample_draws_bit_for_bit(config: Callable[..., Distil
     assert cache.captions == captions and cache.ids[4] == "teacher/00004"
     pipe = sample.pipeline(made.base.path)
     styles.add_teacher_adapters(pipe.unet, made.teacher, base)
-    settings = {"solver": "ddim", "steps": 3, "guidance_scale": 4.0, "seed": 11, "size": 64}
+    settings = {"sampler": "ddim", "steps": 3, "guidance_scale": 4.0, "seed": 11, "size": 64}
     drawn = [sample.latents(pipe, captions[k : k + 2], first=k, **settings) for k in (0, 2, 4)]
     assert torch.equal(cache.latents(range(5)), torch.cat(drawn))
     # The styled teacher is the UNet with the style fused into it, and another than the base.
@@ -87,7 +87,7 @@ def test_the_rows_are_what_sample_draws_bit_for_bit(config: Callable[..., Distil
     fused = sample.latents(plain, captions, **settings)
     torch.testing.assert_close(fused, torch.cat(drawn), atol=1e-3, rtol=1e-3)
     assert float((fused - bare).abs().max()) > 0.05
-    family = families.of(base)
+    family = families.family_of(base)
     wanted = family.encode_text(family.load_text(base), captions).embeds
     torch.testing.assert_close(cache.condition(range(5)).embeds, wanted, atol=1e-5, rtol=1e-5)
 

@@ -206,7 +206,7 @@ def test_mistakes_are_a_sentence_and_code_2(
     ("width", "family"), [(768, "sd15"), (1024, "sd15"), (2048, "sdxl"), (32, "tiny"), (128, "tiny")]
 )
 def test_configs_come_by_the_bases_family(width: int, family: str) -> None:
-    assert configs.family_of(width) == family
+    assert configs.configs_for(width) == family
     place = {"path": "some/base", "revision": None, "variant": "fp16"}
     told = configs.finetune("my/brand", place, family, Path("runs/x"), 768, None, ["distill.data.flip=false"])
     for config in (told.style, told.distill):

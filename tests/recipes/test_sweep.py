@@ -118,9 +118,9 @@ def test_cells_are_what_plain_diffusers_draws(swept: tuple[Path, dict[str, Any]]
     def draw(**settings: Any) -> torch.Tensor:
         return torch.cat([sample.latents(pipe, texts[k : k + 4], first=k, **settings) for k in (0, 4)])
 
-    teacher = draw(solver="ddim", steps=4, guidance_scale=3.0)
+    teacher = draw(sampler="ddim", steps=4, guidance_scale=3.0)
     sample.load_adapter(pipe, folder / "weak.safetensors")
-    student = draw(solver="lcm", steps=1, guidance_scale=1.0)
+    student = draw(sampler="lcm", steps=1, guidance_scale=1.0)
     cell = next(cell for cell in results["cells"] if cell["id"] == "weak-lcm-1-g1-w1")
     assert cell["metrics"]["latent_distance"]["value"] == pytest.approx(
         float(rms(student, teacher).mean()), rel=1e-5

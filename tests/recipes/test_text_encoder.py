@@ -291,7 +291,7 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert verdicts(run) == {"ok"} and len(files) == 2
     same_embeddings(wanted, run, plain(wanted), files["kohya"].name)
     pipe = plain(wanted)
-    how: Keys = {"solver": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
+    how: Keys = {"sampler": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
     prompts = ["a red ball", "blue"]
     base = sample.latents(pipe, prompts, **how)
     kept = load_file(next((run / "validation").glob("teacher-*.safetensors")))["latents"]
@@ -353,7 +353,9 @@ def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: 
         on = text.encode(["blue"]).embeds
         with adapter.teacher(unet):
             off = text.encode(["blue"]).embeds
-        known = families.of(base).encode_text(families.of(base).load_text(base), ["blue"]).embeds
+        known = (
+            families.family_of(base).encode_text(families.family_of(base).load_text(base), ["blue"]).embeds
+        )
     assert torch.equal(off, known) and float((on - off).norm() / off.norm()) > 0.1
 
 

@@ -50,7 +50,6 @@ outside of blocks, and stable-diffusion.cpp drops q, k and v of SD2.x's text enc
 
 
 def able(structure: Structure) -> tuple[str, ...]:
-    """The apps that can load a base with these blocks, whatever its width: all, none, or all but one."""
-    if structure.blocks is None:
-        return ()
-    return tuple(app for app in APPS if app != "sd-scripts" or structure.blocks != "ssd1b")
+    """The apps that can load a base with these blocks, whatever its width; none if nobody published them."""
+    blocks = structure.blocks
+    return () if blocks is None else tuple(app for app in APPS if app not in blocks.unknown_to)

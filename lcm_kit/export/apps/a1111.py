@@ -49,7 +49,7 @@ def a1111(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     embeddings = [key for key in tensors if bundled(key)]
     landed: dict[str, dict[str, str]] = {}
     for name, keys in groups(key for key in tensors if not bundled(key)).items():
-        candidates = _candidates(name, structure.generation == "sd2")
+        candidates = _candidates(name, structure.generation.open_clip == "text_encoder")
         place = next((c for c in candidates if c in places or c in containers), None)
         if place is not None:
             landed.setdefault(place, {}).update(keys)
@@ -75,14 +75,9 @@ def _taken(keys: Mapping[str, str]) -> Taken | None:
     return None if one is not None and one.kind == "norm" and "b_norm" not in keys else one
 
 
-def _openclip(structure: Structure) -> str | None:
-    """The text encoder that is OpenCLIP's in A1111: its attentions are torch's, in one piece."""
-    return {"sd2": "text_encoder", "sdxl": "text_encoder_2"}.get(structure.generation)
-
-
 def _whole_attentions(taken: Mapping[str, Taken], structure: Structure) -> dict[str, Taken]:
-    """Without those q, k, v and out of an OpenCLIP attention that are not all four there."""
-    part = _openclip(structure)
+    """Without q, k, v and out of an OpenCLIP attention, one tensor in A1111, that are not all four there."""
+    part = structure.generation.open_clip
 
     def kept(module: str) -> bool:
         place, found, _ = module.partition(".self_attn.")
@@ -95,17 +90,16 @@ def _whole_attentions(taken: Mapping[str, Taken], structure: Structure) -> dict[
 
 def _modules(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """A1111's name of each module of the base, with dots, -> ours."""
+    open_clip, several = structure.generation.open_clip, len(structure.family.text_parts) > 1
     found = {f"diffusion_model.{sgm}": module for module, sgm in original(structure, modules).items()}
     for name in modules:
         part, _, module = name.partition(".")
         # OpenCLIP's norms have other names, and its projection is no module
-        if part == "unet" or (
-            part == _openclip(structure) and ".self_attn." not in name and ".mlp." not in name
-        ):
+        if part == "unet" or (part == open_clip and ".self_attn." not in name and ".mlp." not in name):
             continue
-        # the embedders of SDXL are numbered
-        number = {"text_encoder": "0.", "text_encoder_2": "1."}[part] if structure.family == "sdxl" else ""
-        if part == _openclip(structure):
+        # several embedders are numbered, as SDXL's
+        number = f"{structure.family.text_parts.index(part)}." if several else ""
+        if part == open_clip:
             # q, k and v are no modules of their own: the app gets from their names to their attention
             for theirs, clip in (("self_attn", "attn"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
                 module = module.replace(theirs, clip)
@@ -116,9 +110,9 @@ def _modules(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> di
     return found
 
 
-def _candidates(name: str, is_sd2: bool) -> list[str]:
+def _candidates(name: str, first_is_open: bool) -> list[str]:
     """The names that it tries, in their order."""
-    found = [_convert(name, is_sd2)]
+    found = [_convert(name, first_is_open)]
     if "lora_unet" in name:
         found.append(name.replace("lora_unet", "diffusion_model"))
     elif "lora_te1_text_model" in name:
@@ -126,14 +120,14 @@ def _candidates(name: str, is_sd2: bool) -> list[str]:
     return found
 
 
-def _convert(name: str, is_sd2: bool) -> str:
+def _convert(name: str, first_is_open: bool) -> str:
     for pattern, convert in _RULES:
         if match := re.match(pattern, name):
             return convert(match)
     if match := re.match(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", name):
         if match[1]:
             return f"1_model_transformer_resblocks_{match[2]}_{_openclip_layer(match[3])}"
-        if is_sd2:
+        if first_is_open:
             return f"model_transformer_resblocks_{match[2]}_{_openclip_layer(match[3])}"
         return f"transformer_text_model_encoder_layers_{match[2]}_{match[3]}"
     return name

@@ -151,10 +151,8 @@ def names(structure: Structure, modules: Iterable[str]) -> dict[str, str]:
 
 def _encoders(structure: Structure) -> dict[str, str]:
     """Our name of each text encoder -> the app's."""
-    first = "clip_h" if structure.generation == "sd2" else "clip_l"
     held = {module.partition(".")[0] for module in structure.modules}
-    named = {"text_encoder": first, "text_encoder_2": "clip_g"}
-    return {part: clip for part, clip in named.items() if part in held}
+    return {part: clip.name for part, clip in structure.generation.text.items() if part in held}
 
 
 def _clip_modules() -> Iterable[str]:

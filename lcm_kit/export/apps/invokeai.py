@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lcm_kit.base_families import generation_of
 from lcm_kit.export.apps.loaded import (
     BY_INPUT,
     NEEDS,
@@ -33,8 +34,9 @@ from lcm_kit.export.apps.original import beginnings, to_diffusers
 from lcm_kit.export.lora import PARTS
 from lcm_kit.export.structure import Structure
 
+# Its own list, by the width of the text embeddings that it finds; 1280 is SDXL's second encoder alone
 _GENERATION = {768: "sd1", 1024: "sd2", 1280: "sdxl", 2048: "sdxl"}
-_TITLE = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"}
+_SEVERAL_BLOCKS = "sdxl"
 _SDXL_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_")
 # An attention of several transformer blocks: SDXL's alone
 _SDXL_ATTENTION = re.compile(
@@ -63,7 +65,7 @@ def invokeai(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
         if structure.published:
             _identify(tensors, structure)
         landing = {key: key for key in tensors if not bundled(key)}
-        if structure.generation == "sdxl":
+        if structure.family.kohya_original:
             landing = sdxl_to_diffusers(landing)
         taken = {name: _taken(name, keys) for name, keys in _groups(landing).items()}
         found = _modules(taken, modules)
@@ -79,11 +81,11 @@ def _identify(tensors: Mapping[str, Tensor], structure: Structure) -> None:
     length = token_vector_length(tensors)
     found = _GENERATION.get(length or 0)
     if found is None and any((m := _SDXL_ATTENTION.match(key)) and int(m[1]) >= 2 for key in tensors):
-        found = "sdxl"
+        found = _SEVERAL_BLOCKS
     if found is None:
         raise _Refused("it finds no layer by which it tells a base, so it does not take the file for a LoRA")
-    if found != structure.generation:
-        raise _Refused(f"it takes the file for a LoRA of {_TITLE[found]}")
+    if found != structure.generation.name:
+        raise _Refused(f"it takes the file for a LoRA of {generation_of(found).short}")
 
 
 def token_vector_length(tensors: Mapping[str, Tensor]) -> int | None:

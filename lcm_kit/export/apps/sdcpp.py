@@ -92,8 +92,8 @@ def _places(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> dic
             found[module.replace(".to_out.0", ".to_out")] = module
     for module in modules:
         part, _, rest = module.partition(".")
-        # SD2.x's encoder has q, k and v in one tensor, which it looks for in the second encoder only
-        lost = structure.generation == "sd2" and module.endswith(_FUSED)
+        # OpenCLIP's, as SD2.x's, has q, k and v in one tensor, which it looks for in a second encoder only
+        lost = structure.generation.open_clip == "text_encoder" and module.endswith(_FUSED)
         if part != "unet" and rest.startswith("text_model.") and not lost:
             found[module] = module
     # what has underscores that it takes for dots, as time_embed and label_emb, is never found
@@ -102,7 +102,7 @@ def _places(structure: Structure, modules: Mapping[str, tuple[int, ...]]) -> dic
 
 def _fused(taken: Mapping[str, Taken], structure: Structure) -> dict[str, Taken]:
     """Without those of the second encoder's q, k and v before which one is missing: it joins them in turn."""
-    if structure.generation != "sdxl":
+    if structure.generation.open_clip != "text_encoder_2":
         return dict(taken)
 
     def kept(module: str) -> bool:

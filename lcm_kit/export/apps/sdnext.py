@@ -24,7 +24,7 @@ _PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_")
 def sdnext(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     """What SD.Next would change."""
     modules = targets(tensors, structure)
-    first = "lora_te1_" if structure.family == "sdxl" else "lora_te_"
+    first = "lora_te1_" if len(structure.family.text_parts) > 1 else "lora_te_"
     prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
     apart = {name: name.partition(".")[::2] for name in modules}
     places = {prefixes[part] + joined(rest): name for name, (part, rest) in apart.items()}

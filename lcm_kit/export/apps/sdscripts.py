@@ -25,7 +25,7 @@ def sdscripts(tensors: Mapping[str, Tensor], structure: Structure) -> Loaded:
     """What sd-scripts' `networks.lora` would change."""
     places = _places(structure)
     spelled = {key: key for key in tensors if "." in key}
-    if structure.generation == "sdxl":
+    if structure.family.kohya_original:
         spelled = _to_original(tensors)
     taken: dict[str, Taken] = {}
     remarks: dict[str, str] = {}
