@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import own_files, sample, styles
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -137,7 +138,7 @@ def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
     pipe = sample.pipeline(
         config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
     )
-    styles.add_teacher_adapters(pipe.unet, config.teacher, base)
+    styles.add_teacher_adapters(AdaptedUNet(pipe.unet), config.teacher, base)
     return pipe
 
 
