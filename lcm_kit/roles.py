@@ -29,7 +29,8 @@ from lcm_kit.step import Loss, consistency_loss
 from lcm_kit.trained_weights import swapped
 
 Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
-PARTS = ("teacher", "target", "student")
+ROWS = {"teacher": 2, "target": 1, "student": 1}  # of the UNet's batch for a sample: guidance takes two
+PARTS = tuple(ROWS)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def passes(config: Distill) -> dict[str, int]:
 
     def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            counted[name] += 2 if name == "teacher" else 1
+            counted[name] += ROWS[name]
             return x, x
 
         return predict
