@@ -53,10 +53,11 @@ class AdaptedUNet:
         """
         from peft import LoraConfig
 
+        if name in self._trained:
+            raise ValueError(f"something is trained as {name!r} already; give another name")
         targets = lora_targets(config.targets)
-        _inject(
-            self.unet, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets), name, seed
-        )
+        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+        _inject(self.unet, lora, name, seed)
         return self._train(name, Lora(name))
 
     def train_own_weights(self, *, name: str = TRAINED) -> list[Parameter]:

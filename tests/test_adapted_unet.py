@@ -94,10 +94,13 @@ def test_two_are_trained_as_on_two_unets(first: str) -> None:
 
 
 def test_names_that_are_taken_or_not_there() -> None:
-    adapted = AdaptedUNet(unet())
-    adapted.add_lora(CONFIG)
-    with pytest.raises(ValueError, match="an adapter 'adapter' already"):
-        adapted.add_lora(OTHER)
+    for add in (lambda adapted: adapted.train_own_weights(), lambda adapted: adapted.add_lora(CONFIG)):
+        adapted = AdaptedUNet(unet())
+        add(adapted)
+        with pytest.raises(ValueError, match="something is trained as 'adapter' already"):
+            adapted.add_lora(OTHER)
+    with pytest.raises(ValueError, match="the model has an adapter 'adapter' already"):
+        AdaptedUNet(adapted.unet).add_lora(OTHER)
     with pytest.raises(ValueError, match="own weights are trained before all else"):
         adapted.train_own_weights(name="own")
     with pytest.raises(ValueError, match="nothing is trained as 'critic', only adapter"):
