@@ -32,7 +32,7 @@ from torch import Tensor
 
 import lcm_kit
 from lcm_kit import own_files
-from lcm_kit.adapter import add_lora
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
 from lcm_kit.bench.models import Base, cached
 from lcm_kit.bench.side import Drawn, Part, Side, autocast, run, scaler
@@ -60,9 +60,9 @@ KIND = "v_prediction"  # any would do: its arithmetic is nothing beside a UNet's
 def ours(config: Speed, device: torch.device) -> Side:
     """The step of train/distill."""
     base = Base(config, device)
-    unet, dtype = place(base.unet(), config, device), base.dtype
-    lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
-    call = autocast(compiled(unet, config), dtype)
+    adapted, dtype = AdaptedUNet(place(base.unet(), config, device)), base.dtype
+    lora = adapted.add_lora(Adapter(config.rank, config.rank), seed=config.seed)
+    call = autocast(compiled(adapted.unet, config), dtype)
     tables = Schedule.from_config(SD_BETAS)
     schedule = tables.to(device)
     latents, embeddings = cached(config)
@@ -81,7 +81,7 @@ def ours(config: Speed, device: torch.device) -> Side:
         def named(name: str) -> AbstractContextManager[None]:
             return part("student forward" if name == "student" else name)
 
-        roles = Roles(unet, call, lora, (), empty, schedule, KIND, objective, dtype, part=named)
+        roles = Roles(adapted, call, (), empty, schedule, KIND, objective, dtype, part=named)
         return roles.losses(Given(x0, drawn.noise, drawn.times, drawn.guidance, condition)).mean()
 
     return Side(inputs, loss, lora, make_optimizer(lora, Optimizer(), device), scaler(device, dtype))
@@ -95,7 +95,7 @@ def baseline(config: Speed, device: torch.device) -> Side:
     )
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    lora = add_lora(unet, Adapter(config.rank, config.rank), seed=config.seed)
+    lora = AdaptedUNet(unet).add_lora(Adapter(config.rank, config.rank), seed=config.seed)
     schedule = Schedule.from_config(SD_BETAS).to(device)
     predict = partial(predictor, schedule=schedule, kind=KIND)
     latents, condition = cached(config)

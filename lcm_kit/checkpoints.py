@@ -9,31 +9,35 @@ where parameters are sharded over them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcm_kit import __version__, console, own_files
-from lcm_kit.adapter import NAME, load_lora_state, named_parameters
+from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import atomic_folder, discard, sha256_file
 from lcm_kit.run_files import MANIFEST, folders, manifest, step_of
+from lcm_kit.sharding import full_tensor, shard_like
+from lcm_kit.trained_weights import cpu_copy
 
 _FILES = ("lora.safetensors", "ema.safetensors", "training.pt")
 
 
 class State(NamedTuple):
-    """What a checkpoint holds. Tensors are on the CPU, under the LoRA's raw peft keys."""
+    """What a checkpoint holds. Tensors are on the CPU, under raw peft keys (`AdaptedUNet.named`).
+
+    Of what else is trained than the run's own adapter its name and a slash are in front of the key.
+    """
 
     step: int  # optimizer steps done
-    lora: dict[str, Tensor]
+    lora: dict[str, Tensor]  # all weights that are trained
     ema: dict[str, Tensor]  # empty without an EMA
-    optimizer: dict[str, Any]
+    optimizers: dict[str, dict[str, Any]]  # by name of what is trained
     scaler: dict[str, Any] | None  # of float16's gradients
     window: list[float]  # losses since the last logged line
 
@@ -65,6 +69,8 @@ def read(folder: Path) -> State:
             if sha256_file(folder / name) != wanted["sha256"]:
                 raise ValueError(f"{name} is not what was written")
         rest = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        if "optimizer" in rest:  # written when a state held one only
+            rest["optimizers"] = {TRAINED: rest.pop("optimizer")}
         lora, ema = (load_file(folder / f"{name}.safetensors") for name in ("lora", "ema"))
         state = State(lora=lora, ema=ema, **rest)
     except own_files.Damaged as error:
@@ -191,42 +197,19 @@ def _manifest(folder: Path, step: int, origin: Origin, known: Mapping[str, Any])
 # -- In memory -----------------------------------------------------------------------------------------------
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor`, put together where it is sharded over processes, all of which must call this."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of what is trained as `name`: under plain keys `TRAINED`'s, under NAME/KEY all others."""
+    parts = {key: key.rpartition("/") for key in tensors}
+    return {parts[key][2]: t for key, t in tensors.items() if (parts[key][0] or TRAINED) == name}
 
 
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which is whole on every process, sharded as `like` is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
-
-
-def _named(unet: Any) -> dict[str, Tensor]:
-    name = f".{NAME}."
-    named = named_parameters(unet)
-    return {key.replace(name, "."): p for key, p in named if ".lora_" in key and name in key}
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).float().cpu().clone().contiguous()
-
-
-def lora_of(unet: Any) -> dict[str, Tensor]:
-    """As `adapter.lora_state`, whole where it is sharded: all processes must call it then."""
-    return {key: _copy(p) for key, p in _named(unet).items()}
-
-
-def unsharded(unet: Any) -> Any:
-    """What `adapter.save_adapter` reads of a UNet, weights put together; all processes call it."""
-    weights = {
-        key.replace(".lora_A.", f".lora_A.{NAME}.").replace(".lora_B.", f".lora_B.{NAME}."): tensor
-        for key, tensor in lora_of(unet).items()
+def _together(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The reverse of `_of`, of all names."""
+    return {
+        key if name == TRAINED else f"{name}/{key}": tensor
+        for name, part in tensors.items()
+        for key, tensor in part.items()
     }
-    return SimpleNamespace(peft_config=unet.peft_config, named_parameters=weights.items)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -236,32 +219,73 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def capture(
-    step: int, unet: Any, ema: Sequence[Tensor], optimizer: Any, window: Sequence[float], scaler: Any = None
+    step: int,
+    adapted: AdaptedUNet,
+    ema: Mapping[str, Sequence[Tensor]],
+    optimizers: Mapping[str, Any],
+    window: Sequence[float],
+    scaler: Any = None,
 ) -> State:
-    """The training's state after `step` optimizer steps; on all processes where parameters are sharded."""
-    lora = lora_of(unet)
-    averages = {name: _copy(tensor) for name, tensor in zip(lora, ema, strict=True)} if ema else {}
-    moments = _map(optimizer.state_dict(), whole)
-    return State(step, lora, averages, moments, scaler.state_dict() if scaler else None, list(window))
+    """The training's state after `step` optimizer steps; on all processes where parameters are sharded.
 
-
-def restore(state: State, unet: Any, ema: Sequence[Tensor], optimizer: Any, scaler: Any = None) -> None:
-    """Put `state` back into the LoRA, its EMA and the optimizer, in place."""
-    named = _named(unet)
-    load_lora_state(unet, {key: _as(t, named[key]) if key in named else t for key, t in state.lora.items()})
-    if ema:
-        for average, key in zip(ema, named, strict=True):  # by key: a file has an order of its own
-            average.copy_(state.ema[key])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {
-        index: {name: _placed(value, parameters[index]) for name, value in slots.items()}
-        for index, slots in state.optimizer["state"].items()
+    `ema`, `optimizers`: by name of what is trained. Raises `ValueError` if one has no optimizer: a state
+    would lack it.
+    """
+    if set(optimizers) != set(adapted.trained):
+        raise ValueError(f"optimizers {sorted(optimizers)} for what is trained, {sorted(adapted.trained)}")
+    weights = {name: adapted.state(name) for name in adapted.trained}
+    averages = {
+        name: {key: cpu_copy(tensor) for key, tensor in zip(weights[name], tensors, strict=True)}
+        for name, tensors in ema.items()
+        if tensors
     }
-    optimizer.load_state_dict({**state.optimizer, "state": moments})
+    moments = {name: _map(optimizer.state_dict(), full_tensor) for name, optimizer in optimizers.items()}
+    scale = scaler.state_dict() if scaler else None
+    return State(step, _together(weights), _together(averages), moments, scale, list(window))
+
+
+def restore(
+    run: Path,
+    state: State,
+    adapted: AdaptedUNet,
+    ema: Mapping[str, Sequence[Tensor]],
+    optimizers: Mapping[str, Any],
+    scaler: Any = None,
+) -> None:
+    """Put `state` of `run` back into what is trained, its EMA and the optimizers, in place.
+
+    Raises `UserError` for the state of a recipe that trains other things.
+    """
+    if set(state.optimizers) != set(adapted.trained):
+        raise UserError(
+            f"{run}: this run trains {_words(state.optimizers)}, and its recipe now trains "
+            f"{_words(adapted.trained)}; give back the recipe that it was started with, or another output"
+        )
+    for name in adapted.trained:
+        adapted.load_state(_of(state.lora, name), name)
+    for name, tensors in ema.items():
+        averages = _of(state.ema, name)
+        for average, key in zip(tensors, adapted.named(name) if tensors else (), strict=True):
+            average.copy_(averages[key])  # by key: a file has an order of its own
+    for name, optimizer in optimizers.items():
+        _restore_optimizer(optimizer, state.optimizers[name])
     if scaler and state.scaler:
         scaler.load_state_dict(state.scaler)
 
 
+def _words(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
+
+
+def _restore_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        index: {name: _placed(value, parameters[index]) for name, value in slots.items()}
+        for index, slots in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
 def _placed(value: Any, like: Tensor) -> Any:
     """An optimizer's value for the parameter `like`: moments are sharded as it is, counters never."""
-    return _as(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+    return shard_like(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value

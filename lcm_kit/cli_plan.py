@@ -99,10 +99,10 @@ def _planner(config: Training, structure: str | None, device: str) -> Planner:
     from lcm_kit.plan.rehearsal import Stage
 
     found = subject.find(config.base, structure)
-    worn, lacking = style.find(config, found.structure)
+    teacher_lora, lacking = style.find(config, found.structure)
     for note in filter(None, (found.note, lacking)):
         console.say(f"note: {note}")
-    stage = Stage(found, config.adapter, worn, text.rank_of(config))
+    stage = Stage(found, config.adapter, teacher_lora, text.rank_of(config))
     return estimate.Planner(stage, device, show.RETURNING in os.environ)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets, families
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.data.encoder import Encoder, tensors_of
 from lcm_kit.data.transforms import framing
@@ -55,15 +56,15 @@ class Control(Fixed):
             )
         return found
 
-    def measures(self, unet: Any) -> Measures:
+    def measures(self, adapted: AdaptedUNet) -> Measures:
         """`distance` under its name; nothing where there are no prompts."""
-        return {"control_distance": partial(self.distance, unet)} if self.prompts else {}
+        return {"control_distance": partial(self.distance, adapted)} if self.prompts else {}
 
     @torch.no_grad()
-    def distance(self, unet: Any) -> float:
-        """`control_distance` of the adapter that `unet` carries, which is left as it was."""
-        pipe = self.pipe(unet)
-        return rms(self.latents(pipe, "lcm", 1, 1.0), self.teacher(pipe))
+    def distance(self, adapted: AdaptedUNet) -> float:
+        """`control_distance` of what is trained on `adapted`, which is left as it was."""
+        pipe = self.pipe(adapted)
+        return rms(self.latents(pipe, "lcm", 1, 1.0), self.teacher(adapted, pipe))
 
 
 @dataclass(frozen=True)
@@ -88,34 +89,34 @@ class StyleControl(Control):
 
     teacher_steps: ClassVar[int] = STYLE_STEPS
 
-    def draw(self, pipe: Any) -> dict[str, Tensor]:
+    def draw(self, adapted: AdaptedUNet, pipe: Any) -> dict[str, Tensor]:
         """As `Fixed.draw`, and the conditions that the UNet is told of the prompts."""
         base = families.inspect_base(self.base.path, revision=self.base.revision, variant=self.base.variant)
         encoder = Encoder.load(base, str(pipe.device), vae=False)
         whole = framing((self.resolution, self.resolution), self.resolution)
         condition = encoder.condition(self.prompts, [whole] * len(self.prompts))
-        return {**super().draw(pipe), **tensors_of(condition)}
+        return {**super().draw(adapted, pipe), **tensors_of(condition)}
 
-    def pictures(self, unet: Any, text: TextLora | None = None) -> Drawn:
+    def pictures(self, adapted: AdaptedUNet, text: TextLora | None = None) -> Drawn:
         """What the base draws: made once, then read from the run's folder.
 
         The UNet is told of the prompts as `text` encodes them by then, if text encoders are trained.
         """
-        tensors = self.kept(lambda: self.pipe(unet))
+        tensors = self.kept(lambda: self.draw(adapted, self.pipe(adapted)))
         latents, condition = tensors.pop("latents"), Condition(**tensors)
         if text:
             condition = Captions.of(self.prompts, text, condition.time_ids)
         return Drawn(list(self.prompts), latents, condition)
 
     def measures_at(
-        self, unet: Any, measure: HeldOut, losses_at: LossesAt, text: TextLora | None = None
+        self, adapted: AdaptedUNet, measure: HeldOut, losses_at: LossesAt, text: TextLora | None = None
     ) -> Measures:
-        """`control_loss` of the adapter that `unet` carries: as `measure`, on what the base draws.
+        """`control_loss` of what is trained on `adapted`: as `measure`, on what the base draws.
 
         Nothing where there are no prompts.
         """
 
         def loss() -> float:
-            return replace(measure, pictures=self.pictures(unet, text)).mean_at(losses_at)
+            return replace(measure, pictures=self.pictures(adapted, text)).mean_at(losses_at)
 
         return {"control_loss": loss} if self.prompts else {}

@@ -115,7 +115,7 @@ class Measuring:
             return
         with self.weights():
             if self.validation:
-                drawing = partial(self.validation, self.saver.unet, step)
+                drawing = partial(self.validation, self.saver.adapted, step)
                 self.metrics.log(step, **validate(self.saver.accelerator, drawing, self.validation.distance))
         if self.measures:
             self._measure(step)

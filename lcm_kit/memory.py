@@ -1,7 +1,7 @@
 """How the frozen UNet is held and run: 4 or 8 bits, memory format, compiling; and the optimizer.
 
 What is float32 stays so: the consistency mathematics is elementwise, which TF32 (matrix products and
-convolutions only) does not touch, and the LoRA's weights are added later, in float32 (`adapter.add_lora`).
+convolutions only) does not touch, and the LoRA's weights are added later, in float32 (`AdaptedUNet`).
 
 With `memory.quantize` the LoRA is trained on top of rounded weights and is then used, as every exported
 LoRA, on the full ones: QLoRA's practice (arXiv:2305.14314). Of a trained UNet (asset:tiny-sd) the output

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from lcm_kit.adapter import swapped, teacher
+from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.schema import Distill
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide
@@ -25,9 +26,11 @@ from lcm_kit.prediction import predictor
 from lcm_kit.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.solvers import SOLVERS, Solver
 from lcm_kit.step import Loss, consistency_loss
+from lcm_kit.trained_weights import swapped
 
 Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
-PARTS = ("teacher", "target", "student")
+ROWS = {"teacher": 2, "target": 1, "student": 1}  # of the UNet's batch for a sample: guidance takes two
+PARTS = tuple(ROWS)
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,20 @@ class Given:
 
 @dataclass(frozen=True)
 class Roles:
-    """One UNet with an adapter, as teacher (adapter off), target (its weights `ema`) and student.
+    """One UNet as teacher (nothing that is trained), target (the trained weights' average) and student.
 
     `call` is the UNet or what is called in its place (compiled, under autocast); `dtype` that of its inputs.
     `empty`: the condition of no caption, [1, ...]. `both`: both teachers, the styled and the base alone, are
     asked in every step, which processes that share weights must do alike. `part`: what is open around a pass.
+    `name`: which of the things that are trained on the UNet is the student; it is in use around the loss and
+    its backward (`AdaptedUNet.using`), as the only one always is. To be made after weights are sharded.
     """
 
-    unet: Any
+    adapted: AdaptedUNet
     call: Any
-    adapter: Sequence[Tensor]  # the weights that are trained
-    ema: Sequence[Tensor]  # their average, which the target has; none: the target is the student
+    ema: Sequence[
+        Tensor
+    ]  # the average, in the order of `AdaptedUNet.parameters`; none: the student is the target
     empty: Condition
     schedule: Schedule
     kind: str  # of the UNet's output
@@ -83,9 +89,15 @@ class Roles:
     dtype: torch.dtype
     both: bool = False
     part: Part = field(default=lambda name: nullcontext())
+    name: str = TRAINED
 
     def losses(self, given: Given) -> Tensor:
-        """The consistency loss of each sample, float32 [B]; only the student's pass has a gradient."""
+        """The consistency loss of each sample, float32 [B]; only the student's pass has a gradient.
+
+        Raises `ValueError` where something else than `name` is in use.
+        """
+        if self.adapted.in_use != self.name:
+            raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
         predict, o = partial(predictor, schedule=self.schedule, kind=self.kind), self.objective
         found = consistency_loss(
             method=o.method, solver=o.solver, loss=o.distance, schedule=self.schedule,
@@ -104,16 +116,20 @@ class Roles:
         def ask(rows: list[int], styled: bool) -> Tensor:
             n, named = len(rows), given.condition[rows]
             conditions = Condition.cat([self.empty.expand(n).sized_as(named), named])
-            with teacher(self.unet, styled=styled):
+            with self.adapted.teacher(styled=styled):
                 output = self._output(x[rows].repeat(2, 1, 1, 1), t[rows].repeat(2), conditions)
             return guide(output[:n], output[n:], given.guidance[rows])
 
         with self.part("teacher"):
-            return by_teacher(ask, given.bases or [False] * len(x), always=self.both)
+            return route_by_teacher(ask, given.bases or [False] * len(x), always=self.both)
 
     def _as_target(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
-        with self.part("target"), swapped(self.adapter, self.ema or self.adapter):
+        with self.part("target"), swapped(self._trained, self.ema) if self.ema else nullcontext():
             return self._output(x, t, condition)
+
+    @cached_property
+    def _trained(self) -> list[Parameter]:
+        return self.adapted.parameters(self.name)
 
     def _as_student(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
         with self.part("student"):
@@ -124,7 +140,7 @@ class Roles:
         return output
 
 
-def by_teacher(
+def route_by_teacher(
     ask: Callable[[list[int], bool], Tensor], bases: Sequence[bool], *, always: bool = False
 ) -> Tensor:
     """The rows that `ask(rows, styled)` gives, [len(rows), ...], from each row's own teacher, in order.
@@ -147,7 +163,7 @@ def passes(config: Distill) -> dict[str, int]:
 
     def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            counted[name] += 2 if name == "teacher" else 1
+            counted[name] += ROWS[name]
             return x, x
 
         return predict

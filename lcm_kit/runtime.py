@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, 
 from torch import Tensor
 
 from lcm_kit import checkpoints, own_files, run_files
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.adapter import save_adapter
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config import schema
@@ -122,14 +123,15 @@ def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def prepare(accelerator: Accelerator, unet: Any, optimizer: Any) -> tuple[Any, Any]:
-    """The UNet and the optimizer for this accelerator: precision, and sharding where it is asked for.
+def prepare(accelerator: Accelerator, unet: Any, *optimizers: Any) -> tuple[Any, ...]:
+    """The UNet and the optimizers for this accelerator: precision, and sharding where it is asked for.
 
     There is no DistributedDataParallel: `stepping.Passes` averages the gradients.
     """
     if sharded(accelerator):
-        return accelerator.prepare(unet, optimizer)
-    return accelerator.prepare_model(unet, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+        return accelerator.prepare(unet, *optimizers)
+    prepared = map(accelerator.prepare_optimizer, optimizers)
+    return accelerator.prepare_model(unet, evaluation_mode=True), *prepared
 
 
 def any_of(accelerator: Accelerator, flag: bool) -> bool:
@@ -206,9 +208,9 @@ class Saver:
     accelerator: Accelerator
     config: schema.Training
     origin: Origin
-    unet: Any
-    ema: Sequence[Tensor]
-    optimizer: Any
+    adapted: AdaptedUNet
+    ema: Mapping[str, Sequence[Tensor]]  # by name of what is trained; none of what has no average
+    optimizers: Mapping[str, Any]  # by name of what is trained, all of it
 
     @property
     def run(self) -> Path:
@@ -227,19 +229,19 @@ class Saver:
 
         if self.accelerator.is_main_process or sharded(self.accelerator):
             scaler = self.accelerator.scaler
-            state = checkpoints.capture(step, self.unet, self.ema, self.optimizer, window, scaler)
+            state = checkpoints.capture(step, self.adapted, self.ema, self.optimizers, window, scaler)
         main_does(self.accelerator, write)
 
     def restore(self, state: State) -> None:
         """Put `state` back, in place; older ones go that a run which ended could not remove any more."""
-        keep = self.config.checkpoint.keep
-        main_does(self.accelerator, lambda: checkpoints.prune(self.run, state.step, keep))
-        checkpoints.restore(state, self.unet, self.ema, self.optimizer, self.accelerator.scaler)
+        run, keep, scaler = self.run, self.config.checkpoint.keep, self.accelerator.scaler
+        checkpoints.restore(run, state, self.adapted, self.ema, self.optimizers, scaler)
+        main_does(self.accelerator, lambda: checkpoints.prune(run, state.step, keep))
 
     def adapter(self, facts: Mapping[str, Any], name: str = "adapter") -> None:
-        """Write the weights as they are now into the folder `name` of the run, as `save_adapter`."""
-        unet = checkpoints.unsharded(self.unet) if sharded(self.accelerator) else self.unet
-        main_does(self.accelerator, lambda: save_adapter(self.run / name, unet, facts))
+        """Write the adapter's weights as they are now into the folder `name` of the run (`save_adapter`)."""
+        weights = self.adapted.state() if sharded(self.accelerator) else None  # by all processes
+        main_does(self.accelerator, lambda: save_adapter(self.run / name, self.adapted, facts, weights))
 
 
 def validate(

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lcm_kit import run_files
-from lcm_kit.checkpoints import whole
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
 from lcm_kit.runtime import Metrics, any_of, gathered, sharded
+from lcm_kit.sharding import full_tensor
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite, before training stops anyway
 _NAMED = 16  # records that a message names; more are counted
@@ -72,7 +72,7 @@ class Passes:
         self._average()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.grad_clip)
         mean = self.accelerator.reduce(loss, "mean")
-        return Step(float(mean), float(whole(torch.as_tensor(norm))), losses)
+        return Step(float(mean), float(full_tensor(torch.as_tensor(norm))), losses)
 
     def _try(self, losses_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor] | None:
         """The loss and each sample's, gradients being in place; None, and no gradients, if memory ran out."""

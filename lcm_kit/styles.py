@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcm_kit import console
-from lcm_kit.adapter import add_style, load_lora_state, lora_state
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.export import reading, structure
@@ -27,8 +27,10 @@ _FUSE = (
 _CONVERT = "; make a LoRA of it with `lcm-kit convert`"
 
 
-def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> list[dict[str, Any]]:
-    """Put `teacher.adapters` on `unet` for the teacher; returns what they are, for adapter.json.
+def add_teacher_adapters(
+    adapted: AdaptedUNet, teacher: schema.Teacher, base: BaseInfo
+) -> list[dict[str, Any]]:
+    """Put `teacher.adapters` on the UNet for the teacher; returns what they are, for adapter.json.
 
     Only what they change in the UNet counts: captions are encoded by the base's own text encoders, so what a
     LoRA changes there is left out, and said, with the way to distil that too. Raises `UserError` if a file is
@@ -42,7 +44,7 @@ def add_teacher_adapters(unet: Any, teacher: schema.Teacher, base: BaseInfo) -> 
     layers = {
         name.removeprefix("unet."): (layer.down, layer.up, layer.alpha) for name, layer in lora.layers.items()
     }
-    add_style(unet, layers, in_student=teacher.in_student)
+    adapted.add_teacher_lora(layers, in_student=teacher.in_student)
     return teacher_facts(teacher)
 
 
@@ -61,8 +63,8 @@ def _facts(loras: schema.Loras) -> list[dict[str, Any]]:
     ]
 
 
-def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[str, Any]]:
-    """Give the LoRA that is trained (`add_lora`) the effect of `config.start`, the sum of its LoRAs.
+def start_from(adapted: AdaptedUNet, config: schema.Adapter, base: BaseInfo) -> list[dict[str, Any]]:
+    """Give the LoRA that is trained on `adapted` the effect of `config.start`, the sum of its LoRAs.
 
     From one LoRA at weight 1, of the same layers, rank and alpha, it takes the weights bit for bit. A start
     of fewer layers or lower ranks leaves the rest of the LoRA as it was, whose B is zero; where alpha / rank
@@ -78,7 +80,7 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
     whole = loras[0] if alone else concatenate(loras, [entry.weight for entry in config.start])
     layers = {name.removeprefix("unet."): layer for name, layer in whole.layers.items()}
     named = " and ".join(entry.path for entry in config.start)
-    state = lora_state(unet)
+    state = adapted.state()
     beyond = [name for name in layers if f"{name}.lora_A.weight" not in state]
     if beyond:
         raise UserError(
@@ -96,7 +98,7 @@ def start_from(unet: Any, config: schema.Adapter, base: BaseInfo) -> list[dict[s
         ratio = layer.scale / (config.alpha / config.rank)
         state[f"{name}.lora_A.weight"][: layer.rank] = layer.down.float()
         state[f"{name}.lora_B.weight"][:, : layer.rank] = layer.up.float() * ratio
-    load_lora_state(unet, state)
+    adapted.load_state(state)
     return _facts(config.start)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import families
-from lcm_kit.adapter import add_text_lora, join, trained_parameters
+from lcm_kit.adapted_unet import AdaptedUNet, add_text_lora
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.families import BaseInfo
 from lcm_kit.families.condition import Condition, Index
@@ -112,16 +112,16 @@ def _checkpointed(encoder: Any) -> None:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
-def joined(unet: Any, text: TextLora | None, config: Finetune) -> list[Any]:
-    """Make the LoRAs of `unet` and `text` one adapter (`adapter.join`); returns what the optimizer takes.
+def joined(adapted: AdaptedUNet, text: TextLora | None, config: Finetune) -> list[Any]:
+    """Make the LoRAs of the UNet and of `text` one (`AdaptedUNet.join`); returns what the optimizer takes.
 
     The parameters, or two groups of them: those of text encoders have a rate of their own
     (`memory.set_rates`).
     """
-    own = trained_parameters(unet)
+    own = adapted.parameters()
     if text is None:
         return own
-    join(unet, text.encoders)
+    adapted.join(text.encoders)
     lr = config.text_encoder.lr
     factor = 1.0 if lr is None else lr / config.optimizer.lr
-    return [{"params": own}, {"params": trained_parameters(unet)[len(own) :], LR_FACTOR: factor}]
+    return [{"params": own}, {"params": adapted.parameters()[len(own) :], LR_FACTOR: factor}]

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lcm_kit import assets, own_files, sample
-from lcm_kit.adapter import teacher, text_encoders
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.console import working
 from lcm_kit.files import sha256_bytes
@@ -66,11 +66,12 @@ class Fixed:
         ]
         return self.folder / f"{self.kind}-{sha256_bytes(json.dumps(drawn_from).encode())[:12]}.safetensors"
 
-    def pipe(self, unet: Any) -> Any:
-        """The base's pipeline around `unet`, which carries the adapter."""
+    def pipe(self, adapted: AdaptedUNet) -> Any:
+        """The base's pipeline around a UNet and the text encoders that are trained with it."""
+        unet = adapted.unet
         return sample.pipeline(
             self.base.path, unet=unet, revision=self.base.revision, variant=self.base.variant,
-            dtype=next(unet.parameters()).dtype, device=unet.device, text_encoders=text_encoders(unet),
+            dtype=next(unet.parameters()).dtype, device=unet.device, text_encoders=adapted.text_encoders,
         )  # fmt: skip
 
     def latents(
@@ -87,22 +88,22 @@ class Fixed:
         ]  # fmt: skip
         return torch.cat(parts)
 
-    def teacher(self, pipe: Any, rows: int | None = None) -> Tensor:
+    def teacher(self, adapted: AdaptedUNet, pipe: Any, rows: int | None = None) -> Tensor:
         """The teacher's samples of the first `rows` prompts: drawn once, then read from the run's folder."""
-        return self.kept(lambda: pipe)["latents"][:rows]
+        return self.kept(lambda: self.draw(adapted, pipe))["latents"][:rows]
 
-    def kept(self, pipe: Callable[[], Any]) -> dict[str, Tensor]:
-        """What is in the file; drawn with `pipe` where there is none, or it is not as it was written."""
+    def kept(self, draw: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is in the file; what `draw` gives where there is none, or it is not as it was written."""
         if not own_files.is_whole(self.file):
             what = f"{len(self.prompts)} of the {self.kind}'s samples in {self.teacher_steps} steps, once"
             with working(f"drawing {what}"):
-                drawn = self.draw(pipe())
+                drawn = draw()
             own_files.write_tensors(self.file, drawn)
         return own_files.read_tensors(self.file, "remove it and train again, which draws it anew")
 
-    def draw(self, pipe: Any) -> dict[str, Tensor]:
+    def draw(self, adapted: AdaptedUNet, pipe: Any) -> dict[str, Tensor]:
         """What is kept in the file: `latents` [n, C, h, w] of the teacher's samples."""
-        with teacher(pipe.unet):
+        with adapted.teacher():
             return {"latents": self.latents(pipe, "ddim", self.teacher_steps, self.config.guidance_scale)}
 
 
@@ -128,29 +129,31 @@ class Validation(Fixed):
         return due(self.config, step, steps)
 
     @torch.no_grad()
-    def __call__(self, unet: Any, step: int) -> float:
+    def __call__(self, adapted: AdaptedUNet, step: int) -> float:
         """Write `step-NNNNNN.png`, a row a prompt and a column a sampler (`columns`); return the distance.
 
-        `unet` carries the adapter and is left as it was. The VAE and the text encoder are loaded for this
+        `adapted` is left as it was. The VAE and the text encoder are loaded for this
         call only. No number is taken from the global random state.
         """
-        pipe = self.pipe(unet)
-        columns = self.columns(pipe, self)
+        pipe = self.pipe(adapted)
+        columns = self.columns(adapted, pipe, self)
         sheet = _grid(self._pictures(pipe, columns))
         if self.control and self.control.prompts:
-            below = self.columns(pipe, self.control, CONTROL_ROWS)
+            below = self.columns(adapted, pipe, self.control, CONTROL_ROWS)
             sheet = _stacked(sheet, _grid(self._pictures(pipe, below), "control: "))
         sample.save_png(sheet, self.folder / f"step-{step:06d}.png")
         wanted, drawn = list(columns.values())[:2]
         return rms(drawn, wanted)
 
-    def columns(self, pipe: Any, of: Fixed, rows: int | None = None) -> dict[str, Tensor]:
+    def columns(
+        self, adapted: AdaptedUNet, pipe: Any, of: Fixed, rows: int | None = None
+    ) -> dict[str, Tensor]:
         """Latents by heading, of the first `rows` prompts of `of`: teacher, student at 1, 2, 4 steps.
 
         The distance is that between the first two.
         """
         drawn = {f"student {n}": of.latents(pipe, "lcm", n, 1.0, rows) for n in STUDENT_STEPS}
-        return {f"teacher {TEACHER_STEPS}": of.teacher(pipe, rows), **drawn}
+        return {f"teacher {TEACHER_STEPS}": of.teacher(adapted, pipe, rows), **drawn}
 
     def _pictures(self, pipe: Any, columns: Mapping[str, Tensor]) -> dict[str, list[Image.Image]]:
         return {name: sample.to_pil(sample.decode(pipe, x)) for name, x in columns.items()}
@@ -162,9 +165,11 @@ class StyleValidation(Validation):
     teacher_steps: ClassVar[int] = STYLE_STEPS
     distance: ClassVar[str] = "distance_to_base"
 
-    def columns(self, pipe: Any, of: Fixed, rows: int | None = None) -> dict[str, Tensor]:
+    def columns(
+        self, adapted: AdaptedUNet, pipe: Any, of: Fixed, rows: int | None = None
+    ) -> dict[str, Tensor]:
         """Base, then LoRA, both at 30 steps of DDIM with `config.guidance_scale`; else as `Validation`."""
-        plain = of.teacher(pipe, rows)
+        plain = of.teacher(adapted, pipe, rows)
         drawn = of.latents(pipe, "ddim", STYLE_STEPS, self.config.guidance_scale, rows)
         return {f"base {STYLE_STEPS}": plain, f"with LoRA {STYLE_STEPS}": drawn}
 

@@ -21,7 +21,7 @@ ORIGIN = Origin(unet="a" * 64, data="b" * 64, teacher=(), batch=8, world=2)
 
 def state(step: int, value: float | None = None) -> State:
     lora = {"a.lora_A.weight": torch.full((2, 2), float(step) if value is None else value)}
-    return State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
+    return State(step, lora, {}, {"adapter": {"state": {}, "param_groups": []}}, None, [0.5])
 
 
 def write(run: Path, *steps: int, keep: int = 9) -> None:

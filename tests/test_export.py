@@ -19,7 +19,7 @@ from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.run import export_run
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
-from tests.runs import build_run
+from tests.runs import build_run, load_adapter
 from tests.sweeps import build_sweep
 
 APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai", "sdnext", "sd-scripts", "sd.cpp")
@@ -65,7 +65,7 @@ def test_plain_diffusers_gets_the_trained_adapter_back_from_both_files(
         }  # fmt: skip
 
     trained = sample.pipeline(base).unet
-    adapter.load_adapter(run / "adapter", trained)
+    load_adapter(run / "adapter", trained)
     for file in files.values():
         pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
         with loading.complaints() as said:

@@ -32,8 +32,17 @@ LAYERS = {
         "locks",
         "written",
     },  # plain data and paths: for everybody but the pure
-    "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "step"},
-    "models": {"families", "adapter", "memory", "roles", "sample", "text_lora"},
+    "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "sharding", "step"},
+    "models": {
+        "families",
+        "adapted_unet",
+        "adapter",
+        "memory",
+        "roles",
+        "sample",
+        "text_lora",
+        "trained_weights",
+    },
     "disk": {
         "bench",
         "data",

@@ -13,14 +13,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lcm_kit import memory
-from lcm_kit.adapter import add_lora, load_adapter, lora_state, save_adapter, swapped, teacher
+from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter import save_adapter
 from lcm_kit.config.schema import Adapter, Distill, Memory, Optimizer
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base, load_unet
 from lcm_kit.memory import compiled, make_optimizer, place, quantizable
+from lcm_kit.trained_weights import swapped
+from tests.runs import load_adapter
 
 CPU = torch.device("cpu")
 # The bases of tests/bases.py are 8 to 32 wide; nf4's blocks of 64 values want wider rows
@@ -156,9 +160,11 @@ def test_a_lora_on_few_bits_trains_alone_and_is_the_base_when_off(kind: str, tmp
     x, t, text = inputs()
     with torch.no_grad():
         base = unet(x, t, text).sample
-    lora = add_lora(unet, Adapter(rank=4, alpha=4.0))
+    adapted = AdaptedUNet(unet)
+    lora = adapted.add_lora(Adapter(rank=4, alpha=4.0))
     name = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
-    assert {type(layer).__name__ for layer in unet._lora_layers} == {"Conv2d", name}
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    assert {type(layer).__name__ for layer in layers} == {"Conv2d", name}
     assert all(p.dtype == torch.float32 for p in lora)
     frozen = {name: p.detach().clone() for name, p in unet.named_parameters() if not p.requires_grad}
     aim, losses = torch.randn(base.shape, generator=torch.Generator().manual_seed(2)), []
@@ -176,17 +182,16 @@ def test_a_lora_on_few_bits_trains_alone_and_is_the_base_when_off(kind: str, tmp
     assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters() if n in frozen)
     with torch.no_grad():
         student = unet(x, t, text).sample
-        with teacher(unet):
+        with adapted.teacher():
             assert torch.equal(unet(x, t, text).sample, base)
         assert relative(student, base) > 0.01
 
-        save_adapter(tmp_path / "adapter", unet, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
+        save_adapter(tmp_path / "adapter", adapted, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
         again = held(quantize=kind)
         load_adapter(tmp_path / "adapter", again)
         assert torch.equal(again(x, t, text).sample, student)
         full = network()  # what it is exported for; the keys are those of a LoRA that saw no quantisation
-        load_adapter(tmp_path / "adapter", full)
-        assert lora_state(full).keys() == lora_state(unet).keys()
+        assert load_adapter(tmp_path / "adapter", full).state().keys() == adapted.state().keys()
         assert relative(full(x, t, text).sample, student) < {"nf4": 0.1, "int8": 0.01}[kind]
 
 
@@ -200,7 +205,7 @@ def test_the_families_bases_train_in_few_bits_with_checkpointing(
     base = inspect_base(str(found() if callable(found) else found))
     unet = memory.load_unet(base, config(True, quantize=kind, channels_last=True), CPU, torch.float32)
     assert unet.is_gradient_checkpointing and not unet.training
-    lora = add_lora(unet, Adapter(rank=2, alpha=2.0))
+    lora = AdaptedUNet(unet).add_lora(Adapter(rank=2, alpha=2.0))
     more: dict[str, Any] = {}
     if base.family.name == "sdxl":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
@@ -262,11 +267,11 @@ class Without(PathFinder):
 
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 
-from lcm_kit.adapter import add_lora
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.families import inspect_base
 
 unet = memory.load_unet(inspect_base("asset:tiny-sd"), Distill("train/distill", "run"), cpu, torch.float32)
-lora = add_lora(unet, Adapter(rank=2, alpha=2.0))
+lora = AdaptedUNet(unet).add_lora(Adapter(rank=2, alpha=2.0))
 optimizer = memory.make_optimizer(lora, Optimizer(), cpu)
 unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 24, 128)).sample.mean().backward()
 before = sum(p.detach().abs().sum().item() for p in lora)
@@ -443,14 +448,13 @@ def _dynamo() -> Iterator[None]:
     torch._dynamo.config.recompile_limit = limit
 
 
-def _three_passes(
-    call: Callable[..., Any], unet: Any, seed: int, lora: list[nn.Parameter] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _three_passes(call: Callable[..., Any], adapted: AdaptedUNet, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher (LoRA off, both conditions at once), target, student: what train/distill does in a step."""
     x, t, text = inputs(seed=seed)
-    with torch.no_grad(), teacher(unet):
+    with torch.no_grad(), adapted.teacher():
         aim = call(x.repeat(2, 1, 1, 1), t.repeat(2), text.repeat(2, 1, 1)).sample
-    with torch.no_grad(), swapped(lora or [], lora or []):
+    lora = adapted.parameters()
+    with torch.no_grad(), swapped(lora, lora):
         target = call(x, t, text).sample
     return aim, target, call(x, t, text).sample
 
@@ -462,15 +466,14 @@ def _graphs(shape: dict[str, Any], *, whole: bool) -> list[int]:
     counters.clear()
     setup = config(compile=True)
     unet = place(network(shape), setup, CPU)
-    lora = add_lora(unet, Adapter(rank=2, alpha=2.0))
-    plain = place(network(shape), config(), CPU)
-    theirs = add_lora(plain, Adapter(rank=2, alpha=2.0))
+    mine, plain = AdaptedUNet(unet), AdaptedUNet(place(network(shape), config(), CPU))
+    lora, theirs = (each.add_lora(Adapter(rank=2, alpha=2.0)) for each in (mine, plain))
     call = compiled(unet, setup, backend="eager")
     assert (call is unet) == (not whole)
     optimizers = [make_optimizer(of, Optimizer(lr=1e-2), CPU) for of in (lora, theirs)]
     made = []
     for step in range(4):
-        for_us, for_them = _three_passes(call, unet, step, lora), _three_passes(plain, plain, step, theirs)
+        for_us, for_them = _three_passes(call, mine, step), _three_passes(plain.unet, plain, step)
         for ours, expected in zip(for_us, for_them, strict=True):
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
         for (aim, target, student), optimizer in zip((for_us, for_them), optimizers, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit import adapter
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.base_families import FAMILIES
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
@@ -43,7 +43,7 @@ def test_the_lcm_targets_of_the_real_bases(generation: str, modules: int, millio
     """Counted by peft on the real UNet without weights, and again from the structure."""
     unet = structure.empty_unet(structure.known(generation).unet_config)
     with torch.device("meta"):
-        parameters = adapter.add_lora(unet, schema.Adapter(rank=64, alpha=64.0))
+        parameters = AdaptedUNet(unet).add_lora(schema.Adapter(rank=64, alpha=64.0))
     assert len(parameters) == 2 * modules
     assert round(sum(p.numel() for p in parameters) / 1e6, 2) == millions
 

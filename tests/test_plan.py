@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from lcm_kit import base_families, families, roles, shipped, text_lora
-from lcm_kit.adapter import add_lora, trained_parameters
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.cli_plan import verbs
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
@@ -344,12 +344,13 @@ def test_a_cpu_holds_what_is_saved_more_than_once(tiny: Planner) -> None:
     assert "saving" not in tiny(config()).phases  # which a GPU gives to its machine's memory
 
 
-def real_moments(n: int, worn: Style | None = None, *, pair: bool, checkpointing: bool) -> list[Held]:
+def real_moments(n: int, teacher_lora: Style | None = None, *, pair: bool, checkpointing: bool) -> list[Held]:
     """What real tensors hold in a step of the embedded base's UNet at n samples, by the ledger on the CPU."""
     wanted = config("quickstart")
     unet = families.load_unet(families.inspect_base(wanted.base.path))
-    style.put_on(unet, worn)
-    lora = add_lora(unet, wanted.adapter)
+    adapted = AdaptedUNet(unet)
+    style.put_on(adapted, teacher_lora)
+    lora = adapted.add_lora(wanted.adapter)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     length, width = 32, 128
@@ -417,11 +418,11 @@ def test_disk_of_the_embedded_base(tiny: Planner) -> None:
 def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) -> None:
     """A style on every other layer: real tensors hold as much, and only the student that wears it does."""
     modules = [name.removeprefix("unet.") for name in lcm_modules(of_base("asset:tiny-sd"))[::2]]
-    worn = Style(dict.fromkeys(modules, 24), in_student)
+    teacher_lora = Style(dict.fromkeys(modules, 24), in_student)
     wanted = config("quickstart")
-    stage = Stage(tiny.stage.subject, wanted.adapter, worn)
+    stage = Stage(tiny.stage.subject, wanted.adapter, teacher_lora)
     n = 13
-    real = max(m.at(n) for m in real_moments(n, worn, pair=False, checkpointing=False))
+    real = max(m.at(n) for m in real_moments(n, teacher_lora, pair=False, checkpointing=False))
     told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=False)
     assert told.student.highest(n, gradients=True).at(n) == pytest.approx(real, rel=0.02)
     plain = tiny.stage.rehearse(64, torch.float32, cuda=False, checkpointing=False)
@@ -452,7 +453,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
     found, lacking = style.find(wanted, place)
     info = families.inspect_base("asset:tiny-sd")
     unet = families.load_unet(info)
-    add_teacher_adapters(unet, wanted.teacher, info)
+    add_teacher_adapters(AdaptedUNet(unet), wanted.teacher, info)
     real = {n: p.shape[0] for n, p in unet.named_parameters() if ".lora_A." in n}
     assert found and not lacking
     assert {f"{name}.lora_A.style.weight": rank for name, rank in found.ranks.items()} == real
@@ -649,11 +650,12 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
     base = families.inspect_base(wanted.base.path)
     text, unet = text_lora.load(base, wanted, torch.device("cpu")), families.load_unet(base)
     assert text is not None
-    add_lora(unet, wanted.adapter)
-    text_lora.joined(unet, text, wanted)
+    adapted = AdaptedUNet(unet)
+    adapted.add_lora(wanted.adapter)
+    text_lora.joined(adapted, text, wanted)
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    trained, n = trained_parameters(unet), 13
+    trained, n = adapted.parameters(), 13
     x, frozen = torch.randn(n, 4, 16, 16), [p for e in text.encoders.values() for p in e.parameters()]
     ledger = Ledger(n, frozenset(p.nbytes for p in trained))
     ledger.ignore([*unet.parameters(), *frozen, x])

@@ -1,4 +1,4 @@
-"""Each row of a batch is taught by its own teacher, and nobody is asked in vain."""
+"""Each row of a batch is taught by its own teacher, nobody is asked in vain, whatever is trained."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.load import RECIPES
+from lcm_kit.config.schema import Adapter
 from lcm_kit.data.split import of_the_base
 from lcm_kit.families.condition import Condition
 from lcm_kit.methods import Times
-from lcm_kit.roles import Given, Objective, Roles, by_teacher
+from lcm_kit.roles import Given, Objective, Roles, route_by_teacher
 from lcm_kit.schedule import Schedule
 
 X = torch.arange(12.0).view(4, 3)
@@ -28,7 +30,7 @@ def asked(bases: list[bool], *, always: bool = False) -> tuple[torch.Tensor, lis
         calls.append((rows, styled))
         return X[rows] if styled else -X[rows]
 
-    return by_teacher(ask, bases, always=always), calls
+    return route_by_teacher(ask, bases, always=always), calls
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
     """1 / (rho_t - rho_s), rho = sigma / alpha, from the betas in float64; nothing else differs."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     schedule, config = Schedule.from_config(betas), TypeAdapter(RECIPES["train/distill"])
-    unet = SimpleNamespace(_lora_layers=[])
+    adapted = AdaptedUNet(torch.nn.Linear(1, 1))  # which nobody asks: `call` stands for it
+    adapted.train_own_weights()
     g = torch.Generator().manual_seed(0)
     given = Given(
         torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
@@ -87,9 +90,109 @@ def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
         keys = {"recipe": "train/distill", "output": "x", "loss": {"weighting": weighting}}
         objective = Objective.of(config.validate_python(keys))
         empty = Condition(torch.zeros(1, 3, 5))
-        return Roles(unet, call, [], [], empty, schedule, "epsilon", objective, torch.float32).losses(given)
+        return Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32).losses(given)
 
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     rho = np.sqrt(1 / np.cumprod(1 - beta) - 1)
     wanted = 1 / (rho[[999, 499]] - rho[[979, 479]])
     assert (losses("interval") / losses("none")).numpy() == pytest.approx(wanted, rel=1e-4)
+
+
+# -- What is trained: a LoRA beside another one, or the UNet's own weights -----------------------------------
+
+
+def unet() -> Any:
+    """A small UNet of random weights, each time the same."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2, layers_per_block=1,
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+    ).requires_grad_(False)  # fmt: skip
+
+
+def given() -> Given:
+    g = torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=g)
+    times = Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long))
+    return Given(x0, noise, times, torch.tensor([2.0, 5.0]), Condition(torch.randn(2, 3, 8, generator=g)))
+
+
+def roles_of(adapted: AdaptedUNet, **more: Any) -> Roles:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    keys = {"recipe": "train/distill", "output": "x", "loss": {"name": "l2"}}
+    objective = Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
+    told: dict[str, Any] = {"ema": [], "empty": Condition(torch.zeros(1, 3, 8)), **more}
+    return Roles(
+        adapted, adapted.unet, schedule=Schedule.from_config(betas), kind="epsilon", objective=objective,
+        dtype=torch.float32, **told,
+    )  # fmt: skip
+
+
+def straight_line(teacher: Any, target: Any, student: Any) -> torch.Tensor:
+    """The losses of `given` by three UNets, each called by its name, and formulas (arXiv:2310.04378)."""
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).float()
+    batch = given()
+    t, s, text = batch.times.t, batch.times.s, batch.condition.embeds
+
+    def at(values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1, 1)
+
+    def landed(net: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x0 = (x - at(1 - abar[t]).sqrt() * net(x, t, text).sample) / at(abar[t]).sqrt()
+        u = at(10.0 * t)
+        return 0.25 / (u**2 + 0.25) * x + u / (u**2 + 0.25).sqrt() * x0
+
+    x_t = at(abar[t]).sqrt() * batch.x0 + at(1 - abar[t]).sqrt() * batch.noise
+    with torch.no_grad():
+        cond, uncond = teacher(x_t, t, text).sample, teacher(x_t, t, torch.zeros_like(text)).sample
+        eps = uncond + at(batch.guidance) * (cond - uncond)
+        x0 = (x_t - at(1 - abar[t]).sqrt() * eps) / at(abar[t]).sqrt()
+        aim = landed(target, at(abar[s]).sqrt() * x0 + at(1 - abar[s]).sqrt() * eps, s)
+    return (landed(student, x_t, t) - aim).square().mean((1, 2, 3))
+
+
+def moved(parameters: list[Any], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+
+
+def close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    a, b = (torch.cat([each.flatten() for each in of]) for of in (ours, theirs))
+    assert float((a - b).norm() / b.norm()) < 1e-4 and float(b.norm()) > 1e-4
+
+
+def test_a_full_model_is_taught_by_the_frozen_copy_of_its_base() -> None:
+    """Against two copies of the UNet, and a third for the average of the trained one."""
+    base, target, student, adapted = unet(), unet(), unet(), AdaptedUNet(unet())
+    mine, theirs = adapted.train_own_weights(), list(student.requires_grad_(True).parameters())
+    assert list(adapted.named()) == [name for name, _ in base.named_parameters()]
+    moved(mine, 1)
+    moved(theirs, 1)
+    moved(list(target.parameters()), 2)
+    ema = [p.detach().clone() for p in target.parameters()]
+    found, wanted = roles_of(adapted, ema=ema).losses(given()), straight_line(base, target, student)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert abs(straight_line(student, target, student)[0] / wanted[0] - 1) > 0.01  # the teacher matters
+    assert abs(straight_line(base, student, student)[0] / wanted[0] - 1) > 0.01  # and the target
+    grads = torch.autograd.grad(found.mean(), mine, allow_unused=True)
+    straight = torch.autograd.grad(wanted.mean(), theirs, allow_unused=True)
+    assert [g is None for g in grads] == [g is None for g in straight]
+    close([g for g in grads if g is not None], [g for g in straight if g is not None])
+
+
+def test_the_loss_of_another_adapter_than_the_one_in_use_is_refused() -> None:
+    adapted = AdaptedUNet(unet())
+    for name in ("adapter", "critic"):
+        moved(adapted.add_lora(Adapter(rank=2, alpha=2.0), name=name), 1)
+    critic = roles_of(adapted, name="critic")
+    with pytest.raises(ValueError, match="'adapter' is in use on the UNet, not 'critic'"):
+        critic.losses(given())
+    alone = AdaptedUNet(unet())
+    moved(alone.add_lora(Adapter(rank=2, alpha=2.0)), 1)
+    with adapted.using("critic"):
+        assert torch.equal(critic.losses(given()), roles_of(alone).losses(given()))

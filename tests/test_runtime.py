@@ -57,7 +57,7 @@ def test_flat_names_every_key(tmp_path: Path) -> None:
 
 def save(run: Path, step: int, batch: int = 2, **known: Any) -> None:
     lora = {"a.lora_A.weight": torch.full((2, 2), float(step))}
-    state = State(step, lora, {}, {"state": {}, "param_groups": []}, None, [0.5])
+    state = State(step, lora, {}, {"adapter": {"state": {}, "param_groups": []}}, None, [0.5])
     checkpoints.write(run, state, Origin("unet", "data", (), batch, 1), keep=2, **known)
 
 

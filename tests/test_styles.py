@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import adapter, families
+from lcm_kit import families
+from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter import save_adapter
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.export import loading, structure
@@ -18,6 +20,7 @@ from lcm_kit.families import inspect_base, load_unet
 from lcm_kit.styles import add_teacher_adapters
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
+from tests.runs import load_adapter
 
 
 def output(unet: Any) -> torch.Tensor:
@@ -33,7 +36,7 @@ def base(sd_base: Callable[..., Path]) -> Path:
     return sd_base("epsilon")
 
 
-def styled(base: Path, tmp_path: Path, in_student: bool) -> tuple[Any, Lora, Lora, list[Any]]:
+def styled(base: Path, tmp_path: Path, in_student: bool) -> tuple[AdaptedUNet, Any, Lora, list[Any]]:
     """A UNet with two style files (kohya and peft style) for the teacher, and a LoRA of its own."""
     place = structure.of_base(str(base))
     half = lcm_modules(place)[::2]
@@ -46,21 +49,21 @@ def styled(base: Path, tmp_path: Path, in_student: bool) -> tuple[Any, Lora, Lor
         schema.Weighted(str(tmp_path / "two.safetensors"), -0.5),
     )
     info = inspect_base(str(base))
-    unet = load_unet(info)
-    facts = add_teacher_adapters(unet, schema.Teacher(adapters, in_student), info)
-    parameters = adapter.add_lora(unet, schema.Adapter(rank=4, alpha=8.0))
+    adapted = AdaptedUNet(load_unet(info))
+    facts = add_teacher_adapters(adapted, schema.Teacher(adapters, in_student), info)
+    parameters = adapted.add_lora(schema.Adapter(rank=4, alpha=8.0))
     torch.manual_seed(2)
     for p in parameters:
         p.data = torch.randn_like(p) * 0.05
     style = fused_style(place, one, two)
-    state = adapter.lora_state(unet)
+    state = adapted.state()
     names = {key.rpartition(".lora_")[0] for key in state}
     own = Lora(
         {f"unet.{n}": Layer(state[f"{n}.lora_A.weight"], state[f"{n}.lora_B.weight"], 8.0) for n in names}
     )
     assert [entry["weight"] for entry in facts] == [0.7, -0.5] and len(facts[0]["sha256"]) == 64
-    assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
-    return unet, style, own, parameters
+    assert {id(p) for p in adapted.unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    return adapted, style, own, parameters
 
 
 def fused_style(place: structure.Structure, one: Lora, two: Lora) -> Callable[[Any], Any]:
@@ -69,11 +72,12 @@ def fused_style(place: structure.Structure, one: Lora, two: Lora) -> Callable[[A
 
 @pytest.mark.parametrize("in_student", [False, True])
 def test_teacher_and_student_are_the_fused_unets(base: Path, tmp_path: Path, in_student: bool) -> None:
-    unet, style, own, _ = styled(base, tmp_path, in_student)
+    adapted, style, own, _ = styled(base, tmp_path, in_student)
+    unet = adapted.unet
     info = inspect_base(str(base))
-    with adapter.teacher(unet):
+    with adapted.teacher():
         teaching = output(unet)
-    with adapter.teacher(unet, styled=False):
+    with adapted.teacher(styled=False):
         assert torch.equal(output(unet), output(load_unet(info)))  # the plain base, for what is not styled
     assert loading.relative_error(teaching, output(style(load_unet(info)))) <= 1e-5
     student = fuse(load_unet(info), own)
@@ -81,25 +85,25 @@ def test_teacher_and_student_are_the_fused_unets(base: Path, tmp_path: Path, in_
         student = style(student)
     assert off(unet, student) <= 1e-5
     assert loading.relative_error(teaching, output(unet)) > 0.05  # and they differ
-    with pytest.raises(RuntimeError), adapter.teacher(unet):
+    with pytest.raises(RuntimeError), adapted.teacher():
         raise RuntimeError
     assert off(unet, student) <= 1e-5  # restored after an exception too
 
 
 @pytest.mark.parametrize("in_student", [False, True])
 def test_only_our_own_lora_learns_and_is_saved(base: Path, tmp_path: Path, in_student: bool) -> None:
-    unet, _, own, parameters = styled(base, tmp_path, in_student)
+    adapted, _, own, parameters = styled(base, tmp_path, in_student)
+    unet = adapted.unet
     frozen = {n: p.detach().clone() for n, p in unet.named_parameters() if ".style." in n}
-    with adapter.teacher(unet), torch.no_grad():
+    with adapted.teacher(), torch.no_grad():
         output(unet)
     x = torch.randn(2, 4, 16, 16)
     unet(x, 500, encoder_hidden_states=torch.randn(2, 8, 32)).sample.square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in parameters)
     assert frozen and all(p.grad is None for n, p in unet.named_parameters() if ".style." in n)
-    adapter.save_adapter(tmp_path / "adapter", unet, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
+    save_adapter(tmp_path / "adapter", adapted, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
     bare = families.load(str(base), parts=["unet"]).unet
-    adapter.load_adapter(tmp_path / "adapter", bare)
-    assert adapter.lora_state(bare).keys() == {
+    assert load_adapter(tmp_path / "adapter", bare).state().keys() == {
         n.removeprefix("unet.") + e for n in own.layers for e in (".lora_A.weight", ".lora_B.weight")
     }
 
@@ -118,7 +122,7 @@ def test_files_that_do_not_fit_and_text_encoder_layers(
         }
         broken.save(tmp_path / "a.safetensors", (tensors, {}))
         teacher = schema.Teacher((schema.Weighted(str(tmp_path / "a.safetensors")),))
-        add_teacher_adapters(load_unet(info), teacher, info)
+        add_teacher_adapters(AdaptedUNet(load_unet(info)), teacher, info)
 
     add(random_lora(place, lcm_modules(place)[:3] + text_modules(place)), place)
     said = capsys.readouterr().out
@@ -153,7 +157,7 @@ def test_a_start_that_was_taken_out_of_the_base_is_not_added_to_it(
     tensors = {f"unet.{key}": value.contiguous() for key, value in state.items()}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
     teacher = schema.Teacher((schema.Weighted(str(tmp_path / "a.safetensors")),))
-    add_teacher_adapters(unet, teacher, info)
+    add_teacher_adapters(AdaptedUNet(unet), teacher, info)
     found = loading.probe({"unet": unet})["unet"]
     assert loading.relative_error(found, wanted) <= 1e-5
 
@@ -170,4 +174,4 @@ def test_norms_of_a_teachers_lora_are_refused_with_the_way_to_fuse_them(base: Pa
     with pytest.raises(
         UserError, match="1 norms and biases, such as .*norm1, which no LoRA holds.* --fuse-into"
     ):
-        add_teacher_adapters(load_unet(info), teacher, info)
+        add_teacher_adapters(AdaptedUNet(load_unet(info)), teacher, info)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping
-from lcm_kit.adapter import add_lora, trained_parameters, update_ema
+from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
 from lcm_kit.data import sources
@@ -41,6 +41,7 @@ from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import Schedule, grid_steps
 from lcm_kit.stopping import leave, stoppable
 from lcm_kit.styles import add_teacher_adapters, start_from
+from lcm_kit.trained_weights import update_ema
 from lcm_kit.validation import Validation
 
 
@@ -105,17 +106,17 @@ def main(config: Distill) -> Path:
     validation = Validation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     objective = Objective.of(config)
-    unet = load_unet(base, config, device, dtype)
+    adapted = AdaptedUNet(load_unet(base, config, device, dtype))
 
     # -- Adapters: the teacher's, then the one that is trained; everything else is frozen --------------------
-    styles = add_teacher_adapters(unet, config.teacher, base)
-    lora = add_lora(unet, config.adapter, seed=config.seed)
-    start = start_from(unet, config.adapter, base)
+    styles = add_teacher_adapters(adapted, config.teacher, base)
+    lora = adapted.add_lora(config.adapter, seed=config.seed)
+    start = start_from(adapted, config.adapter, base)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(lora, o, device))
-    lora = trained_parameters(unet)  # other objects, if they were sharded
+    model, optimizer = runtime.prepare(accelerator, adapted.unet, make_optimizer(lora, o, device))
+    lora = adapted.parameters()  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     call = compiled(model, config)
 
@@ -125,7 +126,7 @@ def main(config: Distill) -> Path:
         accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files,
         base=base.base_hash,
     )  # fmt: skip
-    saver = runtime.Saver(accelerator, config, origin, unet, ema, optimizer)
+    saver = runtime.Saver(accelerator, config, origin, adapted, {TRAINED: ema}, {TRAINED: optimizer})
     done, window = 0, []
     if state:
         saver.restore(state)
@@ -141,7 +142,7 @@ def main(config: Distill) -> Path:
 
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
-        unet, call, lora, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
+        adapted, call, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
         dtype, both=any(of_the_base(config, trained.ids)) and runtime.sharded(accelerator),
     )  # fmt: skip
 
@@ -158,7 +159,7 @@ def main(config: Distill) -> Path:
         return losses_of(batch, draws(final, objective.method, schedule, batch, -1), slice(None))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
-    measures = held_out.measures(held_out_losses) | control.measures(unet)
+    measures = held_out.measures(held_out_losses) | control.measures(adapted)
     tell = partial(facts, config, base, (styles, start), cache.fingerprint)
     measuring = Measuring(config, saver, metrics, tell, measures, validation)
 

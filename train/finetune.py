@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping, text_lora
-from lcm_kit.adapter import add_lora, swapped, trained_parameters, update_ema
+from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.control import StyleControl
 from lcm_kit.data import prior, sources
@@ -44,6 +44,7 @@ from lcm_kit.processes import say
 from lcm_kit.schedule import Schedule
 from lcm_kit.step import diffusion_loss, min_snr_weight
 from lcm_kit.stopping import leave, stoppable
+from lcm_kit.trained_weights import swapped, update_ema
 from lcm_kit.validation import StyleValidation
 
 
@@ -111,16 +112,16 @@ def main(config: Finetune) -> Path:
     validation = StyleValidation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     weight = min_snr_weight(schedule, kind, config.loss.min_snr_gamma)
-    unet = load_unet(base, config, device, dtype)
+    adapted = AdaptedUNet(load_unet(base, config, device, dtype))
 
     # -- Adapter: the LoRA that is trained; everything else is frozen ----------------------------------------
-    add_lora(unet, config.adapter, seed=config.seed)
-    groups = text_lora.joined(unet, text, config)
+    adapted.add_lora(config.adapter, seed=config.seed)
+    groups = text_lora.joined(adapted, text, config)
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, unet, make_optimizer(groups, o, device))
-    lora = trained_parameters(unet)  # other objects, if they were sharded
+    model, optimizer = runtime.prepare(accelerator, adapted.unet, make_optimizer(groups, o, device))
+    lora = adapted.parameters()  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     call = compiled(model, config)
 
@@ -128,7 +129,7 @@ def main(config: Finetune) -> Path:
     origin, state = runtime.resume(
         accelerator, config, unet=base.hash_of("unet"), data=fingerprint, base=base.base_hash
     )
-    saver = runtime.Saver(accelerator, config, origin, unet, ema, optimizer)
+    saver = runtime.Saver(accelerator, config, origin, adapted, {TRAINED: ema}, {TRAINED: optimizer})
     done, window = 0, []
     if state:
         saver.restore(state)
@@ -164,7 +165,7 @@ def main(config: Finetune) -> Path:
 
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
-    measures = held_out.measures_at(losses_at) | control.measures_at(unet, held_out, losses_at, text)
+    measures = held_out.measures_at(losses_at) | control.measures_at(adapted, held_out, losses_at, text)
     tell = partial(facts, config, base, fingerprint)
     result = partial(swapped, lora, ema or lora)
     measuring = Measuring(config, saver, metrics, tell, measures, validation, result)

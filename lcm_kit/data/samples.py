@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lcm_kit import sample, styles
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -111,7 +112,7 @@ def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
     pipe = sample.pipeline(
         config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
     )
-    styles.add_teacher_adapters(pipe.unet, config.teacher, base)
+    styles.add_teacher_adapters(AdaptedUNet(pipe.unet), config.teacher, base)
     return pipe
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lcm_kit import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Adapter, Distill, Training
 from lcm_kit.plan import encoding, work
@@ -174,8 +175,9 @@ def _phases(
         }  # fmt: skip
 
     found: dict[str, Parts] = {}
-    if isinstance(config, Distill) and config.teacher.weight:
-        found["teacher pass"] = parts(rehearsal.teacher.highest(2 * batch), 2 * batch)  # guidance
+    rows = roles.ROWS["teacher"] * batch
+    if isinstance(config, Distill) and roles.passes(config)["teacher"]:
+        found["teacher pass"] = parts(rehearsal.teacher.highest(rows), rows)
     held = rehearsal.student.highest(batch, gradients=alone)
     found["student pass"] = parts(held, batch)
     # fused AdamW makes no copies
@@ -184,7 +186,7 @@ def _phases(
     if config.validation.held_out:
         guided = "teacher pass" in found
         plain, samples = (
-            (rehearsal.teacher, 2 * batch) if guided else (_drawing(config, stage, dtype, device), batch)
+            (rehearsal.teacher, rows) if guided else (_drawing(config, stage, dtype, device), batch)
         )
         held_at = round(plain.highest(samples).at(samples))
         found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}

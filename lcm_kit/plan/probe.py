@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from lcm_kit import base_families, runtime
-from lcm_kit.adapter import lora_state
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Logging, Memory, Training
 from lcm_kit.errors import UserError
@@ -89,7 +88,7 @@ def _export(trial: Trial, found: Subject, folder: Path) -> int:
     from lcm_kit.export.facts import Facts
     from lcm_kit.export.lora import Layer, Lora
 
-    state, alpha = lora_state(trial.unet), trial.config.adapter.alpha
+    state, alpha = trial.adapted.state(), trial.config.adapter.alpha
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
     lora = Lora({
         f"unet.{n}": Layer(state[f"{n}.lora_A.weight"], state[f"{n}.lora_B.weight"], alpha) for n in names
@@ -112,8 +111,8 @@ def measure(config: Training, structure: str | None) -> Probe:
     _warm(config, accelerator)
     cuda = accelerator.device.type == "cuda"
     meter = Meter(cuda, 0 if cuda else resident("VmRSS") or 0)
-    worn, _ = style.find(config, found.structure)
-    tried = trial.make(config, accelerator, found, found.unet_config, meter, worn)
+    teacher_lora, _ = style.find(config, found.structure)
+    tried = trial.make(config, accelerator, found, found.unet_config, meter, teacher_lora)
     for _ in range(STEPS):  # the first makes the optimizer's moments, the second works beside them
         seconds, micro = tried.step()
     return Probe(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import memory
-from lcm_kit.adapter import add_lora, teacher
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.schema import Adapter
 from lcm_kit.export.structure import empty_unet
 from lcm_kit.plan.style import Style, put_on
@@ -85,15 +85,16 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Build, count, add the LoRAs."""
-        self.unet = empty_unet(self.subject.unet_config)
+        self.adapted = AdaptedUNet(empty_unet(self.subject.unet_config))
+        self.unet = self.adapted.unet
         self.bare = list(self.unet.parameters())
         held = [m.weight for n, m in self.unet.named_modules() if memory.quantizable(n, m)]
         with torch.device("meta"), warnings.catch_warnings():
             # there are two adapters, as there should
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            put_on(self.unet, self.style)
+            put_on(self.adapted, self.style)
             style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
-            self.lora = add_lora(self.unet, self.adapter)
+            self.lora = self.adapted.add_lora(self.adapter)
         self.text = Captions.build(self.subject, self.text_rank) if self.text_rank else None
         self.lora += self.text.lora if self.text else []
         self.weights = Weights(
@@ -130,7 +131,7 @@ class Stage:
         kernels = self._kernels(dtype, cuda)
         key = (resolution, dtype, kernels.cuda, lora)
         if key not in self._kept:
-            with torch.no_grad(), nullcontext() if lora else teacher(self.unet):
+            with torch.no_grad(), nullcontext() if lora else self.adapted.teacher():
                 self._kept[key] = self._pass(resolution, dtype, kernels)[0]
         return self._kept[key]
 

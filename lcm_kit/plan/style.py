@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from lcm_kit.adapter import add_style
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.errors import UserError
 from lcm_kit.export import reading
@@ -22,7 +21,7 @@ _SIZE = 0.01  # of random weights
 
 @dataclass(frozen=True)
 class Style:
-    """What is worn by the teacher, and by the student too if `in_student`."""
+    """The LoRA of the teacher, and of the student too if `in_student`."""
 
     ranks: Mapping[str, int]  # by layer of the UNet
     in_student: bool = False
@@ -45,16 +44,16 @@ def find(config: Training, structure: Structure) -> tuple[Style | None, str]:
     return (Style(ranks, config.teacher.in_student), "") if ranks else (None, "")
 
 
-def put_on(unet: Any, style: Style | None) -> None:
-    """Give `unet` random weights of these ranks for its teacher; to be called before `add_lora`."""
+def put_on(adapted: AdaptedUNet, style: Style | None) -> None:
+    """Give the UNet's teacher a LoRA of these ranks, of random weights."""
     if style is None:
         return
     layers = {}
     for name, rank in style.ranks.items():
-        module = unet.get_submodule(name)
+        module = adapted.unet.get_submodule(name)
         linear = isinstance(module, nn.Linear)  # whose weight is packed where it is in few bits
         out, *of = (module.out_features, module.in_features) if linear else module.weight.shape
         ones: tuple[int, ...] = () if linear else (1, 1)
         down, up = torch.randn(rank, *of) * _SIZE, torch.randn(out, rank, *ones) * _SIZE
         layers[name] = (down, up, float(rank))
-    add_style(unet, layers, in_student=style.in_student)
+    adapted.add_teacher_lora(layers, in_student=style.in_student)

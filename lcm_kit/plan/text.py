@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lcm_kit.adapter import add_text_lora
+from lcm_kit.adapted_unet import add_text_lora
 from lcm_kit.base_families import PARTS
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training

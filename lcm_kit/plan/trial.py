@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import families, memory, runtime, stepping
-from lcm_kit.adapter import add_lora, update_ema
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.split import two_teachers
@@ -28,6 +28,7 @@ from lcm_kit.prediction import predictor
 from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import SD_BETAS, Schedule
 from lcm_kit.step import diffusion_loss
+from lcm_kit.trained_weights import update_ema
 
 _MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
 
@@ -53,7 +54,8 @@ class Trial:
 
     config: Training
     accelerator: Any
-    unet: Any
+    adapted: AdaptedUNet
+    unet: Any  # what is called
     lora: list[nn.Parameter]
     ema: list[Tensor]
     optimizer: Any
@@ -100,8 +102,8 @@ class Trial:
         x0 = self.latents[part].to(self.accelerator.device)
         objective, n = Objective.of(config), len(x0)
         roles = Roles(
-            self.unet, self.unet, self.lora, self.ema, empty[0], self.tables.to(x0.device), self.kind,
-            objective, runtime.dtype(self.accelerator), part=self._part,
+            self.adapted, self.unet, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
+            runtime.dtype(self.accelerator), part=self._part,
         )  # fmt: skip
         times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
         return roles.losses(Given(
@@ -146,7 +148,7 @@ def make(
     found: Subject,
     unet_config: Any,
     meter: Meter,
-    worn: Style | None = None,
+    teacher_lora: Style | None = None,
 ) -> Trial:
     """Load or make up the UNet, put the LoRAs on it, draw latents and conditions for a step."""
     device, dtype = accelerator.device, runtime.dtype(accelerator)
@@ -159,11 +161,11 @@ def make(
         unet = memory.load_unet(base, config, device, dtype)
         tables, kind = Schedule.from_config(base.scheduler_config), base.prediction_type
     meter.start(None)
-    put_on(unet, worn)
-    lora = add_lora(unet, config.adapter, seed=0)
-    made = memory.make_optimizer(lora, config.optimizer, device)
-    unet, optimizer = runtime.prepare(accelerator, unet, made)
-    lora = [p for p in unet.parameters() if p.requires_grad]
+    adapted = AdaptedUNet(unet)
+    put_on(adapted, teacher_lora)
+    made = memory.make_optimizer(adapted.add_lora(config.adapter), config.optimizer, device)
+    unet, optimizer = runtime.prepare(accelerator, adapted.unet, made)
+    lora = adapted.parameters()  # other objects, if they were sharded
     ema = [p.detach().clone() for p in lora] if config.ema else []
     n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
     side = config.data.resolution // found.structure.factor
@@ -172,5 +174,5 @@ def make(
     condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
     latents = torch.randn(n, 4, side, side)
     return Trial(
-        config, accelerator, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
+        config, accelerator, adapted, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
     )  # fmt: skip

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcm_kit import adapter, sample
+from lcm_kit import sample
 from lcm_kit.config.schema import Distill
 from lcm_kit.export import loading, reading, structure
 from lcm_kit.export.run import export_run
 from lcm_kit.families import inspect_base
 from lcm_kit.sample import sample_to_folder
 from tests.recipes.small import configure, prepare
+from tests.runs import load_adapter
 from train import distill
 
 # fixture of the base, modules that LCM-LoRA adapts, prediction type, family
@@ -56,7 +57,7 @@ def test_encode_train_export_reload_sample(
     (file,) = export_run(run, "kohya", "float32").values()
     place = structure.of_base(str(base))
     trained = sample.pipeline(str(base)).unet
-    adapter.load_adapter(run / "adapter", trained)
+    load_adapter(run / "adapter", trained)
     wanted = loading.probe({"unet": trained})["unet"]
     assert torch.isfinite(wanted).all()
     assert len(reading.read(file, place).lora.layers) == count

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import adapter, families, sample, validation
+from lcm_kit import families, sample, validation
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.load import load
 from lcm_kit.control import Control, StyleControl
 from lcm_kit.data.batches import generator_at
@@ -29,6 +30,7 @@ from lcm_kit.report import style
 from lcm_kit.report.build import write_report
 from lcm_kit.validation import StyleValidation, Validation
 from tests.recipes.small import configure
+from tests.runs import load_adapter
 from train import distill, finetune
 
 Keys = dict[str, Any]
@@ -119,7 +121,7 @@ def test_control_loss_from_the_files(distill_keys: Keys, prompts: str, tmp_path:
     found = figures(run, "control_loss")
     assert list(found) == [0, 2]
     assert found[0] == pytest.approx(control_loss(), rel=1e-4)
-    adapter.load_adapter(run / "adapter", pipe.unet)
+    load_adapter(run / "adapter", pipe.unet)
     assert found[2] == pytest.approx(control_loss(), rel=1e-4)
     assert abs(found[2] / found[0] - 1) > 1e-3
     assert facts(run)["control_loss"] == found[2]
@@ -134,9 +136,9 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     given = {"control": prompts, "control_count": 4, "count": 3, "guidance_scale": 1.0}
     config = configure({**keys, "base": {"path": str(sdxl_base)}}, tmp_path, validation=given)
     base = families.inspect_base(str(sdxl_base))
-    unet = families.load_unet(base)
-    adapter.add_lora(unet, config.adapter)
-    found = StyleControl.prepare(config, base.base_hash).pictures(unet)
+    adapted = AdaptedUNet(families.load_unet(base))
+    adapted.add_lora(config.adapter)
+    found = StyleControl.prepare(config, base.base_hash).pictures(adapted)
     told = families.family_of(base).encode_text(
         families.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]]
     )
@@ -164,7 +166,7 @@ def test_control_distance_from_the_files(distill_keys: Keys, prompts: str, tmp_p
     found, other = figures(run, "control_distance"), sample.pipeline(distill_keys["base"]["path"])
     assert list(found) == [0, 2]
     assert found[0] == pytest.approx(far(pipe), rel=1e-4)
-    adapter.load_adapter(run / "adapter", other.unet)
+    load_adapter(run / "adapter", other.unet)
     assert found[2] == pytest.approx(far(other), rel=1e-4) and abs(found[2] / found[0] - 1) > 1e-3
     assert facts(run)["control_distance"] == found[2]
 
@@ -192,7 +194,7 @@ def test_the_held_out_consistency_loss_from_the_files(
     assert len(held) == 2 and seen == set(cache.ids) - set(held.ids)
     # arXiv:2303.01469, algorithm 3, on the last grid: 20 intervals of 50 timesteps
     unet = families.load_unet(base)
-    adapter.load_adapter(run / "adapter", unet)
+    load_adapter(run / "adapter", unet)
     abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 
     @torch.no_grad()
@@ -269,10 +271,10 @@ def test_the_picture_has_rows_of_control_prompts(
     monkeypatch.setattr(validation, "STYLE_STEPS", 2)
     given = {"prompts": prompts, "count": 1, "control": prompts, "control_count": 3, "guidance_scale": 1.0}
     config = configure(distill_keys, tmp_path, validation=given)
-    unet = families.load_unet(families.inspect_base(config.base.path))
-    adapter.add_lora(unet, config.adapter)
-    alone = kind.prepare(config, "hash")(unet, 1)
-    assert kind.prepare(config, "hash", Control.prepare(config, "hash"))(unet, 2) == alone
+    adapted = AdaptedUNet(families.load_unet(families.inspect_base(config.base.path)))
+    adapted.add_lora(config.adapter)
+    alone = kind.prepare(config, "hash")(adapted, 1)
+    assert kind.prepare(config, "hash", Control.prepare(config, "hash"))(adapted, 2) == alone
     sizes = [Image.open(tmp_path / f"validation/step-00000{k}.png").size for k in (1, 2)]
     assert sizes == [(columns * 68 - 4, 14 + 64), (columns * 68 - 4, 14 + 64 + 14 + 2 * 68 - 4)]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lcm_kit import families, roles, sample
-from lcm_kit.adapter import load_adapter
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
 from lcm_kit.data.cache import Cache
 from lcm_kit.errors import UserError
 from tests.recipes.small import configure, prepare
+from tests.runs import load_adapter
 from train import distill
 
 Keys = dict[str, Any]
@@ -168,13 +168,13 @@ def test_the_loss_on_held_out_pictures_is_by_the_styled_teacher(
 ) -> None:
     keys, _ = mixed
     asked: list[list[bool]] = []
-    real = roles.by_teacher
+    real = roles.route_by_teacher
 
-    def by_teacher(ask: Any, bases: list[bool], **more: Any) -> Tensor:
+    def route_by_teacher(ask: Any, bases: list[bool], **more: Any) -> Tensor:
         asked.append(list(bases))
         return real(ask, bases, **more)
 
-    monkeypatch.setattr(roles, "by_teacher", by_teacher)
+    monkeypatch.setattr(roles, "route_by_teacher", route_by_teacher)
     run = distill.main(configure(keys, tmp_path / "run", steps=2, validation={"held_out": 0.25}))
     found = metrics(run, "held_out_loss")
     assert len(found) == 2 and all(np.isfinite(found))

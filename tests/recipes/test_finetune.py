@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import adapter, checkpoints, families, own_files, own_shapes, sample
+from lcm_kit import checkpoints, families, own_files, own_shapes, sample
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
@@ -26,6 +26,7 @@ from lcm_kit.export.run import export_run
 from lcm_kit.families.condition import Condition
 from lcm_kit.report.build import write_report
 from tests.recipes.small import configure, launch, prepare
+from tests.runs import load_adapter
 from train import distill, finetune
 
 Keys = dict[str, Any]
@@ -314,7 +315,7 @@ def test_the_held_out_loss_again_from_the_files(overtrained: Path, keys: Keys) -
     _, held = split(cache, 0.25, 0)
     scheduler = DDPMScheduler.from_pretrained(wanted.base.path, subfolder="scheduler")
     unet = families.load_unet(base)
-    adapter.load_adapter(overtrained / "adapter", unet)
+    load_adapter(overtrained / "adapter", unet)
     errors = []
     for slot in range(16):
         x0, text = held.latents([slot // 8]), held.condition([slot // 8]).embeds
@@ -387,7 +388,7 @@ def test_validation_draws_base_and_lora_and_disturbs_nothing(keys: Keys, tmp_pat
     pipe = sample.pipeline(keys["base"]["path"])
     how: Keys = {"sampler": "ddim", "steps": 30, "guidance_scale": 3.0, "seed": 1234, "size": 64}
     base = sample.latents(pipe, ["a red ball", "blue"], **how)
-    adapter.load_adapter(run / "adapter", pipe.unet)
+    load_adapter(run / "adapter", pipe.unet)
     styled = sample.latents(pipe, ["a red ball", "blue"], **how)
     distance = float((styled - base).square().mean().sqrt())
     assert metrics(run, "distance_to_base")[2] == pytest.approx(distance, rel=1e-4)
@@ -438,8 +439,8 @@ def test_a_stopped_run_continues_bit_for_bit(
         assert metrics(run, name) == metrics(straight, name)
     a, b = (checkpoints.read(folder / "state/step-000007") for folder in (run, straight))
     assert same(a.lora, b.lora) and same(a.ema, b.ema)
-    for index, moments in b.optimizer["state"].items():
-        assert same(a.optimizer["state"][index], moments)
+    for index, moments in b.optimizers["adapter"]["state"].items():
+        assert same(a.optimizers["adapter"]["state"][index], moments)
     finetune.main(config(keys, run, own=True, **RESUMED))
     assert "nothing to do" in capsys.readouterr().out
 

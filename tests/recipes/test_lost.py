@@ -66,8 +66,9 @@ def assert_same_state(a: Path, b: Path) -> None:
     for name in ("lora", "ema"):
         x, y = getattr(first, name), getattr(second, name)
         assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in y)
-    for index, moments in second.optimizer["state"].items():
-        assert all(torch.equal(first.optimizer["state"][index][key], value) for key, value in moments.items())
+    before, after = (state.optimizers["adapter"]["state"] for state in (first, second))
+    for index, moments in after.items():
+        assert all(torch.equal(before[index][key], value) for key, value in moments.items())
 
 
 def assert_same(run: Path, straight: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,9 +68,10 @@ def census(before: set[int]) -> Census:
 def traces(unet: Any) -> dict[str, Any]:
     """All that a pass of the UNet could leave changed, for comparison."""
     parameters = list(unet.parameters())
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     weights = b"".join(p.detach().numpy().tobytes() for p in parameters)
     return {
-        "adapter": [(layer._disable_adapters, layer._active_adapter) for layer in unet._lora_layers],
+        "adapter": [(layer._disable_adapters, layer._active_adapter) for layer in layers],
         "training": [module.training for module in unet.modules()],
         "requires_grad": [p.requires_grad for p in parameters],
         "gradients": [p.grad for p in parameters],

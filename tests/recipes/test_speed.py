@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_kit import shipped
-from lcm_kit.adapter import add_lora
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.bench import measure, models
 from lcm_kit.bench.side import Side, scaler
 from lcm_kit.config.evaluation import Speed
@@ -127,8 +127,8 @@ def test_a_quarter_of_the_width_is_a_quarter_of_channels_heads_and_groups() -> N
     assert (text["hidden_size"], text["num_attention_heads"], text["num_hidden_layers"]) == (192, 3, 12)
     base = models.Base(config, META)
     unet = base.unet()
-    lora = add_lora(unet, Adapter(16, 16))
-    assert len(unet._lora_layers) == 278 and sum(p.numel() for p in lora) < 67_250_000 / 15
+    lora = AdaptedUNet(unet).add_lora(Adapter(16, 16))
+    assert len(lora) == 2 * 278 and sum(p.numel() for p in lora) < 67_250_000 / 15
 
 
 @pytest.mark.parametrize(

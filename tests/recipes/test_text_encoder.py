@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit import adapter, checkpoints, families, sample, text_lora
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
@@ -26,6 +27,7 @@ from lcm_kit.export.run import export_run
 from lcm_kit.text_lora import TextLora
 from tests.recipes.small import configure, launch, prepare
 from tests.recipes.test_finetune import RANK, metrics, same, tuning, weights
+from tests.runs import load_adapter
 from train import finetune
 
 Keys = dict[str, Any]
@@ -237,7 +239,7 @@ def test_a_gradient_equals_finite_differences(keys: Keys, tmp_path: Path) -> Non
         return unet(x, torch.tensor([500, 20]), **condition.kwargs()).sample.square().mean()
 
     loss().backward()
-    for end in ("layers.0.self_attn.q_proj.lora_A.default.weight", "layers.1.mlp.fc1.lora_B.default.weight"):
+    for end in ("layers.0.self_attn.q_proj.lora_A.adapter.weight", "layers.1.mlp.fc1.lora_B.adapter.weight"):
         p = next(p for name, p in named.items() if name.endswith(end))
         assert p.grad is not None
         place = divmod(int(p.grad.abs().argmax()), p.shape[1])
@@ -256,10 +258,10 @@ def test_a_gradient_equals_finite_differences(keys: Keys, tmp_path: Path) -> Non
 def ours(wanted: Finetune, run: Path) -> TextLora:
     """The text encoders with the adapter of `run`, as training has them."""
     base, _, text = opened(wanted)
-    unet = families.load_unet(base)
-    adapter.add_lora(unet, wanted.adapter)
-    text_lora.joined(unet, text, wanted)
-    adapter.load_lora_state(unet, weights(run))
+    adapted = AdaptedUNet(families.load_unet(base))
+    adapted.add_lora(wanted.adapter)
+    text_lora.joined(adapted, text, wanted)
+    adapted.load_state(weights(run))
     return text
 
 
@@ -320,8 +322,7 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert facts["text_encoder"] == TEXT and facts["text_lora_config"]["text_encoder"]["lora_alpha"] == 6.0
     assert "text encoder" in (run / "export/README.md").read_text()
     unet = families.load(wanted.base.path, parts=["unet"]).unet
-    adapter.load_adapter(run / "adapter", unet)  # the UNet's share alone
-    assert not any(key.startswith("text_") for key in adapter.lora_state(unet))
+    load_adapter(run / "adapter", unet)  # the UNet's share alone, which is whole
 
 
 @pytest.mark.slow  # all 788 layers of SDXL
@@ -344,14 +345,14 @@ def test_both_encoders_of_sdxl_are_trained_and_exported(sdxl_keys: Keys, tmp_pat
 def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: Path) -> None:
     wanted = config(keys, tmp_path)
     base, _, text = opened(wanted)
-    unet = families.load_unet(base)
-    adapter.add_lora(unet, wanted.adapter)
-    parameters = text_lora.joined(unet, text, wanted)[1]["params"]
+    adapted = AdaptedUNet(families.load_unet(base))
+    adapted.add_lora(wanted.adapter)
+    parameters = text_lora.joined(adapted, text, wanted)[1]["params"]
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1)
         on = text.encode(["blue"]).embeds
-        with adapter.teacher(unet):
+        with adapted.teacher():
             off = text.encode(["blue"]).embeds
         known = (
             families.family_of(base).encode_text(families.family_of(base).load_text(base), ["blue"]).embeds
@@ -410,12 +411,12 @@ def test_a_stopped_run_continues_bit_for_bit(
     a, b = (checkpoints.read(each / "state/step-000005") for each in (run, straight))
     assert same(a.lora, b.lora) and same(a.ema, b.ema)
     assert sum(key.startswith("text_encoder.") for key in b.lora) == 24 and a.ema.keys() == a.lora.keys()
-    rates = [group["lr"] for group in b.optimizer["param_groups"]]
+    rates = [group["lr"] for group in b.optimizers["adapter"]["param_groups"]]
     assert rates[1] == pytest.approx(3 * rates[0]) and rates == [
-        group["lr"] for group in a.optimizer["param_groups"]
+        group["lr"] for group in a.optimizers["adapter"]["param_groups"]
     ]
-    for index, moments in b.optimizer["state"].items():
-        assert same(a.optimizer["state"][index], moments)
+    for index, moments in b.optimizers["adapter"]["state"].items():
+        assert same(a.optimizers["adapter"]["state"][index], moments)
     other = {**found, "text_encoder": {"rank": 4}}
     with pytest.raises(UserError, match=r"started with text_encoder\.alpha 6\.0"):
         finetune.main(config(other, run, **RESUMED))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcm_kit import adapter, roles
+from lcm_kit import roles
+from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load
 from lcm_kit.errors import UserError
@@ -23,7 +24,7 @@ from lcm_kit.styles import start_from
 from tests import broken
 from tests.loras import lcm_modules, random_lora
 from tests.recipes.small import configure
-from tests.runs import build_run
+from tests.runs import build_run, load_adapter
 from train import distill
 
 Keys = dict[str, Any]
@@ -52,12 +53,12 @@ def tuned(keys: Keys, output: Path, start: Path, **changes: Any) -> schema.Disti
     return configure(mine, output, **{"adapter": {"start": str(start)}, **changes})
 
 
-def started(config: schema.Distill) -> Any:
+def started(config: schema.Distill) -> AdaptedUNet:
     base = inspect_base(config.base.path)
-    unet = load_unet(base)
-    adapter.add_lora(unet, config.adapter, seed=config.seed)
-    start_from(unet, config.adapter, base)
-    return unet
+    adapted = AdaptedUNet(load_unet(base))
+    adapted.add_lora(config.adapter, seed=config.seed)
+    start_from(adapted, config.adapter, base)
+    return adapted
 
 
 def test_it_starts_from_an_lcm_lora_bit_for_bit(distill_keys: Keys, run: Path, tmp_path: Path) -> None:
@@ -66,15 +67,15 @@ def test_it_starts_from_an_lcm_lora_bit_for_bit(distill_keys: Keys, run: Path, t
     lora = reading.read(run / "export" / "pytorch_lora_weights.safetensors", place).lora
     broken.save(tmp_path / "kohya.safetensors", broken.kohya_diffusers_spelling(lora, place))
     for start in (run, tmp_path / "kohya.safetensors"):
-        unet = started(tuned(distill_keys, tmp_path, start))
-        state = adapter.lora_state(unet)
+        adapted = started(tuned(distill_keys, tmp_path, start))
+        state = adapted.state()
         assert state.keys() == wanted.keys()
         assert all(torch.equal(state[key], wanted[key]) for key in wanted)
     other = load_unet(inspect_base(distill_keys["base"]["path"]))
-    adapter.load_adapter(run / "adapter", other)
+    load_adapter(run / "adapter", other)
     x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 8, 32)
     with torch.no_grad():
-        first, second = (u(x, 500, encoder_hidden_states=text).sample for u in (unet, other))
+        first, second = (u(x, 500, encoder_hidden_states=text).sample for u in (adapted.unet, other))
     assert torch.equal(first, second)
 
 
@@ -101,8 +102,8 @@ def test_a_smaller_start_keeps_its_effect_in_a_larger_lora(distill_keys: Keys, t
     small = random_lora(place, [names[0], names[5], names[-1]], ranks=(3,), alphas=(6.0,))
     file = tmp_path / "small.safetensors"
     broken.save(file, broken.kohya_diffusers_spelling(small, place))
-    unet = started(tuned(distill_keys, tmp_path, file, adapter={"start": str(file), "rank": 8, "alpha": 4.0}))
-    state = adapter.lora_state(unet)
+    keys = {"start": str(file), "rank": 8, "alpha": 4.0}
+    state = started(tuned(distill_keys, tmp_path, file, adapter=keys)).state()
     for name in (key.removesuffix(".lora_A.weight") for key in state if ".lora_A." in key):
         a, b = (state[f"{name}.lora_{side}.weight"] for side in "AB")
         product = 0.5 * b.flatten(1) @ a.flatten(1)
@@ -123,7 +124,7 @@ def test_it_starts_as_the_sum_of_several(distill_keys: Keys, run: Path, tmp_path
     start = [{"path": str(run), "weight": 0.5}, {"path": str(file), "weight": -1.0}]
     keys = {"start": start, "rank": 7, "alpha": 21.0}
     config = tuned(distill_keys, tmp_path / "tuned", run, adapter=keys)
-    state = adapter.lora_state(started(config))
+    state = started(config).state()
     own = load_file(run / "adapter" / "lora.safetensors")
     for name in (key.removesuffix(".lora_A.weight") for key in own if ".lora_A." in key):
         a, b = (state[f"{name}.lora_{side}.weight"].flatten(1) for side in "AB")
