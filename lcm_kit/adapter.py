@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lcm_kit import own_files, own_shapes
+from lcm_kit import own_files, provenance
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.families import lora_targets
@@ -223,31 +223,28 @@ def lora_config(unet: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
 
-def save_adapter(folder: Path, unet: Any, facts: Mapping[str, Any]) -> None:
-    """Write `lora.safetensors` (`lora_state`) and `adapter.json` (`facts`, and "lora_config", peft's).
-
-    Where text encoders were joined, "text_lora_config" holds peft's by part.
-    """
-    configs: dict[str, Any] = {"lora_config": lora_config(unet)}
-    if trained := {part: lora_config(encoder) for part, encoder in text_encoders(unet).items()}:
-        configs["text_lora_config"] = trained
-
+def save_adapter(folder: Path, unet: Any, facts: provenance.Provenance) -> None:
+    """Write `lora.safetensors` (`lora_state`) and `adapter.json`: how it was made, and peft's configs."""
+    texts = {part: lora_config(encoder) for part, encoder in text_encoders(unet).items()}
     with atomic_folder(folder) as temporary:
         own_files.write_tensors(temporary / WEIGHTS, lora_state(unet))
-        own_files.write_json(temporary / FACTS, {**facts, **configs})
+        own_files.write_json(temporary / FACTS, provenance.trained(facts, lora_config(unet), texts))
 
 
-def read_facts(folder: Path) -> own_shapes.Adapter:
-    """`adapter.json` of an adapter folder. Raises `UserError` if the folder holds no finished adapter."""
+def read_facts(folder: Path) -> provenance.Trained:
+    """`adapter.json` of an adapter folder.
+
+    Raises `UserError` if the folder holds no finished adapter, or one of a kit that says more.
+    """
     if not (folder / FACTS).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no trained adapter; run `lcm-kit train` to its end first")
-    return own_files.read_json(folder / FACTS, own_shapes.Adapter, _again(folder))
+    return own_files.read_json(folder / FACTS, provenance.Trained, _again(folder))
 
 
-def base_of(facts: own_shapes.Adapter) -> dict[str, Any]:
+def base_of(facts: provenance.Trained) -> dict[str, Any]:
     """`path`, `revision` and `variant` of the base that an adapter was trained on."""
-    base = facts["base"]
-    return {"path": base["path"], "revision": base.get("revision"), "variant": base.get("variant")}
+    base = facts.base
+    return {"path": base.path, "revision": base.revision, "variant": base.variant}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -264,7 +261,7 @@ def _again(folder: Path) -> str:
     return f"remove {folder} and run `lcm-kit train {run / 'config.yaml'}`, which {then}"
 
 
-def load_adapter(folder: Path, unet: Any) -> own_shapes.Adapter:
+def load_adapter(folder: Path, unet: Any) -> provenance.Trained:
     """Add the adapter that `save_adapter` wrote to `unet` (which has none) and return its facts.
 
     What it holds for text encoders is left out.
@@ -272,7 +269,7 @@ def load_adapter(folder: Path, unet: Any) -> own_shapes.Adapter:
     from peft import LoraConfig
 
     facts = read_facts(folder)
-    said = facts["lora_config"]
+    said = facts.lora_config
     config = LoraConfig(r=said["r"], lora_alpha=said["lora_alpha"], target_modules=said["target_modules"])
     _add(unet, config, seed=0)
     state = read_weights(folder)

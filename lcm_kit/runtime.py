@@ -8,7 +8,7 @@ state is the weights and the optimizer's moments. Beside this stand `run_folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,7 @@ from lcm_kit.console import (
 )
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
+from lcm_kit.provenance import Provenance
 from lcm_kit.run_files import METRICS, lines_of, metrics_of
 from lcm_kit.run_folder import write_config
 
@@ -236,7 +237,7 @@ class Saver:
         main_does(self.accelerator, lambda: checkpoints.prune(self.run, state.step, keep))
         checkpoints.restore(state, self.unet, self.ema, self.optimizer, self.accelerator.scaler)
 
-    def adapter(self, facts: Mapping[str, Any], name: str = "adapter") -> None:
+    def adapter(self, facts: Provenance, name: str = "adapter") -> None:
         """Write the weights as they are now into the folder `name` of the run, as `save_adapter`."""
         unet = checkpoints.unsharded(self.unet) if sharded(self.accelerator) else self.unet
         main_does(self.accelerator, lambda: save_adapter(self.run / name, unet, facts))

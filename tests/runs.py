@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lcm_kit import adapter, families, sample
+from lcm_kit import adapter, families, provenance, sample
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump
 
@@ -18,13 +18,8 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
     torch.manual_seed(1)
     for parameter in adapter.add_lora(unet, schema.Adapter(rank=rank, alpha=alpha)):
         parameter.data = torch.randn_like(parameter) * 0.1
-    facts = {
-        "path": str(base),
-        "revision": None,
-        "variant": None,
-        "hash": families.inspect_base(str(base)).base_hash,
-    }
-    adapter.save_adapter(run / "adapter", unet, {"base": facts, "steps": 20})
+    made_on = provenance.Base(str(base), families.inspect_base(str(base)).base_hash)
+    adapter.save_adapter(run / "adapter", unet, provenance.Provenance(base=made_on, steps=20))
     config = schema.Distill(recipe="train/distill", output=str(run), base=schema.Base(path=str(base)))
     (run / "config.yaml").write_text(dump(config))
     lines = [{"step": k, "loss": 1 / k} for k in range(1, 41)] + [{"step": 20, "one_step_distance": 0.5}]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcm_kit import adapter, families
 from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
+from lcm_kit.provenance import Base, Provenance
 
 CONFIG = Adapter(rank=4, alpha=8.0)
 
@@ -143,12 +144,12 @@ def test_ema_is_the_weighted_mean() -> None:
 def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Path) -> None:
     unet = load(sd_base)
     trained(unet)
-    adapter.save_adapter(tmp_path / "adapter", unet, {"steps": 7, "base": {"path": "a base", "hash": "abc"}})
+    adapter.save_adapter(tmp_path / "adapter", unet, Provenance(base=Base("a base", "abc"), steps=7))
     other = load(sd_base)
     facts = adapter.load_adapter(tmp_path / "adapter", other)
-    assert facts["steps"] == 7
-    assert (facts["lora_config"]["r"], facts["lora_config"]["lora_alpha"]) == (4, 8.0)
-    assert facts["lora_config"]["target_modules"] == sorted(families.lora_targets("lcm"))
+    assert facts.steps == 7
+    assert (facts.lora_config["r"], facts.lora_config["lora_alpha"]) == (4, 8.0)
+    assert facts.lora_config["target_modules"] == sorted(families.lora_targets("lcm"))
     assert torch.equal(output(other), output(unet))
     state = adapter.lora_state(unet)
     assert all(

@@ -24,6 +24,8 @@ LAYERS = {
         "lora_file",
         "own_files",
         "own_shapes",
+        "provenance",
+        "provenance_rules",
         "result_shapes",
         "verified",
         "console",

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lcm_kit.export import structure, verify, write
-from lcm_kit.export.facts import Facts
+from lcm_kit.provenance import Provenance
 from lcm_kit.quiet import quiet
 from tests import broken
 from tests.loras import random_lora
@@ -52,7 +52,7 @@ def main() -> None:
             show(what, base, file)
         for base in (*map(structure.known, ("sd1", "sd2", "sdxl")), structure.ssd1b()):
             for style in ("kohya", "diffusers"):
-                write.write(file, random_lora(base), base, style, "float16", Facts("lora"))
+                write.write(file, random_lora(base), base, style, "float16", Provenance("lora"))
                 show(f"this kit, {style} style", base, file)
 
 
