@@ -106,11 +106,21 @@ def converted(made: Provenance, file: str, base: str | None, *, changed: bool) -
     `base`: for a file that names none. `changed`: it has other weights, so that what was measured is said to
     be of `file` alone.
     """
-    use = made.recommended
+    file, use = _as_text(file), made.recommended
     if use and changed:
         use = replace(use, part=use.part or file)
     base = made.base.path or base
     return replace(made, base=replace(made.base, path=base), parents=(*made.parents, file), recommended=use)
+
+
+def part_of(file: str, weight: float, made: Provenance) -> Part:
+    """A file of a merged one."""
+    return Part(_as_text(file), weight, made)
+
+
+def _as_text(file: str) -> str:
+    """A file name need not be text, and JSON must: what cannot be encoded is shown as `?`."""
+    return file.encode("utf-8", "replace").decode()
 
 
 def merged(parts: Sequence[Part], title: str) -> Provenance:

@@ -313,7 +313,8 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
         kit_version="",
     )
     assert facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Provenance("t")
-    assert facts_from({**forged, "lcm_kit.parents": "[1]"}, "t") == Provenance("t")
+    for parents in ("[1]", '["\\ud800"]', "{}"):
+        assert facts_from({**forged, "lcm_kit.parents": parents}, "t") == Provenance("t")
     assert facts_from({"ss_steps": "9" * 5000}, "t") == Provenance("t")
 
 
@@ -325,6 +326,7 @@ REST = "lcm_kit.provenance"
     [
         "", "{", "[]", "3", "[" * 100_000, '{"a":' * 100_000, '{"steps": ' + "9" * 5000 + "}",
         '{"parts": [{"file": 1}]}', '{"steps": "3"}', '{"caption_dropout": NaN}', '{"loss": {"name": 3}}',
+        '{"recipe": "\\ud800"}',
     ],
 )  # fmt: skip
 def test_of_a_forged_record_none_is_read_and_that_is_said(rest: str) -> None:

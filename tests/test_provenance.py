@@ -40,7 +40,7 @@ from lcm_kit.provenance import (
     TextEncoder,
     from_json,
 )
-from lcm_kit.provenance_rules import of_training
+from lcm_kit.provenance_rules import converted, merged, of_training, part_of
 from tests.loras import lcm_modules, random_lora
 
 
@@ -338,6 +338,20 @@ def test_a_file_names_no_folder(files: Path) -> None:
     found = facts_from(built, "t")
     assert found.start == made.start and found.prior == Prior("prompts.txt") and found.base.path == "base"
     assert found.parts[0].made.teachers[0].path == "look"
+
+
+def test_a_name_that_is_no_text_is_shown_as_one() -> None:
+    """Bytes of a file's name that are not UTF-8, which no header holds."""
+    odd = part_of("caf\udce9.safetensors", 1.0, HAS["speed"])
+    for made in (
+        merged([odd, odd], "t"),
+        converted(HAS["speed"], "caf\udce9.safetensors", None, changed=True),
+    ):
+        assert made.parents[0].startswith("caf?.safetensors") and made.recommended
+        assert made.recommended.part == "caf?.safetensors"
+        place = structure.known("sd1")
+        built = metadata.build(random_lora(place, lcm_modules(place)[:1], ranks=(1,)), place, made)
+        assert facts_from(built, made.title) == made
 
 
 def test_fused_json_says_every_part(files: Path, base: Path) -> None:

@@ -146,6 +146,7 @@ def _square(text: str | None) -> int | None:
 def _names(text: str | None) -> tuple[str, ...]:
     try:
         names = json.loads(text or "[]")
+        json.dumps(names, ensure_ascii=False).encode()  # JSON can spell half of a character
     except (ValueError, RecursionError):
         return ()
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -24,7 +24,7 @@ from lcm_kit.files import atomic_write
 from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
 from lcm_kit.provenance import Provenance
-from lcm_kit.provenance_rules import merged
+from lcm_kit.provenance_rules import merged, part_of
 
 Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
 
@@ -140,6 +140,6 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
 def _made_of(parts: Sequence[Part], reads: Sequence[Reading]) -> list[provenance.Part]:
     """What the headers of the files say of them."""
     return [
-        provenance.Part(path.name, weight, facts_from(read.lora.metadata, ""))
+        part_of(path.name, weight, facts_from(read.lora.metadata, ""))
         for (path, weight), read in zip(parts, reads, strict=True)
     ]

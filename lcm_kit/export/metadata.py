@@ -257,7 +257,7 @@ def _rest(facts: Provenance) -> dict[str, str]:
         kept = {key: value for key, value in rest.pop(section, {}).items() if key not in names}
         if kept:
             rest[section] = kept
-    return {REST: json.dumps(_published(rest), sort_keys=True, ensure_ascii=False)} if rest else {}
+    return {REST: json.dumps(_published(rest), sort_keys=True)} if rest else {}
 
 
 def _published(value: Any) -> Any:
