@@ -125,7 +125,7 @@ class Measuring:
         kept = measured.best(self._steps())
         if not kept:
             with self.weights():
-                self.saver.adapter(replace(facts, step=steps))
+                self.saver.adapter(facts.of_weights(steps, {}))
             return
         main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
         for sentence in verdict(measured, kept):
@@ -140,7 +140,7 @@ class Measuring:
             found = {name: value for name, value in found.items() if math.isfinite(value)}
             wanted = self._measured(step, found).candidates([*self._steps(), step])
             if step in wanted:  # before the figures are logged: where they are, the weights are
-                facts = replace(self.facts(step), step=step, **found)
+                facts = self.facts(step).of_weights(step, found)
                 self.saver.adapter(facts, f"{BEST}/step-{step:06d}")
         self.metrics.log(step, **found)
         main_does(self.saver.accelerator, lambda: self._forget(lambda each: each not in wanted))

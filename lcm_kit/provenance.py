@@ -250,6 +250,11 @@ class Provenance:
         """Which weights they are and their figures, by field."""
         return {name: getattr(self, name) for name in _MEASURED}
 
+    def of_weights(self, step: int, figures: Mapping[str, float]) -> Provenance:
+        """That of the weights after `step` steps, of which the `figures` by field were measured."""
+        changed: dict[str, Any] = {**figures, "step": step}
+        return replace(self, **changed)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it, back by `from_json`; without the title."""
         return cast(dict[str, Any], _plain(self))

@@ -114,8 +114,8 @@ def converted(made: Provenance, file: str, base: str | None, *, changed: bool) -
 
 
 def part_of(file: str, weight: float, made: Provenance) -> Part:
-    """A file of a merged one."""
-    return Part(_as_text(file), weight, made)
+    """A file of a merged one, whose title is its name."""
+    return Part(_as_text(file), weight, replace(made, title=""))
 
 
 def _as_text(file: str) -> str:

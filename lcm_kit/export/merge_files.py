@@ -140,6 +140,6 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
 def _made_of(parts: Sequence[Part], reads: Sequence[Reading]) -> list[provenance.Part]:
     """What the headers of the files say of them."""
     return [
-        part_of(path.name, weight, facts_from(read.lora.metadata, ""))
+        part_of(path.name, weight, facts_from(read.lora.metadata, path.stem))
         for (path, weight), read in zip(parts, reads, strict=True)
     ]
