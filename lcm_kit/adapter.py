@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcm_kit import own_files, own_shapes
+from lcm_kit import own_files, provenance
 from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder
@@ -19,7 +19,7 @@ WEIGHTS, FACTS = "lora.safetensors", "adapter.json"  # the files of an adapter f
 def save_adapter(
     folder: Path,
     adapted: AdaptedUNet,
-    facts: Mapping[str, Any],
+    facts: provenance.Provenance,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `lora.safetensors` and `adapter.json` (`facts`, and `AdaptedUNet.peft_configs`).
@@ -28,20 +28,23 @@ def save_adapter(
     """
     with atomic_folder(folder) as temporary:
         own_files.write_tensors(temporary / WEIGHTS, adapted.state() if weights is None else weights)
-        own_files.write_json(temporary / FACTS, {**facts, **adapted.peft_configs()})
+        own_files.write_json(temporary / FACTS, {**facts.to_json(), **adapted.peft_configs()})
 
 
-def read_facts(folder: Path) -> own_shapes.Adapter:
-    """`adapter.json` of an adapter folder. Raises `UserError` if the folder holds no finished adapter."""
+def read_facts(folder: Path) -> provenance.Trained:
+    """`adapter.json` of an adapter folder.
+
+    Raises `UserError` if the folder holds no finished adapter, or one of a kit that says more.
+    """
     if not (folder / FACTS).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: there is no trained adapter; run `lcm-kit train` to its end first")
-    return own_files.read_json(folder / FACTS, own_shapes.Adapter, _again(folder))
+    return own_files.read_json(folder / FACTS, provenance.Trained, _again(folder))
 
 
-def base_of(facts: own_shapes.Adapter) -> dict[str, Any]:
+def base_of(facts: provenance.Trained) -> dict[str, Any]:
     """`path`, `revision` and `variant` of the base that an adapter was trained on."""
-    base = facts["base"]
-    return {"path": base["path"], "revision": base.get("revision"), "variant": base.get("variant")}
+    base = facts.base
+    return {"path": base.path, "revision": base.revision, "variant": base.variant}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcm_kit import own_files
+from lcm_kit import own_files, provenance
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts, read_weights
 from lcm_kit.config import schema
 from lcm_kit.data.batches import Batch, Samples, draw
@@ -92,7 +91,7 @@ class Measuring:
     config: schema.Training
     saver: Saver
     metrics: Metrics
-    facts: Callable[[int], Mapping[str, Any]]  # by steps: what is written beside the weights
+    facts: Callable[[int], provenance.Provenance]  # by steps: what is written beside the weights
     measures: Measures
     validation: Validation | None  # draws pictures
     # the block in which the weights are those that would be saved
@@ -126,7 +125,7 @@ class Measuring:
         kept = measured.best(self._steps())
         if not kept:
             with self.weights():
-                self.saver.adapter({**facts, "step": steps})
+                self.saver.adapter(facts.of_weights(steps, {}))
             return
         main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
         for sentence in verdict(measured, kept):
@@ -141,7 +140,8 @@ class Measuring:
             found = {name: value for name, value in found.items() if math.isfinite(value)}
             wanted = self._measured(step, found).candidates([*self._steps(), step])
             if step in wanted:  # before the figures are logged: where they are, the weights are
-                self.saver.adapter({**self.facts(step), "step": step, **found}, f"{BEST}/step-{step:06d}")
+                facts = self.facts(step).of_weights(step, found)
+                self.saver.adapter(facts, f"{BEST}/step-{step:06d}")
         self.metrics.log(step, **found)
         main_does(self.saver.accelerator, lambda: self._forget(lambda each: each not in wanted))
 
@@ -165,8 +165,12 @@ class Measuring:
             if which(step):
                 discard(folder)
 
-    def _copy(self, kept: int, facts: Mapping[str, Any]) -> None:
+    def _copy(self, kept: int, facts: provenance.Provenance) -> None:
         best = self._folders()[kept]
+        its = read_facts(best)
+        whole = replace(facts, **its.measured)
         with atomic_folder(self.saver.run / "adapter") as folder:
             own_files.write_tensors(folder / WEIGHTS, read_weights(best))
-            own_files.write_json(folder / FACTS, {**read_facts(best), **facts})
+            own_files.write_json(
+                folder / FACTS, provenance.trained(whole, its.lora_config, its.text_lora_config)
+            )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lcm_kit import __version__
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.files import append, atomic_write
 
@@ -72,9 +74,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, shape: type[T], again: str) -> T:
-    """The content of a JSON file of ours, of `shape`, a `TypedDict`.
+    """The content of a JSON file of ours, of `shape`: a `TypedDict`, which may say more, or a dataclass.
 
     Raises `Damaged` if it is not of that shape or not what was written; `again` says what makes it anew.
+    Raises `UserError` where another kit wrote what a dataclass has no field for.
     """
     return _of_shape(path, _object(path, read_text(path, again), again), shape, again)
 
@@ -121,14 +124,40 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
 
 
 def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, place: str = "") -> T:
+    check = _validator(cast(Any, shape))
     try:
-        _validator(cast(Any, shape)).validate_python(found, strict=True)
+        if is_dataclass(shape):
+            return cast(T, check.validate_json(json.dumps(found), strict=True))
+        check.validate_python(found, strict=True)
         return cast(T, found)  # with what the shape does not list
     except ValidationError as error:
+        _refuse_another_kits(path, found, error)
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        what = "is missing" if first["type"] == "missing" else f"is not as it should be: {first['msg']}"
+        what = _WRONG.get(first["type"], f"is not as it should be: {first['msg']}")
         raise damaged(path, f"{place}{where or 'it'} {what}", again) from error
+
+
+_WRONG = {"missing": "is missing", "unexpected_keyword_argument": "is unknown"}
+
+
+def unknown_keys(error: ValidationError) -> list[str]:
+    """The keys, in dots, for which a dataclass has no field."""
+    return [
+        ".".join(map(str, each["loc"]))
+        for each in error.errors(include_url=False, include_input=False, include_context=False)
+        if each["type"] == "unexpected_keyword_argument"
+    ]
+
+
+def _refuse_another_kits(path: Path, found: Mapping[str, Any], error: ValidationError) -> None:
+    """Raise `UserError` for keys that the kit that wrote them may know, and this one does not."""
+    unknown, theirs = unknown_keys(error), found.get("kit_version")
+    if unknown and isinstance(theirs, str) and theirs != __version__:
+        raise UserError(
+            f"{path} was written by lcm-kit {theirs} and says {', '.join(unknown)}, which lcm-kit "
+            f"{__version__} does not know; use lcm-kit {theirs} for it"
+        ) from error
 
 
 @cache

@@ -25,21 +25,12 @@ Line = Annotated[dict[str, float], AfterValidator(_of_a_step)]
 """Of metrics.jsonl: a step's figures by name, and `step`."""
 
 
-class Named(TypedDict):
-    """Something by name."""
-
-    name: str
-
-
 class Interval(TypedDict):
     """A figure with its interval."""
 
     value: float
     low: float
     high: float
-
-
-# -- adapter/adapter.json ------------------------------------------------------------------------------------
 
 
 class Base(TypedDict):
@@ -51,57 +42,10 @@ class Base(TypedDict):
     variant: NotRequired[str | None]
 
 
-class LoraConfig(TypedDict):
-    """What peft needs to add the LoRA again."""
-
-    r: int
-    lora_alpha: float
-    target_modules: list[str] | str
-    alpha_pattern: NotRequired[dict[str, float] | None]
-
-
-class Guidance(TypedDict):
-    """Baked in, as diffusers' guidance_scale."""
-
-    min: float
-    max: float
-
-
-class Seen(TypedDict):
-    """What was trained on."""
-
-    fingerprint: str
-    resolution: int
-    source: NotRequired[str]
-    trigger: NotRequired[str | None]
-
-
 class File(TypedDict):
     """A file by its hash."""
 
     sha256: str
-
-
-class Teacher(TypedDict):
-    """Whose look the teacher has."""
-
-    adapters: list[File]
-
-
-class Adapter(TypedDict):
-    """How a LoRA was made."""
-
-    base: Base
-    steps: int  # of the run
-    lora_config: LoraConfig
-    step: NotRequired[int]  # of the weights
-    text_lora_config: NotRequired[dict[str, LoraConfig]]
-    method: NotRequired[Named]
-    guidance: NotRequired[Guidance]
-    data: NotRequired[Seen]
-    teacher: NotRequired[Teacher]
-    date: NotRequired[str]
-    kit_version: NotRequired[str]
 
 
 # -- state/step-NNNNNN/manifest.json -------------------------------------------------------------------------

@@ -126,4 +126,4 @@ def adapter_steps(run: Path) -> int:
     """How many steps the run's finished adapter was trained for; 0 if there is none yet."""
     folder = run / "adapter"
     there = all((folder / name).is_file() for name in (FACTS, WEIGHTS))
-    return read_facts(folder)["steps"] if there else 0
+    return read_facts(folder).steps if there else 0

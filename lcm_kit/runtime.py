@@ -39,6 +39,7 @@ from lcm_kit.console import (
 )
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
+from lcm_kit.provenance import Provenance
 from lcm_kit.run_files import METRICS, lines_of, metrics_of
 from lcm_kit.run_folder import write_config
 
@@ -238,8 +239,8 @@ class Saver:
         checkpoints.restore(run, state, self.adapted, self.ema, self.optimizers, scaler)
         main_does(self.accelerator, lambda: checkpoints.prune(run, state.step, keep))
 
-    def adapter(self, facts: Mapping[str, Any], name: str = "adapter") -> None:
-        """Write the adapter's weights as they are now into the folder `name` of the run (`save_adapter`)."""
+    def adapter(self, facts: Provenance, name: str = "adapter") -> None:
+        """Write the weights as they are now into the folder `name` of the run, as `save_adapter`."""
         weights = self.adapted.state() if sharded(self.accelerator) else None  # by all processes
         main_does(self.accelerator, lambda: save_adapter(self.run / name, self.adapted, facts, weights))
 

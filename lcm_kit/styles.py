@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from lcm_kit import console
+from lcm_kit import console, provenance
 from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
@@ -29,7 +28,7 @@ _CONVERT = "; make a LoRA of it with `lcm-kit convert`"
 
 def add_teacher_adapters(
     adapted: AdaptedUNet, teacher: schema.Teacher, base: BaseInfo
-) -> list[dict[str, Any]]:
+) -> tuple[provenance.Lora, ...]:
     """Put `teacher.adapters` on the UNet for the teacher; returns what they are, for adapter.json.
 
     Only what they change in the UNet counts: captions are encoded by the base's own text encoders, so what a
@@ -37,7 +36,7 @@ def add_teacher_adapters(
     not whole or for another base.
     """
     if not teacher.adapters:
-        return []
+        return ()
     place = structure.of_folder(base.folder, base.path)
     loras = [_layers("teacher.adapters", entry.path, place, base, _FUSE) for entry in teacher.adapters]
     lora = concatenate(loras, [entry.weight for entry in teacher.adapters])
@@ -48,7 +47,7 @@ def add_teacher_adapters(
     return teacher_facts(teacher)
 
 
-def teacher_facts(teacher: schema.Teacher) -> list[dict[str, Any]]:
+def teacher_facts(teacher: schema.Teacher) -> tuple[provenance.Lora, ...]:
     """What `teacher.adapters` are, as `add_teacher_adapters` tells it, without reading the weights.
 
     Raises `UserError` if a file is not there.
@@ -56,14 +55,13 @@ def teacher_facts(teacher: schema.Teacher) -> list[dict[str, Any]]:
     return _facts(teacher.adapters)
 
 
-def _facts(loras: schema.Loras) -> list[dict[str, Any]]:
-    return [
-        {"path": entry.path, "weight": entry.weight, "sha256": sha256_file(adapter_file(entry.path))}
-        for entry in loras
-    ]
+def _facts(loras: schema.Loras) -> tuple[provenance.Lora, ...]:
+    return tuple(
+        provenance.Lora(entry.path, sha256_file(adapter_file(entry.path)), entry.weight) for entry in loras
+    )
 
 
-def start_from(adapted: AdaptedUNet, config: schema.Adapter, base: BaseInfo) -> list[dict[str, Any]]:
+def start_from(adapted: AdaptedUNet, config: schema.Adapter, base: BaseInfo) -> tuple[provenance.Lora, ...]:
     """Give the LoRA that is trained on `adapted` the effect of `config.start`, the sum of its LoRAs.
 
     From one LoRA at weight 1, of the same layers, rank and alpha, it takes the weights bit for bit. A start
@@ -73,7 +71,7 @@ def start_from(adapted: AdaptedUNet, config: schema.Adapter, base: BaseInfo) -> 
     LoRA.
     """
     if not config.start:
-        return []
+        return ()
     place = structure.of_folder(base.folder, base.path)
     loras = [_layers("adapter.start", entry.path, place, base) for entry in config.start]
     alone = len(loras) == 1 and config.start[0].weight == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,25 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.structure import Structure
+from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance
 from tests.loras import lcm_modules
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HOSTILE = 'a|b"c: [x]'
 WORSE = HOSTILE + " `d` ``` <b>e</b> *f* _g_ \\ & {{h}} {% i %} # !\n```\n---\n| j |"
+BAKED = Guidance(3.0, 8.5)
 BOTH = {"diffusers": Path("pytorch_lora_weights.safetensors"), "kohya": Path("house.safetensors")}
 
 
-def facts(**changed: Any) -> Facts:
-    return replace(
-        Facts(
-            "house", HUB, base_hash="ab12", method="lcm", steps=2000, guidance=(3.0, 8.5),
-            data_fingerprint="cd34", resolution=512, date="2026-01-31T23:59:58Z", kit_version="0.2.0",
-        ), **changed,
+def facts(
+    base: str = HUB, base_hash: str = "ab12", method: str | None = "lcm", data: Data | None = None,
+    guidance: Guidance | None = BAKED, **more: Any,
+) -> Provenance:  # fmt: skip
+    return Provenance(
+        "house", Base(base, base_hash), method=Method(method), step=2000, guidance=guidance,
+        data=data or Data("cd34", 512), date="2026-01-31T23:59:58Z", kit_version="0.2.0", **more,
     )  # fmt: skip
 
 

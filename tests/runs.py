@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lcm_kit import adapter, families, sample
+from lcm_kit import adapter, families, provenance, sample
 from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump
@@ -20,13 +20,8 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
     torch.manual_seed(1)
     for parameter in adapted.add_lora(schema.Adapter(rank=rank, alpha=alpha)):
         parameter.data = torch.randn_like(parameter) * 0.1
-    facts = {
-        "path": str(base),
-        "revision": None,
-        "variant": None,
-        "hash": families.inspect_base(str(base)).base_hash,
-    }
-    adapter.save_adapter(run / "adapter", adapted, {"base": facts, "steps": 20})
+    made_on = provenance.Base(str(base), families.inspect_base(str(base)).base_hash)
+    adapter.save_adapter(run / "adapter", adapted, provenance.Provenance(base=made_on, steps=20))
     config = schema.Distill(recipe="train/distill", output=str(run), base=schema.Base(path=str(base)))
     (run / "config.yaml").write_text(dump(config))
     lines = [{"step": k, "loss": 1 / k} for k in range(1, 41)] + [{"step": 20, "one_step_distance": 0.5}]
@@ -36,7 +31,7 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
 
 def load_adapter(folder: Path, unet: Any) -> AdaptedUNet:
     """`unet` with the LoRA of an adapter folder on it; what that holds for text encoders is left out."""
-    config, adapted = adapter.read_facts(folder)["lora_config"], AdaptedUNet(unet)
+    config, adapted = adapter.read_facts(folder).lora_config, AdaptedUNet(unet)
     whole = config["target_modules"] == sorted(families.lora_targets("lcm"))
     adapted.add_lora(schema.Adapter(config["r"], config["lora_alpha"], "lcm" if whole else "attention"))
     weights = adapter.read_weights(folder)

@@ -15,6 +15,7 @@ from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter import save_adapter
 from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
+from lcm_kit.provenance import Base, Provenance
 from lcm_kit.trained_weights import swapped, update_ema
 from tests.runs import load_adapter
 
@@ -153,11 +154,11 @@ def test_ema_is_the_weighted_mean() -> None:
 def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Path) -> None:
     adapted = load(sd_base)
     trained(adapted)
-    save_adapter(tmp_path / "adapter", adapted, {"steps": 7, "base": {"path": "a base", "hash": "abc"}})
+    save_adapter(tmp_path / "adapter", adapted, Provenance(base=Base("a base", "abc"), steps=7))
     facts = adapter.read_facts(tmp_path / "adapter")
-    assert facts["steps"] == 7
-    assert (facts["lora_config"]["r"], facts["lora_config"]["lora_alpha"]) == (4, 8.0)
-    assert facts["lora_config"]["target_modules"] == sorted(families.lora_targets("lcm"))
+    assert facts.steps == 7
+    assert (facts.lora_config["r"], facts.lora_config["lora_alpha"]) == (4, 8.0)
+    assert facts.lora_config["target_modules"] == sorted(families.lora_targets("lcm"))
     assert torch.equal(output(load_adapter(tmp_path / "adapter", load(sd_base).unet)), output(adapted))
     state = adapted.state()
     assert all(

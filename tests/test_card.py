@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from lcm_kit.export import card
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure, known, of_base
+from lcm_kit.provenance import Data, Guidance, Provenance
 from tests.cards import (
     BOTH,
     HOSTILE,
@@ -89,7 +89,7 @@ def test_guidance_is_said_in_both_conventions(write: Callable[..., str]) -> None
     page = write()
     assert "with a guidance of 3 to 8.5 baked in" in page
     assert "2 to 7.5 for the 3 to 8.5 baked in" in page  # the paper's w = guidance_scale - 1
-    assert "4 for the 5 baked in" in write(facts=facts(guidance=(5.0, 5.0)))
+    assert "4 for the 5 baked in" in write(facts=facts(guidance=Guidance(5.0, 5.0)))
     assert "baked in" not in write(facts=facts(guidance=None))
 
 
@@ -119,7 +119,7 @@ def test_a_v_prediction_base_in_each_app(write: Callable[..., str]) -> None:
     """Right in ComfyUI whatever it finds out, exact in Forge, nothing in A1111."""
     sd2 = known("sd2")
     v = replace(sd2, prediction_type="v_prediction")
-    page = write(v, facts=facts(resolution=None))
+    page = write(v, facts=facts(data=Data("cd34")))
     comfy = section(page, "ComfyUI")
     assert "`sampling` set to `v_prediction` and `zsnr` off." in comfy and "`scheduler` `simple`" in comfy
     web = section(page, "A1111 and Forge")
@@ -202,7 +202,7 @@ def test_sdxl_uses_its_own_pipeline(write: Callable[..., str]) -> None:
 
 
 def test_a_base_in_small_says_so(write: Callable[..., str]) -> None:
-    page = write(of_base("asset:tiny-sd"), facts=facts(base="asset:tiny-sd", resolution=64))
+    page = write(of_base("asset:tiny-sd"), facts=facts(base="asset:tiny-sd", data=Data("cd34", 64)))
     assert "**No app but diffusers can load this base.**" in page
     (source,) = snippets(page)
     compile(source, "card", "exec")
@@ -235,7 +235,7 @@ def test_what_it_is_made_of(write: Callable[..., str]) -> None:
 
 
 def test_what_is_not_known_is_left_out(write: Callable[..., str]) -> None:
-    page = write(facts=Facts("house"), checks=[])
+    page = write(facts=Provenance("house"), checks=[])
     assert "None" not in page and "base_model" not in front(page) and "--base BASE" in page
     assert [row[0] for row in tables(page)[-1]] == ["", "base", "rank, alpha", "size", "UNet"]
     compile(snippets(page)[0], "card", "exec")
@@ -322,7 +322,7 @@ def test_foreign_text_breaks_nothing(text: str, write: Callable[..., str], tmp_p
     plain = write(results=results | {"prompts": ["a red fox"] * 4}, pictures_from=tmp_path / "run")
     page = write(
         title=text, files={"kohya": Path(f"{text}.safetensors".replace("/", ""))},
-        facts=facts(base=text, base_hash=text, data_fingerprint=text, parents=(text,)),
+        facts=facts(base=text, base_hash=text, data=Data(text, 512), parents=(text,)),
         checks=[(text, text, text)], results=results, pictures_from=tmp_path / "run",
     )  # fmt: skip
     assert front(page)["library_name"] == "diffusers" and "base_model" not in front(page)
@@ -343,7 +343,7 @@ def test_foreign_text_breaks_nothing(text: str, write: Callable[..., str], tmp_p
 
 @pytest.mark.parametrize("trigger", ["lumo style", HOSTILE, WORSE], ids=["plain", "hostile", "worse"])
 def test_the_trigger_is_a_row_of_the_settings(trigger: str, write: Callable[..., str]) -> None:
-    page = write(facts=facts(trigger=trigger))
+    page = write(facts=facts(data=Data("cd34", 512, trigger=trigger)))
     line = " ".join(trigger.split("\n"))
     shown = dict(tables(page)[0][1:])["trigger"]
     assert shown.replace("<code>", "").replace("</code>", "") == f"{line}, in every prompt"

@@ -21,7 +21,7 @@ from lcm_kit.cli import app
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
 from lcm_kit.export import recommended
-from lcm_kit.export.facts import Recommended
+from lcm_kit.provenance import Recommended
 
 
 def cli(*arguments: str | Path) -> Result:

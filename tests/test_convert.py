@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from lcm_kit.cli import app
 from lcm_kit.export import loading, reading, structure, verify
-from lcm_kit.export.facts import Facts, Recommended, facts_from
+from lcm_kit.export.facts import facts_from
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.recommended import of_adapter
 from lcm_kit.export.untrusted import inspect
 from lcm_kit.export.write import write
+from lcm_kit.provenance import Data, Method, Provenance, Recommended
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run
@@ -129,7 +130,10 @@ def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path
     """What was measured is told of the very file, or of the part of a merged or reduced one that it is of."""
     real = structure.known("sd1")
     use = Recommended("Use 2 steps of TCD.", "tcd", 2, 1.5, 0.8)
-    kinds = {"speed": Facts("speed", method="lcm", recommended=use), "look": Facts("look", trigger="lumo")}
+    kinds = {
+        "speed": Provenance("speed", method=Method("lcm"), recommended=use),
+        "look": Provenance("look", data=Data(trigger="lumo")),
+    }
     for seed, (name, facts) in enumerate(kinds.items()):
         modules = text_modules(real)[:12] + lcm_modules(real)[:12]
         lora = random_lora(real, modules, ranks=(4,), seed=seed)
@@ -137,7 +141,7 @@ def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path
 
     def told(name: str) -> tuple[Recommended | None, str | None]:
         facts = facts_from(inspect(tmp_path / f"{name}.safetensors").metadata, name)
-        return facts.recommended, facts.trigger
+        return facts.recommended, facts.data.trigger
 
     speed = tmp_path / "speed.safetensors"
     done = cli("convert", speed, "--format", "kohya")

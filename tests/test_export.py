@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from lcm_kit import adapter, sample
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, loading, recommended, structure, untrusted, verify, write
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.run import export_run
+from lcm_kit.provenance import Provenance
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run, load_adapter
 from tests.sweeps import build_sweep
@@ -106,7 +106,9 @@ def test_a_gap_of_an_app_is_told_and_does_not_stop_the_delivery(sd2_v_base: Path
     against = verify.base_of(str(sd2_v_base))
     text = text_modules(against.structure)
     lora = random_lora(against.structure, lcm_modules(against.structure) + text)
-    reports = delivery.deliver(lora, against, tmp_path, {"kohya": "a.safetensors"}, "float32", Facts("a"))
+    reports = delivery.deliver(
+        lora, against, tmp_path, {"kohya": "a.safetensors"}, "float32", Provenance("a")
+    )
     lost = [name for name in text if name.endswith(("q_proj", "k_proj", "v_proj"))]
     record = json.loads((tmp_path / "verified.json").read_text())["files"]["a.safetensors"]["apps"]
     assert {app for app, row in record.items() if row["verdict"] != "ok"} == {"sd.cpp"}
@@ -175,7 +177,7 @@ def real_files(base: Path, folder: Path, lora: Lora, style: str) -> Any:
     from diffusers import DiffusionPipeline
 
     place = structure.of_base(str(base))
-    write.write(folder / "lora.safetensors", lora, place, style, "float32", Facts("lora"))
+    write.write(folder / "lora.safetensors", lora, place, style, "float32", Provenance("lora"))
     pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     with loading.complaints() as said:
         pipe.load_lora_weights(str(folder), weight_name="lora.safetensors", adapter_name="it")
@@ -250,12 +252,12 @@ def test_a_weight_beyond_float16_is_an_error(run: Path, sd_base: Callable[..., P
     with pytest.raises(
         UserError, match=rf"{name}.lora_B.weight overflows float16: .* write bfloat16 or float32"
     ):
-        write.write(tmp_path / "a.safetensors", big, place, "diffusers", "float16", Facts("a"))
+        write.write(tmp_path / "a.safetensors", big, place, "diffusers", "float16", Provenance("a"))
     assert list(tmp_path.glob("*.safetensors")) == []
-    write.write(tmp_path / "a.safetensors", big, place, "diffusers", "bfloat16", Facts("a"))
+    write.write(tmp_path / "a.safetensors", big, place, "diffusers", "bfloat16", Provenance("a"))
     broken = Lora({**lora.layers, name: Layer(layer.down * float("nan"), layer.up, layer.alpha)})
     with pytest.raises(UserError, match=r"lora_A.weight holds NaN or Inf \(1 tensors do\)"):
-        write.write(tmp_path / "b.safetensors", broken, place, "diffusers", "float32", Facts("b"))
+        write.write(tmp_path / "b.safetensors", broken, place, "diffusers", "float32", Provenance("b"))
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
@@ -344,7 +346,7 @@ def test_changed_base_and_wrong_options_and_no_adapter(run: Path, tmp_path: Path
         export_run(run, "ckpt")
     with pytest.raises(UserError, match="lcm-kit train"):
         export_run(tmp_path)
-    facts = adapter.read_facts(run / "adapter")
+    facts = adapter.read_facts(run / "adapter").to_json()
     facts["base"]["hash"] = "0" * 64
     (run / "adapter" / "adapter.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="has changed since"):

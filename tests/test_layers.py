@@ -26,6 +26,8 @@ LAYERS = {
         "own_files",
         "samplers",
         "own_shapes",
+        "provenance",
+        "provenance_rules",
         "result_shapes",
         "verified",
         "console",

@@ -23,6 +23,7 @@ from lcm_kit.config.schema import Adapter, Distill, Memory, Optimizer
 from lcm_kit.errors import UserError
 from lcm_kit.families import inspect_base, load_unet
 from lcm_kit.memory import compiled, make_optimizer, place, quantizable
+from lcm_kit.provenance import Base, Provenance
 from lcm_kit.trained_weights import swapped
 from tests.runs import load_adapter
 
@@ -186,7 +187,7 @@ def test_a_lora_on_few_bits_trains_alone_and_is_the_base_when_off(kind: str, tmp
             assert torch.equal(unet(x, t, text).sample, base)
         assert relative(student, base) > 0.01
 
-        save_adapter(tmp_path / "adapter", adapted, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
+        save_adapter(tmp_path / "adapter", adapted, Provenance(base=Base("a base", "abc"), steps=1))
         again = held(quantize=kind)
         load_adapter(tmp_path / "adapter", again)
         assert torch.equal(again(x, t, text).sample, student)

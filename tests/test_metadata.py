@@ -15,28 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcm_kit.export import metadata, structure
-from lcm_kit.export.facts import Facts, Recommended, facts_from, facts_of_run
+from lcm_kit.export.facts import facts_from, not_read
 from lcm_kit.export.lora import Lora
+from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance, Recommended
 from tests.loras import random_lora
 
 CONVENTION = (
     "diffusers' guidance_scale, where 1 means no guidance; the LCM paper's w (arXiv:2310.04378) is "
     "guidance_scale - 1"
 )
-ADAPTER = {
-    "kit_version": "0.1.0",
-    "base": {"path": "stabilityai/sd", "revision": None, "variant": None, "hash": "fe60"},
-    "prediction_type": "epsilon",
-    "steps": 200,
-    "adapter": {"rank": 16, "alpha": 16.0, "targets": "lcm"},
-    "method": {"name": "lcm", "sigma_data": 0.5, "timestep_scaling": 10.0},
-    "guidance": {"min": 4.0, "max": 6.0},
-    "data": {"fingerprint": "ab12", "resolution": 512},
-    "date": "2025-11-21T05:08:00+00:00",
-}
-RUN = Facts(
-    title="brand", base="stabilityai/sd", base_hash="fe60", method="lcm", steps=200, guidance=(4.0, 6.0),
-    data_fingerprint="ab12", resolution=512, date="2025-11-21T05:08:00+00:00", kit_version="0.1.0",
+RUN = Provenance(
+    "brand", Base("stabilityai/sd", "fe60"), method=Method("lcm"), step=200, guidance=Guidance(4.0, 6.0),
+    data=Data("ab12", 512), date="2025-11-21T05:08:00+00:00", kit_version="0.1.0",
 )  # fmt: skip
 LCM_HINT = (
     "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / CFG "
@@ -96,7 +86,7 @@ def test_sd1_with_convolutions() -> None:
 
 def test_sd2_with_v_prediction() -> None:
     base = of("sd2", "v_prediction")
-    facts = replace(RUN, resolution=None, date=None, steps=None, guidance=(7.5, 7.5))
+    facts = replace(RUN, data=Data("ab12"), date=None, step=None, guidance=Guidance(7.5, 7.5))
     hint = LCM_HINT.replace("4.0 to 6.0", "7.5")
     changed = {"guidance_min": "7.5", "guidance_max": "7.5"}
     assert metadata.build(small(base, alphas=(4,)), base, facts) == {
@@ -130,7 +120,7 @@ def test_the_hint_for_zero_terminal_snr() -> None:
 
 def test_sdxl_merged_from_two_files() -> None:
     base = of("sdxl")
-    facts = replace(RUN, resolution=1024, guidance=None, parents=("style, new:0.8", "lcm:1"))
+    facts = replace(RUN, data=Data("ab12", 1024), guidance=None, parents=("style, new:0.8", "lcm:1"))
     lora = small(base, Q, "text_encoder.text_model.encoder.layers.0.mlp.fc1", ranks=(4, 8), alphas=(8.0,))
     built = metadata.build(lora, base, facts)
     guidance = ("lcm_kit.guidance_min", "lcm_kit.guidance_max", "lcm_kit.guidance_convention")
@@ -166,7 +156,7 @@ def test_sdxl_merged_from_two_files() -> None:
 def test_a_style_lora_of_which_nothing_is_known() -> None:
     """And a base of which only the generation is: SD2.x then has no architecture of ModelSpec's."""
     base = of("sd2", None)
-    assert metadata.build(small(base, CONV), base, Facts("flat")) == {
+    assert metadata.build(small(base, CONV), base, Provenance("flat")) == {
         "ss_base_model_version": "sd_v2",
         "ss_v2": "True",
         "ss_network_module": "networks.lora",
@@ -222,14 +212,14 @@ def test_the_architectures() -> None:
 
 
 def test_a_converted_file_is_not_called_merged() -> None:
-    built = metadata.build(Lora({}), of("sd1"), Facts("t", parents=("old.safetensors",)))
+    built = metadata.build(Lora({}), of("sd1"), Provenance("t", parents=("old.safetensors",)))
     assert built["lcm_kit.parents"] == '["old.safetensors"]' and "modelspec.merged_from" not in built
 
 
 def test_a_base_in_small_says_so(sd_base: Callable[..., Path]) -> None:
     folder = str(sd_base("epsilon"))
     base = structure.of_base(folder)
-    built = metadata.build(random_lora(base), base, replace(RUN, base=folder))
+    built = metadata.build(random_lora(base), base, replace(RUN, base=Base(folder, "fe60")))
     assert built["ss_base_model_version"] == "sd_v1"
     assert built["modelspec.description"] == (
         "A LoRA for few-step sampling with epsilon, distilled by LCM in 200 optimizer steps. Its base is a "
@@ -250,7 +240,7 @@ def test_a_base_in_small_says_so(sd_base: Callable[..., Path]) -> None:
     ],
 )  # fmt: skip
 def test_only_the_name_of_a_base_in_a_folder_is_written(base: str, public: str) -> None:
-    built = metadata.build(Lora({}), of("sd1"), Facts("t", base=base))
+    built = metadata.build(Lora({}), of("sd1"), Provenance("t", Base(base)))
     assert built["ss_sd_model_name"] == built["lcm_kit.base"] == public
     assert built["modelspec.description"] == f"A LoRA for {public}."
     assert "ss_network_dim" not in built and "ss_network_args" not in built
@@ -260,40 +250,32 @@ def test_only_the_name_of_a_base_in_a_folder_is_written(base: str, public: str) 
     ("guidance", "words"),
     [
         (None, "guidance_scale / CFG 1.0. LoRA"),
-        ((1.0, 1.0), "CFG 1.0: no guidance is baked in. LoRA"),
-        ((1.0, 4.0), "CFG 1.0: the guidance of 1.0 to 4.0 is baked in. LoRA"),
-        ((3.0, 3.0), "CFG 1.0: the guidance of 3.0 is baked in. LoRA"),
+        (Guidance(1.0, 1.0), "CFG 1.0: no guidance is baked in. LoRA"),
+        (Guidance(1.0, 4.0), "CFG 1.0: the guidance of 1.0 to 4.0 is baked in. LoRA"),
+        (Guidance(3.0, 3.0), "CFG 1.0: the guidance of 3.0 is baked in. LoRA"),
     ],
 )
-def test_the_hint_says_which_guidance_is_baked_in(guidance: tuple[float, float] | None, words: str) -> None:
+def test_the_hint_says_which_guidance_is_baked_in(guidance: Guidance | None, words: str) -> None:
     built = metadata.build(Lora({}), of("sd1"), replace(RUN, guidance=guidance))
     assert words in built["modelspec.usage_hint"]
 
 
 def test_no_hint_for_a_method_that_is_not_known() -> None:
-    built = metadata.build(Lora({}), of("sd1"), replace(RUN, method="other"))
+    built = metadata.build(Lora({}), of("sd1"), replace(RUN, method=Method("other")))
     assert "modelspec.usage_hint" not in built and "lcm_kit.sampling_steps" not in built
 
 
-def test_facts_of_a_run() -> None:
-    assert facts_of_run(ADAPTER, "brand") == RUN
-    old = {key: value for key, value in ADAPTER.items() if key not in ("data", "date")}
-    expected = replace(RUN, data_fingerprint=None, resolution=None, date=None)
-    assert facts_of_run(old, "brand") == expected
-    assert facts_of_run({**ADAPTER, "guidance": {"min": 1, "max": 8}}, "b").guidance == (1.0, 8.0)
-    assert facts_of_run({}, "brand") == Facts("brand")
-
-
 ALL = [
-    RUN, Facts("bare"), replace(RUN, method=None, guidance=None, steps=0),
-    replace(RUN, guidance=(1.0, 7.123456789)), replace(RUN, resolution=None, base=None, kit_version=None),
+    RUN, Provenance("bare"), replace(RUN, method=Method(), guidance=None, step=0),
+    replace(RUN, guidance=Guidance(1.0, 7.123456789)),
+    replace(RUN, data=Data("ab12"), base=Base(), kit_version=None),
     replace(RUN, parents=("a, b.safetensors:1", "ü.safetensors:-0.5")), replace(RUN, parents=("one",)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", ALL)
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
-def test_there_and_back(tmp_path: Path, facts: Facts, style: str) -> None:
+def test_there_and_back(tmp_path: Path, facts: Provenance, style: str) -> None:
     """Through a true safetensors header, which takes strings only."""
     base = of("sdxl")
     built = metadata.build(small(base, Q, CONV), base, facts, style=style)
@@ -310,15 +292,15 @@ def test_facts_from_a_file_of_sd_scripts() -> None:
         "ss_max_train_steps": "1600", "modelspec.date": "2024-05-01T10:00:00", "modelspec.title": "../evil",
         "modelspec.resolution": "768x768", "ss_output_name": "other", "modelspec.merged_from": "a, b",
     }  # fmt: skip
-    assert facts_from(header, "mine") == Facts(
-        "mine", base="v1-5.safetensors", steps=1200, resolution=512, date="2024-05-01T10:00:00",
+    assert facts_from(header, "mine") == Provenance(
+        "mine", Base("v1-5.safetensors"), step=1200, data=Data(resolution=512), date="2024-05-01T10:00:00",
         parents=("a", "b"),
     )  # fmt: skip
     nothing = dict.fromkeys(header, "None")
-    assert facts_from(nothing, "mine") == facts_from({}, "mine") == Facts("mine")
+    assert facts_from(nothing, "mine") == facts_from({}, "mine") == Provenance("mine")
     for text, side in {"768x768": 768, "1024,1024": 1024, "512": 512, "(512, 768)": None, "x": None}.items():
-        assert facts_from({"ss_resolution": text}, "t").resolution == side
-    assert facts_from({"modelspec.resolution": "768x768"}, "t").resolution == 768
+        assert facts_from({"ss_resolution": text}, "t").data.resolution == side
+    assert facts_from({"modelspec.resolution": "768x768"}, "t").data.resolution == 768
 
 
 def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
@@ -330,9 +312,39 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
         parents="[" * 100_000,
         kit_version="",
     )
-    assert facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Facts("t")
-    assert facts_from({**forged, "lcm_kit.parents": "[1]"}, "t") == Facts("t")
-    assert facts_from({"ss_steps": "9" * 5000}, "t") == Facts("t")
+    assert facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Provenance("t")
+    for parents in ("[1]", '["\\ud800"]', "{}"):
+        assert facts_from({**forged, "lcm_kit.parents": parents}, "t") == Provenance("t")
+    assert facts_from({"ss_steps": "9" * 5000}, "t") == Provenance("t")
+
+
+REST = "lcm_kit.provenance"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "", "{", "[]", "3", "[" * 100_000, '{"a":' * 100_000, '{"steps": ' + "9" * 5000 + "}",
+        '{"parts": [{"file": 1}]}', '{"steps": "3"}', '{"caption_dropout": NaN}', '{"loss": {"name": 3}}',
+        '{"recipe": "\\ud800"}',
+    ],
+)  # fmt: skip
+def test_of_a_forged_record_none_is_read_and_that_is_said(rest: str) -> None:
+    built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recipe="train/distill", steps=300))
+    assert json.loads(built[REST]) == {"recipe": "train/distill", "steps": 300} and not not_read(built)
+    assert facts_from({**built, REST: rest}, "brand") == RUN
+    if rest:
+        wanted = f"its {REST} (of lcm-kit 0.1.0) is no whole record, so that none of it is read"
+        assert not_read({**built, REST: rest}) == wanted
+
+
+def test_of_a_record_of_a_later_kit_none_is_read_and_the_key_is_named() -> None:
+    built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recipe="train/distill"))
+    for more, name in (({"dial": 3}, "dial"), ({"grid": {"steps": 5, "shape": "x"}}, "grid.shape")):
+        later = {**built, REST: json.dumps({"recipe": "train/distill", **more}), "lcm_kit.kit_version": "9.9"}
+        assert facts_from(later, "brand") == replace(RUN, kit_version="9.9")
+        says = f"says {name}, which this kit does not know, so that none of it is read"
+        assert not_read(later) == f"its {REST} (of lcm-kit 9.9) {says}"
 
 
 def test_a_makers_own_words_survive_a_conversion() -> None:
@@ -346,9 +358,11 @@ def test_a_makers_own_words_survive_a_conversion() -> None:
     base = of("sd1")
     lora = Lora(small(base).layers, theirs)
     kept = ("modelspec.author", "modelspec.license", "modelspec.trigger_phrase", "ss_tag_frequency")
-    plain = metadata.build(Lora(lora.layers), base, Facts("t"))
+    plain = metadata.build(Lora(lora.layers), base, Provenance("t"))
     words = ("modelspec.usage_hint", "modelspec.description")
-    assert metadata.build(lora, base, Facts("t")) == plain | {key: theirs[key] for key in (*kept, *words)}
+    assert metadata.build(lora, base, Provenance("t")) == plain | {
+        key: theirs[key] for key in (*kept, *words)
+    }
     fast = metadata.build(Lora(lora.layers), base, RUN)
     assert metadata.build(lora, base, RUN) == fast | {key: theirs[key] for key in kept}
 

@@ -22,7 +22,6 @@ from lcm_kit.config.load import load
 from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, Training, Weighted
 from lcm_kit.errors import UserError
 from lcm_kit.export import write
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.structure import of_base
 from lcm_kit.methods import METHODS
 from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
@@ -31,6 +30,7 @@ from lcm_kit.plan.rehearsal import Stage, rehearse_vae
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, largest
+from lcm_kit.provenance import Provenance
 from lcm_kit.schedule import Schedule
 from lcm_kit.solvers import SOLVERS
 from lcm_kit.step import consistency_loss
@@ -447,7 +447,7 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
     for name, part, rank in (("one", modules[:20], 4), ("two", modules[10:30], 6)):
         file = tmp_path / f"{name}.safetensors"
         lora = random_lora(place, part, ranks=(rank,))
-        write.write(file, lora, place, "kohya", "float32", Facts("lora"))
+        write.write(file, lora, place, "kohya", "float32", Provenance("lora"))
         entries.append(Weighted(str(file)))
     wanted = replace(config("quickstart"), teacher=Teacher(tuple(entries)))
     found, lacking = style.find(wanted, place)

@@ -17,6 +17,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import loading, structure
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.families import inspect_base, load_unet
+from lcm_kit.provenance import Base, Provenance
 from lcm_kit.styles import add_teacher_adapters
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
@@ -61,7 +62,7 @@ def styled(base: Path, tmp_path: Path, in_student: bool) -> tuple[AdaptedUNet, A
     own = Lora(
         {f"unet.{n}": Layer(state[f"{n}.lora_A.weight"], state[f"{n}.lora_B.weight"], 8.0) for n in names}
     )
-    assert [entry["weight"] for entry in facts] == [0.7, -0.5] and len(facts[0]["sha256"]) == 64
+    assert [entry.weight for entry in facts] == [0.7, -0.5] and len(facts[0].sha256) == 64
     assert {id(p) for p in adapted.unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
     return adapted, style, own, parameters
 
@@ -101,7 +102,7 @@ def test_only_our_own_lora_learns_and_is_saved(base: Path, tmp_path: Path, in_st
     unet(x, 500, encoder_hidden_states=torch.randn(2, 8, 32)).sample.square().mean().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in parameters)
     assert frozen and all(p.grad is None for n, p in unet.named_parameters() if ".style." in n)
-    save_adapter(tmp_path / "adapter", adapted, {"steps": 1, "base": {"path": "a base", "hash": "abc"}})
+    save_adapter(tmp_path / "adapter", adapted, Provenance(base=Base("a base", "abc"), steps=1))
     bare = families.load(str(base), parts=["unet"]).unet
     assert load_adapter(tmp_path / "adapter", bare).state().keys() == {
         n.removeprefix("unet.") + e for n in own.layers for e in (".lora_A.weight", ".lora_B.weight")

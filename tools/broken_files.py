@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lcm_kit import base_families
 from lcm_kit.export import structure, verify, write
-from lcm_kit.export.facts import Facts
+from lcm_kit.provenance import Provenance
 from lcm_kit.quiet import quiet
 from tests import broken
 from tests.loras import random_lora
@@ -53,7 +53,7 @@ def main() -> None:
             show(what, base, file)
         for base in map(structure.known, base_families.names()):
             for style in ("kohya", "diffusers"):
-                write.write(file, random_lora(base), base, style, "float16", Facts("lora"))
+                write.write(file, random_lora(base), base, style, "float16", Provenance("lora"))
                 show(f"this kit, {style} style", base, file)
 
 

@@ -31,11 +31,12 @@ import torch
 from lcm_kit import shipped
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Training
-from lcm_kit.export import metadata, write
+from lcm_kit.export import write
 from lcm_kit.export.structure import known, of_base
 from lcm_kit.plan import show, style, subject
 from lcm_kit.plan.estimate import Estimate, Planner
 from lcm_kit.plan.rehearsal import Stage
+from lcm_kit.provenance import Provenance
 from lcm_kit.quiet import quiet
 from tests.bases import _SCHEDULER, _tokenizer, build_sd
 from tests.loras import random_lora
@@ -243,7 +244,7 @@ def _lora(folder: Path, base: str, key: str) -> str:
     """What to write for `key`: a LoRA of rank 16 on all layers."""
     place, file = of_base(base), folder / "lora.safetensors"
     lora = random_lora(place, ranks=(16,), alphas=(16.0,), size=0.01)
-    write.write(file, lora, place, "kohya", "float32", metadata.Facts("lora"))
+    write.write(file, lora, place, "kohya", "float32", Provenance("lora"))
     return f"[{{path: {file}}}]" if key == "teacher.adapters" else str(file)
 
 

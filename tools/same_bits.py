@@ -3,6 +3,7 @@
     python tools/same_bits.py                    this checkout, uncommitted changes and all, against HEAD
     python tools/same_bits.py --against REV      against another revision
     python tools/same_bits.py --only losses,sdxl some of the chains, with what they need
+    python tools/same_bits.py --new-keys KEY     of exported headers all but what is new on purpose
 
 For changes that must not change what comes out: walls that move. Both revisions see the same paths, bases,
 pictures and configs, and nothing but their command lines is used. Compared are, to the last bit, the latents
@@ -190,17 +191,17 @@ def build(place: Path) -> None:
 # -- Products ------------------------------------------------------------------------------------------------
 
 
-def products(place: Path) -> dict[str, str]:
-    """A hash of all that must stay, by the file that it is in."""
+def products(place: Path, new_keys: Sequence[str] = ()) -> dict[str, str]:
+    """A hash of all that must stay, by the file that it is in, without `new_keys` of exported headers."""
     return {
         path.relative_to(place).as_posix(): hashlib.sha256(part).hexdigest()
         for path in sorted(place.rglob("*"))
         if path.is_file() and "state" not in path.parts
-        for part in _parts(path)
+        for part in _parts(path, new_keys)
     }
 
 
-def _parts(path: Path) -> Iterator[bytes]:
+def _parts(path: Path, new_keys: Sequence[str]) -> Iterator[bytes]:
     if path.suffix == ".safetensors" and not {"export", "merged", "converted"} & set(path.parts):
         tensors = load_file(path)
         yield repr(
@@ -211,7 +212,7 @@ def _parts(path: Path) -> Iterator[bytes]:
             ]
         ).encode()
     elif path.suffix == ".safetensors":
-        yield path.read_bytes()
+        yield _without(path.read_bytes(), new_keys) if new_keys else path.read_bytes()
     elif path.suffix == ".png":
         with Image.open(path) as image:
             yield image.tobytes()
@@ -219,6 +220,14 @@ def _parts(path: Path) -> Iterator[bytes]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         kept = [{key: value for key, value in line.items() if key not in SECONDS} for line in lines]
         yield json.dumps(kept, sort_keys=True).encode()
+
+
+def _without(file: bytes, keys: Sequence[str]) -> bytes:
+    """A safetensors file without some keys of its metadata."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = {key: value for key, value in header["__metadata__"].items() if key not in keys}
+    return json.dumps(header).encode() + file[start:]
 
 
 def losses(place: Path) -> dict[str, list[float]]:
@@ -281,6 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--against", default="HEAD", metavar="REV")
     parser.add_argument("--only", default=",".join(chains()), metavar="CHAIN,...")
+    parser.add_argument("--new-keys", default="", metavar="KEY,...")
     arguments = parser.parse_args()
     wanted, found = needed(arguments.only.split(",")), []
     with tempfile.TemporaryDirectory(prefix="same-bits-") as temporary:
@@ -289,7 +299,7 @@ def main() -> int:
         for name, side in ((arguments.against, other), ("this checkout", ROOT)):
             place = folder / "place"  # the same for both: paths are in configs and files
             run(side, place, wanted)
-            found.append(products(place))
+            found.append(products(place, arguments.new_keys.split(",") if arguments.new_keys else ()))
             print(f"{name}: {len(found[-1])} files")
             for trained, values in losses(place).items():
                 print(f"  {trained}: " + ", ".join(f"{value:.9g}" for value in values), flush=True)

@@ -16,15 +16,15 @@ command continues an interrupted run, bit for bit on a CPU. To try another idea,
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, families, run_folder, runtime, stepping
+from lcm_kit import families, run_folder, runtime, stepping
 from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
@@ -37,6 +37,7 @@ from lcm_kit.locks import alone
 from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.methods import Method, Times
 from lcm_kit.processes import say
+from lcm_kit.provenance_rules import of_training
 from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import Schedule, grid_steps
 from lcm_kit.stopping import leave, stoppable
@@ -61,31 +62,6 @@ def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, ste
     times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
     return Draws(noise, Times(*times.unbind(1)), guidance.flatten())
-
-
-def facts(
-    config: Distill, base: families.BaseInfo, loras: tuple[list[dict[str, Any]], ...], data: str, steps: int
-) -> dict[str, Any]:
-    """What an adapter says of its making; the whole config lies beside it in config.yaml.
-
-    `loras`: the teacher's and the one that training started from; `data`: the fingerprint of what it saw.
-    """
-    styles, start = loras
-    return {
-        "kit_version": __version__,
-        "base": {**asdict(config.base), "hash": base.base_hash},
-        "prediction_type": base.prediction_type,
-        "steps": steps,
-        **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "loss")},
-        "start": start,
-        "guidance": asdict(config.baked_guidance()),
-        "solver": config.solver if config.teacher.weight else None,
-        "teacher": {**asdict(config.teacher), "adapters": styles},
-        "data": {
-            "fingerprint": data,
-            **{name: getattr(config.data, name) for name in ("source", "resolution", "trigger")},
-        },
-    }
 
 
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
@@ -121,7 +97,7 @@ def main(config: Distill) -> Path:
     call = compiled(model, config)
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
-    files = [style["sha256"] for style in [*styles, *start]]
+    files = [style.sha256 for style in (*styles, *start)]
     origin, state = runtime.resume(
         accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files,
         base=base.base_hash,
@@ -160,7 +136,7 @@ def main(config: Distill) -> Path:
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(adapted)
-    tell = partial(facts, config, base, (styles, start), cache.fingerprint)
+    tell = partial(of_training, config, base, cache.fingerprint, teacher=styles, start=start)
     measuring = Measuring(config, saver, metrics, tell, measures, validation)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------

@@ -17,7 +17,6 @@ it.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import __version__, families, run_folder, runtime, stepping, text_lora
+from lcm_kit import families, run_folder, runtime, stepping, text_lora
 from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.control import StyleControl
@@ -41,6 +40,7 @@ from lcm_kit.losses import l2
 from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.prediction import predictor
 from lcm_kit.processes import say
+from lcm_kit.provenance_rules import of_training
 from lcm_kit.schedule import Schedule
 from lcm_kit.step import diffusion_loss, min_snr_weight
 from lcm_kit.stopping import leave, stoppable
@@ -72,22 +72,6 @@ def draws(config: Finetune, timesteps: int, batch: Batch, step: int, whose: str 
     times = of("times", lambda g: torch.randint(timesteps, (), generator=g))
     chance = of("dropout", lambda g: torch.rand((), generator=g))
     return Draws(noise, times, chance < config.caption_dropout)
-
-
-def facts(config: Finetune, base: families.BaseInfo, fingerprint: str, steps: int) -> dict[str, Any]:
-    """What an adapter says of its making; the whole config lies beside it in config.yaml."""
-    return {
-        "kit_version": __version__,
-        "base": {**asdict(config.base), "hash": base.base_hash},
-        "prediction_type": base.prediction_type,
-        "steps": steps,
-        **{name: asdict(getattr(config, name)) for name in ("adapter", "text_encoder", "loss", "prior")},
-        "caption_dropout": config.caption_dropout,
-        "data": {
-            "fingerprint": fingerprint,
-            **{name: getattr(config.data, name) for name in ("resolution", "trigger")},
-        },
-    }
 
 
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
@@ -166,7 +150,7 @@ def main(config: Finetune) -> Path:
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures_at(losses_at) | control.measures_at(adapted, held_out, losses_at, text)
-    tell = partial(facts, config, base, fingerprint)
+    tell = partial(of_training, config, base, fingerprint)
     result = partial(swapped, lora, ema or lora)
     measuring = Measuring(config, saver, metrics, tell, measures, validation, result)
 

@@ -54,7 +54,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     adapters = styles.teacher_facts(config.teacher)
     return {
         **shards.of_base(base, without=("vae",)),
-        "teacher.adapters": [{key: entry[key] for key in ("sha256", "weight")} for entry in adapters],
+        "teacher.adapters": [{"sha256": entry.sha256, "weight": entry.weight} for entry in adapters],
         "prompts": sha256_bytes(json.dumps(prompts_of(config.data)).encode()),
         **{f"data.samples.{key}": getattr(made_by, key) for key in _DRAWN_BY},
         "data.resolution": config.data.resolution,

@@ -23,6 +23,7 @@ from PIL import Image
 
 from lcm_kit import own_files
 from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
+from lcm_kit.export.facts import sampler_name
 from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
@@ -34,7 +35,7 @@ from lcm_kit.results import best_plain
 from lcm_kit.sample import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from lcm_kit.export.facts import Facts
+    from lcm_kit.provenance import Guidance, Provenance
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
 LOOK = "pictures/base-and-look.png"
@@ -60,7 +61,7 @@ def write(
     title: str,
     files: Mapping[str, Path],
     structure: Structure,
-    facts: Facts,
+    facts: Provenance,
     lora: Lora,
     checks: Sequence[tuple[str, str, str]],
     results: Mapping[str, Any] | None = None,
@@ -72,8 +73,9 @@ def write(
     `files`: the LoRA's files in `folder` by format, `diffusers` or `kohya` or both. `checks`: app, format and
     a sentence on how much of the file it loads. `results` and `brand`: what `results.json` and `brand.json`
     hold, whose pictures lie in the run's folder `pictures_from`; without a student, or base and adapter, in
-    it nothing is shown of it, and the brand's own pictures never are: a card is given away. `facts.method`
-    None: a LoRA that does not make sampling shorter. Raises `UserError` if the file system refuses.
+    it nothing is shown of it, and the brand's own pictures never are: a card is given away. Without a method
+    of `facts` it is a LoRA that does not make sampling shorter. Raises `UserError` if the file system
+    refuses.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -93,10 +95,11 @@ def write(
         kohya_file=names.get("kohya"),
         tag=_prompt_tag(names.get("kohya", f"{title}.safetensors")),
         facts=facts,
-        fast=facts.method is not None,
-        method=_METHODS.get(facts.method or "", facts.method),
+        sampler=sampler_name(facts.recommended) if facts.recommended else "",
+        fast=facts.method.name is not None,
+        method=_METHODS.get(facts.method.name or "", facts.method.name),
         guidance=_baked(facts.guidance),
-        base=_base(facts.base, structure),
+        base=_base(facts.base.path, structure),
         structure=structure,
         kind=structure.generation.title,
         prediction=prediction(structure),
@@ -106,11 +109,11 @@ def write(
         versions=VERSIONS,
         checked=CHECKED,
         app_names=", ".join(TITLES[app] for app in WHOLE),
-        resolution=facts.resolution or structure.resolution,
+        resolution=facts.data.resolution or structure.resolution,
         tags=_tags(structure, facts),
         layers=_layers(lora),
         checks=checks,
-        commands=[_verify_command(name, facts.base) for name in names.values()],
+        commands=[_verify_command(name, facts.base.path) for name in names.values()],
         evaluation=drawn,
         sheet=SHEET if prompts else None,
         prompts=prompts,
@@ -180,8 +183,8 @@ def _base(path: str | None, structure: Structure) -> dict[str, Any]:
     return {"path": path, "hub": hub, "asset": asset, "name": path or structure.label}
 
 
-def _tags(structure: Structure, facts: Facts) -> list[str]:
-    fast = ["lcm", "lcm-lora"] if facts.method is not None else []
+def _tags(structure: Structure, facts: Provenance) -> list[str]:
+    fast = ["lcm", "lcm-lora"] if facts.method.name is not None else []
     return ["text-to-image", structure.family.hub_tag, "lora", *fast, "diffusers"]
 
 
@@ -192,11 +195,11 @@ def _range(values: Iterable[float]) -> str:
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def _baked(guidance: Sequence[float] | float | None) -> dict[str, str] | None:
+def _baked(guidance: Guidance | None) -> dict[str, str] | None:
     """The guidance in both conventions, `guidance_scale` and the LCM paper's w; None where there is none."""
     if guidance is None:
         return None
-    ends = [float(guidance)] if isinstance(guidance, int | float) else [float(end) for end in guidance]
+    ends = [guidance.min, guidance.max]
     return {"scale": _range(ends), "w": _range(float(paper_w(end)) for end in ends)}
 
 

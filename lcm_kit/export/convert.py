@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lcm_kit.export.plain import Plain, plain
 from lcm_kit.export.reading import Reading
 from lcm_kit.export.reading_words import kinds
 from lcm_kit.export.write import DTYPES
+from lcm_kit.provenance_rules import converted
 
 # What keys hold that diffusers' loader refuses or drops
 _NOT_IN_DIFFUSERS = ("hada_", "lokr_", ".diff", "_norm", ".dora_scale", ".scale")
@@ -65,11 +66,8 @@ def convert(
     place = against or verify.Against(read.structure)
     names = {style: f"{file.stem}_{style}.safetensors" for style in delivery.styles_of(style)}
     told = facts_from(read.lora.metadata, file.stem)
-    base = told.base or (against.structure.label if against else None)
-    facts = replace(told, base=base, parents=(*told.parents, file.name))
-    if facts.recommended and (rank is not None or leave_out):  # what was measured had other weights
-        use = facts.recommended
-        facts = replace(facts, recommended=replace(use, part=use.part or file.name))
+    label = against.structure.label if against else None
+    facts = converted(told, file.name, label, changed=rank is not None or bool(leave_out))
     dtype = dtype or own_dtype(read)
     try:
         reports = delivery.deliver(made.lora, place, output, names, dtype, facts)

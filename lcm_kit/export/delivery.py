@@ -12,11 +12,11 @@ from lcm_kit import __version__, console, own_files, verified
 from lcm_kit.errors import UserError
 from lcm_kit.export import verify
 from lcm_kit.export.apps import WHOLE
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import FORMATS, write
 from lcm_kit.files import atomic_file, scratch, sha256_file
 from lcm_kit.locks import alone
+from lcm_kit.provenance import Provenance
 
 # The kohya style is checked in every app, the diffusers style is for diffusers alone
 APPS_OF = {"diffusers": ("diffusers",), "kohya": verify.ALL}
@@ -39,7 +39,7 @@ def deliver(
     folder: Path,
     names: Mapping[str, str],
     dtype: str,
-    facts: Facts,
+    facts: Provenance,
     weights: str | None = None,
 ) -> dict[str, verify.Report]:
     """Write `lora` as `folder/names[style]` for each style, and `folder/verified.json`; returns the checks.

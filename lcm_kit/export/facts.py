@@ -1,4 +1,4 @@
-"""What is known of how a LoRA was made: from its run, or back from the metadata of a file."""
+"""How a LoRA was made, back from the metadata of a file: one of this kit's, or anybody's."""
 
 from __future__ import annotations
 
@@ -6,72 +6,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from lcm_kit import samplers
+from pydantic import ValidationError
+
+from lcm_kit import provenance, samplers
+from lcm_kit.own_files import unknown_keys
+from lcm_kit.provenance import Base, Data, Provenance, Recommended
 
 PREFIX = "lcm_kit."  # of the metadata keys that hold what only this kit knows
+REST = PREFIX + "provenance"  # all that has no key of its own, as JSON
 
 
-@dataclass(frozen=True)
-class Recommended:
-    """Settings that were measured to serve best; all None where none can be recommended."""
-
-    sentence: str
-    sampler: str | None
-    steps: int | None
-    guidance_scale: float | None
-    lora_weight: float | None
-    reasons: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    part: str | None = None  # of a merged file what was measured, alone; None: the file itself
-
-    @property
-    def sampler_name(self) -> str:
-        """As apps call it."""
-        return "" if self.sampler is None else samplers.sampler_of(self.sampler).name_in_apps
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of how a LoRA was made; None where nothing is."""
-
-    title: str
-    base: str | None = None  # as the user called it: a hub id, `asset:NAME` or a folder
-    base_hash: str | None = None
-    method: str | None = None  # of few-step distillation; None for a plain LoRA
-    steps: int | None = None  # optimizer steps
-    guidance: tuple[float, float] | None = None  # baked in, lowest and highest, by `metadata.CONVENTION`
-    data_fingerprint: str | None = None
-    resolution: int | None = None  # pixels along one side of the training images
-    trigger: str | None = None  # what prompts say to get the look
-    date: str | None = None  # ISO 8601
-    kit_version: str | None = None  # that trained it
-    parents: tuple[str, ...] = ()  # the files that it was merged or converted from
-    recommended: Recommended | None = None  # by a guidance sweep of these weights
-
-
-def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
-    """From the content of a run's `adapter/adapter.json`; `data` and `date` are missing in old runs."""
-
-    def section(name: str) -> Mapping[str, Any]:
-        return adapter_facts.get(name) or {}
-
-    guidance = section("guidance")
-    return Facts(
-        title=title,
-        base=section("base").get("path"),
-        base_hash=section("base").get("hash"),
-        method=section("method").get("name"),
-        steps=adapter_facts.get("step", adapter_facts.get("steps")),  # of the weights, then of the run
-        guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
-        data_fingerprint=section("data").get("fingerprint"),
-        resolution=section("data").get("resolution"),
-        trigger=section("data").get("trigger"),
-        date=adapter_facts.get("date"),
-        kit_version=adapter_facts.get("kit_version"),
-    )
+def sampler_name(use: Recommended) -> str:
+    """As apps call what is recommended."""
+    return "" if use.sampler is None else samplers.sampler_of(use.sampler).name_in_apps
 
 
 def declared_modules(metadata: Mapping[str, str]) -> int | None:
@@ -79,41 +29,83 @@ def declared_modules(metadata: Mapping[str, str]) -> int | None:
     return _whole(metadata.get(PREFIX + "modules"))
 
 
-def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
-    """The facts back from a header: all of them from one of ours, else what kohya's keys and ModelSpec tell.
+def facts_from(metadata: Mapping[str, str], title: str) -> Provenance:
+    """How a file was made, from its header: all of it from one of ours, else what kohya and ModelSpec tell.
 
     `title` is the caller's, because a stranger's header can say anything and a title becomes a file's name. A
-    value that does not parse counts as unknown.
+    value that does not parse counts as unknown, and so does all of `REST` where one key of it does not.
     """
     known = said(metadata)
     if PREFIX + "metadata" in known:
         own = {key.removeprefix(PREFIX): value for key, value in known.items() if key.startswith(PREFIX)}
-        low, high = _number(own.get("guidance_min")), _number(own.get("guidance_max"))
-        return Facts(
-            title=title,
-            base=own.get("base"),
-            base_hash=own.get("base_hash"),
-            method=own.get("method"),
-            steps=_whole(own.get("steps")),
-            guidance=None if low is None or high is None else (low, high),
-            data_fingerprint=own.get("data_fingerprint"),
-            resolution=_square(known.get("ss_resolution")),
-            trigger=known.get("modelspec.trigger_phrase"),
-            date=known.get("modelspec.date"),
-            kit_version=own.get("kit_version"),
-            parents=_names(own.get("parents")),
-            recommended=_recommended(own),
-        )
+        keyed = _keyed(known, own)
+        try:
+            found = provenance.from_json(_joined(_rest(known), keyed))
+        except (ValueError, RecursionError):
+            found = provenance.from_json(keyed)
+        return replace(found, title=title, recommended=_recommended(own))
     merged = known.get("modelspec.merged_from")
-    return Facts(
-        title=title,
-        base=known.get("ss_sd_model_name"),
-        steps=_whole(known.get("ss_steps")),
-        resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
-        trigger=known.get("modelspec.trigger_phrase"),
+    return Provenance(
+        title,
+        base=Base(known.get("ss_sd_model_name")),
+        step=_whole(known.get("ss_steps")),
+        data=Data(
+            resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
+            trigger=known.get("modelspec.trigger_phrase"),
+        ),
         date=known.get("modelspec.date"),
         parents=tuple(merged.split(", ")) if merged else (),
     )
+
+
+def not_read(metadata: Mapping[str, str]) -> str | None:
+    """A sentence on what a header says that `facts_from` does not read; None if it reads all."""
+    try:
+        provenance.from_json(_rest(metadata))
+    except (ValueError, RecursionError) as error:
+        unknown = unknown_keys(error) if isinstance(error, ValidationError) else []
+        says = f"says {unknown[0][:60]}, which this kit does not know" if unknown else "is no whole record"
+        kit = metadata.get(PREFIX + "kit_version", "?")[:20]
+        return f"its {REST} (of lcm-kit {kit}) {says}, so that none of it is read"
+    return None
+
+
+def _rest(known: Mapping[str, str]) -> dict[str, Any]:
+    """Raises `ValueError` if it is no JSON object."""
+    rest = json.loads(known.get(REST, "{}"))
+    if not isinstance(rest, dict):
+        raise ValueError("it is no JSON object")
+    return rest
+
+
+def _joined(rest: Mapping[str, Any], keyed: Mapping[str, Any]) -> dict[str, Any]:
+    """One object of both; of a section some has keys of its own, which count."""
+    sections = {
+        name: {**rest[name], **value}
+        for name, value in keyed.items()
+        if isinstance(value, dict) and isinstance(rest.get(name), dict)
+    }
+    return {**rest, **keyed, **sections}
+
+
+def _keyed(known: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Any]:
+    """What has keys of its own, as `provenance.from_json` takes it."""
+    low, high = _number(own.get("guidance_min")), _number(own.get("guidance_max"))
+    found = {
+        "base": {"path": own.get("base"), "hash": own.get("base_hash")},
+        "method": {"name": own.get("method")},
+        "step": _whole(own.get("steps")),
+        "guidance": None if low is None or high is None else {"min": low, "max": high},
+        "data": {
+            "fingerprint": own.get("data_fingerprint"),
+            "resolution": _square(known.get("ss_resolution")),
+            "trigger": known.get("modelspec.trigger_phrase"),
+        },
+        "date": known.get("modelspec.date"),
+        "kit_version": own.get("kit_version"),
+        "parents": list(_names(own.get("parents"))),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _recommended(own: Mapping[str, str]) -> Recommended | None:
@@ -160,6 +152,7 @@ def _square(text: str | None) -> int | None:
 def _names(text: str | None) -> tuple[str, ...]:
     try:
         names = json.loads(text or "[]")
+        json.dumps(names, ensure_ascii=False).encode()  # JSON can spell half of a character
     except (ValueError, RecursionError):
         return ()
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from lcm_kit import __version__
+from lcm_kit import __version__, provenance
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, verify
 from lcm_kit.export.convert import weights_of, whole
-from lcm_kit.export.facts import Facts, facts_from
+from lcm_kit.export.facts import facts_from, not_read
 from lcm_kit.export.fuse import fuse_into
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.merge import Interference, concatenate, interference, truncate
@@ -23,6 +23,8 @@ from lcm_kit.export.reading_words import bundled
 from lcm_kit.files import atomic_write
 from lcm_kit.locks import sweep
 from lcm_kit.lora_file import adapter_file
+from lcm_kit.provenance import Provenance
+from lcm_kit.provenance_rules import merged, part_of
 
 Part = tuple[Path, float]  # a LoRA file or a run's folder, and its weight
 
@@ -68,10 +70,13 @@ def merge(
     if rank is not None:
         lora, errors = truncate(lora, rank)
     names = {s: f"{output.name}_{s}.safetensors" for s in delivery.styles_of(style)}
-    reports = delivery.deliver(lora, place, output.parent, names, dtype, _facts(parts, reads, output.name))
+    facts = merged(_made_of(parts, reads), output.name)
+    reports = delivery.deliver(lora, place, output.parent, names, dtype, facts)
     lines = (delivery.summary(str(output.parent / names[s]), dtype, reports[s]) for s in names)
     told = [
-        f"{read.path.name}: {line}" for read, each in zip(reads, made, strict=True) for line in each.lines()
+        f"{read.path.name}: {line}"
+        for read, each in zip(reads, made, strict=True)
+        for line in (*each.lines(), *filter(None, [not_read(read.lora.metadata)]))
     ]
     return Merged(tuple(lines), _pairs(parts, loras), errors, tuple(told))
 
@@ -88,8 +93,8 @@ def fuse(
 
     transformers 4 reads it as well as 5, whichever wrote the base.
     Whatever they change in a weight or a bias is added exactly; embeddings are no weights of a base, so a
-    file that bundles some is refused unless `leave_out` names them. `fused.json` in it says what was fused;
-    the other texts are the base's own.
+    file that bundles some is refused unless `leave_out` names them. `fused.json` in it says what was fused,
+    and how each of `parts` was made; the other texts are the base's own.
     """
     against = verify.base_of(base, variant=variant)
     assert against.folder is not None
@@ -101,7 +106,10 @@ def fuse(
             "--leave-out embeddings leaves them out"
         )
     weights = [weight for _, weight in parts]
-    made = {"base": base, "loras": {str(path): weight for path, weight in parts}, "kit_version": __version__}
+    made = {
+        "base": base, "loras": {str(path): weight for path, weight in parts}, "kit_version": __version__,
+        "parts": Provenance(parts=tuple(_made_of(parts, reads))).to_json()["parts"],
+    }  # fmt: skip
 
     def finish(folder: Path) -> None:
         make_readable(folder)
@@ -129,19 +137,9 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
     }
 
 
-def _facts(parts: Sequence[Part], reads: Sequence[Reading], title: str) -> Facts:
-    """The merged file draws in few steps if one of its parts makes it: that one's settings are its own.
-
-    Its trigger is that of all of them.
-    """
-    told = [facts_from(read.lora.metadata, title) for read in reads]
-    k = next((k for k, facts in enumerate(told) if facts.method is not None), 0)
-    speed, known = told[k], told[k].recommended
-    if known:  # the merged file was not measured, and holds the weight already
-        weight = None if known.steps is None else 1.0
-        known = replace(known, lora_weight=weight, part=known.part or parts[k][0].name)
-    triggers = dict.fromkeys(facts.trigger for facts in told if facts.trigger)
-    return replace(
-        speed, parents=tuple(f"{path.name}:{weight:g}" for path, weight in parts), recommended=known,
-        trigger=", ".join(triggers) or None,
-    )  # fmt: skip
+def _made_of(parts: Sequence[Part], reads: Sequence[Reading]) -> list[provenance.Part]:
+    """What the headers of the files say of them."""
+    return [
+        part_of(path.name, weight, facts_from(read.lora.metadata, path.stem))
+        for (path, weight), read in zip(parts, reads, strict=True)
+    ]

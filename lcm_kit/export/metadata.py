@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit.export.facts import PREFIX, Facts, Recommended, said
+from lcm_kit.export.facts import PREFIX, REST, said, sampler_name
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
+from lcm_kit.provenance import Guidance, Provenance, Recommended
 
 VERSION = "1"  # of the keys under PREFIX
 CONVENTION = (
@@ -36,17 +37,18 @@ _KEPT = (
 _KEPT_IF_PLAIN = ("modelspec.description", "modelspec.usage_hint")
 
 
-def build(lora: Lora, structure: Structure, facts: Facts, *, style: str = "kohya") -> dict[str, str]:
+def build(lora: Lora, structure: Structure, facts: Provenance, *, style: str = "kohya") -> dict[str, str]:
     """The metadata of a file that holds `lora`, in `style` ("kohya" or "diffusers").
 
     What `lora.metadata` says of author, licence, trigger words and the like is kept. The hashes are not in
     it: they need the tensors as they are written (`tensor_hash`).
     """
-    kept = _KEPT + (_KEPT_IF_PLAIN if facts.method is None else ())
+    kept = _KEPT + (_KEPT_IF_PLAIN if facts.method.name is None else ())
     return {
         **_kohya(lora, structure, facts),
         **_modelspec(structure, facts, style),
         **{PREFIX + key: value for key, value in _own(facts).items()},
+        **_rest(facts),
         PREFIX + "modules": str(len(lora.layers)),
         **{key: value for key, value in said(lora.metadata).items() if key in kept},
     }
@@ -78,16 +80,17 @@ def _known(**values: Any) -> dict[str, str]:
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def _kohya(lora: Lora, structure: Structure, facts: Facts) -> dict[str, str]:
+def _kohya(lora: Lora, structure: Structure, facts: Provenance) -> dict[str, str]:
+    side = facts.data.resolution
     return _known(
         ss_base_model_version=_base_version(structure),
         ss_v2=structure.generation.kohya_v2,
         ss_network_module="networks.lora",
         **_sizes(lora),
         ss_output_name=facts.title,
-        ss_sd_model_name=_public(facts.base),
-        ss_resolution=facts.resolution and f"({facts.resolution}, {facts.resolution})",
-        ss_steps=facts.steps,
+        ss_sd_model_name=_public(facts.base.path),
+        ss_resolution=side and f"({side}, {side})",
+        ss_steps=facts.optimizer_steps,
     )
 
 
@@ -126,8 +129,8 @@ def _common(values: Iterable[float]) -> str:
     return str(different.pop()) if len(different) == 1 else "Dynamic"
 
 
-def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]:
-    side = facts.resolution or structure.resolution
+def _modelspec(structure: Structure, facts: Provenance, style: str) -> dict[str, str]:
+    side = facts.data.resolution or structure.resolution
     prediction = structure.prediction_type
     keys = _known(
         sai_model_spec="1.0.1",
@@ -139,7 +142,7 @@ def _modelspec(structure: Structure, facts: Facts, style: str) -> dict[str, str]
         resolution=f"{side}x{side}",
         prediction_type="v" if prediction == "v_prediction" else prediction,
         usage_hint=_usage_hint(structure, facts),
-        trigger_phrase=facts.trigger,
+        trigger_phrase=facts.data.trigger,
         merged_from=", ".join(facts.parents) if len(facts.parents) > 1 else None,
     )
     return {f"modelspec.{key}": value for key, value in keys.items()}
@@ -153,12 +156,12 @@ def _architecture(structure: Structure) -> str | None:
     return f"{known[structure.prediction_type == 'v_prediction']}/lora"
 
 
-def _description(structure: Structure, facts: Facts) -> str:
+def _description(structure: Structure, facts: Provenance) -> str:
     label = structure.generation.title
-    base = _public(facts.base) or label
-    if facts.method:
-        steps = f" in {facts.steps} optimizer steps" if facts.steps is not None else ""
-        text = f"A LoRA for few-step sampling with {base}, distilled by {facts.method.upper()}{steps}."
+    base = _public(facts.base.path) or label
+    if method := facts.method.name:
+        steps = "" if facts.optimizer_steps is None else f" in {facts.optimizer_steps} optimizer steps"
+        text = f"A LoRA for few-step sampling with {base}, distilled by {method.upper()}{steps}."
     else:
         text = f"A LoRA for {base}."
     if not structure.published:
@@ -169,20 +172,20 @@ def _description(structure: Structure, facts: Facts) -> str:
     return text
 
 
-def _usage_hint(structure: Structure, facts: Facts) -> str | None:
+def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
     if facts.recommended is not None and facts.recommended.steps is not None:
         use = facts.recommended
         return (
-            f"Sampler {use.sampler_name}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
+            f"Sampler {sampler_name(use)}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
             f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
             + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
         )
-    if facts.method is None:
+    if facts.method.name is None:
         return (
             "Sampler, steps and guidance_scale / CFG as usual for its base, unless its maker says otherwise. "
             "LoRA strength 1.0, less for a weaker effect."
         )
-    if facts.method != "lcm":
+    if facts.method.name != "lcm":
         return None
     hint = (
         "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / "
@@ -197,10 +200,10 @@ def _usage_hint(structure: Structure, facts: Facts) -> str | None:
     return hint
 
 
-def _baked(guidance: tuple[float, float] | None) -> str:
+def _baked(guidance: Guidance | None) -> str:
     if guidance is None:
         return ""
-    low, high = guidance
+    low, high = guidance.min, guidance.max
     if high <= 1:
         return ": no guidance is baked in"
     return (
@@ -210,20 +213,19 @@ def _baked(guidance: tuple[float, float] | None) -> str:
     )
 
 
-def _own(facts: Facts) -> dict[str, str]:
-    low, high = facts.guidance or (None, None)
-    fast = facts.method == "lcm"
+def _own(facts: Provenance) -> dict[str, str]:
+    baked, fast = facts.guidance, facts.method.name == "lcm"
     return (
         {"metadata": VERSION}
         | _known(
-            method=facts.method,
-            steps=facts.steps,
-            guidance_min=low,
-            guidance_max=high,
-            guidance_convention=CONVENTION if facts.guidance else None,
-            base=_public(facts.base),
-            base_hash=facts.base_hash,
-            data_fingerprint=facts.data_fingerprint,
+            method=facts.method.name,
+            steps=facts.optimizer_steps,
+            guidance_min=baked and baked.min,
+            guidance_max=baked and baked.max,
+            guidance_convention=CONVENTION if baked else None,
+            base=_public(facts.base.path),
+            base_hash=facts.base.hash,
+            data_fingerprint=facts.data.fingerprint,
             kit_version=facts.kit_version,
             parents=json.dumps(facts.parents) if facts.parents else None,
             sampling_steps="1-8" if fast else None,
@@ -231,6 +233,33 @@ def _own(facts: Facts) -> dict[str, str]:
         )
         | _measured(facts.recommended)
     )
+
+
+# Sections, or their fields, that have keys of their own; the others are in `REST`
+_KEYED: dict[str, tuple[str, ...]] = {
+    "base": ("path", "hash"), "method": ("name",), "data": ("fingerprint", "resolution", "trigger"),
+}  # fmt: skip
+_KEYED_WHOLE = ("kit_version", "date", "step", "guidance", "recommended", "parents")
+
+
+def _rest(facts: Provenance) -> dict[str, str]:
+    """The one key of all that no other key has, `facts.facts_from` puts both together again."""
+    rest = {key: value for key, value in facts.to_json().items() if key not in _KEYED_WHOLE}
+    for section, names in _KEYED.items():
+        kept = {key: value for key, value in rest.pop(section, {}).items() if key not in names}
+        if kept:
+            rest[section] = kept
+    return {REST: json.dumps(_published(rest), sort_keys=True)} if rest else {}
+
+
+def _published(value: Any) -> Any:
+    """Of a JSON value, with the names alone of what lies in folders."""
+    if isinstance(value, dict):
+        return {
+            key: _public(each) if key in ("path", "prompts") and isinstance(each, str) else _published(each)
+            for key, each in value.items()
+        }
+    return [_published(each) for each in value] if isinstance(value, list) else value
 
 
 def _measured(use: Recommended | None) -> dict[str, str]:
@@ -248,8 +277,8 @@ def _measured(use: Recommended | None) -> dict[str, str]:
 
 def _public(base: str | None) -> str | None:
     """A hub id or an asset as it is, of a folder its name alone: a path tells about its owner's machine."""
-    if base is None:
-        return None
+    if base is None or base.startswith("hub:"):
+        return base
     parts = [part for part in re.split(r"[/\\]", base) if part]
     is_path = base[0:1] in ("/", "~", ".") or "\\" in base or len(parts) > 2
     return parts[-1] if is_path and parts else base

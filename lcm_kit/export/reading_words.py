@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lcm_kit.export.diffusers_format import HEADER
+from lcm_kit.export.facts import not_read
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.spelling import BUNDLED, other_kind
 from lcm_kit.export.structure import Structure
@@ -60,6 +61,8 @@ def findings(notes: Notes, lora: Lora, embeddings: Sequence[str]) -> list[str]:
         found.append(f"{len(lora.biases)} modules change their bias")
     if embeddings:
         found.append(f"{len(_names(embeddings))} embeddings are bundled with it: {bundled(embeddings)}")
+    if unread := not_read(lora.metadata):
+        found.append(unread)
     return found
 
 

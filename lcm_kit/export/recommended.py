@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
-from lcm_kit.export.facts import Recommended, facts_from
+from lcm_kit.export.facts import facts_from
 from lcm_kit.files import sha256_bytes
+from lcm_kit.provenance import Recommended
 from lcm_kit.results import of_sweep
 
 FOLDER = "sweep"  # within a run's folder, by default

@@ -10,8 +10,8 @@ from lcm_kit import adapter, console, families, own_files, own_shapes, results, 
 from lcm_kit.errors import UserError
 from lcm_kit.export import card, delivery, recommended, trained, verify
 from lcm_kit.export.apps import VERSIONS
-from lcm_kit.export.facts import Facts, facts_of_run
 from lcm_kit.export.write import file_name
+from lcm_kit.provenance import Provenance, Trained
 from lcm_kit.report import brand as look
 
 
@@ -50,20 +50,19 @@ def export_run(
     return {style: folder / name for style, name in names.items()}
 
 
-def _base(run: Path) -> tuple[own_shapes.Adapter, verify.Against]:
+def _base(run: Path) -> tuple[Trained, verify.Against]:
     """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
     facts = adapter.read_facts(run / "adapter")
     base = adapter.base_of(facts)
-    if families.inspect_base(**base).base_hash != facts["base"]["hash"]:
-        raise UserError(f"base {base['path']!r} has changed since {run} was trained on it; put it back")
+    if families.inspect_base(**base).base_hash != facts.base.hash:
+        raise UserError(f"base {facts.base.path!r} has changed since {run} was trained on it; put it back")
     return facts, verify.base_of(**base)
 
 
-def _about(run: Path, facts: own_shapes.Adapter) -> Facts:
-    """The facts of a run, dated by its weights."""
+def _about(run: Path, facts: Trained) -> Provenance:
+    """What a file of a run says, dated by its weights."""
     trained_at = datetime.fromtimestamp((run / "adapter" / adapter.WEIGHTS).stat().st_mtime, UTC)
-    known = facts_of_run(facts, run.resolve().name)
-    return replace(known, date=trained_at.isoformat(timespec="seconds"))
+    return facts.of_file(run.resolve().name, trained_at.isoformat(timespec="seconds"))
 
 
 def write_card(run: Path, folder: Path | None = None) -> Path | None:

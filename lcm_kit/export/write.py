@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.export import diffusers_format, kohya_format, metadata, untrusted
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_file
+from lcm_kit.provenance import Provenance
 
 FORMATS: dict[str, Any] = {"diffusers": diffusers_format, "kohya": kohya_format}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -26,7 +26,7 @@ def file_name(style: str, title: str) -> str:
     return diffusers_format.FILE if style == "diffusers" else f"{title}.safetensors"
 
 
-def write(path: Path, lora: Lora, structure: Structure, style: str, dtype: str, facts: Facts) -> Lora:
+def write(path: Path, lora: Lora, structure: Structure, style: str, dtype: str, facts: Provenance) -> Lora:
     """Write `lora` to `path` as `style` ("diffusers" or "kohya") in `dtype`; returns it as the file has it.
 
     The same weights and facts give the same bytes.

@@ -85,8 +85,8 @@ def _export(trial: Trial, found: Subject, folder: Path) -> int:
     """Write the adapter in kohya's style, read it back, hold it against the structure and the apps' rules."""
     from lcm_kit.export import verify, write
     from lcm_kit.export.apps import WHOLE
-    from lcm_kit.export.facts import Facts
     from lcm_kit.export.lora import Layer, Lora
+    from lcm_kit.provenance import Provenance
 
     state, alpha = trial.adapted.state(), trial.config.adapter.alpha
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
@@ -94,7 +94,7 @@ def _export(trial: Trial, found: Subject, folder: Path) -> int:
         f"unet.{n}": Layer(state[f"{n}.lora_A.weight"], state[f"{n}.lora_B.weight"], alpha) for n in names
     })  # fmt: skip
     file = folder / "probe.safetensors"
-    write.write(file, lora, found.structure, "kohya", "float32", Facts("probe"))
+    write.write(file, lora, found.structure, "kohya", "float32", Provenance("probe"))
     report = verify.verify(file, verify.Against(found.structure), apps=WHOLE)
     held = report.file.lora.layers
     same = [n for n in lora.layers if n in held and torch.equal(held[n].up, lora.layers[n].up)]

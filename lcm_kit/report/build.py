@@ -189,8 +189,8 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
     """What is to be said of the training's own figures; of a run without an adapter nothing."""
     if not (run / "adapter").is_dir():
         return []
-    facts = adapter.read_facts(run / "adapter")
-    return style.said(style.figures(metrics, "train/distill"), facts.get("step", facts["steps"]))
+    kept = adapter.read_facts(run / "adapter").optimizer_steps
+    return style.said(style.figures(metrics, "train/distill"), kept)
 
 
 def _plots(
@@ -229,7 +229,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not config:
         return {}
     lora, guidance, grid = config["adapter"], config["guidance"], config["grid"]
-    steps = adapter.read_facts(run / "adapter")["steps"] if (run / "adapter").is_dir() else config["steps"]
+    steps = adapter.read_facts(run / "adapter").steps if (run / "adapter").is_dir() else config["steps"]
     images = config["batch_size"] * config["accumulation"]
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
     looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))

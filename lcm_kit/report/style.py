@@ -11,6 +11,7 @@ from typing import Any
 
 from lcm_kit import adapter
 from lcm_kit.overtraining import NAME, OVERTRAINED, Measured, of_tables, verdict
+from lcm_kit.provenance import Trained
 from lcm_kit.report import plots
 
 RECIPE = "train/finetune"
@@ -19,15 +20,15 @@ RECIPE = "train/finetune"
 def context(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What the page shows, plots as SVG text. Raises `UserError` if the run has no finished adapter."""
     facts = adapter.read_facts(run / "adapter")
-    measured = figures(metrics, RECIPE)
+    measured, step = figures(metrics, RECIPE), facts.optimizer_steps
     losses = measured.held_out
     return {
         "name": run.resolve().name,
-        "answer": answer(measured, facts["step"]),
-        "said": said(measured, facts["step"]),
-        "step": facts["step"],
+        "answer": answer(measured, step),
+        "said": said(measured, step),
+        "step": step,
         "base_loss": losses.get(0),
-        "best_loss": losses.get(facts["step"]),
+        "best_loss": losses.get(step),
         "facts": _facts(config, facts),
         "plots": {
             "held_out": plots.curve(metrics, NAME, "loss on held-out pictures"),
@@ -82,7 +83,7 @@ def _text(config: Mapping[str, Any]) -> dict[str, str]:
     return {"text encoder LoRA": f"rank {text['rank']}, alpha {alpha:g}, learning rate {lr:g}"}
 
 
-def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+def _facts(config: Mapping[str, Any], facts: Trained) -> dict[str, str]:
     """The settings that a person asks for first."""
     lora, loss, prior = config["adapter"], config["loss"], config["prior"]
     images = config["batch_size"] * config["accumulation"]
@@ -92,7 +93,7 @@ def _facts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
         "images": config["data"]["path"],
         **({"trigger": config["data"]["trigger"]} if config["data"].get("trigger") else {}),
         "held out": f"{config['validation']['held_out']:.0%} of them",
-        "training": f"{facts['steps']} steps of {images} images a process; step {facts['step']} is kept",
+        "training": f"{facts.steps} steps of {images} images a process; step {facts.optimizer_steps} is kept",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
         **_text(config),
         "min-SNR gamma": f"{loss['min_snr_gamma']:g}" if loss["min_snr_gamma"] else "off",

@@ -80,9 +80,9 @@ def _insist_on_its_style(story: Story) -> None:
 
     if not (story.run / "adapter" / adapter.FACTS).is_file():
         return
-    known = adapter.read_facts(story.run / "adapter").get("teacher", {}).get("adapters", [])
+    known = adapter.read_facts(story.run / "adapter").teachers
     now = styles.teacher_facts(story.distill.teacher)
-    if [each["sha256"] for each in known] != [each["sha256"] for each in now]:
+    if [each.sha256 for each in known] != [each.sha256 for each in now]:
         raise UserError(
             f"{story.run} was distilled from another style than {story.style.output} holds now; give another "
             "--output, and the new style is distilled there"

@@ -54,7 +54,8 @@ def output(config: Brand) -> Path:
 def insist_on_one_file(run: str) -> None:
     """Raise `UserError` if the run's adapter is half of a pair: it would be drawn without its style."""
     folder = Path(run) / "adapter"
-    if folder.is_dir() and read_facts(folder).get("teacher", {}).get("in_student"):
+    teacher = read_facts(folder).teacher if folder.is_dir() else None
+    if teacher and teacher.in_student:
         raise UserError(
             f"{run} learned speed alone (teacher.in_student), so it is drawn with its style beside it; merge "
             "the two with `lcm-kit merge` and give the merged file as run=FILE"

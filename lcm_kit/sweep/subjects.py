@@ -49,7 +49,7 @@ def base_facts(config: GuidanceSweep | Compose | Brand, adapter: str) -> dict[st
     if (first / "adapter").is_dir():
         return base_of(read_facts(first / "adapter"))
     file = lora_file.adapter_file(first)
-    path = facts_from(untrusted.inspect(file).metadata, file.stem).base
+    path = facts_from(untrusted.inspect(file).metadata, file.stem).base.path
     if path is None:
         raise UserError(f"{file} does not say which base it is for; give base=FOLDER, a hub id or asset:NAME")
     return {"path": path, "revision": config.revision, "variant": config.variant}

@@ -18,7 +18,6 @@ from lcm_kit.cli import app
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
 from lcm_kit.data.cache import Cache
-from lcm_kit.export.facts import facts_of_run
 from lcm_kit.families import inspect_base
 from lcm_kit.files import sha256_file
 from lcm_kit.story import configs, show, stages
@@ -85,7 +84,7 @@ def test_the_whole_story_then_nothing_more(
     with monkeypatch.context() as killed, pytest.raises(Stopped):
         killed.setattr(recipe, "main", lambda config: (_ for _ in ()).throw(Stopped))
         tell()
-    assert adapter.read_facts(run / "style" / "adapter")["steps"] == 2 and not (run / "adapter").exists()
+    assert adapter.read_facts(run / "style" / "adapter").steps == 2 and not (run / "adapter").exists()
     before = lasting(run)
 
     # the same command continues, and leaves what was done as it was
@@ -96,8 +95,8 @@ def test_the_whole_story_then_nothing_more(
     # the teacher of the adapter is the style, as its file would be loaded by anybody
     facts = adapter.read_facts(run / "adapter")
     style_file = run / "style" / lora_file.ADAPTER_FILE
-    assert [each["sha256"] for each in facts["teacher"]["adapters"]] == [sha256_file(style_file)]
-    assert not facts["teacher"]["in_student"]
+    assert [each.sha256 for each in facts.teachers] == [sha256_file(style_file)]
+    assert facts.teacher and not facts.teacher.in_student
     names = {path.relative_to(run).as_posix() for path in after}
     assert {
         "export/run.safetensors", "export/pytorch_lora_weights.safetensors", "export/verified.json",
@@ -265,8 +264,6 @@ def test_the_trigger_is_of_both_trainings() -> None:
     place = {"path": "asset:tiny-sd", "revision": None, "variant": None}
     told = configs.finetune("my/brand", place, "sd15", Path("runs/x"), 512, None, [], "lumo style")
     assert told.style.data.trigger == told.distill.data.trigger == "lumo style"
-    facts = {"steps": 1, "base": {"path": "b", "hash": "h"}, "data": {"trigger": "lumo style"}}
-    assert facts_of_run(facts, "x").trigger == "lumo style"
 
 
 def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> None:

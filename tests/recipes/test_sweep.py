@@ -19,10 +19,10 @@ from lcm_kit.config.load import dump
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export import structure
-from lcm_kit.export.facts import Facts
 from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.write import write
 from lcm_kit.metrics.distance import rms
+from lcm_kit.provenance import Base, Provenance
 from tests.loras import random_lora
 from tests.recipes.small import launch
 
@@ -60,7 +60,7 @@ def lora() -> Lora:
 
 
 def save(lora: Lora, path: Path) -> Path:
-    write(path, lora, tiny(), "diffusers", "float32", Facts(path.stem, base="asset:tiny-sd"))
+    write(path, lora, tiny(), "diffusers", "float32", Provenance(path.stem, base=Base("asset:tiny-sd")))
     return path
 
 

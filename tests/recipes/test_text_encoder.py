@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import adapter, checkpoints, families, sample, text_lora
+from lcm_kit import adapter, checkpoints, families, provenance, sample, text_lora
 from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.load import dump
@@ -319,7 +319,8 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert metrics(run, "held_out_loss")[3] == pytest.approx(total / (8 * len(held)), rel=1e-4)
 
     facts = adapter.read_facts(run / "adapter")
-    assert facts["text_encoder"] == TEXT and facts["text_lora_config"]["text_encoder"]["lora_alpha"] == 6.0
+    assert facts.text_encoder == provenance.TextEncoder(**TEXT)
+    assert facts.text_lora_config["text_encoder"]["lora_alpha"] == 6.0
     assert "text encoder" in (run / "export/README.md").read_text()
     unet = families.load(wanted.base.path, parts=["unet"]).unet
     load_adapter(run / "adapter", unet)  # the UNet's share alone, which is whole
