@@ -60,6 +60,16 @@ class LoraConfig(TypedDict):
     alpha_pattern: NotRequired[dict[str, float] | None]
 
 
+class MethodInfo(TypedDict):
+    """What a method says of itself: `methods.MethodInfo`, as a file has it."""
+
+    name: str
+    title: str
+    samplers: list[str]
+    steps: list[int]
+    tags: list[str]
+
+
 class Guidance(TypedDict):
     """Baked in, as diffusers' guidance_scale."""
 
@@ -97,6 +107,7 @@ class Adapter(TypedDict):
     step: NotRequired[int]  # of the weights
     text_lora_config: NotRequired[dict[str, LoraConfig]]
     method: NotRequired[Named]
+    method_info: NotRequired[MethodInfo]
     guidance: NotRequired[Guidance]
     data: NotRequired[Seen]
     teacher: NotRequired[Teacher]

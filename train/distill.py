@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lcm_kit import __version__, families, run_folder, runtime, stepping
 from lcm_kit.adapter import add_lora, trained_parameters, update_ema
+from lcm_kit.config.methods import info_of
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
 from lcm_kit.data import sources
@@ -76,6 +77,7 @@ def facts(
         "prediction_type": base.prediction_type,
         "steps": steps,
         **{name: asdict(getattr(config, name)) for name in ("adapter", "method", "grid", "loss")},
+        "method_info": asdict(info_of(config.method)),
         "start": start,
         "guidance": asdict(config.baked_guidance()),
         "solver": config.solver if config.teacher.weight else None,

@@ -23,10 +23,12 @@ from PIL import Image
 
 from lcm_kit import own_files
 from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
+from lcm_kit.export.facts import SAMPLERS
 from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
+from lcm_kit.methods import MethodInfo
 from lcm_kit.report import brand as look
 from lcm_kit.report.build import describe, headline
 from lcm_kit.report.shared import AGAIN, number, percent
@@ -43,7 +45,11 @@ _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a pict
 _GENERATIONS = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
 _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
-_METHODS = {"lcm": "latent consistency distillation (LCM)"}
+# diffusers' scheduler for the sampler that a few-step LoRA is drawn with, and what it is told
+_SCHEDULERS = {
+    "lcm": ("LCMScheduler", ""), "tcd": ("TCDScheduler", ""),
+    "ddim": ("DDIMScheduler", ', timestep_spacing="trailing"'),
+}  # fmt: skip
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
 _LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
@@ -95,7 +101,12 @@ def write(
         tag=_prompt_tag(names.get("kohya", f"{title}.safetensors")),
         facts=facts,
         fast=facts.method is not None,
-        method=_METHODS.get(facts.method or "", facts.method),
+        method=facts.distilled.title if facts.distilled else None,
+        sampler=facts.student.sampler,
+        sampler_name=SAMPLERS[facts.student.sampler],
+        scheduler=_SCHEDULERS[facts.student.sampler],
+        steps=facts.student.usual_steps,
+        tried=_tried(facts.student),
         guidance=_baked(facts.guidance),
         base=_base(facts.base, structure),
         structure=structure,
@@ -183,8 +194,14 @@ def _base(path: str | None, structure: Structure) -> dict[str, Any]:
 
 def _tags(structure: Structure, facts: Facts) -> list[str]:
     family = "stable-diffusion-xl" if structure.family == "sdxl" else "stable-diffusion"
-    fast = ["lcm", "lcm-lora"] if facts.method is not None else []
+    fast = facts.distilled.tags if facts.distilled else ()
     return ["text-to-image", family, "lora", *fast, "diffusers"]
+
+
+def _tried(method: MethodInfo) -> str | None:
+    """Which numbers of steps are worth a trial: `2 to 8`; None where there is one alone."""
+    several = [n for n in method.judged_steps if n > 1]
+    return _range(several) if len(several) > 1 else None
 
 
 def _range(values: Iterable[float]) -> str:

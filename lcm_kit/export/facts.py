@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lcm_kit import methods
+from lcm_kit.methods import METHODS, MethodInfo
+
 SAMPLERS = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM, trailing timesteps"}  # as apps call them
 PREFIX = "lcm_kit."  # of the metadata keys that hold what only this kit knows
 
@@ -40,6 +43,7 @@ class Facts:
     base: str | None = None  # as the user called it: a hub id, `asset:NAME` or a folder
     base_hash: str | None = None
     method: str | None = None  # of few-step distillation; None for a plain LoRA
+    method_info: MethodInfo | None = None  # of a method that the kit does not know by its name
     steps: int | None = None  # optimizer steps
     guidance: tuple[float, float] | None = None  # baked in, lowest and highest, by `metadata.CONVENTION`
     data_fingerprint: str | None = None
@@ -49,6 +53,16 @@ class Facts:
     kit_version: str | None = None  # that trained it
     parents: tuple[str, ...] = ()  # the files that it was merged or converted from
     recommended: Recommended | None = None  # by a guidance sweep of these weights
+
+    @property
+    def distilled(self) -> MethodInfo | None:
+        """What is known of the method; None for a plain LoRA."""
+        return self.method_info or (methods.info(self.method) if self.method else None)
+
+    @property
+    def student(self) -> MethodInfo:
+        """How it is drawn in few steps: what does not say how it was made is taken for an LCM-LoRA."""
+        return self.distilled or methods.DEFAULT
 
 
 def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
@@ -63,6 +77,7 @@ def facts_of_run(adapter_facts: Mapping[str, Any], title: str) -> Facts:
         base=section("base").get("path"),
         base_hash=section("base").get("hash"),
         method=section("method").get("name"),
+        method_info=_method_info(section("method").get("name"), adapter_facts.get("method_info")),
         steps=adapter_facts.get("step", adapter_facts.get("steps")),  # of the weights, then of the run
         guidance=(float(guidance["min"]), float(guidance["max"])) if guidance else None,
         data_fingerprint=section("data").get("fingerprint"),
@@ -93,6 +108,7 @@ def facts_from(metadata: Mapping[str, str], title: str) -> Facts:
             base=own.get("base"),
             base_hash=own.get("base_hash"),
             method=own.get("method"),
+            method_info=_method_info(own.get("method"), _json(own.get("method_info"))),
             steps=_whole(own.get("steps")),
             guidance=None if low is None or high is None else (low, high),
             data_fingerprint=own.get("data_fingerprint"),
@@ -149,10 +165,20 @@ def _square(text: str | None) -> int | None:
     return _whole(numbers.pop()) if len(numbers) == 1 else None
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def _method_info(name: str | None, said: Any) -> MethodInfo | None:
+    """What a file says of a method that is not the kit's; None where it says nothing that can be used."""
+    found = None if name in METHODS else MethodInfo.read(said)
+    return found if found and found.name == name and set(found.samplers) <= SAMPLERS.keys() else None
+
+
+def _json(text: str | None) -> Any:
     try:
-        names = json.loads(text or "[]")
+        return json.loads(text or "null")
     except (ValueError, RecursionError):
-        return ()
+        return None
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    names = _json(text) or []
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if fine else ()

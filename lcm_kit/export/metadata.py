@@ -13,14 +13,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcm_kit.export.facts import PREFIX, Facts, Recommended, said
+from lcm_kit.export.facts import PREFIX, SAMPLERS, Facts, Recommended, said
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
+from lcm_kit.methods import MethodInfo
 
 VERSION = "1"  # of the keys under PREFIX
 CONVENTION = (
@@ -166,7 +168,7 @@ def _description(structure: Structure, facts: Facts) -> str:
     base = _public(facts.base) or label
     if facts.method:
         steps = f" in {facts.steps} optimizer steps" if facts.steps is not None else ""
-        text = f"A LoRA for few-step sampling with {base}, distilled by {facts.method.upper()}{steps}."
+        text = f"A LoRA for few-step sampling with {base}, distilled by {_method(facts)}{steps}."
     else:
         text = f"A LoRA for {base}."
     if not structure.published:
@@ -177,6 +179,11 @@ def _description(structure: Structure, facts: Facts) -> str:
     return text
 
 
+def _method(facts: Facts) -> str:
+    """Within a sentence: a name of the kit's, or of another method its title."""
+    return facts.method_info.title if facts.method_info else str(facts.method).upper()
+
+
 def _usage_hint(structure: Structure, facts: Facts) -> str | None:
     if facts.recommended is not None and facts.recommended.steps is not None:
         use = facts.recommended
@@ -185,24 +192,38 @@ def _usage_hint(structure: Structure, facts: Facts) -> str | None:
             f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
             + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
         )
-    if facts.method is None:
+    info = facts.distilled
+    if info is None:
         return (
             "Sampler, steps and guidance_scale / CFG as usual for its base, unless its maker says otherwise. "
             "LoRA strength 1.0, less for a weaker effect."
         )
-    if facts.method != "lcm":
+    if not info.samplers:
         return None
     hint = (
-        "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / "
+        f"Sampler {_samplers(info)}, {info.usual_steps} steps{_range(info, ' ({} to {})')}, guidance_scale / "
         f"CFG 1.0{_baked(facts.guidance)}. LoRA strength 1.0."
     )
-    if structure.prediction_type == "v_prediction":
+    if structure.prediction_type == "v_prediction" and info.sampler == "lcm":
         zsnr = "on" if structure.zero_terminal_snr else "off"
         hint += (
             " The base predicts v: in ComfyUI add ModelSamplingDiscrete with sampling v_prediction and zsnr "
             f"{zsnr}; A1111's LCM sampler is for epsilon bases only, Forge's is not."
         )
     return hint
+
+
+def _samplers(info: MethodInfo) -> str:
+    """`LCM (TCD also works), scheduler / schedule type Simple`."""
+    first, *others = (SAMPLERS[name] for name in info.samplers)
+    also = f" ({' and '.join(others)} also {'works' if len(others) == 1 else 'work'})" if others else ""
+    return f"{first}{also}{', scheduler / schedule type Simple' if info.sampler == 'lcm' else ''}"
+
+
+def _range(info: MethodInfo, form: str) -> str:
+    """The least and the most steps that a method serves, in `form`; nothing where they are one number."""
+    low, high = min(info.judged_steps), max(info.judged_steps)
+    return form.format(low, high) if low != high else ""
 
 
 def _baked(guidance: tuple[float, float] | None) -> str:
@@ -220,11 +241,13 @@ def _baked(guidance: tuple[float, float] | None) -> str:
 
 def _own(facts: Facts) -> dict[str, str]:
     low, high = facts.guidance or (None, None)
-    fast = facts.method == "lcm"
+    info = facts.distilled
+    fast = info is not None and bool(info.samplers)
     return (
         {"metadata": VERSION}
         | _known(
             method=facts.method,
+            method_info=json.dumps(asdict(facts.method_info)) if facts.method_info else None,
             steps=facts.steps,
             guidance_min=low,
             guidance_max=high,
@@ -234,7 +257,7 @@ def _own(facts: Facts) -> dict[str, str]:
             data_fingerprint=facts.data_fingerprint,
             kit_version=facts.kit_version,
             parents=json.dumps(facts.parents) if facts.parents else None,
-            sampling_steps="1-8" if fast else None,
+            sampling_steps=(_range(info, "{}-{}") or info.usual_steps) if info and fast else None,
             sampling_guidance_scale="1" if fast else None,
         )
         | _measured(facts.recommended)

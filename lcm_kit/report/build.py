@@ -10,6 +10,7 @@ from typing import Any
 from lcm_kit import __version__, adapter, assets, own_files, result_shapes
 from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
+from lcm_kit.export.facts import facts_of_run
 from lcm_kit.files import atomic_write
 from lcm_kit.locks import sweep
 from lcm_kit.report import brand, plots, style
@@ -228,12 +229,15 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not config:
         return {}
     lora, guidance, grid = config["adapter"], config["guidance"], config["grid"]
-    steps = adapter.read_facts(run / "adapter")["steps"] if (run / "adapter").is_dir() else config["steps"]
+    trained = adapter.read_facts(run / "adapter") if (run / "adapter").is_dir() else None
+    method = facts_of_run(trained, run.name).distilled if trained else None
+    steps = trained["steps"] if trained else config["steps"]
     images = config["batch_size"] * config["accumulation"]
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
     looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))
     return {
         "base": config["base"]["path"],
+        **({"method": method.title} if method else {}),
         **({"the teacher's look": looks} if looks else {}),
         **_seen(config["data"]),
         "training": f"{steps} steps of {images} images a process",

@@ -6,10 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lcm_kit.report.shared import SAMPLERS
+
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), with a marker and a dash of its own for each
-# line.
+# line; the student's is the same with whatever sampler it is drawn.
+_STUDENT = ("#D55E00", "o", "-")
 _STYLES = {
-    ("student", "lcm", False): ("student (LCM)", "#D55E00", "o", "-"),
     ("base", "ddim", True): ("DDIM, guidance", "#0072B2", "s", "--"),
     ("base", "dpmpp_2m", True): ("DPM++ 2M, guidance", "#009E73", "^", "--"),
     ("base", "ddim", False): ("DDIM, none", "#56B4E9", "s", ":"),
@@ -45,7 +47,12 @@ def by_calls(rows: Sequence[Mapping[str, Any]], key: str, label: str, floor: flo
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     drawn, axes = figure()
-    for (name, solver, guided), (title, colour, marker, dash) in _STYLES.items():
+    students = dict.fromkeys(row["solver"] for row in rows if row["name"] == "student")
+    styles = {
+        ("student", solver, False): (f"student ({SAMPLERS.get(solver, solver)})", *_STUDENT)
+        for solver in students
+    }
+    for (name, solver, guided), (title, colour, marker, dash) in {**styles, **_STYLES}.items():
         line = [
             r for r in rows if (r["name"], r["solver"], r["guidance_scale"] > 1) == (name, solver, guided)
         ]
