@@ -54,7 +54,7 @@ def main(config: Brand) -> Path:
     }
 
     # -- Draw ------------------------------------------------------------------------------------------------
-    cells = brand.plan(config)
+    cells = brand.plan(config, found[0].method)
     pipes = Pipes(
         base, adapters,
         warm=lambda pipe: sample.sample(pipe, wanted[:1], sampler="ddim", steps=1, size=size),

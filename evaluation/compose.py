@@ -46,7 +46,7 @@ def main(config: Compose) -> Path:
     brand = brand_features(config, look, size)
 
     # -- Draw ------------------------------------------------------------------------------------------------
-    cells = plan(config)
+    cells = plan(config, speed.method)
     made_by = inputs(config, base, samples, look, device)
     pipes = PairPipes(
         base, style.file, speed.file,

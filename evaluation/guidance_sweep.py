@@ -53,7 +53,7 @@ def main(config: GuidanceSweep) -> Path:
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
     look = Looker.of(config, prompts, size, device)
-    cells = plan(config, [subject.name for subject in found])
+    cells = plan(config, {subject.name: subject.method for subject in found})
     real = reference_features(config, look, prompts, size)
     brand = brand_features(config, look, size)
 

@@ -32,6 +32,7 @@ from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainin
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_folder, sha256_bytes, sha256_file
 from lcm_kit.locks import alone
+from lcm_kit.methods import DEFAULT, MethodInfo
 from lcm_kit.metrics.distance import distance_to_teacher
 from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
 from lcm_kit.metrics.saturation import saturation
@@ -61,16 +62,19 @@ class Row(NamedTuple):
         return f"{self.name}-{self.solver}-{self.steps}-g{self.guidance_scale:g}"
 
 
-def plan(config: Quality) -> list[Row]:
-    """The teacher first, then plain solvers by budget (guidance needs an even one), then any student."""
+def plan(config: Quality, method: MethodInfo = DEFAULT) -> list[Row]:
+    """The teacher first, then plain solvers by budget (guidance needs an even one), then any student.
+
+    `method`: what made the student, which says how it draws.
+    """
     rows = [Row("teacher", "ddim", config.teacher_steps, config.guidance_scale)]
     for calls in config.unet_calls:
         for solver in config.solvers:
             if calls % 2 == 0 and config.guidance_scale > 1:
                 rows.append(Row("base", solver, calls // 2, config.guidance_scale))
             rows.append(Row("base", solver, calls, 1.0))
-    steps = () if config.base else config.student_steps
-    return rows + [Row("student", "lcm", n, 1.0) for n in steps]
+    steps = method.judged_steps if config.student_steps is None else config.student_steps
+    return rows + [Row("student", method.sampler, n, 1.0) for n in (() if config.base else steps)]
 
 
 def draw(
@@ -109,18 +113,19 @@ def main(config: Quality) -> Path:
     run, share = Path(config.run), processes.share()
     if config.base is not None:
         base = families.inspect_base(config.base)
-        size, adapter = base.sample_size * base.factor, None
+        size, adapter, method = base.sample_size * base.factor, None, DEFAULT
     elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
         size = int(config_of(run)["data"]["resolution"])
-        base = families.inspect_base(**base_of(read_facts(run / "adapter")))
+        facts = read_facts(run / "adapter")
+        base, method = families.inspect_base(**base_of(facts)), facts.student
         adapter = lora_file.adapter_file(run)
     adapter_hash = sha256_file(adapter) if adapter else None
 
     # -- Prompts, rows and the judge -------------------------------------------------------------------------
     prompts = list(islice(cycle(assets.prompts(config.prompts)), config.count))
-    rows = plan(config)
+    rows = plan(config, method)
     judge = judge_for(prompts, size, config.reference_count)
     versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
 

@@ -47,13 +47,13 @@ from lcm_kit.guidance import guide, sample_guidance
 from lcm_kit.locks import alone
 from lcm_kit.losses import huber
 from lcm_kit.memory import compiled, make_optimizer, place
-from lcm_kit.methods import METHODS, Times
+from lcm_kit.methods import LCM, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.roles import Given, Objective, Roles
 from lcm_kit.schedule import SD_BETAS, Schedule, add_noise
 from lcm_kit.solvers import SOLVERS
 
-METHOD, SOLVER, GRID, GUIDANCE, HUBER_C = METHODS["lcm"](), SOLVERS["ddim"], 50, Guidance(), 0.001
+METHOD, SOLVER, GRID, GUIDANCE, HUBER_C = LCM(), SOLVERS["ddim"], 50, Guidance(), 0.001
 KIND = "v_prediction"  # any would do: its arithmetic is nothing beside a UNet's
 
 

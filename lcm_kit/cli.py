@@ -99,7 +99,7 @@ def show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Print a config with every key resolved."""
     from lcm_kit.config.load import dump
 
-    say(dump(_load(config, overrides), plain_ascii=not _unicode()).rstrip("\n"))
+    say(dump(_load(config, overrides, imports=False), plain_ascii=not _unicode()).rstrip("\n"))
 
 
 @app.command(rich_help_panel="Recipes and configs")
@@ -203,11 +203,12 @@ def _is_folder(text: str) -> bool:
     return False
 
 
-def _load(config: str, overrides: list[str] | None) -> Config:
+def _load(config: str, overrides: list[str] | None, *, imports: bool = True) -> Config:
+    """What the user wants done. Only to show a config nothing of it is run (`load`)."""
     from lcm_kit import shipped
     from lcm_kit.config.load import load
 
-    return load(shipped.config_path(config), overrides or [])
+    return load(shipped.config_path(config), overrides or [], imports=imports)
 
 
 def _training(config: str, overrides: list[str] | None) -> Training:

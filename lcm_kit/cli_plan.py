@@ -84,7 +84,7 @@ def _training(config: str, overrides: list[str]) -> Training:
     from lcm_kit.config.load import load
     from lcm_kit.config.schema import Training
 
-    loaded = load(shipped.config_path(config), overrides)
+    loaded = load(shipped.config_path(config), overrides, imports=True)
     if not isinstance(loaded, Training):
         raise UserError(
             f"config {config} is for {loaded.recipe}; `lcm-kit plan` takes one for train/distill or "

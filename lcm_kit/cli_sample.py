@@ -74,7 +74,7 @@ def sample(
             callback=_known_sampler,
             metavar="|".join(samplers.names()),
             help=f"{', '.join(samplers.for_adapter())} for an adapter.",
-            show_default="recommended, else lcm",
+            show_default="recommended, else its method's",
         ),
     ] = None,
     negative: Annotated[
@@ -112,7 +112,8 @@ def sample(
 
     from lcm_kit import assets
     from lcm_kit.config.schema import Base
-    from lcm_kit.export.recommended import of_adapter, settings
+    from lcm_kit.export.recommended import method_of, of_adapter, settings
+    from lcm_kit.methods import DEFAULT
     from lcm_kit.sample import sample_to_folder
     from lcm_kit.written import from_command
 
@@ -123,12 +124,13 @@ def sample(
         )
     quiet()
     found = Base(path=base) if base else _base_of(adapter)
-    advice = None
+    advice, made_by = None, DEFAULT
     if adapter is not None:
         with working(f"checking {adapter}"):
-            advice = of_adapter(adapter, _insist_on_a_pair(adapter, found))
+            file = _insist_on_a_pair(adapter, found)
+            advice, made_by = of_adapter(adapter, file), method_of(file)
     side = width or height
-    use = settings(advice, sampler=sampler, steps=steps, guidance_scale=guidance, lora_weight=weight)
+    use = settings(advice, made_by, sampler=sampler, steps=steps, guidance_scale=guidance, lora_weight=weight)
     if advice and advice.steps:
         say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
     with working(f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps"):

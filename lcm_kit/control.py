@@ -28,7 +28,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.families.condition import Condition
 from lcm_kit.held_out import HeldOut, LossesAt, Measures
 from lcm_kit.text_lora import Captions, TextLora
-from lcm_kit.validation import STYLE_STEPS, Fixed, rms
+from lcm_kit.validation import STYLE_STEPS, Fixed, rms, student_of
 
 
 class Control(Fixed):
@@ -46,7 +46,8 @@ class Control(Fixed):
         lines = assets.prompts(wanted.control) if wanted.control else []
         prompts = tuple(islice(cycle(lines), wanted.control_count))
         folder = Path(config.output) / "validation"
-        found = cls(wanted, config.base, base_hash, config.data.resolution, folder, prompts)
+        size, method = config.data.resolution, student_of(config)
+        found = cls(wanted, config.base, base_hash, size, folder, prompts, method)
         started = prompts and any((Path(config.output) / "state").glob("step-*"))
         if started and not found.file.is_file() and any(folder.glob(f"{cls.kind}-*.safetensors")):
             raise UserError(
@@ -64,7 +65,7 @@ class Control(Fixed):
     def distance(self, adapted: AdaptedUNet) -> float:
         """`control_distance` of what is trained on `adapted`, which is left as it was."""
         pipe = self.pipe(adapted)
-        return rms(self.latents(pipe, "lcm", 1, 1.0), self.teacher(adapted, pipe))
+        return rms(self.latents(pipe, self.method.sampler, 1, 1.0), self.teacher(adapted, pipe))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from pydantic import ConfigDict, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
+from lcm_kit import methods, samplers
+from lcm_kit.methods import MethodInfo
+
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
 
@@ -239,6 +242,25 @@ class Provenance:
     def optimizer_steps(self) -> int | None:
         """That the weights had: `step`, or of old runs, which kept the last, all steps of the run."""
         return self.steps if self.step is None else self.step
+
+    @property
+    def distilled(self) -> MethodInfo | None:
+        """What is known of the method of few-step distillation; None for a LoRA that was made by none.
+
+        Of the kit's own methods the kit says it. What a file says of another is taken where it is whole and
+        its samplers are known.
+        """
+        of = self.method
+        if of.name is None:
+            return None
+        read = None if of.name in methods.METHODS else MethodInfo.read(asdict(of))
+        known = read and set(read.samplers) <= set(samplers.for_adapter())
+        return read if known else methods.info(of.name)
+
+    @property
+    def student(self) -> MethodInfo:
+        """How it is drawn in few steps: what does not say how it was made is taken for an LCM-LoRA."""
+        return self.distilled or methods.DEFAULT
 
     @property
     def teachers(self) -> tuple[Lora, ...]:

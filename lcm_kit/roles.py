@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.config.methods import imported
 from lcm_kit.config.schema import Distill
 from lcm_kit.families.condition import Condition
 from lcm_kit.guidance import guide
 from lcm_kit.losses import LOSSES
-from lcm_kit.methods import METHODS, Method, Times
+from lcm_kit.methods import Method, Times
 from lcm_kit.prediction import predictor
 from lcm_kit.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.solvers import SOLVERS, Solver
@@ -46,8 +47,8 @@ class Objective:
     @classmethod
     def of(cls, config: Distill) -> Objective:
         """What `config` asks for."""
-        method = METHODS[config.method.name](config.method.sigma_data, config.method.timestep_scaling)
         distance, c = LOSSES[config.loss.name], config.loss.c
+        method = imported(config.method)
         return cls(
             method, SOLVERS[config.solver], lambda a, b: distance(a, b, c), config.teacher.weight,
             config.loss.weighting == "interval",

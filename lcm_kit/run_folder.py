@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from lcm_kit import run_files
 from lcm_kit.adapter import FACTS, WEIGHTS, read_facts
 from lcm_kit.config import schema
-from lcm_kit.config.continued import BASE, BATCH, DATA, LORAS, TOLD, flat, is_free
+from lcm_kit.config.continued import BASE, BATCH, CODE, DATA, LORAS, TOLD, flat, is_free
 from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write, require_writable
@@ -98,6 +98,8 @@ def _essence(key: str, value: Any) -> Any:
     """What of a value must stay: of what is hashed whether it is there, of a run's folder which it is."""
     if key in DATA:
         return value is None
+    if key in CODE:
+        return str(value).rpartition(":")[2]
     if key in LORAS:
         return [entry.get("weight", 1.0) for entry in map(dict, schema.listed(value))]
     if key == "data.leave_out" and value is not None:

@@ -21,11 +21,13 @@ from torch import Tensor
 from lcm_kit import assets, own_files, sample
 from lcm_kit.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
+from lcm_kit.config.methods import info_of
 from lcm_kit.console import working
 from lcm_kit.files import sha256_bytes
+from lcm_kit.methods import DEFAULT, MethodInfo
 
 TEACHER_STEPS = 50
-STUDENT_STEPS = (1, 2, 4)
+STUDENT_COLUMNS = 3  # in the picture: one step, and the least numbers of more that the method serves
 STYLE_STEPS = 30
 CONTROL_ROWS = 2  # control prompts in the picture
 _HEADING = 14  # pixels above the columns
@@ -34,6 +36,16 @@ _HEADING = 14  # pixels above the columns
 def rms(a: Tensor, b: Tensor) -> float:
     """Root of the mean squared difference over all elements of two equal shapes."""
     return float((a.float() - b.float()).square().mean().sqrt())
+
+
+def student_of(config: schema.Training) -> MethodInfo:
+    """How what `config` distils is drawn; a style LoRA, which has no method, is drawn as its base."""
+    return info_of(config.method) if isinstance(config, schema.Distill) else DEFAULT
+
+
+def student_steps(method: MethodInfo) -> tuple[int, ...]:
+    """What the student is drawn at while it trains: one step, which the distance is of, and more."""
+    return (1, *(n for n in method.judged_steps if n > 1))[:STUDENT_COLUMNS]
 
 
 def due(config: schema.Validation, step: int, steps: int) -> bool:
@@ -51,6 +63,7 @@ class Fixed:
     resolution: int  # pixels
     folder: Path  # validation/ of the run
     prompts: tuple[str, ...]
+    method: MethodInfo = DEFAULT  # that the student is trained by
     teacher_steps: ClassVar[int] = TEACHER_STEPS
     kind: ClassVar[str] = "teacher"  # begins the name of the file that keeps the teacher's samples
 
@@ -121,8 +134,8 @@ class Validation(Fixed):
             return None
         prompts = tuple(islice(cycle(assets.prompts(config.validation.prompts)), config.validation.count))
         folder = Path(config.output) / "validation"
-        resolution = config.data.resolution
-        return cls(config.validation, config.base, base_hash, resolution, folder, prompts, control)
+        resolution, method = config.data.resolution, student_of(config)
+        return cls(config.validation, config.base, base_hash, resolution, folder, prompts, method, control)
 
     def due(self, step: int, steps: int) -> bool:
         """As the function `due`."""
@@ -148,11 +161,12 @@ class Validation(Fixed):
     def columns(
         self, adapted: AdaptedUNet, pipe: Any, of: Fixed, rows: int | None = None
     ) -> dict[str, Tensor]:
-        """Latents by heading, of the first `rows` prompts of `of`: teacher, student at 1, 2, 4 steps.
+        """Latents by heading, of the first `rows` prompts of `of`: teacher, student at `student_steps`.
 
         The distance is that between the first two.
         """
-        drawn = {f"student {n}": of.latents(pipe, "lcm", n, 1.0, rows) for n in STUDENT_STEPS}
+        sampler = self.method.sampler
+        drawn = {f"student {n}": of.latents(pipe, sampler, n, 1.0, rows) for n in student_steps(self.method)}
         return {f"teacher {TEACHER_STEPS}": of.teacher(adapted, pipe, rows), **drawn}
 
     def _pictures(self, pipe: Any, columns: Mapping[str, Tensor]) -> dict[str, list[Image.Image]]:

@@ -21,6 +21,7 @@ from lcm_kit.cli import app
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
 from lcm_kit.export import recommended
+from lcm_kit.methods import DEFAULT
 from lcm_kit.provenance import Recommended
 
 
@@ -207,6 +208,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(command_line, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
     advice: list[Recommended | None] = [None]
     monkeypatch.setattr(recommended, "of_adapter", lambda adapter, file: advice[0])
+    monkeypatch.setattr(recommended, "method_of", lambda file: DEFAULT)
     monkeypatch.setattr(
         lcm_kit.sample, "sample_to_folder", lambda *a, **k: calls.append((a, k)) or Path("sheet.png")
     )

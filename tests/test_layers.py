@@ -1,4 +1,7 @@
-"""Who may import whom: ground < pure < models < disk < runtime < recipes < top, read from the sources."""
+"""Who may import whom, read from the sources.
+
+ground < pure < config < models < disk < runtime < recipes < top.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ("ground", "pure", "models", "disk", "runtime", "recipes", "top")
+LEVELS = ("ground", "pure", "config", "models", "disk", "runtime", "recipes", "top")
 LAYERS = {
     "ground": {
         "__init__",
@@ -20,14 +23,11 @@ LAYERS = {
         "overtraining",
         "assets",
         "base_families",
-        "config",
         "share",
         "lora_file",
         "own_files",
         "samplers",
         "own_shapes",
-        "provenance",
-        "provenance_rules",
         "result_shapes",
         "verified",
         "console",
@@ -35,6 +35,7 @@ LAYERS = {
         "written",
     },  # plain data and paths: for everybody but the pure
     "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "sharding", "step"},
+    "config": {"config", "provenance", "provenance_rules"},  # a config holds the method that it names
     "models": {
         "families",
         "adapted_unet",
@@ -144,11 +145,14 @@ def test_imports_point_downwards(path: Path) -> None:
     "path", [path for path in sources() if level(path) == LEVEL_OF["step"]], ids=lambda path: path.stem
 )
 def test_pure_files_know_torch_the_standard_library_and_each_other(path: Path) -> None:
-    """And `errors`, one small class, so that a bad base is told to the user as any other mistake is."""
+    """And `errors`, one small class, so that a bad base is told to the user as any other mistake is.
+
+    And `annotated_types`, which is no code either: names for the bounds of a field, which pydantic reads.
+    """
     for module in imports(path):
         part = own(module)
         if part is None:
-            assert module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module
+            assert module.split(".")[0] in {"torch", "annotated_types", *sys.stdlib_module_names}, module
         else:
             assert part in LAYERS["pure"] | {"errors"}, module
 

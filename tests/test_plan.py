@@ -23,7 +23,7 @@ from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, Tr
 from lcm_kit.errors import UserError
 from lcm_kit.export import write
 from lcm_kit.export.structure import of_base
-from lcm_kit.methods import METHODS
+from lcm_kit.methods import LCM
 from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.rehearsal import Stage, rehearse_vae
@@ -513,7 +513,7 @@ def test_passes_of_a_step_are_those_of_the_loss(weight: float, tiny: Planner) ->
     wanted = config(
         "quickstart", f"teacher.weight={weight}", *(["guidance.min=3", "guidance.max=8"] * (weight == 0))
     )
-    method = METHODS["lcm"](0.5, 10.0)
+    method = LCM(sigma_data=0.5, timestep_scaling=10.0)
     schedule = Schedule.from_config(
         {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     )

@@ -39,8 +39,9 @@ class Brand:
     batch_size: BatchSize = 32
     teacher_steps: Positive = 50  # of the base and of the styled teacher: DDIM
     teacher_guidance: Scale = 5.0
-    sampler: AdapterSampler = "lcm"
-    steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    # null: the sampler, or the steps, of the method which made the adapter
+    sampler: AdapterSampler | None = None
+    steps: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     guidance_scale: Scale = 1.0  # of the adapter
     lora_weight: Weight = 1.0
     features: Place = "asset:probe"  # as in a guidance sweep

@@ -19,6 +19,7 @@ DATA = (
     "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
 )  # fmt: skip
 BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
+CODE = ("method.path",)  # of a method of the user's own: method.sha256 stays, and which class of the file
 LORAS = ("teacher.adapters", "adapter.start")  # states have hashes of their files, not of their weights
 BATCH = ("batch_size", "accumulation")  # a step sees their product, and its randomness knows no other
 # May change too, and that it does is told: what helps a run that diverged
@@ -50,5 +51,5 @@ def is_free(key: str) -> bool:
 
 def fixed(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Of `bound` what no continuation writes in another way: no places, no sizes, nothing that is told."""
-    others = (*DATA, *BASE, *LORAS, *BATCH, *TOLD, "data.leave_out")
+    others = (*DATA, *BASE, *CODE, *LORAS, *BATCH, *TOLD, "data.leave_out")
     return {key: value for key, value in keys.items() if not is_free(key) and key not in others}

@@ -29,6 +29,8 @@ from lcm_kit.config.data import (
     Weight,
     Whole,
 )
+from lcm_kit.config.methods import AnyMethod
+from lcm_kit.methods import LCM
 
 __all__ = [
     "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Place", "Positive", "Rate",
@@ -100,15 +102,6 @@ class Memory:
     compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
     channels_last: bool = False  # memory format of convolutions: faster on a GPU, slower on a CPU
     tf32: bool = True  # TensorFloat-32 for float32 matrices on a GPU that has it
-
-
-@dataclass(frozen=True, config=STRICT)
-class LCM:
-    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378 and 2311.05556)."""
-
-    name: Literal["lcm"] = "lcm"
-    sigma_data: Rate = 0.5
-    timestep_scaling: Rate = 10.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -246,7 +239,7 @@ class Distill(Training):
     # decay of an EMA of the LoRA weights that gives the target; 0: the student itself, no gradient
     ema: Fraction = 0.0
     teacher: Teacher = field(default_factory=Teacher)
-    method: LCM = field(default_factory=LCM)
+    method: AnyMethod = field(default_factory=LCM)
     solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
     grid: Grid = field(default_factory=Grid)
     guidance: Guidance = field(default_factory=Guidance)

@@ -39,8 +39,9 @@ class SweptTeacher:
 class SweptStudent:
     """A grid of settings for each adapter: every combination is a cell."""
 
-    samplers: Annotated[tuple[AdapterSampler, ...], Field(min_length=1)] = ("lcm",)
-    steps: Some = (1, 2, 4, 8)
+    # null: the sampler, or the steps, of the adapter's own method
+    samplers: Annotated[tuple[AdapterSampler, ...], Field(min_length=1)] | None = None
+    steps: Some | None = None
     guidance_scales: Scales = (1.0, 1.25, 1.5, 2.0, 3.0)
     lora_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (1.0,)
 
@@ -131,7 +132,7 @@ class Compose:
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
     teacher_guidance: Scale = 5.0
     teacher_weight: Weight = 1.0  # of the style in the teacher
-    sampler: AdapterSampler = "lcm"
+    sampler: AdapterSampler | None = None  # null: that of the method which made `speed`
     steps: Positive = 4
     guidance_scale: Scale = 1.0
     style_weights: Weights = (0.8, 1.0, 1.1, 1.2, 1.4)

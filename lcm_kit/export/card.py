@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lcm_kit import own_files
+from lcm_kit import own_files, samplers
 from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.export.facts import sampler_name
 from lcm_kit.export.lora import Lora, layer_group
 from lcm_kit.export.structure import Structure
 from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
+from lcm_kit.methods import MethodInfo
 from lcm_kit.report import brand as look
 from lcm_kit.report.build import describe, headline
 from lcm_kit.report.shared import AGAIN, number, percent
@@ -43,7 +44,6 @@ _ASKED = "a lighthouse by the sea at sunset"
 _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
 _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
-_METHODS = {"lcm": "latent consistency distillation (LCM)"}
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
 _LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
@@ -95,9 +95,14 @@ def write(
         kohya_file=names.get("kohya"),
         tag=_prompt_tag(names.get("kohya", f"{title}.safetensors")),
         facts=facts,
-        sampler=sampler_name(facts.recommended) if facts.recommended else "",
         fast=facts.method.name is not None,
-        method=_METHODS.get(facts.method.name or "", facts.method.name),
+        method=facts.distilled.title if facts.distilled else None,
+        sampler=facts.student.sampler,
+        sampler_name=samplers.sampler_of(facts.student.sampler).name_in_apps,
+        recommended_sampler=sampler_name(facts.recommended) if facts.recommended else "",
+        scheduler=_scheduler(facts.student.sampler),
+        steps=facts.student.usual_steps,
+        tried=_tried(facts.student),
         guidance=_baked(facts.guidance),
         base=_base(facts.base.path, structure),
         structure=structure,
@@ -184,8 +189,21 @@ def _base(path: str | None, structure: Structure) -> dict[str, Any]:
 
 
 def _tags(structure: Structure, facts: Provenance) -> list[str]:
-    fast = ["lcm", "lcm-lora"] if facts.method.name is not None else []
+    fast = facts.distilled.tags if facts.distilled else ()
     return ["text-to-image", structure.family.hub_tag, "lora", *fast, "diffusers"]
+
+
+def _scheduler(sampler: str) -> tuple[str, str]:
+    """diffusers' class for a sampler, and what it is told besides the base's own settings."""
+    entry = samplers.sampler_of(sampler)
+    spacing = entry.settings.get("timestep_spacing")
+    return entry.scheduler, f", timestep_spacing={json.dumps(spacing)}" if spacing else ""
+
+
+def _tried(method: MethodInfo) -> str | None:
+    """Which numbers of steps are worth a trial: `2 to 8`; None where there is one alone."""
+    several = [n for n in method.judged_steps if n > 1]
+    return _range(several) if len(several) > 1 else None
 
 
 def _range(values: Iterable[float]) -> str:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_kit import samplers
 from lcm_kit.export.facts import PREFIX, REST, said, sampler_name
 from lcm_kit.export.lora import Lora
 from lcm_kit.export.structure import Structure
+from lcm_kit.methods import METHODS, MethodInfo
 from lcm_kit.provenance import Guidance, Provenance, Recommended
 
 VERSION = "1"  # of the keys under PREFIX
@@ -159,9 +161,9 @@ def _architecture(structure: Structure) -> str | None:
 def _description(structure: Structure, facts: Provenance) -> str:
     label = structure.generation.title
     base = _public(facts.base.path) or label
-    if method := facts.method.name:
+    if info := facts.distilled:
         steps = "" if facts.optimizer_steps is None else f" in {facts.optimizer_steps} optimizer steps"
-        text = f"A LoRA for few-step sampling with {base}, distilled by {method.upper()}{steps}."
+        text = f"A LoRA for few-step sampling with {base}, distilled by {_method(info)}{steps}."
     else:
         text = f"A LoRA for {base}."
     if not structure.published:
@@ -172,6 +174,11 @@ def _description(structure: Structure, facts: Provenance) -> str:
     return text
 
 
+def _method(info: MethodInfo) -> str:
+    """Within a sentence: a name of the kit's, or of another method its title."""
+    return info.name.upper() if info.name in METHODS or info.title == info.name else info.title
+
+
 def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
     if facts.recommended is not None and facts.recommended.steps is not None:
         use = facts.recommended
@@ -180,24 +187,38 @@ def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
             f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
             + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
         )
-    if facts.method.name is None:
+    info = facts.distilled
+    if info is None:
         return (
             "Sampler, steps and guidance_scale / CFG as usual for its base, unless its maker says otherwise. "
             "LoRA strength 1.0, less for a weaker effect."
         )
-    if facts.method.name != "lcm":
+    if not info.samplers:
         return None
     hint = (
-        "Sampler LCM (TCD also works), scheduler / schedule type Simple, 4 steps (1 to 8), guidance_scale / "
+        f"Sampler {_samplers(info)}, {info.usual_steps} steps{_range(info, ' ({} to {})')}, guidance_scale / "
         f"CFG 1.0{_baked(facts.guidance)}. LoRA strength 1.0."
     )
-    if structure.prediction_type == "v_prediction":
+    if structure.prediction_type == "v_prediction" and info.sampler == "lcm":
         zsnr = "on" if structure.zero_terminal_snr else "off"
         hint += (
             " The base predicts v: in ComfyUI add ModelSamplingDiscrete with sampling v_prediction and zsnr "
             f"{zsnr}; A1111's LCM sampler is for epsilon bases only, Forge's is not."
         )
     return hint
+
+
+def _samplers(info: MethodInfo) -> str:
+    """`LCM (TCD also works), scheduler / schedule type Simple`."""
+    first, *others = (samplers.sampler_of(name).name_in_apps for name in info.samplers)
+    also = f" ({' and '.join(others)} also {'works' if len(others) == 1 else 'work'})" if others else ""
+    return f"{first}{also}{', scheduler / schedule type Simple' if info.sampler == 'lcm' else ''}"
+
+
+def _range(info: MethodInfo, form: str) -> str:
+    """The least and the most steps that a method serves, in `form`; nothing where they are one number."""
+    low, high = min(info.judged_steps), max(info.judged_steps)
+    return form.format(low, high) if low != high else ""
 
 
 def _baked(guidance: Guidance | None) -> str:
@@ -214,7 +235,8 @@ def _baked(guidance: Guidance | None) -> str:
 
 
 def _own(facts: Provenance) -> dict[str, str]:
-    baked, fast = facts.guidance, facts.method.name == "lcm"
+    baked, info = facts.guidance, facts.distilled
+    fast = info is not None and bool(info.samplers)
     return (
         {"metadata": VERSION}
         | _known(
@@ -228,16 +250,17 @@ def _own(facts: Provenance) -> dict[str, str]:
             data_fingerprint=facts.data.fingerprint,
             kit_version=facts.kit_version,
             parents=json.dumps(facts.parents) if facts.parents else None,
-            sampling_steps="1-8" if fast else None,
+            sampling_steps=(_range(info, "{}-{}") or info.usual_steps) if info and fast else None,
             sampling_guidance_scale="1" if fast else None,
         )
         | _measured(facts.recommended)
     )
 
 
-# Sections, or their fields, that have keys of their own; the others are in `REST`
+# Sections, or their fields, that have keys of their own; the others are in `REST`, but for the path of a
+# method's Python file, which tells about its owner's machine
 _KEYED: dict[str, tuple[str, ...]] = {
-    "base": ("path", "hash"), "method": ("name",), "data": ("fingerprint", "resolution", "trigger"),
+    "base": ("path", "hash"), "method": ("name", "path"), "data": ("fingerprint", "resolution", "trigger"),
 }  # fmt: skip
 _KEYED_WHOLE = ("kit_version", "date", "step", "guidance", "recommended", "parents")
 

@@ -11,6 +11,7 @@ from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
 from lcm_kit.export.facts import facts_from
 from lcm_kit.files import sha256_bytes
+from lcm_kit.methods import DEFAULT, MethodInfo
 from lcm_kit.provenance import Recommended
 from lcm_kit.results import of_sweep
 
@@ -51,6 +52,11 @@ def insist(run: Path, file: Path) -> Recommended:
     return found
 
 
+def method_of(file: Path) -> MethodInfo:
+    """How a LoRA file is drawn in few steps, as its header says of the method that made it."""
+    return facts_from(untrusted.inspect(file).metadata, file.stem).student
+
+
 def of_adapter(adapter: Path, file: Path) -> Recommended | None:
     """What was measured to serve best for a run's folder or a LoRA file; None if nothing was.
 
@@ -63,8 +69,8 @@ def of_adapter(adapter: Path, file: Path) -> Recommended | None:
 class Settings(NamedTuple):
     """How a picture is drawn: by default what serves an LCM-LoRA."""
 
-    sampler: str = "lcm"
-    steps: int = 4
+    sampler: str = DEFAULT.sampler
+    steps: int = DEFAULT.usual_steps
     guidance_scale: float = 1.0
     lora_weight: float = 1.0
 
@@ -74,9 +80,9 @@ class Settings(NamedTuple):
         return f"{how}, LoRA weight {self.lora_weight:g}"
 
 
-def settings(use: Recommended | None, **asked: Any) -> Settings:
-    """What was asked for, by name; where that is None what `use` recommends, and else the defaults."""
-    known: dict[str, Any] = {}
+def settings(use: Recommended | None, method: MethodInfo = DEFAULT, **asked: Any) -> Settings:
+    """What was asked for, by name; where that is None what `use` recommends, else what serves `method`."""
+    known: dict[str, Any] = {"sampler": method.sampler, "steps": method.usual_steps}
     if use and use.steps:
         known = {"sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale}
         known["lora_weight"] = use.lora_weight

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from lcm_kit.methods.base import Method, Times
+from lcm_kit.methods.base import Method, MethodInfo, Times, usual
 from lcm_kit.methods.lcm import LCM
 
-METHODS: dict[str, type[LCM]] = {"lcm": LCM}
+METHODS: dict[str, type[Method]] = {LCM.name: LCM}
+DEFAULT = MethodInfo.of(LCM, LCM.name)  # of a config, and of a LoRA that does not say how it was made
 
-__all__ = ["LCM", "METHODS", "Method", "Times"]
+
+def info(name: str | None) -> MethodInfo:
+    """Of the method of the kit's that has this name; of another its name is all that is known."""
+    if name is None:
+        return DEFAULT
+    return MethodInfo.of(METHODS[name], name) if name in METHODS else MethodInfo(name, name)
+
+
+__all__ = ["DEFAULT", "LCM", "METHODS", "Method", "MethodInfo", "Times", "info", "usual"]

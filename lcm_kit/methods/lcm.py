@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from annotated_types import Gt, Le
 
 from lcm_kit.methods.base import Times
-from lcm_kit.schedule import Schedule, grid
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lcm_kit.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class LCM:
     """The constants are those of diffusers' LCMScheduler; with others its samples would be off."""
 
-    sigma_data: float = 0.5
-    timestep_scaling: float = 10.0
+    title: ClassVar[str] = "latent consistency distillation (LCM)"
+    samplers: ClassVar[tuple[str, ...]] = ("lcm", "tcd")
+    steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
+    tags: ClassVar[tuple[str, ...]] = ("lcm", "lcm-lora")
+
+    name: Literal["lcm"] = "lcm"
+    sigma_data: Annotated[float, Gt(0), Le(1e9)] = 0.5
+    timestep_scaling: Annotated[float, Gt(0), Le(1e9)] = 10.0
 
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
         """Draw t uniformly from the solver grid; s is the grid point before (0 for the first), end is 0."""
+        import torch
+
+        from lcm_kit.schedule import grid
+
         points = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, n_grid)])
         index = torch.randint(n_grid, (batch,), generator=generator)
         return Times(t=points[index + 1], s=points[index], end=torch.zeros_like(index))

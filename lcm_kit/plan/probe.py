@@ -122,7 +122,7 @@ def measure(config: Training, structure: str | None) -> Probe:
 
 
 if __name__ == "__main__":
-    wanted = load(Path(sys.argv[1]))
+    wanted = load(Path(sys.argv[1]), imports=True)
     assert isinstance(wanted, Training)
     try:
         result = measure(wanted, sys.argv[2] if len(sys.argv) > 2 else None)

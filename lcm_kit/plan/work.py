@@ -55,7 +55,8 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
     times = sum(validation.due(wanted, step, config.steps) for step in range(1, config.steps + 1))
     guidance = guided(wanted.guidance_scale)
     teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guidance
-    student = validation.STYLE_STEPS * guidance if style else sum(validation.STUDENT_STEPS)
+    drawn = validation.student_steps(validation.student_of(config))
+    student = validation.STYLE_STEPS * guidance if style else sum(drawn)
     control, found = wanted.control_count if wanted.control else 0, []
     if wanted.prompts is not None:
         shown = wanted.count + min(control, validation.CONTROL_ROWS)

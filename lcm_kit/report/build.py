@@ -229,12 +229,15 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not config:
         return {}
     lora, guidance, grid = config["adapter"], config["guidance"], config["grid"]
-    steps = adapter.read_facts(run / "adapter").steps if (run / "adapter").is_dir() else config["steps"]
+    trained = adapter.read_facts(run / "adapter") if (run / "adapter").is_dir() else None
+    method = trained.distilled if trained else None
+    steps = trained.steps if trained else config["steps"]
     images = config["batch_size"] * config["accumulation"]
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
     looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))
     return {
         "base": config["base"]["path"],
+        **({"method": method.title} if method else {}),
         **({"the teacher's look": looks} if looks else {}),
         **_seen(config["data"]),
         "training": f"{steps} steps of {images} images a process",

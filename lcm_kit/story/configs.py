@@ -218,6 +218,5 @@ def _seen(data: Data) -> dict[str, Any]:
 
 def _load(name: str, told: Mapping[str, Any], overrides: Sequence[str]) -> Config:
     """A shipped config with the story's values, and over these the user's."""
-    return load(
-        shipped.find(f"configs/{name}"), [*(f"{k}={json.dumps(v)}" for k, v in told.items()), *overrides]
-    )
+    given = [*(f"{k}={json.dumps(v)}" for k, v in told.items()), *overrides]
+    return load(shipped.find(f"configs/{name}"), given, imports=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import console, results
+from lcm_kit.config.methods import info_of
 from lcm_kit.config.schema import Training
 from lcm_kit.data import prior
+from lcm_kit.samplers import sampler_of
 from lcm_kit.story.configs import Story
 
 
@@ -87,7 +89,7 @@ def summary(story: Story) -> None:
         console.say(f"- {sentence}")
     lines = [
         "",
-        "Your look in few steps (LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work):",
+        f"Your look in few steps ({_few_steps(story)}):",
         f"  ComfyUI, A1111, Forge, InvokeAI, SD.Next   {run / 'export' / f'{name}.safetensors'}",
         f"  diffusers                                  {run / 'export' / 'pytorch_lora_weights.safetensors'}",
         "Your look alone, with the base's usual sampler, steps and CFG:",
@@ -97,6 +99,15 @@ def summary(story: Story) -> None:
     ]
     for line in lines:
         console.say(line)
+
+
+def _few_steps(story: Story) -> str:
+    """`LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work`."""
+    method = info_of(story.distill.method)
+    more = [n for n in method.judged_steps if n > 1]
+    works = f"; {min(more)} to {max(more)} steps work" if len(more) > 1 else ""
+    name = sampler_of(method.sampler).name_in_apps
+    return f"{name} sampler, {method.usual_steps} steps, CFG 1, weight 1{works}"
 
 
 def other_way(story: Story, speed: str | None) -> None:

@@ -16,6 +16,7 @@ from lcm_kit.config.schema import Data
 from lcm_kit.data import records, split
 from lcm_kit.errors import UserError
 from lcm_kit.files import sha256_bytes
+from lcm_kit.methods import MethodInfo
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.measure import Figures, as_json, compare
 
@@ -32,14 +33,18 @@ FIGURES = {
 }
 
 
-def plan(config: Brand) -> list[Cell]:
-    """The base, the styled teacher if there is one, then the adapter by steps."""
+def plan(config: Brand, method: MethodInfo) -> list[Cell]:
+    """The base, the styled teacher if there is one, then the adapter by steps.
+
+    `method`: what made the adapter, which says how it is drawn where the config does not.
+    """
     cells = [Cell("teacher", None, "ddim", config.teacher_steps, config.teacher_guidance)]
     if config.style is not None:
         cells.append(Cell("teacher", STYLE, "ddim", config.teacher_steps, config.teacher_guidance))
+    sampler = config.sampler or method.sampler
     return cells + [
-        Cell("student", ADAPTER, config.sampler, n, config.guidance_scale, config.lora_weight)
-        for n in dict.fromkeys(config.steps)
+        Cell("student", ADAPTER, sampler, n, config.guidance_scale, config.lora_weight)
+        for n in dict.fromkeys(config.steps or method.judged_steps)
     ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
 from lcm_kit import sample, samplers
 from lcm_kit.config.sweep import GuidanceSweep, SweptPlain, SweptStudent, SweptTeacher
+from lcm_kit.methods import MethodInfo, usual
 
 Kind = Literal["teacher", "student", "plain"]
 
@@ -46,14 +47,17 @@ class Cell:
         return {"id": self.id, **asdict(self), "unet_calls": self.unet_calls}
 
 
-def plan(config: GuidanceSweep, adapters: Sequence[str]) -> list[Cell]:
+def plan(config: GuidanceSweep, adapters: Mapping[str, MethodInfo]) -> list[Cell]:
     """All cells: the teacher's by guidance, plain samplers, then each adapter's grids; none twice.
+
+    `adapters`: by name what made each, which says how it is drawn where a grid does not.
 
     The base alone is drawn with the adapters' own sampler too, once: what an adapter changes is seen by that.
     """
-    cells = [*teachers(config.teacher), *_plain(config.plain), _untrained(config.student[0])]
-    for name in adapters:
-        cells += [cell for grid in config.student for cell in _students(grid, name)]
+    cells = [*teachers(config.teacher), *_plain(config.plain)]
+    cells += [_untrained(config.student[0], method) for method in adapters.values()]
+    for name, method in adapters.items():
+        cells += [cell for grid in config.student for cell in _students(grid, name, method)]
     return list(dict.fromkeys(cells))
 
 
@@ -75,12 +79,13 @@ def _plain(config: SweptPlain) -> Iterator[Cell]:
             yield Cell("plain", None, sampler, steps, scale)
 
 
-def _untrained(grid: SweptStudent) -> Cell:
-    steps = min(grid.steps, key=lambda n: abs(n - 4))
-    return Cell("plain", None, grid.samplers[0], steps, min(grid.guidance_scales))
+def _untrained(grid: SweptStudent, method: MethodInfo) -> Cell:
+    sampler, steps = (grid.samplers or (method.sampler,))[0], usual(grid.steps or method.judged_steps)
+    return Cell("plain", None, sampler, steps, min(grid.guidance_scales))
 
 
-def _students(grid: SweptStudent, name: str) -> Iterator[Cell]:
-    order = product(grid.samplers, grid.lora_weights, grid.steps, grid.guidance_scales)
+def _students(grid: SweptStudent, name: str, method: MethodInfo) -> Iterator[Cell]:
+    samplers, numbers = grid.samplers or (method.sampler,), grid.steps or method.judged_steps
+    order = product(samplers, grid.lora_weights, numbers, grid.guidance_scales)
     for sampler, weight, steps, scale in order:
         yield Cell("student", name, sampler, steps, scale, weight)

@@ -13,6 +13,7 @@ from lcm_kit import sample
 from lcm_kit.config.sweep import Compose
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import atomic_write
+from lcm_kit.methods import MethodInfo
 from lcm_kit.sweep.cells import Cell
 from lcm_kit.sweep.measure import METRICS, Figures, compare
 
@@ -31,16 +32,15 @@ class Pair(Cell):
         return f"{who}-{self.sampler}-{self.steps}-g{self.guidance_scale:g}{weights}"
 
 
-def plan(config: Compose) -> list[Pair]:
+def plan(config: Compose, method: MethodInfo) -> list[Pair]:
     """The styled teacher first, then every pair of weights."""
     teacher = Pair(
         "teacher", None, "ddim", config.teacher_steps, config.teacher_guidance,
         style_weight=config.teacher_weight,
     )  # fmt: skip
+    sampler = config.sampler or method.sampler
     pairs = [
-        Pair(
-            "student", "pair", config.sampler, config.steps, config.guidance_scale, speed, style_weight=style
-        )
+        Pair("student", "pair", sampler, config.steps, config.guidance_scale, speed, style_weight=style)
         for style, speed in product(config.style_weights, config.speed_weights)
     ]
     return [teacher, *dict.fromkeys(pairs)]

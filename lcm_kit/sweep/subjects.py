@@ -15,8 +15,9 @@ from lcm_kit.console import working
 from lcm_kit.errors import UserError
 from lcm_kit.export import untrusted, verify
 from lcm_kit.export.facts import facts_from
-from lcm_kit.export.recommended import weights_hash
+from lcm_kit.export.recommended import method_of, weights_hash
 from lcm_kit.files import sha256_file
+from lcm_kit.methods import DEFAULT, MethodInfo
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Subject:
     weights: str  # hash of what it does: tensors and strength
     layers: int  # modules that the file holds
     fault: str | None  # what diffusers would not load of it, or would load wrongly, in words
+    method: MethodInfo = DEFAULT  # that made it
 
     def facts(self) -> dict[str, Any]:
         """What results.json says of it."""
@@ -74,8 +76,8 @@ def _subject(name: str, file: Path, against: verify.Against) -> Subject:
         report = verify.verify(file, against, apps=("diffusers",), tolerance=verify.TOLERANCE["bfloat16"])
     (row,) = report.rows
     problems = [*report.file.problems, *([] if row.ok else [f"diffusers {row.verdict}"])]
-    count = len(report.file.lora.updates)
-    return Subject(name, file, sha256_file(file), weights_hash(file), count, "; ".join(problems) or None)
+    count, fault = len(report.file.lora.updates), "; ".join(problems) or None
+    return Subject(name, file, sha256_file(file), weights_hash(file), count, fault, method_of(file))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -81,5 +81,5 @@ def draw_little(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(held_out, "TIMES", 1)
     for kind in (validation.Fixed, validation.StyleValidation):
         patch.setattr(kind, "teacher_steps", 1)
-    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_STEPS", (1,))):
+    for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_COLUMNS", 1)):
         patch.setattr(validation, name, value)
