@@ -173,7 +173,7 @@ def test_it_is_read_without_its_file(here: Path) -> None:
         "phases": 4,
     }
     says = {"title": TITLE, "samplers": ["ddim"], "steps": [2, 4, 8]}
-    assert facts["method"] == keys | says and len(sha256) == 64
+    assert facts["method"] == keys | says and len(keys["sha256"]) == 64
     assert read_facts(Path("runs/phased/adapter")).student.title == TITLE
     assert config_of(Path("runs/phased"))["method"] == keys
     method = load(Path("runs/phased/config.yaml")).method  # type: ignore[union-attr]
