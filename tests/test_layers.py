@@ -43,6 +43,7 @@ LAYERS = {
         "shipped",
         "styles",
         "tiny",
+        "verdicts",
     },
     "runtime": {
         "checkpoints",

@@ -6,14 +6,17 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lcm_kit.result_shapes import Cell
+from lcm_kit.results import cells_of, value
+
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), with a marker and a dash of its own for each
 # line.
 _STYLES = {
     ("student", "lcm", False): ("student (LCM)", "#D55E00", "o", "-"),
-    ("base", "ddim", True): ("DDIM, guidance", "#0072B2", "s", "--"),
-    ("base", "dpmpp_2m", True): ("DPM++ 2M, guidance", "#009E73", "^", "--"),
-    ("base", "ddim", False): ("DDIM, none", "#56B4E9", "s", ":"),
-    ("base", "dpmpp_2m", False): ("DPM++ 2M, none", "#7A7A7A", "^", ":"),
+    ("plain", "ddim", True): ("DDIM, guidance", "#0072B2", "s", "--"),
+    ("plain", "dpmpp_2m", True): ("DPM++ 2M, guidance", "#009E73", "^", "--"),
+    ("plain", "ddim", False): ("DDIM, none", "#56B4E9", "s", ":"),
+    ("plain", "dpmpp_2m", False): ("DPM++ 2M, none", "#7A7A7A", "^", ":"),
 }
 
 
@@ -40,25 +43,29 @@ def svg(drawn: Any) -> str:
     return buffer.getvalue()
 
 
-def by_calls(rows: Sequence[Mapping[str, Any]], key: str, label: str, floor: float | None = None) -> str:
-    """`rows[...][key]` over the UNet calls, a line for each sampler; the teacher (and `floor`) as a level."""
+def by_calls(cells: Sequence[Cell], key: str, label: str, floor: float | None = None) -> str:
+    """The metric `key` over the UNet calls, a line for each sampler; the teacher (and `floor`) as a level."""
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     drawn, axes = figure()
-    for (name, solver, guided), (title, colour, marker, dash) in _STYLES.items():
+    for (kind, sampler, guided), (title, colour, marker, dash) in _STYLES.items():
         line = [
-            r for r in rows if (r["name"], r["solver"], r["guidance_scale"] > 1) == (name, solver, guided)
-        ]
-        line.sort(key=lambda row: row["unet_calls"])
+            cell for cell in cells_of(cells, kind)
+            if (cell["sampler"], cell["guidance_scale"] > 1) == (sampler, guided)
+        ]  # fmt: skip
+        line.sort(key=lambda cell: cell["unet_calls"])
         axes.plot(
-            [row["unet_calls"] for row in line], [row[key] for row in line], color=colour, marker=marker,
-            linestyle=dash, linewidth=2.6 if name == "student" else 1.6, label=title if line else None,
+            [cell["unet_calls"] for cell in line], [value(cell, key) for cell in line], color=colour,
+            marker=marker, linestyle=dash, linewidth=2.6 if kind == "student" else 1.6,
+            label=title if line else None,
         )  # fmt: skip
-    for row in (row for row in rows if row["name"] == "teacher"):
-        axes.axhline(row[key], color="black", linewidth=1.4, label=f"teacher, {row['unet_calls']} calls")
+    for cell in cells_of(cells, "teacher"):
+        level = value(cell, key)
+        if level is not None:
+            axes.axhline(level, color="black", linewidth=1.4, label=f"teacher, {cell['unet_calls']} calls")
     if floor is not None:
         axes.axhline(floor, color="black", linewidth=1.2, linestyle="-.", label="real pictures")
-    calls = sorted({row["unet_calls"] for row in rows if row["name"] != "teacher"})
+    calls = sorted({cell["unet_calls"] for cell in cells if cell["kind"] != "teacher"})
     axes.set_xscale("log")
     axes.set_xticks(calls)
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -104,7 +111,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     """Exponential mean over about a tenth of the values, without a bias towards its start."""
     keep = 1 - 10 / len(values)
     means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
+    for each in values:
+        total, weight = keep * total + each, keep * weight + 1
         means.append(total / weight)
     return means
