@@ -11,24 +11,28 @@ run's folder, under brand/. Copy this file and change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle, islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import families, own_files, processes, sample
+from lcm_kit import families, processes, sample, verdicts
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.export import verify
 from lcm_kit.files import atomic_folder
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.results import Rows
-from lcm_kit.sweep import brand, measure, tables
+from lcm_kit.results import BRAND_FILE, CONTROL, MAIN
+from lcm_kit.sweep import brand, metrics, tables
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, versions
+from lcm_kit.sweep.compare import differences
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.sweep.kept import Rows
 from lcm_kit.sweep.look import Looker
+from lcm_kit.sweep.measure import Figures, Ruler
 from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
+
+FOLDERS = {MAIN: "brand", CONTROL: "control"}  # of what is drawn for each list of prompts; pictures begin so
 
 
 @alone("evaluation/brand", brand.output)
@@ -42,15 +46,18 @@ def main(config: Brand) -> Path:
     files = [config.run, *([config.style] if config.style else [])]
     found = subjects(files, verify.base_of(base.path, base.revision, base.variant))
     insist_on_whole(found)
-    adapters = dict(zip((brand.ADAPTER, brand.STYLE), found, strict=False))
+    names = (brand.ADAPTER, brand.STYLE)
+    adapters = {name: replace(each, name=name) for name, each in zip(names, found, strict=False)}
     folder, size = brand.output(config), config.resolution or base.sample_size * base.factor
     wanted, shown = brand.prompts_and_pictures(config)
-    count = config.control_count or config.count
-    control = list(islice(cycle(records.prompts(config.control_prompts)), count))
-    look = Looker.of(config, [*wanted, *control], size, device)
+    control = repeated(records.prompts(config.control_prompts), config.control_count or config.count)
+    look = Looker.of(
+        config.recipe, [*wanted, *control], size, device, features=config.features,
+        text_features=config.text_features, probe="brand-probe",
+    )  # fmt: skip
     samples = {
-        kind: Samples(tuple(prompts), n, config.seed, size, config.batch_size, config.pictures)
-        for kind, prompts, n in (("brand", wanted, config.images_per_prompt), ("control", control, 1))
+        kind: Samples(prompts, n, config.seed, size, config.batch_size, config.pictures)
+        for kind, prompts, n in ((MAIN, wanted, config.images_per_prompt), (CONTROL, control, 1))
     }
 
     # -- Draw ------------------------------------------------------------------------------------------------
@@ -61,60 +68,60 @@ def main(config: Brand) -> Path:
     )  # fmt: skip
 
     def draw(kind: str) -> dict[Cell, Rows]:
-        made_by = inputs(config, base, samples[kind], look, device)
+        made_by = inputs(base, samples[kind], look, device)
 
         def made_from(cell: Cell) -> list[Any]:
             return [made_by, adapters[cell.adapter].weights if cell.adapter else None]
 
-        return draw_all(cells, folder / "brand" / kind, pipes.get, samples[kind], look, made_from, share)
+        kept_in = folder / "brand" / FOLDERS[kind]
+        return draw_all(cells, kept_in, pipes.get, samples[kind], look, made_from, share)
 
     drawn = {kind: draw(kind) for kind in samples}
     if not share.first:
-        return folder / "brand.json"
+        return folder / BRAND_FILE
 
     # -- Measure ---------------------------------------------------------------------------------------------
-    others = look.folder(config.control, size) if config.control else drawn["brand"][cells[0]]["features"]
-    sets = {"brand": (look.folder(config.brand, size), others), "control": None}
+    others = look.folder(config.control, size) if config.control else drawn[MAIN][cells[0]]["features"]
+    sets = {MAIN: (look.folder(config.brand, size), others), CONTROL: None}
     reference = cells[1] if config.style else cells[0]
 
-    def figures_of(kind: str) -> dict[Cell, measure.Figures]:
+    def figures_of(kind: str) -> dict[Cell, Figures]:
         chosen, n = samples[kind], samples[kind].images_per_prompt
-        ruler = measure.Ruler(
-            resamples=Resamples.draw(len(chosen.prompts), n, config.resamples, config.seed),
-            teachers={}, reference=drawn[kind][reference], real=None, brand=sets[kind], cost=None,
-            confidence=config.confidence,
-        )  # fmt: skip
-        return {cell: ruler.figures(cell, rows) for cell, rows in drawn[kind].items()}
+        resamples = Resamples.draw(len(chosen.prompts), n, config.resamples, config.seed)
+        ruler = Ruler(resamples, drawn[kind][reference], config.confidence, brand=sets[kind])
+        return metrics.measure(drawn[kind], ruler, config.recipe)
 
     figures = {kind: figures_of(kind) for kind in samples}
+    pairs = [
+        (
+            (tables.cell_id(kind, mine), figures[kind][mine]),
+            (tables.cell_id(kind, other), figures[kind][other]),
+        )
+        for mine in cells
+        for other in cells
+        for kind in samples
+        if (mine.kind, other.kind) == ("student", "teacher")
+    ]
 
     # -- Write -----------------------------------------------------------------------------------------------
     with atomic_folder(folder / "brand" / "pictures") as inside:
-        names = {
-            kind: tables.save_pictures(inside, drawn[kind], samples[kind], f"{kind}-") for kind in samples
+        saved = {
+            kind: tables.save_pictures(inside, drawn[kind], samples[kind], f"{FOLDERS[kind]}-")
+            for kind in samples
         }
         beside = brand.save_pictures(shown, inside, size)
-
-    def paths(found: Sequence[str]) -> list[str]:
-        return [f"brand/pictures/{name}" for name in found]
-
-    table = [
-        brand.row(
-            cell, {kind: figures[kind][cell] for kind in samples},
-            {kind: paths(names[kind][cell.id]) for kind in samples}, config.confidence,
-        )
-        for cell in cells
-    ]  # fmt: skip
-    results: dict[str, Any] = {
-        "schema": brand.SCHEMA, "base": {**where, "hash": base.base_hash},
-        "adapters": {name: subject.facts() for name, subject in adapters.items()},
-        "brand": config.brand, "control": config.control, "features": config.features,
-        "adherence": look.kind(), "confidence": config.confidence, "seed": config.seed, "resolution": size,
-        "images_per_prompt": config.images_per_prompt, "prompts": wanted, "control_prompts": control,
-        "brand_pictures": [name and f"brand/pictures/{name}" for name in beside], "rows": table,
-        "differences": brand.differences(cells, figures, config.confidence),
-        "machine": tables.machine(device), "versions": versions(),
+    measured = {
+        kind: tables.Measured(
+            samples[kind], figures[kind],
+            {cell: [f"brand/pictures/{name}" for name in names] for cell, names in saved[kind].items()},
+        ) for kind in samples
     }  # fmt: skip
-    own_files.write_json(folder / "brand.json", results)
-    brand.show(table)
-    return folder / "brand.json"
+    results = tables.results(
+        config, folder.resolve().name, base, list(adapters.values()), look, reference, measured,
+        differences(pairs, config.confidence),
+    )  # fmt: skip
+    results["brand_pictures"] = [name and f"brand/pictures/{name}" for name in beside]
+    head = verdicts.brand_headline(results)
+    results["verdict"] = verdicts.brand_verdict(head, results["adherence"])
+    tables.show(results)
+    return tables.write_results(folder / BRAND_FILE, results)

@@ -12,18 +12,19 @@ is kept of a cell lies in `cells/`: a stopped search continues. Copy this file a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lcm_kit import console, families, processes, sample
 from lcm_kit.config.sweep import Compose
 from lcm_kit.export import merge_files, verify
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.results import SCHEMA
-from lcm_kit.sweep import measure, tables
-from lcm_kit.sweep.draw import Samples, draw_all, inputs, versions
+from lcm_kit.results import FILE, MAIN
+from lcm_kit.sweep import metrics, tables
+from lcm_kit.sweep.draw import Samples, draw_all, inputs
 from lcm_kit.sweep.look import Looker, brand_features
+from lcm_kit.sweep.measure import Ruler
 from lcm_kit.sweep.pairs import PairPipes, choose, plan, write_map
 from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
 
@@ -35,19 +36,21 @@ def main(config: Compose) -> Path:
     share, device = processes.share(), sample.placement()["device"]
     where = base_facts(config, config.speed)
     base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
-    style, speed = subjects(
-        (config.style, config.speed), verify.base_of(base.path, base.revision, base.variant)
-    )
-    insist_on_whole((style, speed))
+    found = subjects((config.style, config.speed), verify.base_of(base.path, base.revision, base.variant))
+    insist_on_whole(found)
+    style, speed = (replace(each, name=name) for each, name in zip(found, ("style", "speed"), strict=True))
     folder = Path(config.output)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
-    look = Looker.of(config, prompts, size, device)
+    look = Looker.of(
+        config.recipe, prompts, size, device, features=config.features, text_features=config.text_features,
+        probe="brand-probe",
+    )  # fmt: skip
     brand = brand_features(config, look, size)
 
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = plan(config, speed.method)
-    made_by = inputs(config, base, samples, look, device)
+    made_by = inputs(base, samples, look, device)
     pipes = PairPipes(
         base, style.file, speed.file,
         warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
@@ -57,54 +60,45 @@ def main(config: Compose) -> Path:
         cells, folder / "cells", pipes.get, samples, look, lambda cell: made_from, share
     )  # fmt: skip
     if not share.first:
-        return folder / "results.json"
+        return folder / FILE
 
     # -- Measure and choose ----------------------------------------------------------------------------------
-    ruler = measure.Ruler(
-        resamples=Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
-        teachers={}, reference=drawn[cells[0]], real=None, brand=brand, cost=None,
-        confidence=config.confidence,
+    ruler = Ruler(
+        Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
+        drawn[cells[0]], config.confidence, brand=brand,
     )  # fmt: skip
-    with console.working(f"measuring {len(cells)} cells"):
-        figures = {cell: ruler.figures(cell, rows) for cell, rows in drawn.items()}
+    figures = metrics.measure(drawn, ruler, config.recipe)
     chosen, reasons = choose(figures, config.confidence)
 
     # -- Write -----------------------------------------------------------------------------------------------
-    pictures = tables.write_pictures(folder, drawn, samples)
-    tables.write_samples(folder, drawn, samples)
+    measured = tables.Measured(samples, figures, tables.write_pictures(folder, drawn, samples))
+    tables.write_samples(folder, drawn, samples, config.recipe)
     sheet = [
-        picture
-        for cell in (cells[0], chosen)
-        for picture in sample.to_pil(drawn[cell]["pictures"] / 127.5 - 1)
+        picture for cell in (cells[0], chosen) for picture in sample.to_pil(samples.pictures_of(drawn[cell]))
     ]
     sample.save_png(sample.contact_sheet(sheet, len(samples.shown)), folder / "teacher-and-pair.png")
     write_map(figures, chosen, folder / "map.png")
-    recommended = {
-        "sentence": f"Use the style at {chosen.style_weight:g} and the acceleration at "
-                    f"{chosen.lora_weight:g}, {config.steps} steps, guidance {config.guidance_scale:g}.",
-        "cell": chosen.id, "style_weight": chosen.style_weight, "speed_weight": chosen.lora_weight,
-        "sampler": chosen.sampler, "steps": chosen.steps, "guidance_scale": chosen.guidance_scale,
-        "reasons": reasons, "warnings": [],
-    }  # fmt: skip
-    results: dict[str, Any] = {
-        "schema": SCHEMA, "kind": "compose", "name": folder.resolve().name,
-        "base": {**where, "hash": base.base_hash, "prediction_type": base.prediction_type},
-        "style": style.facts(), "speed": speed.facts(), "prompts": list(prompts),
-        "images_per_prompt": config.images_per_prompt, "count": len(samples), "seed": config.seed,
-        "resolution": size, "shown": samples.shown, "extractor": config.features, "adherence": look.kind(),
-        "confidence": config.confidence, "brand": config.brand, "control": config.control,
-        "cells": [{**cell.settings(), "metrics": measure.as_json(figures[cell], config.confidence),
-                   "pictures": pictures[cell.id]} for cell in cells],
-        "recommended": recommended, "machine": tables.machine(device), "versions": versions(),
+    results = tables.results(
+        config, folder.resolve().name, base, (style, speed), look, cells[0], {MAIN: measured}, []
+    )
+    sentence = (
+        f"Use the style at {chosen.style_weight:g} and the acceleration at {chosen.lora_weight:g}, "
+        f"{config.steps} steps, guidance {config.guidance_scale:g}."
+    )
+    results["recommended"] = {
+        "sentence": sentence, "adapter": chosen.adapter, "cell": chosen.id, "sampler": chosen.sampler,
+        "steps": chosen.steps, "guidance_scale": chosen.guidance_scale, "lora_weight": chosen.lora_weight,
+        "style_weight": chosen.style_weight, "reasons": reasons, "warnings": [],
     }  # fmt: skip
     with console.working("merging the pair"):
         merged = merge_files.merge(
             [(style.file, chosen.style_weight), (speed.file, chosen.lora_weight)], folder / "merged",
             rank=config.rank, base=base.path, variant=base.variant,
         )  # fmt: skip
-    file = tables.write_results(folder, results)
-    tables.show(results["cells"])
-    console.say(recommended["sentence"])
+    tables.write_tables(folder, results)
+    file = tables.write_results(folder / FILE, results)
+    tables.show(results)
+    console.say(sentence)
     for line in (*reasons, *merged.written):
         console.say(f"  - {line}")
     console.say(

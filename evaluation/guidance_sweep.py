@@ -14,7 +14,7 @@ recommended.json, pictures/ and report.html (docs/guidance.md). Copy this file a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from lcm_kit import console, families, processes, sample
 from lcm_kit.config.sweep import GuidanceSweep
@@ -23,12 +23,14 @@ from lcm_kit.export import verify
 from lcm_kit.locks import alone
 from lcm_kit.metrics.bootstrap import Resamples
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.results import SCHEMA, SWEEP
-from lcm_kit.sweep import measure, tables
+from lcm_kit.result_shapes import Break, Recommended
+from lcm_kit.results import FILE, MAIN
+from lcm_kit.sweep import metrics, tables
 from lcm_kit.sweep.cells import plan, reference
 from lcm_kit.sweep.compare import comparisons
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, versions
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs
 from lcm_kit.sweep.look import Looker, brand_features, reference_features
+from lcm_kit.sweep.measure import Ruler, moved
 from lcm_kit.sweep.recommend import Sweep, breaks, recommend
 from lcm_kit.sweep.subjects import base_facts, subjects
 
@@ -52,13 +54,15 @@ def main(config: GuidanceSweep) -> Path:
     folder = output(config)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
-    look = Looker.of(config, prompts, size, device)
+    look = Looker.of(
+        config.recipe, prompts, size, device, features=config.features, text_features=config.text_features
+    )
     cells = plan(config, {subject.name: subject.method for subject in found})
     real = reference_features(config, look, prompts, size)
     brand = brand_features(config, look, size)
 
     # -- Draw ------------------------------------------------------------------------------------------------
-    made_by = inputs(config, base, samples, look, device)
+    made_by = inputs(base, samples, look, device)
     hashes = {subject.name: subject.weights for subject in found}
     pipes = Pipes(
         base, {subject.name: subject for subject in found},
@@ -69,47 +73,33 @@ def main(config: GuidanceSweep) -> Path:
         lambda cell: [made_by, hashes.get(cell.adapter or "")], share,
     )  # fmt: skip
     if not share.first:
-        return folder / "results.json"
+        return folder / FILE
 
     # -- Measure: every cell on the same resamples of prompts ------------------------------------------------
     main_teacher = reference(config.teacher)
-    ruler = measure.Ruler(
-        resamples=Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
+    ruler = Ruler(
+        Resamples.draw(len(prompts), config.images_per_prompt, config.resamples, config.seed),
+        drawn[main_teacher], config.confidence,
         teachers={cell.guidance_scale: drawn[cell] for cell in cells if cell.kind == "teacher"},
-        reference=drawn[main_teacher], real=real, brand=brand,
-        cost=config.cost, confidence=config.confidence,
+        real=real, brand=brand, cost=config.cost,
     )  # fmt: skip
-    with console.working(f"measuring {len(cells)} cells"):
-        figures = {cell: ruler.figures(cell, table) for cell, table in drawn.items()}
-    sweep = Sweep(figures, main_teacher, found, config.confidence, measure.moved(drawn, main_teacher))
+    figures = metrics.measure(drawn, ruler, config.recipe)
+    sweep = Sweep(figures, main_teacher, found, config.confidence, moved(drawn, main_teacher))
     recommended = recommend(sweep)
 
     # -- Write -----------------------------------------------------------------------------------------------
-    pictures = tables.write_pictures(folder, drawn, samples)
-    tables.write_samples(folder, drawn, samples)
-    results: dict[str, Any] = {
-        "schema": SCHEMA, "kind": SWEEP, "name": folder.resolve().parent.name,
-        "base": {**where, "hash": base.base_hash, "prediction_type": base.prediction_type},
-        "adapters": [subject.facts() for subject in found],
-        "prompts": list(prompts), "images_per_prompt": config.images_per_prompt, "count": len(samples),
-        "seed": config.seed, "resolution": size, "shown": samples.shown,
-        "teacher": {"sampler": "ddim", "steps": config.teacher.steps,
-                    "guidance_scale": config.teacher.guidance_scale, "cell": main_teacher.id},
-        "extractor": config.features, "adherence": look.kind(), "confidence": config.confidence,
-        "real": config.real, "brand": config.brand, "control": config.control,
-        "metrics": {key: dict(zip(("label", "unit", "better", "help"), about, strict=True))
-                    for key, about in measure.METRICS.items()},
-        "cells": [{**cell.settings(), "metrics": measure.as_json(figures[cell], config.confidence),
-                   "pictures": pictures[cell.id]} for cell in cells],
-        "comparisons": comparisons(sweep),
-        "recommended": recommended.as_json(),
-        "breaks": {subject.name: breaks(sweep, subject.name) for subject in found},
-        "cost": None if config.cost is None else {"price_per_hour": config.cost.price_per_hour,
-                                                  "currency": config.cost.currency},
-        "machine": tables.machine(device), "versions": versions(),
-    }  # fmt: skip
-    file = tables.write_results(folder, results)
-    tables.show(results["cells"])
+    measured = tables.Measured(samples, figures, tables.write_pictures(folder, drawn, samples))
+    tables.write_samples(folder, drawn, samples, config.recipe)
+    results = tables.results(
+        config, folder.resolve().parent.name, base, found, look, main_teacher, {MAIN: measured},
+        comparisons(sweep),
+    )  # fmt: skip
+    results["verdict"] = "No" if recommended.cell is None else "Yes"
+    results["recommended"] = cast(Recommended, recommended.as_json())
+    results["breaks"] = {subject.name: cast(list[Break], breaks(sweep, subject.name)) for subject in found}
+    tables.write_tables(folder, results)
+    file = tables.write_results(folder / FILE, results)
+    tables.show(results)
     tables.show_comparisons(results)
     console.say(recommended.sentence)
     for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):

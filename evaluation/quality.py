@@ -13,194 +13,107 @@ evaluation with the same inputs only measures again. Copy this file and change i
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib.metadata import version
-from itertools import cycle, islice
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lcm_kit import __version__, assets, families, lora_file, own_files, processes, sample
+from lcm_kit import assets, families, processes, sample, verdicts
 from lcm_kit.adapter import base_of, read_facts
 from lcm_kit.config.evaluation import Quality
-from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_folder, sha256_bytes, sha256_file
+from lcm_kit.export import verify
 from lcm_kit.locks import alone
 from lcm_kit.methods import DEFAULT, MethodInfo
-from lcm_kit.metrics.distance import distance_to_teacher
-from lcm_kit.metrics.judge import ABSENT, FLOOR_SEED, REFERENCE_SEED, judge_for
-from lcm_kit.metrics.saturation import saturation
-from lcm_kit.results import Rows, kept, show
+from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.metrics.features import PROBE
+from lcm_kit.results import FILE, MAIN
 from lcm_kit.run_files import config_of
-from lcm_kit.share import Share
+from lcm_kit.sweep import metrics, tables
+from lcm_kit.sweep.cells import Cell
+from lcm_kit.sweep.compare import differences
+from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.sweep.look import Looker, of_the_world
+from lcm_kit.sweep.measure import Ruler
+from lcm_kit.sweep.subjects import insist_on_whole, subjects
+from lcm_kit.tiny import world
 
-LIBRARIES = ("torch", "diffusers", "peft", "transformers")
-
-
-class Row(NamedTuple):
-    """One way to draw all prompts."""
-
-    name: str  # teacher, base or student
-    solver: str
-    steps: int
-    guidance_scale: float
-
-    @property
-    def unet_calls(self) -> int:
-        """UNet passes for one image."""
-        return sample.unet_calls(self.steps, self.guidance_scale)
-
-    @property
-    def slug(self) -> str:
-        """The row as a file name."""
-        return f"{self.name}-{self.solver}-{self.steps}-g{self.guidance_scale:g}"
+STUDENT = "student"
 
 
-def plan(config: Quality, method: MethodInfo = DEFAULT) -> list[Row]:
-    """The teacher first, then plain solvers by budget (guidance needs an even one), then any student.
+def plan(config: Quality, method: MethodInfo = DEFAULT) -> list[Cell]:
+    """The teacher first, then plain samplers by budget (guidance needs an even one), then any student.
 
     `method`: what made the student, which says how it draws.
     """
-    rows = [Row("teacher", "ddim", config.teacher_steps, config.guidance_scale)]
+    cells = [Cell("teacher", None, "ddim", config.teacher_steps, config.guidance_scale)]
     for calls in config.unet_calls:
-        for solver in config.solvers:
+        for sampler in config.solvers:
             if calls % 2 == 0 and config.guidance_scale > 1:
-                rows.append(Row("base", solver, calls // 2, config.guidance_scale))
-            rows.append(Row("base", solver, calls, 1.0))
+                cells.append(Cell("plain", None, sampler, calls // 2, config.guidance_scale))
+            cells.append(Cell("plain", None, sampler, calls, 1.0))
     steps = method.judged_steps if config.student_steps is None else config.student_steps
-    return rows + [Row("student", method.sampler, n, 1.0) for n in (() if config.base else steps)]
-
-
-def draw(
-    pipe: Any,
-    row: Row,
-    prompts: Sequence[str],
-    config: Quality,
-    size: int,
-    share: Share,
-    advance: Callable[[int], None],
-) -> list[Rows]:
-    """This process's batches: `images` [B, 3, H, W], 8 bits, and `seconds` [B] each: text, UNet and VAE."""
-    tables = []
-    for first in share.of(range(0, len(prompts), config.batch_size)):
-        batch = prompts[first : first + config.batch_size]
-        start = time.perf_counter()
-        pixels = sample.sample(
-            pipe, batch, sampler=row.solver, steps=row.steps, guidance_scale=row.guidance_scale,
-            seed=config.seed, first=first, size=size,
-        )  # fmt: skip
-        seconds = torch.full((len(batch),), (time.perf_counter() - start) / len(batch), dtype=torch.float64)
-        tables.append({"images": ((pixels + 1) * 127.5).round().to(torch.uint8), "seconds": seconds})
-        advance(row.unet_calls * len(batch))
-    return tables
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """8-bit [N, 3, H, W] as pixels in [-1, 1], float32."""
-    return images / 127.5 - 1
+    students = () if config.base else steps
+    return cells + [Cell("student", STUDENT, method.sampler, n, 1.0, config.lora_weight) for n in students]
 
 
 @alone("evaluation/quality", lambda config: config.run)
 def main(config: Quality) -> Path:
     """Evaluate a run; returns the path of its `results.json`."""
-    # -- Parts: the run, its base, its exported file ---------------------------------------------------------
-    run, share = Path(config.run), processes.share()
+    # -- Parts: the run, its base, its exported file, the prompts --------------------------------------------
+    run, share, device = Path(config.run), processes.share(), sample.placement()["device"]
     if config.base is not None:
         base = families.inspect_base(config.base)
-        size, adapter, method = base.sample_size * base.factor, None, DEFAULT
+        size, found = base.sample_size * base.factor, []
     elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
         size = int(config_of(run)["data"]["resolution"])
-        facts = read_facts(run / "adapter")
-        base, method = families.inspect_base(**base_of(facts)), facts.student
-        adapter = lora_file.adapter_file(run)
-    adapter_hash = sha256_file(adapter) if adapter else None
+        base = families.inspect_base(**base_of(read_facts(run / "adapter")))
+        found = subjects([config.run], verify.base_of(base.path, base.revision, base.variant))
+    insist_on_whole(found)
+    adapters = {name: replace(each, name=name) for name, each in zip((STUDENT,), found, strict=False)}
+    prompts = repeated(assets.prompts(config.prompts), config.count)
+    samples = Samples(prompts, 1, config.seed, size, config.batch_size, config.pictures, keep_all=True)
+    look = Looker.of(config.recipe, prompts, size, device, features=PROBE if size == world.SIZE else None)
+    real = look.renders(config.reference_count) if of_the_world(prompts, size) and len(prompts) > 1 else None
 
-    # -- Prompts, rows and the judge -------------------------------------------------------------------------
-    prompts = list(islice(cycle(assets.prompts(config.prompts)), config.count))
-    rows = plan(config, method)
-    judge = judge_for(prompts, size, config.reference_count)
-    versions = {"lcm_kit": __version__, **{name: version(name) for name in LIBRARIES}}
+    # -- Draw: the base's cells first, then with the adapter on ----------------------------------------------
+    cells = list(dict.fromkeys(plan(config, found[0].method if found else DEFAULT)))
+    made_by = inputs(base, samples, look, device)
+    pipes = Pipes(
+        base, adapters,
+        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
+    )  # fmt: skip
 
-    # -- Draw: the base's rows first, then with the adapter on -----------------------------------------------
-    inputs = [base.base_hash, prompts, config.seed, size, versions]
-    pipes: dict[bool, Any] = {}  # by whether the adapter is on; opened only if there is something to draw
+    def made_from(cell: Cell) -> list[Any]:
+        return [made_by, adapters[cell.adapter].weights if cell.adapter else None]
 
-    def pipe(adapted: bool) -> Any:
-        if adapted not in pipes:
-            pipes.clear()
-            pipes[adapted] = sample.pipeline(
-                base.path, revision=base.revision, variant=base.variant, **sample.placement()
-            )
-            if adapted and adapter:
-                sample.load_adapter(pipes[adapted], adapter, config.lora_weight)
-            sample.sample(
-                pipes[adapted], prompts[:1], sampler="ddim", steps=1, size=size
-            )  # warm up the clock
-        return pipes[adapted]
-
-    drawn: list[Rows] = []
-    total = 0  # UNet calls
-    columns = (Words("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), Words("left"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
-        task = bar.add_task("", total=sum(row.unet_calls for row in rows) * len(prompts))
-        for row in rows:
-            label = f"{row.name} {row.solver}, {row.unet_calls} UNet calls"
-            bar.update(task, description=label, completed=total)
-            own = [adapter_hash, config.lora_weight] if row.name == "student" else []
-            key = sha256_bytes(json.dumps([inputs, row, own]).encode())[:12]
-
-            def make(row: Row = row) -> list[Rows]:
-                advance = partial(bar.advance, task)
-                return draw(pipe(row.name == "student"), row, prompts, config, size, share, advance)
-
-            drawn.append(kept(run / "evaluation" / f"{row.slug}-{key}.safetensors", make, share))
-            total += row.unet_calls * len(prompts)
-        bar.update(task, completed=total)
+    drawn = draw_all(cells, run / "evaluation", pipes.get, samples, look, made_from, share)
     if not share.first:
-        return run / "results.json"
+        return run / FILE
 
-    # -- Measure ---------------------------------------------------------------------------------------------
-    teacher = to_pixels(drawn[0]["images"])
-    measured: list[dict[str, Any]] = []
-    for row, table in zip(rows, drawn, strict=True):
-        pixels, seconds = to_pixels(table["images"]), float(table["seconds"].mean())
-        figures = {"distance_to_teacher": distance_to_teacher(pixels, teacher), **saturation(pixels, teacher)}
-        pictures = [f"pictures/{row.slug}-{i:03d}.png" for i in range(min(config.pictures, len(prompts)))]
-        measured.append(
-            {**row._asdict(), "unet_calls": row.unet_calls, "seconds_per_image": seconds, **figures,
-             **(judge(pixels) if judge else ABSENT), "pictures": pictures}
-        )  # fmt: skip
+    # -- Measure: every cell on the same resamples of prompts ------------------------------------------------
+    teacher = cells[0]
+    ruler = Ruler(
+        Resamples.draw(len(prompts), 1, config.resamples, config.seed), drawn[teacher], config.confidence,
+        real=real,
+    )  # fmt: skip
+    figures = metrics.measure(drawn, ruler, config.recipe)
+    pairs = [
+        ((mine.id, figures[mine]), (other.id, figures[other]))
+        for mine in cells
+        for other in cells
+        if mine.kind == "student"
+        and (other == teacher or (other.kind == "plain" and other.unet_calls == mine.unet_calls))
+    ]
 
     # -- Write -----------------------------------------------------------------------------------------------
-    with atomic_folder(run / "pictures") as folder:
-        for result, table in zip(measured, drawn, strict=True):
-            names = result["pictures"]
-            images = to_pixels(table["images"][: len(names)])
-            for name, picture in zip(names, sample.to_pil(images), strict=True):
-                picture.save(folder / Path(name).name, optimize=True)
-    results = {
-        "rows": measured,
-        "n": len(prompts),
-        "frechet_floor": judge.floor if judge else None,
-        "reference_count": config.reference_count if judge else None,
-        "lora_weight": config.lora_weight,
-        "batch_size": config.batch_size,
-        "resolution": size,
-        "base": {"path": base.path, "revision": base.revision, "hash": base.base_hash},
-        "adapter": {"file": lora_file.ADAPTER_FILE, "sha256": adapter_hash} if adapter else None,
-        "seeds": {"noise": config.seed, "reference": REFERENCE_SEED, "floor": FLOOR_SEED},
-        "versions": versions,
-        "machine": {"device": sample.placement()["device"], "threads": torch.get_num_threads()},
-        "prompts": prompts,
-    }
-    own_files.write_json(run / "results.json", results)
-    show(measured)
-    return run / "results.json"
+    measured = tables.Measured(samples, figures, tables.write_pictures(run, drawn, samples))
+    results = tables.results(
+        config, run.resolve().name, base, list(adapters.values()), look, teacher, {MAIN: measured},
+        differences(pairs, config.confidence),
+    )  # fmt: skip
+    results["frechet_floor"] = None if real is None else look.floor(len(prompts), real)
+    results["verdict"] = verdicts.quality_verdict(results)
+    tables.show(results)
+    return tables.write_results(run / FILE, results)

@@ -1,4 +1,4 @@
-"""The shapes of what evaluations write (results.json, brand.json), as in `own_shapes`."""
+"""The one shape of what evaluations write (results.json, brand.json), as in `own_shapes`."""
 
 from __future__ import annotations
 
@@ -8,98 +8,91 @@ from typing_extensions import TypedDict
 
 from lcm_kit.own_shapes import Base, Interval
 
-# -- results.json of a run -----------------------------------------------------------------------------------
+
+class Version(TypedDict):
+    """What is read first: which version of this shape a file has, and which recipe wrote it."""
+
+    version: NotRequired[int]
+    recipe: NotRequired[str]
 
 
-class Kind(TypedDict):
-    """Which evaluation a results.json is of: none is named by that of a run."""
-
-    kind: NotRequired[str]
-    schema: NotRequired[int]
-    rows: NotRequired[list[dict[str, Any]]]
-
-
-class QualityRow(TypedDict):
-    """One way to draw."""
-
-    name: str
-    solver: str
-    steps: int
-    guidance_scale: float
-    unet_calls: int
-    seconds_per_image: float
-    distance_to_teacher: float
-    attribute_accuracy: float | None
-    frechet: float | None
-    saturation: float
-    pictures: list[str]
-
-
-class Quality(TypedDict):
-    """What `evaluation/quality` found."""
-
-    rows: list[QualityRow]
-    n: int
-    prompts: list[str]
-    base: Base
-    frechet_floor: float | None
-
-
-# -- brand.json ----------------------------------------------------------------------------------------------
-
-
-class BrandRow(TypedDict):
-    """One way to draw, held against the brand."""
-
-    name: str
-    sampler: str
-    steps: int
-    guidance_scale: float
-    brand_similarity: Interval | None
-    brand_adherence: Interval | None
-    control_adherence: Interval | None
-    diversity: Interval | None
-    pictures: list[str]
-    control_pictures: list[str]
-
-
-class Difference(TypedDict):
-    """The adapter less another, on the same prompts and noise."""
-
-    steps: int
-    less: str
-    brand_similarity: dict[str, float] | None
-
-
-class Brand(TypedDict):
-    """What `evaluation/brand` found."""
-
-    base: Base
-    prompts: list[str]
-    brand_pictures: list[str | None]
-    rows: list[BrandRow]
-    differences: list[Difference]
-    adherence: NotRequired[str | None]
-    confidence: NotRequired[float]
-    brand: NotRequired[str | None]
-    control_prompts: NotRequired[list[str]]
-
-
-# -- results.json of a guidance sweep ------------------------------------------------------------------------
-
-
-class Swept(TypedDict):
-    """An adapter of a sweep."""
+class Adapter(TypedDict):
+    """An adapter that was evaluated."""
 
     name: str
     file: str
+    sha256: str
     weights: str
+    layers: int
+    fault: str | None
+
+
+class Settings(TypedDict):
+    """The config that it ran with; other keys are the recipe's own."""
+
+    seed: int
+    batch_size: int
+    confidence: float
+    brand: NotRequired[str | None]
+    control: NotRequired[str | None]
+    cost: NotRequired[dict[str, Any] | None]
+    features: NotRequired[str]
+    lora_weight: NotRequired[float]
+    real: NotRequired[str | None]
+    reference_count: NotRequired[int]
+
+
+class Prompts(TypedDict):
+    """A list of prompts: sample i has text i // images_per_prompt and the noise of (seed, i)."""
+
+    texts: list[str]
+    images_per_prompt: int
+    shown: list[int]
+
+
+class Metric(TypedDict):
+    """What a metric is."""
+
+    label: str
+    unit: str
+    better: str | None
+    help: str
+
+
+class Cell(TypedDict):
+    """One way to draw one list of prompts, measured."""
+
+    id: str
+    kind: str
+    adapter: str | None
+    sampler: str
+    steps: int
+    guidance_scale: float
+    lora_weight: float
+    style_weight: NotRequired[float]
+    unet_calls: int
+    prompts: str
+    metrics: dict[str, Interval | None]
+    pictures: list[str]
+
+
+class Comparison(TypedDict):
+    """Cell `a` less cell `b` in a metric, on the same resamples of prompts and noise."""
+
+    a: str
+    b: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    p: float
 
 
 class Warned(TypedDict):
     """What is to be said of an adapter."""
 
     adapter: str
+    kind: str
     sentence: str
 
 
@@ -113,51 +106,47 @@ class Recommended(TypedDict):
     steps: int | None
     guidance_scale: float | None
     lora_weight: float | None
+    style_weight: NotRequired[float]
     reasons: list[str]
     warnings: list[Warned]
 
 
-class TeacherCell(TypedDict):
-    """The cell that all others are compared with."""
+class Break(TypedDict):
+    """From where guidance hurts."""
 
     sampler: str
     steps: int
-    guidance_scale: float
-    cell: str
-
-
-class Cell(TypedDict):
-    """One way to draw, measured."""
-
-    id: str
-    kind: str
-    adapter: str | None
-    sampler: str
-    steps: int
-    guidance_scale: float
     lora_weight: float
-    unet_calls: int
-    metrics: dict[str, Interval | None]
-    pictures: list[str]
+    guidance_scale: float
+    sentence: str
 
 
-class Sweep(TypedDict):
-    """What `evaluation/guidance_sweep` found."""
+class TakenFrom(Base):
+    """The base, and what it predicts."""
 
-    schema: int
-    kind: str
+    prediction_type: str
+
+
+class Results(TypedDict):
+    """What an evaluation found; what only some recipes have is not required."""
+
+    version: int
+    recipe: str
     name: str
-    base: Base
-    adapters: list[Swept]
-    prompts: list[str]
-    images_per_prompt: int
-    count: int
-    seed: int
+    base: TakenFrom
+    adapters: list[Adapter]
+    settings: Settings
     resolution: int
-    shown: list[int]
-    teacher: TeacherCell
-    extractor: str
-    confidence: float
-    metrics: dict[str, dict[str, Any]]
+    adherence: str
+    prompts: dict[str, Prompts]
+    metrics: dict[str, Metric]
+    reference: str
     cells: list[Cell]
-    recommended: Recommended
+    comparisons: list[Comparison]
+    verdict: str | None
+    recommended: Recommended | None
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    breaks: NotRequired[dict[str, list[Break]]]
+    brand_pictures: NotRequired[list[str | None]]
+    frechet_floor: NotRequired[float | None]

@@ -1,134 +1,203 @@
-"""What evaluations share: results.json, samples kept by what made them, the table that a person reads."""
+"""The one place that reads results: a file of this version or a sentence, and accessors of what is in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import zip_longest
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
-from torch import Tensor
+from typing_extensions import TypedDict
 
-from lcm_kit import console, own_files, result_shapes
+from lcm_kit import own_files
 from lcm_kit.errors import UserError
-from lcm_kit.files import discard
-from lcm_kit.share import Share
+from lcm_kit.own_shapes import Interval
+from lcm_kit.result_shapes import Cell, Comparison, Metric, Prompts, Results, Version
 
-Rows = dict[str, Tensor]  # every tensor [N, ...]: a row a sample
+VERSION = 2  # of the shape in `result_shapes`; 1 were files of three shapes
 FILE = "results.json"  # in the folder of a run, of a sweep, of a pair
-SWEEP = "guidance_sweep"  # `kind` in it; that of a run names none
-SCHEMA = 1  # of a sweep's: docs/contract.md
+BRAND_FILE = "brand.json"  # beside a run's results.json
+QUALITY, BRAND, SWEEP, COMPOSE = (
+    f"evaluation/{name}" for name in ("quality", "brand", "guidance_sweep", "compose")
+)
+MAIN, CONTROL = "main", "control"  # lists of prompts
+CONTROL_ID = "control-"  # begins the id of a cell that draws the control prompts
 
 
-def of_run(run: Path) -> result_shapes.Quality | None:
+# -- Files ---------------------------------------------------------------------------------------------------
+
+
+def read(file: Path) -> Results:
+    """What the evaluation found that wrote `file`.
+
+    Raises `UserError` if it is damaged, or of another version.
+    """
+    again = "evaluate again, which keeps what it drew"
+    found = own_files.read_json(file, Version, again).get("version")
+    if found != VERSION:
+        which = "names no version" if found is None else f"has version {found}"
+        raise UserError(f"{file} {which} of results, and this lcm-kit reads {VERSION}; {again}")
+    return own_files.read_json(file, Results, again)
+
+
+def of_run(run: Path) -> Results | None:
     """What `evaluation/quality` found for `run`; None if it did not run, or another evaluation did."""
-    file, again = run / FILE, f"run `lcm-kit evaluate evaluation/quality run={run}` again"
-    if not file.is_file() or "rows" not in own_files.read_json(file, result_shapes.Kind, again):
+    return _of(run / FILE, QUALITY)
+
+
+def of_brand(run: Path) -> Results | None:
+    """What `evaluation/brand` found for `run`; None if it did not run, or there is no adapter in it."""
+    found = _of(run / BRAND_FILE, BRAND)
+    return found if found and compares_brand(found) else None
+
+
+def of_sweep(folder: Path) -> Results | None:
+    """What a guidance sweep found; None if there is no results.json. Raises `UserError` for another's."""
+    file = folder / FILE
+    if not file.is_file():
         return None
-    return own_files.read_json(file, result_shapes.Quality, again)
+    found = read(file)
+    if found["recipe"] != SWEEP:
+        raise UserError(f"{file} is of {found['recipe']}, not a guidance sweep's; name a sweep's folder")
+    return found
 
 
 def is_sweep(folder: Path) -> bool:
     """Whether the folder's results.json is a guidance sweep's. Raises `UserError` if it cannot be read."""
-    file, again = folder / FILE, "run the evaluation that it is of again"
-    return file.is_file() and own_files.read_json(file, result_shapes.Kind, again).get("kind") == SWEEP
+    return _of(folder / FILE, SWEEP) is not None
 
 
-def of_sweep(folder: Path) -> result_shapes.Sweep | None:
-    """What a guidance sweep found; None if there is no results.json.
-
-    Raises `UserError` if it is not a sweep's, or of another version.
-    """
-    file, again = (
-        folder / FILE,
-        "run the guidance sweep again, which keeps what it drew",
-    )
+def _of(file: Path, recipe: str) -> Results | None:
     if not file.is_file():
         return None
-    said = own_files.read_json(file, result_shapes.Kind, again)
-    if said.get("kind") != SWEEP:
-        raise UserError(f"{file} is not a guidance sweep's; `lcm-kit report` makes a run's report of it")
-    if said.get("schema") != SCHEMA:
-        raise UserError(
-            f"{file} has schema {said.get('schema')}, and this lcm-kit reads {SCHEMA}; run the sweep again"
-        )
-    return own_files.read_json(file, result_shapes.Sweep, again)
+    found = read(file)
+    return found if found["recipe"] == recipe else None
 
 
-def kept(file: Path, make: Callable[[], Sequence[Rows]], share: Share) -> Rows:
-    """The table of a cell: from `file` if it is there, else what `make` gives, written to `file`.
+# -- What is in them -----------------------------------------------------------------------------------------
 
-    `make` returns this process's batches, which are its share of all, every `share.world`-th; the first
-    process joins those of all processes in order. `file` is named `CELL-KEY.safetensors`; other keys of the
-    same cell are from other inputs and are removed. A damaged one is drawn again.
+
+def cells_of(cells: Iterable[Cell], kind: str, adapter: bool | None = None, of: str = MAIN) -> list[Cell]:
+    """Those of one kind on one list of prompts; `adapter`: only with one, or only without."""
+    return [
+        cell
+        for cell in cells
+        if (cell["kind"], cell["prompts"]) == (kind, of)
+        and (adapter is None or adapter == (cell["adapter"] is not None))
+    ]
+
+
+def by_id(results: Results, name: str | None) -> Cell | None:
+    """The cell of that id."""
+    return next((cell for cell in results["cells"] if cell["id"] == name), None)
+
+
+def reference(results: Results) -> Cell:
+    """The teacher's cell that others are compared with."""
+    found = by_id(results, results["reference"])
+    if found is None:
+        raise UserError(f"results of {results['name']} lack the cell {results['reference']}; evaluate again")
+    return found
+
+
+def figure(cell: Cell, metric: str) -> Interval | None:
+    """A metric of a cell with its interval; None where it was not measured."""
+    return cell["metrics"].get(metric)
+
+
+def value(cell: Cell, metric: str) -> float | None:
+    """A metric of a cell; None where it was not measured."""
+    found = figure(cell, metric)
+    return None if found is None else found["value"]
+
+
+def prompts(results: Results, of: str = MAIN) -> Prompts:
+    """A list of prompts; an empty one where there is none of that name."""
+    return results["prompts"].get(of) or {"texts": [], "images_per_prompt": 1, "shown": []}
+
+
+def prompt_of(results: Results, sample: int, of: str = MAIN) -> str:
+    """The prompt of a sample."""
+    asked = prompts(results, of)
+    return asked["texts"][sample // asked["images_per_prompt"]]
+
+
+def count(results: Results, of: str = MAIN) -> int:
+    """Samples a cell."""
+    asked = prompts(results, of)
+    return len(asked["texts"]) * asked["images_per_prompt"]
+
+
+def difference(results: Results, a: str, b: str, metric: str) -> Comparison | None:
+    """Cell `a` less cell `b` in a metric; None where they were not compared in it."""
+    wanted = (a, b, metric)
+    found = (each for each in results["comparisons"] if (each["a"], each["b"], each["metric"]) == wanted)
+    return next(found, None)
+
+
+def best_plain(
+    cells: Iterable[Cell], calls: int, by: Sequence[str], about: Mapping[str, Metric]
+) -> Cell | None:
+    """The base's best cell without an adapter at this number of UNet calls, by the first of the metrics `by`,
+    then by the next; None if none ran. `about`: the results' own word on which way is better.
     """
-    missing = not own_files.is_whole(file)
-    share.wait()  # nobody may see what another writes
-    try:
-        if missing:
-            tensors = {
-                f"{k:06d}/{name}": value for k, rows in enumerate(make()) for name, value in rows.items()
-            }
-            own_files.write_tensors(_part(file, share.rank), tensors)
-        share.wait()
-        if missing and share.first:
-            _join(file, share.world)
-    except BaseException:
-        with suppress(UserError):  # the one that is raised says more
-            discard(_part(file, share.rank))
-        raise
-    if share.first:
-        for rank in range(share.world):  # a killed process may have left some
-            discard(_part(file, rank))
-    share.wait()
-    return own_files.read_tensors(file, "evaluate again, which draws it anew")
+    higher = {key for key, each in about.items() if each["better"] == "higher"}
 
+    def rank(cell: Cell) -> tuple[float, ...]:
+        values = ((value(cell, key), -1 if key in higher else 1) for key in by)
+        return tuple(float("inf") if found is None else sign * found for found, sign in values)
 
-def _join(file: Path, world: int) -> None:
-    """Write `file` of the parts of all processes, and remove what is of other inputs."""
-    turns = zip_longest(*(_batches(_part(file, rank)) for rank in range(world)))
-    batches = [batch for turn in turns for batch in turn if batch is not None]
-    cell = file.stem.rpartition("-")[0]
-    for old in file.parent.glob(f"{cell}-{'?' * 12}.safetensors"):
-        discard(old)
-    own_files.write_tensors(
-        file, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    )
-
-
-def _part(file: Path, rank: int) -> Path:
-    return file.with_name(f"{file.stem}.part{rank}.safetensors")
-
-
-def _batches(file: Path) -> list[Rows]:
-    found: dict[str, Rows] = {}
-    for key, tensor in own_files.read_tensors(file, "evaluate again").items():
-        batch, _, name = key.partition("/")
-        found.setdefault(batch, {})[name] = tensor
-    return list(found.values())
-
-
-def best_plain(rows: Sequence[Mapping[str, Any]], calls: int) -> Mapping[str, Any] | None:
-    """The base's best row at `calls` UNet calls: most pictures right, then Frechet, then distance."""
-    found = [row for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
-
-    def rank(row: Mapping[str, Any]) -> tuple[float, float, float]:
-        return -(row["attribute_accuracy"] or 0), row["frechet"] or 0, row["distance_to_teacher"]
-
+    found = (cell for cell in cells_of(cells, "plain") if cell["unet_calls"] == calls)
     return min(found, key=rank, default=None)
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows as a table."""
-    shown = {
-        "attribute_accuracy": "right", "frechet": "Frechet", "distance_to_teacher": "distance",
-        "saturation": "colour", "seconds_per_image": "s/image",
+# -- evaluation/brand: each way to draw on both lists --------------------------------------------------------
+
+
+class BrandRow(TypedDict):
+    """One way to draw, with its figures on the prompts of the look and on the control prompts."""
+
+    id: str
+    name: Literal["base", "styled", "adapter"]
+    sampler: str
+    steps: int
+    guidance_scale: float
+    unet_calls: int
+    brand_similarity: Interval | None
+    brand_adherence: Interval | None
+    control_adherence: Interval | None
+    diversity: Interval | None
+    distance: Interval | None  # kernel distance to the styled teacher's pictures
+    sharpness: Interval | None
+    pictures: list[str]
+    control_pictures: list[str]
+
+
+def compares_brand(results: Results) -> bool:
+    """Whether it has both the base and an adapter to hold against it."""
+    return {"base", "adapter"} <= {row["name"] for row in brand_rows(results)}
+
+
+def brand_rows(results: Results) -> list[BrandRow]:
+    """A row for each cell on the prompts of the look, joined with that of the same settings on the control
+    prompts: the base, the styled teacher if there is one, then the adapter by steps.
+    """
+    return [
+        _brand_row(cell, by_id(results, CONTROL_ID + cell["id"]))
+        for cell in results["cells"]
+        if cell["prompts"] == MAIN
+    ]
+
+
+def _brand_row(cell: Cell, control: Cell | None) -> BrandRow:
+    return {
+        "id": cell["id"],
+        "name": "adapter" if cell["kind"] == "student" else "styled" if cell["adapter"] else "base",
+        "sampler": cell["sampler"], "steps": cell["steps"], "guidance_scale": cell["guidance_scale"],
+        "unet_calls": cell["unet_calls"],
+        "brand_similarity": figure(cell, "brand_similarity"),
+        "brand_adherence": figure(cell, "prompt_adherence"),
+        "control_adherence": None if control is None else figure(control, "prompt_adherence"),
+        "diversity": figure(cell, "diversity"), "distance": figure(cell, "kernel_teacher"),
+        "sharpness": figure(cell, "sharpness"),
+        "pictures": cell["pictures"], "control_pictures": [] if control is None else control["pictures"],
     }  # fmt: skip
-    table = console.Table("", "steps", "CFG", "calls", *shown.values(), box=console.SIMPLE, pad_edge=False)
-    for row in rows:
-        figures = ("-" if row[key] is None else f"{row[key]:.3f}" for key in shown)
-        cost = (str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))
-        table.add_row(f"{row['name']} {row['solver']}", *cost, *figures)
-    console.show(table)

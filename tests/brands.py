@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from tests.measured import cell, results
 
 FIGURES = {
     "base": {"brand_similarity": (0.20, 0.15, 0.25), "control_adherence": (0.98, 0.95, 1.0)},
@@ -15,20 +18,15 @@ FIGURES = {
 }
 
 
-def figure(found: tuple[float, float, float] | None) -> dict[str, float] | None:
-    return dict(zip(("value", "low", "high"), found, strict=True)) if found else None
-
-
 def row(name: str, steps: int, **figures: Any) -> dict[str, Any]:
-    """A row; its figures are (value, low, high) or None, `FIGURES` unless given."""
-    found = {**FIGURES[name], **figures}
-    sampler, guidance = ("lcm", 1.0) if name == "adapter" else ("ddim", 5.0)
-    return {
-        "name": name, "sampler": sampler, "steps": steps, "guidance_scale": guidance,
-        "unet_calls": steps * (2 if guidance > 1 else 1), "distance": figure((0.3, 0.2, 0.4)),
-        "brand_adherence": figure((0.9, 0.85, 0.95)), "diversity": figure((0.5, 0.4, 0.6)),
-        **{key: figure(found[key]) for key in found},
+    """A row as `results.brand_rows` gives it, without pictures; figures are (value, low, high) or None,
+    `FIGURES` unless given.
+    """
+    usual = {
+        "distance": (0.3, 0.2, 0.4), "brand_adherence": (0.9, 0.85, 0.95), "diversity": (0.5, 0.4, 0.6),
+        **FIGURES[name],
     }  # fmt: skip
+    return {"name": name, "steps": steps, **usual, **figures}
 
 
 def rows(**adapter: Any) -> list[dict[str, Any]]:
@@ -36,22 +34,47 @@ def rows(**adapter: Any) -> list[dict[str, Any]]:
     return [row("base", 50), row("styled", 50), *(row("adapter", n, **adapter) for n in (1, 2, 4, 8))]
 
 
+def cells(each: dict[str, Any]) -> list[dict[str, Any]]:
+    """The two cells of a row: on the prompts of the look and on the control prompts."""
+    mine = each["name"] == "adapter"
+    adapter = {"base": None, "styled": "style", "adapter": "adapter"}[each["name"]]
+    how = ("student", "lcm") if mine else ("teacher", "ddim")
+    guidance = 1.0 if mine else 5.0
+    main = cell(
+        *how, each["steps"], guidance, adapter, brand_similarity=each["brand_similarity"],
+        prompt_adherence=each["brand_adherence"], diversity=each["diversity"],
+        kernel_teacher=each["distance"],
+    )  # fmt: skip
+    right = each["control_adherence"]
+    return [main, cell(*how, each["steps"], guidance, adapter, of="control", prompt_adherence=right)]
+
+
 def content(
-    found: list[dict[str, Any]], less: tuple[float, float, float] | None = (0.5, 0.44, 0.56)
+    found: list[dict[str, Any]],
+    less: tuple[float, float, float] | None = (0.5, 0.44, 0.56),
+    prompts: Sequence[str] = ("a cat",),
+    **more: Any,
 ) -> dict[str, Any]:
-    """Rows, and their differences: `less` of brand similarity, to the base at any number of steps."""
-    nearer = less and {**dict(zip(("difference", "low", "high"), less, strict=True)), "p": 0.002}
-    differences = [
-        {"steps": each["steps"], "less": other, "brand_similarity": nearer if other == "base" else None}
-        for each in found
-        if each["name"] == "adapter"
-        for other in ("styled", "base")
-    ]
-    return {"rows": found, "differences": differences}
+    """Results of rows and their differences: `less` of brand similarity, to the base, at any steps."""
+    pairs = [cells(each) for each in found]
+    base = next((main["id"] for main, _ in pairs if main["id"].startswith("teacher")), "none")
+    nearer = [
+        {"a": main["id"], "b": base, "metric": "brand_similarity", "p": 0.002,
+         **dict(zip(("difference", "low", "high"), less, strict=True))}
+        for main, _ in pairs if main["kind"] == "student" and less
+    ]  # fmt: skip
+    return results(
+        "evaluation/brand", [main for main, _ in pairs] + [control for _, control in pairs], prompts,
+        control=[f"other {prompt}" for prompt in prompts], comparisons=nearer, **more,
+    )  # fmt: skip
 
 
 def write_brand(
-    run: Path, prompts: list[str], found: list[dict[str, Any]] | None = None, **more: Any
+    run: Path,
+    prompts: list[str],
+    found: list[dict[str, Any]] | None = None,
+    brand: str | None = None,
+    **more: Any,
 ) -> None:
     """Write `run/brand.json` and its pictures, each of a colour of its own."""
     folder = run / "brand"
@@ -63,13 +86,11 @@ def write_brand(
             Image.new("RGB", (64, 64), (shade, 30 * i, 7)).save(folder / f"{name}-{i}.png")
         return [f"brand/{name}-{i}.png" for i in range(count)]
 
-    found = rows() if found is None else found
-    for k, each in enumerate(found):
-        each["pictures"] = drawn(f"{each['name']}-{each['steps']}", 20 * k)
-        each["control_pictures"] = drawn(f"control-{each['name']}-{each['steps']}", 20 * k + 9)
-    told = {
-        "base": {"path": "some/base", "hash": "b" * 64}, "adherence": "attributes", "prompts": prompts,
-        "control_prompts": [f"other {prompt}" for prompt in prompts],
-        "brand_pictures": drawn("yours", 200), **content(found), **more,
-    }  # fmt: skip
+    told = content(
+        rows() if found is None else found, prompts=prompts, settings={"brand": brand},
+        **{"brand_pictures": drawn("yours", 200), **more},
+    )  # fmt: skip
+    for each in told["cells"]:
+        k, control = [main["id"] for main in told["cells"]].index(each["id"].removeprefix("control-")), 9
+        each["pictures"] = drawn(each["id"], 20 * k + control * (each["prompts"] == "control"))
     (run / "brand.json").write_text(json.dumps(told))

@@ -17,6 +17,7 @@ from lcm_kit.export.lora import Layer, Lora
 from lcm_kit.export.structure import Structure
 from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance
 from tests.loras import lcm_modules
+from tests.measured import cell, results
 
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HOSTILE = 'a|b"c: [x]'
@@ -94,30 +95,28 @@ def snippets(page: str) -> list[str]:
 
 
 def evaluated(run: Path, **changed: Any) -> dict[str, Any]:
-    """A results.json of one teacher, plain rows and two students, with pictures of one colour each."""
+    """Results of one teacher, plain cells and two students, with pictures of one colour each."""
     (run / "pictures").mkdir(parents=True)
 
-    def row(name: str, solver: str, steps: int, guidance: float, right: float, shade: int) -> dict[str, Any]:
-        files = [f"pictures/{name}-{solver}-{steps}-{k}.png" for k in range(3)]
+    def row(kind: str, sampler: str, steps: int, guidance: float, right: float, shade: int) -> dict[str, Any]:
+        files = [f"pictures/{kind}-{sampler}-{steps}-{k}.png" for k in range(3)]
         for k, file in enumerate(files):
             Image.new("RGB", (16, 12), (shade, 40 * k, 0)).save(run / file)
-        return {
-            "name": name, "solver": solver, "steps": steps, "guidance_scale": guidance,
-            "unet_calls": steps * (1 + (guidance > 1)), "seconds_per_image": 0.1 * steps,
-            "distance_to_teacher": 0.02 * shade, "saturation": 0.987, "clipped": 0.0,
-            "attribute_accuracy": right, "attribute_accuracy_stderr": 0.031, "frechet": 1 - right + 0.0123,
-            "pictures": files,
+        figures = {
+            "seconds": 0.1 * steps, "pixel_distance": 0.02 * shade, "saturation": 0.987, "clipped": 0.0,
+            "prompt_adherence": (right, right - 0.03, right + 0.01), "frechet_biased": 1 - right + 0.0123,
         }  # fmt: skip
+        adapter = "student" if kind == "student" else None
+        return {**cell(kind, sampler, steps, guidance, adapter, **figures | changed), "pictures": files}
 
-    rows = [
-        row("teacher", "ddim", 50, 5.0, 0.99, 10), row("base", "ddim", 2, 5.0, 0.31, 20),
-        row("base", "dpmpp_2m", 4, 1.0, 0.62, 30), row("base", "ddim", 8, 1.0, 0.71, 40),
+    cells = [
+        row("teacher", "ddim", 50, 5.0, 0.99, 10), row("plain", "ddim", 2, 5.0, 0.31, 20),
+        row("plain", "dpmpp_2m", 4, 1.0, 0.62, 30), row("plain", "ddim", 8, 1.0, 0.71, 40),
         row("student", "lcm", 4, 1.0, 0.94, 50), row("student", "lcm", 2, 1.0, 0.83, 60),
     ]  # fmt: skip
-    return {
-        "rows": [row | changed for row in rows], "n": 96, "frechet_floor": 0.0411, "lora_weight": 1.0,
-        "prompts": ["a red fox", HOSTILE, "an owl", "a boat"],
-    }  # fmt: skip
+    return results(
+        "evaluation/quality", cells, ["a red fox", HOSTILE, "an owl", "a boat"], frechet_floor=0.0411
+    )
 
 
 def save(lora: Lora, structure: Structure, folder: Path, style: str) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from lcm_kit.tiny import world
+from tests import measured
 
 PROMPTS = tuple(world.random_scene(np.random.default_rng(k)).prompt for k in range(4))
 LABELS = {
@@ -51,15 +52,13 @@ def build_sweep(
     levels) makes them hard to compress. The energy is null in every cell, as on a CPU, and LCM has no
     distance to the teacher beyond one step.
     """
-    cells = [_cell("teacher", None, "ddim", 50, scale, 1.0) for scale in teachers]
+    cells = [measured.cell("teacher", "ddim", 50, scale) for scale in teachers]
     if plain:
-        cells += [
-            _cell("plain", None, "ddim", n, scale, 1.0) for n, scale in product((1, 2, 4, 8), (1.0, 5.0))
-        ]
+        cells += [measured.cell("plain", "ddim", n, scale) for n, scale in product((1, 2, 4, 8), (1.0, 5.0))]
     cells += [
-        _cell("student", name, *rest)
+        measured.cell("student", sampler, n, scale, name, weight=weight)
         for name in adapters
-        for rest in product(samplers, steps, guidance, weights)
+        for sampler, n, scale, weight in product(samplers, steps, guidance, weights)
     ]  # fmt: skip
     shown = [2 * k for k in range(len(prompts))]
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -68,34 +67,16 @@ def build_sweep(
         cell["pictures"] = [f"pictures/{cell['id']}-{sample:03d}.png" for sample in shown]
         for k, name in enumerate(cell["pictures"]):
             _picture(cell, k, size, noise).save(folder / name)
-    reference = next(cell["id"] for cell in cells if cell["kind"] == "teacher")
-    results = {
-        "schema": 1, "kind": "guidance_sweep", "name": "synthetic",
-        "base": {"path": "asset:tiny-sd", "revision": None, "hash": "b" * 64, "prediction_type": "epsilon"},
-        "adapters": [{"name": name, "file": f"runs/{name}/my lora.safetensors", "sha256": "a" * 64,
-                      "weights": "c" * 64, "layers": 64, "note": ""} for name in adapters],
-        "prompts": list(prompts), "images_per_prompt": 2, "count": 2 * len(prompts), "seed": 7,
-        "resolution": size, "shown": shown, "extractor": "asset:probe", "confidence": 0.95,
-        "teacher": {"sampler": "ddim", "steps": 50, "guidance_scale": teachers[0], "cell": reference},
-        "metrics": {key: {"label": LABELS[key][0], "unit": LABELS[key][1], "better": LABELS[key][2],
-                          "help": f"what {key} is"} for key in metrics},
-        "cells": cells, "comparisons": list(_comparisons(cells, metrics)),
-        "recommended": _recommended(cells), "breaks": _breaks(cells, adapters), "cost": None,
-        "machine": {"device": "cpu", "threads": 2}, "versions": {"lcm_kit": "0.1.0", "torch": "2.13"},
-    }  # fmt: skip
+    results = measured.results(
+        "evaluation/guidance_sweep", cells, prompts, images_per_prompt=2, resolution=size,
+        base={"path": "asset:tiny-sd", "revision": None, "hash": "b" * 64, "prediction_type": "epsilon"},
+        metrics={key: {"label": LABELS[key][0], "unit": LABELS[key][1], "better": LABELS[key][2],
+                       "help": f"what {key} is"} for key in metrics},
+        comparisons=list(_comparisons(cells, metrics)), verdict="Yes",
+        recommended=_recommended(cells), breaks=_breaks(cells, adapters),
+    )  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
     return results
-
-
-def _cell(
-    kind: str, adapter: str | None, sampler: str, steps: int, guidance: float, weight: float = 1.0
-) -> Cell:
-    end = f"-w{weight:g}" if adapter else ""
-    return {
-        "id": f"{adapter or kind}-{sampler}-{steps}-g{guidance:g}{end}", "kind": kind, "adapter": adapter,
-        "sampler": sampler, "steps": steps, "guidance_scale": guidance, "lora_weight": weight,
-        "unet_calls": steps * (2 if guidance > 1 else 1),
-    }  # fmt: skip
 
 
 def _figure(cell: Cell, key: str) -> dict[str, float] | None:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lcm_kit import verdicts
 from lcm_kit.report import brand
 from lcm_kit.report.build import write_report
-from tests.brands import content, figure, row, rows, write_brand
+from tests.brands import content, row, rows, write_brand
+from tests.measured import cell, results
 from tests.runs import build_run
 from tests.test_report import EVIL, Page, write_results
 from tests.test_report import rows as quality_rows
@@ -114,8 +116,8 @@ def test_the_other_evaluation_follows_below(run: Path) -> None:
 def test_the_verdicts_rule(
     adapter: dict[str, Any], less: tuple[float, float, float] | None, answer: str
 ) -> None:
-    head = brand.headline(content(rows(**adapter), less))
-    assert brand.verdict(head, "attributes") == answer
+    head = verdicts.brand_headline(content(rows(**adapter), less))
+    assert verdicts.brand_verdict(head, "attributes") == answer
     told = " ".join(brand.sentences(head, "attributes"))
     assert ("forgotten" in told) == (answer == "In part")
     if answer == "In part":
@@ -123,12 +125,13 @@ def test_the_verdicts_rule(
 
 
 def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:
-    def head(value: float) -> dict[str, Any]:
+    def head(value: float) -> verdicts.Brand:
         found = rows(control_adherence=(value, value - 1, value + 1))
-        found[0]["control_adherence"] = figure((30.0, 29.0, 31.0))
-        return brand.headline(content(found))
+        found[0]["control_adherence"] = (30.0, 29.0, 31.0)
+        return verdicts.brand_headline(content(found))
 
-    assert brand.verdict(head(28.5), "clip") == "Yes" and brand.verdict(head(28.4), "clip") == "In part"
+    answers = [verdicts.brand_verdict(head(score), "clip") for score in (28.5, 28.4)]
+    assert answers == ["Yes", "In part"]
     told = " ".join(brand.sentences(head(28.4), "clip"))
     assert "(CLIP score): the base 30.0 (29.0 to 31.0), your adapter 28.4 (27.4 to 29.4)" in told
     assert "the adapter is 1.60 below the base" in told
@@ -136,8 +139,8 @@ def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:
 
 def test_the_adapter_nearest_four_steps_and_runs_without_a_style() -> None:
     found = [row("base", 50), row("adapter", 2), row("adapter", 8)]
-    head = brand.headline(content(found))
-    assert head["adapter"]["steps"] == 2 and head["styled"] is None
+    head = verdicts.brand_headline(content(found))
+    assert head.adapter["steps"] == 2 and head.styled is None
     assert all("the look at" not in sentence for sentence in brand.sentences(head, "attributes"))
 
 
@@ -156,7 +159,7 @@ def test_pictures_of_the_folder_stand_in_where_no_prompt_is_of_one(run: Path, tm
 
 def test_a_run_of_other_adapters_alone_keeps_its_report(run: Path) -> None:
     found = json.loads((run / "brand.json").read_text())
-    found["rows"] = [each for each in found["rows"] if each["name"] != "adapter"]
+    found["cells"] = [each for each in found["cells"] if each["kind"] != "student"]
     (run / "brand.json").write_text(json.dumps(found))
     write_results(run, quality_rows(), ["one", "two"])
     text = text_of(write_report(run).read_text())
@@ -170,10 +173,10 @@ def test_what_is_forgotten_is_told_by_the_evaluation_with_more_prompts(
     """brand.json has 7 control prompts and 3 points between base and adapter; results.json has 12 points."""
     found = quality_rows()
     for each in found:
-        each["attribute_accuracy"] = {"teacher": 1.0, "student": 0.875}.get(each["name"], 0.8)
-    write_results(run, found, ["one", "two"])
-    file = run / "results.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "n": count}))
+        each["metrics"]["prompt_adherence"]["value"] = {"teacher": 1.0, "student": 0.875}.get(
+            each["kind"], 0.8
+        )
+    write_results(run, found, ["one", "two"], count)
     text = text_of(write_report(run).read_text())
     assert f"Your look, in 4 steps? {answer}." in text
     assert ("On 120 prompts of other things the adapter is 12 % below the base" in text) == (count == 120)
@@ -181,8 +184,9 @@ def test_what_is_forgotten_is_told_by_the_evaluation_with_more_prompts(
 
 def test_a_share_of_more_prompts_is_a_share_beside_clip_scores_too() -> None:
     shares = (("teacher", 50, 1.0), ("student", 4, 0.875), ("student", 2, 0.5))
-    quality = [{"name": name, "steps": steps, "attribute_accuracy": share} for name, steps, share in shares]
-    head = brand.headline(content(rows()), {"n": 120, "rows": quality})
+    cells = [cell(kind, "lcm", steps, prompt_adherence=share) for kind, steps, share in shares]
+    more = results("evaluation/quality", cells, [f"prompt {k}" for k in range(120)])
+    head = verdicts.brand_headline(content(rows()), more)
     assert brand.sentences(head, "clip")[-1].startswith(
         "On 120 prompts of other things the adapter is 12\u00a0% below the base"
     )

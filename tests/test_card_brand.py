@@ -66,9 +66,7 @@ def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
 def test_it_says_what_did_not_work(
     adapter: dict[str, Any], less: tuple[float, float, float] | None, sentence: str, tmp_path: Path
 ) -> None:
-    found = {**content(rows(**adapter), less), "prompts": PROMPTS, "adherence": "attributes"}
-    for each in found["rows"]:
-        each["pictures"] = []
+    found = content(rows(**adapter), less, PROMPTS)
     assert sentence in write(tmp_path / "export", found)
 
 
@@ -86,7 +84,7 @@ def test_beside_the_other_evaluation_and_by_clip(tmp_path: Path) -> None:
 def test_nothing_is_claimed_without_an_adapter_or_a_base(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain", None)
     for names in (("base", "styled"), ("adapter",)):
-        found = {**content([row(name, 4) for name in names]), "prompts": PROMPTS}
+        found = content([row(name, 4) for name in names], prompts=PROMPTS)
         assert write(tmp_path / names[0], found) == plain
 
 

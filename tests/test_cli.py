@@ -23,6 +23,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.export import recommended
 from lcm_kit.methods import DEFAULT
 from lcm_kit.provenance import Recommended
+from tests.measured import cell, results
 
 
 def cli(*arguments: str | Path) -> Result:
@@ -295,24 +296,18 @@ def test_quickstart_runs_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, tm
     from lcm_kit.report import build as building
 
     output, order = tmp_path / "run", list[Any]()
-    row = {
-        "solver": "ddim", "steps": 4, "guidance_scale": 1.0, "unet_calls": 4, "seconds_per_image": 0.5,
-        "distance_to_teacher": 0.1, "saturation": 1.0, "pictures": [],
-    }  # fmt: skip
-    rows = [
-        {**row, "name": "teacher", "unet_calls": 100, "attribute_accuracy": 0.97, "frechet": 1.0},
-        {**row, "name": "base", "attribute_accuracy": 0.11, "frechet": 60.0},
-        {**row, "name": "base", "solver": "dpmpp_2m", "attribute_accuracy": 0.31, "frechet": 40.0},
-        {**row, "name": "student", "solver": "lcm", "attribute_accuracy": 0.93, "frechet": 8.0},
+    cells = [
+        cell("teacher", "ddim", 50, 5.0, prompt_adherence=0.97, frechet_biased=1.0),
+        cell("plain", "ddim", 4, prompt_adherence=0.11, frechet_biased=60.0),
+        cell("plain", "dpmpp_2m", 4, prompt_adherence=0.31, frechet_biased=40.0),
+        cell("student", "lcm", 4, adapter="student", prompt_adherence=0.93, frechet_biased=8.0),
     ]
-
-    made = {"n": 4, "prompts": ["a cat"], "base": {"path": "x", "hash": "y"}, "frechet_floor": None}
 
     def recipe(name: str) -> SimpleNamespace:
         def main(config: Any) -> None:
             order.append((name, config))
             output.mkdir(exist_ok=True)
-            (output / "results.json").write_text(json.dumps({"rows": rows, **made}))
+            (output / "results.json").write_text(json.dumps(results("evaluation/quality", cells, ["a cat"])))
 
         return SimpleNamespace(main=main)
 
@@ -352,15 +347,13 @@ def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
 ) -> None:
     from lcm_kit.story.show import quality_table
 
-    row = {"unet_calls": 4, "seconds_per_image": 0.5, "attribute_accuracy": None, "frechet": None}
-    quality_table(
-        [
-            {**row, "name": "teacher", "solver": "ddim", "unet_calls": 100, "distance_to_teacher": 0.0},
-            {**row, "name": "base", "solver": "ddim", "distance_to_teacher": 0.3},
-            {**row, "name": "base", "solver": "dpmpp_2m", "distance_to_teacher": 0.2},
-            {**row, "name": "base", "solver": "ddim", "unet_calls": 8, "distance_to_teacher": 0.1},
-        ]
-    )
+    cells = [
+        cell("teacher", "ddim", 50, 5.0, pixel_distance=0.0),
+        cell("plain", "ddim", 4, pixel_distance=0.3),
+        cell("plain", "dpmpp_2m", 4, pixel_distance=0.2),
+        cell("plain", "ddim", 8, pixel_distance=0.1),
+    ]
+    quality_table(results("evaluation/quality", cells, ["a cat"]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["base", "base, dpmpp_2m"]
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from lcm_kit import adapter, sample
+from lcm_kit.cli import app
 from lcm_kit.errors import UserError
 from lcm_kit.export import delivery, loading, recommended, structure, untrusted, verify, write
 from lcm_kit.export.lora import Layer, Lora
@@ -372,7 +374,9 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
     found = {
         "sentence": "Use 2 steps of TCD.", "cell": None, "adapter": "lumo", "sampler": "tcd", "steps": 2,
         "guidance_scale": 1.5, "lora_weight": 0.8, "reasons": ["because"],
-        "warnings": [{"adapter": name, "sentence": text} for name, text in warnings.items()],
+        "warnings": [
+            {"adapter": name, "kind": "no_effect", "sentence": text} for name, text in warnings.items()
+        ],
     }  # fmt: skip
 
     def sweep(weights: str) -> None:
@@ -395,3 +399,34 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
     for line in ("| sampler | TCD |", "| steps | 2 |", "| guidance (CFG) | 1.5 |", "| LoRA strength | 0.8 |"):
         assert line in card
     assert "**Warning.** Mind it." in card and "because" in card and "other is bad" not in card
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"version": 1, "recipe": "evaluation/guidance_sweep"}'])
+def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: bytes, tmp_path: Path) -> None:
+    """It is named in one line; then the file's own header advises, and where it says nothing the defaults."""
+    base = adapter.read_facts(run / "adapter")["base"]["path"]
+
+    def draw(name: str) -> str:
+        words = ["sample", "--prompt", "a", "--base", base, "--adapter", run, "--output", tmp_path / name]
+        done = CliRunner().invoke(app, list(map(str, words)))
+        assert done.exit_code == 0 and (tmp_path / name).is_dir(), done.output
+        return " ".join(done.output.split())
+
+    names = ("whole", "damaged", "header")
+    files = export_run(run, "diffusers", "float32")
+    results = build_sweep(run / "sweep", adapters=("lumo",), size=8)
+    results["adapters"][0]["weights"] = recommended.weights_hash(files["diffusers"])
+    results["recommended"] |= {"sampler": "tcd", "steps": 2, "lora_weight": 0.8}
+    file = run / "sweep/results.json"
+    file.write_text(json.dumps(results))
+    assert "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it" in draw("whole")
+    file.write_bytes(damage)
+    told = draw("damaged")
+    assert told.count(str(file)) == 1 and "the sweep's recommendation is left out" in told
+    assert "measured for" not in told
+    file.write_text(json.dumps(results))
+    export_run(run, "diffusers", "float32", with_evaluation=True)
+    file.write_bytes(damage)
+    assert "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it" in draw("header")
+    whole, damaged, header = ((tmp_path / name / "contact-sheet.png").read_bytes() for name in names)
+    assert header == whole != damaged

@@ -22,6 +22,7 @@ from lcm_kit.config.load import load
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
 from lcm_kit.export.facts import Recommended
+from lcm_kit.methods import DEFAULT
 from lcm_kit.report import plots
 from lcm_kit.sweep import cells
 
@@ -55,7 +56,7 @@ def test_configs_of_the_page_take_it_and_messages_list_it(euler: samplers.Sample
     assert len(configs) == 2
     swept = configs[1]
     assert isinstance(swept, GuidanceSweep)
-    drawn = [cell for cell in cells.plan(swept, ["mine"]) if cell.sampler == "euler"]
+    drawn = [cell for cell in cells.plan(swept, {"mine": DEFAULT}) if cell.sampler == "euler"]
     assert drawn and all(cell.kind == "plain" and cell.deterministic for cell in drawn)
     with pytest.raises(UserError, match="one of ddim, dpmpp_2m, euler; did you mean `euler`"):
         load(shipped.config_path("evaluation/quality"), ["run=r", "solvers=[eular]"])
@@ -80,7 +81,7 @@ def test_the_command_line_lists_it(euler: samplers.Sampler) -> None:
 
 def test_titles_plots_and_metadata_know_it(euler: samplers.Sampler) -> None:
     assert samplers.title_of("euler") == "Euler" and samplers.title_of("no such") == "no such"
-    assert plots.styles()["base", "euler", True][0] == "Euler, guidance"
+    assert plots.styles()["plain", "euler", True][0] == "Euler, guidance"
     assert Recommended("", "euler", 4, 1.0, 1.0).sampler_name == "Euler"
     for name in ("student", "base"):  # no two lines look alike
         looks = [style[1:] for (who, _, _), style in plots.styles().items() if who == name]

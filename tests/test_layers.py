@@ -57,6 +57,7 @@ LAYERS = {
         "shipped",
         "styles",
         "tiny",
+        "verdicts",
     },
     "runtime": {
         "checkpoints",

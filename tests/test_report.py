@@ -13,50 +13,56 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lcm_kit import verdicts
 from lcm_kit.errors import UserError
 from lcm_kit.report import plots, shared
-from lcm_kit.report.build import headline, snippet, verdict, write_report
-from lcm_kit.results import best_plain
+from lcm_kit.report.build import snippet, write_report
+from tests.measured import cell, results
 from tests.runs import build_run
 
 EVIL = '<script>alert(1)</script> & "quotes"'
 
 
-def row(name: str, solver: str, steps: int, guidance: float, **figures: Any) -> dict[str, Any]:
-    calls = steps * (2 if guidance > 1 else 1)
-    return {
-        "name": name, "solver": solver, "steps": steps, "guidance_scale": guidance, "unet_calls": calls,
-        "seconds_per_image": 0.01 * calls, "attribute_accuracy": 0.5, "attribute_accuracy_stderr": 0.04,
-        "object_accuracy": 0.6, "colour_accuracy": 0.7, "pattern_accuracy": 0.8, "frechet": 1.0,
-        "distance_to_teacher": 0.2, "saturation": 1.1, "clipped": 0.01, "pictures": [], **figures,
+def row(kind: str, sampler: str, steps: int, guidance: float, **figures: Any) -> dict[str, Any]:
+    adapter = "student" if kind == "student" else None
+    usual = {
+        "seconds": 0.01 * steps * (2 if guidance > 1 else 1), "prompt_adherence": 0.5, "object_accuracy": 0.6,
+        "colour_accuracy": 0.7, "pattern_accuracy": 0.8, "frechet_biased": 1.0, "pixel_distance": 0.2,
+        "saturation": 1.1, "clipped": 0.01,
     }  # fmt: skip
+    return cell(kind, sampler, steps, guidance, adapter, **{**usual, **figures})
 
 
 def rows(**student: Any) -> list[dict[str, Any]]:
     return [
-        row("teacher", "ddim", 50, 5, attribute_accuracy=0.95, frechet=0.1),
-        row("base", "ddim", 2, 5, attribute_accuracy=0.3, frechet=0.8),
-        row("base", "dpmpp_2m", 2, 5, attribute_accuracy=0.4, frechet=0.7),
-        row("base", "ddim", 8, 1, attribute_accuracy=0.9, frechet=0.1),
-        row("student", "lcm", 1, 1, attribute_accuracy=0.6),
-        row("student", "lcm", 4, 1, **{"attribute_accuracy": 0.9, "frechet": 0.3, **student}),
+        row("teacher", "ddim", 50, 5, prompt_adherence=0.95, frechet_biased=0.1),
+        row("plain", "ddim", 2, 5, prompt_adherence=0.3, frechet_biased=0.8),
+        row("plain", "dpmpp_2m", 2, 5, prompt_adherence=0.4, frechet_biased=0.7),
+        row("plain", "ddim", 8, 1, prompt_adherence=0.9, frechet_biased=0.1),
+        row("student", "lcm", 1, 1, prompt_adherence=0.6),
+        row(
+            "student",
+            "lcm",
+            4,
+            1,
+            **{"prompt_adherence": (0.9, 0.85, 0.94), "frechet_biased": 0.3, **student},
+        ),
     ]
 
 
-def write_results(run: Path, found: list[dict[str, Any]], prompts: list[str]) -> None:
+def quality(found: list[dict[str, Any]], prompts: list[str], **more: Any) -> dict[str, Any]:
+    made = results("evaluation/quality", found, prompts, **{"frechet_floor": 0.05, **more})
+    return {**made, "verdict": verdicts.quality_verdict(made)}
+
+
+def write_results(run: Path, found: list[dict[str, Any]], prompts: list[str], n: int = 128) -> None:
     (run / "pictures").mkdir(parents=True, exist_ok=True)
-    for k, result in enumerate(found):
-        result["pictures"] = [f"pictures/{k}-{i}.png" for i in range(len(prompts))]
-        for name in result["pictures"]:
+    for k, each in enumerate(found):
+        each["pictures"] = [f"pictures/{k}-{i}.png" for i in range(len(prompts))]
+        for name in each["pictures"]:
             Image.new("RGB", (64, 64), (40 * k, 90, 120)).save(run / name)
-    results = {
-        "rows": found, "n": 128, "frechet_floor": 0.05, "reference_count": 1024, "lora_weight": 1.0,
-        "batch_size": 32, "resolution": 64, "base": {"path": "some/base", "hash": "b" * 64},
-        "adapter": {"file": "export/pytorch_lora_weights.safetensors", "sha256": "a" * 64},
-        "seeds": {"noise": 7}, "versions": {"diffusers": "0.42"},
-        "machine": {"device": "cpu", "threads": 2}, "prompts": prompts,
-    }  # fmt: skip
-    (run / "results.json").write_text(json.dumps(results))
+    texts = [*prompts, *(f"prompt {k}" for k in range(n - len(prompts)))]
+    (run / "results.json").write_text(json.dumps(quality(found, texts)))
 
 
 class Page(HTMLParser):
@@ -120,46 +126,47 @@ def test_the_story_has_its_order_and_its_numbers(run: Path) -> None:
     assert "needs 100 calls for 95 %" in text
     assert "best plain solver at 4 calls (DPM-Solver++ 2M, 2 steps with guidance) draws 40 % right" in text
     assert "25 ×" in text
+    assert "90 % (85 % to 94 %)" in text  # the interval in the table
     assert (
         "20 steps of 8 images a process" in text
     )  # from the adapter's facts: what was done, not what was planned
 
 
 def test_the_best_plain_solver_is_chosen_at_equal_calls() -> None:
-    head = headline(rows())
-    assert head["student"]["steps"] == 4
-    assert head["plain"]["solver"] == "dpmpp_2m"
-    assert head["fewer"] == 25
-    assert head["plain_frechet"] == 0.7  # not the 0.1 of eight calls
-    assert best_plain(rows(), 6) is None
-    unread = [{**r, "attribute_accuracy": None, "frechet": None} for r in rows()]
-    unread[1]["distance_to_teacher"] = 0.1
-    assert best_plain(unread, 4) is unread[1]
+    found = quality(rows(), ["a cat"])
+    head = verdicts.quality_headline(found)
+    assert head.student["steps"] == 4
+    assert head.plain is not None and head.plain["sampler"] == "dpmpp_2m"
+    assert head.fewer == 25 and head.faster == pytest.approx(25)
+    assert head.plain_frechet == 0.7  # not the 0.1 of eight calls
+    assert verdicts.best_plain(found, 6) is None
+    unread = [row(each["kind"], each["sampler"], each["steps"], each["guidance_scale"],
+                  prompt_adherence=None, frechet_biased=None) for each in rows()]  # fmt: skip
+    unread[1]["metrics"]["pixel_distance"]["value"] = 0.1
+    assert verdicts.best_plain(quality(unread, ["a cat"]), 4) is unread[1]
 
 
 @pytest.mark.parametrize(
     ("student", "wanted"),
     [
         ({}, "Yes"),
-        ({"attribute_accuracy": 0.84}, "In part"),  # 11 points below the teacher
-        ({"frechet": 0.36}, "In part"),  # more than half of 0.7
-        ({"attribute_accuracy": 0.4}, "No"),  # no better than the plain solver
-        ({"attribute_accuracy": None, "frechet": None}, "Judge by eye"),
+        ({"prompt_adherence": 0.84}, "In part"),  # 11 points below the teacher
+        ({"frechet_biased": 0.36}, "In part"),  # more than half of 0.7
+        ({"prompt_adherence": 0.4}, "No"),  # no better than the plain solver
+        ({"prompt_adherence": None, "frechet_biased": None}, "Judge by eye"),
     ],
 )
 def test_verdict(student: dict[str, Any], wanted: str) -> None:
-    assert verdict(headline(rows(**student))) == wanted
+    assert verdicts.quality_verdict(quality(rows(**student), ["a cat"])) == wanted
 
 
 def test_a_base_that_nothing_can_read(run: Path) -> None:
     """Another base: no accuracy, no Frechet distance, no training files; the page stands all the same."""
-    blank = dict.fromkeys(
-        ("attribute_accuracy", "attribute_accuracy_stderr", "object_accuracy", "colour_accuracy",
-         "pattern_accuracy", "frechet")
-    )  # fmt: skip
-    write_results(run, [{**r, **blank} for r in rows()], ["a cat"])
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps({**results, "frechet_floor": None, "reference_count": None}))
+    unread = ("prompt_adherence", "object_accuracy", "colour_accuracy", "pattern_accuracy", "frechet_biased")
+    found = rows()
+    for each in found:
+        each["metrics"] |= dict.fromkeys(unread)
+    (run / "results.json").write_text(json.dumps(quality(found, ["a cat"], frechet_floor=None)))
     (run / "metrics.jsonl").unlink()
     text = write_report(run).read_text()
     assert "Judge by eye" in text
@@ -167,8 +174,8 @@ def test_a_base_that_nothing_can_read(run: Path) -> None:
 
 
 def test_the_snippet_is_a_program(run: Path) -> None:
-    results = json.loads((run / "results.json").read_text())
-    text = snippet(run, results["base"]["path"], results["prompts"][0], 4)
+    found = json.loads((run / "results.json").read_text())
+    text = snippet(run, found["base"]["path"], found["prompts"]["main"]["texts"][0], 4)
     compile(text, "snippet", "exec")
     assert f"pipe({json.dumps(EVIL)}, num_inference_steps=4, guidance_scale=1.0)" in text
     assert str((run / "export").resolve()) in text
@@ -202,8 +209,8 @@ def test_an_unevaluated_run(tmp_path: Path) -> None:
 
 def test_a_base_alone_has_no_report(run: Path) -> None:
     file = run / "results.json"
-    results = json.loads(file.read_text())
-    results["rows"] = [row for row in results["rows"] if row["name"] != "student"]
-    file.write_text(json.dumps(results))
+    found = json.loads(file.read_text())
+    found["cells"] = [each for each in found["cells"] if each["kind"] != "student"]
+    file.write_text(json.dumps(found))
     with pytest.raises(UserError, match="without a student"):
         write_report(run)

@@ -296,12 +296,12 @@ def test_several_adapters_are_compared(tmp_path: Path) -> None:
 
 
 def test_marks_of_a_difference() -> None:
-    over, under, none = {"low": 0.1, "high": 0.2}, {"low": -0.2, "high": -0.1}, {"low": -0.1, "high": 0.2}
-    assert [sweep._mark(over, side) for side in ("higher", "lower", "one", None)] == [
+    over, under, none = (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2)
+    assert [sweep._mark(*over, side) for side in ("higher", "lower", "one", None)] == [
         "better", "worse", "different", "different",
     ]  # fmt: skip
-    assert [sweep._mark(under, "higher"), sweep._mark(under, "lower")] == ["worse", "better"]
-    assert sweep._mark(none, "higher") == ""
+    assert [sweep._mark(*under, "higher"), sweep._mark(*under, "lower")] == ["worse", "better"]
+    assert sweep._mark(*none, "higher") == ""
 
 
 def test_one_guidance_no_plain_cells_and_no_metric(tmp_path: Path) -> None:
@@ -364,11 +364,27 @@ def test_report_knows_a_sweep_from_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "schema", "why"), [("other", 1, "not a guidance"), ("guidance_sweep", 2, "schema 2")]
+    ("recipe", "version", "why"),
+    [
+        ("evaluation/brand", 2, "is of evaluation/brand, not a guidance sweep's"),
+        (
+            "evaluation/guidance_sweep",
+            1,
+            "has version 1 of results, and this lcm-kit reads 2; evaluate again",
+        ),
+        (
+            "evaluation/guidance_sweep",
+            3,
+            "has version 3 of results, and this lcm-kit reads 2; evaluate again",
+        ),
+        ("evaluation/guidance_sweep", None, "names no version of results, and this lcm-kit reads 2; eval"),
+    ],
 )
-def test_another_kind_of_results(tmp_path: Path, kind: str, schema: int, why: str) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"kind": kind, "schema": schema}))
-    with pytest.raises(UserError, match=why):
+def test_another_kind_of_results(tmp_path: Path, recipe: str, version: int | None, why: str) -> None:
+    found = build_sweep(tmp_path, **FEW) | {"recipe": recipe, "version": version}
+    kept = {key: value for key, value in found.items() if value is not None}
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/results.json {why}"):
         write_sweep_report(tmp_path)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from brand_looks import LOOKS, caption, pictures, unseen
 
-from lcm_kit import shipped
+from lcm_kit import results, shipped
 from lcm_kit.config.load import load
 from lcm_kit.data import prior, sources
 from lcm_kit.export import merge_files
@@ -98,7 +98,7 @@ def measure(folder: Path, name: str, adapter: Path, style: Path, brand: Path, se
         here.parent.mkdir(parents=True, exist_ok=True)
         if not here.is_symlink():
             here.symlink_to(common)
-    if not (output / "brand.json").is_file():
+    if not (output / results.BRAND_FILE).is_file():
         run("brand", run=str(adapter), style=str(style), brand=str(brand), prompts=str(brand / "prompts.txt"),
             output=str(output), base="asset:tiny-sd", seed=seed)  # fmt: skip
 
@@ -147,8 +147,8 @@ def do(cell: str) -> None:
         )
     found = run("compose", style=str(style), speed=SPEED, output=str(folder / "compose"),
                 brand=str(brand), prompts=str(brand / "prompts.txt"), seed=seed + 100)  # fmt: skip
-    best = json.loads((found.parent / "recommended.json").read_text())
-    searched = best["style_weight"], best["speed_weight"]
+    best = results.read(found)["recommended"]
+    searched = best["style_weight"], best["lora_weight"]
     ways["usual"] = merged("usual", USUAL)
     ways["searched"], ways["reduced"] = merged("searched", searched), merged("reduced", searched, RANK)
     if every_way:

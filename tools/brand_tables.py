@@ -8,7 +8,6 @@ is there, the interval is that of its prompts (bootstrap) and marked with an ast
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -17,6 +16,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from PIL import Image, ImageDraw
+
+from lcm_kit import results
 
 WAYS = {
     "base": "base",
@@ -61,8 +62,8 @@ def rows(runs: Path) -> Iterator[dict[str, Any]]:
     for done in sorted(runs.glob("*/done")):
         look, count, seed = done.parent.name.split("-")
         for way in (name for name in WAYS if (done.parent / "measured" / name).is_dir()):
-            found = json.loads((done.parent / "measured" / way / "brand.json").read_text())
-            for row in found["rows"]:
+            measured = results.read(done.parent / "measured" / way / results.BRAND_FILE)
+            for row in results.brand_rows(measured):
                 teacher = row["name"] != "adapter"
                 if not teacher or way == "usual":
                     cell = {"look": look, "pictures": int(count), "seed": int(seed), "steps": row["steps"]}
@@ -167,7 +168,7 @@ def sheet(runs: Path, cell: str, file: Path) -> None:
     columns: dict[str, list[Image.Image]] = {}
     for way in list(WAYS)[2:]:
         folder = runs / cell / "measured" / way
-        for row in json.loads((folder / "brand.json").read_text())["rows"]:
+        for row in results.brand_rows(results.read(folder / results.BRAND_FILE)):
             if row["name"] == "adapter" and row["steps"] != 4:
                 continue
             name = WAYS[way if row["name"] == "adapter" else row["name"]]

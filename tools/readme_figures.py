@@ -14,18 +14,17 @@ look; the brand's picture, the base and the styled base at 50 steps, the adapter
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lcm_kit import results, verdicts
 from lcm_kit.report import brand
 from lcm_kit.report.shared import percent
-from lcm_kit.results import best_plain
+from lcm_kit.result_shapes import Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5
@@ -35,26 +34,23 @@ HEAD = (
 )
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's results.json."""
-    return json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
-
-
-def line(name: str, row: dict[str, Any]) -> str:
+def line(name: str, cell: Cell) -> str:
     """One line of the table."""
-    figures = (
-        f"{row['attribute_accuracy']:.1%}", f"{row['frechet']:.3f}", f"{row['distance_to_teacher']:.3f}",
-        f"{row['saturation']:.2f}", f"{row['seconds_per_image']:.3f}",
-    )  # fmt: skip
-    setting = (row["solver"], str(row["steps"]), f"{row['guidance_scale']:g}", str(row["unet_calls"]))
+    shown = {
+        "prompt_adherence": ".1%", "frechet_biased": ".3f", "pixel_distance": ".3f", "saturation": ".2f",
+        "seconds": ".3f",
+    }  # fmt: skip
+    figures = (format(results.value(cell, key), how) for key, how in shown.items())
+    setting = (cell["sampler"], str(cell["steps"]), f"{cell['guidance_scale']:g}", str(cell["unet_calls"]))
     return "| " + " | ".join((name, *setting, *figures)) + " |"
 
 
 def headline(run: Path) -> Image.Image:
     """Teacher, best plain solver and student at 4 UNet calls, side by side: `PICTURES` rows of each."""
-    rows = rows_of(run)
-    chosen = [rows[0], best_plain(rows, 4)]
-    chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4]
+    found = results.read(run / results.FILE)
+    students = results.cells_of(found["cells"], "student")
+    chosen = [results.reference(found), verdicts.best_plain(found, 4)]
+    chosen += [cell for cell in students if cell["unet_calls"] == 4]
     cell = 64 * ZOOM
     block = PICTURES * (cell + GAP)
     sheet = Image.new("RGB", (3 * block + 2 * 5 * GAP - GAP, 2 * (cell + GAP) - GAP), "white")
@@ -68,9 +64,10 @@ def headline(run: Path) -> Image.Image:
 
 def look(run: Path) -> int:
     """Write docs/look.png and print the table of docs/finetuning.md."""
-    found = json.loads((run / "brand.json").read_text(encoding="utf-8"))
-    head = brand.headline(found)
-    lines = [found["brand_pictures"], *(head[name]["pictures"] for name in ("base", "styled", "adapter"))]
+    found = results.read(run / results.BRAND_FILE)
+    head = verdicts.brand_headline(found)
+    rows = {"base": head.base, "style": head.styled, "look and speed in one LoRA": head.adapter}
+    lines = [found["brand_pictures"], *(row["pictures"] for row in rows.values())]
     cell = 64 * ZOOM
     columns = [k for k, name in enumerate(lines[0]) if name]
     size = len(columns) * (cell + GAP) - GAP, len(lines) * (cell + GAP) - GAP
@@ -82,12 +79,11 @@ def look(run: Path) -> int:
     print(
         "| | brand similarity | prompts of the look right | other prompts right |\n| --- | --- | --- | --- |"
     )
-    for name, text in (("base", "base"), ("styled", "style"), ("adapter", "look and speed in one LoRA")):
-        row = head[name]
+    for text, row in rows.items():
         shares = (brand.interval(row[f"{kind}_adherence"], percent) for kind in ("brand", "control"))
         cells = (brand.interval(row["brand_similarity"]), *shares)
         print(f"| {text}, {row['steps']} steps | {' | '.join(cells)} |")
-    print(f"adapter less base: {head['less']}")
+    print(f"adapter less base: {head.nearer}")
     return 0
 
 
@@ -96,13 +92,12 @@ def main(quick: Path, longer: Path) -> int:
     headline(quick).save(ROOT / "docs" / "headline.png", optimize=True)
     print(HEAD)
     print("| --- " * (HEAD.count("|") - 1) + "|")
-    for row in rows_of(quick):
-        if row["name"] != "student":
-            print(line(row["name"], row))
+    for cell in results.read(quick / results.FILE)["cells"]:
+        if cell["kind"] != "student":
+            print(line({"plain": "base"}.get(cell["kind"], cell["kind"]), cell))
     for name, run in (("student, tiny_quick", quick), ("student, tiny_lcm", longer)):
-        for row in rows_of(run):
-            if row["name"] == "student":
-                print(line(name, row))
+        for cell in results.cells_of(results.read(run / results.FILE)["cells"], "student"):
+            print(line(name, cell))
     return 0
 
 

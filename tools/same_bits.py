@@ -194,11 +194,16 @@ def build(place: Path) -> None:
 def products(place: Path, new_keys: Sequence[str] = ()) -> dict[str, str]:
     """A hash of all that must stay, by the file that it is in, without `new_keys` of exported headers."""
     return {
-        path.relative_to(place).as_posix(): hashlib.sha256(part).hexdigest()
+        _name(path.relative_to(place)): hashlib.sha256(part).hexdigest()
         for path in sorted(place.rglob("*"))
-        if path.is_file() and "state" not in path.parts
+        if path.is_file() and not {"state", "evaluation"} & set(path.parts)  # what is kept is in the pictures
         for part in _parts(path, new_keys)
     }
+
+
+def _name(path: Path) -> str:
+    """A file's path, the same before and after evaluations shared their names of cells."""
+    return path.as_posix().replace("pictures/base-", "pictures/plain-").replace("-g1-w1-", "-g1-")
 
 
 def _parts(path: Path, new_keys: Sequence[str]) -> Iterator[bytes]:

@@ -46,6 +46,8 @@ class Quality:
     solvers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     lora_weight: Weight = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
+    resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
     pictures: Positive = 16  # prompts whose pictures are kept for the report
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lcm_kit import own_files, samplers
+from lcm_kit import own_files, samplers, verdicts
 from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.export.facts import sampler_name
 from lcm_kit.export.lora import Lora, layer_group
@@ -30,9 +30,20 @@ from lcm_kit.files import atomic_write
 from lcm_kit.guidance import paper_w
 from lcm_kit.methods import MethodInfo
 from lcm_kit.report import brand as look
-from lcm_kit.report.build import describe, headline
+from lcm_kit.report.brand import interval
+from lcm_kit.report.build import describe
 from lcm_kit.report.shared import AGAIN, number, percent
-from lcm_kit.results import best_plain
+from lcm_kit.result_shapes import Cell, Results
+from lcm_kit.results import (
+    brand_rows,
+    cells_of,
+    compares_brand,
+    count,
+    figure,
+    prompts,
+    reference,
+    value,
+)
 from lcm_kit.sample import contact_sheet, save_png
 
 if TYPE_CHECKING:
@@ -45,7 +56,7 @@ _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a pict
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
 _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-_NAMES = {"teacher": "teacher", "base": "base, plain solver", "student": "**this LoRA**"}
+_NAMES = {"teacher": "teacher", "plain": "base, plain solver", "student": "**this LoRA**"}
 _LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
 _VERDICTS = {
     "Yes": "Yes",
@@ -64,8 +75,8 @@ def write(
     facts: Provenance,
     lora: Lora,
     checks: Sequence[tuple[str, str, str]],
-    results: Mapping[str, Any] | None = None,
-    brand: Mapping[str, Any] | None = None,
+    results: Results | None = None,
+    brand: Results | None = None,
     pictures_from: Path | None = None,
 ) -> Path:
     """Write `folder/README.md`, and the contact sheets that it shows, and return the card's path.
@@ -86,9 +97,11 @@ def write(
     environment.filters.update(text=text, code=code, literal=literal, number=number)
     names = {style: Path(file).name for style, file in files.items()}
     drawn = evaluation(results)
-    prompts = _sheet(folder / SHEET, drawn, "teacher", "student", pictures_from) if drawn else []
+    compared = drawn and (drawn["head"].teacher, drawn["head"].student)
+    asked = _sheet(folder / SHEET, drawn, compared, pictures_from) if drawn else []
     styled = in_the_look(brand, results)
-    looks = _sheet(folder / LOOK, styled, "base", "adapter", pictures_from) if styled else []
+    compared = styled and (styled["head"].base, styled["head"].adapter)
+    looks = _sheet(folder / LOOK, styled, compared, pictures_from) if styled else []
     page = environment.get_template("card.md.j2").render(
         title=title,
         diffusers_file=names.get("diffusers"),
@@ -120,8 +133,8 @@ def write(
         checks=checks,
         commands=[_verify_command(name, facts.base.path) for name in names.values()],
         evaluation=drawn,
-        sheet=SHEET if prompts else None,
-        prompts=prompts,
+        sheet=SHEET if asked else None,
+        prompts=asked,
         brand=styled,
         brand_sheet=LOOK if looks else None,
         brand_prompts=looks,
@@ -252,40 +265,50 @@ def _millions(n: int) -> str:
 # -- What was measured ---------------------------------------------------------------------------------------
 
 
-def evaluation(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def evaluation(results: Results | None) -> dict[str, Any] | None:
     """The rows to show, and whether there is anything in each column; None without a student.
 
     The teacher, then for each number of UNet calls the best plain solver, if one ran at it, and the student.
     """
-    rows = results["rows"] if results else []
-    students = sorted((row for row in rows if row["name"] == "student"), key=lambda row: row["unet_calls"])
-    if results is None or not students:
+    if results is None or not verdicts.has_student(results):
         return None
-    shown = [row for row in rows if row["name"] == "teacher"][:1]
+    cells = results["cells"]
+    students = sorted(cells_of(cells, "student"), key=lambda cell: cell["unet_calls"])
+    shown = [reference(results)]
     for student in students:
-        plain = best_plain(rows, student["unet_calls"])
+        plain = verdicts.best_plain(results, student["unet_calls"])
         shown += [plain, student] if plain else [student]
-    measured = {key: any(row[key] is not None for row in shown) for key in ("attribute_accuracy", "frechet")}
+    names = ("prompt_adherence", "frechet_biased")
     return {
-        "rows": [
-            {**row, "who": _NAMES[row["name"]], "how": describe(row), "right": _right(row)} for row in shown
-        ],
-        "head": headline(rows),
-        "measured": measured,
-        "n": results["n"],
-        "weight": results.get("lora_weight") or 1.0,
+        "rows": [_row(cell) for cell in shown],
+        "head": verdicts.quality_headline(results),
+        "measured": {key: any(figure(cell, key) for cell in shown) for key in names},
+        "n": count(results),
+        "confidence": results["settings"]["confidence"],
+        "weight": results["settings"].get("lora_weight") or 1.0,
         "floor": results.get("frechet_floor"),
-        "prompts": results["prompts"],
+        "prompts": prompts(results)["texts"],
     }
 
 
-def in_the_look(
-    found: Mapping[str, Any] | None, results: Mapping[str, Any] | None = None
-) -> dict[str, Any] | None:
+def _row(cell: Cell) -> dict[str, Any]:
+    """A row of the card's table."""
+    return {
+        "who": _NAMES[cell["kind"]],
+        "how": describe(cell),
+        "calls": cell["unet_calls"],
+        "right": interval(figure(cell, "prompt_adherence"), percent),
+        "frechet": value(cell, "frechet_biased"),
+        "distance": value(cell, "pixel_distance"),
+        "saturation": value(cell, "saturation"),
+    }
+
+
+def in_the_look(found: Results | None, results: Results | None = None) -> dict[str, Any] | None:
     """What the card says of a brand.json: every row, and the verdict; None without base and adapter."""
-    if not found or not look.compares(found):
+    if not found or not compares_brand(found):
         return None
-    head, adherence = look.headline(found, results), found.get("adherence")
+    head, adherence = verdicts.brand_headline(found, results), found["adherence"]
     show = look.gauge(adherence)
     return {
         "rows": [
@@ -293,32 +316,26 @@ def in_the_look(
                 **row,
                 "who": _LOOKS[row["name"]],
                 "how": look.how(row),
-                "similar": look.interval(row["brand_similarity"]),
-                "asked": look.interval(row["brand_adherence"], show),
-                "other": look.interval(row["control_adherence"], show),
+                "similar": interval(row["brand_similarity"]),
+                "asked": interval(row["brand_adherence"], show),
+                "other": interval(row["control_adherence"], show),
             }
-            for row in found["rows"]
+            for row in brand_rows(found)
         ],
         "head": head,
-        "verdict": _VERDICTS[look.verdict(head, adherence)],
+        "verdict": _VERDICTS[verdicts.brand_verdict(head, adherence)],
         "clip": adherence == "clip",
-        "confidence": found.get("confidence", 0.95),
-        "n": len(found["prompts"]),
-        "prompts": found["prompts"],
+        "confidence": found["settings"]["confidence"],
+        "n": len(prompts(found)["texts"]),
+        "prompts": prompts(found)["texts"],
     }
 
 
-def _right(row: Mapping[str, Any]) -> str:
-    """The share of right pictures with its standard error: `76 % ± 4`, or a dash."""
-    share, error = row["attribute_accuracy"], row.get("attribute_accuracy_stderr")
-    return percent(share) + (f"\u00a0±\u00a0{100 * error:.0f}" if share is not None and error else "")
-
-
-def _sheet(file: Path, drawn: Mapping[str, Any], upper: str, lower: str, run: Path | None) -> list[str]:
-    """Write the contact sheet, one row of `drawn["head"]` above another; returns its columns' prompts, maybe
-    none.
+def _sheet(file: Path, drawn: Mapping[str, Any], rows: Any, run: Path | None) -> list[str]:
+    """Write the contact sheet, the pictures of one of `rows` above those of the other; returns its columns'
+    prompts, maybe none.
     """
-    pairs = zip(drawn["prompts"], *(drawn["head"][name]["pictures"] for name in (upper, lower)), strict=False)
+    pairs = zip(drawn["prompts"], *(row["pictures"] for row in rows), strict=False)
     found = [] if run is None else [
         (prompt, run / above, run / below)
         for prompt, above, below in pairs

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lcm_kit import console
 from lcm_kit.errors import UserError
 from lcm_kit.export import metadata, untrusted
 from lcm_kit.export.diffusers_format import HEADER
@@ -32,7 +33,7 @@ def of_run(run: Path, file: Path) -> Recommended | None:
     mine = weights_hash(file)
     name = next((each["name"] for each in results["adapters"] if each["weights"] == mine), None)
     found = results["recommended"]
-    if name is None or found["adapter"] not in (name, None):
+    if name is None or found is None or found["adapter"] not in (name, None):
         return None
     warnings = tuple(each["sentence"] for each in found["warnings"] if each["adapter"] == name)
     return Recommended(
@@ -60,9 +61,14 @@ def method_of(file: Path) -> MethodInfo:
 def of_adapter(adapter: Path, file: Path) -> Recommended | None:
     """What was measured to serve best for a run's folder or a LoRA file; None if nothing was.
 
-    `file`: what `adapter_file` says of `adapter`.
+    `file`: what `adapter_file` says of `adapter`. A sweep's results that cannot be read are named in a line,
+    and what the file's own header says is taken: it is advice, without which there are defaults.
     """
-    swept = of_run(adapter, file) if adapter.is_dir() else None
+    try:
+        swept = of_run(adapter, file) if adapter.is_dir() else None
+    except UserError as error:
+        console.say(f"the sweep's recommendation is left out: {error}")
+        swept = None
     return swept or facts_from(untrusted.inspect(file).metadata, file.stem).recommended
 
 

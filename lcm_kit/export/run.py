@@ -12,7 +12,6 @@ from lcm_kit.export import card, delivery, recommended, trained, verify
 from lcm_kit.export.apps import VERSIONS
 from lcm_kit.export.write import file_name
 from lcm_kit.provenance import Provenance, Trained
-from lcm_kit.report import brand as look
 
 
 def export_run(
@@ -88,7 +87,8 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     return card.write(
         folder, title=title, files=mine, structure=against.structure, facts=about, lora=lora, checks=checks,
         results=results.of_run(run) if _is_of_these_weights(run, results.FILE) else None,
-        brand=look.read(run) if _is_of_these_weights(run, look.FILE) else None, pictures_from=run,
+        brand=results.of_brand(run) if _is_of_these_weights(run, results.BRAND_FILE) else None,
+        pictures_from=run,
     )  # fmt: skip
 
 

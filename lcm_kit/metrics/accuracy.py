@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +14,12 @@ if TYPE_CHECKING:
 ATTRIBUTES = ("object", "colour", "pattern")
 
 
-def standard_error(p: float, n: int) -> float:
-    """Standard error of a fraction p of n independent trials, sqrt(p (1 - p) / n)."""
-    return math.sqrt(p * (1 - p) / n)
-
-
 @torch.no_grad()
-def attribute_accuracy(probe: Any, images: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Fractions of pictures that show their scene, as the probe reads them (`lcm_kit.tiny.probe`).
-
-    `attribute_accuracy`: object and colour and pattern all right; `attribute_accuracy_stderr`: its binomial
-    standard error; `object_accuracy`, `colour_accuracy`, `pattern_accuracy`: each alone. `images` [N, 3, 64,
-    64], N scenes.
+def attributes_right(probe: Any, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """[N, 3] bool: whether object, colour and pattern of each picture are its scene's, as the probe
+    (`lcm_kit.tiny.probe`) reads them. `images` [N, 3, 64, 64], N scenes.
     """
-    seen = probe.read(images)
-    pairs = zip(seen, scenes, strict=True)
-    right = [[got[name] == getattr(scene, name) for name in ATTRIBUTES] for got, scene in pairs]
-    n = len(right)
-    both = sum(map(all, right)) / n
-    each = {f"{name}_accuracy": sum(row[k] for row in right) / n for k, name in enumerate(ATTRIBUTES)}
-    return {"attribute_accuracy": both, "attribute_accuracy_stderr": standard_error(both, n), **each}
+    pairs = zip(probe.read(images), scenes, strict=True)
+    return torch.tensor(
+        [[seen[name] == getattr(scene, name) for name in ATTRIBUTES] for seen, scene in pairs]
+    )

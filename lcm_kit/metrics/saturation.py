@@ -10,16 +10,8 @@ def chroma(images: Tensor) -> Tensor:
     return (images.amax(1) - images.amin(1)).mean(dim=(1, 2)) / 2
 
 
-def clipped(images: Tensor) -> float:
-    """Share of channel values that stand at an end of the range, within half an 8-bit step."""
-    return float((images.abs() >= 1 - 1 / 255).float().mean())
-
-
 def clipped_shares(images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N]: `clipped` of each picture."""
+    """[N, 3, H, W] -> [N]: share of channel values that stand at an end of the range, within half an 8-bit
+    step.
+    """
     return (images.abs() >= 1 - 1 / 255).double().mean(dim=(1, 2, 3))
-
-
-def saturation(images: Tensor, teacher: Tensor) -> dict[str, float]:
-    """`saturation`: mean chroma over the teacher's (1 = as colourful); `clipped`: share of clipped values."""
-    return {"saturation": float(chroma(images).mean() / chroma(teacher).mean()), "clipped": clipped(images)}

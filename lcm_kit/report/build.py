@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, adapter, assets, own_files, result_shapes
+from lcm_kit import __version__, adapter, assets, own_files, verdicts
 from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.locks import sweep
 from lcm_kit.report import brand, plots, style
-from lcm_kit.report.shared import page, picture_uri, uri
+from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
+from lcm_kit.result_shapes import Cell, Results
 from lcm_kit.run_files import config_of, metrics_of
 from lcm_kit.samplers import title_of
 
-_CALLS = 4  # UNet calls of the headline comparison
 _SHOWN = 8  # pictures a row
 _BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"
-Row = Mapping[str, Any]
+Row = dict[str, Any]  # a cell, with its figures by name and its pictures as data URIs
 
 
 def write_report(run: Path) -> Path:
@@ -38,11 +38,17 @@ def write_report(run: Path) -> Path:
     if (config := config_of(run)).get("recipe") == style.RECIPE:
         text = page("style.html.j2", _style(run, config))
     else:
-        text = page(
-            "template.html.j2", context(run), describe=describe, how=brand.how, interval=brand.interval
-        )
+        text = filled(context(run))
     atomic_write(run / "report.html", text)
     return run / "report.html"
+
+
+def filled(found: Mapping[str, Any]) -> str:
+    """The page of what `context` found."""
+    return page(
+        "template.html.j2", found, describe=describe, how=brand.how, interval=brand.interval,
+        share=lambda figure: brand.interval(figure, percent),
+    )  # fmt: skip
 
 
 def _style(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def _settings(run: Path) -> str:
 
 def context(run: Path) -> dict[str, Any]:
     """What the template shows."""
-    found = brand.read(run)
+    found = results_of.of_brand(run)
     results = _results(run, needed=found is None)
     metrics = metrics_of(run)
     return {
@@ -77,29 +83,43 @@ def context(run: Path) -> dict[str, Any]:
     }
 
 
-def _quality(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+def _quality(run: Path, results: Results) -> dict[str, Any]:
     """The part that compares with the teacher and with plain solvers."""
-    rows: list[Row] = [{**row, "images": _images(run, row)} for row in results["rows"]]
-    head = headline(rows)
+    rows = {cell["id"]: _row(run, cell, results) for cell in results["cells"]}
+    head = verdicts.quality_headline(results)
+    columns = [rows[cell["id"]] for cell in (head.teacher, head.plain, head.student) if cell]
     return {
         "results": results,
-        "rows": rows,
-        "head": head,
-        "verdict": verdict(head),
-        "prompts": results["prompts"][:_SHOWN],
-        "gallery": _gallery(rows),
+        "rows": list(rows.values()),
+        "head": head._asdict(),
+        "columns": columns,
+        "teacher": rows[head.teacher["id"]],
+        "student": rows[head.student["id"]],
+        "plain": rows[head.plain["id"]] if head.plain else None,
+        "verdict": results["verdict"],
+        "n": results_of.count(results),
+        "floor": results.get("frechet_floor"),
+        "prompts": results_of.prompts(results)["texts"][:_SHOWN],
+        "gallery": {name: [rows[cell["id"]] for cell in cells] for name, cells in _gallery(results).items()},
         "folded": _OTHERS,
     }
 
 
-def _results(run: Path, needed: bool = True) -> result_shapes.Quality | None:
+def _row(run: Path, cell: Cell, results: Results) -> Row:
+    """A cell as the page shows it: figures by name, None where not measured."""
+    figures = {key: results_of.value(cell, key) for key in results["metrics"]}
+    images = [picture_uri(run / name) for name in cell["pictures"][:_SHOWN] if (run / name).is_file()]
+    return {**figures, **cell, "images": images}
+
+
+def _results(run: Path, needed: bool = True) -> Results | None:
     """What `evaluation/quality` found; None if it did not run and is not `needed`."""
     found = results_of.of_run(run)
     if found is None:
         if not needed:
             return None
         raise UserError(f"run {str(run)!r} has no results.json; run `lcm-kit evaluate` on it first")
-    if not any(row["name"] == "student" for row in found["rows"]):
+    if not verdicts.has_student(found):
         raise UserError(
             f"run {str(run)!r} was evaluated without a student, so there is nothing to report; its figures "
             "are in results.json"
@@ -107,76 +127,28 @@ def _results(run: Path, needed: bool = True) -> result_shapes.Quality | None:
     return found
 
 
-def describe(row: Mapping[str, Any]) -> str:
-    """How a row was drawn, in words: `DDIM, 2 steps with guidance`."""
-    steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
-    guided = " with guidance" if row["guidance_scale"] > 1 else ""
-    return f"{title_of(row['solver'])}, {steps}{guided}"
+def describe(cell: Mapping[str, Any]) -> str:
+    """How a cell was drawn, in words: `DDIM, 2 steps with guidance`."""
+    steps = f"{cell['steps']} step" + ("s" if cell["steps"] != 1 else "")
+    guided = " with guidance" if cell["guidance_scale"] > 1 else ""
+    return f"{title_of(cell['sampler'])}, {steps}{guided}"
 
 
-# -- Does it work? -------------------------------------------------------------------------------------------
-
-
-def lowest_frechet(rows: Sequence[Row], calls: int) -> float | None:
-    """The least Frechet distance of a plain solver at `calls` UNet calls; None where none was measured.
-
-    It may be another row than the one that draws most right: without guidance a plain solver keeps closer to
-    the look of real pictures and further from their prompts.
-    """
-    found = [row["frechet"] for row in rows if row["name"] == "base" and row["unet_calls"] == calls]
-    return min((value for value in found if value is not None), default=None)
-
-
-def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """The comparison that matters: teacher, best plain solver and student, the last two at equal UNet calls.
-
-    The student's row is the one at 4 calls or the nearest to it; `plain` is None where no plain solver ran at
-    it.
-    """
-    teacher = next(row for row in rows if row["name"] == "teacher")
-    students = [row for row in rows if row["name"] == "student"]
-    student = min(students, key=lambda row: abs(row["unet_calls"] - _CALLS))
-    plain = results_of.best_plain(rows, student["unet_calls"])
+def _gallery(results: Results) -> dict[str, list[Cell]]:
+    """The cells to look at by heading; plain solvers: the best at each budget of UNet calls, and the rest."""
+    cells = results["cells"]
+    plain = results_of.cells_of(cells, "plain")
+    best = [verdicts.best_plain(results, calls) for calls in sorted({cell["unet_calls"] for cell in plain})]
+    chosen = [cell["id"] for cell in best if cell]
     return {
-        "teacher": teacher,
-        "plain": plain,
-        "student": student,
-        "plain_frechet": lowest_frechet(rows, student["unet_calls"]),
-        "fewer": teacher["unet_calls"] / student["unet_calls"],
-        "faster": teacher["seconds_per_image"] / student["seconds_per_image"],
-        "columns": [row for row in (teacher, plain, student) if row],
-    }
-
-
-def verdict(head: Mapping[str, Any]) -> str:
-    """Yes: within 10 points of the teacher, and at most half of any plain solver's Frechet distance."""
-    teacher, plain, student = head["teacher"], head["plain"], head["student"]
-    if plain is None or student["attribute_accuracy"] is None:
-        return "Judge by eye"
-    close = student["attribute_accuracy"] >= teacher["attribute_accuracy"] - 0.10
-    better = student["attribute_accuracy"] > plain["attribute_accuracy"]
-    if close and better and student["frechet"] <= 0.5 * head["plain_frechet"]:
-        return "Yes"
-    return "In part" if better else "No"
-
-
-def _gallery(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows to look at by heading; plain solvers: the best at each budget of UNet calls, and the rest."""
-    plain = [row for row in rows if row["name"] == "base"]
-    best = [results_of.best_plain(rows, calls) for calls in sorted({row["unet_calls"] for row in plain})]
-    return {
-        "Teacher": [row for row in rows if row["name"] == "teacher"],
-        "Student": [row for row in rows if row["name"] == "student"],
-        _BEST: [row for row in best if row],
-        _OTHERS: [row for row in plain if not any(row is one for one in best)],
+        "Teacher": results_of.cells_of(cells, "teacher"),
+        "Student": results_of.cells_of(cells, "student"),
+        _BEST: [cell for cell in best if cell],
+        _OTHERS: [cell for cell in plain if cell["id"] not in chosen],
     }
 
 
 # -- Pictures and plots --------------------------------------------------------------------------------------
-
-
-def _images(run: Path, row: Mapping[str, Any]) -> list[str]:
-    return [picture_uri(run / name) for name in row["pictures"][:_SHOWN] if (run / name).is_file()]
 
 
 def _validation(run: Path) -> dict[str, Any] | None:
@@ -193,9 +165,7 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
     return style.said(style.figures(metrics, "train/distill"), kept)
 
 
-def _plots(
-    results: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, float]]
-) -> dict[str, str | None]:
+def _plots(results: Results | None, metrics: Sequence[Mapping[str, float]]) -> dict[str, str | None]:
     """The plots by name as data URIs; None where there is nothing to plot."""
     drawn = {
         **(_by_calls(results) if results else {}),
@@ -206,17 +176,16 @@ def _plots(
     return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
 
 
-def _by_calls(results: Mapping[str, Any]) -> dict[str, str | None]:
+def _by_calls(results: Results) -> dict[str, str | None]:
     """What the evaluation found over UNet calls, as SVG: what was read in pictures, or else distances."""
-    rows = results["rows"]
-    read = all(row["attribute_accuracy"] is not None for row in rows)
-    if not read:
-        distance = plots.by_calls(rows, "distance_to_teacher", "pixel distance to the teacher")
+    cells = results["cells"]
+    if not all(results_of.figure(cell, "prompt_adherence") for cell in cells):
+        distance = plots.by_calls(cells, "pixel_distance", "pixel distance to the teacher")
         return {"accuracy": None, "frechet": None, "distance": distance}
-    floor = results["frechet_floor"]
+    floor = results.get("frechet_floor")
     return {
-        "accuracy": plots.by_calls(rows, "attribute_accuracy", "share of pictures all right"),
-        "frechet": plots.by_calls(rows, "frechet", "Fréchet distance", floor),
+        "accuracy": plots.by_calls(cells, "prompt_adherence", "share of pictures all right"),
+        "frechet": plots.by_calls(cells, "frechet_biased", "Fréchet distance", floor),
         "distance": None,
     }
 
@@ -277,16 +246,15 @@ image = pipe({prompt}, num_inference_steps={steps}, guidance_scale=1.0).images[0
 image.save("picture.png")"""
 
 
-def _use(run: Path, look: Mapping[str, Any] | None, results: Mapping[str, Any] | None) -> dict[str, Any]:
+def _use(run: Path, look: Results | None, quality: Results | None) -> dict[str, Any]:
     """How many steps to draw with, and a program that does: the brand's first, if it was evaluated."""
-    if look:
-        base = results["base"]["path"] if results else look["base"]["path"]
-        steps, prompt = brand.headline(look)["adapter"]["steps"], look["prompts"][0]
-    else:
-        assert results is not None  # the page needs one of them
-        base, steps = results["base"]["path"], headline(results["rows"])["student"]["steps"]
-        prompt = results["prompts"][0]
-    return {"steps": steps, "snippet": snippet(run, base, prompt, steps)}
+    chosen = look or quality
+    assert chosen is not None  # the page needs one of them
+    student = verdicts.brand_headline(look).adapter if look else verdicts.quality_headline(chosen).student
+    prompt = results_of.prompts(chosen)["texts"][0]
+    return {
+        "steps": student["steps"], "snippet": snippet(run, chosen["base"]["path"], prompt, student["steps"])
+    }  # fmt: skip
 
 
 def snippet(run: Path, base: str, prompt: str, steps: int) -> str:

@@ -8,6 +8,8 @@ from itertools import cycle
 from typing import Any, Literal
 
 from lcm_kit import samplers
+from lcm_kit.result_shapes import Cell
+from lcm_kit.results import cells_of, value
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), with a marker and a dash of its own for each
 # line: of students, of the base with guidance, and of the base without, by the sampler's place in its table.
@@ -23,8 +25,8 @@ def styles() -> dict[tuple[str, str, bool], Style]:
 
     blocks = (
         ("student", False, students, _STUDENT, "student ({})", "-"),
-        ("base", True, bases, _GUIDED, "{}, guidance", "--"),
-        ("base", False, bases, _PLAIN, "{}, none", ":"),
+        ("plain", True, bases, _GUIDED, "{}, guidance", "--"),
+        ("plain", False, bases, _PLAIN, "{}, none", ":"),
     )
     return {
         (name, sampler, guided): (words.format(samplers.title_of(sampler)), colour, marker, dash)
@@ -56,24 +58,29 @@ def svg(drawn: Any) -> str:
     return buffer.getvalue()
 
 
-def by_calls(rows: Sequence[Mapping[str, Any]], key: str, label: str, floor: float | None = None) -> str:
-    """`rows[...][key]` over the UNet calls, a line for each sampler; the teacher (and `floor`) as a level."""
+def by_calls(cells: Sequence[Cell], key: str, label: str, floor: float | None = None) -> str:
+    """The metric `key` over the UNet calls, a line for each sampler; the teacher (and `floor`) as a level."""
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     drawn, axes = figure()
-    for drawn_as, (title, colour, marker, dash) in styles().items():
-        line = [r for r in rows if (r["name"], r["solver"], r["guidance_scale"] > 1) == drawn_as]
-        line.sort(key=lambda row: row["unet_calls"])
+    for (kind, *how), (title, colour, marker, dash) in styles().items():
+        line = [
+            cell for cell in cells_of(cells, kind)
+            if [cell["sampler"], cell["guidance_scale"] > 1] == how
+        ]  # fmt: skip
+        line.sort(key=lambda cell: cell["unet_calls"])
         if line:
             axes.plot(
-                [row["unet_calls"] for row in line], [row[key] for row in line], color=colour, marker=marker,
-                linestyle=dash, linewidth=2.6 if drawn_as[0] == "student" else 1.6, label=title,
+                [cell["unet_calls"] for cell in line], [value(cell, key) for cell in line], color=colour,
+                marker=marker, linestyle=dash, linewidth=2.6 if kind == "student" else 1.6, label=title,
             )  # fmt: skip
-    for row in (row for row in rows if row["name"] == "teacher"):
-        axes.axhline(row[key], color="black", linewidth=1.4, label=f"teacher, {row['unet_calls']} calls")
+    for cell in cells_of(cells, "teacher"):
+        level = value(cell, key)
+        if level is not None:
+            axes.axhline(level, color="black", linewidth=1.4, label=f"teacher, {cell['unet_calls']} calls")
     if floor is not None:
         axes.axhline(floor, color="black", linewidth=1.2, linestyle="-.", label="real pictures")
-    calls = sorted({row["unet_calls"] for row in rows if row["name"] != "teacher"})
+    calls = sorted({cell["unet_calls"] for cell in cells if cell["kind"] != "teacher"})
     axes.set_xscale("log")
     axes.set_xticks(calls)
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -119,7 +126,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     """Exponential mean over about a tenth of the values, without a bias towards its start."""
     keep = 1 - 10 / len(values)
     means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
+    for each in values:
+        total, weight = keep * total + each, keep * weight + 1
         means.append(total / weight)
     return means

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lcm_kit import __version__, result_shapes
+from lcm_kit import __version__
+from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
 from lcm_kit.files import atomic_write
 from lcm_kit.report import sweep_plots
@@ -25,7 +26,7 @@ from lcm_kit.report.sweep_sheets import (
     title,
     weighed,
 )
-from lcm_kit.results import of_sweep
+from lcm_kit.result_shapes import Recommended, Results
 from lcm_kit.samplers import title_of
 
 _CALLS = 4  # UNet calls of the cell that is shown where none is recommended
@@ -49,15 +50,18 @@ def context(folder: Path) -> dict[str, Any]:
     results = _results(folder)
     cells: list[Cell] = [{**cell, "number": n} for n, cell in enumerate(results["cells"])]
     uris = embed(folder, cells, results)
-    metrics = _metrics(results, cells)
+    metrics, asked = _metrics(results, cells), results_of.prompts(results)
     chosen = quality(cells)
     best = sweep_plots.front(cells, chosen, metrics[chosen]["better"]) if chosen else []
     return {
         "results": results,
-        "recommended": results["recommended"],
-        "head": _headline(results, cells, chosen, metrics),
+        "recommended": _recommended(results),
+        "head": _headline(results, cells, chosen),
         "command": _command(results),
-        "prompts": [_prompt(results, sample) for sample in results["shown"]],
+        "prompts": [results_of.prompt_of(results, sample) for sample in asked["shown"]],
+        "asked": asked,
+        "count": results_of.count(results),
+        "teacher": results_of.reference(results),
         "sheets": sheets(cells),
         "hurt": _hurt(results, cells),
         "swept_guidance": any(cell["guidance_scale"] > 1 for cell in of_kind(cells, "student")),
@@ -74,8 +78,8 @@ def context(folder: Path) -> dict[str, Any]:
     }
 
 
-def _results(folder: Path) -> result_shapes.Sweep:
-    found = of_sweep(folder)
+def _results(folder: Path) -> Results:
+    found = results_of.of_sweep(folder)
     if found is None:
         raise UserError(f"{folder} has no results.json; run `lcm-kit evaluate` with a guidance sweep first")
     return found
@@ -98,35 +102,40 @@ def quality(cells: Sequence[Cell]) -> str | None:
     return next(present, None)
 
 
-def _metrics(results: Mapping[str, Any], cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def _recommended(results: Results) -> Recommended:
+    assert results["recommended"] is not None  # a sweep's never is
+    return results["recommended"]
+
+
+def _metrics(results: Results, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """What results.json says of the metrics that any cell has; every entry complete."""
     names = dict.fromkeys([*results["metrics"], *(key for cell in cells for key in cell["metrics"])])
-    currency = (results.get("cost") or {}).get("currency", "")
+    currency = (results["settings"].get("cost") or {}).get("currency", "")
     found = {}
     for key in names:
         if any(cell["metrics"].get(key) for cell in cells):
             empty = {"label": key, "unit": currency if key == "cost_1000" else "", "better": None, "help": ""}
-            about = results["metrics"].get(key, {})
+            about = dict(results["metrics"].get(key) or {})
             found[key] = {**empty, **{name: text for name, text in about.items() if text}}
     return found
-
-
-def _prompt(results: Mapping[str, Any], sample: int) -> str:
-    return str(results["prompts"][sample // results["images_per_prompt"]])
 
 
 # -- The headline --------------------------------------------------------------------------------------------
 
 
-def _headline(
-    results: Mapping[str, Any], cells: Sequence[Cell], key: str | None, metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _headline(results: Results, cells: Sequence[Cell], key: str | None) -> list[dict[str, Any]]:
     """Teacher, recommended cell and best plain sampler at as many UNet calls; those that there are."""
     by_id = {cell["id"]: cell for cell in cells}
-    teacher, chosen = by_id.get(results["teacher"]["cell"]), by_id.get(results["recommended"]["cell"] or "")
+    teacher, chosen = by_id.get(results["reference"]), by_id.get(_recommended(results)["cell"] or "")
     students = of_kind(cells, "student")
     shown = chosen or min(students, key=lambda cell: abs(cell["unet_calls"] - _CALLS), default=None)
-    plain = best_plain(cells, shown["unet_calls"], key, metrics) if shown else None
+    by = [*([key] if key else []), "kernel_teacher"]
+    best = (
+        results_of.best_plain(results["cells"], shown["unet_calls"], by, results["metrics"])
+        if shown
+        else None
+    )
+    plain = by_id[best["id"]] if best else None
     calls = shown["unet_calls"] if shown else 0
     who = {
         "Teacher": teacher,
@@ -136,48 +145,31 @@ def _headline(
     return [{"title": name, "cell": cell} for name, cell in who.items() if cell]
 
 
-def best_plain(cells: Sequence[Cell], calls: int, key: str | None, metrics: Mapping[str, Any]) -> Cell | None:
-    """The base's best cell at `calls` UNet calls by the metric `key`, then by the look; None if none ran."""
-    found = [cell for cell in of_kind(cells, "plain") if cell["unet_calls"] == calls]
-
-    def rank(cell: Cell) -> tuple[float, float]:
-        sign = -1 if key and metrics[key]["better"] == "higher" else 1
-        first = sweep_plots.value(cell, key) if key else None
-        look = sweep_plots.value(cell, "kernel_teacher")
-        return (
-            float("inf") if first is None else sign * first,
-            float("inf") if look is None else look,
-        )
-
-    return min(found, key=rank, default=None)
-
-
-def _command(results: Mapping[str, Any]) -> str | None:
+def _command(results: Results) -> str | None:
     """The recommended settings as a command; None where nothing is recommended."""
-    chosen = results["recommended"]
+    chosen = _recommended(results)
     file = next((each["file"] for each in results["adapters"] if each["name"] == chosen["adapter"]), None)
     if chosen["cell"] is None or file is None:
         return None
     words = [
         "lcm-kit", "sample", "--base", results["base"]["path"], "--adapter", file, "--steps",
         str(chosen["steps"]), "--guidance", f"{chosen['guidance_scale']:g}", "--weight",
-        f"{chosen['lora_weight']:g}", "--sampler", chosen["sampler"], "--prompt",
-        _prompt(results, results["shown"][0] if results["shown"] else 0),
+        f"{chosen['lora_weight']:g}", "--sampler", str(chosen["sampler"]), "--prompt",
+        results_of.prompt_of(results, next(iter(results_of.prompts(results)["shown"]), 0)),
     ]  # fmt: skip
     return shlex.join(words)
 
 
-def _hurt(results: Mapping[str, Any], cells: Sequence[Cell]) -> list[str]:
+def _hurt(results: Results, cells: Sequence[Cell]) -> list[str]:
     """The ids of the cells at which guidance hurts: from the scale on that `breaks` names."""
     found = []
     for name, entries in results.get("breaks", {}).items():
         for entry in entries:
-            same = ("sampler", "steps", "lora_weight")
+            wanted = (name, entry["sampler"], entry["steps"], entry["lora_weight"])
             found += [
                 cell["id"]
                 for cell in cells
-                if cell["adapter"] == name
-                and all(cell[key] == entry[key] for key in same)
+                if (cell["adapter"], cell["sampler"], cell["steps"], cell["lora_weight"]) == wanted
                 and cell["guidance_scale"] >= entry["guidance_scale"]
             ]
     return found
@@ -186,9 +178,7 @@ def _hurt(results: Mapping[str, Any], cells: Sequence[Cell]) -> list[str]:
 # -- Plots ---------------------------------------------------------------------------------------------------
 
 
-def _plots(
-    results: Mapping[str, Any], cells: Sequence[Cell], metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _plots(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each group of cells its plots: over guidance (if there is one, over steps), then over weights."""
     found = []
     for of, line in groups(of_kind(cells, "student")).items():
@@ -212,7 +202,7 @@ def _plots(
 
 
 def _figures(
-    results: Mapping[str, Any], line: Sequence[Cell], metrics: Mapping[str, Any], x: str, series: str,
+    results: Results, line: Sequence[Cell], metrics: Mapping[str, Any], x: str, series: str,
     starts: Mapping[float, float],
 ) -> list[dict[str, str]]:  # fmt: skip
     found = []
@@ -225,7 +215,7 @@ def _figures(
     return found
 
 
-def _starts(results: Mapping[str, Any], cell: Cell) -> dict[float, float]:
+def _starts(results: Results, cell: Cell) -> dict[float, float]:
     """Steps -> the guidance_scale from which it hurts, of the cell's adapter, sampler and weight."""
     return {
         entry["steps"]: entry["guidance_scale"]
@@ -234,12 +224,11 @@ def _starts(results: Mapping[str, Any], cell: Cell) -> dict[float, float]:
     }
 
 
-def _level(results: Mapping[str, Any], key: str) -> Mapping[str, float] | None:
+def _level(results: Results, key: str) -> Mapping[str, float] | None:
     """The teacher's figure; its effective guidance is, by definition, its guidance."""
     if key == "effective_guidance":
-        return dict.fromkeys(("value", "low", "high"), results["teacher"]["guidance_scale"])
-    cells = (cell for cell in results["cells"] if cell["id"] == results["teacher"]["cell"])
-    return next((cell["metrics"].get(key) for cell in cells), None)
+        return dict.fromkeys(("value", "low", "high"), results_of.reference(results)["guidance_scale"])
+    return cast(Mapping[str, float] | None, results_of.figure(results_of.reference(results), key))
 
 
 def _pareto(
@@ -252,15 +241,13 @@ def _pareto(
 # -- Pairs and facts -----------------------------------------------------------------------------------------
 
 
-def _comparisons(
-    results: Mapping[str, Any], cells: Sequence[Cell], metrics: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _comparisons(results: Results, cells: Sequence[Cell], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Adapters against each other, and against plain samplers: a table each, a row for each pair of cells."""
     by_id = {cell["id"]: cell for cell in cells}
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in results.get("comparisons", ()):
+    for row in results["comparisons"]:
         better = (metrics.get(row["metric"]) or {}).get("better")
-        found = {**row, "mark": _mark(row, better), "value": row["difference"]}
+        found = {**row, "mark": _mark(row["low"], row["high"], better), "value": row["difference"]}
         pairs.setdefault((row["a"], row["b"]), {})[row["metric"]] = found
     tables: dict[str, list[dict[str, Any]]] = {}
     for (a, b), found in pairs.items():
@@ -278,38 +265,39 @@ def _comparisons(
     ]  # fmt: skip
 
 
-def _mark(row: Mapping[str, float], better: str | None) -> str:
+def _mark(low: float, high: float, better: str | None) -> str:
     """What the interval of a - b says of a: better, worse, different; empty if it holds 0."""
-    if row["low"] <= 0 <= row["high"]:
+    if low <= 0 <= high:
         return ""
     if better not in ("lower", "higher"):
         return "different"
-    return "better" if (row["low"] > 0) == (better == "higher") else "worse"
+    return "better" if (low > 0) == (better == "higher") else "worse"
 
 
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(results: Results) -> list[tuple[str, str]]:
     """How it was made, for the end of the page."""
-    base, teacher, machine = results["base"], results["teacher"], results.get("machine", {})
-    of = f" at revision {base['revision']}" if base.get("revision") else ""
-    facts = [("base", f"{base['path']}{of}, content {base['hash'][:12]}, {base['prediction_type']}")]
+    base, teacher, settings = results["base"], results_of.reference(results), results["settings"]
+    asked = results_of.prompts(results)
+    folders = {
+        "real": settings.get("real"), "brand": settings.get("brand"), "control": settings.get("control")
+    }  # fmt: skip
+    at = f" at revision {base['revision']}" if base.get("revision") else ""
+    facts = [("base", f"{base['path']}{at}, content {base['hash'][:12]}, {base['prediction_type']}")]
     for each in results["adapters"]:
-        note = each.get("fault") or each.get("note")
+        fault = each["fault"]
         text = f"{each['file']}, SHA-256 {each['sha256'][:12]}, {each['layers']} layers"
-        facts.append((f"adapter {each['name']}", text + (f"; {note}" if note else "")))
+        facts.append((f"adapter {each['name']}", text + (f"; {fault}" if fault else "")))
     facts += [
         ("teacher", f"{title_of(teacher['sampler'])}, {teacher['steps']} steps, "
                     f"guidance_scale {teacher['guidance_scale']:g}"),
-        ("samples", f"{results['count']} a cell: {len(results['prompts'])} prompts, "
-                    f"{results['images_per_prompt']} of each, {results['resolution']} pixels"),
-        ("seed", f"{results['seed']}; sample i has the same initial noise in every cell"),
-        ("features", str(results["extractor"])),
-        *((name, str(results[name])) for name in ("real", "brand", "control") if results.get(name)),
-        ("intervals", f"{results['confidence']:.0%}, bootstrap over prompts, the same in every cell"),
+        ("samples", f"{results_of.count(results)} a cell: {len(asked['texts'])} prompts, "
+                    f"{asked['images_per_prompt']} of each, {results['resolution']} pixels"),
+        ("seed", f"{settings['seed']}; sample i has the same initial noise in every cell"),
+        ("features", str(settings.get("features"))),
+        *((name, path) for name, path in folders.items() if path),
+        ("intervals", f"{settings['confidence']:.0%}, bootstrap over prompts, the same in every cell"),
     ]  # fmt: skip
-    if results.get("cost"):
-        facts.append(
-            ("price", f"{results['cost']['price_per_hour']:g} {results['cost']['currency']} an hour")
-        )
-    facts.append(("machine", ", ".join(f"{key} {text}" for key, text in machine.items())))
-    versions = results.get("versions", {})
-    return [*facts, ("versions", ", ".join(f"{key} {text}" for key, text in versions.items()))]
+    if cost := settings.get("cost"):
+        facts.append(("price", f"{cost['price_per_hour']:g} {cost['currency']} an hour"))
+    facts.append(("machine", ", ".join(f"{key} {text}" for key, text in results["machine"].items())))
+    return [*facts, ("versions", ", ".join(f"{key} {text}" for key, text in results["versions"].items()))]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit.report.shared import picture_uri
+from lcm_kit.result_shapes import Results
+from lcm_kit.results import prompt_of, prompts
 from lcm_kit.samplers import title_of
 
 Cell = dict[str, Any]  # as in results.json, with `number` (its place there) and `shots`
@@ -146,7 +148,7 @@ def _grid(name: str, cells: Sequence[Cell], rows: str) -> Sheet:
 # -- Pictures ------------------------------------------------------------------------------------------------
 
 
-def embed(folder: Path, cells: Sequence[Cell], results: Mapping[str, Any]) -> list[str]:
+def embed(folder: Path, cells: Sequence[Cell], results: Results) -> list[str]:
     """Give each cell its `shots`, one for each shown sample, and return all pictures as data URIs.
 
     A shot names a picture by its place in that list, so that a page holds each once; `picture` is None where
@@ -156,12 +158,12 @@ def embed(folder: Path, cells: Sequence[Cell], results: Mapping[str, Any]) -> li
     uris: list[str] = []
     for cell in cells:
         cell["shots"] = []
-        for name, sample in zip(cell["pictures"], results["shown"], strict=False):
+        for name, sample in zip(cell["pictures"], prompts(results)["shown"], strict=False):
             there = (folder / name).is_file()
             cell["shots"].append({
                 "picture": len(uris) if there else None,
                 "sample": sample,
-                "prompt": results["prompts"][sample // results["images_per_prompt"]],
+                "prompt": prompt_of(results, sample),
             })  # fmt: skip
             if there:
                 uris.append(picture_uri(folder / name, budget=_ALL_PICTURES // total))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from lcm_kit import console, results
+from lcm_kit import console, results, verdicts
 from lcm_kit.config.methods import info_of
 from lcm_kit.config.schema import Training
 from lcm_kit.data import prior
+from lcm_kit.result_shapes import Results
 from lcm_kit.samplers import sampler_of
 from lcm_kit.story.configs import Story
 
@@ -84,7 +83,7 @@ def summary(story: Story) -> None:
     run, name = story.run, story.run.resolve().name
     found = results.of_run(run)
     if found:
-        quality_table(found["rows"])
+        quality_table(found)
     for sentence in _brand(run, found):
         console.say(f"- {sentence}")
     lines = [
@@ -132,30 +131,31 @@ def other_way(story: Story, speed: str | None) -> None:
         console.say(line)
 
 
-def _brand(run: Path, quality: Mapping[str, Any] | None) -> list[str]:
+def _brand(run: Path, quality: Results | None) -> list[str]:
     from lcm_kit.report import brand
 
-    found = brand.read(run)
-    return brand.sentences(brand.headline(found, quality), found.get("adherence")) if found else []
+    found = results.of_brand(run)
+    return brand.sentences(verdicts.brand_headline(found, quality), found["adherence"]) if found else []
 
 
-def quality_table(rows: Sequence[Mapping[str, Any]]) -> None:
+def quality_table(found: Results) -> None:
     """Print the base at its full steps, and at 4 UNet calls the best plain solver and the adapter."""
-    chosen = [row for row in rows if row["name"] == "teacher"][:1]
-    plain = results.best_plain(rows, 4)
-    chosen += [plain] if plain else []
-    chosen += [row for row in rows if row["name"] == "student" and row["unet_calls"] == 4][:1]
+    plain = verdicts.best_plain(found, 4)
+    students = results.cells_of(found["cells"], "student")
+    chosen = [results.reference(found), *([plain] if plain else [])]
+    chosen += [cell for cell in students if cell["unet_calls"] == 4][:1]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
     table = console.Table(*columns, box=None, pad_edge=False)
     names = {"teacher": "base", "student": "your adapter"}
-    for row in chosen:
-        accuracy, frechet = row.get("attribute_accuracy"), row.get("frechet")
+    for cell in chosen:
+        keys = ("prompt_adherence", "frechet_biased", "seconds")
+        right, frechet, seconds = (results.value(cell, key) for key in keys)
         table.add_row(
-            names.get(row["name"], f"base, {row['solver']}"),
-            str(row["unet_calls"]),
-            "-" if accuracy is None else f"{accuracy:.1%}",
+            names.get(cell["kind"], f"base, {cell['sampler']}"),
+            str(cell["unet_calls"]),
+            "-" if right is None else f"{right:.1%}",
             "-" if frechet is None else f"{frechet:.3g}",
-            f"{row['seconds_per_image']:.3f}",
+            "-" if seconds is None else f"{seconds:.3f}",
         )
     console.show(table)
 

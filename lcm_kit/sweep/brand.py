@@ -1,13 +1,11 @@
-"""What `evaluation/brand` draws, for which prompts, and what it says of it."""
+"""What `evaluation/brand` draws, and for which prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lcm_kit import assets, console, sample
+from lcm_kit import assets, sample
 from lcm_kit.adapter import read_facts
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.finetune import Finetune
@@ -18,19 +16,9 @@ from lcm_kit.errors import UserError
 from lcm_kit.files import sha256_bytes
 from lcm_kit.methods import MethodInfo
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import Figures, as_json, compare
+from lcm_kit.sweep.draw import repeated
 
 STYLE, ADAPTER = "style", "adapter"
-SCHEMA = 1  # of brand.json: docs/contract.md
-# key of brand.json -> (which prompts, metric of a sweep)
-FIGURES = {
-    "brand_similarity": ("brand", "brand_similarity"),
-    "brand_adherence": ("brand", "prompt_adherence"),
-    "control_adherence": ("control", "prompt_adherence"),
-    "diversity": ("brand", "diversity"),
-    "distance": ("brand", "kernel_teacher"),
-    "sharpness": ("brand", "sharpness"),
-}
 
 
 def plan(config: Brand, method: MethodInfo) -> list[Cell]:
@@ -67,14 +55,14 @@ def insist_on_one_file(run: str) -> None:
         )
 
 
-def prompts_and_pictures(config: Brand) -> tuple[list[str], list[records.Record | None]]:
+def prompts_and_pictures(config: Brand) -> tuple[tuple[str, ...], list[records.Record | None]]:
     """The prompts of the look, `config.count` of them, and the brand's picture of each where there is one."""
     found, _ = records.open_records(Data(path=config.brand, kind="folder"))
     if config.prompts is not None:
-        wanted = list(islice(cycle(records.prompts(config.prompts)), config.count))
+        wanted = repeated(records.prompts(config.prompts), config.count)
     else:
         held = _held_out(config, found)
-        wanted = list(islice(cycle([record.caption for record in held or found]), config.count))
+        wanted = repeated([record.caption for record in held or found], config.count)
     by_caption = {record.caption: record for record in found}
     return wanted, [by_caption.get(prompt) for prompt in wanted[: config.pictures]]
 
@@ -90,55 +78,6 @@ def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Re
     content = {record.id: sha256_bytes(record.read()) for record in found}
     held = split.chosen(set(content.values()), trained.validation.held_out, trained.seed)
     return [record for record in found if content[record.id] in held]
-
-
-def row(
-    cell: Cell, figures: Mapping[str, Figures], pictures: Mapping[str, list[str]], confidence: float
-) -> dict[str, Any]:
-    """A row of brand.json; `figures` and `pictures` by kind of prompt."""
-    entry: dict[str, Any] = {
-        "name": "adapter" if cell.kind == "student" else "styled" if cell.adapter else "base",
-        "sampler": cell.sampler, "steps": cell.steps, "guidance_scale": cell.guidance_scale,
-        "unet_calls": cell.unet_calls,
-    }  # fmt: skip
-    known = {kind: as_json(found, confidence) for kind, found in figures.items()}
-    entry |= {key: known[kind][metric] for key, (kind, metric) in FIGURES.items()}
-    return {**entry, "pictures": pictures["brand"], "control_pictures": pictures["control"]}
-
-
-def differences(
-    cells: Sequence[Cell], figures: Mapping[str, Mapping[Cell, Figures]], confidence: float
-) -> list[dict[str, Any]]:
-    """Every row of the adapter less each of the teachers', on the same resamples of prompts and noise."""
-    found = []
-    for mine in (cell for cell in cells if cell.kind == "student"):
-        for other in (cell for cell in cells if cell.kind == "teacher"):
-            entry: dict[str, Any] = {"steps": mine.steps, "less": "styled" if other.adapter else "base"}
-            for key in ("brand_similarity", "brand_adherence", "control_adherence", "diversity"):
-                kind, metric = FIGURES[key]
-                a, b = (figures[kind][cell].get(metric) for cell in (mine, other))
-                entry[key] = compare(a, b, confidence) if a is not None and b is not None else None
-            found.append(entry)
-    return found
-
-
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a row."""
-    table = console.Table(box=None)
-    heads = {
-        "brand_similarity": "similarity", "brand_adherence": "brand prompts",
-        "control_adherence": "control prompts", "diversity": "diversity",
-    }  # fmt: skip
-    for head in ("", "steps", *heads.values()):
-        table.add_column(head, justify="left" if not head else "right")
-    for each in rows:
-        cells = ["-" if each[key] is None else _text(each[key]) for key in heads]
-        table.add_row(each["name"], str(each["steps"]), *cells)
-    console.show(table)
-
-
-def _text(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
 
 
 def save_pictures(pictures: Sequence[records.Record | None], folder: Path, size: int) -> list[str | None]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
+from lcm_kit.result_shapes import Comparison
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import compare
+from lcm_kit.sweep.measure import Figures, compare
 from lcm_kit.sweep.recommend import Sweep, best_plain
 
+Pair = tuple[tuple[str, Figures], tuple[str, Figures]]  # two cells' ids and figures
 
-def comparisons(sweep: Sweep) -> list[dict[str, Any]]:
-    """Every metric of every pair: adapters at the same settings, and each adapter's cell without guidance of
-    its own against the best plain sampler at the same number of UNet calls. `difference` is a - b.
-    """
-    rows = []
-    for a, b in _pairs(sweep):
-        first, second = sweep.cells[a], sweep.cells[b]
-        for key in first:
-            found = compare(first[key], second[key], sweep.confidence) if key in second else None
+
+def differences(pairs: Iterable[Pair], confidence: float) -> list[Comparison]:
+    """Every metric that both cells of a pair have, the first less the second."""
+    rows: list[Comparison] = []
+    for (a, mine), (b, other) in pairs:
+        for key in mine:
+            found = compare(mine[key], other[key], confidence) if key in other else None
             if found is not None:
-                rows.append({"a": a.id, "b": b.id, "metric": key, **found})
+                rows.append({"a": a, "b": b, "metric": key, **found})
     return rows
+
+
+def comparisons(sweep: Sweep) -> list[Comparison]:
+    """Adapters at the same settings, and each adapter's cell without guidance of its own against the best
+    plain sampler at the same number of UNet calls.
+    """
+    pairs = (((a.id, sweep.cells[a]), (b.id, sweep.cells[b])) for a, b in _pairs(sweep))
+    return differences(pairs, sweep.confidence)
 
 
 def _pairs(sweep: Sweep) -> Iterator[tuple[Cell, Cell]]:

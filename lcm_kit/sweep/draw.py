@@ -1,4 +1,4 @@
-"""Drawing the cells of a sweep: plain diffusers with the files that users load."""
+"""Drawing the cells of any evaluation: plain diffusers with the files that users load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, assets, sample
-from lcm_kit.config.brand import Brand
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
 from lcm_kit.metrics.energy import Energy
-from lcm_kit.results import Rows, kept
 from lcm_kit.share import Share
 from lcm_kit.sweep.cells import Cell
+from lcm_kit.sweep.kept import Rows, kept
 from lcm_kit.sweep.look import Looker
 from lcm_kit.sweep.subjects import Subject
 
@@ -41,7 +40,8 @@ class Samples:
     seed: int
     size: int  # pixels
     batch_size: int
-    pictures: int  # prompts of which the first picture is kept
+    pictures: int  # prompts of which the first picture is shown
+    keep_all: bool = False  # keep every picture, to compare pixels; else only those that are shown
 
     @classmethod
     def of(cls, config: GuidanceSweep | Compose, base: BaseInfo) -> Samples:
@@ -61,8 +61,18 @@ class Samples:
 
     @property
     def shown(self) -> list[int]:
-        """The samples whose pictures are kept."""
+        """The samples whose pictures are shown."""
         return [p * self.images_per_prompt for p in range(min(self.pictures, len(self.prompts)))]
+
+    @property
+    def kept(self) -> list[int]:
+        """The samples whose pictures are kept in a cell's rows, in the order in which they lie there."""
+        return list(range(len(self))) if self.keep_all else self.shown
+
+    def pictures_of(self, rows: Rows) -> Tensor:
+        """Of a cell's rows: the pictures that are shown, [shown, 3, H, W], pixels in [-1, 1]."""
+        place = {sample: k for k, sample in enumerate(self.kept)}
+        return _of(rows["pictures"], [place[sample] for sample in self.shown]) / 127.5 - 1
 
 
 def versions() -> dict[str, str]:
@@ -70,13 +80,15 @@ def versions() -> dict[str, str]:
     return {"lcm_kit": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def inputs(
-    config: GuidanceSweep | Compose | Brand, base: BaseInfo, samples: Samples, look: Looker, device: str
-) -> list[Any]:
+def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """`count` prompts from the top, again from there where there are fewer."""
+    return tuple(islice(cycle(prompts), count))
+
+
+def inputs(base: BaseInfo, samples: Samples, look: Looker, device: str) -> list[Any]:
     """What the rows of all cells follow from besides the adapters, as JSON."""
-    return [
-        base.base_hash, repr(samples), config.features, config.text_features, look.kind(), versions(), device,
-    ]  # fmt: skip
+    asked = [samples.prompts, samples.images_per_prompt, samples.seed, samples.size, samples.batch_size]
+    return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device]
 
 
 @dataclass
@@ -127,7 +139,7 @@ def draw_all(
         task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
         for number, cell in enumerate(cells, start=1):
             bar.update(task, description=f"{number}/{len(cells)} {cell.id}", completed=total)
-            key = sha256_bytes(json.dumps([made_from(cell), cell.settings(), look.kind()]).encode())[:12]
+            key = sha256_bytes(json.dumps([made_from(cell), cell.settings()]).encode())[:12]
 
             def make(cell: C = cell) -> list[Rows]:
                 return draw(pipe(cell), cell, samples, look, share, partial(bar.advance, task))
@@ -143,9 +155,9 @@ def draw(
 ) -> list[Rows]:
     """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (of text
     encoder, UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and
-    `pictures` [shown, 3, H, W], 8 bits, of those of `samples.shown` that lie in the batch.
+    `pictures` [kept, 3, H, W], 8 bits, of those of `samples.kept` that lie in the batch.
     """
-    texts, shown, tables = samples.texts, set(samples.shown), []
+    texts, kept_pictures, tables = samples.texts, set(samples.kept), []
     for first in share.of(range(0, len(samples), samples.batch_size)):
         prompts = texts[first : first + samples.batch_size]
         started = time.perf_counter()
@@ -163,7 +175,7 @@ def draw(
             "latents": latents,
             "seconds": torch.full((n,), seconds / n),
             "joules": torch.full((n,), joules / n),
-            "pictures": _of(eight_bit, [i - first for i in sorted(shown) if first <= i < first + n]),
+            "pictures": _of(eight_bit, [i - first for i in range(first, first + n) if i in kept_pictures]),
         })  # fmt: skip
         advance(cell.unet_calls * n)
     return tables

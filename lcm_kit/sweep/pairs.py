@@ -15,7 +15,8 @@ from lcm_kit.families import BaseInfo
 from lcm_kit.files import atomic_write
 from lcm_kit.methods import MethodInfo
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import METRICS, Figures, compare
+from lcm_kit.sweep.measure import Figures, compare
+from lcm_kit.sweep.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list
     for name in ("prompt_adherence", "kernel_teacher", "brand_similarity", "saturation", "diversity"):
         if name in cells[chosen]:
             low, high = cells[chosen][name].interval(confidence)
-            reasons.append(f"{METRICS[name][0]}: {cells[chosen][name].value:.3g} ({low:.3g} to {high:.3g})")
+            reasons.append(
+                f"{METRICS[name].label}: {cells[chosen][name].value:.3g} ({low:.3g} to {high:.3g})"
+            )
     return chosen, reasons
 
 
@@ -152,7 +155,7 @@ def write_map(cells: Mapping[Pair, Figures], chosen: Pair, file: Path) -> Path:
         axes.set_yticks(range(len(styles)), [f"{weight:g}" for weight in styles])
         axes.set_xlabel("weight of the acceleration")
         axes.set_ylabel("weight of the style")
-        axes.set_title(METRICS[key][0], fontsize=9)
+        axes.set_title(METRICS[key].label, fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.75)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from lcm_kit.samplers import title_of
 from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import METRICS, Figures, compare
+from lcm_kit.sweep.measure import Figures, compare
+from lcm_kit.sweep.metrics import METRICS
 from lcm_kit.sweep.subjects import Subject
 
 Kind = Literal[
@@ -86,7 +87,7 @@ class Sweep:
         found = compare(first, second, self.confidence) if first and second else None
         if found is None:
             return False
-        return found["low"] > 0 if METRICS[key][2] == "higher" else found["high"] < 0
+        return found["low"] > 0 if METRICS[key].better == "higher" else found["high"] < 0
 
 
 def recommend(sweep: Sweep) -> Recommendation:
@@ -124,7 +125,7 @@ def _goodness(sweep: Sweep, cell: Cell) -> tuple[float, float]:
     figure = sweep.cells[cell].get(sweep.quality)
     if figure is None:
         return float("-inf"), _look(sweep, cell)
-    sign = 1 if METRICS[sweep.quality][2] == "higher" else -1
+    sign = 1 if METRICS[sweep.quality].better == "higher" else -1
     return sign * figure.value, _look(sweep, cell)
 
 
@@ -165,7 +166,7 @@ def _steps(n: int) -> str:
 def _reasons(sweep: Sweep, chosen: Cell, best: Cell) -> list[str]:
     """What speaks for the choice, in figures."""
     key, found = sweep.quality, []
-    label = METRICS[key][0]
+    label = METRICS[key].label
     mine = sweep.cells[chosen].get(key)
     if mine is not None:
         low, high = mine.interval(sweep.confidence)

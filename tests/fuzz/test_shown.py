@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lcm_kit import console
 from lcm_kit.cli import app
 from lcm_kit.inert import line, plain
-from lcm_kit.report import brand, build, shared
+from lcm_kit.report import build
 from tests.fuzz.doors import check_sentence, fuzz, text
 from tests.runs import build_run
 from tests.test_report import rows, write_results
@@ -144,12 +144,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, sd_base: Any) -> dict[str, A
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_page_shows_words_and_obeys_none(shown: dict[str, Any], count: int) -> None:
     def page(said: str) -> _Seen:
-        filled = _with(shown, said)
-        return _Seen(
-            shared.page(
-                "template.html.j2", filled, describe=build.describe, how=brand.how, interval=brand.interval
-            )
-        )
+        return _Seen(build.filled(_with(shown, said)))
 
     wanted = page("a fox")
     assert wanted.text.count("a fox") >= 4

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit import assets, sample, shipped
+from lcm_kit import assets, results, sample, shipped, verdicts
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.data.transforms import to_pixels
@@ -47,8 +47,9 @@ def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
     style = save(random_lora(tiny(), size=0.03, seed=1), tmp_path / "style.safetensors")
     speed = save(random_lora(tiny(), size=0.03, seed=2), tmp_path / "speed.safetensors")
     config = configure(run=str(speed), style=str(style), output=str(tmp_path / "out"))
-    found = json.loads(shipped.load_recipe("evaluation/brand").main(config).read_text())
-    assert [(row["name"], row["steps"], row["unet_calls"]) for row in found["rows"]] == [
+    found = results.read(shipped.load_recipe("evaluation/brand").main(config))
+    rows = results.brand_rows(found)
+    assert [(row["name"], row["steps"], row["unet_calls"]) for row in rows] == [
         ("base", 2, 4), ("styled", 2, 4), ("adapter", 1, 1), ("adapter", 2, 2),
     ]  # fmt: skip
 
@@ -56,10 +57,12 @@ def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
     pipe = sample.pipeline("asset:tiny-sd")
     sample.load_adapter(pipe, speed)
     prompts = records.prompts("asset:brand")[:3]
-    assert found["prompts"] == prompts
+    assert results.prompts(found)["texts"] == prompts
+    assert [each["name"] for each in found["adapters"]] == ["adapter", "style"]
     texts = [prompt for prompt in prompts for _ in range(2)]
     pixels = sample.sample(pipe, texts, sampler="lcm", steps=2, size=64)
-    row = found["rows"][3]
+    row = rows[3]
+    assert row["brand_similarity"] and row["brand_adherence"] and rows[0]["brand_similarity"]
     wanted = brand_similarity(
         extractor("asset:probe", "cpu").images(pixels),
         features_of("asset:brand"),
@@ -78,14 +81,15 @@ def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
         assert max(abs(a - b) for a, b in zip(picture.tobytes(), own.tobytes(), strict=True)) <= 1
 
     # differences: the adapter's figure less the teacher's, with an interval around it
-    (less,) = [d for d in found["differences"] if (d["steps"], d["less"]) == (2, "base")]
-    gap = row["brand_similarity"]["value"] - found["rows"][0]["brand_similarity"]["value"]
-    assert less["brand_similarity"]["difference"] == pytest.approx(gap)
-    assert less["brand_similarity"]["low"] <= gap <= less["brand_similarity"]["high"]
+    less = results.difference(found, row["id"], rows[0]["id"], "brand_similarity")
+    gap = row["brand_similarity"]["value"] - rows[0]["brand_similarity"]["value"]
+    assert less is not None and less["difference"] == pytest.approx(gap)
+    assert less["low"] <= gap <= less["high"]
+    assert found["verdict"] == verdicts.brand_verdict(verdicts.brand_headline(found), "attributes")
 
     # without a control, similarity is measured away from what the base draws
     again = configure(run=str(speed), output=str(tmp_path / "out"), control=None, steps=[1])
-    rows = json.loads(shipped.load_recipe("evaluation/brand").main(again).read_text())["rows"]
+    rows = results.brand_rows(results.read(shipped.load_recipe("evaluation/brand").main(again)))
     assert [row["name"] for row in rows] == ["base", "adapter"]
 
 
@@ -105,7 +109,7 @@ def test_the_prompts_are_the_captions_that_were_held_out(tmp_path: Path) -> None
     )
     held = sorted(by_draw[:5])  # 0.05 of 96
     captions = [file.with_suffix(".txt").read_text().strip() for file in held]
-    assert prompts == [*captions, *captions[:2]]
+    assert prompts == (*captions, *captions[:2])
     for picture, file in zip(shown, [*held, held[0]], strict=True):
         with Image.open(file) as wanted:
             assert picture is not None and picture.load().tobytes() == wanted.convert("RGB").tobytes()

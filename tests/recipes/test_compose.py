@@ -43,7 +43,7 @@ def test_the_grid_and_what_it_writes(tmp_path: Path) -> None:
 
     # the figures of one pair, drawn by hand with both adapters
     pipe = sample.pipeline("asset:tiny-sd")
-    texts = [prompt for prompt in results["prompts"] for _ in range(2)]
+    texts = [prompt for prompt in results["prompts"]["main"]["texts"] for _ in range(2)]
     sample.load_adapter(pipe, style, name="a")
     teacher = sample.latents(pipe, texts, sampler="ddim", steps=2, guidance_scale=3.0)
     sample.load_adapter(pipe, speed, name="b")
@@ -56,7 +56,7 @@ def test_the_grid_and_what_it_writes(tmp_path: Path) -> None:
     use = json.loads((tmp_path / "out/recommended.json").read_text())
     merged = reading.read(tmp_path / "out/merged_diffusers.safetensors", tiny()).lora
     parts = [reading.read(file, tiny()).lora for file in (style, speed)]
-    weights = (use["style_weight"], use["speed_weight"])
+    weights = (use["style_weight"], use["lora_weight"])
     for name, layer in merged.layers.items():
         wanted = sum(
             w * part.layers[name].scale * part.layers[name].up.flatten(1) @ part.layers[name].down.flatten(1)

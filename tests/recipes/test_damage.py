@@ -177,6 +177,7 @@ CASES: list[tuple[str, Verb, Product, str | None]] = [
     ("run/evaluation/student-*.safetensors", quality, figures, None),
     ("run/sweep/results.json", sweep_report, sweep_page, None),
     ("run/sweep/results.json", export_advised, exported, None),
+    ("run/sweep/results.json", sample, drawn, None),
     ("run/sweep/results.json", sweep, swept, None),
     ("run/sweep/recommended.json", sweep, swept, None),
     ("run/sweep/pictures/*.png", sweep_report, sweep_page, None),

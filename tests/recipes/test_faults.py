@@ -128,9 +128,9 @@ class Bench:
 def _read(file: Path, where: str) -> None:
     """Read a file that is neither as before nor as at the end: it must be whole all the same."""
     if file.suffix == ".json":
-        own_files.read_json(file, result_shapes.Kind, "")
+        own_files.read_json(file, result_shapes.Version, "")
     elif file.suffix == ".jsonl":
-        own_files.read_lines(file, result_shapes.Kind, "")
+        own_files.read_lines(file, result_shapes.Version, "")
     elif file.suffix == ".png":
         own_files.read_picture(file, "")
     else:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -44,14 +45,14 @@ def config(run: Path, **changes: object) -> Quality:
 
 def test_plan_spends_equal_calls(quality: ModuleType, run: Path) -> None:
     rows = quality.plan(config(run, unet_calls=(2, 3), teacher_steps=50, student_steps=(1, 4)))
-    assert [(row.name, row.solver, row.steps, row.guidance_scale, row.unet_calls) for row in rows] == [
+    assert [(row.kind, row.sampler, row.steps, row.guidance_scale, row.unet_calls) for row in rows] == [
         ("teacher", "ddim", 50, 5.0, 100),
-        ("base", "ddim", 1, 5.0, 2),
-        ("base", "ddim", 2, 1.0, 2),
-        ("base", "dpmpp_2m", 1, 5.0, 2),
-        ("base", "dpmpp_2m", 2, 1.0, 2),
-        ("base", "ddim", 3, 1.0, 3),  # guidance cannot spend an odd number of calls
-        ("base", "dpmpp_2m", 3, 1.0, 3),
+        ("plain", "ddim", 1, 5.0, 2),
+        ("plain", "ddim", 2, 1.0, 2),
+        ("plain", "dpmpp_2m", 1, 5.0, 2),
+        ("plain", "dpmpp_2m", 2, 1.0, 2),
+        ("plain", "ddim", 3, 1.0, 3),  # guidance cannot spend an odd number of calls
+        ("plain", "dpmpp_2m", 3, 1.0, 3),
         ("student", "lcm", 1, 1.0, 1),
         ("student", "lcm", 4, 1.0, 4),
     ]
@@ -61,24 +62,35 @@ def test_results(quality: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
     file = quality.main(config(run))
     assert file == run / "results.json"
     results = json.loads(file.read_text())
-    assert results["n"] == 3
-    assert results["prompts"] == ["a cat", "a dog", "a cat"]  # repeated, with new noise
-    assert results["seeds"]["noise"] == 0
+    assert results["prompts"]["main"]["texts"] == ["a cat", "a dog", "a cat"]  # repeated, with new noise
+    assert (results["version"], results["recipe"], results["settings"]["seed"]) == (
+        2,
+        "evaluation/quality",
+        0,
+    )
     assert set(results["versions"]) == {"lcm_kit", "torch", "diffusers", "peft", "transformers"}
-    rows = {(row["name"], row["solver"], row["steps"]): row for row in results["rows"]}
-    assert len(rows) == 7
-    teacher, student = rows["teacher", "ddim", 4], rows["student", "lcm", 1]
-    assert teacher["unet_calls"] == 8 and teacher["distance_to_teacher"] == 0 and teacher["saturation"] == 1
-    assert student["unet_calls"] == 1 and student["distance_to_teacher"] > 0
-    assert all(row["seconds_per_image"] > 0 for row in results["rows"])
-    assert {row["attribute_accuracy"] for row in results["rows"]} == {None}  # "a cat" names no background
-    assert results["frechet_floor"] is None
+    (used,) = results["adapters"]
+    assert used["name"] == "student" and used["fault"] is None and used["weights"]
+    cells = {(cell["kind"], cell["sampler"], cell["steps"]): cell for cell in results["cells"]}
+    assert len(cells) == 7
+
+    def value(cell: dict[str, Any], key: str) -> float | None:
+        return cell["metrics"][key] and cell["metrics"][key]["value"]
+
+    teacher, student = cells["teacher", "ddim", 4], cells["student", "lcm", 1]
+    assert teacher["unet_calls"] == 8 and value(teacher, "pixel_distance") == 0
+    assert value(teacher, "saturation") == 1
+    distance = student["metrics"]["pixel_distance"]
+    assert student["unet_calls"] == 1 and 0 < distance["low"] < distance["value"] < distance["high"]
+    assert all((value(cell, "seconds") or 0) > 0 for cell in results["cells"])
+    assert {value(cell, "prompt_adherence") for cell in results["cells"]} == {None}  # "a cat": no background
+    assert results["frechet_floor"] is None and results["verdict"] == "Judge by eye"
 
     # the student is plain diffusers with the exported file: drawn again here, picture by picture
     pipe = sample.pipeline(str(json.loads((run / "adapter/adapter.json").read_text())["base"]["path"]))
     sample.load_adapter(pipe, run)
     wanted = sample.to_pil(sample.sample(pipe, ["a dog"], sampler="lcm", steps=1, first=1))[0]
-    assert student["pictures"] == ["pictures/student-lcm-1-g1-000.png", "pictures/student-lcm-1-g1-001.png"]
+    assert student["pictures"] == [f"pictures/student-lcm-1-g1-w1-00{k}.png" for k in (0, 1)]
     with Image.open(run / student["pictures"][1]) as picture:
         difference = torch.tensor(list(picture.tobytes()), dtype=torch.int16) - torch.tensor(
             list(wanted.tobytes()), dtype=torch.int16
@@ -94,12 +106,14 @@ def test_results(quality: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
     assert {p.name: p.stat().st_mtime_ns for p in (run / "evaluation").iterdir()} == kept
     monkeypatch.undo()
 
-    # another weight of the LoRA: only the student's rows are drawn again, and replace the old ones
-    quality.main(config(run, lora_weight=0.5))
+    # another weight of the LoRA, fewer pictures to show: only the student's cells are drawn, beside the old
+    quality.main(config(run, lora_weight=0.5, pictures=1))
     now = {p.name for p in (run / "evaluation").iterdir()}
-    assert {name.split("-")[0] for name in kept.keys() - now} == {"student"}
-    assert len(now) == len(kept) == 7
-    images = [load_file(p)["images"] for p in (run / "evaluation").glob("*.safetensors")]
+    assert {name.rpartition("-")[0] for name in now - kept.keys()} == {
+        "student-lcm-1-g1-w0.5", "student-lcm-2-g1-w0.5"
+    }  # fmt: skip
+    assert kept.keys() < now and len(kept) == 7
+    images = [load_file(p)["pictures"] for p in (run / "evaluation").glob("*.safetensors")]
     assert {tuple(image.shape) for image in images} == {(3, 3, 64, 64)}
 
 
@@ -114,9 +128,9 @@ def test_a_base_alone_has_no_student(
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = config(tmp_path, base=str(sd_base("epsilon")), guidance_scale=1.0)
     results = json.loads(quality.main(settings).read_text())
-    assert [(row["name"], row["unet_calls"]) for row in results["rows"]] == [
-        ("teacher", 4), ("base", 2), ("base", 2)
+    assert [(cell["kind"], cell["unet_calls"]) for cell in results["cells"]] == [
+        ("teacher", 4), ("plain", 2), ("plain", 2)
     ]  # fmt: skip
-    assert results["adapter"] is None and results["resolution"] == 64
+    assert results["adapters"] == [] and results["verdict"] is None and results["resolution"] == 64
     with pytest.raises(UserError, match="nowhere"):
         quality.main(config(tmp_path, base="/nowhere"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from lcm_kit import adapter, lora_file, own_files, shipped, story
+from lcm_kit import adapter, lora_file, own_files, results, shipped, story
 from lcm_kit.cli import app
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
@@ -116,10 +115,10 @@ def test_the_whole_story_then_nothing_more(
     assert len(held) == 1 and set(held) | set(seen) == captions and not set(held) & set(seen)
 
     # the evaluation: all three, at the steps that were asked for
-    brand = json.loads((run / "brand.json").read_text())
-    named = [(row["name"], row["steps"]) for row in brand["rows"]]
+    brand = results.read(run / "brand.json")
+    named = [(row["name"], row["steps"]) for row in results.brand_rows(brand)]
     assert named == [("base", 2), ("styled", 2), ("adapter", 1), ("adapter", 4)]
-    assert set(brand["prompts"]) == set(held)
+    assert set(results.prompts(brand)["texts"]) == set(held)
     page = (run / "report.html").read_text()
     assert page.index("Your pictures") < page.index("The base, 2 steps") < page.index("Your adapter, 4 steps")
     assert (run / "style" / "report.html").is_file() and (run / "export" / "README.md").is_file()

@@ -79,7 +79,11 @@ def untimed(results: dict[str, Any]) -> dict[str, Any]:
         {**cell, "metrics": {k: v for k, v in cell["metrics"].items() if k not in clock}}
         for cell in results["cells"]
     ]
-    return {**{k: v for k, v in results.items() if k not in ("name", "adapters", "machine")}, "cells": cells}
+    comparisons = [each for each in results["comparisons"] if each["metric"] not in clock]
+    # the file's path, which is where the test put it, is in the settings too
+    varied = ("name", "adapters", "machine", "settings")
+    kept = {k: v for k, v in results.items() if k not in varied}
+    return {**kept, "cells": cells, "comparisons": comparisons}
 
 
 def test_what_it_writes(swept: tuple[Path, dict[str, Any]]) -> None:
@@ -100,11 +104,11 @@ def test_what_it_writes(swept: tuple[Path, dict[str, Any]]) -> None:
     from pyarrow import parquet
 
     samples = parquet.read_table(folder / "out/samples.parquet").to_pylist()
-    assert len(samples) == 9 * 6 and samples[3]["prompt"] == results["prompts"][1]
+    assert len(samples) == 9 * 6 and samples[3]["prompt"] == results["prompts"]["main"]["texts"][1]
     assert parquet.read_table(folder / "out/results.parquet").num_rows == 9
     recommended = json.loads((folder / "out/recommended.json").read_text())
     assert len(recommended.pop("hash")) == 32 and recommended == results["recommended"]
-    assert results["shown"] == [0, 2]
+    assert results["prompts"]["main"]["shown"] == [0, 2]
     assert all((folder / "out" / name).is_file() for cell in results["cells"] for name in cell["pictures"])
     assert (folder / "out/report.html").is_file()
 
@@ -113,7 +117,7 @@ def test_cells_are_what_plain_diffusers_draws(swept: tuple[Path, dict[str, Any]]
     """Figures of one cell, from the pictures that `lcm_kit.sample` draws with the same file and noise."""
     folder, results = swept
     pipe = sample.pipeline("asset:tiny-sd")
-    texts = [prompt for prompt in results["prompts"] for _ in range(2)]
+    texts = [prompt for prompt in results["prompts"]["main"]["texts"] for _ in range(2)]
 
     def draw(**settings: Any) -> torch.Tensor:
         return torch.cat([sample.latents(pipe, texts[k : k + 4], first=k, **settings) for k in (0, 4)])
