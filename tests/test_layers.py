@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,68 @@ def test_the_pure_layer_is_all_there() -> None:
         path.relative_to(ROOT / "lcm_kit").with_suffix("").parts[0] for path in sources() if level(path) == 1
     }
     assert present == LAYERS["pure"]
+
+
+# -- Rooms: a package of lcm_kit, or a file beside the packages ----------------------------------------------
+
+# Of `export` these make a run's files and its card; the others know LoRA files, whoever made them
+OF_A_RUN = {"run", "card", "trained", "recommended"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """`lcm_kit.data.cache` is in `data`; the package's own `__init__` is a room as well."""
+    part, _, rest = module.removeprefix("lcm_kit").removeprefix(".").partition(".")
+    if part == "export" and rest.split(".")[0] not in OF_A_RUN:
+        return "lora"
+    return part or "__init__"
+
+
+def arrows_between_rooms() -> dict[str, dict[str, set[str]]]:
+    """By room the rooms that its files name, and in which imports; those on use and for types count too."""
+    modules = {module_of(path): path for path in sources() if path.parts[len(ROOT.parts)] == "lcm_kit"}
+    arrows: dict[str, dict[str, set[str]]] = {room(module): {} for module in modules}
+    for module, path in modules.items():
+        for named in named_modules(path, modules.keys()):
+            if room(named) != room(module):
+                arrows[room(module)].setdefault(room(named), set()).add(f"{module} -> {named}")
+    return arrows
+
+
+def named_modules(path: Path, modules: Set[str]) -> Iterator[str]:
+    """The modules that a file imports; `from lcm_kit.data import cache` names lcm_kit.data.cache."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            yield from below or {node.module} & modules
+
+
+def circle_in(arrows: Mapping[str, Set[str] | Mapping[str, Set[str]]]) -> list[str]:
+    """The rooms of a circle, from one back to itself; none if there is no circle."""
+    try:
+        TopologicalSorter({at: set(to) for at, to in arrows.items()}).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_rooms_have_no_circles() -> None:
+    """Whoever moves a function to another room sees here which way round he made."""
+    arrows = arrows_between_rooms()
+    found = circle_in(arrows)
+    ways = [sorted(arrows[at][to]) for at, to in zip(found, found[1:], strict=False)]
+    assert not found, (found, ways)
+
+
+def test_a_circle_of_rooms_is_seen() -> None:
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+    arrows = arrows_between_rooms()
+    assert "errors" in arrows["data"] and "data" not in arrows["errors"]
+    arrows["errors"]["data"] = set()
+    assert "errors" in circle_in(arrows)

@@ -1,13 +1,14 @@
-"""How every cache is made: what is missing is, a file at a time, and the manifest says so when all is there.
+"""The one loop of `encode`: what is missing is made part by part, each is written whole, the manifest last.
 
-`images.py`, `samples.py` and `prior.py` say what the rows are and how they are computed; what is there
-already, which process makes what, the bar and the order of writing are the affair of this file.
+`images.py`, `samples.py` and `prior.py` say which rows there are and what computes them. What is there
+already, which process makes what, the bar and the order of writing are decided here. A part tells by itself
+whether it is done: a run that was stopped, killed or refused by a full disk keeps those that it finished.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,108 +17,147 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lcm_kit import own_files
+from lcm_kit import console, families, own_files
 from lcm_kit.config.schema import Data
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoder import Encoder, tensors_of
-from lcm_kit.data.progress import EncodeReport, finish, progress_bar
+from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.shards import Entry, Shard
+from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import require_writable
 from lcm_kit.share import Share
 
-T = TypeVar("T")
-Advance = Callable[[int], None]  # by how many rows
-Batches = Iterator[
-    Mapping[str, Tensor]
-]  # rows in order, `latents` [n, C, h, w] and a condition's tensors, on the CPU
+Part = TypeVar("Part", bound=Sized)
+"""What is written at once; its length are its rows."""
+Advance = Callable[[int], None]
+"""Moves the bar by so many rows."""
+EncodedBatches = Iterator[Mapping[str, Tensor]]
+"""Rows in order, on the CPU: `latents` [n, C, h, w] and the tensors of n conditions."""
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What computes rows: loaded when something is missing, and not before."""
+class RowMaker:
+    """What computes the rows of a cache, with the models that it needs."""
 
     encoder: Encoder
-    batches: Callable[[Sequence[Entry]], Batches]  # the tensors of entries, a few at a time
+    batches: Callable[[Sequence[Entry]], EncodedBatches]
+    not_finite: Callable[[Sequence[Entry]], str]  # the sentence for rows whose latents are not
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a cache is to hold, and how that is computed."""
+class Contents:
+    """What a cache is to hold, and what computes it."""
 
     base: BaseInfo
     data: Data
     settings: Mapping[str, Any]  # all that the rows are computed from, besides themselves
     entries: Sequence[Entry]
-    load: Callable[[bool], Maker]  # asked whether rows are missing too, or only the empty condition
+    load: Callable[[bool], RowMaker]  # asked whether rows are missing, or the empty condition alone
     doing: str  # the words of the bar
     skipped: Sequence[Bad] = ()
-    notice: Callable[[Sequence[Entry]], None] = lambda entries: None  # hears which will be made, once
 
 
-Survey = Callable[
-    [Mapping[str, Any] | None, Progress], Rows
-]  # the old manifest, and a bar for what takes long
+Survey = Callable[[Mapping[str, Any] | None, Progress], Contents]
+"""(the manifest that is there, a bar for what takes long) -> what there shall be."""
+
+
+def make_missing(
+    folder: Path,
+    missing: Sequence[Part],
+    load: Callable[[Sequence[Part]], Callable[[Part, Advance], None]],
+    doing: str,
+    share: Share,
+    bar: Progress,
+) -> None:
+    """Make the `missing` parts of what lies in `folder`: this process its `share`; returns when all are made.
+
+    `load` gets the parts of this process and gives what makes and writes one of them; it is not called where
+    there are none. Raises `UserError` if `folder` cannot be written, before anything is loaded.
+    """
+    share.wait()  # every process has seen which are missing
+    if mine := share.of(missing):
+        require_writable(folder)
+        make = load(mine)
+        advance = partial(bar.advance, bar.add_task(doing, total=sum(map(len, mine))))
+        for part in mine:
+            make(part, advance)
+    share.wait()
 
 
 def bring_up_to_date(
     folder: Path, survey: Survey, progress: bool, share: Share, *, what: str = "images", done: str = "encoded"
 ) -> EncodeReport:
-    """Make what `folder` lacks of the rows that `survey` finds: no shard twice, none that is there.
+    """Make what the cache in `folder` lacks of the rows that `survey` finds, and say what was done.
 
     An interrupted run continues, a second one does nothing. Of several processes each makes its `share` of
-    the shards; the first writes the empty condition, and the manifest when all are done. `what` and `done`:
-    words for the rows, in the bar and the report.
+    the shards, and the first writes the manifest when all are there. `what` and `done`: words for the rows,
+    in the bar and the report. Raises `UserError` as `survey`, `load` and `make_missing` do.
     """
     started, old = time.monotonic(), shards.read_manifest(folder, repair=True)
     with progress_bar(progress and share.first, what.split()[0]) as bar:
-        rows = survey(old, bar)
-        planned = shards.plan(rows.settings, rows.entries, rows.data.shard_size)
-        missing = shards.missing(folder, planned)
+        contents = survey(old, bar)
+        planned = shards.plan(contents.settings, contents.entries, contents.data.shard_size)
+        missing = shards.missing(folder, [shards.empty(contents.settings), *planned])
+        rows = [entry for shard in missing for entry in shard.entries]
         if share.first:
-            rows.notice([entry for shard in missing for entry in shard.entries])
-        share.wait()  # every process has seen which shards are missing
-        _make(folder, rows, missing, share, bar)
+            _say_what_is_cut(contents.base, rows)
+        make_missing(folder, missing, partial(_load, folder, contents), contents.doing, share, bar)
+    new = shards.manifest(contents.base, contents.data, planned, contents.skipped, contents.settings)
+    changes = [] if old is None else shards.changes(old, new)
+    if share.first and (missing or changes or old is None):
+        shards.write_manifest(folder, new)
+    if share.first:
+        shards.tidy(folder, new)
     share.wait()
-    new = shards.manifest(rows.base, rows.data, planned, rows.skipped, rows.settings)
-    return finish(folder, old, new, missing, started, progress, share, rows.skipped, what=what, done=done)
+    report = EncodeReport(
+        folder, len(contents.entries), len(rows), time.monotonic() - started, changes,
+        list(contents.skipped), what, done,
+    )  # fmt: skip
+    if progress and share.first:
+        console.say(report.message)
+    return report
 
 
-def _make(folder: Path, rows: Rows, missing: Sequence[Shard], share: Share, bar: Progress) -> None:
-    """Compute and write this process's missing shards, and the empty condition."""
-    empty, content = folder / shards.EMPTY, shards.content_hash(rows.settings)
-    mine = share.of(missing)
-    done = not share.first or shards.intact(empty, content)
-    if not mine and done:
-        return
-    require_writable(folder)  # before the base is loaded for nothing
-    maker = rows.load(bool(mine))
-    if not done:
-        own_files.write_tensors(empty, tensors_of(maker.encoder.empty()), content)
-    make_each(mine, partial(write_shard, folder, maker), lambda shard: len(shard.entries), bar, rows.doing)
+def _say_what_is_cut(base: BaseInfo, entries: Sequence[Entry]) -> None:
+    cut, most = families.too_long(base, {entry.id: entry.caption for entry in entries})
+    if cut:
+        longest = max(cut, key=lambda id: cut[id])
+        console.say(
+            f"warning: captions with more than the {most} tokens that the base reads, the rest is cut off: "
+            f"{len(cut)}, the longest that of {longest} with {cut[longest]}",
+            err=True,
+        )
 
 
-def make_each(
-    items: Sequence[T],
-    make: Callable[[T, Advance], None],
-    size: Callable[[T], int],
-    bar: Progress,
-    doing: str,
-) -> None:
-    """Make one item after the other under a bar that counts their rows."""
-    if items:
-        advance = partial(bar.advance, bar.add_task(doing, total=sum(map(size, items))))
-        for item in items:
-            make(item, advance)
+def _load(folder: Path, contents: Contents, mine: Sequence[Shard]) -> Callable[[Shard, Advance], None]:
+    maker = contents.load(any(map(len, mine)))
+
+    def make(shard: Shard, advance: Advance) -> None:
+        if shard.file == shards.EMPTY:
+            own_files.write_tensors(folder / shard.file, tensors_of(maker.encoder.empty()), shard.content)
+        else:
+            write_shard(folder, maker, shard, advance)
+
+    return make
 
 
-def write_shard(folder: Path, maker: Maker, shard: Shard, advance: Advance) -> None:
-    """Compute and write one shard: whole, or not at all."""
-    made = []
+def write_shard(folder: Path, maker: RowMaker, shard: Shard, advance: Advance) -> None:
+    """Compute and write one shard: whole, or not at all.
+
+    Raises `UserError` if latents are not finite: from such a row nothing can be learned.
+    """
+    made: list[Mapping[str, Tensor]] = []
+    first = 0
     for batch in maker.batches(shard.entries):
+        entries = shard.entries[first : first + len(batch["latents"])]
+        broken = [entry for entry, z in zip(entries, batch["latents"], strict=True) if not z.isfinite().all()]
+        if broken:
+            raise UserError(maker.not_finite(broken))
         made.append(batch)
-        advance(len(batch["latents"]))
+        first += len(entries)
+        advance(len(entries))
     tensors = {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
     own_files.write_tensors(folder / shard.file, tensors, shard.content)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import console, families
+from lcm_kit import families, sample
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
-from lcm_kit.data.encoding import Batches, Maker, Rows, bring_up_to_date
+from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import EncodeReport, listing
 from lcm_kit.data.records import Record, open_records
@@ -41,25 +41,12 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     """
     base, data = usable_base(config), config.data
 
-    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Rows:
+    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
         records, entries, bad = _survey(data, old, bar)
-        return Rows(
-            base, data, shards.settings(base, data), entries, partial(_maker, base, data, records),
-            "encoding", skipped=bad, notice=partial(_say_what_is_cut, base),
-        )  # fmt: skip
+        made_by, load = shards.settings(base, data), partial(_load, base, data, records)
+        return Contents(base, data, made_by, entries, load, "encoding", bad)
 
     return bring_up_to_date(Path(data.cache), survey, progress, share)
-
-
-def _say_what_is_cut(base: BaseInfo, entries: Sequence[Entry]) -> None:
-    cut, most = families.too_long(base, {entry.id: entry.caption for entry in entries})
-    if cut:
-        longest = max(cut, key=lambda id: cut[id])
-        console.say(
-            f"warning: captions with more than the {most} tokens that the base reads, the rest is cut off: "
-            f"{len(cut)}, the longest that of {longest} with {cut[longest]}",
-            err=True,
-        )
 
 
 def _survey(
@@ -108,26 +95,27 @@ def _check(record: Record, known: set[str]) -> tuple[str, str]:
     return image, ""
 
 
-def _maker(base: BaseInfo, data: Data, records: Mapping[str, Record], missing: bool) -> Maker:
-    encoder = Encoder.load(base, "cuda" if torch.cuda.is_available() else "cpu", vae=missing)
-    return Maker(encoder, partial(encoded, encoder, records, data))
+def _load(base: BaseInfo, data: Data, records: Mapping[str, Record], missing: bool) -> RowMaker:
+    encoder = Encoder.load(base, sample.placement()["device"], vae=missing)
+    return RowMaker(encoder, partial(encoded, encoder, records, data), _not_finite)
 
 
-def encoded(encoder: Encoder, records: Mapping[str, Record], data: Data, entries: Sequence[Entry]) -> Batches:
+def _not_finite(broken: Sequence[Entry]) -> str:
+    names = ", ".join(entry.id for entry in broken)
+    return f"the VAE gives latents that are not finite for {names}; remove these images"
+
+
+def encoded(
+    encoder: Encoder, records: Mapping[str, Record], data: Data, entries: Sequence[Entry]
+) -> EncodedBatches:
     """The tensors of `entries` in batches, float32 on the CPU: `latents` [n, C, h, w], `embeds` [n, L, D].
 
-    SDXL adds `pooled` [n, P] and `time_ids` [n, 6]. Raises `UserError` for an image that the VAE cannot take.
+    SDXL adds `pooled` [n, P] and `time_ids` [n, 6]. Raises `UserError` for an image that is another one now.
     """
     for batch, pictures in _ahead(entries, records, data):
         latents = families.encode_images(encoder.vae, torch.stack([pixels for pixels, _ in pictures]))
-        latents = latents.float().cpu()
-        broken = [entry.id for entry, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
-        if broken:
-            raise UserError(
-                f"the VAE gives latents that are not finite for {', '.join(broken)}; remove these images"
-            )
         condition = encoder.condition([entry.caption for entry in batch], [framed for _, framed in pictures])
-        yield {"latents": latents, **tensors_of(condition)}
+        yield {"latents": latents.float().cpu(), **tensors_of(condition)}
 
 
 Picture = tuple[Tensor, Framing]  # pixels [3, H, W] and how they were cut

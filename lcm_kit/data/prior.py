@@ -6,7 +6,7 @@ any other folder of images. Picture i is a function of (base, prompt, prior.seed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -18,7 +18,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
 from lcm_kit.data import images, records
 from lcm_kit.data.cache import Cache
-from lcm_kit.data.encoding import Advance, make_each
+from lcm_kit.data.encoding import Advance, make_missing
 from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.errors import UserError
@@ -85,23 +85,17 @@ def draw(config: Finetune, progress: bool = True, share: Share = ALONE) -> None:
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     folder, settings = Path(data_of(config).path), _settings(config, base)
     prompts = list(islice(cycle(settings["prompts"]), config.prior.count))
-    wanted = [Picture(i, prompt, folder / f"{i:05d}.png") for i, prompt in enumerate(prompts)]
+    wanted = [PriorPicture(i, prompt, folder / f"{i:05d}.png") for i, prompt in enumerate(prompts)]
     if share.first:
         _clear(folder, settings, {picture.file for picture in wanted})
     share.wait()
     batches = [wanted[first : first + BATCH] for first in range(0, len(wanted), BATCH)]
     missing = [batch for batch in batches if not all(picture.file.is_file() for picture in batch)]
-    share.wait()  # every process has seen which are missing
-    if mine := share.of(missing):
-        pipe = sample.pipeline(
-            config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
-        )
-        with progress_bar(progress and share.first, "pictures") as bar:
-            make_each(mine, partial(_draw, pipe, config), len, bar, "drawing with the base")
-    share.wait()
+    with progress_bar(progress and share.first, "pictures") as bar:
+        make_missing(folder, missing, partial(_load, config), "drawing with the base", share, bar)
 
 
-class Picture(NamedTuple):
+class PriorPicture(NamedTuple):
     """One that the base draws, from the noise of its number."""
 
     number: int
@@ -118,13 +112,28 @@ def _clear(folder: Path, settings: dict[str, Any], wanted: set[Path]) -> None:
         discard(extra)
 
 
-def _draw(pipe: Any, config: Finetune, batch: Sequence[Picture], advance: Advance) -> None:
+def _load(
+    config: Finetune, missing: Sequence[Sequence[PriorPicture]]
+) -> Callable[[Sequence[PriorPicture], Advance], None]:
+    pipe = sample.pipeline(
+        config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
+    )
+    return partial(_draw, pipe, config)
+
+
+def _draw(pipe: Any, config: Finetune, batch: Sequence[PriorPicture], advance: Advance) -> None:
     """Draw pictures whose numbers follow one another; a caption is written before its picture."""
     pixels = sample.sample(
         pipe, [picture.prompt for picture in batch], sampler="ddim", steps=config.prior.steps,
         guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=batch[0].number,
         size=config.data.resolution,
     )  # fmt: skip
+    broken = [at for at, drawn in zip(batch, pixels, strict=True) if not drawn.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"the base draws nothing finite for {broken[0].prompt!r}, picture {broken[0].number} of prior; "
+            "lower prior.guidance_scale, or take another base"
+        )
     for picture, image in zip(batch, sample.to_pil(pixels), strict=True):
         atomic_write(picture.file.with_suffix(".txt"), picture.prompt + "\n")
         sample.save_png(image, picture.file)

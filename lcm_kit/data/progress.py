@@ -1,14 +1,11 @@
-"""What `encode` shows while it works, and says when it is done; and how any of its caches is finished."""
+"""What `encode` shows while it works, and says when it is done."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lcm_kit import console
 from lcm_kit.console import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +16,7 @@ from lcm_kit.console import (
     TimeRemainingColumn,
     Words,
 )
-from lcm_kit.data import shards
 from lcm_kit.data.caption_files import Bad
-from lcm_kit.data.shards import Shard
-from lcm_kit.share import Share
 
 _LISTED = 100  # bad records that a message names; more are counted
 
@@ -85,32 +79,3 @@ def listing(bad: Sequence[Bad]) -> list[str]:
     """The first records and why each cannot be used, and how many more there are."""
     more = [f"and {len(bad) - _LISTED} more"] if len(bad) > _LISTED else []
     return [f"{id}: {reason}" for id, reason in bad[:_LISTED]] + more
-
-
-def finish(
-    folder: Path,
-    old: Mapping[str, Any] | None,
-    new: Mapping[str, Any],
-    made: Sequence[Shard],
-    started: float,
-    progress: bool,
-    share: Share,
-    skipped: Sequence[Bad] = (),
-    **words: str,
-) -> EncodeReport:
-    """Write the manifest of a cache whose shards are all there, and say what was done.
-
-    `old` is the manifest that was there before, `made` the shards of this run, `started` its time on the
-    monotonic clock, `words` are `what` and `done` of the report. The first process writes; all wait for it.
-    """
-    changes = [] if old is None else shards.changes(old, new)
-    if share.first and (made or changes or old is None):
-        shards.write_manifest(folder, new)
-    if share.first:
-        shards.tidy(folder, new)
-    count, rows = sum(len(shard.entries) for shard in made), len(new["records"])
-    report = EncodeReport(folder, rows, count, time.monotonic() - started, changes, list(skipped), **words)
-    share.wait()
-    if progress and share.first:
-        console.say(report.message)
-    return report

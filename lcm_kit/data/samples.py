@@ -22,12 +22,11 @@ from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
-from lcm_kit.data.encoding import Batches, Maker, Rows, bring_up_to_date
+from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing
-from lcm_kit.errors import UserError
 from lcm_kit.families import BaseInfo
 from lcm_kit.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
@@ -68,9 +67,9 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     """
     base, data = usable_base(config), config.data
 
-    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Rows:
-        entries, made_by = _entries(data), settings(config, base)
-        return Rows(base, data, made_by, entries, partial(_maker, config, base), "drawing")
+    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
+        made_by, load = settings(config, base), partial(_load, config, base)
+        return Contents(base, data, made_by, _entries(data), load, "drawing")
 
     return bring_up_to_date(
         folder_of(data), survey, progress, share, what="samples of the teacher", done="drawn"
@@ -98,10 +97,18 @@ def _entries(data: Data) -> list[Entry]:
     ]
 
 
-def _maker(config: Distill, base: BaseInfo, missing: bool) -> Maker:
+def _load(config: Distill, base: BaseInfo, missing: bool) -> RowMaker:
     pipe = teacher_pipeline(config, base) if missing else None  # first: it may be refused
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
-    return Maker(encoder, partial(_drawn, pipe, encoder, config.data))
+    return RowMaker(encoder, partial(_drawn, pipe, encoder, config.data), _not_finite)
+
+
+def _not_finite(broken: Sequence[Entry]) -> str:
+    others = f" and {len(broken) - 1} more" if broken[1:] else ""
+    return (
+        f"the teacher draws latents that are not finite for {broken[0].caption!r} ({broken[0].id}{others}); "
+        "lower data.samples.guidance_scale or the weights of teacher.adapters"
+    )
 
 
 def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
@@ -116,7 +123,7 @@ def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
     return pipe
 
 
-def _drawn(pipe: Any, encoder: Encoder, data: Data, entries: Sequence[Entry]) -> Batches:
+def _drawn(pipe: Any, encoder: Encoder, data: Data, entries: Sequence[Entry]) -> EncodedBatches:
     for first in range(0, len(entries), data.batch_size):
         yield _draw(pipe, encoder, entries[first : first + data.batch_size], data)
 
@@ -128,11 +135,5 @@ def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> 
         pipe, captions, sampler=drawn_by.solver, steps=drawn_by.steps, guidance_scale=drawn_by.guidance_scale,
         seed=drawn_by.seed, first=int(entries[0].id.rpartition("/")[2]), size=data.resolution,
     )  # fmt: skip
-    broken = [entry.id for entry, z in zip(entries, latents, strict=True) if not z.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"the teacher draws latents that are not finite for {captions[0]!r} and others ({broken[0]}); "
-            "lower data.samples.guidance_scale or the weights of teacher.adapters"
-        )
     whole = framing((data.resolution, data.resolution), data.resolution)
     return {"latents": latents, **tensors_of(encoder.condition(captions, [whole] * len(captions)))}

@@ -119,6 +119,10 @@ class Shard:
     content: str  # hash of the settings and of what each entry is made from
     entries: Sequence[Entry]
 
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.entries)
+
 
 def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
     """Hash of all that the tensors of `entries` are made from."""
@@ -139,6 +143,11 @@ def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> li
         Shard(f"shard-{number:05d}.safetensors", content_hash(settings, part), part)
         for number, part in enumerate(parts)
     ]
+
+
+def empty(settings: Mapping[str, Any]) -> Shard:
+    """The plan of the empty condition's file, which has no rows."""
+    return Shard(EMPTY, content_hash(settings), ())
 
 
 def intact(path: Path, content: str) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, get_ident
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
 from lcm_kit.families.condition import Condition
 from lcm_kit.report.build import write_report
+from lcm_kit.share import Share
 from tests.recipes.small import configure, launch, prepare
 from tests.runs import load_adapter
 from train import distill, finetune
@@ -257,6 +261,57 @@ def test_the_bases_own_pictures_are_drawn_once(keys: Keys, tmp_path: Path) -> No
     first = (folder / "00000.png").read_bytes()
     prior.encode(config(keys, tmp_path, own=True, prior={"seed": 1}), progress=False)
     assert (folder / "00000.png").read_bytes() != first
+
+
+def test_processes_share_the_drawing_of_the_bases_own_pictures(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "general.txt").write_text("a cat\na dog\na tree\n")
+    wanted = {"prompts": str(tmp_path / "general.txt"), "count": 17, "steps": 1}
+    rank_of: dict[int, int] = {}  # by thread: here a process is one
+    # each its own, and loaded one after the other, which no two threads could do
+    pipes = [sample.pipeline(keys["base"]["path"]) for _ in range(2)]
+    monkeypatch.setattr(sample, "pipeline", lambda *_, **__: pipes[rank_of[get_ident()]])
+    seen: list[tuple[int, int]] = []
+    real, together = sample.sample, Barrier(2, timeout=60)
+
+    def watched(pipe: Any, prompts: Any, **more: Any) -> Tensor:
+        seen.append((rank_of[get_ident()], more["first"]))
+        return real(pipe, prompts, **more)
+
+    monkeypatch.setattr(sample, "sample", watched)
+
+    def drawn_in(name: str, *shares: Share) -> tuple[dict[str, bytes], list[tuple[int, int]]]:
+        """The files, and who drew from which number on."""
+        data = {**keys["data"], "cache": str(tmp_path / name)}
+        made = config({**keys, "_prior": wanted, "data": data}, tmp_path, own=True)
+
+        def work(share: Share) -> None:
+            rank_of[get_ident()] = share.rank
+            prior.draw(made, progress=False, share=share)
+
+        seen.clear()
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(work, shares))
+        folder = Path(prior.data_of(made).path)
+        return {file.name: file.read_bytes() for file in folder.iterdir()}, sorted(seen)
+
+    alone, one = drawn_in("alone", Share())
+    shared, two = drawn_in("shared", *(Share(rank, 2, together.wait) for rank in (0, 1)))
+    assert one == [(0, 0), (0, 8), (0, 16)] and two == [(0, 0), (0, 16), (1, 8)]
+    assert alone == shared and len(alone) == 2 * 17 + 1
+
+
+def test_pictures_of_the_base_that_are_not_finite_are_refused(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "general.txt").write_text("a cat\na dog\n")
+    wanted = {"prompts": str(tmp_path / "general.txt"), "count": 2, "steps": 1}
+    made = config({**keys, "_prior": wanted}, tmp_path, own=True)
+    monkeypatch.setattr(sample, "sample", lambda *_, **__: torch.tensor([0.0, math.nan]).view(2, 1, 1, 1))
+    with pytest.raises(UserError, match="nothing finite for 'a dog', picture 1 of prior; lower prior.guid"):
+        prior.draw(made, progress=False)
+    assert not [*Path(prior.data_of(made).path).glob("*.png")]
 
 
 def test_regularisation_is_trained_on_and_held_out_pictures_never(

@@ -137,11 +137,35 @@ def test_processes_share_the_shards_and_draw_the_same(config: Callable[..., Dist
         samples.encode(made, progress=False, share=share)
         folder.rename(tmp_path / name)
         kept[name] = sorted(path.name for path in (tmp_path / name).iterdir())
-    assert kept["second"] == ["shard-00001.safetensors"]
+    assert kept["second"] == ["shard-00000.safetensors", "shard-00002.safetensors"]
     assert kept["first"] == sorted({*kept["all"]} - {*kept["second"]})
     for name in ("first", "second"):
         for file in (tmp_path / name).glob("*.safetensors"):
             assert file.read_bytes() == (tmp_path / "all" / file.name).read_bytes()
+
+
+def test_prompts_that_the_base_reads_in_part_are_named(
+    config: Callable[..., Distill], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("an owl\n" + "a red cat and " * 40)
+    sources.encode(config(count=2, steps=1), progress=False)
+    assert "the rest is cut off: 1, the longest that of teacher/00001 with" in capsys.readouterr().err
+
+
+def test_samples_that_are_not_finite_are_refused_by_prompt(
+    config: Callable[..., Distill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = config(steps=1), sample.latents
+
+    def broken(pipe: Any, prompts: Any, **more: Any) -> torch.Tensor:
+        drawn = real(pipe, prompts, **more)
+        drawn[[prompt == PROMPTS[1] for prompt in prompts]] = float("nan")
+        return drawn
+
+    monkeypatch.setattr(sample, "latents", broken)
+    with pytest.raises(UserError, match=r"not finite for 'two blue dogs' \(teacher/00001\); lower data.samp"):
+        sources.encode(made, progress=False)
+    assert [file.name for file in samples.folder_of(made.data).iterdir()] == ["empty.safetensors"]
 
 
 def test_a_changed_input_is_refused_in_words(config: Callable[..., Distill], tmp_path: Path) -> None:
