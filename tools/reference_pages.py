@@ -1,0 +1,224 @@
+"""Write the pages of the docs site that follow from the code: every config key, every command.
+
+    python tools/reference_pages.py [FOLDER]
+
+Into docs/reference/, which git does not keep: `make docs` writes it anew. A key's words are the comment
+beside its field in the schema, a command's are those of its `--help`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+from pydantic.fields import FieldInfo
+from typer.main import get_command
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lcm_kit.cli import app
+from lcm_kit.config.load import RECIPES
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+PAGES = ("config.md", "cli.md")
+_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_CONFIG = """\
+# Config keys
+
+Every key that a YAML file may have, by recipe: its default, what it may be, and what it does. `lcm-kit show
+CONFIG` prints a config with all its keys, `lcm-kit check CONFIG` names every mistake in one, and any key can
+be overridden on the command line: `lcm-kit train my.yaml optimizer.lr=3e-4`.
+"""
+_CLI = """\
+# Command line
+
+`lcm-kit COMMAND --help` prints the same. A mistake is one sentence and exit code 2; a stopped command (exit
+code 130) continues when it is run again.
+"""
+
+
+# -- Config keys ---------------------------------------------------------------------------------------------
+
+
+def comments(kind: type) -> dict[str, str]:
+    """The comment of each field that the body of `kind` declares: above it, or behind it."""
+    lines = textwrap.dedent(inspect.getsource(kind))
+    found: dict[str, str] = {}
+    above: list[str] = []
+    name, depth = None, 0
+    for token in tokenize.generate_tokens(io.StringIO(lines).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            if token.line.strip().startswith("#"):
+                above.append(text)
+            elif name:
+                found[name] = f"{found.get(name, '')} {text}".strip()
+        elif token.type == tokenize.NAME and name is None and token.start[1] == 4 and ":" in token.line:
+            name, found[token.string] = token.string, " ".join(above)
+        elif token.type == tokenize.NEWLINE:
+            name, above = None, []
+        elif token.type == tokenize.INDENT:
+            depth += 1
+        elif token.type == tokenize.DEDENT:
+            depth -= 1
+        if depth > 1:  # a method's body: no fields behind it
+            break
+    return found
+
+
+def documented(kind: type) -> dict[str, str]:
+    """The comments of all fields of `kind`, those of its bases included."""
+    written: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(each):
+            written |= {name: text for name, text in comments(each).items() if text}
+    return written
+
+
+def members(hint: Any) -> Iterator[type]:
+    """The blocks that a field may hold: dataclasses, also in a union or in a list."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    for inner in get_args(hint) if get_origin(hint) is not Literal else ():
+        yield from members(inner)
+
+
+def words(hint: Any) -> str:
+    """What a value may be: `whole number, at least 1, or null`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [limit for each in inner[1:] for limit in _limits(each)]
+        return ", ".join([words(inner[0]), *limits])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        texts = [words(each) for each in inner if each is not NoneType]
+        return ", or ".join([*dict.fromkeys(texts), *(["null"] if NoneType in inner else [])])
+    if origin is tuple:
+        listed = [each for each in inner if each is not Ellipsis]
+        return "a list of: " + "; ".join(dict.fromkeys(map(words, listed)))
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return "a block of keys"
+    return _KINDS.get(hint, "any value")
+
+
+def _limits(given: Any) -> Iterator[str]:
+    for each in given.metadata if isinstance(given, FieldInfo) else [given]:
+        for bound, text in _BOUNDS.items():
+            if (limit := getattr(each, bound, None)) is not None:
+                yield f"{text} {limit:,}" if isinstance(limit, int) else f"{text} {limit:g}"
+        if (longest := getattr(each, "max_length", None)) is not None:
+            yield f"at most {longest} long"
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """The default as YAML has it, or that there is none."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = value.default if isinstance(value, FieldInfo) else value
+    if value is dataclasses.MISSING or value is Ellipsis or repr(value) == "PydanticUndefined":
+        return "required"
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"default `{text}`"
+
+
+def keys(kind: type, above: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any], Any]]:
+    """(dotted key, block, field, type) of every key below `kind`; a list's entries are `key[]`."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        name, hint = f"{above}{field.name}", hints[field.name]
+        yield name, kind, field, hint
+        listed = "[]" if "tuple[" in str(hint) else ""
+        for inner in dict.fromkeys(members(hint)):
+            yield from keys(inner, f"{name}{listed}.")
+
+
+def config_page() -> str:
+    """The page of all keys: a section a recipe, a list of keys a block."""
+    parts = [_CONFIG]
+    for recipe, kind in RECIPES.items():
+        parts.append(f"## {recipe}\n\n{_docstring(kind)}\n")
+        block: Any = None
+        for name, owner, field, hint in keys(kind):
+            where = name.rpartition(".")[0]
+            if (where, owner) != block:
+                block = where, owner
+                if where:
+                    parts.append(
+                        f"### {where} {{ #{_anchor(recipe, where, owner)} }}\n\n{_docstring(owner)}\n"
+                    )
+            inner = list(dict.fromkeys(members(hint)))
+            about = documented(owner).get(field.name, "")
+            given = "" if inner and not about else f" {about[:1].upper()}{about[1:]}."
+            value = "" if inner else f"{default(field)}; "
+            parts.append(f"- **`{name}`** ({value}{words(hint)}).{given.replace('..', '.')}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _docstring(kind: type) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+def _anchor(recipe: str, where: str, owner: type) -> str:
+    return f"{recipe}-{where}-{owner.__name__}".replace("/", "-").replace(".", "-").replace("[]", "").lower()
+
+
+# -- Commands ------------------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by its name."""
+    return get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+def cli_page() -> str:
+    """The page of all commands, with their arguments and options."""
+    parts = [_CLI]
+    for name, command in commands().items():
+        context = click.Context(command, info_name=f"lcm-kit {name}")
+        parts += [f"## {name}\n", "```text", f"{' '.join(command.get_usage(context).split()[1:])}", "```\n"]
+        parts += [inspect.cleandoc(command.help or ""), ""]
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            text = " ".join((getattr(parameter, "help", None) or "").split())
+            parts.append(f"- {_named(parameter, context)}: {text}{_otherwise(parameter)}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _named(parameter: click.Parameter, context: click.Context) -> str:
+    """`--option METAVAR`, or an argument by its metavar."""
+    if parameter.param_type_name == "argument":
+        return f"**`{parameter.make_metavar(context)}`**"
+    flag = getattr(parameter, "is_flag", False)
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    return f"**`{names}`**" if flag else f"**`{names} {parameter.make_metavar(context)}`**"
+
+
+def _otherwise(parameter: click.Parameter) -> str:
+    value = parameter.default
+    shown = isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != ""
+    return f" Default: `{value}`." if shown else ""
+
+
+def main(folder: Path) -> None:
+    """Write both pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(PAGES, (config_page(), cli_page()), strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
