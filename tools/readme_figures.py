@@ -80,9 +80,9 @@ def look(run: Path) -> int:
         sheet.paste(picture, (x * (cell + GAP), y * (cell + GAP)))
     sheet.save(ROOT / "docs" / "look.png", optimize=True)
     print(
-        "| | brand similarity | prompts of the look right | other prompts right |\n| --- | --- | --- | --- |"
+        "| | brand similarity | prompts of the style right | other prompts right |\n| --- | --- | --- | --- |"
     )
-    for name, text in (("base", "base"), ("styled", "style"), ("adapter", "look and speed in one LoRA")):
+    for name, text in (("base", "base"), ("styled", "style"), ("adapter", "style and speed in one LoRA")):
         row = head[name]
         shares = (brand.interval(row[f"{kind}_adherence"], percent) for kind in ("brand", "control"))
         cells = (brand.interval(row["brand_similarity"]), *shares)

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import click
 import yaml
 from pydantic.fields import FieldInfo
 from typer.main import get_command
@@ -159,9 +158,9 @@ def config_page() -> str:
                     )
             inner = list(dict.fromkeys(members(hint)))
             about = documented(owner).get(field.name, "")
-            given = "" if inner and not about else f" {about[:1].upper()}{about[1:]}."
+            sentence = f" {about[0].upper()}{about[1:].removesuffix('.')}." if about else ""
             value = "" if inner else f"{default(field)}; "
-            parts.append(f"- **`{name}`** ({value}{words(hint)}).{given.replace('..', '.')}")
+            parts.append(f"- **`{name}`** ({value}{words(hint)}).{sentence}")
         parts.append("")
     return "\n".join(parts)
 
@@ -177,40 +176,19 @@ def _anchor(recipe: str, where: str, owner: type) -> str:
 # -- Commands ------------------------------------------------------------------------------------------------
 
 
-def commands() -> dict[str, click.Command]:
-    """Every command by its name."""
-    return get_command(app).commands  # type: ignore[attr-defined, no-any-return]
-
-
 def cli_page() -> str:
     """The page of all commands, with their arguments and options."""
     parts = [_CLI]
-    for name, command in commands().items():
-        context = click.Context(command, info_name=f"lcm-kit {name}")
-        parts += [f"## {name}\n", "```text", f"{' '.join(command.get_usage(context).split()[1:])}", "```\n"]
-        parts += [inspect.cleandoc(command.help or ""), ""]
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        context = command.context_class(command, info_name=f"lcm-kit {name}")
+        usage = " ".join(command.get_usage(context).removeprefix("Usage:").split())
+        parts += [f"## {name}\n", f"```text\n{usage}\n```\n", inspect.cleandoc(command.help or ""), ""]
         for parameter in command.params:
-            if parameter.name == "help":
-                continue
-            text = " ".join((getattr(parameter, "help", None) or "").split())
-            parts.append(f"- {_named(parameter, context)}: {text}{_otherwise(parameter)}")
+            record = parameter.get_help_record(context)
+            if record and "--help" not in parameter.opts:
+                parts.append(f"- **`{record[0]}`**: {' '.join(record[1].split())}")
         parts.append("")
     return "\n".join(parts)
-
-
-def _named(parameter: click.Parameter, context: click.Context) -> str:
-    """`--option METAVAR`, or an argument by its metavar."""
-    if parameter.param_type_name == "argument":
-        return f"**`{parameter.make_metavar(context)}`**"
-    flag = getattr(parameter, "is_flag", False)
-    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
-    return f"**`{names}`**" if flag else f"**`{names} {parameter.make_metavar(context)}`**"
-
-
-def _otherwise(parameter: click.Parameter) -> str:
-    value = parameter.default
-    shown = isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != ""
-    return f" Default: `{value}`." if shown else ""
 
 
 def main(folder: Path) -> None:
