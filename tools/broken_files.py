@@ -24,7 +24,7 @@ CASES = [
     ("sdxl", "diffusers' SDXL script", broken.mixed_styles),
     ("sdxl", "its kohya conversion", broken.kohya_diffusers_spelling),
     ("sdxl", "half converted", broken.kohya_two_spellings),
-    ("sd1", "kohya style without alphas", broken.kohya_without_alphas),
+    ("sd1", "kohya format without alphas", broken.kohya_without_alphas),
 ]
 # Short titles, so that a row of the page is at most 120 characters long
 SHORT = {"Stable Diffusion 1.x": "SD1.x", "Stable Diffusion 2.x": "SD2.x", "stable-diffusion.cpp": "sd.cpp"}
@@ -56,7 +56,7 @@ def main() -> None:
         for base in (*map(structure.known, ("sd1", "sd2", "sdxl")), structure.ssd1b()):
             for style in ("kohya", "diffusers"):
                 write.write(file, random_lora(base), base, style, "float16", Facts("lora"))
-                show(f"this kit, {style} style", base, file)
+                show(f"this kit, {style} format", base, file)
 
 
 def show(what: str, base: structure.Structure, file: Path) -> None:

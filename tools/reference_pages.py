@@ -114,7 +114,8 @@ def words(hint: Any) -> str:
 def _limits(given: Any) -> Iterator[str]:
     for each in given.metadata if isinstance(given, FieldInfo) else [given]:
         for bound, text in _BOUNDS.items():
-            if (limit := getattr(each, bound, None)) is not None:
+            limit = getattr(each, bound, None)
+            if limit is not None and abs(limit) < 2**62:  # beyond, it is what a computer's integer holds
                 yield f"{text} {limit:,}" if isinstance(limit, int) else f"{text} {limit:g}"
         if (longest := getattr(each, "max_length", None)) is not None:
             yield f"at most {longest} long"
@@ -131,42 +132,46 @@ def default(field: dataclasses.Field[Any]) -> str:
     return f"default `{text}`"
 
 
-def keys(kind: type, above: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any], Any]]:
-    """(dotted key, block, field, type) of every key below `kind`; a list's entries are `key[]`."""
+def blocks(kind: type, above: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted key, dataclass) of the block `kind` and of those in it; an entry of a list is `key[]`."""
+    yield above, kind
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        name, hint = f"{above}{field.name}", hints[field.name]
-        yield name, kind, field, hint
-        listed = "[]" if "tuple[" in str(hint) else ""
-        for inner in dict.fromkeys(members(hint)):
-            yield from keys(inner, f"{name}{listed}.")
+        for inner in dict.fromkeys(members(hints[field.name])):
+            yield from blocks(inner, _below(above, field.name, hints[field.name]))
+
+
+def _below(above: str, name: str, hint: Any) -> str:
+    listed = "[]" if "tuple[" in str(hint) else ""
+    return f"{above}.{name}{listed}" if above else f"{name}{listed}"
+
+
+def entry(recipe: str, above: str, field: dataclasses.Field[Any], hint: Any, comment: str) -> str:
+    """The line of one key: its default and what it may be, or where its block is; then its comment."""
+    name = f"{above}.{field.name}" if above else field.name
+    if inner := list(dict.fromkeys(members(hint))):
+        below = _below(above, field.name, hint)
+        about = "; ".join(f"[{each.__name__}](#{_anchor(recipe, below, each)})" for each in inner)
+    else:
+        about = f"{default(field)}; {words(hint)}"
+    return f"- **`{name}`** ({about})" + (f": {comment}" if comment else "")
 
 
 def config_page() -> str:
     """The page of all keys: a section a recipe, a list of keys a block."""
     parts = [_CONFIG]
-    for recipe, kind in RECIPES.items():
-        parts.append(f"## {recipe}\n\n{_docstring(kind)}\n")
-        block: Any = None
-        for name, owner, field, hint in keys(kind):
-            where = name.rpartition(".")[0]
-            if (where, owner) != block:
-                block = where, owner
-                if where:
-                    parts.append(
-                        f"### {where} {{ #{_anchor(recipe, where, owner)} }}\n\n{_docstring(owner)}\n"
-                    )
-            inner = list(dict.fromkeys(members(hint)))
-            about = documented(owner).get(field.name, "")
-            sentence = f" {about[0].upper()}{about[1:].removesuffix('.')}." if about else ""
-            value = "" if inner else f"{default(field)}; "
-            parts.append(f"- **`{name}`** ({value}{words(hint)}).{sentence}")
-        parts.append("")
+    for recipe, whole in RECIPES.items():
+        parts.append(f"## {recipe}\n")
+        for above, kind in blocks(whole):
+            if above:
+                parts.append(f"### {above} {{ #{_anchor(recipe, above, kind)} }}\n")
+            parts.append(inspect.cleandoc(kind.__doc__ or "") + "\n")
+            hints, written = get_type_hints(kind, include_extras=True), documented(kind)
+            for field in dataclasses.fields(kind):
+                comment = written.get(field.name, "")
+                parts.append(entry(recipe, above, field, hints[field.name], comment))
+            parts.append("")
     return "\n".join(parts)
-
-
-def _docstring(kind: type) -> str:
-    return inspect.cleandoc(kind.__doc__ or "")
 
 
 def _anchor(recipe: str, where: str, owner: type) -> str:
