@@ -55,7 +55,7 @@ hooks: $(STAMP) ## lint before every commit
 docs: $(STAMP) ## the docs site into build/site, offline; a broken link is an error
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/reference_pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site"
 
 build: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build --no-isolation
