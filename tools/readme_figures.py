@@ -1,4 +1,4 @@
-"""Print README's tables and draw its pictures, from two evaluated runs and from a quickstart.
+"""Print the tables of docs/results.md and docs/finetuning.md, and draw the pictures of the README.
 
     for run in tiny_quick tiny_lcm; do
         lcm-kit encode distill/$run && lcm-kit train distill/$run && lcm-kit export runs/$run
@@ -30,7 +30,7 @@ from lcm_kit.results import best_plain
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5
 HEAD = (
-    "| | solver | steps | guidance_scale | UNet calls | right attributes | Frechet distance "
+    "| | solver | steps | guidance | UNet calls | right attributes | Frechet distance "
     "| to the teacher | colour | s/image |"
 )
 
