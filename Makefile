@@ -1,4 +1,4 @@
-# Every target does the set-up it needs and is safe to repeat. `make quickstart` in a fresh clone is the whole story.
+# Every target does the set-up it needs and is safe to repeat. `make quickstart` works in a fresh clone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-newest lock lint format hooks build clean
+.PHONY: help install quickstart test test-slow test-newest lock lint format hooks docs build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml requirements/tested.txt requirements/torch.txt
 	$(BIN)/python tools/versions.py install $(VENV)
 	touch $(STAMP)
 
-quickstart: $(STAMP) ## the whole story on the embedded base: check, encode, style, distil, export, evaluate, report
+quickstart: $(STAMP) ## the end-to-end run on the embedded base: check, encode, style, distil, export, evaluate, report
 	$(BIN)/lcm-kit quickstart $(ARGS)
 
 # A process a core with one thread each: 5 minutes for 10 on two cores, where one process with two threads idles.
@@ -44,12 +44,18 @@ lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## let ruff mend what it can
+format: $(STAMP) ## let ruff fix what it can
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
 hooks: $(STAMP) ## lint before every commit
 	$(BIN)/pre-commit install
+
+# NO_MKDOCS_2_WARNING: Material's notice of its own end of life (see pyproject.toml), no warning about our pages
+docs: $(STAMP) ## the docs site into build/site, offline; a broken link is an error
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site"
 
 build: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build --no-isolation

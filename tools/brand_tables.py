@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,43 +95,57 @@ def summary(found: list[dict[str, Any]], key: str, share: bool = True) -> str:
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}){mark}"
 
 
+def narrow(heads: Sequence[str], lines: Sequence[Sequence[str]], *groups: Sequence[int]) -> str:
+    """Markdown tables one below the other: each has the first column and those of one of `groups`."""
+
+    def row(cells: Sequence[str], columns: Sequence[int]) -> str:
+        return "| " + " | ".join(cells[column] for column in (0, *columns)) + " |"
+
+    tables = (
+        [row(heads, columns), "|" + " --- |" * (1 + len(columns)), *(row(line, columns) for line in lines)]
+        for columns in groups
+    )
+    return "\n\n".join(map("\n".join, tables))
+
+
 def table(found: list[dict[str, Any]], steps: int) -> str:
-    """A Markdown table of one look and size at `steps`, the teachers first."""
-    lines = ["| way | " + " | ".join(HEADS) + " |", "| --- |" + " --- |" * len(HEADS)]
+    """Markdown tables of one look and size at `steps`, the teachers first."""
+    lines = []
     for way, label in WAYS.items():
         at = steps_of(way, steps)
         mine = [row for row in found if row["way"] == way and row["steps"] == at]
         if mine:
             name = f"{label}, {at} steps" if at == 50 else label
-            lines.append(f"| {name} | " + " | ".join(summary(mine, key) for key in KEYS) + " |")
-    return "\n".join(lines)
+            lines.append([name, *(summary(mine, key) for key in KEYS)])
+    return narrow(("way", *HEADS), lines, (1, 2, 3), (4, 5))
 
 
 def by_steps(found: list[dict[str, Any]]) -> str:
-    """A Markdown table of similarity and brand prompts right by steps."""
+    """Markdown tables of similarity and of brand prompts right, by steps."""
     steps = sorted({row["steps"] for row in found} - {50})
     heads = [f"{name}, {n} steps" for n in steps for name in ("similarity", "right, %")]
-    lines = ["| way | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    lines = []
     for way in list(WAYS)[2:]:
         mine = {n: [r for r in found if r["way"] == way and r["steps"] == n] for n in steps}
         if all(mine.values()):
             cells = [summary(mine[n], key) for n in steps for key in ("brand_similarity", "brand_adherence")]
-            lines.append(f"| {WAYS[way]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([WAYS[way], *cells])
+    columns = range(1, 1 + len(heads))
+    return narrow(("way", *heads), lines, columns[::2], columns[1::2])
 
 
 def beside_default(found: list[dict[str, Any]]) -> str:
-    """A Markdown table of every way less the default in the same cell at 4 steps, over the cells found."""
+    """Markdown tables of every way less the default in the same cell at 4 steps, over the cells found."""
     at_four = {(row["way"], row["look"], row["pictures"], row["seed"]): row for row in found
                if row["steps"] == steps_of(row["way"])}  # fmt: skip
-    lines = ["| way | cells | " + " | ".join(HEADS) + " |", "| --- | --: |" + " --- |" * len(HEADS)]
+    lines = []
     for way in (way for way in WAYS if way != DEFAULT):
         pairs = [(at_four[way, *cell], at_four[DEFAULT, *cell]) for name, *cell in at_four if name == way]
         if len(pairs) > 1:
             less = [{key: {"value": a[key]["value"] - b[key]["value"]} for key in KEYS} for a, b in pairs]
             cells = [summary(less, key, share=False) for key in KEYS]
-            lines.append(f"| {WAYS[way]} | {len(pairs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([WAYS[way], str(len(pairs)), *cells])
+    return narrow(("way", "cells", *HEADS), lines, (1, 2, 3), (4, 5, 6))
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:

@@ -21,28 +21,31 @@ from tests import broken
 from tests.loras import random_lora
 
 CASES = [
-    ("sd1", "diffusers' SD1.5 LCM-LoRA script", broken.peft_wrapper),
-    ("sdxl", "diffusers' SDXL LCM-LoRA script", broken.mixed_styles),
-    ("sdxl", "its kohya conversion (diffusers spelling)", broken.kohya_diffusers_spelling),
-    ("sdxl", "half converted (two spellings)", broken.kohya_two_spellings),
-    ("sd1", "kohya style without alphas", broken.kohya_without_alphas),
+    ("sd1", "diffusers' SD1.5 script", broken.peft_wrapper),
+    ("sdxl", "diffusers' SDXL script", broken.mixed_styles),
+    ("sdxl", "its kohya conversion", broken.kohya_diffusers_spelling),
+    ("sdxl", "half converted", broken.kohya_two_spellings),
+    ("sd1", "kohya format without alphas", broken.kohya_without_alphas),
 ]
+# Short titles, so that a row of the page is at most 120 characters long
+SHORT = {"Stable Diffusion 1.x": "SD1.x", "Stable Diffusion 2.x": "SD2.x", "stable-diffusion.cpp": "sd.cpp"}
 
 
 def cell(row: verify.Row) -> str:
-    """How many modules are loaded, and whether at the strength that they were trained for."""
+    """How many modules are loaded, with an asterisk where their strength is lost."""
     if row.ok:
         return "all"
     if row.loaded > row.right:
-        return f"{row.loaded} of {row.of}, strength lost"
-    return f"{row.right} of {row.of}" if row.loaded else "none"
+        return f"{row.loaded}\\*"
+    return str(row.right) if row.loaded else "none"
 
 
 def main() -> None:
     """Print the table."""
     quiet()
     titles = [verify.TITLES.get(app, app) for app in verify.ALL]
-    print(f"| file | base | {' | '.join(titles)} |")
+    titles = [SHORT.get(title, title) for title in titles]
+    print(f"| file | base (modules) | {' | '.join(titles)} |")
     print("| --- " * (len(titles) + 2) + "|")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
@@ -54,15 +57,16 @@ def main() -> None:
         for base in map(structure.known, base_families.names()):
             for style in ("kohya", "diffusers"):
                 write.write(file, random_lora(base), base, style, "float16", Provenance("lora"))
-                show(f"this kit, {style} style", base, file)
+                show(f"this kit, {style} format", base, file)
 
 
 def show(what: str, base: structure.Structure, file: Path) -> None:
     """One row; a file without alpha is held against the alpha that it was trained with."""
     report = verify.verify(file, verify.Against(base), alpha=8.0)
     found = {row.app: cell(row) for row in report.rows}
-    cells = [found.get(app, "cannot load the base") for app in verify.ALL]
-    print(f"| {what} | {base.label} | {' | '.join(cells)} |", flush=True)
+    cells = [found.get(app, "no base") for app in verify.ALL]
+    label = f"{SHORT.get(base.label, base.label)} ({report.rows[0].of})"
+    print(f"| {what} | {label} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

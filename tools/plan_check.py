@@ -328,23 +328,25 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in sys.argv[1:] if name != "--returning"]
     once = "--returning" in sys.argv
-    print("| config | highest phase | measured, MiB | estimated | | default malloc | estimated | |")
+    print("| case | highest phase | measured, MiB | estimated | | default malloc | estimated | |")
     print("|" + " --- |" * 8)
     encoded: set[str] = set()
+    titles = []
     for case in CASES:
         if names and case.name not in names:
             continue
         told, size = estimated(work, case), case.overrides[0]
         changes = " ".join(case.overrides).replace(" validation.prompts={images}/prompts.txt", "")
-        title = f"{case.title}: {changes}"
-        print(f"| {title} | {told.phase} | {row(work, case, told, 'train', once=once)} |", flush=True)
+        title = f"{case.title}, `{changes}`"
+        titles.append(f"- {case.name}: {title}")
+        print(f"| {case.name} | {told.phase} | {row(work, case, told, 'train', once=once)} |", flush=True)
         # nothing but the pictures' size changes what encoding needs there
         kind = title if case.shipped else size
         if measure(work, case, "returning")["encode"] > ENOUGH and kind not in encoded:
             encoded.add(kind)
-            what = f"`lcm-kit encode`, {kind}" + ("" if case.shipped else ", pictures by 4")
             cells = row(work, case, told, "encode", once=once)
-            print(f"| {what} | {told.encode_phase} | {cells} |", flush=True)
+            print(f"| {case.name}: encode | {told.encode_phase} | {cells} |", flush=True)
+    print("\nThe cases (`encode`: four pictures at a time):\n", *titles, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Print README's tables and draw its pictures, from two evaluated runs and from a quickstart.
+"""Print the tables of docs/results.md and docs/finetuning.md, and draw the pictures of the README.
 
     for run in tiny_quick tiny_lcm; do
         lcm-kit encode distill/$run && lcm-kit train distill/$run && lcm-kit export runs/$run
@@ -29,7 +29,7 @@ from lcm_kit.result_shapes import Cell
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5
 HEAD = (
-    "| | solver | steps | guidance_scale | UNet calls | right attributes | Frechet distance "
+    "| | solver | steps | guidance | UNet calls | right attributes | Frechet distance "
     "| to the teacher | colour | s/image |"
 )
 
@@ -66,7 +66,7 @@ def look(run: Path) -> int:
     """Write docs/look.png and print the table of docs/finetuning.md."""
     found = results.read(run / results.BRAND_FILE)
     head = verdicts.brand_headline(found)
-    rows = {"base": head.base, "style": head.styled, "look and speed in one LoRA": head.adapter}
+    rows = {"base": head.base, "style": head.styled, "style and speed in one LoRA": head.adapter}
     lines = [found["brand_pictures"], *(row["pictures"] for row in rows.values())]
     cell = 64 * ZOOM
     columns = [k for k, name in enumerate(lines[0]) if name]
@@ -77,7 +77,7 @@ def look(run: Path) -> int:
         sheet.paste(picture, (x * (cell + GAP), y * (cell + GAP)))
     sheet.save(ROOT / "docs" / "look.png", optimize=True)
     print(
-        "| | brand similarity | prompts of the look right | other prompts right |\n| --- | --- | --- | --- |"
+        "| | brand similarity | prompts of the style right | other prompts right |\n| --- | --- | --- | --- |"
     )
     for text, row in rows.items():
         shares = (brand.interval(row[f"{kind}_adherence"], percent) for kind in ("brand", "control"))

@@ -102,8 +102,8 @@ def verify(
     `tolerance`, relative. Without one it is what the file itself says. Raises `UserError` if the file is not
     a LoRA at all.
     """
-    if odd := sorted(set(apps) - set(ALL)):
-        raise UserError(f"app {odd[0]!r} is not known here; choose among {', '.join(ALL)}")
+    if odd := sorted(set(apps) - {"diffusers", *APPS}):
+        raise UserError(f"app {odd[0]!r} is not known here; choose among diffusers, {', '.join(APPS)}")
     read = reading.read(file, against.structure if against else None, alpha=alpha)
     place = against or Against(read.structure)
     rows = [
