@@ -57,9 +57,11 @@ LAYERS = {
         "validation",
     },
     "top": {
+        "api",
         "cli",
         "cli_errors",
         "cli_finetune",
+        "cli_lazy",
         "cli_lora",
         "cli_numbers",
         "cli_plan",

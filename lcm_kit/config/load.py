@@ -45,7 +45,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises one `UserError` that lists every mistake: the key's path, what is allowed, and the nearest name.
     """
-    raw = read(path)
+    return _checked(path, read(path), overrides)
+
+
+def of_recipe(recipe: str, overrides: Sequence[str]) -> Config:
+    """The config of `recipe` from `overrides` alone, as `load`: what they do not say is at its default."""
+    return _checked(Path(recipe), {"recipe": recipe}, overrides)
+
+
+def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str]) -> Config:
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     recipe = _recipe(raw)
     if recipe not in RECIPES:
