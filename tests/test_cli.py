@@ -40,7 +40,12 @@ AT_WORK = {"lcm_kit.api", "lcm_kit.config", "lcm_kit.console", "lcm_kit.files", 
 
 @pytest.mark.parametrize(
     ("words", "absent"),
-    [(["--help"], HEAVY | AT_WORK), ([], HEAVY | AT_WORK), (["--version"], HEAVY), (["ls"], HEAVY)],
+    [
+        (["--help"], HEAVY | AT_WORK),
+        ([], HEAVY | AT_WORK),
+        (["--version"], HEAVY),
+        (["ls"], HEAVY - {"pydantic"}),  # typer's own, since 0.29, to read the options of a verb that runs
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str], absent: set[str]) -> None:
     code = (
