@@ -6,22 +6,18 @@ says that the same command continues, with code 130; anything else is a bug and 
 
 from __future__ import annotations
 
-import errno
-import os
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
-from lcm_kit.console import say
+from lcm_kit.cli_lazy import LazyVerbs
 from lcm_kit.errors import UserError
-from lcm_kit.files import reason_of
 
 _MAY_BE_EMPTY = "--prompt"
 
 
-class Verbs(TyperGroup):
-    """Runs a verb and turns what the user can mend into one sentence and an exit code."""
+class Verbs(LazyVerbs):
+    """Runs a verb and turns what the user can correct into one sentence and an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that `args` begin with. Raises `UserError` for an empty argument."""
@@ -37,30 +33,19 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             _fail("stopped; the same command continues where it left off", 130)
         except Exception as error:
-            refusal = _refusal(error)
+            from lcm_kit.files import refusal_of
+
+            refusal = refusal_of(error)
             if refusal is None:
                 raise
             _fail(refusal, 2)
 
 
 def _fail(sentence: object, code: int) -> None:
+    from lcm_kit.console import say
+
     say(f"error: {sentence}", err=True)
     raise typer.Exit(code)
-
-
-def _refusal(error: Exception) -> UserError | None:
-    """What the file system refused; None for what is no refusal of its."""
-    reason = reason_of(error)
-    if reason is None or reason.errno == errno.EPIPE:  # nobody reads on: typer ends quietly
-        return None
-    if reason.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk is full ({error}); free some space and run the same command again, it continues"
-        )
-    if reason is not error:  # it came on the way, and something else went wrong since
-        return None
-    name = "" if reason.filename is None else f"{os.fsdecode(reason.filename)}: "
-    return UserError(f"{name}{reason.strerror}; check that the path is right, is there and may be used")
 
 
 def _insist_on_values(args: list[str]) -> None:

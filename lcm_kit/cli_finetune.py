@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lcm_kit.base_families import listed
-from lcm_kit.quiet import quiet
 
 verbs = typer.Typer()
 
@@ -55,11 +54,9 @@ def finetune(
     ] = False,
 ) -> None:
     """Your pictures in, one adapter out that draws their look in 4 steps: all stages, each done once."""
-    from lcm_kit import story
-    from lcm_kit.config.schema import Base
+    from lcm_kit.api import stages
 
-    quiet()
-    story.finetune(
-        folder, Base(base, revision, variant), output, overrides or [],
-        prompts=prompts, trigger=trigger, speed=speed, dry_run=dry_run,
+    stages.finetune(
+        folder, base, revision=revision, variant=variant, output=output, prompts=prompts, trigger=trigger,
+        speed=speed, overrides=overrides or [], dry_run=dry_run, verbose=True,
     )  # fmt: skip

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lcm_kit import console
 from lcm_kit.base_families import listed
 from lcm_kit.cli_numbers import WEIGHT, within
 from lcm_kit.errors import UserError
-from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
     from lcm_kit.export import verify as checks
@@ -58,11 +56,11 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's adapter for every app, check each file in each, and write a model card."""
-    from lcm_kit.export.run import export_run
+    from lcm_kit.api import lora_files
 
-    quiet()
-    with console.working(f"exporting {run}"):
-        export_run(run, style, dtype, output, with_evaluation=with_evaluation)
+    lora_files.export_run(
+        run, format=style, dtype=dtype, output=output, with_evaluation=with_evaluation, verbose=True
+    )
 
 
 @verbs.command(rich_help_panel=_PANEL)
@@ -81,12 +79,9 @@ def verify(
     alpha: Alpha = None,
 ) -> None:
     """Say how much of a LoRA file each app would load; exit code 1 if any would drop or change something."""
-    from lcm_kit.export import verify as checks
+    from lcm_kit.api import lora_files
 
-    quiet()
-    with console.working(f"checking {file}"):
-        against = checks.base_of(base, variant=variant) if base else None
-        report = checks.verify(file, against, apps=apps or checks.ALL, alpha=alpha)
+    report = lora_files.verify(file, base=base, variant=variant, apps=apps, alpha=alpha, verbose=True)
     _print_report(report)
     if not report.ok:
         raise typer.Exit(1)
@@ -119,17 +114,14 @@ def convert(
 
     LoHa, LoKr, DoRA and others become plain LoRA layers.
     """
-    from lcm_kit.export import convert as mending
+    from lcm_kit import console
+    from lcm_kit.api import lora_files
     from lcm_kit.export import delivery
-    from lcm_kit.export import verify as checks
 
-    quiet()
-    with console.working(f"converting {file}"):
-        against = checks.base_of(base, variant=variant) if base else None
-        done = mending.convert(
-            file, output or file.parent, style=style, against=against, alpha=alpha, dtype=dtype, rank=rank,
-            leave_out=leave_out or (), drop_unknown=drop_unknown,
-        )  # fmt: skip
+    done = lora_files.convert(
+        file, format=style, output=output, base=base, variant=variant, alpha=alpha, dtype=dtype, rank=rank,
+        leave_out=leave_out or (), drop_unknown=drop_unknown, verbose=True,
+    )  # fmt: skip
     read = done.read
     console.say(f"{file}: a LoRA for {read.structure.label}, {len(read.lora.updates)} modules")
     for line in (*(f"found: {line}" for line in read.findings), *done.plain.lines()):
@@ -168,24 +160,22 @@ def merge(
     leave_out: LeaveOut = None,
 ) -> None:
     """Merge LoRAs, such as a style and an acceleration, into one file or into a base."""
-    from lcm_kit.export import merge_files
+    from lcm_kit import console
+    from lcm_kit.api import lora_files
 
-    quiet()
     parts = [_weighted(text) for text in adapters]
     if fuse_into is not None and rank is not None:
         raise UserError("--rank has no effect with --fuse-into, which is exact; remove one of them")
     if fuse_into is not None:
-        with console.working(f"fusing {len(parts)} into {fuse_into}"):
-            merge_files.fuse(parts, fuse_into, output, variant=variant, leave_out=leave_out or ())
+        lora_files.fuse(parts, fuse_into, output, variant=variant, leave_out=leave_out or (), verbose=True)
         console.say(
             f"wrote {output}: {fuse_into} with {len(parts)} LoRA{'s' * (len(parts) > 1)} in its weights"
         )
         return
-    with console.working(f"merging {len(parts)} LoRAs"):
-        done = merge_files.merge(
-            parts, output, style=style, rank=rank, base=base, variant=variant, dtype=dtype,
-            leave_out=leave_out or (),
-        )  # fmt: skip
+    done = lora_files.merge(
+        parts, output, format=style, rank=rank, base=base, variant=variant, dtype=dtype,
+        leave_out=leave_out or (), verbose=True,
+    )  # fmt: skip
     for line in done.told:
         console.say(f"  {line}")
     _print_interference(done.interference)
@@ -217,6 +207,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _print_report(report: checks.Report) -> None:
+    from lcm_kit import console
     from lcm_kit.export.apps import APPS, TITLES, able
 
     file = report.file
@@ -248,6 +239,8 @@ def _print_report(report: checks.Report) -> None:
 
 def _print_interference(pairs: dict[str, list[Interference]]) -> None:
     """Where two adapters pull at the same weights: cosine of their updates by block."""
+    from lcm_kit import console
+
     for title, rows in pairs.items():
         table = console.Table(title=title)
         for heading in ("block", "cosine", "size of first", "of second", "shared modules"):

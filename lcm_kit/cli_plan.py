@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lcm_kit import base_families, console
+from lcm_kit import base_families
 from lcm_kit.cli_numbers import within
 from lcm_kit.errors import UserError
-from lcm_kit.quiet import quiet
 
 if TYPE_CHECKING:
     from lcm_kit.config.schema import Training
@@ -61,8 +60,10 @@ def plan(
     Exit code 1 if the device's memory is too small.
     """
     wanted = _training(config, overrides or [])
-    quiet()
     from lcm_kit.plan import advice, show
+    from lcm_kit.quiet import quiet
+
+    quiet()
 
     planner = _planner(wanted, structure, device)
     planned = planner(wanted)
@@ -95,6 +96,7 @@ def _training(config: str, overrides: list[str]) -> Training:
 
 def _planner(config: Training, structure: str | None, device: str) -> Planner:
     """For the base of `config` and the LoRAs on it; says what is taken for granted."""
+    from lcm_kit import console
     from lcm_kit.plan import estimate, show, style, subject, text
     from lcm_kit.plan.rehearsal import Stage
 
@@ -118,6 +120,7 @@ def _facts(planned: Estimate, planner: Planner) -> None:
 
 
 def _probe(config: Training, structure: str | None, planner: Planner) -> None:
+    from lcm_kit import console
     from lcm_kit.plan import advice, estimate, probe, show
 
     device = "cpu" if _memory("cuda") is None else "cuda"

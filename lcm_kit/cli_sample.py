@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from lcm_kit import samplers
 from lcm_kit.cli_numbers import SEED, WEIGHT, within
-from lcm_kit.console import say, working
 from lcm_kit.errors import UserError
-from lcm_kit.quiet import quiet
-
-if TYPE_CHECKING:
-    from lcm_kit.config.schema import Base
 
 verbs = typer.Typer()
 
@@ -108,62 +103,23 @@ def sample(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures and a contact sheet."""
-    import torch
+    from lcm_kit import assets, console
+    from lcm_kit.api import pictures
+    from lcm_kit.api.calls import call
 
-    from lcm_kit import assets
-    from lcm_kit.config.schema import Base
-    from lcm_kit.export.recommended import method_of, of_adapter, settings
-    from lcm_kit.methods import DEFAULT
-    from lcm_kit.sample import sample_to_folder
-    from lcm_kit.written import from_command
-
-    wanted = [*map(from_command, prompt or []), *(assets.prompts(prompts) if prompts else [])]
+    wanted = [*(prompt or []), *(assets.prompts(prompts) if prompts else [])]
     if not wanted:
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
-    quiet()
-    found = Base(path=base) if base else _base_of(adapter)
-    advice, made_by = None, DEFAULT
-    if adapter is not None:
-        with working(f"checking {adapter}"):
-            file = _insist_on_a_pair(adapter, found)
-            advice, made_by = of_adapter(adapter, file), method_of(file)
-    side = width or height
-    use = settings(advice, made_by, sampler=sampler, steps=steps, guidance_scale=guidance, lora_weight=weight)
-    if advice and advice.steps:
-        say(f"{adapter}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
-    with working(f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps"):
-        sheet = sample_to_folder(
-            found.path, wanted, output, adapter=adapter, steps=use.steps, guidance_scale=use.guidance_scale,
-            seed=seed, lora_weight=use.lora_weight, sampler=use.sampler, revision=found.revision,
-            variant=found.variant, negative_prompt=None if negative is None else from_command(negative),
-            size=None if side is None else (height or side, width or side), count=count,
-            batch_size=batch_size, device=device, dtype=None if dtype is None else getattr(torch, dtype),
+    with call(verbose=True):
+        from lcm_kit.sample import sample_to_folder
+
+        how = pictures.drawing(
+            wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
+            weight=weight, negative_prompt=negative, width=width, height=height, count=count, seed=seed,
+            batch_size=batch_size, device=device, dtype=dtype,
         )  # fmt: skip
-    say(sheet)
-
-
-def _insist_on_a_pair(adapter: Path, base: Base) -> Path:
-    """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
-    from lcm_kit.export import convert, verify
-    from lcm_kit.lora_file import adapter_file
-
-    against = verify.base_of(base.path, base.revision, base.variant)
-    file = adapter_file(adapter)
-    convert.insist_on_diffusers(file, against)
-    return file
-
-
-def _base_of(adapter: Path | None) -> Base:
-    """The base that a run was made with; the embedded one if there is no run to ask."""
-    from lcm_kit.config.load import load
-    from lcm_kit.config.schema import Base, Training
-
-    config = adapter / "config.yaml" if adapter else None
-    if config is None or not config.is_file():
-        return Base(path="asset:tiny-sd")
-    loaded = load(config)
-    if not isinstance(loaded, Training):
-        raise UserError(f"{config} is for {loaded.recipe}, which trains no adapter on a base; give --base")
-    return loaded.base
+        with console.working(how.title):
+            sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)
+    console.say(sheet)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lcm_kit.errors import UserError
-from lcm_kit.quiet import quiet
 
 verbs = typer.Typer()
 
@@ -28,8 +26,10 @@ def compare(
 ) -> None:
     """Sweep adapters over one grid on the same noise, plain samplers beside them, and say what differs."""
     from lcm_kit import shipped
+    from lcm_kit.config import yaml_text
     from lcm_kit.config.load import load
     from lcm_kit.config.sweep import GuidanceSweep
+    from lcm_kit.quiet import quiet
 
     overrides = [word for word in adapters if "=" in word and not Path(word).exists()]
     found = [word for word in adapters if word not in overrides]
@@ -37,9 +37,8 @@ def compare(
         raise UserError(
             f"compare needs two adapters or more, and {len(found)} are named; name runs or LoRA files"
         )
-    told = [f"adapters={json.dumps(found)}", f"output={json.dumps(str(output))}"]
-    told += [] if base is None else [f"base={json.dumps(base)}"]
-    loaded = load(shipped.config_path(config), [*overrides, *told])
+    told = {"adapters": found, "output": output, **({} if base is None else {"base": base})}
+    loaded = load(shipped.config_path(config), [*overrides, *yaml_text.overrides(told)])
     if not isinstance(loaded, GuidanceSweep):
         raise UserError(f"config {config} is for {loaded.recipe}; give one for evaluation/guidance_sweep")
     quiet()
@@ -63,12 +62,13 @@ def compose(
 ) -> None:
     """Find the weights at which a style and an acceleration LoRA serve best together, and merge them."""
     from lcm_kit import shipped
+    from lcm_kit.config import yaml_text
     from lcm_kit.config.load import load
     from lcm_kit.config.sweep import Compose
+    from lcm_kit.quiet import quiet
 
-    told = {"style": style, "speed": speed, "output": str(output), **({"base": base} if base else {})}
-    given = [f"{key}={json.dumps(value)}" for key, value in told.items()]
-    loaded = load(shipped.config_path(config), [*(overrides or []), *given])
+    told = {"style": style, "speed": speed, "output": output, **({"base": base} if base else {})}
+    loaded = load(shipped.config_path(config), [*(overrides or []), *yaml_text.overrides(told)])
     if not isinstance(loaded, Compose):
         raise UserError(f"config {config} is for {loaded.recipe}; give one for evaluation/compose")
     quiet()

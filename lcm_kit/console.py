@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from rich import box
@@ -35,8 +35,8 @@ from lcm_kit.inert import line, plain
 
 __all__ = [
     "BarColumn", "MofNCompleteColumn", "Progress", "ProgressColumn", "Table", "Task", "Text",
-    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "encodable", "rule", "say", "show",
-    "working",
+    "TimeElapsedColumn", "TimeRemainingColumn", "Words", "cell", "rule", "say", "show",
+    "silent", "working",
 ]  # fmt: skip
 
 SIMPLE = box.SIMPLE
@@ -45,12 +45,20 @@ PATIENCE = 2.0  # seconds of silence after which is said what is being done
 AGAIN = 30.0  # and after which it is said again, where no bar moves
 
 
-def encodable() -> None:
-    """From now on spell out what the terminal's code page lacks instead of failing at it."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # a notebook's streams have none, and no code page
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+_SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Print nothing within the block, and show no bar: what a program calls answers by what it returns.
+
+    Of this thread alone: another one may show its own work meanwhile.
+    """
+    before = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(before)
 
 
 def _console(err: bool = False) -> Console:
@@ -59,11 +67,15 @@ def _console(err: bool = False) -> Console:
 
 def say(text: object = "", *, err: bool = False, style: str = "") -> None:
     """Print `text` and a line end, as it is but for `plain`; on stderr if `err`, in rich's `style`."""
+    if _SILENT.get():
+        return
     _console(err).print(Text(plain(text), style=style))
 
 
 def rule(number: str, title: str) -> None:
     """Print a heading on stderr: a number in bold and a title, a line behind them."""
+    if _SILENT.get():
+        return
     heading = Text.assemble((line(number), "bold"), " ", line(title))
     _console(err=True).rule(heading, align="left")
 
@@ -92,7 +104,8 @@ def cell(content: Any, style: str = "") -> Any:
 
 def show(table: Table) -> None:
     """Print a table."""
-    Console(markup=False, highlight=False, emoji=False).print(table)
+    if not _SILENT.get():
+        Console(markup=False, highlight=False, emoji=False).print(table)
 
 
 class Words(TextColumn):
@@ -108,6 +121,9 @@ class Words(TextColumn):
 
 class Progress(_Progress):
     """rich's bars; in a file or a pipe, where a bar is drawn when it is over, lines say how far it is."""
+
+    def __init__(self, *columns: ProgressColumn | str, disable: bool = False, **settings: Any) -> None:  # noqa: D107
+        super().__init__(*columns, disable=disable or _SILENT.get(), **settings)
 
     def add_task(self, description: str, *args: Any, **settings: Any) -> TaskID:
         """Add a bar."""
@@ -146,7 +162,7 @@ def working(on: str) -> Iterator[None]:
     Once after `PATIENCE` seconds and then every `AGAIN`, on stderr, until the block ends; of several
     processes the first alone.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or _SILENT.get():
         yield
         return
     over, started = threading.Event(), time.monotonic()

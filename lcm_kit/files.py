@@ -54,6 +54,21 @@ def reason_of(error: BaseException | None) -> OSError | None:
     return None
 
 
+def refusal_of(error: Exception) -> UserError | None:
+    """The sentence for what the file system refused; None if `error` is something else."""
+    reason = reason_of(error)
+    if reason is None or reason.errno == errno.EPIPE:  # nobody reads on: the program ends quietly
+        return None
+    if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"the disk is full ({error}); free some space and run the same command again, it continues"
+        )
+    if reason is not error:  # it came on the way, and something else went wrong since
+        return None
+    name = "" if reason.filename is None else f"{os.fsdecode(reason.filename)}: "
+    return UserError(f"{name}{reason.strerror}; check that the path is right, is there and may be used")
+
+
 def unwritable(path: Path, error: OSError, what: str = "written") -> UserError:
     """The sentence for a `path` that could not be `what` because of `error`."""
     reason, remedy = error.strerror or str(error), _REMEDIES.get(error.errno or 0, _ELSEWHERE)

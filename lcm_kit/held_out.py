@@ -25,7 +25,8 @@ from lcm_kit.families.condition import Condition
 from lcm_kit.files import atomic_folder, discard
 from lcm_kit.overtraining import NAME, Measured, of_tables, verdict
 from lcm_kit.processes import say
-from lcm_kit.runtime import Metrics, Saver, main_does, validate
+from lcm_kit.run_metrics import Metrics
+from lcm_kit.runtime import Saver, main_does, validate
 from lcm_kit.validation import Validation, due
 
 TIMES = 8  # timesteps at which each picture is measured, in the middles of as many equal parts

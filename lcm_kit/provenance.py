@@ -245,17 +245,12 @@ class Provenance:
 
     @property
     def distilled(self) -> MethodInfo | None:
-        """What is known of the method of few-step distillation; None for a LoRA that was made by none.
-
-        Of the kit's own methods the kit says it. What a file says of another is taken where it is whole and
-        its samplers are known.
-        """
-        of = self.method
-        if of.name is None:
+        """The method of few-step distillation; of one that is not the kit's, as the file says it."""
+        if self.method.name is None:
             return None
-        read = None if of.name in methods.METHODS else MethodInfo.read(asdict(of))
+        read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
         known = read and set(read.samplers) <= set(samplers.for_adapter())
-        return read if known else methods.info(of.name)
+        return read if known else methods.info(self.method.name)
 
     @property
     def student(self) -> MethodInfo:

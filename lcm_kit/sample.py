@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from PIL import Image
@@ -161,6 +161,20 @@ def _check(sampler: str, steps: int, guidance_scale: float) -> None:
         )
 
 
+class CallSettings(TypedDict):
+    """What a call of a diffusers pipeline takes besides the prompt to draw with a sampler."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    eta: NotRequired[float]  # of tcd alone
+
+
+def call_settings(sampler: str, steps: int, guidance_scale: float) -> CallSettings:
+    """The keywords of a pipeline's call that go with `scheduler(sampler, ...)`."""
+    known: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return cast(CallSettings, {**known, **sampler_of(sampler).call})
+
+
 @torch.no_grad()
 def latents(
     pipe: Any,
@@ -192,10 +206,10 @@ def latents(
     pipe.scheduler = scheduler(sampler, own.config)
     try:
         drawn = pipe(
-            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=streams,
-            height=height, width=width, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
+            list(prompts), generator=streams, height=height, width=width, output_type="latent",
+            latents=noise.to(pipe.device, pipe.unet.dtype),
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-            **sampler_of(sampler).call,
+            **call_settings(sampler, steps, guidance_scale),
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own
@@ -243,10 +257,9 @@ def slug(prompt: str, length: int = 48) -> str:
     return words[:length].rstrip("-") or "image"
 
 
-def sample_to_folder(
+def draw_images(
     base: str,
     prompts: Sequence[str],
-    output: Path,
     *,
     adapter: str | Path | None = None,
     steps: int = 4,
@@ -262,18 +275,16 @@ def sample_to_folder(
     batch_size: int = 8,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-) -> Path:
-    """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
+) -> Iterator[Image.Image]:
+    """Draw `count` pictures of each prompt with a base: the first of every prompt, then the second, ...
 
     `adapter` is a run's folder or a `.safetensors` file; `size` (height, width) in pixels, the base's own by
-    default; `count` pictures of each prompt, `NNN-prompt-K.png` where they are several: the first of each are
-    the same whatever `count` and `batch_size` are. `device` and `dtype` are by `placement`. Returns the
-    contact sheet's path, with a row a prompt where there are several pictures. Raises `UserError` for
-    everything that the caller can mend.
+    default. The first picture of each prompt is the same whatever `count` and `batch_size` are. `device` and
+    `dtype` are by `placement`. Raises `UserError` for everything that the caller can correct, before the
+    first picture.
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
-    sweep(output, deep=False)
     _check(sampler, steps, guidance_scale)
     if negative_prompt is not None and guidance_scale <= 1:
         raise UserError(
@@ -286,19 +297,32 @@ def sample_to_folder(
     pipe = pipeline(base, revision=revision, variant=variant, **where)
     if file is not None:
         load_adapter(pipe, file, lora_weight)
-    wanted = list(prompts) * count  # the first of every prompt, then the second of every one, ...
-    pictures: list[Image.Image] = []
+    wanted = list(prompts) * count
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
         images = sample(
             pipe, batch, sampler=sampler, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
             size=size, negative_prompt=negative_prompt,
         )  # fmt: skip
-        for at, picture in enumerate(to_pil(images), start=first):
-            k, which = at % len(prompts), at // len(prompts) + 1
-            more = f"-{which}" if count > 1 else ""
-            save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png")
-            pictures.append(picture)
+        yield from to_pil(images)
+
+
+def sample_to_folder(
+    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, **settings: Any
+) -> Path:
+    """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
+
+    `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
+    Each is written when its batch is drawn. Returns the contact sheet's path, with a row a prompt where there
+    are several pictures. Raises `UserError` as `draw_images`.
+    """
+    sweep(output, deep=False)
+    pictures: list[Image.Image] = []
+    for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
+        k, which = at % len(prompts), at // len(prompts) + 1
+        more = f"-{which}" if count > 1 else ""
+        save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png")
+        pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
     return save_png(sheet, output / "contact-sheet.png")

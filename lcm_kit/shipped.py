@@ -8,7 +8,6 @@ beside the package. Names are their paths, with or without ending: `train/distil
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib.util
 import os
@@ -77,7 +76,7 @@ def describe(name: str) -> str:
     """What a shipped file is for: a recipe's first docstring line, or a config's first comment."""
     text = (root() / name).read_text(encoding="utf-8")
     if name.endswith(".py"):
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        return text.removeprefix('"""').partition("\n")[0] if text.startswith('"""') else ""
     return next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
 
 

@@ -18,7 +18,8 @@ from lcm_kit import run_files
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
 from lcm_kit.processes import say
-from lcm_kit.runtime import Metrics, any_of, gathered, sharded
+from lcm_kit.run_metrics import Metrics
+from lcm_kit.runtime import any_of, gathered, sharded
 from lcm_kit.sharding import full_tensor
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite, before training stops anyway

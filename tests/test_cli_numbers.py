@@ -6,23 +6,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import typer
 
-from lcm_kit.cli import app
+from lcm_kit.cli import EveryVerb
 from lcm_kit.cli_numbers import within
 from lcm_kit.errors import UserError
 
 
-def verbs(of: typer.Typer) -> Iterator[Callable[..., Any]]:
-    yield from (command.callback for command in of.registered_commands if command.callback)
-    for group in of.registered_groups:
-        assert group.typer_instance is not None
-        yield from verbs(group.typer_instance)
+def verbs() -> Iterator[Callable[..., Any]]:
+    for app in EveryVerb.apps:
+        yield from (command.callback for command in app.registered_commands if command.callback)
 
 
 def numbers() -> Iterator[tuple[str, type, Any]]:
     """Verb and option, its type, its settings: of all that take a number."""
-    for verb in verbs(app):
+    for verb in verbs():
         for name, hint in get_type_hints(verb, include_extras=True).items():
             bare, *more = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
             kind = next((kind for kind in (int, float) if kind is bare or kind in get_args(bare)), None)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lcm_kit import shipped
-from lcm_kit.config import schema
+from lcm_kit.config import schema, yaml_text
 from lcm_kit.config.load import RECIPES, dump, load
 from lcm_kit.config.methods import Custom
 from lcm_kit.errors import UserError
@@ -334,3 +335,20 @@ def test_no_text_is_empty(block: type) -> None:
 
 def test_the_blocks_are_all_there() -> None:
     assert {schema.Optimizer, schema.Weighted, schema.Distill} <= set(BLOCKS) and len(BLOCKS) > 20
+
+
+def test_values_become_overrides_that_give_them_back() -> None:
+    values = {
+        "a": {"b": 1e-5, "c": None, "d": {}}, "e": ["x", 2, True], "f": Path("runs/\U0001f994"),
+        "g": "a\x7fb\x85c\u2028d\ufeffe: #{}'\"", "h": ({"path": "p", "weight": 0.5},),
+    }  # fmt: skip
+    words = dict(text.split("=", 1) for text in yaml_text.overrides(values))
+    found = {key: yaml_text.parse(word) for key, word in words.items()}
+    assert float(found.pop("a.b")) == 1e-5
+    assert found == {
+        "a.c": None, "e": ["x", 2, True], "f": "runs/\U0001f994", "g": values["g"],
+        "h": [{"path": "p", "weight": 0.5}],
+    }  # fmt: skip
+    assert yaml_text.overrides({"lr": torch.tensor(0.5)}, "optimizer") == ["optimizer.lr=0.5"]
+    with pytest.raises(UserError, match="a set is no value of a config"):
+        yaml_text.overrides({"a": {1}})

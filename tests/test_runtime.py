@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter
 
-from lcm_kit import checkpoints, own_files, run_files, run_folder, runtime
+from lcm_kit import checkpoints, own_files, run_files, run_folder, run_metrics, runtime
 from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config.continued import bound, flat
 from lcm_kit.config.finetune import Finetune, TextEncoder
@@ -67,7 +67,7 @@ def test_metrics_are_cut_to_the_resumed_step(tmp_path: Path) -> None:
         '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 2, "lo'
     )
     accelerator = runtime.start(config(tmp_path))
-    metrics = runtime.Metrics.open(config(tmp_path), accelerator, 2)
+    metrics = run_metrics.Metrics.open(config(tmp_path), accelerator, 2)
     metrics.log(3, loss=1.5, grad_norm=math.inf)  # float16 may overflow in a step that is then skipped
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(len(line.pop("hash")) == 32 for line in lines)
@@ -304,7 +304,7 @@ def test_trackers_get_the_runs_name(
     seen: list[str] = []
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: seen.append(name))
     run = config(tmp_path / "my run", logging={"trackers": trackers})
-    runtime.Metrics.open(run, Accelerator(), 0)
+    run_metrics.Metrics.open(run, Accelerator(), 0)
     assert seen == [name]
 
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lcm_kit import runtime
+from lcm_kit import run_metrics, runtime
 from lcm_kit.errors import UserError
 from lcm_kit.stepping import Guard, Passes, Step
 from tests.recipes.small import TEMPLATE, configure
@@ -125,7 +125,7 @@ def test_a_try_that_ran_out_of_memory_leaves_no_gradient(capsys: pytest.CaptureF
 
 def guard(tmp_path: Path, accelerator: Any, how: str) -> Guard:
     config = configure(TEMPLATE, tmp_path, non_finite=how)
-    return Guard(accelerator, config, runtime.Metrics.open(config, accelerator, 0))
+    return Guard(accelerator, config, run_metrics.Metrics.open(config, accelerator, 0))
 
 
 def step(loss: float, norm: float, *losses: float) -> Step:

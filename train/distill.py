@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import families, run_folder, runtime, stepping
+from lcm_kit import families, run_folder, run_metrics, runtime, stepping
 from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.schema import Distill
 from lcm_kit.control import Control
@@ -109,7 +109,7 @@ def main(config: Distill) -> Path:
         done, window = state.step, state.window
         say(accelerator, f"{run}: continuing after step {done} of {config.steps}")
     run_folder.begin(config, accelerator)
-    metrics = runtime.Metrics.open(config, accelerator, done)
+    metrics = run_metrics.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings ------------------------------------------------------------------------
     share = origin.batch // origin.world
@@ -143,7 +143,7 @@ def main(config: Distill) -> Path:
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
     guard = stepping.Guard(accelerator, config, metrics)
     with (
-        runtime.progress(accelerator, done, config.steps) as advance,
+        run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
         stepping.told(run),
     ):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import families, run_folder, runtime, stepping, text_lora
+from lcm_kit import families, run_folder, run_metrics, runtime, stepping, text_lora
 from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.control import StyleControl
@@ -120,7 +120,7 @@ def main(config: Finetune) -> Path:
         done, window = state.step, state.window
         say(accelerator, f"{run}: continuing after step {done} of {config.steps}")
     run_folder.begin(config, accelerator)
-    metrics = runtime.Metrics.open(config, accelerator, done)
+    metrics = run_metrics.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
     share = origin.batch // origin.world
@@ -158,7 +158,7 @@ def main(config: Finetune) -> Path:
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
     guard = stepping.Guard(accelerator, config, metrics)
     with (
-        runtime.progress(accelerator, done, config.steps) as advance,
+        run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
         stepping.told(run),
     ):

@@ -43,7 +43,15 @@ def load(path: Path, overrides: Sequence[str] = (), *, imports: bool = False) ->
     such a method is a `methods.Custom`, which tells what the config says and cannot be trained with.
     Raises one `UserError` that lists every mistake: the key's path, what is allowed, and the nearest name.
     """
-    raw = read(path)
+    return _checked(path, read(path), overrides, imports)
+
+
+def of_recipe(recipe: str, overrides: Sequence[str], *, imports: bool = False) -> Config:
+    """The config of `recipe` from `overrides` alone, as `load`: what they do not say is at its default."""
+    return _checked(Path(recipe), {"recipe": recipe}, overrides, imports)
+
+
+def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str], imports: bool) -> Config:
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     recipe = _recipe(raw)
     if recipe not in RECIPES:

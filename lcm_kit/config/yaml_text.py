@@ -7,6 +7,10 @@ limits are far above any config of this kit: the longest that it ships has 4,000
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ MOST_BYTES = 2**16  # of a file
 MOST_DEPTH = 16  # blocks and lists within each other
 MOST_VALUES = 10_000  # with every alias written out
 MOST_DIGITS = 100  # characters of what is not text
+# within quotes YAML takes these raw for line ends, or not at all; halves of a character stay errors
+_TO_ESCAPE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _SEVERAL = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
@@ -84,6 +90,32 @@ def parse(text: str) -> Any:
         raise BadYaml("a value is not what its tag says") from error
     finally:
         loader.dispose()
+
+
+def overrides(values: Mapping[str, Any], block: str = "") -> list[str]:
+    """`values` as overrides, `key.path=value`, that give them back: those of a block by its keys, one by one.
+
+    `block` stands before the keys, if given. Paths are text and tuples lists. Raises `UserError` for a value
+    that no config holds.
+    """
+    found: list[str] = []
+    for name, value in values.items():
+        key = f"{block}.{name}" if block else name
+        found += overrides(value, key) if isinstance(value, Mapping) else [f"{key}={_written(key, value)}"]
+    return found
+
+
+def _written(key: str, value: Any) -> str:
+    def other(odd: Any) -> Any:
+        if isinstance(odd, os.PathLike):
+            return os.fspath(odd)
+        if callable(number := getattr(odd, "item", None)):  # a number of numpy or torch
+            return number()
+        kind = type(odd).__name__
+        raise UserError(f"{key}: a {kind} is no value of a config; give text, numbers, lists or mappings")
+
+    text = json.dumps(value, ensure_ascii=False, default=other)
+    return _TO_ESCAPE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def readable(text: str) -> bool:

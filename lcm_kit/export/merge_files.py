@@ -36,6 +36,7 @@ class Merged:
     written: tuple[str, ...]  # a line a file
     interference: dict[str, list[Interference]]  # by pair
     errors: dict[str, float] | None  # of the reduction to a rank, by block
+    reports: dict[Path, verify.Report]  # the checks of each file
     told: tuple[str, ...] = ()  # what was made of a part that is no plain LoRA, and what was left out
 
 
@@ -71,14 +72,15 @@ def merge(
         lora, errors = truncate(lora, rank)
     names = {s: f"{output.name}_{s}.safetensors" for s in delivery.styles_of(style)}
     facts = merged(_made_of(parts, reads), output.name)
-    reports = delivery.deliver(lora, place, output.parent, names, dtype, facts)
-    lines = (delivery.summary(str(output.parent / names[s]), dtype, reports[s]) for s in names)
+    checked = delivery.deliver(lora, place, output.parent, names, dtype, facts)
+    reports = {output.parent / name: checked[style] for style, name in names.items()}
+    lines = (delivery.summary(str(path), dtype, report) for path, report in reports.items())
     told = [
         f"{read.path.name}: {line}"
         for read, each in zip(reads, made, strict=True)
         for line in (*each.lines(), *filter(None, [not_read(read.lora.metadata)]))
     ]
-    return Merged(tuple(lines), _pairs(parts, loras), errors, tuple(told))
+    return Merged(tuple(lines), _pairs(parts, loras), errors, reports, tuple(told))
 
 
 def fuse(

@@ -153,6 +153,23 @@ def of_folder(folder: Path, path: str) -> Structure:
     )  # fmt: skip
 
 
+def of_pipeline(pipe: Any) -> Structure:
+    """The structure of the models that a diffusers pipeline holds. Raises `UserError` if it has no UNet."""
+    unet, encoders = getattr(pipe, "unet", None), {}
+    if unet is None:
+        raise UserError(f"a {type(pipe).__name__} has no UNet; give a Stable Diffusion pipeline")
+    for part in ("text_encoder", "text_encoder_2"):
+        if (model := getattr(pipe, part, None)) is not None:
+            encoders[part] = model.config
+    text = {
+        part: (clip.num_hidden_layers, clip.hidden_size, clip.intermediate_size)
+        for part, clip in encoders.items()
+    }
+    pooled = getattr(encoders.get("text_encoder_2"), "projection_dim", None)
+    config = dict(unet.config)
+    return _structure("the pipeline", by_unet(config), config, text, pooled=pooled)
+
+
 def _text_layers(modules: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
     """The first matrix of each text encoder layer's MLP, [hidden, width], by its name."""
     return [(name, shape) for name, shape in modules.items() if name.endswith(".mlp.fc1")]

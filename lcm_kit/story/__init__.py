@@ -46,7 +46,7 @@ def finetune(
     trigger: str | None = None,
     speed: str | None = None,
     dry_run: bool = False,
-) -> Path | None:
+) -> Path:
     """The story for the pictures in `folder` (or asset:NAME); returns the path of report.html.
 
     `output`: the run's folder, `runs/<name of the folder>` unless given. `prompts`: a file of prompts to draw
@@ -54,7 +54,7 @@ def finetune(
     the pictures that are held out. `trigger`: the word of the captions that stands for the look
     (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
     distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
-    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and return None. A stage that
+    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and make nothing. A stage that
     is done already does nothing or continues. Raises `UserError` for a folder that cannot be learned from,
     and as the stages do.
     """
@@ -69,7 +69,7 @@ def finetune(
         require_writable(story.run)
     show.plan(story, _check(story))
     if dry_run:
-        return None
+        return story.run / "report.html"
     report = _tell(story)
     show.other_way(story, speed)
     return report

@@ -7,7 +7,6 @@ teaches) cannot be overridden.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from lcm_kit import assets, shipped
 from lcm_kit.base_families import unpruned
+from lcm_kit.config import yaml_text
 from lcm_kit.config.data import Data
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config, load
@@ -218,5 +218,5 @@ def _seen(data: Data) -> dict[str, Any]:
 
 def _load(name: str, told: Mapping[str, Any], overrides: Sequence[str]) -> Config:
     """A shipped config with the story's values, and over these the user's."""
-    given = [*(f"{k}={json.dumps(v)}" for k, v in told.items()), *overrides]
+    given = [*yaml_text.overrides(told), *overrides]
     return load(shipped.find(f"configs/{name}"), given, imports=True)

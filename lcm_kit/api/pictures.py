@@ -1,0 +1,215 @@
+"""Pictures: drawn with a base and a LoRA, and a diffusers pipeline of one's own made ready for a LoRA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lcm_kit import console
+from lcm_kit.api.calls import call
+from lcm_kit.api.stages import Place
+from lcm_kit.cli_numbers import WEIGHT, within
+from lcm_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lcm_kit.config.schema import Base
+    from lcm_kit.sample import CallSettings
+
+# what a picture can be drawn with, lowest and highest
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 1000), "guidance_scale": (1, 1000), "weight": (-WEIGHT, WEIGHT), "count": (1, 1000),
+    "batch_size": (1, 1000), "width": (8, 8192), "height": (8, 8192),
+}  # fmt: skip
+
+
+def sample_images(
+    prompts: str | Sequence[str],
+    *,
+    adapter: Place | None = None,
+    base: str | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    weight: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    verbose: bool = False,
+) -> list[Image]:
+    """Draw `count` pictures of each prompt: the first of every prompt, then the second of every one, ...
+
+    `adapter`: a LoRA file or a run; None draws with the base. `base`: a diffusers folder, a hub id or
+    asset:NAME; by default the run's. What is None of `sampler`, `steps`, `guidance_scale` (diffusers', 1 is
+    none) and `weight` is what was measured for the LoRA (`recommended_for`), else what serves its method:
+    for LCM lcm, 4, 1 and 1. `width`
+    and `height` in pixels, multiples of 8; the base's own by default, and a square if one is given. Picture
+    i is a function of (seed, i): no batch size changes it. `device` as "cuda:1", `dtype` as "float16": by
+    default CUDA in float16 if there is one, else the CPU in float32.
+
+    Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
+    a form that diffusers loads, before weights are loaded; and for settings that are impossible.
+
+        images = lcm_kit.sample_images("a fox in a boat", adapter="runs/quickstart")
+        images[0].save("fox.png")
+    """
+    wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+    with call(verbose):
+        from lcm_kit.sample import draw_images
+
+        how = drawing(
+            wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance_scale,
+            weight=weight, negative_prompt=negative_prompt, width=width, height=height, count=count,
+            seed=seed, batch_size=batch_size, device=device, dtype=dtype,
+        )  # fmt: skip
+        with console.working(how.title):
+            return list(draw_images(how.base, how.prompts, **how.settings))
+
+
+def load_into(
+    pipe: Any,
+    adapter: Place,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    weight: float | None = None,
+    name: str = "lcm",
+    verbose: bool = False,
+) -> CallSettings:
+    """Load a LoRA into a diffusers pipeline of yours, with the scheduler that serves it; returns the rest.
+
+    That is what the pipeline's call takes: `num_inference_steps`, `guidance_scale`, with TCD `eta`. What is
+    None is chosen as in `sample_images`. `name`: of the adapter in the pipeline, where it is the one that is
+    on then. The noise schedule and the prediction type stay those of the pipeline's own scheduler. Raises
+    `UserError`, leaving the pipeline as it was, for a LoRA that is not whole or not for this pipeline.
+
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained("my/base")
+        settings = lcm_kit.load_into(pipe, "lumo.safetensors")
+        image = pipe("a fox in a boat", **settings).images[0]
+    """
+    from lcm_kit import sample
+    from lcm_kit.export import structure
+    from lcm_kit.export.convert import insist_on_diffusers
+    from lcm_kit.export.recommended import method_of, of_adapter, settings
+    from lcm_kit.export.verify import Against
+    from lcm_kit.lora_file import adapter_file
+
+    _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    with call(verbose):
+        file = adapter_file(os.fspath(adapter))
+        insist_on_diffusers(file, Against(structure.of_pipeline(pipe)))
+        use = settings(
+            of_adapter(Path(adapter), file), method_of(file), sampler=sampler, steps=steps,
+            guidance_scale=guidance_scale, lora_weight=weight,
+        )  # fmt: skip
+        chosen = sample.scheduler(use.sampler, pipe.scheduler.config)
+        sample.load_adapter(pipe, file, use.lora_weight, name=name)
+        pipe.scheduler = chosen
+        return sample.call_settings(use.sampler, use.steps, use.guidance_scale)
+
+
+class Drawing(NamedTuple):
+    """What is drawn, checked and settled: `settings` are those of `sample.draw_images`."""
+
+    base: str
+    prompts: list[str]
+    title: str  # what is being done, in words
+    settings: dict[str, Any]
+
+
+def drawing(
+    prompts: Sequence[str],
+    *,
+    adapter: Place | None = None,
+    base: str | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    weight: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    dtype: str | None = None,
+    **more: Any,
+) -> Drawing:
+    """What `sample_images` and `lcm-kit sample` draw, by their options; `more` is for `draw_images` as it is.
+
+    Says in a line where it takes what was measured. Raises `UserError` as `sample_images`, with nothing
+    loaded.
+    """
+    import torch
+
+    from lcm_kit.config.schema import Base
+    from lcm_kit.export.recommended import method_of, of_adapter, settings
+    from lcm_kit.export.write import DTYPES
+    from lcm_kit.methods import DEFAULT
+    from lcm_kit.written import from_command
+
+    _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    _insist_on_ranges(count=count, batch_size=more.get("batch_size"), width=width, height=height)
+    wanted = [*map(from_command, prompts)]
+    found = Base(path=base) if base else _base_of(adapter)
+    advice, made_by, given = None, DEFAULT, None if adapter is None else Path(adapter)
+    if given is not None:
+        with console.working(f"checking {given}"):
+            file = _insist_on_a_pair(given, found)
+            advice, made_by = of_adapter(given, file), method_of(file)
+    side = width or height
+    use = settings(
+        advice, made_by, sampler=sampler, steps=steps, guidance_scale=guidance_scale, lora_weight=weight
+    )
+    if advice and advice.steps:
+        console.say(f"{given}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} cannot be drawn in; choose one of {', '.join(DTYPES)}")
+    return Drawing(
+        found.path, wanted, f"drawing {len(wanted) * count} of {found.path} in {use.steps} steps",
+        {
+            "adapter": given, "sampler": use.sampler, "steps": use.steps,
+            "guidance_scale": use.guidance_scale, "lora_weight": use.lora_weight,
+            "revision": found.revision, "variant": found.variant,
+            "negative_prompt": None if negative_prompt is None else from_command(negative_prompt),
+            "size": None if side is None else (height or side, width or side), "count": count,
+            "dtype": None if dtype is None else getattr(torch, dtype), **more,
+        },
+    )  # fmt: skip
+
+
+def _insist_on_ranges(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        within(name, *_RANGES[name])(value)
+
+
+def _insist_on_a_pair(adapter: Path, base: Base) -> Path:
+    """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
+    from lcm_kit.export import convert, verify
+    from lcm_kit.lora_file import adapter_file
+
+    against = verify.base_of(base.path, base.revision, base.variant)
+    file = adapter_file(adapter)
+    convert.insist_on_diffusers(file, against)
+    return file
+
+
+def _base_of(adapter: Place | None) -> Base:
+    """The base that a run was made with; the embedded one if there is no run to ask."""
+    from lcm_kit.config.load import load
+    from lcm_kit.config.schema import Base, Training
+
+    config = Path(adapter) / "config.yaml" if adapter else None
+    if config is None or not config.is_file():
+        return Base(path="asset:tiny-sd")
+    loaded = load(config)
+    if not isinstance(loaded, Training):
+        raise UserError(f"{config} is for {loaded.recipe}, which trains no adapter on a base; give --base")
+    return loaded.base
