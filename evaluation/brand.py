@@ -15,22 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import families, processes, sample, verdicts
+from lcm_kit import bases, sample
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
-from lcm_kit.export import verify
-from lcm_kit.files import atomic_folder
-from lcm_kit.locks import alone
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.results import BRAND_FILE, CONTROL, MAIN
-from lcm_kit.sweep import brand, metrics, tables
-from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.compare import differences
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, repeated
-from lcm_kit.sweep.kept import Rows
-from lcm_kit.sweep.look import Looker
-from lcm_kit.sweep.measure import Figures, Ruler
-from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.evaluation import brand, tables, verdicts
+from lcm_kit.evaluation import metric_table as metrics
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.compare import differences
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.kept import Rows
+from lcm_kit.evaluation.measure import Figures, Ruler
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.results import BRAND_FILE, CONTROL, MAIN
+from lcm_kit.evaluation.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.io.files import atomic_folder
+from lcm_kit.io.locks import alone
+from lcm_kit.lora import verify
+from lcm_kit.training import processes
 
 FOLDERS = {MAIN: "brand", CONTROL: "control"}  # of what is drawn for each list of prompts; pictures begin so
 
@@ -42,7 +44,7 @@ def main(config: Brand) -> Path:
     share, device = processes.share(), sample.placement()["device"]
     brand.insist_on_one_file(config.run)
     where = base_facts(config, config.run)
-    base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     files = [config.run, *([config.style] if config.style else [])]
     found = subjects(files, verify.base_of(base.path, base.revision, base.variant))
     insist_on_whole(found)

@@ -15,18 +15,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lcm_kit import console, families, processes, sample
+from lcm_kit import bases, console, sample
 from lcm_kit.config.sweep import Compose
-from lcm_kit.export import merge_files, verify
-from lcm_kit.locks import alone
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.results import FILE, MAIN
-from lcm_kit.sweep import metrics, tables
-from lcm_kit.sweep.draw import Samples, draw_all, inputs
-from lcm_kit.sweep.look import Looker, brand_features
-from lcm_kit.sweep.measure import Ruler
-from lcm_kit.sweep.pairs import PairPipes, choose, plan, write_map
-from lcm_kit.sweep.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.evaluation import metric_table as metrics
+from lcm_kit.evaluation import tables
+from lcm_kit.evaluation.draw import Samples, draw_all, inputs
+from lcm_kit.evaluation.extract import Looker, brand_features
+from lcm_kit.evaluation.measure import Ruler
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.pairs import PairPipes, choose, plan, write_map
+from lcm_kit.evaluation.results import FILE, MAIN
+from lcm_kit.evaluation.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.io.locks import alone
+from lcm_kit.lora import merge_files, verify
+from lcm_kit.training import processes
 
 
 @alone("evaluation/compose", lambda config: config.output)
@@ -35,7 +37,7 @@ def main(config: Compose) -> Path:
     # -- Parts: the base, both adapters, the samples ---------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
     where = base_facts(config, config.speed)
-    base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     found = subjects((config.style, config.speed), verify.base_of(base.path, base.revision, base.variant))
     insist_on_whole(found)
     style, speed = (replace(each, name=name) for each, name in zip(found, ("style", "speed"), strict=True))

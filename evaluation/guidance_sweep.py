@@ -16,23 +16,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from lcm_kit import console, families, processes, sample
+from lcm_kit import bases, console, sample
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
-from lcm_kit.export import verify
-from lcm_kit.locks import alone
-from lcm_kit.metrics.bootstrap import Resamples
+from lcm_kit.evaluation import metric_table as metrics
+from lcm_kit.evaluation import tables
+from lcm_kit.evaluation.cells import plan, reference
+from lcm_kit.evaluation.compare import comparisons
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs
+from lcm_kit.evaluation.extract import Looker, brand_features, reference_features
+from lcm_kit.evaluation.measure import Ruler, moved
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.recommend import Sweep, breaks, recommend
+from lcm_kit.evaluation.result_shapes import Break, Recommended
+from lcm_kit.evaluation.results import FILE, MAIN
+from lcm_kit.evaluation.subjects import base_facts, subjects
+from lcm_kit.io.locks import alone
+from lcm_kit.lora import verify
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.result_shapes import Break, Recommended
-from lcm_kit.results import FILE, MAIN
-from lcm_kit.sweep import metrics, tables
-from lcm_kit.sweep.cells import plan, reference
-from lcm_kit.sweep.compare import comparisons
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs
-from lcm_kit.sweep.look import Looker, brand_features, reference_features
-from lcm_kit.sweep.measure import Ruler, moved
-from lcm_kit.sweep.recommend import Sweep, breaks, recommend
-from lcm_kit.sweep.subjects import base_facts, subjects
+from lcm_kit.training import processes
 
 
 def output(config: GuidanceSweep) -> Path:
@@ -49,7 +51,7 @@ def main(config: GuidanceSweep) -> Path:
     # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
     where = base_facts(config, config.adapters[0])
-    base = families.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     found = subjects(config.adapters, verify.base_of(base.path, base.revision, base.variant))
     folder = output(config)
     samples = Samples.of(config, base)

@@ -17,25 +17,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import assets, families, processes, sample, verdicts
-from lcm_kit.adapter import base_of, read_facts
+from lcm_kit import assets, bases, sample
+from lcm_kit.adapter.folder import base_of, read_facts
 from lcm_kit.config.evaluation import Quality
+from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.errors import UserError
-from lcm_kit.export import verify
-from lcm_kit.locks import alone
-from lcm_kit.methods import DEFAULT, MethodInfo
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.metrics.features import PROBE
-from lcm_kit.results import FILE, MAIN
-from lcm_kit.run_files import config_of
-from lcm_kit.sweep import metrics, tables
-from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.compare import differences
-from lcm_kit.sweep.draw import Pipes, Samples, draw_all, inputs, repeated
-from lcm_kit.sweep.look import Looker, of_the_world
-from lcm_kit.sweep.measure import Ruler
-from lcm_kit.sweep.subjects import insist_on_whole, subjects
+from lcm_kit.evaluation import metric_table as metrics
+from lcm_kit.evaluation import tables, verdicts
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.compare import differences
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.evaluation.extract import Looker, of_the_world
+from lcm_kit.evaluation.measure import Ruler
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.metrics.features import PROBE
+from lcm_kit.evaluation.results import FILE, MAIN
+from lcm_kit.evaluation.subjects import insist_on_whole, subjects
+from lcm_kit.io.locks import alone
+from lcm_kit.lora import verify
 from lcm_kit.tiny import world
+from lcm_kit.training import processes
+from lcm_kit.training.run_files import config_of
 
 STUDENT = "student"
 
@@ -62,13 +64,13 @@ def main(config: Quality) -> Path:
     # -- Parts: the run, its base, its exported file, the prompts --------------------------------------------
     run, share, device = Path(config.run), processes.share(), sample.placement()["device"]
     if config.base is not None:
-        base = families.inspect_base(config.base)
+        base = bases.inspect_base(config.base)
         size, found = base.sample_size * base.factor, []
     elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
         size = int(config_of(run)["data"]["resolution"])
-        base = families.inspect_base(**base_of(read_facts(run / "adapter")))
+        base = bases.inspect_base(**base_of(read_facts(run / "adapter")))
         found = subjects([config.run], verify.base_of(base.path, base.revision, base.variant))
     insist_on_whole(found)
     adapters = {name: replace(each, name=name) for name, each in zip((STUDENT,), found, strict=False)}

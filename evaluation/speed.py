@@ -31,27 +31,27 @@ import torch
 from torch import Tensor
 
 import lcm_kit
-from lcm_kit import own_files
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.bases import encode_images
+from lcm_kit.bases.condition import Condition
+from lcm_kit.bases.memory import compiled, make_optimizer, place
 from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
 from lcm_kit.bench.models import Base, cached
 from lcm_kit.bench.side import Drawn, Part, Side, autocast, run, scaler
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Guidance, Optimizer
+from lcm_kit.core.guidance import guide, sample_guidance
+from lcm_kit.core.losses import huber
+from lcm_kit.core.methods import LCM, Times
+from lcm_kit.core.prediction import predictor
+from lcm_kit.core.schedule import SD_BETAS, Schedule, add_noise
+from lcm_kit.core.solvers import SOLVERS
 from lcm_kit.data.batches import draw
-from lcm_kit.families import encode_images
-from lcm_kit.families.condition import Condition
-from lcm_kit.files import atomic_write
-from lcm_kit.guidance import guide, sample_guidance
-from lcm_kit.locks import alone
-from lcm_kit.losses import huber
-from lcm_kit.memory import compiled, make_optimizer, place
-from lcm_kit.methods import LCM, Times
-from lcm_kit.prediction import predictor
-from lcm_kit.roles import Given, Objective, Roles
-from lcm_kit.schedule import SD_BETAS, Schedule, add_noise
-from lcm_kit.solvers import SOLVERS
+from lcm_kit.io import own_files
+from lcm_kit.io.files import atomic_write
+from lcm_kit.io.locks import alone
 
 METHOD, SOLVER, GRID, GUIDANCE, HUBER_C = LCM(), SOLVERS["ddim"], 50, Guidance(), 0.001
 KIND = "v_prediction"  # any would do: its arithmetic is nothing beside a UNet's

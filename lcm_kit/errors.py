@@ -13,7 +13,7 @@ class UserError(ValueError):
     """A mistake in the input. Its text is one sentence: the thing, what is wrong with it, what to do.
 
     The text is on one line and acts on no terminal, whatever is in a name or a file that it tells of; only
-    `items`, where several things are wrong, follow on lines of their own. `lcm_kit.cli` prints it as
+    `items`, where several things are wrong, follow on lines of their own. `lcm_kit.cli.main` prints it as
     `error: ...` and exits with code 2, without a traceback.
     """
 

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import families
+from lcm_kit import bases
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.files import atomic_file
-from lcm_kit.locks import sweep
-from lcm_kit.lora_file import adapter_file
+from lcm_kit.io.files import atomic_file
+from lcm_kit.io.locks import sweep
+from lcm_kit.lora.locate import adapter_file
 from lcm_kit.samplers import sampler_of
 
 _ADAPTER_NAME = "lcm"
@@ -68,14 +68,14 @@ def pipeline(
     """
     from diffusers import DDIMScheduler
 
-    info = families.inspect_base(base, revision=revision, variant=variant)
+    info = bases.inspect_base(base, revision=revision, variant=variant)
     parts: dict[str, Any] = {
         # as the pipelines want it; `latents` puts another in its place
         "scheduler": DDIMScheduler.from_config(
             noise_of(info.scheduler_config), clip_sample=False, steps_offset=1
         ),
         # which overflows in float16 where its configuration says so, as SDXL's
-        "vae": families.load_vae(
+        "vae": bases.load_vae(
             info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
         ),
         **(text_encoders or {}),
@@ -83,9 +83,9 @@ def pipeline(
     }
     for part in info.parts:
         if part.startswith("tokenizer"):
-            parts[part] = families.load_tokenizer(info, part)
+            parts[part] = bases.load_tokenizer(info, part)
         elif part not in parts:
-            parts[part] = families.load_part(info, part, dtype)
+            parts[part] = bases.load_part(info, part, dtype)
     if info.family.zeros_when_empty:
         parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
     pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
@@ -219,7 +219,7 @@ def latents(
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
-    return families.decode_latents(pipe.vae, latents).float().cpu().clamp(-1, 1)
+    return bases.decode_latents(pipe.vae, latents).float().cpu().clamp(-1, 1)
 
 
 def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> Tensor:

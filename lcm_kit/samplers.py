@@ -1,8 +1,9 @@
 """The samplers: one entry for each way of drawing a picture, from which everything else of it follows.
 
-A sampler draws whole pictures with one of diffusers' schedulers; a solver (`lcm_kit.solvers`) is one step of
-the ODE within distillation. Configs, the command line, sweeps, reports, cards and metadata take names, titles
-and what a sampler is good for from `SAMPLERS`. Nothing heavy is imported: `scheduler` is the name of a class.
+A sampler draws whole pictures with one of diffusers' schedulers; a solver (`lcm_kit.core.solvers`) is one
+step of the ODE within distillation. Configs, the command line, sweeps, reports, cards and metadata take
+names, titles and what a sampler is good for from `SAMPLERS`. Nothing heavy is imported: `scheduler` is the
+name of a class.
 """
 
 from __future__ import annotations

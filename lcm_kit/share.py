@@ -15,7 +15,7 @@ def _nobody_to_wait_for() -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part; alone, it is everything. `lcm_kit.processes` finds it out."""
+    """This process's part; alone, it is everything. `lcm_kit.training.processes` finds it out."""
 
     rank: int = 0
     world: int = 1

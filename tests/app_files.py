@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lcm_kit.export.apps import APPS
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora.apps import APPS
+from lcm_kit.lora.structure import Structure
 from tests.loras import lcm_modules, text_modules
 
 GENERATIONS = ("sd1", "sd2", "sdxl")

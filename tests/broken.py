@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit.export.lora import Lora
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora.layers import Lora
+from lcm_kit.lora.structure import Structure
 
 Tensors = dict[str, Tensor]
 PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}

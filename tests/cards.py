@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.structure import Structure
-from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.provenance import Base, Data, Guidance, Method, Provenance
+from lcm_kit.lora.structure import Structure
 from tests.loras import lcm_modules
 from tests.measured import cell, results
 

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lcm_kit.prediction import Predict
-from lcm_kit.schedule import Schedule
+from lcm_kit.core.prediction import Predict
+from lcm_kit.core.schedule import Schedule
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 

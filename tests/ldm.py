@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit.export.names import sgm_names
+from lcm_kit.lora.names import sgm_names
 
 State = dict[str, Tensor]
 _OPEN_CLIP = {

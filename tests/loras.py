@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.structure import Structure
-from lcm_kit.families import lora_targets
+from lcm_kit.bases import lora_targets
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.structure import Structure
 
 
 def lcm_modules(structure: Structure) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lcm_kit.results import CONTROL, CONTROL_ID, MAIN, VERSION
-from lcm_kit.sweep.metrics import metrics_of
+from lcm_kit.evaluation.metric_table import metrics_of
+from lcm_kit.evaluation.results import CONTROL, CONTROL_ID, MAIN, VERSION
 
 Value = float | tuple[float, float, float] | None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_kit.families import configs
+from lcm_kit.bases import configs
 
 _HUGE = 10**30
 # What a field may become; `GONE` takes it away. `nested` is deep enough for a recursive library to mind.

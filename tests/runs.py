@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from lcm_kit import adapter, families, provenance, sample
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit import bases, sample
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump
+from lcm_kit.lora import provenance
 
 
 def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path:
@@ -20,7 +22,7 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
     torch.manual_seed(1)
     for parameter in adapted.add_lora(schema.Adapter(rank=rank, alpha=alpha)):
         parameter.data = torch.randn_like(parameter) * 0.1
-    made_on = provenance.Base(str(base), families.inspect_base(str(base)).base_hash)
+    made_on = provenance.Base(str(base), bases.inspect_base(str(base)).base_hash)
     adapter.save_adapter(run / "adapter", adapted, provenance.Provenance(base=made_on, steps=20))
     config = schema.Distill(recipe="train/distill", output=str(run), base=schema.Base(path=str(base)))
     (run / "config.yaml").write_text(dump(config))
@@ -32,7 +34,7 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
 def load_adapter(folder: Path, unet: Any) -> AdaptedUNet:
     """`unet` with the LoRA of an adapter folder on it; what that holds for text encoders is left out."""
     config, adapted = adapter.read_facts(folder).lora_config, AdaptedUNet(unet)
-    whole = config["target_modules"] == sorted(families.lora_targets("lcm"))
+    whole = config["target_modules"] == sorted(bases.lora_targets("lcm"))
     adapted.add_lora(schema.Adapter(config["r"], config["lora_alpha"], "lcm" if whole else "attention"))
     weights = adapter.read_weights(folder)
     adapted.load_state({key: t for key, t in weights.items() if not key.startswith("text_encoder")})

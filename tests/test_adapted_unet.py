@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit import checkpoints, families, runtime
-from lcm_kit.adapted_unet import AdaptedUNet, add_text_lora
-from lcm_kit.checkpoints import Origin
+from lcm_kit import bases
+from lcm_kit.adapter.adapted_unet import AdaptedUNet, add_text_lora
+from lcm_kit.adapter.trained_weights import update_ema
 from lcm_kit.config.schema import Adapter, Checkpoint, Distill
 from lcm_kit.errors import UserError
-from lcm_kit.trained_weights import update_ema
+from lcm_kit.training import checkpoints, runtime
+from lcm_kit.training.checkpoints import Origin
 from tests.test_roles import unet
 
 CONFIG, OTHER = Adapter(rank=2, alpha=4.0), Adapter(rank=3, alpha=3.0, targets="attention")
@@ -122,9 +123,9 @@ def test_a_half_precision_base_teaches_as_it_is_while_it_is_trained_in_float32()
 
 def test_nothing_of_ours_lies_on_the_unet_or_a_text_encoder(sd_base: Any) -> None:
     """But peft's layers and `peft_config`, and a flag that diffusers and transformers declare themselves."""
-    base = families.inspect_base(str(sd_base()))
-    model, text = families.load_unet(base), families.family_of(base).load_text(base)
-    ((part, (encoder, modules)),) = families.family_of(base).adapted(text).items()
+    base = bases.inspect_base(str(sd_base()))
+    model, text = bases.load_unet(base), bases.family_of(base).load_text(base)
+    ((part, (encoder, modules)),) = bases.family_of(base).adapted(text).items()
     before = {id(module): set(vars(module)) for of in (model, encoder) for module in of.modules()}
     adapted = AdaptedUNet(model)
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit import adapter, families
-from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
-from lcm_kit.adapter import save_adapter
+from lcm_kit import bases
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.adapter.folder import save_adapter
+from lcm_kit.adapter.trained_weights import swapped, update_ema
 from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
-from lcm_kit.provenance import Base, Provenance
-from lcm_kit.trained_weights import swapped, update_ema
+from lcm_kit.lora.provenance import Base, Provenance
 from tests.runs import load_adapter
 
 CONFIG = Adapter(rank=4, alpha=8.0)
 
 
 def load(sd_base: Callable[..., Path], dtype: torch.dtype = torch.float32) -> AdaptedUNet:
-    return AdaptedUNet(families.load_unet(families.inspect_base(str(sd_base())), dtype))
+    return AdaptedUNet(bases.load_unet(bases.inspect_base(str(sd_base())), dtype))
 
 
 def trained(adapted: AdaptedUNet, seed: int = 0, name: str = TRAINED) -> list[torch.nn.Parameter]:
@@ -158,7 +159,7 @@ def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Pat
     facts = adapter.read_facts(tmp_path / "adapter")
     assert facts.steps == 7
     assert (facts.lora_config["r"], facts.lora_config["lora_alpha"]) == (4, 8.0)
-    assert facts.lora_config["target_modules"] == sorted(families.lora_targets("lcm"))
+    assert facts.lora_config["target_modules"] == sorted(bases.lora_targets("lcm"))
     assert torch.equal(output(load_adapter(tmp_path / "adapter", load(sd_base).unet)), output(adapted))
     state = adapted.state()
     assert all(

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 import lcm_kit
-from lcm_kit import console, lora_file, sample, story
+from lcm_kit import console, sample, workflow
 from lcm_kit.api import pictures, stages
 from lcm_kit.api.calls import call
 from lcm_kit.config.load import RECIPES, dump
-from lcm_kit.export import merge_files, recommended, structure, verify
-from lcm_kit.export.facts import Recommended
+from lcm_kit.evaluation import recommended
+from lcm_kit.lora import locate as lora_file
+from lcm_kit.lora import merge_files, structure, verify
+from lcm_kit.lora.metadata_reading import Recommended
 from tests import broken
 from tests.loras import random_lora
 from tests.recipes.small import configure, draw_little, environment, prepare
@@ -106,7 +108,7 @@ def studio(
     Path("prompts.txt").write_text("a cat\na dog\n")
     Path("my.yaml").write_text(dump(configure(keys, Path("runs/small"))))
     words = verbs(tmp_path, Path("my/base"))["quality"].words[3:]  # of an evaluation of two prompts
-    load, tell, stages_of = stages.load_config, story.finetune, story.stages_of
+    load, tell, stages_of = stages.load_config, workflow.finetune, workflow.stages_of
 
     def load_little(config: Any, /, overrides: Any = (), **keys: Any) -> Any:
         return load(config, [*overrides, *words] if config == "evaluation/quality" else overrides, **keys)
@@ -116,9 +118,9 @@ def studio(
 
     monkeypatch.setattr(stages, "load_config", load_little)
     monkeypatch.setattr(lcm_kit, "load_config", load_little)
-    monkeypatch.setattr(story, "finetune", tell_little)
+    monkeypatch.setattr(workflow, "finetune", tell_little)
     # both trainings, and the style's export: tests/recipes/test_story.py runs the other stages
-    monkeypatch.setattr(story, "stages_of", lambda told: list(stages_of(told))[:3])
+    monkeypatch.setattr(workflow, "stages_of", lambda told: list(stages_of(told))[:3])
     return tmp_path, keys
 
 

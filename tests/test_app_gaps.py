@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit.export import structure
-from lcm_kit.export.apps import APPS, able
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora import structure
+from lcm_kit.lora.apps import APPS, able
+from lcm_kit.lora.structure import Structure
 from tests.app_files import GENERATIONS, UPSAMPLER, in_diffusers_spelling, of, peft, refusal, strengths
 from tests.loras import lcm_modules, text_modules
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_kit.export import structure, verify
-from lcm_kit.export.apps import APPS, NOT_JUDGED
-from lcm_kit.export.apps.loaded import BASE_NORM, BY_INPUT, LEFT_OUT
-from lcm_kit.export.kinds import Dora
-from lcm_kit.export.lora import Layer
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora import structure, verify
+from lcm_kit.lora.apps import APPS, NOT_JUDGED
+from lcm_kit.lora.apps.loaded import BASE_NORM, BY_INPUT, LEFT_OUT
+from lcm_kit.lora.kinds import Dora
+from lcm_kit.lora.layers import Layer
+from lcm_kit.lora.structure import Structure
 from tests.app_files import File, of, refusal, strengths
 from tests.loras import lcm_modules
 

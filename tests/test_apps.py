@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit.export import structure
-from lcm_kit.export.apps import APPS, WHOLE
-from lcm_kit.export.apps.comfyui import unet_to_diffusers
-from lcm_kit.export.apps.invokeai import walk
+from lcm_kit.lora import structure
+from lcm_kit.lora.apps import APPS, WHOLE
+from lcm_kit.lora.apps.comfyui import unet_to_diffusers
+from lcm_kit.lora.apps.invokeai import walk
 from tests.app_files import (
     GENERATIONS,
     UPSAMPLER,

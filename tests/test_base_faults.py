@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit import families, sample
-from lcm_kit.check import check
+from lcm_kit import bases, sample
+from lcm_kit.bases import inspect_base
+from lcm_kit.bases.tokens import load_tokenizer
+from lcm_kit.bases.weights import Place, load_model
+from lcm_kit.cli.check import check
 from lcm_kit.config.load import load
 from lcm_kit.errors import UserError
-from lcm_kit.export.verify import base_of
-from lcm_kit.families import inspect_base
-from lcm_kit.families.tokens import load_tokenizer
-from lcm_kit.families.weights import Place, load_model
+from lcm_kit.lora.verify import base_of
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -99,7 +99,7 @@ def test_vocabulary_and_merges_are_enough(base: Path):
     (base / "tokenizer" / "tokenizer.json").unlink()
     (base / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
     (base / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = families.load_tokenizer(inspect_base(str(base)), "tokenizer")
+    tokenizer = bases.load_tokenizer(inspect_base(str(base)), "tokenizer")
     assert tokenizer(["a b", "cab."]).input_ids == before
 
 
@@ -126,7 +126,7 @@ def test_what_a_file_lacks_or_has_too_much_is_named(name: str, base: Path, tmp_p
     config = load(tmp_path / "x.yaml")
     for door in (
         lambda: check(config),
-        lambda: families.load_part(inspect_base(str(base)), part, torch.float32),
+        lambda: bases.load_part(inspect_base(str(base)), part, torch.float32),
         lambda: sample.pipeline(str(base)),
         lambda: load_model(Place(str(base), base), part, torch.float32),  # that of verify
     ):
@@ -150,7 +150,7 @@ def test_old_names_load_bit_for_bit(base: Path):
     AutoencoderKL.from_config(json.loads((base / "vae" / "config.json").read_text())).save_pretrained(
         base / "vae"
     )
-    before = families.load(str(base))
+    before = bases.load(str(base))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def older(key: str) -> str:
@@ -162,8 +162,8 @@ def test_old_names_load_bit_for_bit(base: Path):
     assert any(".query." in key for key in load_file(base / VAE))
     positions = {"text_model.embeddings.position_ids": torch.arange(24)[None]}
     rewrite(base / TEXT, lambda tensors: {f"text_model.{key}": x for key, x in tensors.items()} | positions)
-    after = families.load(str(base))
-    families.require_fit(after.info)
+    after = bases.load(str(base))
+    bases.require_fit(after.info)
     pairs = ((before.vae, after.vae), (before.text.text_encoder, after.text.text_encoder))
     for one, other in pairs:
         expected = one.state_dict()
@@ -177,14 +177,14 @@ def test_the_rest_of_a_clip_model_does_no_harm(base: Path):
         "text_projection.weight": torch.ones(2),
     }
     rewrite(base / TEXT, lambda tensors: tensors | rest)
-    families.require_fit(inspect_base(str(base)))
-    assert families.load(str(base), parts=("text",)).text is not None
+    bases.require_fit(inspect_base(str(base)))
+    assert bases.load(str(base), parts=("text",)).text is not None
 
 
 def test_a_second_text_encoder_needs_its_projection(xl: Path):
     rewrite(xl / "text_encoder_2" / "model.safetensors", without("text_projection.weight"))
     with pytest.raises(UserError, match="text_encoder_2 lacks text_projection.weight"):
-        families.require_fit(inspect_base(str(xl)))
+        bases.require_fit(inspect_base(str(xl)))
 
 
 # -- Files ---------------------------------------------------------------------------------------------------
@@ -211,13 +211,13 @@ def test_pointers_and_cut_files_are_seen_without_a_tensor(base: Path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_piece_that_is_not_there(variant: str | None, base: Path):
-    unet = families.load_unet(inspect_base(str(base)))
+    unet = bases.load_unet(inspect_base(str(base)))
     (base / UNET).unlink()
     unet.save_pretrained(base / "unet", max_shard_size="80KB", variant=variant)
     info = inspect_base(str(base), variant=variant)
-    pieces = families.weight_files(info, "unet")
+    pieces = bases.weight_files(info, "unet")
     assert len(pieces) > 1
-    again = families.load_unet(info).state_dict()
+    again = bases.load_unet(info).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in unet.state_dict().items())
     pieces[0].unlink()
     with pytest.raises(UserError, match=rf"unet/\S*index\S* names {pieces[0].name}, which is not there"):
@@ -229,13 +229,13 @@ def test_a_variant_that_only_some_parts_have(base: Path):
     rewrite(base / UNET, lambda tensors: {key: tensor.half() for key, tensor in tensors.items()})
     (base / UNET).rename(base / UNET.replace(".safetensors", ".fp16.safetensors"))
     info = inspect_base(str(base), variant="fp16")
-    names = {part: families.weight_files(info, part)[0].name for part in ("unet", "vae", "text_encoder")}
+    names = {part: bases.weight_files(info, part)[0].name for part in ("unet", "vae", "text_encoder")}
     assert names == {
         "unet": "diffusion_pytorch_model.fp16.safetensors",
         "vae": "diffusion_pytorch_model.safetensors",
         "text_encoder": "model.safetensors",
     }
-    assert families.load(str(base), variant="fp16").vae is not None
+    assert bases.load(str(base), variant="fp16").vae is not None
     assert sample.pipeline(str(base), variant="fp16").unet.dtype == torch.float32
     plain = inspect_base(str(base), variant="fp16").hash_of("vae")
     with pytest.raises(UserError, match=r"no safetensors weights in unet/"):
@@ -270,7 +270,7 @@ def test_of_the_hub_only_the_files_that_are_needed(base: Path, monkeypatch: pyte
 def test_a_dry_run_sees_it_too(base: Path, tmp_path: Path):
     from typer.testing import CliRunner
 
-    from lcm_kit.cli import app
+    from lcm_kit.cli.main import app
 
     rewrite(base / TEXT, without(FC1))
     words = ["finetune", "asset:brand", "--base", str(base), "--dry-run", "--output", str(tmp_path / "run")]
@@ -326,8 +326,8 @@ def test_every_scheduler_that_is_taken_has_our_noise(base: Path):
     """alphas_cumprod of diffusers' own class is alpha^2 of `Schedule`."""
     import diffusers
 
-    from lcm_kit.families.configs import SCHEDULERS
-    from lcm_kit.schedule import Schedule
+    from lcm_kit.bases.configs import SCHEDULERS
+    from lcm_kit.core.schedule import Schedule
 
     config = dict(inspect_base(str(base)).scheduler_config)
     alpha = Schedule.from_config(config).alpha
@@ -389,7 +389,7 @@ def test_a_field_without_sense_is_named(part: str, field: str, value: Any, sente
 
 
 def test_verify_reads_the_same_sizes_but_takes_a_distilled_base(base: Path):
-    from lcm_kit.export import structure
+    from lcm_kit.lora import structure
 
     edit(base / "unet" / "config.json", time_cond_proj_dim=256)
     assert structure.of_base(str(base)).unet
@@ -437,7 +437,7 @@ def test_a_tokenizer_of_no_length_reads_as_much_as_its_encoder(base: Path):
 def test_fields_that_fit_no_model_together(base: Path):
     edit(base / "unet" / "config.json", block_out_channels=[16, 32, 64])
     with pytest.raises(UserError, match=r"no model can be built from unet/config.json \(") as caught:
-        families.require_fit(inspect_base(str(base)))
+        bases.require_fit(inspect_base(str(base)))
     assert "\n" not in str(caught.value)
 
 
@@ -470,7 +470,7 @@ def test_means_and_deviations_of_latents_are_applied_as_diffusers_does(xl: Path)
     mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD))
     with torch.no_grad():
         raw = vae.encode(pixels).latent_dist.mean
-        latents = families.encode_images(vae, pixels)
+        latents = bases.encode_images(vae, pixels)
         torch.testing.assert_close(latents, (raw - mean) / std * 0.5)
         torch.testing.assert_close(
             sample.decode(pipe, latents), vae.decode(raw).sample.clamp(-1, 1), atol=1e-5, rtol=0

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcm_kit.bases.condition import Condition
 from lcm_kit.data.batches import Batches, Mix, draw, generator_at
-from lcm_kit.families.condition import Condition
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcm_kit import verdicts
+from lcm_kit.evaluation import verdicts
 from lcm_kit.report import brand
 from lcm_kit.report.build import write_report
 from tests.brands import content, row, rows, write_brand

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcm_kit import families
+from lcm_kit import bases
+from lcm_kit.bases import inspect_base, sd
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import cache as module
 from lcm_kit.data import encoding
@@ -20,7 +21,6 @@ from lcm_kit.data.encoder import Encoder
 from lcm_kit.data.images import encode
 from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base, sd
 
 N = 7
 
@@ -69,7 +69,7 @@ def test_rows_are_the_vaes_latents_and_the_text_encoders_embeddings(config):
     images = [Image.open(Path(config().data.path) / name).convert("RGB") for name in cache.ids]
     pixels = torch.stack([to_pixels(image, 64) for image in images])
     with torch.no_grad():
-        vae = families.load_vae(base)
+        vae = bases.load_vae(base)
         expected = vae.encode(pixels).latent_dist.mode() * 0.5
     found = cache.latents(list(range(N)))
     assert found.shape == (N, 4, 16, 16) and found.dtype == torch.float32
@@ -98,7 +98,7 @@ def test_files_and_manifest(config):
 def test_a_second_run_does_nothing_and_says_so(config, capsys, monkeypatch):
     encode(config(), progress=False)
     before = _times(config())
-    monkeypatch.setattr(families, "load_vae", lambda base: pytest.fail("the VAE was loaded"))
+    monkeypatch.setattr(bases, "load_vae", lambda base: pytest.fail("the VAE was loaded"))
     report = encode(config(), progress=True)
     assert report.encoded == 0 and _times(config()) == before
     assert f"{N} images, up to date, nothing to encode" in " ".join(capsys.readouterr().out.split())
@@ -164,9 +164,9 @@ def test_flip_adds_the_mirror_image(config):
     assert report.changes == ["data.flip (False there, True here)"] and report.rows == 2 * N
     cache = _open(config(flip=True))
     assert cache.ids[:4] == ["0.png", "0.png (mirrored)", "1.png", "1.png (mirrored)"]
-    vae = families.load_vae(inspect_base(config().base.path))
+    vae = bases.load_vae(inspect_base(config().base.path))
     with Image.open(Path(config().data.path) / "3.png") as image:
-        expected = families.encode_images(vae, to_pixels(image.convert("RGB"), 64).flip(-1)[None])
+        expected = bases.encode_images(vae, to_pixels(image.convert("RGB"), 64).flip(-1)[None])
     torch.testing.assert_close(cache.latents(7), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -258,7 +258,7 @@ def test_nothing_usable_is_an_error_even_with_skip_bad(config):
 
 
 def test_latents_that_are_not_finite_name_their_images(config, monkeypatch):
-    real = families.encode_images
+    real = bases.encode_images
 
     def broken(vae, pixels):
         latents = real(vae, pixels)
@@ -266,7 +266,7 @@ def test_latents_that_are_not_finite_name_their_images(config, monkeypatch):
         return latents
 
     Image.new("RGB", (64, 64), "black").save(Path(config().data.path) / "5.png")
-    monkeypatch.setattr(families, "encode_images", broken)
+    monkeypatch.setattr(bases, "encode_images", broken)
     with pytest.raises(UserError, match="not finite for 5.png; remove"):
         encode(config(), progress=False)
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from lcm_kit.export import card
-from lcm_kit.export.lora import Lora
-from lcm_kit.export.structure import Structure, known, of_base
-from lcm_kit.provenance import Data, Guidance, Provenance
+from lcm_kit.lora.layers import Lora
+from lcm_kit.lora.provenance import Data, Guidance, Provenance
+from lcm_kit.lora.structure import Structure, known, of_base
 from tests.cards import (
     BOTH,
     HOSTILE,
@@ -157,7 +157,7 @@ def test_a_lora_with_text_encoder_layers_takes_the_node_for_both(write: Callable
 
 def test_the_versions_are_those_of_the_documentation() -> None:
     """The table of docs/lora-files.md names each app's version and the date."""
-    from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS
+    from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS
 
     page = (Path(__file__).parents[1] / "docs" / "lora-files.md").read_text(encoding="utf-8")
     assert VERSIONS.keys() == TITLES.keys()

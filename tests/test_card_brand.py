@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lcm_kit.export import card
-from lcm_kit.export.structure import known
+from lcm_kit.lora.structure import known
 from tests.brands import content, row, rows, write_brand
 from tests.cards import BOTH, HOSTILE, WORSE, evaluated, facts, headings, hollow, snippets, tables
 

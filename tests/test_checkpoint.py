@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit.base_families import GENERATIONS
+from lcm_kit.bases import inspect_base
+from lcm_kit.bases.checkpoint import contents_of
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base
-from lcm_kit.families.checkpoint import contents_of
+from lcm_kit.families import GENERATIONS
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 UNET = {FIRST: torch.zeros(8, 4, 3, 3)}

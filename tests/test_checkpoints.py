@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_kit import __version__, checkpoints
-from lcm_kit.checkpoints import Origin, State
+from lcm_kit import __version__
 from lcm_kit.errors import UserError
+from lcm_kit.training import checkpoints
+from lcm_kit.training.checkpoints import Origin, State
 
 ORIGIN = Origin(unet="a" * 64, data="b" * 64, teacher=(), batch=8, world=2)
 

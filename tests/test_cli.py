@@ -16,13 +16,14 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from lcm_kit import __version__, shipped
-from lcm_kit.cli import app
+from lcm_kit import __version__
+from lcm_kit.cli.main import app
+from lcm_kit.config import shipped
 from lcm_kit.config.load import load
+from lcm_kit.core.methods import DEFAULT
 from lcm_kit.errors import UserError
-from lcm_kit.export import recommended
-from lcm_kit.methods import DEFAULT
-from lcm_kit.provenance import Recommended
+from lcm_kit.evaluation import recommended
+from lcm_kit.lora.provenance import Recommended
 from tests.measured import cell, results
 
 
@@ -37,7 +38,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 HEAVY = {"torch", "diffusers", "transformers", "pydantic", "yaml", "numpy", "accelerate", "PIL"}
-AT_WORK = {"lcm_kit.api", "lcm_kit.config", "lcm_kit.console", "lcm_kit.files", "lcm_kit.shipped"}
+AT_WORK = {"lcm_kit.api", "lcm_kit.config", "lcm_kit.console", "lcm_kit.io.files", "lcm_kit.config.shipped"}
 
 
 @pytest.mark.parametrize(
@@ -51,16 +52,16 @@ AT_WORK = {"lcm_kit.api", "lcm_kit.config", "lcm_kit.console", "lcm_kit.files", 
 )
 def test_help_imports_nothing_heavy(words: list[str], absent: set[str]) -> None:
     code = (
-        "import sys, lcm_kit.cli\n"
+        "import sys, lcm_kit.cli.main\n"
         "from typer.testing import CliRunner\n"
-        f"assert CliRunner().invoke(lcm_kit.cli.app, {words}).output\n"
+        f"assert CliRunner().invoke(lcm_kit.cli.main.app, {words}).output\n"
         f"print(sorted({absent} & set(sys.modules)))\n"
     )
     assert python("-c", code).stdout.strip() == "[]"
 
 
 def test_a_list_of_verbs_builds_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcm_kit import cli_lazy
+    from lcm_kit.cli import lazy as cli_lazy
 
     monkeypatch.setattr(cli_lazy._Commands, "__getitem__", lambda self, name: pytest.fail(f"built {name}"))
     assert " finetune " in cli("--help").output
@@ -207,7 +208,7 @@ def test_a_lora_for_another_base_is_refused_before_weights_are_loaded(
     sd_base: Any, sdxl_base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lcm_kit import sample
-    from lcm_kit.export import structure
+    from lcm_kit.lora import structure
     from tests import broken
     from tests.loras import random_lora
 
@@ -364,7 +365,7 @@ def test_quickstart_checks_both_configs_before_it_starts(tmp_path: Path) -> None
 def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from lcm_kit.story.show import quality_table
+    from lcm_kit.workflow.show import quality_table
 
     cells = [
         cell("teacher", "ddim", 50, 5.0, pixel_distance=0.0),
@@ -378,7 +379,7 @@ def test_the_summary_takes_the_best_plain_solver_even_without_a_probe(
 
 
 def test_compare_and_compose_make_their_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lcm_kit import shipped
+    from lcm_kit.config import shipped
 
     ran: list[Any] = []
     monkeypatch.setattr(shipped, "load_recipe", lambda name: SimpleNamespace(main=ran.append))

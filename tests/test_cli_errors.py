@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 
 
 @pytest.mark.parametrize(

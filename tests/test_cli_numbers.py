@@ -7,8 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from lcm_kit.cli import EveryVerb
-from lcm_kit.cli_numbers import within
+from lcm_kit.cli.main import EveryVerb
+from lcm_kit.config.numbers import within
 from lcm_kit.errors import UserError
 
 

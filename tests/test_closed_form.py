@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcm_kit.guidance import guide
-from lcm_kit.losses import LOSSES
-from lcm_kit.methods import LCM
-from lcm_kit.prediction import Predict, predictor
-from lcm_kit.schedule import Schedule, add_noise, grid_steps, interval_weight
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import Loss, consistency_loss
+from lcm_kit.core.guidance import guide
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.methods import LCM
+from lcm_kit.core.prediction import Predict, predictor
+from lcm_kit.core.schedule import Schedule, add_noise, grid_steps, interval_weight
+from lcm_kit.core.solvers import SOLVERS
+from lcm_kit.core.step import Loss, consistency_loss
 from tests.gaussians import ALL, BRAND, SD, Gaussian, guided_flow
 
 SCHEDULE = Schedule.from_config(SD)

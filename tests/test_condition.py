@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lcm_kit.families.condition import Condition
+from lcm_kit.bases.condition import Condition
 
 
 def _condition(n: int, sdxl: bool = False) -> Condition:

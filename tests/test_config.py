@@ -14,12 +14,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from lcm_kit import shipped
-from lcm_kit.config import schema, yaml_text
+from lcm_kit.config import schema, shipped, yaml_text
 from lcm_kit.config.load import RECIPES, dump, load
 from lcm_kit.config.methods import Custom
+from lcm_kit.core.methods import METHODS
 from lcm_kit.errors import UserError
-from lcm_kit.methods import METHODS
 
 CONFIGS = [name for name in shipped.names() if name.startswith("configs/")]
 MINIMAL = "recipe: train/distill\noutput: runs/x\n"

@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
-from lcm_kit.export import loading, reading, structure, verify
-from lcm_kit.export.facts import facts_from
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.recommended import of_adapter
-from lcm_kit.export.untrusted import inspect
-from lcm_kit.export.write import write
-from lcm_kit.provenance import Data, Method, Provenance, Recommended
+from lcm_kit.cli.main import app
+from lcm_kit.evaluation.recommended import of_adapter
+from lcm_kit.lora import loading, reading, structure, verify
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.provenance import Data, Method, Provenance, Recommended
+from lcm_kit.lora.untrusted import inspect
+from lcm_kit.lora.write import write
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run

@@ -15,8 +15,8 @@ import yaml
 from click import Command
 from typer.main import get_command
 
-from lcm_kit import shipped
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
+from lcm_kit.config import shipped
 from lcm_kit.config.load import RECIPES, dump, load
 
 ROOT = Path(__file__).parents[1]
@@ -30,9 +30,9 @@ TAKE_A_CONFIG = ("encode", "train", "evaluate", "bench", "show", "check")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every `lcm-kit ...` line in a code block."""
+    """(page, words) of every `lcm-kit ...` line in a code block; docs/extending has tests that follow it."""
     found = []
-    for page in PAGES:
+    for page in (page for page in PAGES if page.parent.name != "extending"):
         blocks = re.findall(
             r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
         )

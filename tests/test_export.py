@@ -13,13 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lcm_kit import adapter, sample
-from lcm_kit.cli import app
+from lcm_kit import sample
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.cli.main import app
 from lcm_kit.errors import UserError
-from lcm_kit.export import delivery, loading, recommended, structure, untrusted, verify, write
-from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.evaluation import recommended
 from lcm_kit.export.run import export_run
-from lcm_kit.provenance import Provenance
+from lcm_kit.lora import delivery, loading, structure, untrusted, verify, write
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.provenance import Provenance
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run, load_adapter
 from tests.sweeps import build_sweep
@@ -320,8 +322,8 @@ def test_a_file_that_disagrees_is_not_kept(
 def test_an_app_that_would_drop_a_module_stops_the_export(
     real_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcm_kit.export.apps import APPS as rules
-    from lcm_kit.export.apps import Loaded
+    from lcm_kit.lora.apps import APPS as rules
+    from lcm_kit.lora.apps import Loaded
 
     real = rules["forge"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit.export import structure, verify
-from lcm_kit.export.apps import APPS, TITLES
+from lcm_kit.lora import structure, verify
+from lcm_kit.lora.apps import APPS, TITLES
 from tests.app_files import of
 from tests.loras import lcm_modules, text_modules
 

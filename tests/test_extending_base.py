@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit import base_families, families, sample
+from lcm_kit import bases, families, sample
+from lcm_kit.bases import inspect_base
+from lcm_kit.bases.checkpoint import contents_of
 from lcm_kit.config import schema
 from lcm_kit.data.cache import Encoder
 from lcm_kit.errors import UserError
-from lcm_kit.export import structure
-from lcm_kit.export.apps import APPS, able
-from lcm_kit.families import inspect_base
-from lcm_kit.families.checkpoint import contents_of
+from lcm_kit.lora import structure
+from lcm_kit.lora.apps import APPS, able
 from lcm_kit.plan import subject
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "base.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ CAPTIONS = ["a red fox", ""]
 def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The page's entries in the tables and its module on the path, for one test; a folder."""
     for table in ("FAMILIES", "GENERATIONS"):
-        monkeypatch.setattr(base_families, table, dict(getattr(base_families, table)))
+        monkeypatch.setattr(families, table, dict(getattr(families, table)))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "skip_family.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
@@ -55,7 +55,7 @@ def base(tables: Path, sd_base: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "heading"), [(base_families.Family, "family"), (base_families.Generation, "generation")]
+    ("kind", "heading"), [(families.Family, "family"), (families.Generation, "generation")]
 )
 def test_the_page_names_every_field(kind: Any, heading: str) -> None:
     table = PAGE.split(f"| field of a {heading} |")[1].split("\n\n")[0]
@@ -66,9 +66,9 @@ def test_the_page_names_every_field(kind: Any, heading: str) -> None:
 def test_the_page_names_every_function() -> None:
     table = PAGE.split("| function |")[1].split("\n\n")[0]
     named = {row.split("`")[1] for row in table.splitlines()[2:]}
-    assert named == {name for name in vars(families.Code) if not name.startswith("_")}
-    for family in base_families.FAMILIES.values():
-        assert named <= set(dir(families.code_of(family)))
+    assert named == {name for name in vars(bases.Code) if not name.startswith("_")}
+    for family in families.FAMILIES.values():
+        assert named <= set(dir(bases.code_of(family)))
 
 
 def skipped(base: Path) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_a_base_of_the_family_is_recognised_and_encoded_by_its_own_code(base: Pa
     encoder = Encoder.load(info, "cpu", vae=False)
     torch.testing.assert_close(encoder.condition(CAPTIONS, []).embeds, wanted)
     torch.testing.assert_close(encoder.empty().embeds, wanted[1:])
-    _, modules = families.family_of(info).adapted(encoder.text)["text_encoder"]
+    _, modules = bases.family_of(info).adapted(encoder.text)["text_encoder"]
     assert modules and not any("layers.1." in name for name in modules)  # of two
 
 
@@ -111,7 +111,7 @@ def test_it_is_drawn_by_its_own_pipeline(base: Path) -> None:
 
 
 def test_without_the_entry_it_is_what_its_parts_say(sd_base: Callable[..., Path]) -> None:
-    assert "skip" not in base_families.FAMILIES and "mini" not in base_families.GENERATIONS
+    assert "skip" not in families.FAMILIES and "mini" not in families.GENERATIONS
     assert inspect_base(str(sd_base())).family.name == "sd"
 
 
@@ -124,7 +124,7 @@ def test_the_model_is_planned_read_and_known_to_the_apps(tables: Path) -> None:
         mini.structure.unet
     )
     narrow = {**mini.unet_config, "block_out_channels": (32, 64, 96, 96), "cross_attention_dim": 48}
-    small = structure._structure("small", base_families.generation_of("sd1"), narrow, {})
+    small = structure._structure("small", families.generation_of("sd1"), narrow, {})
     assert small.blocks is not None and small.blocks.name == "mini"
     assert able(small) == tuple(app for app in APPS if app != "sd-scripts")
     with pytest.raises(UserError, match="'nano' is unknown; choose one of sd1, sd2, sdxl, ssd1b, mini$"):

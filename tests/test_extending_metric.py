@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_kit import results, shipped
+from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Quality
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.sweep import metrics
-from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.look import Looker
-from lcm_kit.sweep.measure import Drawn, Ruler
+from lcm_kit.evaluation import metric_table as metrics
+from lcm_kit.evaluation import results
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.measure import Drawn, Ruler
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "metric.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

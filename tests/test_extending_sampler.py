@@ -16,15 +16,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lcm_kit import sample, samplers, shipped
-from lcm_kit.cli import app
+from lcm_kit import sample, samplers
+from lcm_kit.cli.main import app
+from lcm_kit.config import shipped
 from lcm_kit.config.load import load
 from lcm_kit.config.sweep import GuidanceSweep
+from lcm_kit.core.methods import DEFAULT
 from lcm_kit.errors import UserError
-from lcm_kit.export.facts import Recommended
-from lcm_kit.methods import DEFAULT
+from lcm_kit.evaluation import cells
+from lcm_kit.lora.metadata_reading import Recommended
 from lcm_kit.report import plots
-from lcm_kit.sweep import cells
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "sampler.md").read_text(encoding="utf-8")
 ENTRY, COMMANDS = (
@@ -73,7 +74,7 @@ def test_the_command_line_lists_it(euler: samplers.Sampler) -> None:
     refused = CliRunner().invoke(app, ["sample", "--prompt", "a", "--sampler", "heun"])
     assert refused.exit_code == 2
     assert "sampler 'heun' is unknown; choose one of lcm, tcd, ddim, dpmpp_2m, euler" in refused.stderr
-    show = f"{ENTRY[0]}\nfrom lcm_kit.cli import app\napp(['sample', '--help'])"
+    show = f"{ENTRY[0]}\nfrom lcm_kit.cli.main import app\napp(['sample', '--help'])"
     command, wide = [sys.executable, "-c", show], {**os.environ, "COLUMNS": "200"}
     helped = subprocess.run(command, capture_output=True, text=True, env=wide, check=True)
     assert "lcm|tcd|ddim|dpmpp_2m|euler" in re.sub(r"[\s│]+", "", helped.stdout)

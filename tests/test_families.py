@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_kit import families
+from lcm_kit import bases
+from lcm_kit.bases import inspect_base, sd, source
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base, sd, source
-from lcm_kit.files import sha256_file
+from lcm_kit.io.files import sha256_file
 
 SD15_UNET = {  # unet/config.json of Stable Diffusion 1.5
     "act_fn": "silu",
@@ -70,11 +70,11 @@ def test_hashes_follow_the_content(sd_base: Callable[..., Path], tmp_path: Path)
 def test_parts_are_frozen_float32_and_encode_as_the_pipeline_does(sd_base: Callable[..., Path]):
     from diffusers import StableDiffusionPipeline
 
-    parts = families.load(str(sd_base()))
+    parts = bases.load(str(sd_base()))
     for model in (parts.unet, parts.vae, parts.text.text_encoder):
         assert not model.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
-    assert families.load(str(sd_base()), parts=("unet",), dtype=torch.float16).unet.dtype == torch.float16
+    assert bases.load(str(sd_base()), parts=("unet",), dtype=torch.float16).unet.dtype == torch.float16
     pipe = StableDiffusionPipeline.from_pretrained(sd_base(), safety_checker=None)
     captions = ["a red square", "", "abc " * 40]
     cond, uncond = pipe.encode_prompt(captions, "cpu", 1, True)
@@ -86,15 +86,15 @@ def test_parts_are_frozen_float32_and_encode_as_the_pipeline_does(sd_base: Calla
 
 
 def test_latents_follow_scaling_and_shift(sd_base: Callable[..., Path]):
-    vae = families.load(str(sd_base()), parts=("vae",)).vae
+    vae = bases.load(str(sd_base()), parts=("vae",)).vae
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     raw = vae.encode(pixels).latent_dist.mode()
-    torch.testing.assert_close(families.encode_images(vae, pixels), raw * 0.5)
+    torch.testing.assert_close(bases.encode_images(vae, pixels), raw * 0.5)
     vae.register_to_config(shift_factor=0.25)
-    latents = families.encode_images(vae, pixels)
+    latents = bases.encode_images(vae, pixels)
     torch.testing.assert_close(latents, (raw - 0.25) * 0.5)
     torch.testing.assert_close(
-        families.decode_latents(vae, latents), vae.decode(raw).sample, atol=1e-5, rtol=1e-5
+        bases.decode_latents(vae, latents), vae.decode(raw).sample, atol=1e-5, rtol=1e-5
     )
 
 
@@ -104,11 +104,11 @@ def test_lcm_targets_are_those_of_lcm_lora_on_sd15():
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(SD15_UNET)
-        unet.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=families.lora_targets("lcm")))
+        unet.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=bases.lora_targets("lcm")))
     lora = {name: p.numel() for name, p in unet.named_parameters() if "lora_" in name}
     assert len(lora) == 2 * 278
     assert sum(lora.values()) == 67_252_224
-    assert len(families.lora_targets("attention")) == 4
+    assert len(bases.lora_targets("attention")) == 4
 
 
 def test_a_base_that_is_not_there(tmp_path: Path):
@@ -194,11 +194,9 @@ def test_a_variant_is_found_and_broken_weights_are_a_sentence(sd_base: Callable[
     for file in list(base.rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
     info = inspect_base(str(base), variant="fp16")
-    assert [p.name for p in families.weight_files(info, "unet")] == [
-        "diffusion_pytorch_model.fp16.safetensors"
-    ]
+    assert [p.name for p in bases.weight_files(info, "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
     assert info.hash_of("unet") == inspect_base(str(sd_base())).hash_of("unet")
-    assert families.load_unet(info).dtype == torch.float32
-    families.weight_files(info, "vae")[0].write_bytes(b"junk")
+    assert bases.load_unet(info).dtype == torch.float32
+    bases.weight_files(info, "vae")[0].write_bytes(b"junk")
     with pytest.raises(UserError, match=r"vae/.*fp16\.safetensors cannot be read as a safetensors file"):
-        families.load_vae(info)
+        bases.load_vae(info)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.metrics.features import PROBE, Extractor, extractor
+from lcm_kit.evaluation.metrics.features import PROBE, Extractor, extractor
 from lcm_kit.tiny.probe import load_probe
 from tests.bases import _tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lcm_kit import files
 from lcm_kit.errors import UserError
+from lcm_kit.io import files
 
 DOORS: dict[str, Callable[[Path], None]] = {
     "file": lambda path: files.atomic_write(path, "text"),

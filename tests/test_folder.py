@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageEnhance, ImageOps
 from scipy.fft import dctn
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.config.schema import Data
 from lcm_kit.data import near_duplicates as near
 from lcm_kit.data.folder import FolderCheck, _amount, check_data, check_folder

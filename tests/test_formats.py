@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from lcm_kit.export import diffusers_format, kohya_format, structure
-from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.lora import diffusers_format, kohya_format, structure
+from lcm_kit.lora.layers import Layer, Lora
 from tests.loras import lcm_modules
 
 PLACE = structure.of_base("asset:tiny-sd")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import loading, structure
-from lcm_kit.export.fuse import fuse_into
-from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.lora import loading, structure
+from lcm_kit.lora.fuse import fuse_into
+from lcm_kit.lora.layers import Layer, Lora
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.test_merge import ATTENTION, dense, dense_sum, one
 

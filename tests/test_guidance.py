@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcm_kit.guidance import guide, paper_w, sample_guidance
-from lcm_kit.prediction import KINDS, from_x0_eps, to_x0_eps
-from lcm_kit.schedule import Schedule
+from lcm_kit.core.guidance import guide, paper_w, sample_guidance
+from lcm_kit.core.prediction import KINDS, from_x0_eps, to_x0_eps
+from lcm_kit.core.schedule import Schedule
 from tests.gaussians import SD
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcm_kit.bases.condition import Condition
 from lcm_kit.data.split import Rows
-from lcm_kit.families.condition import Condition
-from lcm_kit.held_out import HeldOut
+from lcm_kit.training.held_out import HeldOut
 
 
 class Pictures:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.errors import UserError
-from lcm_kit.export import peft_header, plain, reading, structure, verify
-from lcm_kit.export.base_weights import BaseWeights
-from lcm_kit.export.convert import insist_on_diffusers, weights_of
-from lcm_kit.export.diffusers_format import HEADER
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora import peft_header, plain, reading, structure, verify
+from lcm_kit.lora.base_weights import BaseWeights
+from lcm_kit.lora.convert import insist_on_diffusers, weights_of
+from lcm_kit.lora.diffusers_format import HEADER
+from lcm_kit.lora.structure import Structure
 from tests import kinds
 from tests.loras import lcm_modules
 
@@ -389,7 +389,7 @@ def by_hand(folder: Path, base: Structure, file: Path, *, only_weights: bool = F
 def test_fusing_is_exact_for_every_kind(base: Structure, folder: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    from lcm_kit.export.loading import probe, relative_error
+    from lcm_kit.lora.loading import probe, relative_error
 
     file = everything(base, tmp_path / "all.safetensors")
     done = CliRunner().invoke(
@@ -410,7 +410,7 @@ def test_convert_says_what_no_lora_holds_and_writes_the_rest_exactly(
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from lcm_kit.export.loading import probe, relative_error
+    from lcm_kit.lora.loading import probe, relative_error
 
     file = everything(base, tmp_path / "all.safetensors")
     common = ["convert", str(file), "--base", str(folder), "--dtype", "float32"]

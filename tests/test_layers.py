@@ -1,240 +1,112 @@
-"""Who may import whom, read from the sources.
-
-ground < pure < config < models < disk < runtime < recipes < top.
-"""
+"""Who may import whom, read from the sources: rooms stand in a row, and imports point down it."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping, Set
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ("ground", "pure", "config", "models", "disk", "runtime", "recipes", "top")
-LAYERS = {
-    "ground": {
-        "__init__",
-        "errors",
-        "files",
-        "inert",
-        "overtraining",
-        "assets",
-        "base_families",
-        "share",
-        "lora_file",
-        "own_files",
-        "samplers",
-        "own_shapes",
-        "result_shapes",
-        "verified",
-        "console",
-        "locks",
-        "written",
-    },  # plain data and paths: for everybody but the pure
-    "pure": {"schedule", "prediction", "guidance", "solvers", "losses", "methods", "sharding", "step"},
-    "config": {"config", "provenance", "provenance_rules"},  # a config holds the method that it names
-    "models": {
-        "families",
-        "adapted_unet",
-        "adapter",
-        "memory",
-        "roles",
-        "sample",
-        "text_lora",
-        "trained_weights",
-    },
-    "disk": {
-        "bench",
-        "data",
-        "export",
-        "metrics",
-        "report",
-        "results",
-        "run_files",
-        "shipped",
-        "styles",
-        "tiny",
-        "verdicts",
-    },
-    "runtime": {
-        "checkpoints",
-        "control",
-        "held_out",
-        "processes",
-        "run_folder",
-        "run_metrics",
-        "runtime",
-        "stepping",
-        "stopping",
-        "sweep",
-        "validation",
-    },
-    "top": {
-        "api",
-        "cli",
-        "cli_errors",
-        "cli_finetune",
-        "cli_lazy",
-        "cli_lora",
-        "cli_numbers",
-        "cli_plan",
-        "cli_sample",
-        "cli_sweep",
-        "plan",
-        "quiet",
-        "__main__",
-        "story",
-        "check",
-    },
-}
-LEVEL_OF = {part: LEVELS.index(level) for level, parts in LAYERS.items() for part in parts}
-RECIPE = LEVELS.index("recipes")
-MAY_USE_ACCELERATE = {LEVELS.index("runtime"), RECIPE}
+# A room is a package of lcm_kit or a file beside the packages. Each may import those that stand before it,
+# so that there are no circles; what has to be known of each is in its docstring.
+ROOMS = [
+    "inert", "errors", "console", "share", "quiet",  # words, errors, the terminal, processes as numbers
+    "core",  # the mathematics
+    "families", "samplers",  # tables
+    "io", "assets", "config", "tiny",  # files, what is shipped, every key of a config, the embedded world
+    "bases", "lora", "adapter", "sample",  # models: loaded, adapted, drawn with
+    "data", "training", "bench", "plan", "evaluation",  # what is done with them
+    "report", "export",  # what is told of it
+    "workflow", "api", "cli", "__main__",  # all of it in one go, from a program, from a terminal
+]  # fmt: skip
+PLACE = {room: number for number, room in enumerate(ROOMS)}
+MAY_USE_ACCELERATE = {"training", "evaluation"}  # and recipes
 
 
-def sources() -> list[Path]:
-    return sorted(path for top in ("lcm_kit", "train", "evaluation") for path in (ROOT / top).rglob("*.py"))
-
-
-def level(path: Path) -> int:
-    top, part = path.relative_to(ROOT).with_suffix("").parts[:2]
-    if top != "lcm_kit":
-        return RECIPE
-    assert part in LEVEL_OF, f"lcm_kit/{part} is in no layer: add it to LAYERS"
-    return LEVEL_OF[part]
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Every module that the file names, wherever in it; `from lcm_kit import a` is lcm_kit.a."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            whole = node.module == "lcm_kit"
-            yield from (f"lcm_kit.{alias.name}" for alias in node.names) if whole else (node.module or "",)
-
-
-def own(module: str) -> str | None:
-    """The part of lcm_kit that a module is of; None for a third party's, `__init__` for its own names."""
-    top, _, rest = module.partition(".")
-    if top != "lcm_kit":
-        return None
-    part = rest.split(".")[0]
-    return (
-        part
-        if (ROOT / "lcm_kit" / part).is_dir() or (ROOT / "lcm_kit" / f"{part}.py").is_file()
-        else "__init__"
-    )
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path: Path) -> None:
-    mine = level(path)
-    for module in imports(path):
-        assert module.split(".")[0] not in ("train", "evaluation", "tests"), (
-            f"{module}: recipes are run, not imported"
-        )
-        part = own(module)
-        if part and part != "__init__":
-            assert level(ROOT / "lcm_kit" / f"{part}.py") <= mine, f"{module} is of a layer above"
-        if module.split(".")[0] == "accelerate":
-            assert mine in MAY_USE_ACCELERATE, "accelerate belongs to runtime.py and the recipes"
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in sources() if level(path) == LEVEL_OF["step"]], ids=lambda path: path.stem
-)
-def test_pure_files_know_torch_the_standard_library_and_each_other(path: Path) -> None:
-    """And `errors`, one small class, so that a bad base is told to the user as any other mistake is.
-
-    And `annotated_types`, which is no code either: names for the bounds of a field, which pydantic reads.
-    """
-    for module in imports(path):
-        part = own(module)
-        if part is None:
-            assert module.split(".")[0] in {"torch", "annotated_types", *sys.stdlib_module_names}, module
-        else:
-            assert part in LAYERS["pure"] | {"errors"}, module
-
-
-@pytest.mark.parametrize("name", ["inert.py", "errors.py", "files.py"])
-def test_errors_and_files_cost_nothing_to_import(name: str) -> None:
-    for module in imports(ROOT / "lcm_kit" / name):
-        assert own(module) in ("errors", "inert") or module.split(".")[0] in sys.stdlib_module_names, module
-
-
-def test_the_pure_layer_is_all_there() -> None:
-    present = {
-        path.relative_to(ROOT / "lcm_kit").with_suffix("").parts[0] for path in sources() if level(path) == 1
-    }
-    assert present == LAYERS["pure"]
-
-
-# -- Rooms: a package of lcm_kit, or a file beside the packages ----------------------------------------------
-
-# Of `export` these make a run's files and its card; the others know LoRA files, whoever made them
-OF_A_RUN = {"run", "card", "trained", "recommended"}
+def sources(*tops: str) -> list[Path]:
+    return sorted(path for top in tops for path in (ROOT / top).rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room(module: str) -> str:
-    """`lcm_kit.data.cache` is in `data`; the package's own `__init__` is a room as well."""
-    part, _, rest = module.removeprefix("lcm_kit").removeprefix(".").partition(".")
-    if part == "export" and rest.split(".")[0] not in OF_A_RUN:
-        return "lora"
-    return part or "__init__"
+MODULES = {module_of(path): path for path in sources("lcm_kit")}
 
 
-def arrows_between_rooms() -> dict[str, dict[str, set[str]]]:
-    """By room the rooms that its files name, and in which imports; those on use and for types count too."""
-    modules = {module_of(path): path for path in sources() if path.parts[len(ROOT.parts)] == "lcm_kit"}
-    arrows: dict[str, dict[str, set[str]]] = {room(module): {} for module in modules}
-    for module, path in modules.items():
-        for named in named_modules(path, modules.keys()):
-            if room(named) != room(module):
-                arrows[room(module)].setdefault(room(named), set()).add(f"{module} -> {named}")
-    return arrows
+def room_of(module: str) -> str:
+    """`lcm_kit.data.cache` is in `data`; lcm_kit itself is "", which everybody may know the version of."""
+    return module.removeprefix("lcm_kit").removeprefix(".").partition(".")[0]
 
 
-def named_modules(path: Path, modules: Set[str]) -> Iterator[str]:
-    """The modules that a file imports; `from lcm_kit.data import cache` names lcm_kit.data.cache."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def named(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it and for types too; of lcm_kit the module itself."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from {alias.name for alias in node.names} & modules
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            below = {f"{node.module}.{alias.name}" for alias in node.names} & modules
-            yield from below or {node.module} & modules
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            below = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            yield from below or {node.module}
 
 
-def circle_in(arrows: Mapping[str, Set[str] | Mapping[str, Set[str]]]) -> list[str]:
-    """The rooms of a circle, from one back to itself; none if there is no circle."""
-    try:
-        TopologicalSorter({at: set(to) for at, to in arrows.items()}).prepare()
-    except CycleError as error:
-        return list(reversed(error.args[1]))
-    return []
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] == "lcm_kit"
 
 
-def test_rooms_have_no_circles() -> None:
-    """Whoever moves a function to another room sees here which way round he made."""
-    arrows = arrows_between_rooms()
-    found = circle_in(arrows)
-    ways = [sorted(arrows[at][to]) for at, to in zip(found, found[1:], strict=False)]
-    assert not found, (found, ways)
+def wrong_ways(module: str, imported: Set[str]) -> set[str]:
+    """Of what `module` imports, that from rooms which stand behind its own."""
+    rooms = {name: room_of(name) for name in imported if is_ours(name)}
+    return {name for name, room in rooms.items() if room and PLACE[room] > PLACE[room_of(module)]}
 
 
-def test_a_circle_of_rooms_is_seen() -> None:
-    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set()}) == []
-    assert set(circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
-    arrows = arrows_between_rooms()
-    assert "errors" in arrows["data"] and "data" not in arrows["errors"]
-    arrows["errors"]["data"] = set()
-    assert "errors" in circle_in(arrows)
+def test_every_room_has_its_place() -> None:
+    present = {room_of(module) for module in MODULES} - {""}
+    assert present == set(ROOMS) and len(ROOMS) == len(PLACE)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module)])
+def test_imports_point_down_the_row(module: str) -> None:
+    imported = set(named(MODULES[module]))
+    assert not wrong_ways(module, imported), f"{module} imports what stands behind it in ROOMS"
+    tops = {name.split(".")[0] for name in imported}
+    assert not tops & {"train", "evaluation", "tests", "tools"}, "recipes are run, not imported"
+    if "accelerate" in tops:
+        assert room_of(module) in MAY_USE_ACCELERATE
+
+
+def test_a_wrong_way_is_seen() -> None:
+    assert wrong_ways("lcm_kit.io.files", {"lcm_kit.data.cache", "lcm_kit.errors", "os"}) == {
+        "lcm_kit.data.cache"
+    }
+
+
+@pytest.mark.parametrize("path", sources("train", "evaluation"), ids=lambda path: path.stem)
+def test_recipes_know_the_kit_but_not_its_front(path: Path) -> None:
+    """A recipe is a flat file to copy: no other recipe, and nothing that runs recipes."""
+    rooms = {room_of(name) for name in named(path) if is_ours(name)}
+    assert not rooms & {"workflow", "api", "cli"}
+    assert not {name.split(".")[0] for name in named(path)} & {"train", "evaluation", "tests", "tools"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "core"])
+def test_the_core_knows_torch_and_the_standard_library(module: str) -> None:
+    """And `errors`, one small class, so that a bad base is told to the user as any other mistake is.
+
+    And `annotated_types`, which is no code either: names for the bounds of a field, which pydantic reads.
+    """
+    for name in named(MODULES[module]):
+        if is_ours(name):
+            assert room_of(name) in ("core", "errors"), name
+        else:
+            assert name.split(".")[0] in {"torch", "annotated_types", *sys.stdlib_module_names}, name
+
+
+@pytest.mark.parametrize("module", ["lcm_kit.inert", "lcm_kit.errors", "lcm_kit.io.files"])
+def test_errors_and_files_cost_nothing_to_import(module: str) -> None:
+    for name in named(MODULES[module]):
+        ours = room_of(name) in ("errors", "inert") if is_ours(name) else True
+        assert ours and (is_ours(name) or name.split(".")[0] in sys.stdlib_module_names), name

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.methods import LCM
+from lcm_kit.core.prediction import KINDS, Predict, predictor
+from lcm_kit.core.schedule import grid, interval_weight
+from lcm_kit.core.solvers import SOLVERS
+from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
-from lcm_kit.losses import LOSSES
-from lcm_kit.methods import LCM
-from lcm_kit.prediction import KINDS, Predict, predictor
-from lcm_kit.schedule import grid, interval_weight
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
 from tests import test_closed_form as closed_form
 from tests.gaussians import BRAND, Gaussian
 from tests.test_step import HUBER, SCHEDULE, TIMES, ZERO_SNR, C, Denoiser, latents, predictors

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from lcm_kit import locks, shipped
+from lcm_kit.config import shipped
 from lcm_kit.errors import UserError
-from lcm_kit.files import machine
-from lcm_kit.locks import held
+from lcm_kit.io import locks
+from lcm_kit.io.files import machine
+from lcm_kit.io.locks import held
 from tests.recipes.small import environment
 
 HOLD = """
 import sys
 from pathlib import Path
-from lcm_kit.locks import held
+from lcm_kit.io.locks import held
 with held(Path(sys.argv[1]), "train"):
     print("held", flush=True)
     sys.stdin.read()
@@ -117,7 +118,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in shipped.names() if n.endswith(".py")])
 def test_every_recipe_is_alone_in_its_folder(name: str) -> None:
     main = shipped.load_recipe(name.removesuffix(".py")).main
-    assert inspect.unwrap(main) is not main, f"{name}: decorate main with lcm_kit.locks.alone"
+    assert inspect.unwrap(main) is not main, f"{name}: decorate main with lcm_kit.io.locks.alone"
 
 
 LEAVE = """

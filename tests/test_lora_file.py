@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lcm_kit import assets
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.errors import UserError
-from lcm_kit.lora_file import ADAPTER_FILE, NAME, adapter_file
+from lcm_kit.lora.locate import ADAPTER_FILE, NAME, adapter_file
 
 
 def test_the_embedded_lcm_lora_is_whole() -> None:
-    from lcm_kit.export import reading, structure
+    from lcm_kit.lora import reading, structure
 
     file = adapter_file("asset:tiny-lcm-lora")
     assert file == assets.path("tiny-lcm-lora") / NAME

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcm_kit.losses import LOSSES, huber, huber_norm, l2
+from lcm_kit.core.losses import LOSSES, huber, huber_norm, l2
 
 A = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[..., None, None]
 B = torch.zeros_like(A)

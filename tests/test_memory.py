@@ -16,15 +16,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lcm_kit import memory
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.adapter import save_adapter
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.folder import save_adapter
+from lcm_kit.adapter.trained_weights import swapped
+from lcm_kit.bases import inspect_base, load_unet, memory
+from lcm_kit.bases.memory import compiled, make_optimizer, place, quantizable
 from lcm_kit.config.schema import Adapter, Distill, Memory, Optimizer
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base, load_unet
-from lcm_kit.memory import compiled, make_optimizer, place, quantizable
-from lcm_kit.provenance import Base, Provenance
-from lcm_kit.trained_weights import swapped
+from lcm_kit.lora.provenance import Base, Provenance
 from tests.runs import load_adapter
 
 CPU = torch.device("cpu")
@@ -258,7 +257,7 @@ from lcm_kit.config.schema import Adapter, Distill, Optimizer
 
 cpu, weight = torch.device("cpu"), torch.nn.Parameter(torch.ones(4))
 memory.make_optimizer([weight], Optimizer(), cpu)
-assert "bitsandbytes" not in sys.modules, "imported by lcm_kit.memory"
+assert "bitsandbytes" not in sys.modules, "imported by lcm_kit.bases.memory"
 
 # diffusers' UNet imports it where it is installed, whoever asks; so go on as where it is not
 class Without(PathFinder):
@@ -268,8 +267,8 @@ class Without(PathFinder):
 
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.families import inspect_base
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.bases import inspect_base
 
 unet = memory.load_unet(inspect_base("asset:tiny-sd"), Distill("train/distill", "run"), cpu, torch.float32)
 lora = AdaptedUNet(unet).add_lora(Adapter(rank=2, alpha=2.0))
@@ -286,7 +285,7 @@ print("done without")
 @pytest.mark.slow  # a process that imports torch anew
 @pytest.mark.usefixtures("_bnb")
 def test_who_does_not_ask_for_bitsandbytes_does_not_load_it_and_trains_without_it() -> None:
-    """It is installed here: `lcm_kit.memory` leaves it alone, and a LoRA trains where it is hidden."""
+    """It is installed here: `lcm_kit.bases.memory` leaves it alone, and a LoRA trains where it is hidden."""
     done = subprocess.run([sys.executable, "-c", UNASKED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "done without\n"), done.stderr
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import loading, structure
-from lcm_kit.export.lora import Layer, Lora, layer_group
-from lcm_kit.export.merge import concatenate, interference, truncate
+from lcm_kit.lora import loading, structure
+from lcm_kit.lora.layers import Layer, Lora, layer_group
+from lcm_kit.lora.merge import concatenate, interference, truncate
 from tests.loras import fuse, lcm_modules, random_lora
 
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

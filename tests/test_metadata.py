@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lcm_kit.export import metadata, structure
-from lcm_kit.export.facts import facts_from, not_read
-from lcm_kit.export.lora import Lora
-from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance, Recommended
+from lcm_kit.lora import metadata, structure
+from lcm_kit.lora.layers import Lora
+from lcm_kit.lora.metadata_reading import facts_from, not_read
+from lcm_kit.lora.provenance import Base, Data, Guidance, Method, Provenance, Recommended
 from tests.loras import random_lora
 
 CONVENTION = (
@@ -318,7 +318,7 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
     assert facts_from({"ss_steps": "9" * 5000}, "t") == Provenance("t")
 
 
-REST = "lcm_kit.provenance"
+REST = "lcm_kit.lora.provenance"
 
 
 @pytest.mark.parametrize(

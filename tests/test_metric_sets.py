@@ -12,9 +12,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics import diversity, kernel, sharpness, similarity
-from lcm_kit.metrics.bootstrap import Resamples, percentiles, two_sided_p
-from lcm_kit.metrics.saturation import chroma, clipped_shares
+from lcm_kit.evaluation.metrics import diversity, kernel, sharpness, similarity
+from lcm_kit.evaluation.metrics.bootstrap import Resamples, percentiles, two_sided_p
+from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcm_kit import results
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.metrics.distance import rms
-from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.kept import Rows
-from lcm_kit.sweep.measure import Drawn, Ruler
-from lcm_kit.sweep.metrics import METRICS, as_json, figures, measure, metrics_of, per_picture
+from lcm_kit.evaluation import results
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.kept import Rows
+from lcm_kit.evaluation.measure import Drawn, Ruler
+from lcm_kit.evaluation.metric_table import METRICS, as_json, figures, measure, metrics_of, per_picture
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.metrics.distance import rms
 
 TEACHER, STUDENT = Cell("teacher", None, "ddim", 50, 5.0), Cell("student", "a", "lcm", 4, 1.0)
 

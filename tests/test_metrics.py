@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_kit.metrics.accuracy import attributes_right
-from lcm_kit.metrics.distance import rms
-from lcm_kit.metrics.frechet import frechet, frechet_gaussians
-from lcm_kit.metrics.saturation import chroma, clipped_shares
+from lcm_kit.evaluation.metrics.accuracy import attributes_right
+from lcm_kit.evaluation.metrics.distance import rms
+from lcm_kit.evaluation.metrics.frechet import frechet, frechet_gaussians
+from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
 from lcm_kit.tiny.world import Scene
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_kit.metrics.energy import Energy, counters, integral, spent
+from lcm_kit.evaluation.metrics.energy import Energy, counters, integral, spent
 
 
 def zone(powercap: Path, name: str, kind: str, microjoules: int, most: int = 9_999_999) -> Path:

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.metrics.features import PROBE, Extractor, extractor
-from lcm_kit.metrics.preprocessing import preparation, target
+from lcm_kit.evaluation.metrics.features import PROBE, Extractor, extractor
+from lcm_kit.evaluation.metrics.preprocessing import preparation, target
 from tests.bases import _tokenizer
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics.bootstrap import Resamples, interval
-from lcm_kit.metrics.frechet import ENOUGH, frechet, frechet_interval, frechet_jackknife
+from lcm_kit.evaluation.metrics.bootstrap import Resamples, interval
+from lcm_kit.evaluation.metrics.frechet import ENOUGH, frechet, frechet_interval, frechet_jackknife
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets, sample
-from lcm_kit.metrics.bootstrap import Resamples
-from lcm_kit.metrics.effective_guidance import nearest
+from lcm_kit.evaluation.metrics.bootstrap import Resamples
+from lcm_kit.evaluation.metrics.effective_guidance import nearest
 
 SCALES = torch.tensor([1.0, 1.7, 2.9, 4.3, 7.1])
 

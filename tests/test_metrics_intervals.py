@@ -9,8 +9,14 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics.bootstrap import Resamples, interval, paired_difference, percentiles, two_sided_p
-from lcm_kit.metrics.jackknife import jackknife, student_t, t_share
+from lcm_kit.evaluation.metrics.bootstrap import (
+    Resamples,
+    interval,
+    paired_difference,
+    percentiles,
+    two_sided_p,
+)
+from lcm_kit.evaluation.metrics.jackknife import jackknife, student_t, t_share
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics.bootstrap import Resamples, percentiles
-from lcm_kit.metrics.kernel import gram, kernel_distance, mmd2
+from lcm_kit.evaluation.metrics.bootstrap import Resamples, percentiles
+from lcm_kit.evaluation.metrics.kernel import gram, kernel_distance, mmd2
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -8,11 +8,11 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from lcm_kit.metrics.distance import rms
-from lcm_kit.metrics.diversity import within_prompts
-from lcm_kit.metrics.saturation import chroma, clipped_shares
-from lcm_kit.metrics.sharpness import laplacian_energy, luma, spectral_slope
-from lcm_kit.metrics.similarity import brand_similarity, ends
+from lcm_kit.evaluation.metrics.distance import rms
+from lcm_kit.evaluation.metrics.diversity import within_prompts
+from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
+from lcm_kit.evaluation.metrics.sharpness import laplacian_energy, luma, spectral_slope
+from lcm_kit.evaluation.metrics.similarity import brand_similarity, ends
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

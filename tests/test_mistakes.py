@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 
 
 class Project:
@@ -106,7 +106,7 @@ def test_full_disk(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lcm_kit.files.os.fsync", full)
+    monkeypatch.setattr("lcm_kit.io.files.os.fsync", full)
     sentence = project.fails("encode")
     assert "No space left on device" in sentence and "free some space" in sentence
     half = [path for path in (project.folder / "cache").rglob("*") if path.is_file()]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.base_families import FAMILIES
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
-from lcm_kit.export import kohya_format, names, reading, structure
-from lcm_kit.export.spelling import Speller
+from lcm_kit.families import FAMILIES
+from lcm_kit.lora import kohya_format, names, reading, structure
+from lcm_kit.lora.spelling import Speller
 from tests.loras import lcm_modules, random_lora
 
 GENERATIONS = ("sd1", "sd2", "sdxl")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from lcm_kit.bases import inspect_base
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base
 from tests import odd_bases
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lcm_kit import assets
-from lcm_kit.export.merge_files import fuse
-from lcm_kit.export.older_transformers import make_readable
+from lcm_kit.lora.merge_files import fuse
+from lcm_kit.lora.older_transformers import make_readable
 
 
 def _of_version_4(family: str) -> set[str]:
@@ -75,7 +75,7 @@ def test_a_folder_that_could_not_be_finished_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a kill between the weights and the tokenizer; it was refused afterwards as there already."""
-    from lcm_kit.export import merge_files
+    from lcm_kit.lora import merge_files
 
     parts, output = [(assets.path("tiny-lcm-lora"), 1.0)], tmp_path / "fused"
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lcm_kit.overtraining import CONTROL, TOLERANCE, Measured, of_tables, verdict
+from lcm_kit.training.overtraining import CONTROL, TOLERANCE, Measured, of_tables, verdict
 
 Table = dict[int, float]
 LIMIT = 1 + TOLERANCE["control_loss"]

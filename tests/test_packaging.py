@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lcm_kit import __version__, shipped
+from lcm_kit import __version__
+from lcm_kit.config import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 

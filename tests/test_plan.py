@@ -14,27 +14,30 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from lcm_kit import base_families, families, roles, shipped, text_lora
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.cli_plan import verbs
+from lcm_kit import bases, families
+from lcm_kit.adapter import roles
+from lcm_kit.adapter import text as text_lora
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.styles import add_teacher_adapters
+from lcm_kit.cli.plan import verbs
+from lcm_kit.config import shipped
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Adapter, Base, Distill, Optimizer, Teacher, Training, Weighted
+from lcm_kit.core.methods import LCM
+from lcm_kit.core.schedule import Schedule
+from lcm_kit.core.solvers import SOLVERS
+from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
-from lcm_kit.export import write
-from lcm_kit.export.structure import of_base
-from lcm_kit.methods import LCM
+from lcm_kit.lora import write
+from lcm_kit.lora.provenance import Provenance
+from lcm_kit.lora.structure import of_base
 from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.rehearsal import Stage, rehearse_vae
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, largest
-from lcm_kit.provenance import Provenance
-from lcm_kit.schedule import Schedule
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
-from lcm_kit.styles import add_teacher_adapters
 from tests.loras import lcm_modules, random_lora
 
 TERA = 1e12
@@ -148,7 +151,7 @@ def test_flops_of_checkpointed_sd15_and_sdxl(sd1: Stage, sdxl: Stage) -> None:
 def test_weights_of_the_published_text_encoders_and_vae() -> None:
     """CLIP ViT-L/14, OpenCLIP ViT-H (23 layers), ViT-bigG with its projection; the VAE of all of them."""
     large, huge, giant = 123_060_480, 340_387_840, 694_659_840
-    assert [subject.published(name).text for name in base_families.names()] == [
+    assert [subject.published(name).text for name in families.names()] == [
         large, huge, large + giant, large + giant,
     ]  # fmt: skip
     assert rehearse_vae(subject.published("sd1").vae_config, 64, torch.float32).weights == 83_653_863
@@ -234,7 +237,7 @@ def test_a_prime_divides_no_size() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bytes_of_a_quantised_layer_are_those_of_bitsandbytes(kind: str, tiny: Planner) -> None:
-    from lcm_kit.memory import _quantized
+    from lcm_kit.bases.memory import _quantized
 
     layer = nn.Linear(1024, 512, bias=False)
     held = _quantized(layer, kind, torch.device("cpu"))
@@ -250,7 +253,7 @@ def test_bytes_of_a_quantised_layer_are_those_of_bitsandbytes(kind: str, tiny: P
 
 
 def test_bytes_of_8_bit_moments_are_those_of_bitsandbytes(tiny: Planner) -> None:
-    from lcm_kit.memory import make_optimizer
+    from lcm_kit.bases.memory import make_optimizer
 
     shapes = [(64, 640), (16, 16), (320, 64)]
     parameters = [nn.Parameter(torch.zeros(*shape)) for shape in shapes]
@@ -347,7 +350,7 @@ def test_a_cpu_holds_what_is_saved_more_than_once(tiny: Planner) -> None:
 def real_moments(n: int, teacher_lora: Style | None = None, *, pair: bool, checkpointing: bool) -> list[Held]:
     """What real tensors hold in a step of the embedded base's UNet at n samples, by the ledger on the CPU."""
     wanted = config("quickstart")
-    unet = families.load_unet(families.inspect_base(wanted.base.path))
+    unet = bases.load_unet(bases.inspect_base(wanted.base.path))
     adapted = AdaptedUNet(unet)
     style.put_on(adapted, teacher_lora)
     lora = adapted.add_lora(wanted.adapter)
@@ -432,9 +435,7 @@ def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) ->
         24 * (module.in_features + module.out_features)
         if isinstance(module, nn.Linear)
         else 24 * (module.weight[0].numel() + module.out_channels)
-        for module in (
-            families.load_unet(families.inspect_base("asset:tiny-sd")).get_submodule(m) for m in modules
-        )
+        for module in (bases.load_unet(bases.inspect_base("asset:tiny-sd")).get_submodule(m) for m in modules)
     )
     assert Planner(stage)(wanted).staying["teacher's adapters"] == 4 * weights
     assert stage.weights.lora == tiny.stage.weights.lora
@@ -451,8 +452,8 @@ def test_the_teachers_adapters_are_as_large_as_their_files_together(tmp_path: Pa
         entries.append(Weighted(str(file)))
     wanted = replace(config("quickstart"), teacher=Teacher(tuple(entries)))
     found, lacking = style.find(wanted, place)
-    info = families.inspect_base("asset:tiny-sd")
-    unet = families.load_unet(info)
+    info = bases.inspect_base("asset:tiny-sd")
+    unet = bases.load_unet(info)
     add_teacher_adapters(AdaptedUNet(unet), wanted.teacher, info)
     real = {n: p.shape[0] for n, p in unet.named_parameters() if ".lora_A." in n}
     assert found and not lacking
@@ -647,8 +648,8 @@ def test_what_the_cpus_allocator_keeps(checkpointing: bool, tiny: Planner) -> No
 def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner) -> None:
     """As `train/finetune` encodes captions in its step: with real tensors, at most 2% between them."""
     wanted = tune("text_encoder.rank=8", f"gradient_checkpointing={checkpointing}".lower())
-    base = families.inspect_base(wanted.base.path)
-    text, unet = text_lora.load(base, wanted, torch.device("cpu")), families.load_unet(base)
+    base = bases.inspect_base(wanted.base.path)
+    text, unet = text_lora.load(base, wanted, torch.device("cpu")), bases.load_unet(base)
     assert text is not None
     adapted = AdaptedUNet(unet)
     adapted.add_lora(wanted.adapter)
@@ -819,7 +820,7 @@ def test_a_plan_for_the_cpu_is_held_against_this_machines_memory() -> None:
 
 @pytest.mark.usefixtures("kept_stage")
 def test_a_probe_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcm_kit.cli_plan._free", lambda: 2**20)
+    monkeypatch.setattr("lcm_kit.cli.plan._free", lambda: 2**20)
     done = plan("quickstart", "--probe")
     assert isinstance(done.exception, UserError) and "1.00 MiB are free" in str(done.exception)
 

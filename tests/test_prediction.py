@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcm_kit.core.prediction import KINDS, from_x0_eps, predictor, to_x0_eps
+from lcm_kit.core.schedule import Schedule, add_noise
 from lcm_kit.errors import UserError
-from lcm_kit.prediction import KINDS, from_x0_eps, predictor, to_x0_eps
-from lcm_kit.schedule import Schedule, add_noise
 from tests.gaussians import SD
 
 SCHEDULE = Schedule.from_config(SD)

@@ -13,18 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lcm_kit import __version__, adapter, own_files, provenance
-from lcm_kit.base_families import FAMILIES, Family
-from lcm_kit.cli import app
+from lcm_kit import __version__
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.cli.main import app
 from lcm_kit.config import finetune, schema
 from lcm_kit.config.data import Data as DataKeys
 from lcm_kit.errors import UserError
-from lcm_kit.export import metadata, structure
-from lcm_kit.export.facts import facts_from
-from lcm_kit.export.untrusted import inspect
-from lcm_kit.export.write import write
-from lcm_kit.own_files import Damaged
-from lcm_kit.provenance import (
+from lcm_kit.families import FAMILIES, Family
+from lcm_kit.io import own_files
+from lcm_kit.io.own_files import Damaged
+from lcm_kit.lora import metadata, provenance, structure
+from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.provenance import (
     Base,
     Data,
     Grid,
@@ -41,7 +41,9 @@ from lcm_kit.provenance import (
     TextEncoder,
     from_json,
 )
-from lcm_kit.provenance_rules import converted, merged, of_training, part_of
+from lcm_kit.lora.provenance_rules import converted, merged, of_training, part_of
+from lcm_kit.lora.untrusted import inspect
+from lcm_kit.lora.write import write
 from tests.loras import lcm_modules, random_lora
 
 
@@ -366,10 +368,10 @@ def test_fused_json_says_every_part(files: Path, base: Path) -> None:
 def test_what_is_not_read_of_a_part_is_said(files: Path, base: Path) -> None:
     with safe_open(files / "speed.safetensors", "pt") as opened:
         header = opened.metadata()
-    rest = json.loads(header["lcm_kit.provenance"]) | {"dial": 3}
-    later = {**header, "lcm_kit.provenance": json.dumps(rest), "lcm_kit.kit_version": "9.9"}
+    rest = json.loads(header["lcm_kit.lora.provenance"]) | {"dial": 3}
+    later = {**header, "lcm_kit.lora.provenance": json.dumps(rest), "lcm_kit.kit_version": "9.9"}
     save_file(load_file(files / "speed.safetensors"), files / "later.safetensors", later)
-    words = "its lcm_kit.provenance (of lcm-kit 9.9) says dial, which this kit does not know"
+    words = "its lcm_kit.lora.provenance (of lcm-kit 9.9) says dial, which this kit does not know"
     for verb in (
         ("convert", files / "later.safetensors", "--format", "kohya"),
         ("merge", files / "later.safetensors", files / "look.safetensors", "--output", files / "l"),

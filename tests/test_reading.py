@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import reading, structure
-from lcm_kit.export.lora import Layer, Lora
+from lcm_kit.lora import reading, structure
+from lcm_kit.lora.layers import Layer, Lora
 from tests import broken
 from tests.loras import lcm_modules, random_lora, text_modules
 
@@ -265,7 +265,7 @@ def test_a_header_names_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("generation", ["sd1", "sd2", "sdxl"])
 def test_no_key_of_stable_diffusion_is_taken_for_another_model(generation: Any) -> None:
-    from lcm_kit.export import foreign
+    from lcm_kit.lora import foreign
 
     place = structure.known(generation)
     unet = [f"unet.{name}" for name in place.unet]

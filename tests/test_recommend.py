@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_kit.sweep.cells import Cell
-from lcm_kit.sweep.measure import Figure, Figures
-from lcm_kit.sweep.recommend import Sweep, best_plain, breaks, fault, recommend, warn
-from lcm_kit.sweep.subjects import Subject
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.measure import Figure, Figures
+from lcm_kit.evaluation.recommend import Sweep, best_plain, breaks, fault, recommend, warn
+from lcm_kit.evaluation.subjects import Subject
 
 TEACHER = Cell("teacher", None, "ddim", 50, 3.0)
 HEALTHY = {"saturation": 1.0, "clipped": 0.0, "sharpness": 1.0, "diversity": 0.4, "astray": 0.5}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcm_kit import verdicts
 from lcm_kit.errors import UserError
+from lcm_kit.evaluation import verdicts
 from lcm_kit.report import plots, shared
 from lcm_kit.report.build import snippet, write_report
 from tests.measured import cell, results

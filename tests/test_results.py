@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lcm_kit import own_files, results, verdicts
 from lcm_kit.errors import UserError
-from lcm_kit.own_files import Damaged
+from lcm_kit.evaluation import results, verdicts
+from lcm_kit.io import own_files
+from lcm_kit.io.own_files import Damaged
 from tests.brands import content, row
 from tests.measured import cell
 from tests.measured import results as made

@@ -10,14 +10,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.roles import Given, Objective, Roles, route_by_teacher
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.load import RECIPES
 from lcm_kit.config.schema import Adapter
+from lcm_kit.core.methods import Times
+from lcm_kit.core.schedule import Schedule
 from lcm_kit.data.split import of_the_base
-from lcm_kit.families.condition import Condition
-from lcm_kit.methods import Times
-from lcm_kit.roles import Given, Objective, Roles, route_by_teacher
-from lcm_kit.schedule import Schedule
 
 X = torch.arange(12.0).view(4, 3)
 

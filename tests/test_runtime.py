@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import TypeAdapter
 
-from lcm_kit import checkpoints, own_files, run_files, run_folder, run_metrics, runtime
-from lcm_kit.checkpoints import Origin, State
 from lcm_kit.config.continued import bound, flat
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.schema import Distill, Optimizer
 from lcm_kit.errors import UserError
+from lcm_kit.io import own_files
+from lcm_kit.training import checkpoints, run_files, run_folder, run_metrics, runtime
+from lcm_kit.training.checkpoints import Origin, State
 from tests.recipes.small import TEMPLATE, configure
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import TCDScheduler
 from PIL import Image
 
-from lcm_kit import families, sample, samplers
+from lcm_kit import bases, sample, samplers
 from lcm_kit.errors import UserError
 
 PROMPTS = ["a cat", "a dog", "an owl", "a fox", "a fish"]
@@ -135,7 +135,7 @@ def test_decoding_is_the_vaes_of_latents_without_scale_and_shift(sd_base: Callab
 
 def test_the_vae_of_sdxl_stays_float32_in_float16(sdxl_base: Path, sd_base, tmp_path: Path) -> None:
     """Where its configuration says that it overflows. Another UNet stands in: SDXL's takes its time."""
-    unet = families.load(str(sd_base()), parts=("unet",), dtype=torch.float16).unet
+    unet = bases.load(str(sd_base()), parts=("unet",), dtype=torch.float16).unet
     for upcast, dtype in ((True, torch.float32), (False, torch.float16)):
         folder = Path(shutil.copytree(sdxl_base, tmp_path / str(upcast)))
         file = folder / "vae" / "config.json"
@@ -145,7 +145,7 @@ def test_the_vae_of_sdxl_stays_float32_in_float16(sdxl_base: Path, sd_base, tmp_
         for model in (pipe.text_encoder, pipe.text_encoder_2):
             assert {p.dtype for p in model.parameters()} == {torch.float16}
         if upcast:  # loaded so, not rounded and then widened
-            own = families.load(str(sdxl_base), parts=("vae",)).vae
+            own = bases.load(str(sdxl_base), parts=("vae",)).vae
             assert torch.equal(own.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from lcm_kit.core.schedule import Schedule, add_noise, grid, grid_steps, interval_weight
 from lcm_kit.errors import UserError
-from lcm_kit.schedule import Schedule, add_noise, grid, grid_steps, interval_weight
 from tests.gaussians import SD
 
 SCHEDULE = Schedule.from_config(SD)

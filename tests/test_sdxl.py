@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_kit import families, sample
+from lcm_kit import bases, sample
+from lcm_kit.bases import sdxl
+from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.config import schema
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.images import encode
 from lcm_kit.data.transforms import framing, to_pixels
-from lcm_kit.families import sdxl
-from lcm_kit.families.condition import Condition, Framing
 from tests.bases import build_sdxl
 
 PROMPTS = ["a red fox", "two owls, at night, in the snow, on a long branch of an old tree", ""]
@@ -28,7 +28,7 @@ def pipe(sdxl_base: Path) -> Any:
 
 
 def test_the_condition_is_the_pipelines_own(sdxl_base: Path, pipe: Any) -> None:
-    text = families.load(str(sdxl_base), parts=["text"]).text
+    text = bases.load(str(sdxl_base), parts=["text"]).text
     found = sdxl.encode_text(text, PROMPTS)
     embeds, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     torch.testing.assert_close(found.embeds, embeds, rtol=0, atol=0)
@@ -40,7 +40,7 @@ def test_the_condition_is_the_pipelines_own(sdxl_base: Path, pipe: Any) -> None:
 def test_the_empty_condition_is_what_guidance_uses(tmp_path: Path, zeros: bool) -> None:
     """diffusers takes zeros where the base says so (force_zeros_for_empty_prompt), else encodes it."""
     base = str(build_sdxl(tmp_path / "base", zeros_when_empty=zeros))
-    parts = families.load(base, parts=["text"])
+    parts = bases.load(base, parts=["text"])
     assert parts.info.zeros_when_empty is zeros
     empty = sdxl.empty_condition(parts.text, 2)
     _, embeds, _, pooled = sample.pipeline(base).encode_prompt(["a", "b"], do_classifier_free_guidance=True)
@@ -95,7 +95,7 @@ def config(base: Path, tmp_path: Path, **data: Any) -> schema.Distill:
 def test_the_cache_holds_the_whole_condition(sdxl_base: Path, tmp_path: Path) -> None:
     settings = config(sdxl_base, tmp_path, flip=True)
     encode(settings, progress=False)
-    parts = families.load(str(sdxl_base), parts=["text", "vae"])
+    parts = bases.load(str(sdxl_base), parts=["text", "vae"])
     cache = Cache.open(settings.data.cache, base=parts.info, data=settings.data)
     assert len(cache) == 6
     held = cache.condition([0, 1, 2, 3])
@@ -111,7 +111,7 @@ def test_the_cache_holds_the_whole_condition(sdxl_base: Path, tmp_path: Path) ->
     both = Condition.cat([empty.sized_as(held[:2]), held[:2]])
     assert both.time_ids is not None and torch.equal(both.time_ids[:2], both.time_ids[2:])
     assert both.kwargs().keys() == {"encoder_hidden_states", "added_cond_kwargs"}
-    unet = families.load(str(sdxl_base), parts=["unet"]).unet
+    unet = bases.load(str(sdxl_base), parts=["unet"]).unet
     with torch.no_grad():
         assert unet(cache.latents([0, 1]).repeat(2, 1, 1, 1), 999, **both.kwargs()).sample.shape == (
             4,
@@ -128,7 +128,7 @@ def test_a_cache_for_another_second_encoder_is_refused(sdxl_base: Path, tmp_path
     other = build_sdxl(tmp_path / "new", seed=1)
     shutil.rmtree(tmp_path / "other" / "text_encoder_2")
     shutil.copytree(other / "text_encoder_2", tmp_path / "other" / "text_encoder_2")
-    base = families.inspect_base(str(tmp_path / "other"))
+    base = bases.inspect_base(str(tmp_path / "other"))
     with pytest.raises(Exception, match="the second text encoder of the base"):
         Cache.open(settings.data.cache, base=base, data=settings.data)
 

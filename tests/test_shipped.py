@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_kit import shipped
+from lcm_kit.config import shipped
 from lcm_kit.errors import UserError
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit import families
+from lcm_kit import bases as families
+from lcm_kit.bases import inspect_base, single_file
+from lcm_kit.bases.single_file import folder_of
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base, single_file
-from lcm_kit.families.single_file import folder_of
 from tests import ldm
 
 OPEN_CLIP = {"num_hidden_layers": 23, "intermediate_size": 64}
@@ -402,7 +402,7 @@ def test_an_interrupted_conversion_leaves_nothing(files, cache: Path, monkeypatc
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lcm_kit.families import single_file
+from lcm_kit.bases import single_file
 class Pipeline:
     def save_pretrained(self, folder, **_):
         (folder / "half").write_bytes(b"half")

@@ -7,10 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from lcm_kit.guidance import guide
-from lcm_kit.prediction import KINDS, from_x0_eps, predictor
-from lcm_kit.schedule import Schedule, add_noise, grid
-from lcm_kit.solvers import SOLVERS, Solver
+from lcm_kit.core.guidance import guide
+from lcm_kit.core.prediction import KINDS, from_x0_eps, predictor
+from lcm_kit.core.schedule import Schedule, add_noise, grid
+from lcm_kit.core.solvers import SOLVERS, Solver
 from tests.gaussians import ALL, BRAND, SD
 
 SCHEDULE = Schedule.from_config(SD)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcm_kit.core.guidance import guide
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.methods import LCM, METHODS, Times
+from lcm_kit.core.prediction import KINDS, Predict, predictor
+from lcm_kit.core.schedule import Schedule
+from lcm_kit.core.solvers import SOLVERS
+from lcm_kit.core.step import consistency_loss, diffusion_loss, min_snr_weight
 from lcm_kit.errors import UserError
-from lcm_kit.guidance import guide
-from lcm_kit.losses import LOSSES
-from lcm_kit.methods import LCM, METHODS, Times
-from lcm_kit.prediction import KINDS, Predict, predictor
-from lcm_kit.schedule import Schedule
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss, diffusion_loss, min_snr_weight
 from tests.gaussians import SD
 
 SCHEDULE = Schedule.from_config(SD)

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from lcm_kit import run_metrics, runtime
 from lcm_kit.errors import UserError
-from lcm_kit.stepping import Guard, Passes, Step
+from lcm_kit.training import run_metrics, runtime
+from lcm_kit.training.stepping import Guard, Passes, Step
 from tests.recipes.small import TEMPLATE, configure
 
 SAMPLES = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0], [-2.0, 1.0]])
@@ -81,7 +81,7 @@ def test_two_processes_have_the_mean_of_their_losses_and_gradients(monkeypatch: 
         flat += torch.cat(grads)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr("lcm_kit.stepping.any_of", lambda accelerator, flag: flag)
+    monkeypatch.setattr("lcm_kit.training.stepping.any_of", lambda accelerator, flag: flag)
     for found, left in (step_of(FirstOfTwo(other), SAMPLES[:2]), step_of(alone, SAMPLES, micro=4)):
         assert found.loss == pytest.approx(loss) and found.norm == pytest.approx(float(norm))
         for mine, wanted in zip(left, gradient, strict=True):

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import families
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.adapter import save_adapter
+from lcm_kit import bases
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.folder import save_adapter
+from lcm_kit.adapter.styles import add_teacher_adapters
+from lcm_kit.bases import inspect_base, load_unet
 from lcm_kit.config import schema
 from lcm_kit.errors import UserError
-from lcm_kit.export import loading, structure
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.families import inspect_base, load_unet
-from lcm_kit.provenance import Base, Provenance
-from lcm_kit.styles import add_teacher_adapters
+from lcm_kit.lora import loading, structure
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.provenance import Base, Provenance
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import load_adapter
@@ -103,7 +103,7 @@ def test_only_our_own_lora_learns_and_is_saved(base: Path, tmp_path: Path, in_st
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in parameters)
     assert frozen and all(p.grad is None for n, p in unet.named_parameters() if ".style." in n)
     save_adapter(tmp_path / "adapter", adapted, Provenance(base=Base("a base", "abc"), steps=1))
-    bare = families.load(str(base), parts=["unet"]).unet
+    bare = bases.load(str(base), parts=["unet"]).unet
     assert load_adapter(tmp_path / "adapter", bare).state().keys() == {
         n.removeprefix("unet.") + e for n in own.layers for e in (".lora_A.weight", ".lora_B.weight")
     }

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_kit import families, sample
-from lcm_kit.check import check
+from lcm_kit import bases, sample
+from lcm_kit.bases.tokens import straightened, too_long
+from lcm_kit.cli.check import check
 from lcm_kit.config import schema
 from lcm_kit.config.load import load
+from lcm_kit.config.shipped import config_path
 from lcm_kit.data import images
 from lcm_kit.data.cache import Cache
-from lcm_kit.families.tokens import straightened, too_long
-from lcm_kit.shipped import config_path
 
 CURLY = "the brand’s “new” look, it‘s „so“"
 STRAIGHT = 'the brand\'s "new" look, it\'s "so"'
@@ -25,8 +25,8 @@ STRAIGHT = 'the brand\'s "new" look, it\'s "so"'
 def test_curly_quotes_are_the_straight_ones_that_clip_knows() -> None:
     assert straightened(CURLY) == STRAIGHT
     assert straightened("Größe ¿qué? 日本 – a.b") == "Größe ¿qué? 日本 – a.b"
-    base = families.inspect_base("asset:tiny-sd")
-    tokenizer = families.load_tokenizer(base, "tokenizer")
+    base = bases.inspect_base("asset:tiny-sd")
+    tokenizer = bases.load_tokenizer(base, "tokenizer")
     assert tokenizer(CURLY).input_ids == tokenizer(STRAIGHT).input_ids
     pipe = sample.pipeline("asset:tiny-sd")
     assert pipe.tokenizer(CURLY).input_ids == tokenizer(STRAIGHT).input_ids
@@ -35,10 +35,10 @@ def test_curly_quotes_are_the_straight_ones_that_clip_knows() -> None:
 def test_other_captions_embed_as_they_did() -> None:
     from transformers import CLIPTokenizer
 
-    base = families.inspect_base("asset:tiny-sd")
+    base = bases.inspect_base("asset:tiny-sd")
     plain = CLIPTokenizer.from_pretrained(base.folder / "tokenizer")
     captions = ["a red Fish  on a blue ground", "it's 3 o'clock, (really)", "crème brûlée", ""]
-    assert families.load_tokenizer(base, "tokenizer")(captions).input_ids == plain(captions).input_ids
+    assert bases.load_tokenizer(base, "tokenizer")(captions).input_ids == plain(captions).input_ids
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def config(tmp_path: Path) -> schema.Training:
 def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
     config: schema.Training, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = families.inspect_base(config.base.path)
-    tokenizer = families.load_tokenizer(base, "tokenizer")
+    base = bases.inspect_base(config.base.path)
+    tokenizer = bases.load_tokenizer(base, "tokenizer")
     cut, most = too_long(base, {"a": "short", "b": "tag, " * 43 + "end"})
     wanted = len(tokenizer("tag, " * 43 + "end", truncation=False).input_ids) - 2
     assert cut == {"b": wanted} and wanted > most
@@ -76,7 +76,7 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
 def test_a_cache_of_curly_quotes_is_one_of_straight_ones(config: schema.Training) -> None:
     """The same tokens, so the same rows: nothing is encoded again, and nothing was encoded otherwise."""
     images.encode(config, progress=False)
-    base = families.inspect_base(config.base.path)
+    base = bases.inspect_base(config.base.path)
     before = Cache.open(config.data.cache, base=base, data=config.data)
     embeds = before.condition([2]).embeds.clone()
     (Path(config.data.path) / "2.txt").write_text("a “red” fish")

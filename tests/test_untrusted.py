@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import untrusted
+from lcm_kit.lora import untrusted
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 ONE = struct.pack("<2f", 1.0, 2.0)

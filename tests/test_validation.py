@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm_kit.errors import UserError
-from lcm_kit.validation import Validation, rms
+from lcm_kit.training.validation import Validation, rms
 from tests.recipes.small import TEMPLATE, configure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_kit.check import check
+from lcm_kit.cli.check import check
 from lcm_kit.config import schema
 from lcm_kit.data import encoding, images
 from lcm_kit.errors import UserError

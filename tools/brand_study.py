@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 from brand_looks import LOOKS, caption, pictures, unseen
 
-from lcm_kit import results, shipped
+from lcm_kit.config import shipped
 from lcm_kit.config.load import load
 from lcm_kit.data import prior, sources
-from lcm_kit.export import merge_files
+from lcm_kit.evaluation import results
 from lcm_kit.export.run import export_run
-from lcm_kit.lora_file import adapter_file
+from lcm_kit.lora import merge_files
+from lcm_kit.lora.locate import adapter_file
 from lcm_kit.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from lcm_kit import results
+from lcm_kit.evaluation import results
 
 WAYS = {
     "base": "base",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lcm_kit import base_families
-from lcm_kit.export import structure, verify, write
-from lcm_kit.provenance import Provenance
+from lcm_kit import families
+from lcm_kit.lora import structure, verify, write
+from lcm_kit.lora.provenance import Provenance
 from lcm_kit.quiet import quiet
 from tests import broken
 from tests.loras import random_lora
@@ -54,7 +54,7 @@ def main() -> None:
             lora = random_lora(base)
             broken.save(file, breaker(lora, base))
             show(what, base, file)
-        for base in map(structure.known, base_families.names()):
+        for base in map(structure.known, families.names()):
             for style in ("kohya", "diffusers"):
                 write.write(file, random_lora(base), base, style, "float16", Provenance("lora"))
                 show(f"this kit, {style} format", base, file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from lcm_kit.losses import LOSSES
+from lcm_kit.core.losses import LOSSES
 from tests.test_closed_form import CHECKED, distil, errors
 
 DISTANCES = {

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from lcm_kit import cli  # noqa: E402
+from lcm_kit.cli import main as cli  # noqa: E402
 from tests.bases import build_sd  # noqa: E402
 from tests.faults import disk  # noqa: E402
 from tests.recipes.small import draw_little  # noqa: E402

@@ -59,7 +59,7 @@ class Fault(Exception):
 
 def cli(*words: str) -> str:
     """What a verb prints. Raises `ValueError` with its sentence on exit code 2, and `Fault`."""
-    from lcm_kit.cli import app
+    from lcm_kit.cli.main import app
 
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -117,7 +117,7 @@ def sample(base: Path, out: Path, images: Path) -> str:
 
 def verify(base: Path, out: Path, images: Path) -> str:
     """What `verify`, `convert` and `merge` take a base for."""
-    from lcm_kit.export.verify import base_of
+    from lcm_kit.lora.verify import base_of
 
     found = base_of(str(base))
     return repr((found.structure.modules, found.structure.generation.name, found.structure.prediction_type))

@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from lcm_kit import shipped
+from lcm_kit.config import shipped
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Training
-from lcm_kit.export import write
-from lcm_kit.export.structure import known, of_base
+from lcm_kit.lora import write
+from lcm_kit.lora.provenance import Provenance
+from lcm_kit.lora.structure import known, of_base
 from lcm_kit.plan import show, style, subject
 from lcm_kit.plan.estimate import Estimate, Planner
 from lcm_kit.plan.rehearsal import Stage
-from lcm_kit.provenance import Provenance
 from lcm_kit.quiet import quiet
 from tests.bases import _SCHEDULER, _tokenizer, build_sd
 from tests.loras import random_lora

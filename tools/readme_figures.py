@@ -21,10 +21,10 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lcm_kit import results, verdicts
+from lcm_kit.evaluation import results, verdicts
+from lcm_kit.evaluation.result_shapes import Cell
 from lcm_kit.report import brand
 from lcm_kit.report.shared import percent
-from lcm_kit.result_shapes import Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.config.load import RECIPES
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"

@@ -51,7 +51,10 @@ RUNNER = """
 import json, os, sys
 from pathlib import Path
 import torch, diffusers, peft, transformers
-from lcm_kit import cli
+try:
+    from lcm_kit.cli import main as cli
+except ImportError:  # before the command line was a package
+    from lcm_kit import cli
 assert Path(cli.__file__).is_relative_to(sys.argv[1]), cli.__file__
 torch.set_num_threads(1)
 for name, ranks, port, words in json.loads(sys.argv[2]):

@@ -24,26 +24,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import families, run_folder, run_metrics, runtime, stepping
-from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit import bases
+from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.adapter.styles import add_teacher_adapters, start_from
+from lcm_kit.adapter.trained_weights import update_ema
+from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.config.schema import Distill
-from lcm_kit.control import Control
+from lcm_kit.core.guidance import sample_guidance
+from lcm_kit.core.methods import Method, Times
+from lcm_kit.core.schedule import Schedule, grid_steps
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.split import of_the_base
-from lcm_kit.guidance import sample_guidance
-from lcm_kit.held_out import HeldOut, Measuring
-from lcm_kit.locks import alone
-from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
-from lcm_kit.methods import Method, Times
-from lcm_kit.processes import say
-from lcm_kit.provenance_rules import of_training
-from lcm_kit.roles import Given, Objective, Roles
-from lcm_kit.schedule import Schedule, grid_steps
-from lcm_kit.stopping import leave, stoppable
-from lcm_kit.styles import add_teacher_adapters, start_from
-from lcm_kit.trained_weights import update_ema
-from lcm_kit.validation import Validation
+from lcm_kit.io.locks import alone
+from lcm_kit.lora.provenance_rules import of_training
+from lcm_kit.training import run_folder, run_metrics, runtime, stepping
+from lcm_kit.training.control import Control
+from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.processes import say
+from lcm_kit.training.stopping import leave, stoppable
+from lcm_kit.training.validation import Validation
 
 
 class Draws(NamedTuple):
@@ -75,7 +76,7 @@ def main(config: Distill) -> Path:
         return run
 
     # -- Parts: the base's UNet and schedule, and the four plugs ---------------------------------------------
-    base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    base = bases.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     cache = sources.open_cache(config, base)
     trained, kept = sources.split_off(config, cache)
     control = Control.prepare(config, base.base_hash)

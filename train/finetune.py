@@ -24,28 +24,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import families, run_folder, run_metrics, runtime, stepping, text_lora
-from lcm_kit.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit import bases
+from lcm_kit.adapter import text as text_lora
+from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.adapter.trained_weights import swapped, update_ema
+from lcm_kit.bases.condition import Condition
+from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.config.finetune import Finetune
-from lcm_kit.control import StyleControl
+from lcm_kit.core.losses import l2
+from lcm_kit.core.prediction import predictor
+from lcm_kit.core.schedule import Schedule
+from lcm_kit.core.step import diffusion_loss, min_snr_weight
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
-from lcm_kit.families.condition import Condition
-from lcm_kit.held_out import HeldOut, Measuring
-from lcm_kit.locks import alone
-from lcm_kit.losses import l2
-from lcm_kit.memory import compiled, load_unet, make_optimizer, set_rates
-from lcm_kit.prediction import predictor
-from lcm_kit.processes import say
-from lcm_kit.provenance_rules import of_training
-from lcm_kit.schedule import Schedule
-from lcm_kit.step import diffusion_loss, min_snr_weight
-from lcm_kit.stopping import leave, stoppable
-from lcm_kit.trained_weights import swapped, update_ema
-from lcm_kit.validation import StyleValidation
+from lcm_kit.io.locks import alone
+from lcm_kit.lora.provenance_rules import of_training
+from lcm_kit.training import run_folder, run_metrics, runtime, stepping
+from lcm_kit.training.control import StyleControl
+from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.processes import say
+from lcm_kit.training.stopping import leave, stoppable
+from lcm_kit.training.validation import StyleValidation
 
 
 class Draws(NamedTuple):
@@ -85,7 +87,7 @@ def main(config: Finetune) -> Path:
         return run
 
     # -- Parts: the base's UNet and schedule, the pictures ---------------------------------------------------
-    base = families.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    base = bases.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     kind = base.prediction_type
     text = text_lora.load(base, config, device)  # None: captions are as they were encoded
     cache = live(Cache.open(Path(config.data.cache), base=base, data=config.data), text)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_kit.config.pretrain import PretrainTiny
-from lcm_kit.files import atomic_file, atomic_write, make_folder, require_writable
-from lcm_kit.locks import alone
-from lcm_kit.prediction import from_x0_eps
-from lcm_kit.schedule import Schedule, add_noise
-from lcm_kit.step import min_snr_weight
+from lcm_kit.core.prediction import from_x0_eps
+from lcm_kit.core.schedule import Schedule, add_noise
+from lcm_kit.core.step import min_snr_weight
+from lcm_kit.io.files import atomic_file, atomic_write, make_folder, require_writable
+from lcm_kit.io.locks import alone
 from lcm_kit.tiny import models, probe, world
 from lcm_kit.tiny.fit import fit, one_cycle
 

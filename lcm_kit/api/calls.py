@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lcm_kit import console
 from lcm_kit.errors import UserError
-from lcm_kit.files import refusal_of
+from lcm_kit.io.files import refusal_of
 
 
 @contextlib.contextmanager

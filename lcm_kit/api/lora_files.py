@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
-from lcm_kit.cli_numbers import WEIGHT, within
+from lcm_kit.config.numbers import WEIGHT, within
 
 if TYPE_CHECKING:
-    from lcm_kit.export.convert import Converted
-    from lcm_kit.export.facts import Recommended
-    from lcm_kit.export.merge_files import Merged
-    from lcm_kit.export.verify import Report as Verification
+    from lcm_kit.lora.convert import Converted
+    from lcm_kit.lora.merge_files import Merged
+    from lcm_kit.lora.metadata_reading import Recommended
+    from lcm_kit.lora.verify import Report as Verification
 
 Format = Literal["diffusers", "kohya", "both"]  # kohya is what every app reads
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -69,7 +69,7 @@ def verify(
         for row in checked.rows:
             print(row.title, row.loaded, "of", row.of, row.verdict)
     """
-    from lcm_kit.export import verify as checks
+    from lcm_kit.lora import verify as checks
 
     _insist_on_ranges(alpha)
     with call(verbose), console.working(f"checking {file}"):
@@ -102,8 +102,8 @@ def convert(
         done = lcm_kit.convert("lumo.safetensors", output="fixed")
         print(*done.reports)
     """
-    from lcm_kit.export import convert as converting
-    from lcm_kit.export import verify as checks
+    from lcm_kit.lora import convert as converting
+    from lcm_kit.lora import verify as checks
 
     _insist_on_ranges(alpha, rank)
     source = Path(file)
@@ -136,7 +136,7 @@ def merge(
         done = lcm_kit.merge({"style.safetensors": 0.8, "speed.safetensors": 1.0}, "both")
         print(*done.reports)
     """
-    from lcm_kit.export import merge_files
+    from lcm_kit.lora import merge_files
 
     _insist_on_ranges(rank=rank)
     parts = _parts(loras)
@@ -162,7 +162,7 @@ def fuse(
 
         folder = lcm_kit.fuse({"lumo.safetensors": 1.0}, "asset:tiny-sd", "tiny-lumo")
     """
-    from lcm_kit.export import merge_files
+    from lcm_kit.lora import merge_files
 
     parts, folder = _parts(loras), Path(output)
     with call(verbose), console.working(f"fusing {len(parts)} into {base}"):
@@ -181,8 +181,8 @@ def recommended_for(adapter: Place, *, verbose: bool = False) -> Recommended | N
         if use and use.steps:
             print(use.sentence, use.sampler, use.steps, use.lora_weight)
     """
-    from lcm_kit.export.recommended import of_adapter
-    from lcm_kit.lora_file import adapter_file
+    from lcm_kit.evaluation.recommended import of_adapter
+    from lcm_kit.lora.locate import adapter_file
 
     with call(verbose, models=False):
         return of_adapter(Path(adapter), adapter_file(os.fspath(adapter)))

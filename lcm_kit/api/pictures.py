@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
-from lcm_kit.cli_numbers import WEIGHT, within
+from lcm_kit.config.numbers import WEIGHT, within
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def load_into(
         image = pipe("a fox in a boat", **settings).images[0]
     """
     from lcm_kit import sample
-    from lcm_kit.export import structure
-    from lcm_kit.export.convert import insist_on_diffusers
-    from lcm_kit.export.recommended import method_of, of_adapter, settings
-    from lcm_kit.export.verify import Against
-    from lcm_kit.lora_file import adapter_file
+    from lcm_kit.evaluation.recommended import method_of, of_adapter, settings
+    from lcm_kit.lora import structure
+    from lcm_kit.lora.convert import insist_on_diffusers
+    from lcm_kit.lora.locate import adapter_file
+    from lcm_kit.lora.verify import Against
 
     _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
     with call(verbose):
@@ -150,10 +150,10 @@ def drawing(
     import torch
 
     from lcm_kit.config.schema import Base
-    from lcm_kit.export.recommended import method_of, of_adapter, settings
-    from lcm_kit.export.write import DTYPES
-    from lcm_kit.methods import DEFAULT
-    from lcm_kit.written import from_command
+    from lcm_kit.core.methods import DEFAULT
+    from lcm_kit.evaluation.recommended import method_of, of_adapter, settings
+    from lcm_kit.io.written import from_command
+    from lcm_kit.lora.write import DTYPES
 
     _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
     _insist_on_ranges(count=count, batch_size=more.get("batch_size"), width=width, height=height)
@@ -192,8 +192,8 @@ def _insist_on_ranges(**numbers: float | None) -> None:
 
 def _insist_on_a_pair(adapter: Path, base: Base) -> Path:
     """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
-    from lcm_kit.export import convert, verify
-    from lcm_kit.lora_file import adapter_file
+    from lcm_kit.lora import convert, verify
+    from lcm_kit.lora.locate import adapter_file
 
     against = verify.base_of(base.path, base.revision, base.variant)
     file = adapter_file(adapter)

@@ -36,8 +36,7 @@ def load_config(
         config = lcm_kit.load_config("distill/tiny_lcm", steps=200)
         print(config.output, config.optimizer.lr)
     """
-    from lcm_kit import shipped
-    from lcm_kit.config import yaml_text
+    from lcm_kit.config import shipped, yaml_text
     from lcm_kit.config.load import load
 
     words = [*overrides, *yaml_text.overrides(keys)]
@@ -141,13 +140,13 @@ def finetune(
         made = lcm_kit.finetune("my_pictures", "my/base", style={"steps": 800})
         print(made.apps, made.report)
     """
-    from lcm_kit import story
+    from lcm_kit import workflow
     from lcm_kit.config import yaml_text
     from lcm_kit.config.schema import Base
 
     stages = {"style": style or {}, "distill": distill or {}, "brand": brand or {}}
     with call(verbose):
-        report = story.finetune(
+        report = workflow.finetune(
             os.fspath(folder), Base(os.fspath(base), revision, variant), _path(output),
             [*overrides, *yaml_text.overrides(stages)], prompts=_text(prompts), trigger=trigger,
             speed=_text(speed), dry_run=dry_run,
@@ -201,9 +200,9 @@ def _training(config: Place, loaded: Config) -> Training:
 def _encode(config: Training, verbose: bool) -> list[EncodeReport]:
     """Every cache that `config` asks for; several processes share the work."""
     with call(verbose):
-        from lcm_kit import processes
         from lcm_kit.config.finetune import Finetune
         from lcm_kit.data import prior, sources
+        from lcm_kit.training import processes
 
         share = processes.share()
         beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
@@ -215,7 +214,7 @@ def _encode(config: Training, verbose: bool) -> list[EncodeReport]:
 
 def _run(stage: str, config: Place, loaded: Config, verbose: bool) -> Path:
     """Run the recipe that the config names, if it belongs to the stage."""
-    from lcm_kit import shipped
+    from lcm_kit.config import shipped
 
     name = os.fspath(config)
     if not loaded.recipe.startswith(f"{stage}/"):
@@ -227,7 +226,7 @@ def _run(stage: str, config: Place, loaded: Config, verbose: bool) -> Path:
 
 
 def _finetuned(report: Path) -> Finetuned:
-    from lcm_kit.export.write import file_name
+    from lcm_kit.lora.write import file_name
 
     run = report.parent
     title, style = run.resolve().name, run / "style"

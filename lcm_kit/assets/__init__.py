@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lcm_kit.errors import UserError
-from lcm_kit.written import decoded, tidied
+from lcm_kit.io.written import decoded, tidied
 
 _FOLDER = Path(__file__).resolve().parent
 _MOST_BYTES = 2**26  # of a file of prompts: a million lines

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit import assets
-from lcm_kit.base_families import PARTS, generation_of
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError
-from lcm_kit.families.condition import Condition
+from lcm_kit.families import PARTS, generation_of
 
 UNET = {"norm_num_groups": 32, "block_out_channels": (320, 640, 1280, 1280)}
 VAE = {

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.evaluation import Speed
-from lcm_kit.families.condition import Condition
-from lcm_kit.methods import Times
+from lcm_kit.core.methods import Times
 
 Part = Callable[[str], AbstractContextManager[None]]  # name of a part of the step -> what is open around it
 

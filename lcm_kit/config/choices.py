@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from lcm_kit import base_families, samplers
+from lcm_kit import families, samplers
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class OneOf:
 AdapterSampler = Annotated[str, OneOf(samplers.for_adapter)]
 BaseSampler = Annotated[str, OneOf(samplers.for_base)]
 # Of the random weights of a benchmark: a generation, or the embedded base
-Structure = Annotated[str, OneOf(lambda: [*(each.name for each in base_families.unpruned()), "tiny"])]
+Structure = Annotated[str, OneOf(lambda: [*(each.name for each in families.unpruned()), "tiny"])]

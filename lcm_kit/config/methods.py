@@ -22,9 +22,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lcm_kit.config.data import STRICT, Place
 from lcm_kit.config.mistakes import by_name, explain
+from lcm_kit.core.methods import DEFAULT, LCM, METHODS, Method, MethodInfo
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.files import sha256_bytes
-from lcm_kit.methods import DEFAULT, LCM, METHODS, Method, MethodInfo
+from lcm_kit.io.files import sha256_bytes
 from lcm_kit.samplers import for_adapter
 
 IMPORTS = "imports"  # of a validation's context: whether a file that the config names may be imported

@@ -2,7 +2,7 @@
 
 The objects are frozen pydantic dataclasses: what `load.py` validates is what the recipes hold in their hands.
 Guidance is everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w is `guidance_scale - 1`
-(`lcm_kit/guidance.py`).
+(`lcm_kit/core/guidance.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lcm_kit.config.data import (
     Whole,
 )
 from lcm_kit.config.methods import AnyMethod
-from lcm_kit.methods import LCM
+from lcm_kit.core.methods import LCM
 
 __all__ = [
     "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Place", "Positive", "Rate",

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lcm_kit.families.condition import Condition
+from lcm_kit.bases.condition import Condition
 
 
 class Samples(Protocol):

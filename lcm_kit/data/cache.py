@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import own_files, own_shapes
+from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
 from lcm_kit.data import shards
 from lcm_kit.data.encoder import CONDITION
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo
-from lcm_kit.families.condition import Condition
-from lcm_kit.files import sha256_bytes
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.files import sha256_bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from unicodedata import normalize
 
 from lcm_kit.data.folder_files import File, Files
 from lcm_kit.errors import UserError
-from lcm_kit.written import LONGEST, decoded, tidied
+from lcm_kit.io.written import LONGEST, decoded, tidied
 
 METADATA = "metadata.jsonl"
 TABLES = (METADATA, "metadata.csv")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lcm_kit.adapter.text import Captions, TextLora
 from lcm_kit.data.cache import Cache
-from lcm_kit.text_lora import Captions, TextLora
 
 Found = TypeVar("Found", Cache, Cache | None)
 

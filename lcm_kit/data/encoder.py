@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit import families
+from lcm_kit import bases
+from lcm_kit.bases import BaseInfo, inspect_base
+from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.config.schema import Training
+from lcm_kit.core.prediction import check as check_prediction
+from lcm_kit.core.schedule import Schedule
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo, inspect_base
-from lcm_kit.families.condition import Condition, Framing
-from lcm_kit.prediction import check as check_prediction
-from lcm_kit.schedule import Schedule
 
 CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
 
@@ -36,19 +36,19 @@ def usable_base(config: Training) -> BaseInfo:
 class Encoder:
     """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
 
-    family: families.Code
+    family: bases.Code
     vae: Any  # None where only captions are encoded
     text: Any
 
     @classmethod
     def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
         """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
-        family = families.family_of(base)
+        family = bases.family_of(base)
         text = family.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):
                 part.to(device)
-        return cls(family, families.load_vae(base).to(device) if vae else None, text)
+        return cls(family, bases.load_vae(base).to(device) if vae else None, text)
 
     def empty(self) -> Condition:
         """The condition of an unconditional pass."""

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lcm_kit import console, families, own_files
+from lcm_kit import bases, console
+from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -26,8 +27,8 @@ from lcm_kit.data.encoder import Encoder, tensors_of
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.shards import Entry, Shard
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo
-from lcm_kit.files import require_writable
+from lcm_kit.io import own_files
+from lcm_kit.io.files import require_writable
 from lcm_kit.share import Share
 
 Part = TypeVar("Part", bound=Sized)
@@ -122,7 +123,7 @@ def bring_up_to_date(
 
 
 def _say_what_is_cut(base: BaseInfo, entries: Sequence[Entry]) -> None:
-    cut, most = families.too_long(base, {entry.id: entry.caption for entry in entries})
+    cut, most = bases.too_long(base, {entry.id: entry.caption for entry in entries})
     if cut:
         longest = max(cut, key=lambda id: cut[id])
         console.say(

@@ -16,7 +16,7 @@ from lcm_kit.data.near_duplicates import Thumbnail, near_duplicates, thumbnail
 from lcm_kit.data.records import Record
 from lcm_kit.data.transforms import ON_THE_SIDE, resized, to_rgb
 from lcm_kit.errors import UserError
-from lcm_kit.files import sha256_bytes
+from lcm_kit.io.files import sha256_bytes
 
 _DRAFT = 128  # pixels of the shorter side are enough to look at; JPEG decodes to about that at once
 _BLANK = 3.0  # of 255: standard deviation of a picture that shows nothing

@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import families, sample
+from lcm_kit import bases, sample
+from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.condition import Framing
+from lcm_kit.bases.tokens import straightened
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -25,10 +28,7 @@ from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing, to_pixels, upright_for
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo
-from lcm_kit.families.condition import Framing
-from lcm_kit.families.tokens import straightened
-from lcm_kit.files import sha256_bytes
+from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
 
@@ -113,7 +113,7 @@ def encoded(
     SDXL adds `pooled` [n, P] and `time_ids` [n, 6]. Raises `UserError` for an image that is another one now.
     """
     for batch, pictures in _ahead(entries, records, data):
-        latents = families.encode_images(encoder.vae, torch.stack([pixels for pixels, _ in pictures]))
+        latents = bases.encode_images(encoder.vae, torch.stack([pixels for pixels, _ in pictures]))
         condition = encoder.condition([entry.caption for entry in batch], [framed for _, framed in pictures])
         yield {"latents": latents.float().cpu(), **tensors_of(condition)}
 

@@ -13,7 +13,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lcm_kit import own_files, own_shapes, sample
+from lcm_kit import sample
+from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data
 from lcm_kit.data import images, records
@@ -22,9 +23,9 @@ from lcm_kit.data.encoding import Advance, make_missing
 from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo, inspect_base
-from lcm_kit.files import atomic_write, discard
-from lcm_kit.locks import held
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.files import atomic_write, discard
+from lcm_kit.io.locks import held
 from lcm_kit.share import ALONE, Share
 
 BATCH = 8  # pictures drawn at once

@@ -23,7 +23,7 @@ from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
 from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.written import tidied
+from lcm_kit.io.written import tidied
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")

@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lcm_kit import sample, styles
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit import sample
+from lcm_kit.adapter import styles
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -27,8 +29,7 @@ from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing
-from lcm_kit.families import BaseInfo
-from lcm_kit.files import sha256_bytes
+from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
 _DRAWN_BY = ("solver", "steps", "guidance_scale", "seed")

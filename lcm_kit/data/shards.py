@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, own_files, own_shapes
+from lcm_kit import __version__
+from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo
-from lcm_kit.files import discard, sha256_bytes
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.files import discard, sha256_bytes
 
 MANIFEST = "manifest.json"
 EMPTY = "empty.safetensors"

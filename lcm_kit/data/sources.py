@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import images, samples
@@ -19,10 +21,8 @@ from lcm_kit.data.cache import Cache
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.split import GENERAL, Rows, chosen, own_images, split
 from lcm_kit.errors import UserError
-from lcm_kit.families import BaseInfo
-from lcm_kit.families.condition import Condition
-from lcm_kit.files import sha256_bytes
-from lcm_kit.locks import held
+from lcm_kit.io.files import sha256_bytes
+from lcm_kit.io.locks import held
 from lcm_kit.share import ALONE, Share
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Distill
 from lcm_kit.errors import UserError
-from lcm_kit.families.condition import Condition
-from lcm_kit.files import sha256_bytes
+from lcm_kit.io.files import sha256_bytes
 
 if TYPE_CHECKING:
     from lcm_kit.data.cache import Cache

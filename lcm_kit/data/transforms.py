@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lcm_kit.families.condition import Framing
+from lcm_kit.bases.condition import Framing
 
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _WHOLE = 64_000_000  # pixels, 256 MB in RGB: a larger picture is made narrower in strips of rows

@@ -21,20 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lcm_kit import own_files, samplers, verdicts
-from lcm_kit.export.apps import CHECKED, TITLES, VERSIONS, WHOLE
-from lcm_kit.export.facts import sampler_name
-from lcm_kit.export.lora import Lora, layer_group
-from lcm_kit.export.structure import Structure
-from lcm_kit.files import atomic_write
-from lcm_kit.guidance import paper_w
-from lcm_kit.methods import MethodInfo
-from lcm_kit.report import brand as look
-from lcm_kit.report.brand import interval
-from lcm_kit.report.build import describe
-from lcm_kit.report.shared import AGAIN, number, percent
-from lcm_kit.result_shapes import Cell, Results
-from lcm_kit.results import (
+from lcm_kit import samplers
+from lcm_kit.core.guidance import paper_w
+from lcm_kit.core.methods import MethodInfo
+from lcm_kit.evaluation import verdicts
+from lcm_kit.evaluation.result_shapes import Cell, Results
+from lcm_kit.evaluation.results import (
     brand_rows,
     cells_of,
     compares_brand,
@@ -44,10 +36,21 @@ from lcm_kit.results import (
     reference,
     value,
 )
+from lcm_kit.export.markdown import code, literal, text
+from lcm_kit.io import own_files
+from lcm_kit.io.files import atomic_write
+from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS, WHOLE
+from lcm_kit.lora.layers import Lora, layer_group
+from lcm_kit.lora.metadata_reading import sampler_name
+from lcm_kit.lora.structure import Structure
+from lcm_kit.report import brand as look
+from lcm_kit.report.brand import interval
+from lcm_kit.report.build import describe
+from lcm_kit.report.shared import AGAIN, number, percent
 from lcm_kit.sample import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from lcm_kit.provenance import Guidance, Provenance
+    from lcm_kit.lora.provenance import Guidance, Provenance
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
 LOOK = "pictures/base-and-look.png"
@@ -143,31 +146,6 @@ def write(
     # A file name need not be text: what cannot be encoded is shown as `?`
     atomic_write(folder / "README.md", page.encode("utf-8", "replace"))
     return folder / "README.md"
-
-
-# -- Foreign text in Markdown --------------------------------------------------------------------------------
-
-
-def text(value: object) -> str:
-    """`value` as Markdown that shows it as it is, on one line, in a table's cell too."""
-    line = re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(value)).strip()
-    line = re.sub(r"[\\`*_~\[\]#!]", r"\\\g<0>", line)
-    line = re.sub(r"^(\d*)([-+.)])(?=[\s-]|$)", r"\1\\\2", line)  # else a list in a list
-    # A table splits its rows before it looks for escapes, so these become entities
-    return re.sub(r"[<>&|]", lambda found: f"&#{ord(found[0])};", line)
-
-
-def code(value: object) -> str:
-    """`value` as code in Markdown, also within a table: between backticks if they can hold it."""
-    plain = str(value)
-    if plain and plain == plain.strip() and plain.isprintable() and not set(plain) & set("`|"):
-        return f"`{plain}`"
-    return f"<code>{text(plain)}</code>"
-
-
-def literal(value: object) -> str:
-    """`value` as a JSON literal on one line, which Python and YAML read as well."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _verify_command(file: str, base: str | None) -> str:

@@ -6,12 +6,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lcm_kit import adapter, console, families, own_files, own_shapes, results, verified
+from lcm_kit import bases, console
+from lcm_kit.adapter import folder as adapter
 from lcm_kit.errors import UserError
-from lcm_kit.export import card, delivery, recommended, trained, verify
-from lcm_kit.export.apps import VERSIONS
-from lcm_kit.export.write import file_name
-from lcm_kit.provenance import Provenance, Trained
+from lcm_kit.evaluation import recommended, results
+from lcm_kit.export import card, trained
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.lora import delivery, verified, verify
+from lcm_kit.lora.apps import VERSIONS
+from lcm_kit.lora.provenance import Provenance, Trained
+from lcm_kit.lora.write import file_name
 
 
 def export_run(
@@ -26,7 +30,7 @@ def export_run(
 
     `style` is diffusers, kohya or both; `dtype` float16, bfloat16 or float32; `output` the folder (default
     `run/export`). Each file is first loaded by plain diffusers onto the run's base and held against the
-    naming rules of each app; `lcm_kit.export.verify` says what must agree. `with_evaluation` writes what the
+    naming rules of each app; `lcm_kit.lora.verify` says what must agree. `with_evaluation` writes what the
     guidance sweep in `run/sweep` recommends for these weights into the files. Prints what was measured.
     Raises `UserError`, and leaves no new file behind, if there is no finished adapter, no such sweep, or
     anything disagrees.
@@ -53,7 +57,7 @@ def _base(run: Path) -> tuple[Trained, verify.Against]:
     """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
     facts = adapter.read_facts(run / "adapter")
     base = adapter.base_of(facts)
-    if families.inspect_base(**base).base_hash != facts.base.hash:
+    if bases.inspect_base(**base).base_hash != facts.base.hash:
         raise UserError(f"base {facts.base.path!r} has changed since {run} was trained on it; put it back")
     return facts, verify.base_of(**base)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import adapter
+from lcm_kit.adapter import folder as adapter
 from lcm_kit.errors import UserError
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.structure import Structure
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.structure import Structure
 
 
 def read(folder: Path, structure: Structure) -> Lora:

@@ -1,100 +1,95 @@
-"""The code of the families of bases: a module each with the functions of `Code`, by `family_of(base)`.
+"""The families of bases and the published models of each: one entry from which all about them follows.
 
-Which families there are, and all else about them, says the table `lcm_kit.base_families`. What their code
-shares is in `base.py`.
+A family is what one pipeline of diffusers draws with: parts, conditions, names in files. Its code (text to
+condition) is a module, named here and imported by `lcm_kit.bases`. A generation is a published model of a
+family: its sizes, its names in formats, the marks that it is recognised by. Each family has a file here; what
+one app alone calls them stands with that app (`lcm_kit.lora.apps`). It is data: nothing heavy is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, cast
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lcm_kit.base_families import Family
-from lcm_kit.families.base import (
-    BaseInfo,
-    decode_latents,
-    encode_images,
-    inspect_base,
-    load_part,
-    load_unet,
-    load_vae,
-    lora_targets,
-    require_fit,
-    weight_files,
-)  # fmt: skip
-from lcm_kit.families.condition import Condition, Framing
-from lcm_kit.families.tokens import load_tokenizer, too_long
+from lcm_kit.errors import UserError
+from lcm_kit.families.kinds import PARTS, Family, Generation, Part
+from lcm_kit.families.sd import SD, SD1, SD2
+from lcm_kit.families.sdxl import SDXL, SSD1B, XL
 
 __all__ = [
-    "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "encode_images", "family_of", "inspect_base",
-    "load", "load_part", "load_tokenizer", "load_unet", "load_vae", "lora_targets", "require_fit",
-    "too_long", "weight_files",
+    "FAMILIES", "GENERATIONS", "PARTS", "Family", "Generation", "Part", "by_checkpoint", "by_pipeline",
+    "by_repository", "by_unet", "generation_of", "listed", "names", "unpruned",
 ]  # fmt: skip
 
-
-class Code(Protocol):
-    """The functions of a family's module; `text` is what its own `text_of` makes."""
-
-    def text_of(self, tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool) -> Any:
-        """A named tuple of tokenizers and text encoders, given in the order of the family's parts."""
-
-    def load_text(self, base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
-        """The base's tokenizers and text encoders, frozen, in eval mode."""
-
-    def encode_text(self, text: Any, captions: Sequence[str]) -> Condition:
-        """The condition of B captions, without sizes, as the family's pipeline makes it."""
-
-    def empty_condition(self, text: Any, n: int) -> Condition:
-        """The condition of classifier-free guidance's unconditional pass, n times."""
-
-    def adapted(self, text: Any) -> dict[str, tuple[Any, list[str]]]:
-        """Each text encoder by its part, and its modules that a LoRA adapts."""
-
-    def sizes(self, framings: Sequence[Framing]) -> Tensor | None:
-        """What the UNet is told of how pictures were cut, [B, k] float32; None: nothing."""
+FAMILIES = {family.name: family for family in (SD, XL)}
+# The plainest first: of several whose marks something bears, the last one is meant
+GENERATIONS = {generation.name: generation for generation in (SD1, SD2, SDXL, SSD1B)}
 
 
-def code_of(family: Family) -> Code:
-    """The module with a family's functions."""
-    return cast(Code, import_module(family.module))
+# -- Looking up and recognising ------------------------------------------------------------------------------
 
 
-def family_of(base: BaseInfo) -> Code:
-    """The functions of a base's family; what it is otherwise is `base.family`."""
-    return code_of(base.family)
+def names() -> list[str]:
+    """Of all published models."""
+    return list(GENERATIONS)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a base that were asked for, frozen and in eval mode; the others are None."""
-
-    info: BaseInfo
-    unet: Any = None
-    vae: Any = None
-    text: Any = None  # the family's Text: tokenizers and text encoders
+def unpruned() -> list[Generation]:
+    """The generations that are not pruned from another: what a LoRA file can be for."""
+    return [generation for generation in GENERATIONS.values() if generation.pruned_from is None]
 
 
-def load(
-    path: str,
-    *,
-    parts: Sequence[str] = ("unet", "vae", "text"),
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Parts:
-    """Load `parts` (of "unet", "vae", "text") of a base: a diffusers folder, a hub id or `asset:NAME`.
+def generation_of(name: str) -> Generation:
+    """The published model called `name`. Raises `UserError` for another name."""
+    if name not in GENERATIONS:
+        raise UserError(f"structure {name!r} is unknown; choose one of {', '.join(names())}")
+    return GENERATIONS[name]
 
-    `dtype` is the UNet's; VAE and text encoders are float32. Raises `UserError` as `inspect_base` does.
+
+def listed(last: str = "or") -> str:
+    """What is supported, in a sentence: `SD1.x, SD2.x or SDXL`."""
+    *some, end = (generation.short for generation in unpruned())
+    return f"{', '.join(some)} {last} {end}"
+
+
+def by_pipeline(class_name: Any, parts: Collection[str]) -> Family:
+    """The family of a model_index.json: by its class, where one is named so; else by the pipeline's parts.
+
+    By parts it is the last of the table all of whose marks are there.
     """
-    info = inspect_base(path, revision=revision, variant=variant)
-    return Parts(
-        info,
-        load_unet(info, dtype) if "unet" in parts else None,
-        load_vae(info) if "vae" in parts else None,
-        family_of(info).load_text(info) if "text" in parts else None,
-    )
+    for family in FAMILIES.values():
+        if class_name in family.class_names:
+            return family
+    told = (family for family in FAMILIES.values() if not family.class_names)
+    return next(f for f in reversed([*told]) if set(f.recognised_by) <= set(parts))
+
+
+def by_unet(config: Mapping[str, Any]) -> Generation:
+    """The generation of a UNet: by the width of its text embeddings; one in small by its marks."""
+    width = config.get("cross_attention_dim")
+    alike = [generation for generation in unpruned() if generation.width == width] or unpruned()
+    marked = [g for g in alike if all(config.get(key) == value for key, value in g.unet_marks.items())]
+    return (marked or alike)[-1]
+
+
+def by_checkpoint(tensors: Collection[str], linear: bool) -> Generation:
+    """The generation of a checkpoint in one file with these names, in the original layout's spelling.
+
+    A UNet alone, without marks, is told by its projections: `linear` layers, or convolutions.
+    """
+
+    def any_begins(prefixes: tuple[str, ...]) -> bool:
+        return any(name.startswith(prefixes) for name in tensors)
+
+    for generation in reversed(GENERATIONS.values()):
+        lacking = generation.checkpoint_lacks
+        if any_begins(generation.checkpoint_marks) and not (lacking and any_begins(lacking)):
+            return generation
+    plain = [generation for generation in unpruned() if generation.family.added_condition is None]
+    return next(g for g in plain if bool(g.unet.get("use_linear_projection")) == linear)
+
+
+def by_repository(path: str) -> Generation:
+    """What a hub id is taken for by its name alone; the first of the table where that says nothing."""
+    hinted = (g for g in reversed(GENERATIONS.values()) if any(hint in path.lower() for hint in g.hub_hints))
+    return next(hinted, next(iter(GENERATIONS.values())))

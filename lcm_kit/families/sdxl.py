@@ -1,88 +1,80 @@
-"""SDXL and UNets pruned from it (SSD-1B): two text encoders, pooled embeddings, sizes (arXiv:2307.01952).
-
-The embeds are the second to last hidden states of both encoders side by side; the pooled embedding is the
-second encoder's projection; the sizes are six numbers (`sizes`).
-"""
+"""SDXL, and SSD-1B, which is pruned from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
 
-import torch
-from torch import Tensor
+from lcm_kit.families.kinds import (
+    CHECKPOINT_UNET,
+    CLIP_G,
+    CLIP_L,
+    CONDITIONER,
+    FIRST_EMBEDDER,
+    SECOND_EMBEDDER,
+    Family,
+    Generation,
+)
 
-from lcm_kit.families.base import BaseInfo, load_part, text_layers
-from lcm_kit.families.condition import Condition, Framing
-from lcm_kit.families.sd import tokenize
-from lcm_kit.families.tokens import load_tokenizer
-
-
-class Text(NamedTuple):
-    """Both tokenizers and text encoders, and what an empty prompt stands for."""
-
-    tokenizer: Any
-    text_encoder: Any
-    tokenizer_2: Any
-    text_encoder_2: Any
-    zeros_when_empty: bool
-
-
-def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
-    """What captions are encoded by."""
-    return Text(tokenizers[0], encoders[0], tokenizers[1], encoders[1], zeros_when_empty)
-
-
-def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
-    """The base's tokenizers and text encoders, frozen, in eval mode."""
-    return Text(
-        load_tokenizer(base, "tokenizer"),
-        load_part(base, "text_encoder", dtype),
-        load_tokenizer(base, "tokenizer_2"),
-        load_part(base, "text_encoder_2", dtype),
-        base.zeros_when_empty,
-    )
-
-
-def encode_text(text: Text, captions: Sequence[str]) -> Condition:
-    """The condition of B captions: embeds [B, L, D1 + D2], pooled [B, P]; without sizes.
-
-    Captions longer than L tokens are cut there. As StableDiffusionXLPipeline.encode_prompt, clip_skip unset;
-    with a gradient as `sd.encode_text`.
-    """
-    pairs = ((text.tokenizer, text.text_encoder), (text.tokenizer_2, text.text_encoder_2))
-    states = []
-    for tokenizer, encoder in pairs:
-        ids, _ = tokenize(tokenizer, encoder, captions)
-        output = encoder(ids, output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-    return Condition(torch.cat(states, dim=-1), output.text_embeds)
-
-
-def empty_condition(text: Text, n: int) -> Condition:
-    """The unconditional pass of guidance, n times: zeros where the base says so, else the caption ""."""
-    empty = encode_text(text, [""])
-    if text.zeros_when_empty and empty.pooled is not None:
-        empty = Condition(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled))
-    return empty.expand(n)
-
-
-def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
-    """Each text encoder by its part, and its modules that a LoRA adapts.
-
-    Not the first encoder's last layer, whose output nobody sees: it would get no gradient. The second's is
-    behind the pooled embedding.
-    """
-    return {
-        "text_encoder": (text.text_encoder, text_layers(text.text_encoder, unseen=1)),
-        "text_encoder_2": (text.text_encoder_2, text_layers(text.text_encoder_2)),
-    }
-
-
-def sizes(framings: Sequence[Framing]) -> Tensor:
-    """time_ids [B, 6], float32: height and width of the original, top and left of the crop, of the target.
-
-    Heights come before widths, and the crop's corner is that of the picture as it is seen: mirrored first.
-    """
-    rows = [[*f.original, *f.corner, *f.target] for f in framings]
-    return torch.tensor(rows, dtype=torch.float32)
+XL = Family(
+    name="sdxl",
+    title="SDXL",
+    module="lcm_kit.bases.sdxl",
+    pipeline="StableDiffusionXLPipeline",
+    pipeline_off={"add_watermarker": False},
+    parts=("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "unet", "scheduler"),
+    recognised_by=("text_encoder_2",),
+    kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    kohya_original=True,
+    hub_tag="stable-diffusion-xl",
+    usual_guidance=5.0,
+    added_condition="text_time",
+    zeros_when_empty=True,
+    vae_overflows=True,
+    latent_statistics=True,
+)
+SDXL = Generation(
+    name="sdxl",
+    family=XL,
+    title="SDXL",
+    short="SDXL",
+    unet={
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    text={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+    unet_marks={"addition_embed_type": "text_time"},
+    checkpoint_text=(f"{FIRST_EMBEDDER}transformer.", f"{SECOND_EMBEDDER}model."),
+    checkpoint_marks=(CONDITIONER, f"{CHECKPOINT_UNET}label_emb."),
+    repositories=("stabilityai/stable-diffusion-xl-base-1.0",),
+    kohya_version=("sdxl_base_v1-0", "sdxl_base_v1-0"),
+    modelspec=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
+    hub_hints=("xl",),
+    configs="sdxl",
+)
+SSD1B = replace(
+    SDXL,
+    name="ssd1b",
+    title="SSD-1B",
+    short="SSD-1B",
+    # segmind/SSD-1B, unet/config.json
+    unet={
+        **SDXL.unet,
+        "transformer_layers_per_block": (1, [2, 2], [4, 4]),
+        "mid_block_type": "UNetMidBlock2D",
+        "reverse_transformer_layers_per_block": ([4, 4, 10], [2, 1, 1], 1),
+    },
+    repositories=("segmind/SSD-1B",),
+    hub_hints=("ssd-1b", "ssd1b"),
+    pruned_from="sdxl",
+    checkpoint_lacks=(f"{CHECKPOINT_UNET}middle_block.1.",),  # no attention in the middle
+    unknown_to=("sd-scripts",),
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lcm_kit import roles
+from lcm_kit.adapter import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Adapter, Distill, Training
 from lcm_kit.plan import encoding, work

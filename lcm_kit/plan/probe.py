@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 
-from lcm_kit import base_families, runtime
+from lcm_kit import families
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Logging, Memory, Training
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
+from lcm_kit.io.files import atomic_write
 from lcm_kit.plan import style, subject, trial
 from lcm_kit.plan.meter import Meter, resident
 from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.trial import Trial
+from lcm_kit.training import runtime
 
 STEPS = 2
 _SMALL = {
@@ -78,15 +79,15 @@ def _warm(config: Training, accelerator: Any) -> None:
         data=replace(config.data, resolution=64),
     )  # fmt: skip
     meter = Meter(accelerator.device.type == "cuda")
-    trial.make(small, accelerator, subject.published(base_families.names()[0]), _SMALL, meter).step()
+    trial.make(small, accelerator, subject.published(families.names()[0]), _SMALL, meter).step()
 
 
 def _export(trial: Trial, found: Subject, folder: Path) -> int:
     """Write the adapter in kohya's style, read it back, hold it against the structure and the apps' rules."""
-    from lcm_kit.export import verify, write
-    from lcm_kit.export.apps import WHOLE
-    from lcm_kit.export.lora import Layer, Lora
-    from lcm_kit.provenance import Provenance
+    from lcm_kit.lora import verify, write
+    from lcm_kit.lora.apps import WHOLE
+    from lcm_kit.lora.layers import Layer, Lora
+    from lcm_kit.lora.provenance import Provenance
 
     state, alpha = trial.adapted.state(), trial.config.adapter.alpha
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]

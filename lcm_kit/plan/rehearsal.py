@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_kit import memory
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.bases import memory
 from lcm_kit.config.schema import Adapter
-from lcm_kit.export.structure import empty_unet
+from lcm_kit.lora.structure import empty_unet
 from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.text import Captions

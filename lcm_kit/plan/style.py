@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.errors import UserError
-from lcm_kit.export import reading
-from lcm_kit.export.kinds import exact_rank
-from lcm_kit.export.structure import Structure
-from lcm_kit.lora_file import adapter_file
+from lcm_kit.lora import reading
+from lcm_kit.lora.kinds import exact_rank
+from lcm_kit.lora.locate import adapter_file
+from lcm_kit.lora.structure import Structure
 
 _SIZE = 0.01  # of random weights
 

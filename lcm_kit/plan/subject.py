@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 
 from lcm_kit import assets
-from lcm_kit.base_families import by_repository, generation_of, listed, names
+from lcm_kit.bases.source import read_json
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
-from lcm_kit.export.structure import Structure, known, of_folder
-from lcm_kit.families.source import read_json
+from lcm_kit.families import by_repository, generation_of, listed, names
+from lcm_kit.lora.structure import Structure, known, of_folder
 
 # The VAE of all published bases
 _VAE = {
@@ -91,7 +91,7 @@ def published(name: str) -> Subject:
 
 
 def _single_file(path: Path) -> Subject:
-    from lcm_kit.families.checkpoint import contents_of
+    from lcm_kit.bases.checkpoint import contents_of
 
     return published(contents_of(path).generation.name)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lcm_kit.adapted_unet import add_text_lora
-from lcm_kit.base_families import PARTS
+from lcm_kit.adapter.adapted_unet import add_text_lora
+from lcm_kit.bases import Code, code_of
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
-from lcm_kit.families import Code, code_of
-from lcm_kit.families.condition import Condition
+from lcm_kit.families import PARTS
 from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.tracker import Kernels, checkpoint
 

@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_kit import families, memory, runtime, stepping
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit import bases
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.adapter.trained_weights import update_ema
+from lcm_kit.bases import memory
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.methods import Times
+from lcm_kit.core.prediction import predictor
+from lcm_kit.core.schedule import SD_BETAS, Schedule
+from lcm_kit.core.step import diffusion_loss
 from lcm_kit.data.split import two_teachers
-from lcm_kit.export.structure import empty_unet
-from lcm_kit.families.condition import Condition
-from lcm_kit.losses import LOSSES
-from lcm_kit.methods import Times
+from lcm_kit.lora.structure import empty_unet
 from lcm_kit.plan import work
 from lcm_kit.plan.meter import Meter
 from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.subject import Subject
-from lcm_kit.prediction import predictor
-from lcm_kit.roles import Given, Objective, Roles
-from lcm_kit.schedule import SD_BETAS, Schedule
-from lcm_kit.step import diffusion_loss
-from lcm_kit.trained_weights import update_ema
+from lcm_kit.training import runtime, stepping
 
 _MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
 
@@ -157,7 +159,7 @@ def make(
     if found.folder is None:
         unet = memory.place(random_unet(unet_config, dtype), config, device)
     else:
-        base = families.inspect_base(str(found.folder), variant=config.base.variant)
+        base = bases.inspect_base(str(found.folder), variant=config.base.variant)
         unet = memory.load_unet(base, config, device, dtype)
         tables, kind = Schedule.from_config(base.scheduler_config), base.prediction_type
     meter.start(None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcm_kit import roles, validation
+from lcm_kit.adapter import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
-from lcm_kit.held_out import TIMES
 from lcm_kit.plan.rehearsal import Rehearsal
+from lcm_kit.training import validation
+from lcm_kit.training.held_out import TIMES
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from lcm_kit import assets, verdicts
+from lcm_kit import assets
 from lcm_kit.data.records import Record, pictures
 from lcm_kit.errors import UserError
-from lcm_kit.own_shapes import Interval
+from lcm_kit.evaluation import verdicts
+from lcm_kit.evaluation.result_shapes import Results
+from lcm_kit.evaluation.results import CONTROL, BrandRow, brand_rows, prompts
+from lcm_kit.evaluation.verdicts import LOST, Brand, forgotten
+from lcm_kit.io.own_shapes import Interval
 from lcm_kit.report.shared import image_uri, number, percent, picture_uri
-from lcm_kit.result_shapes import Results
-from lcm_kit.results import CONTROL, BrandRow, brand_rows, prompts
 from lcm_kit.samplers import title_of
-from lcm_kit.verdicts import LOST, Brand, forgotten
 
 _SHOWN = 6  # rows of the first picture
 _TITLES = {"base": "The base", "styled": "The look, not fast", "adapter": "Your adapter"}

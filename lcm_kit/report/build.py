@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import __version__, adapter, assets, own_files, verdicts
-from lcm_kit import results as results_of
+from lcm_kit import __version__, assets
+from lcm_kit.adapter import folder as adapter
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
-from lcm_kit.locks import sweep
+from lcm_kit.evaluation import results as results_of
+from lcm_kit.evaluation import verdicts
+from lcm_kit.evaluation.result_shapes import Cell, Results
+from lcm_kit.io import own_files
+from lcm_kit.io.files import atomic_write
+from lcm_kit.io.locks import sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.result_shapes import Cell, Results
-from lcm_kit.run_files import config_of, metrics_of
 from lcm_kit.samplers import title_of
+from lcm_kit.training.run_files import config_of, metrics_of
 
 _SHOWN = 8  # pictures a row
 _BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"

@@ -8,8 +8,8 @@ from itertools import cycle
 from typing import Any, Literal
 
 from lcm_kit import samplers
-from lcm_kit.result_shapes import Cell
-from lcm_kit.results import cells_of, value
+from lcm_kit.evaluation.result_shapes import Cell
+from lcm_kit.evaluation.results import cells_of, value
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), with a marker and a dash of its own for each
 # line: of students, of the base with guidance, and of the base without, by the sampler's place in its table.

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from lcm_kit import own_files
+from lcm_kit.io import own_files
 
 AGAIN = "remove it and evaluate again, which draws it anew"  # of a damaged picture
 LARGEST = 256  # pixels: larger pictures are embedded smaller

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import adapter
-from lcm_kit.overtraining import NAME, OVERTRAINED, Measured, of_tables, verdict
-from lcm_kit.provenance import Trained
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.lora.provenance import Trained
 from lcm_kit.report import plots
+from lcm_kit.training.overtraining import NAME, OVERTRAINED, Measured, of_tables, verdict
 
 RECIPE = "train/finetune"
 

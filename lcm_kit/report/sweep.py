@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from lcm_kit import __version__
-from lcm_kit import results as results_of
 from lcm_kit.errors import UserError
-from lcm_kit.files import atomic_write
+from lcm_kit.evaluation import results as results_of
+from lcm_kit.evaluation.result_shapes import Recommended, Results
+from lcm_kit.io.files import atomic_write
 from lcm_kit.report import sweep_plots
 from lcm_kit.report.plots import svg
 from lcm_kit.report.shared import number, page, uri
@@ -26,7 +27,6 @@ from lcm_kit.report.sweep_sheets import (
     title,
     weighed,
 )
-from lcm_kit.result_shapes import Recommended, Results
 from lcm_kit.samplers import title_of
 
 _CALLS = 4  # UNet calls of the cell that is shown where none is recommended

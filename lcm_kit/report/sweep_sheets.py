@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcm_kit.evaluation.result_shapes import Results
+from lcm_kit.evaluation.results import prompt_of, prompts
 from lcm_kit.report.shared import picture_uri
-from lcm_kit.result_shapes import Results
-from lcm_kit.results import prompt_of, prompts
 from lcm_kit.samplers import title_of
 
 Cell = dict[str, Any]  # as in results.json, with `number` (its place there) and `shots`

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_kit.console import Progress, TimeElapsedColumn, TimeRemainingColumn, Words
-from lcm_kit.files import append, atomic_file
+from lcm_kit.io.files import append, atomic_file
 
 
 def one_cycle(step: int, total: int, warmup: float = 0.05) -> float:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lcm_kit.schedule import SD_BETAS
+from lcm_kit.core.schedule import SD_BETAS
 
 TOKENS, WIDTH = 32, 128
 START, END = "<|startoftext|>", "<|endoftext|>"

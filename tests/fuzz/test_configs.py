@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from hypothesis import strategies as st
 
-from lcm_kit import shipped
+from lcm_kit.config import shipped
 from lcm_kit.config.load import RECIPES, dump, load
 from lcm_kit.errors import UserError
 from tests.fuzz.doors import answer, anything, fuzz, mutations, numbers, text

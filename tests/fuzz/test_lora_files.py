@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from lcm_kit.errors import UserError
-from lcm_kit.export import convert, metadata, reading, structure, untrusted, verify
-from lcm_kit.export.apps import able
-from lcm_kit.export.facts import facts_from
-from lcm_kit.export.spelling import BUNDLED
+from lcm_kit.lora import convert, metadata, reading, structure, untrusted, verify
+from lcm_kit.lora.apps import able
+from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.spelling import BUNDLED
 from tests.fuzz.doors import answer, anything, check_sentence, fuzz, numbers, text
 
 SD1 = structure.known("sd1")
@@ -51,7 +51,7 @@ _HEADERS = """
     ss_base_model_version ss_steps ss_tag_frequency modelspec.architecture modelspec.merged_from
     modelspec.date modelspec.title modelspec.resolution modelspec.trigger_phrase lcm_kit.metadata
     lcm_kit.modules lcm_kit.base lcm_kit.method lcm_kit.steps lcm_kit.guidance_min lcm_kit.guidance_max
-    lcm_kit.parents lcm_kit.provenance format
+    lcm_kit.parents lcm_kit.lora.provenance format
 """
 HEADERS = st.sampled_from(_HEADERS.split())
 SETTINGS = st.dictionaries(

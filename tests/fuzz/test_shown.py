@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lcm_kit import console
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.inert import line, plain
 from lcm_kit.report import build
 from tests.fuzz.doors import check_sentence, fuzz, text

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor
 
-from lcm_kit.methods import LCM
-from lcm_kit.prediction import KINDS, predictor, to_x0_eps
-from lcm_kit.schedule import Schedule, add_noise, grid
-from lcm_kit.solvers import ddim
+from lcm_kit.core.methods import LCM
+from lcm_kit.core.prediction import KINDS, predictor, to_x0_eps
+from lcm_kit.core.schedule import Schedule, add_noise, grid
+from lcm_kit.core.solvers import ddim
 from tests.gaussians import SD
 
 CONFIGS: dict[str, dict[str, Any]] = {

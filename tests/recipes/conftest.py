@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lcm_kit import families
+from lcm_kit import bases
 from lcm_kit.data.images import encode
-from lcm_kit.export import structure
+from lcm_kit.lora import structure
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora
 from tests.recipes.small import configure, prepare
@@ -42,4 +42,4 @@ def mixed(
     data = {**keys["data"], "cache": str(folder / "both"), "regularisation": str(general)}
     keys = {**keys, "data": data, "teacher": {"adapters": [str(folder / "style.safetensors")]}}
     encode(configure(keys, folder / "none"), progress=False)
-    return keys, fuse(families.load_unet(families.inspect_base(str(base))), style)
+    return keys, fuse(bases.load_unet(bases.inspect_base(str(base))), style)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit import held_out, validation
 from lcm_kit.config.load import RECIPES
 from lcm_kit.data.images import encode
+from lcm_kit.training import held_out, validation
 
 TEMPLATE: dict[str, Any] = {
     "recipe": "train/distill",

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from lcm_kit import sample
+from lcm_kit.bases import inspect_base
 from lcm_kit.config.schema import Distill
-from lcm_kit.export import loading, reading, structure
 from lcm_kit.export.run import export_run
-from lcm_kit.families import inspect_base
+from lcm_kit.lora import loading, reading, structure
 from lcm_kit.sample import sample_to_folder
 from tests.recipes.small import configure, prepare
 from tests.runs import load_adapter

@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit import assets, results, sample, shipped, verdicts
+from lcm_kit import assets, sample
+from lcm_kit.config import shipped
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
-from lcm_kit.files import sha256_bytes
-from lcm_kit.metrics.features import extractor
-from lcm_kit.metrics.similarity import brand_similarity
-from lcm_kit.sweep import brand
+from lcm_kit.evaluation import brand, results, verdicts
+from lcm_kit.evaluation.metrics.features import extractor
+from lcm_kit.evaluation.metrics.similarity import brand_similarity
+from lcm_kit.io.files import sha256_bytes
 from lcm_kit.tiny import world
 from lcm_kit.tiny.probe import load_probe
 from tests.loras import random_lora

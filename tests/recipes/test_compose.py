@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit import sample, shipped
+from lcm_kit import sample
+from lcm_kit.config import shipped
 from lcm_kit.config.sweep import Compose
 from lcm_kit.errors import UserError
-from lcm_kit.export import reading
-from lcm_kit.metrics.distance import rms
-from lcm_kit.sweep.measure import Figure
-from lcm_kit.sweep.pairs import Pair, choose
+from lcm_kit.evaluation.measure import Figure
+from lcm_kit.evaluation.metrics.distance import rms
+from lcm_kit.evaluation.pairs import Pair, choose
+from lcm_kit.lora import reading
 from tests.loras import random_lora
 from tests.recipes.test_sweep import save, tiny
 

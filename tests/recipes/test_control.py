@@ -16,19 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import families, sample, validation
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit import bases, sample
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config.load import load
-from lcm_kit.control import Control, StyleControl
 from lcm_kit.data.batches import generator_at
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
-from lcm_kit.held_out import HeldOut, Measuring
-from lcm_kit.overtraining import TOLERANCE
 from lcm_kit.report import style
 from lcm_kit.report.build import write_report
-from lcm_kit.validation import StyleValidation, Validation
+from lcm_kit.training import validation
+from lcm_kit.training.control import Control, StyleControl
+from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.overtraining import TOLERANCE
+from lcm_kit.training.validation import StyleValidation, Validation
 from tests.recipes.small import configure
 from tests.runs import load_adapter
 from train import distill, finetune
@@ -97,7 +98,7 @@ def test_control_loss_from_the_files(distill_keys: Keys, prompts: str, tmp_path:
     from diffusers.training_utils import compute_snr
 
     run = train(distill_keys, tmp_path / "run", "train/finetune", prompts, steps=2, validation={"every": 2})
-    base = families.inspect_base(distill_keys["base"]["path"])
+    base = bases.inspect_base(distill_keys["base"]["path"])
     pipe = sample.pipeline(base.path)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     pictures = [
@@ -135,13 +136,11 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     keys = {**{k: v for k, v in distill_keys.items() if k != "guidance"}, "recipe": "train/finetune"}
     given = {"control": prompts, "control_count": 4, "count": 3, "guidance_scale": 1.0}
     config = configure({**keys, "base": {"path": str(sdxl_base)}}, tmp_path, validation=given)
-    base = families.inspect_base(str(sdxl_base))
-    adapted = AdaptedUNet(families.load_unet(base))
+    base = bases.inspect_base(str(sdxl_base))
+    adapted = AdaptedUNet(bases.load_unet(base))
     adapted.add_lora(config.adapter)
     found = StyleControl.prepare(config, base.base_hash).pictures(adapted)
-    told = families.family_of(base).encode_text(
-        families.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]]
-    )
+    told = bases.family_of(base).encode_text(bases.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]])
     condition = found.condition(range(4))
     assert torch.equal(condition.embeds, told.embeds) and torch.equal(condition.pooled, told.pooled)
     assert condition.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 4
@@ -188,12 +187,12 @@ def test_the_held_out_consistency_loss_from_the_files(
     keys = {key: value for key, value in distill_keys.items() if key != "guidance"}
     run = train(keys, tmp_path / "run", "train/distill", None, validation={"held_out": 0.25}, **changes)
     config = load(run / "config.yaml")
-    base = families.inspect_base(config.base.path)
+    base = bases.inspect_base(config.base.path)
     cache = Cache.open(config.data.cache, base=base, data=config.data)
     _, held = split(cache, 0.25, 0)
     assert len(held) == 2 and seen == set(cache.ids) - set(held.ids)
     # arXiv:2303.01469, algorithm 3, on the last grid: 20 intervals of 50 timesteps
-    unet = families.load_unet(base)
+    unet = bases.load_unet(base)
     load_adapter(run / "adapter", unet)
     abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 
@@ -271,7 +270,7 @@ def test_the_picture_has_rows_of_control_prompts(
     monkeypatch.setattr(validation, "STYLE_STEPS", 2)
     given = {"prompts": prompts, "count": 1, "control": prompts, "control_count": 3, "guidance_scale": 1.0}
     config = configure(distill_keys, tmp_path, validation=given)
-    adapted = AdaptedUNet(families.load_unet(families.inspect_base(config.base.path)))
+    adapted = AdaptedUNet(bases.load_unet(bases.inspect_base(config.base.path)))
     adapted.add_lora(config.adapter)
     alone = kind.prepare(config, "hash")(adapted, 1)
     assert kind.prepare(config, "hash", Control.prepare(config, "hash"))(adapted, 2) == alone

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lcm_kit import shipped
 from lcm_kit.assets import path as asset
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
+from lcm_kit.config import shipped
 from tests.brands import write_brand
 from tests.recipes.small import configure
 

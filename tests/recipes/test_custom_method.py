@@ -20,24 +20,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lcm_kit import validation
-from lcm_kit.adapter import read_facts
-from lcm_kit.cli import app
+from lcm_kit.adapter.folder import read_facts
+from lcm_kit.cli.main import app
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.methods import AnyMethod, Custom, imported
 from lcm_kit.config.sweep import Compose, GuidanceSweep, SweptStudent
+from lcm_kit.core.methods import DEFAULT, LCM, METHODS, MethodInfo
+from lcm_kit.core.schedule import SD_BETAS, Schedule, add_noise
+from lcm_kit.core.solvers import SOLVERS
+from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
-from lcm_kit.export import recommended
-from lcm_kit.export.facts import facts_from
-from lcm_kit.methods import DEFAULT, LCM, METHODS, MethodInfo
-from lcm_kit.provenance import from_json
+from lcm_kit.evaluation import brand, cells, pairs, recommended
+from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.provenance import from_json
 from lcm_kit.report import plots
-from lcm_kit.run_files import config_of
-from lcm_kit.schedule import SD_BETAS, Schedule, add_noise
-from lcm_kit.solvers import SOLVERS
-from lcm_kit.step import consistency_loss
-from lcm_kit.sweep import brand, cells, pairs
+from lcm_kit.training import validation
+from lcm_kit.training.run_files import config_of
 from tests.recipes.small import configure, draw_little
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending" / "method.md").read_text()
@@ -45,7 +44,7 @@ TITLE = "phased consistency distillation (PCM)"
 SCHEDULE = Schedule.from_config(SD_BETAS)
 NARROW = """
 from dataclasses import dataclass
-from lcm_kit.methods import LCM
+from lcm_kit.core.methods import LCM
 
 @dataclass(frozen=True)
 class Narrow(LCM):
@@ -152,7 +151,7 @@ def test_it_is_on_the_card_and_in_metadata(here: Path) -> None:
         with safe_open(file, "pt") as opened:
             told = opened.metadata()
         assert told["lcm_kit.method"] == "custom" and told["lcm_kit.sampling_steps"] == "2-8"
-        kept = json.loads(told["lcm_kit.provenance"])["method"]
+        kept = json.loads(told["lcm_kit.lora.provenance"])["method"]
         del kept["sha256"]
         assert kept == {"title": TITLE, "samplers": ["ddim"], "steps": [2, 4, 8], "phases": 4}
         assert f"distilled by {TITLE} in 4 optimizer steps" in told["modelspec.description"]
@@ -380,7 +379,7 @@ def test_a_config_of_it_comes_back_as_it_is(tmp_path: Path, monkeypatch: pytest.
 
 
 def header(rest: dict[str, Any]) -> dict[str, str]:
-    own = {"lcm_kit.metadata": "1", "lcm_kit.method": "custom", "lcm_kit.provenance": json.dumps(rest)}
+    own = {"lcm_kit.metadata": "1", "lcm_kit.method": "custom", "lcm_kit.lora.provenance": json.dumps(rest)}
     return own
 
 
@@ -400,7 +399,7 @@ def test_a_run_that_somebody_gave_runs_nothing(tmp_path: Path, monkeypatch: pyte
         assert (
             said_by.student == MethodInfo("custom", "custom") and said_by.student.sampler == DEFAULT.sampler
         )
-    broken = header({}) | {"lcm_kit.provenance": "[" * 9999}
+    broken = header({}) | {"lcm_kit.lora.provenance": "[" * 9999}
     assert facts_from(broken, "x").student == MethodInfo("custom", "custom")
     assert cli("show", file).exit_code == 0 and not Path("ran").exists()
     load(file, imports=True)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.config.continued import fixed, flat
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Training

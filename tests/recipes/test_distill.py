@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcm_kit import families, roles, sample
+from lcm_kit import bases as families
+from lcm_kit import sample
+from lcm_kit.adapter import roles
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
 from lcm_kit.data.cache import Cache

@@ -21,8 +21,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lcm_kit import checkpoints, locks, own_files, result_shapes
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
+from lcm_kit.evaluation import result_shapes
+from lcm_kit.io import locks, own_files
+from lcm_kit.training import checkpoints
 from tests.faults import Refusal, disk
 from tests.recipes.small import draw_little
 from tests.recipes.verbs import build, verbs

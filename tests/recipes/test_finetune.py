@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import checkpoints, families, own_files, own_shapes, sample
+from lcm_kit import bases, sample
+from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
@@ -26,9 +27,10 @@ from lcm_kit.data.cache import Cache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
-from lcm_kit.families.condition import Condition
+from lcm_kit.io import own_files, own_shapes
 from lcm_kit.report.build import write_report
 from lcm_kit.share import Share
+from lcm_kit.training import checkpoints
 from tests.recipes.small import configure, launch, prepare
 from tests.runs import load_adapter
 from train import distill, finetune
@@ -95,13 +97,13 @@ def straight_line(wanted: Finetune) -> list[float]:
     scheduler = DDPMScheduler.from_pretrained(wanted.base.path, subfolder="scheduler")
     kind, gamma = scheduler.config.prediction_type, wanted.loss.min_snr_gamma
     torch.manual_seed(wanted.seed)
-    targets = families.lora_targets("lcm")
+    targets = bases.lora_targets("lcm")
     unet.add_adapter(
         LoraConfig(r=wanted.adapter.rank, lora_alpha=wanted.adapter.alpha, target_modules=targets)
     )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=wanted.optimizer.lr, weight_decay=0.0)
-    base = families.inspect_base(wanted.base.path)
+    base = bases.inspect_base(wanted.base.path)
     cache = Cache.open(wanted.data.cache, base=base, data=wanted.data)
     sides = [("", 1.0, Batches(cache, wanted.batch_size, wanted.seed))]
     if wanted.prior.prompts:
@@ -232,7 +234,7 @@ def test_the_bases_own_pictures_are_drawn_once(keys: Keys, tmp_path: Path) -> No
     wanted = {"prompts": str(tmp_path / "general.txt"), "count": 3, "steps": 2}
     keys = {**keys, "_prior": wanted, "data": {**keys["data"], "cache": str(tmp_path / "brand")}}
     three = config(keys, tmp_path, own=True)
-    base = families.inspect_base(three.base.path)
+    base = bases.inspect_base(three.base.path)
     with pytest.raises(UserError, match="not there or were drawn otherwise"):
         prior.open_cache(three, base)
     prior.encode(three, progress=False)
@@ -307,7 +309,8 @@ def test_pictures_of_the_base_that_are_not_finite_are_refused(
 ) -> None:
     (tmp_path / "general.txt").write_text("a cat\na dog\n")
     wanted = {"prompts": str(tmp_path / "general.txt"), "count": 2, "steps": 1}
-    made = config({**keys, "_prior": wanted}, tmp_path, own=True)
+    data = {**keys["data"], "cache": str(tmp_path / "own")}
+    made = config({**keys, "_prior": wanted, "data": data}, tmp_path, own=True)
     monkeypatch.setattr(sample, "sample", lambda *_, **__: torch.tensor([0.0, math.nan]).view(2, 1, 1, 1))
     with pytest.raises(UserError, match="nothing finite for 'a dog', picture 1 of prior; lower prior.guid"):
         prior.draw(made, progress=False)
@@ -327,7 +330,7 @@ def test_regularisation_is_trained_on_and_held_out_pictures_never(
     monkeypatch.setattr(finetune, "draws", look)
     wanted = config(keys, tmp_path, steps=5, validation={"held_out": 0.25})
     finetune.main(wanted)
-    cache = Cache.open(wanted.data.cache, base=families.inspect_base(wanted.base.path), data=wanted.data)
+    cache = Cache.open(wanted.data.cache, base=bases.inspect_base(wanted.base.path), data=wanted.data)
     _, held = split(cache, 0.25, wanted.seed)
     assert len(held) == 2 and seen == set(cache.ids) - set(held.ids)
 
@@ -365,11 +368,11 @@ def test_the_held_out_loss_again_from_the_files(overtrained: Path, keys: Keys) -
     from diffusers.training_utils import compute_snr
 
     wanted = config(keys, overtrained)
-    base = families.inspect_base(wanted.base.path)
+    base = bases.inspect_base(wanted.base.path)
     cache = Cache.open(wanted.data.cache, base=base, data=wanted.data)
     _, held = split(cache, 0.25, 0)
     scheduler = DDPMScheduler.from_pretrained(wanted.base.path, subfolder="scheduler")
-    unet = families.load_unet(base)
+    unet = bases.load_unet(base)
     load_adapter(overtrained / "adapter", unet)
     errors = []
     for slot in range(16):

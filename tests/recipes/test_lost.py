@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import checkpoints, roles, run_files, runtime, stepping
+from lcm_kit.adapter import roles
+from lcm_kit.bases import inspect_base
 from lcm_kit.config.load import dump
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
 from lcm_kit.errors import UserError
-from lcm_kit.families import inspect_base
-from lcm_kit.stopping import stoppable
+from lcm_kit.training import checkpoints, run_files, runtime, stepping
+from lcm_kit.training.stopping import stoppable
 from tests.recipes.small import configure, environment
 from train import distill
 

@@ -20,8 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lcm_kit import roles
-from lcm_kit.families import lora_targets
+from lcm_kit.adapter import roles
+from lcm_kit.bases import lora_targets
 from tests.recipes.small import configure
 from train import distill
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_kit import shipped
+from lcm_kit.config import shipped
 from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.tiny.fit import fit, one_cycle
 

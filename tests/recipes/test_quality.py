@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lcm_kit import sample, shipped
+from lcm_kit import sample
+from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from lcm_kit import results, story
-from lcm_kit.result_shapes import Cell
+from lcm_kit import workflow
+from lcm_kit.evaluation import results
+from lcm_kit.evaluation.result_shapes import Cell
 
 MARGIN = 0.15  # of brand similarity above the base's, which is 0.1; the brand's own pictures have 0.63
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
-    story.quickstart(folder / "quickstart", [f"data.cache={folder / 'cache'}"])
+    workflow.quickstart(folder / "quickstart", [f"data.cache={folder / 'cache'}"])
     return folder / "quickstart"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lcm_kit.cli import app
+from lcm_kit.cli.main import app
 from lcm_kit.config.load import dump
 from tests.recipes.small import configure
 

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit import checkpoints, locks, run_files
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.images import encode
 from lcm_kit.errors import UserError
+from lcm_kit.io import locks
+from lcm_kit.training import checkpoints, run_files
 from tests.recipes.small import configure, environment
 from train import distill
 

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lcm_kit import families, sample, styles
-from lcm_kit.adapted_unet import AdaptedUNet
-from lcm_kit.check import check
+from lcm_kit import bases, sample
+from lcm_kit.adapter import styles
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.bases import inspect_base
+from lcm_kit.cli.check import check
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
 from lcm_kit.data import samples, sources
@@ -25,8 +27,7 @@ from lcm_kit.data.cache import Cache
 from lcm_kit.data.sources import Both
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
-from lcm_kit.export import structure
-from lcm_kit.families import inspect_base
+from lcm_kit.lora import structure
 from lcm_kit.share import Share
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora
@@ -88,7 +89,7 @@ def test_the_rows_are_what_sample_draws_bit_for_bit(config: Callable[..., Distil
     fused = sample.latents(plain, captions, **settings)
     torch.testing.assert_close(fused, torch.cat(drawn), atol=1e-3, rtol=1e-3)
     assert float((fused - bare).abs().max()) > 0.05
-    family = families.family_of(base)
+    family = bases.family_of(base)
     wanted = family.encode_text(family.load_text(base), captions).embeds
     torch.testing.assert_close(cache.condition(range(5)).embeds, wanted, atol=1e-5, rtol=1e-5)
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from lcm_kit import shipped
+from lcm_kit.bases import inspect_base
+from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.load import dump
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.images import encode
 from lcm_kit.export.run import export_run
-from lcm_kit.families import inspect_base
 from tests.recipes.small import configure, launch
 from tests.runs import build_run
 

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcm_kit import shipped
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.bases import encode_images
 from lcm_kit.bench import measure, models
 from lcm_kit.bench.side import Side, scaler
+from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter
 from lcm_kit.errors import UserError
-from lcm_kit.families import encode_images
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"

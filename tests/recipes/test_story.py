@@ -12,14 +12,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from lcm_kit import adapter, lora_file, own_files, results, shipped, story
-from lcm_kit.cli import app
+from lcm_kit import workflow
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.bases import inspect_base
+from lcm_kit.cli.main import app
+from lcm_kit.config import shipped
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
 from lcm_kit.data.cache import Cache
-from lcm_kit.families import inspect_base
-from lcm_kit.files import sha256_file
-from lcm_kit.story import configs, show, stages
+from lcm_kit.evaluation import results
+from lcm_kit.io import own_files
+from lcm_kit.io.files import sha256_file
+from lcm_kit.lora import locate as lora_file
+from lcm_kit.workflow import configs, show, stages
 from tests.runs import build_run
 
 FEW = [
@@ -76,7 +81,7 @@ def test_the_whole_story_then_nothing_more(
 ) -> None:
     base, folder, run = Base(str(sd_base())), studio(tmp_path / "my brand"), tmp_path / "run"
     few = [*FEW, "style.prior.prompts=asset:everyday", "style.prior.count=3", "style.prior.steps=1"]
-    tell = lambda: story.finetune(str(folder), base, run, few)  # noqa: E731
+    tell = lambda: workflow.finetune(str(folder), base, run, few)  # noqa: E731
 
     # killed while it distils: the style is there, the run is not
     recipe = shipped.load_recipe("train/distill")

@@ -14,15 +14,16 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from lcm_kit import sample, shipped
+from lcm_kit import sample
+from lcm_kit.config import shipped
 from lcm_kit.config.load import dump
 from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.errors import UserError
-from lcm_kit.export import structure
-from lcm_kit.export.lora import Layer, Lora
-from lcm_kit.export.write import write
-from lcm_kit.metrics.distance import rms
-from lcm_kit.provenance import Base, Provenance
+from lcm_kit.evaluation.metrics.distance import rms
+from lcm_kit.lora import structure
+from lcm_kit.lora.layers import Layer, Lora
+from lcm_kit.lora.provenance import Base, Provenance
+from lcm_kit.lora.write import write
 from tests.loras import random_lora
 from tests.recipes.small import launch
 

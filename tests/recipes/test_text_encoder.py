@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcm_kit import adapter, checkpoints, families, provenance, sample, text_lora
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit import bases, sample
+from lcm_kit.adapter import folder as adapter
+from lcm_kit.adapter import text as text_lora
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.text import TextLora
 from lcm_kit.config.finetune import Finetune, TextEncoder
 from lcm_kit.config.load import dump
 from lcm_kit.data import prior
@@ -24,7 +27,8 @@ from lcm_kit.data.images import encode
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.export.run import export_run
-from lcm_kit.text_lora import TextLora
+from lcm_kit.lora import provenance
+from lcm_kit.training import checkpoints
 from tests.recipes.small import configure, launch, prepare
 from tests.recipes.test_finetune import RANK, metrics, same, tuning, weights
 from tests.runs import load_adapter
@@ -57,8 +61,8 @@ def config(keys: Keys, output: Path, **changes: Any) -> Finetune:
     return configure(keys, output, **changes)
 
 
-def opened(wanted: Finetune) -> tuple[families.BaseInfo, Cache, TextLora]:
-    base = families.inspect_base(wanted.base.path)
+def opened(wanted: Finetune) -> tuple[bases.BaseInfo, Cache, TextLora]:
+    base = bases.inspect_base(wanted.base.path)
     text = text_lora.load(base, wanted, CPU)
     assert text is not None
     return base, Cache.open(wanted.data.cache, base=base, data=wanted.data), text
@@ -106,7 +110,7 @@ def test_at_first_captions_are_encoded_as_they_were_cached(
 
 def test_without_a_rank_nothing_is_loaded(keys: Keys, tmp_path: Path) -> None:
     off = config({**keys, "text_encoder": {}}, tmp_path)
-    assert text_lora.load(families.inspect_base(off.base.path), off, CPU) is None
+    assert text_lora.load(bases.inspect_base(off.base.path), off, CPU) is None
     for key, value in (("alpha", 4.0), ("lr", 1e-3)):
         with pytest.raises(ValueError, match=f"{key} has no effect without rank"):
             config({**keys, "text_encoder": {key: value}}, tmp_path)
@@ -125,7 +129,7 @@ def straight_line(wanted: Finetune) -> tuple[list[float], list[float], dict[str,
     torch.manual_seed(wanted.seed)
     pipe.unet.requires_grad_(False)
     how: Keys = {"r": wanted.adapter.rank, "lora_alpha": wanted.adapter.alpha}
-    pipe.unet.add_adapter(LoraConfig(**how, target_modules=families.lora_targets("lcm")))
+    pipe.unet.add_adapter(LoraConfig(**how, target_modules=bases.lora_targets("lcm")))
     encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
     encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
     ends = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -142,7 +146,7 @@ def straight_line(wanted: Finetune) -> tuple[list[float], list[float], dict[str,
     o = wanted.optimizer
     groups = [{"params": unet_own, "lr": o.lr}, {"params": text_own, "lr": wanted.text_encoder.lr or o.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, eps=o.eps)
-    base = families.inspect_base(wanted.base.path)
+    base = bases.inspect_base(wanted.base.path)
     cache = Cache.open(wanted.data.cache, base=base, data=wanted.data)
     captions = dict(zip(cache.ids, cache.captions, strict=True))
     batches, losses, norms = Batches(cache, wanted.batch_size, wanted.seed), [], []
@@ -225,7 +229,7 @@ def test_a_gradient_equals_finite_differences(keys: Keys, tmp_path: Path) -> Non
     """Of one weight behind the tokens, in float64, through the recipe's own `Captions`."""
     wanted = config(keys, tmp_path)
     base, cache, text = opened(wanted)
-    unet = families.load_unet(base).double()
+    unet = bases.load_unet(base).double()
     text.encoders["text_encoder"].double()
     condition = live(cache, text).condition([0, 1]).to(CPU, torch.float64)
     generator = torch.Generator().manual_seed(3)
@@ -258,7 +262,7 @@ def test_a_gradient_equals_finite_differences(keys: Keys, tmp_path: Path) -> Non
 def ours(wanted: Finetune, run: Path) -> TextLora:
     """The text encoders with the adapter of `run`, as training has them."""
     base, _, text = opened(wanted)
-    adapted = AdaptedUNet(families.load_unet(base))
+    adapted = AdaptedUNet(bases.load_unet(base))
     adapted.add_lora(wanted.adapter)
     text_lora.joined(adapted, text, wanted)
     adapted.load_state(weights(run))
@@ -322,7 +326,7 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
     assert facts.text_encoder == provenance.TextEncoder(**TEXT)
     assert facts.text_lora_config["text_encoder"]["lora_alpha"] == 6.0
     assert "text encoder" in (run / "export/README.md").read_text()
-    unet = families.load(wanted.base.path, parts=["unet"]).unet
+    unet = bases.load(wanted.base.path, parts=["unet"]).unet
     load_adapter(run / "adapter", unet)  # the UNet's share alone, which is whole
 
 
@@ -346,7 +350,7 @@ def test_both_encoders_of_sdxl_are_trained_and_exported(sdxl_keys: Keys, tmp_pat
 def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: Path) -> None:
     wanted = config(keys, tmp_path)
     base, _, text = opened(wanted)
-    adapted = AdaptedUNet(families.load_unet(base))
+    adapted = AdaptedUNet(bases.load_unet(base))
     adapted.add_lora(wanted.adapter)
     parameters = text_lora.joined(adapted, text, wanted)[1]["params"]
     with torch.no_grad():
@@ -355,9 +359,7 @@ def test_the_teacher_is_the_base_in_its_text_encoders_too(keys: Keys, tmp_path: 
         on = text.encode(["blue"]).embeds
         with adapted.teacher():
             off = text.encode(["blue"]).embeds
-        known = (
-            families.family_of(base).encode_text(families.family_of(base).load_text(base), ["blue"]).embeds
-        )
+        known = bases.family_of(base).encode_text(bases.family_of(base).load_text(base), ["blue"]).embeds
     assert torch.equal(off, known) and float((on - off).norm() / off.norm()) > 0.1
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lcm_kit import roles
-from lcm_kit.adapted_unet import AdaptedUNet
+from lcm_kit.adapter import roles
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.styles import start_from
+from lcm_kit.bases import inspect_base, load_unet
 from lcm_kit.config import schema
 from lcm_kit.config.load import dump, load
 from lcm_kit.errors import UserError
-from lcm_kit.export import reading, structure
 from lcm_kit.export.run import export_run
-from lcm_kit.families import inspect_base, load_unet
-from lcm_kit.styles import start_from
+from lcm_kit.lora import reading, structure
 from tests import broken
 from tests.loras import lcm_modules, random_lora
 from tests.recipes.small import configure

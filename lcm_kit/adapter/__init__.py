@@ -1,0 +1,1 @@
+"""What is trained on a UNet, the roles that it plays in a step, and the folder that holds it."""

@@ -1,0 +1,179 @@
+"""Teacher, target and student, the three parts that one UNet plays in a step, and the loss between them.
+
+The recipe trains with it, `lcm-kit plan` rehearses with it and `lcm-kit bench` times it, so that there is one
+assembly of a step. `step.consistency_loss` is the algorithm; here is who is asked for what, and how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.adapter.trained_weights import swapped
+from lcm_kit.bases.condition import Condition
+from lcm_kit.config.methods import imported
+from lcm_kit.config.schema import Distill
+from lcm_kit.core.guidance import guide
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.methods import Method, Times
+from lcm_kit.core.prediction import predictor
+from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
+from lcm_kit.core.solvers import SOLVERS, Solver
+from lcm_kit.core.step import Loss, consistency_loss
+
+Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
+ROWS = {"teacher": 2, "target": 1, "student": 1}  # of the UNet's batch for a sample: guidance takes two
+PARTS = tuple(ROWS)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What of a config decides the loss: how to step, where to land, how to compare."""
+
+    method: Method
+    solver: Solver
+    distance: Loss
+    teacher_weight: float = 1.0
+    by_interval: bool = False  # weighted by 1 / (difference of sigma / alpha between t and s)
+
+    @classmethod
+    def of(cls, config: Distill) -> Objective:
+        """What `config` asks for."""
+        distance, c = LOSSES[config.loss.name], config.loss.c
+        method = imported(config.method)
+        return cls(
+            method, SOLVERS[config.solver], lambda a, b: distance(a, b, c), config.teacher.weight,
+            config.loss.weighting == "interval",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """A batch's samples and randomness, on the device: B samples."""
+
+    x0: Tensor  # latents [B, C, h, w]
+    noise: Tensor  # as x0
+    times: Times  # [B] each
+    guidance: Tensor  # the teacher's guidance_scale [B]
+    condition: Condition  # of B captions
+    bases: Sequence[bool] = ()  # for each sample whether the base alone teaches it; none: its style does too
+
+
+@dataclass(frozen=True)
+class Roles:
+    """One UNet as teacher (nothing that is trained), target (the trained weights' average) and student.
+
+    `call` is the UNet or what is called in its place (compiled, under autocast); `dtype` that of its inputs.
+    `empty`: the condition of no caption, [1, ...]. `both`: both teachers, the styled and the base alone, are
+    asked in every step, which processes that share weights must do alike. `part`: what is open around a pass.
+    `name`: which of the things that are trained on the UNet is the student; it is in use around the loss and
+    its backward (`AdaptedUNet.using`), as the only one always is. To be made after weights are sharded.
+    """
+
+    adapted: AdaptedUNet
+    call: Any
+    ema: Sequence[
+        Tensor
+    ]  # the average, in the order of `AdaptedUNet.parameters`; none: the student is the target
+    empty: Condition
+    schedule: Schedule
+    kind: str  # of the UNet's output
+    objective: Objective
+    dtype: torch.dtype
+    both: bool = False
+    part: Part = field(default=lambda name: nullcontext())
+    name: str = TRAINED
+
+    def losses(self, given: Given) -> Tensor:
+        """The consistency loss of each sample, float32 [B]; only the student's pass has a gradient.
+
+        Raises `ValueError` where something else than `name` is in use.
+        """
+        if self.adapted.in_use != self.name:
+            raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
+        predict, o = partial(predictor, schedule=self.schedule, kind=self.kind), self.objective
+        found = consistency_loss(
+            method=o.method, solver=o.solver, loss=o.distance, schedule=self.schedule,
+            teacher=predict(partial(self._as_teacher, given)),
+            target=predict(partial(self._as_target, given.condition)),
+            student=predict(partial(self._as_student, given.condition)),
+            x0=given.x0, noise=given.noise, times=given.times, teacher_weight=o.teacher_weight,
+        )  # fmt: skip
+        if o.by_interval:
+            found = found * interval_weight(self.schedule, given.times.t, given.times.s)
+        return found
+
+    def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
+        """Its raw output under guidance; a sample each of the base alone where `bases` says so."""
+
+        def ask(rows: list[int], styled: bool) -> Tensor:
+            n, named = len(rows), given.condition[rows]
+            conditions = Condition.cat([self.empty.expand(n).sized_as(named), named])
+            with self.adapted.teacher(styled=styled):
+                output = self._output(x[rows].repeat(2, 1, 1, 1), t[rows].repeat(2), conditions)
+            return guide(output[:n], output[n:], given.guidance[rows])
+
+        with self.part("teacher"):
+            return route_by_teacher(ask, given.bases or [False] * len(x), always=self.both)
+
+    def _as_target(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
+        with self.part("target"), swapped(self._trained, self.ema) if self.ema else nullcontext():
+            return self._output(x, t, condition)
+
+    @cached_property
+    def _trained(self) -> list[Parameter]:
+        return self.adapted.parameters(self.name)
+
+    def _as_student(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
+        with self.part("student"):
+            return self._output(x, t, condition)
+
+    def _output(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.call(x.to(self.dtype), t, **condition.kwargs()).sample
+        return output
+
+
+def route_by_teacher(
+    ask: Callable[[list[int], bool], Tensor], bases: Sequence[bool], *, always: bool = False
+) -> Tensor:
+    """The rows that `ask(rows, styled)` gives, [len(rows), ...], from each row's own teacher, in order.
+
+    `bases`: for each row whether the base alone teaches it. A teacher that has no row is not asked, unless
+    `always`: where the weights are sharded all processes must call the model equally often.
+    """
+    rows = {styled: [i for i, base in enumerate(bases) if base != styled] for styled in (True, False)}
+    made = {styled: ask(rows[styled] or [0], styled) for styled in rows if rows[styled] or always}
+    found = torch.cat([part for styled, part in made.items() if rows[styled]])
+    return found[torch.tensor([*rows[True], *rows[False]]).argsort().to(found.device)]
+
+
+def passes(config: Distill) -> dict[str, int]:
+    """How often a step asks each part for a sample, guidance being two: found by letting it."""
+    counted = dict.fromkeys(PARTS, 0)
+    objective = Objective.of(config)
+    schedule = Schedule.from_config(SD_BETAS)
+    x, grid = torch.ones(1, 1, 1, 1), config.grid.steps
+
+    def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            counted[name] += ROWS[name]
+            return x, x
+
+        return predict
+
+    teacher, target, student = map(counting, PARTS)
+    consistency_loss(
+        method=objective.method, solver=objective.solver, loss=objective.distance, schedule=schedule,
+        teacher=teacher, target=target, student=student, x0=x, noise=x,
+        times=objective.method.times(schedule, grid, 1, torch.Generator().manual_seed(0)),
+        teacher_weight=objective.teacher_weight,
+    )  # fmt: skip
+    return counted

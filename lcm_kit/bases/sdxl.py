@@ -1,0 +1,88 @@
+"""SDXL and UNets pruned from it (SSD-1B): two text encoders, pooled embeddings, sizes (arXiv:2307.01952).
+
+The embeds are the second to last hidden states of both encoders side by side; the pooled embedding is the
+second encoder's projection; the sizes are six numbers (`sizes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_kit.bases.base import BaseInfo, load_part, text_layers
+from lcm_kit.bases.condition import Condition, Framing
+from lcm_kit.bases.sd import tokenize
+from lcm_kit.bases.tokens import load_tokenizer
+
+
+class Text(NamedTuple):
+    """Both tokenizers and text encoders, and what an empty prompt stands for."""
+
+    tokenizer: Any
+    text_encoder: Any
+    tokenizer_2: Any
+    text_encoder_2: Any
+    zeros_when_empty: bool
+
+
+def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
+    """What captions are encoded by."""
+    return Text(tokenizers[0], encoders[0], tokenizers[1], encoders[1], zeros_when_empty)
+
+
+def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
+    """The base's tokenizers and text encoders, frozen, in eval mode."""
+    return Text(
+        load_tokenizer(base, "tokenizer"),
+        load_part(base, "text_encoder", dtype),
+        load_tokenizer(base, "tokenizer_2"),
+        load_part(base, "text_encoder_2", dtype),
+        base.zeros_when_empty,
+    )
+
+
+def encode_text(text: Text, captions: Sequence[str]) -> Condition:
+    """The condition of B captions: embeds [B, L, D1 + D2], pooled [B, P]; without sizes.
+
+    Captions longer than L tokens are cut there. As StableDiffusionXLPipeline.encode_prompt, clip_skip unset;
+    with a gradient as `sd.encode_text`.
+    """
+    pairs = ((text.tokenizer, text.text_encoder), (text.tokenizer_2, text.text_encoder_2))
+    states = []
+    for tokenizer, encoder in pairs:
+        ids, _ = tokenize(tokenizer, encoder, captions)
+        output = encoder(ids, output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+    return Condition(torch.cat(states, dim=-1), output.text_embeds)
+
+
+def empty_condition(text: Text, n: int) -> Condition:
+    """The unconditional pass of guidance, n times: zeros where the base says so, else the caption ""."""
+    empty = encode_text(text, [""])
+    if text.zeros_when_empty and empty.pooled is not None:
+        empty = Condition(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled))
+    return empty.expand(n)
+
+
+def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
+    """Each text encoder by its part, and its modules that a LoRA adapts.
+
+    Not the first encoder's last layer, whose output nobody sees: it would get no gradient. The second's is
+    behind the pooled embedding.
+    """
+    return {
+        "text_encoder": (text.text_encoder, text_layers(text.text_encoder, unseen=1)),
+        "text_encoder_2": (text.text_encoder_2, text_layers(text.text_encoder_2)),
+    }
+
+
+def sizes(framings: Sequence[Framing]) -> Tensor:
+    """time_ids [B, 6], float32: height and width of the original, top and left of the crop, of the target.
+
+    Heights come before widths, and the crop's corner is that of the picture as it is seen: mirrored first.
+    """
+    rows = [[*f.original, *f.corner, *f.target] for f in framings]
+    return torch.tensor(rows, dtype=torch.float32)

@@ -1,0 +1,69 @@
+"""Captions on their way to tokens: quotes as CLIP learned them, and the tokens that a caption takes.
+
+CLIP was trained on text whose curly quotes had been straightened (ftfy, in its own tokenizer and in that of
+transformers 4). transformers 5 leaves them curly, and each costs two tokens that CLIP hardly knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcm_kit.bases.base import BaseInfo
+from lcm_kit.bases.source import read_json
+from lcm_kit.errors import UserError, first_line
+
+_QUOTES = {"'": "\u02bc\u2018\u2019\u201a\u201b", '"': "\u201c\u201d\u201e\u201f"}
+_TABLE = str.maketrans({curly: plain for plain, all_ in _QUOTES.items() for curly in all_})
+
+
+def straightened(caption: str) -> str:
+    """The caption with straight quotes: what every tokenizer of `load_tokenizer` makes of it first."""
+    return caption.translate(_TABLE)
+
+
+def load_tokenizer(base: BaseInfo, part: str) -> Any:
+    """The CLIP tokenizer in folder `part` of a base, for training and for pipelines; it straightens quotes.
+
+    Raises `UserError` if it cannot be loaded.
+    """
+    from tokenizers import Regex, normalizers
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(base.folder / part, local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = first_line(error)
+        raise UserError(
+            f"base {base.path!r}: {part} cannot be loaded ({reason}); save the base again"
+        ) from error
+    encoder = read_json(base.folder / part.replace("tokenizer", "text_encoder") / "config.json", base.path)
+    # pipelines pad to this, and without a number of its own a tokenizer has 10**30
+    tokenizer.model_max_length = int(
+        min(tokenizer.model_max_length, encoder.get("max_position_embeddings", 77))
+    )
+    inner = tokenizer.backend_tokenizer
+    straight = [normalizers.Replace(Regex(f"[{curly}]"), plain) for plain, curly in _QUOTES.items()]
+    inner.normalizer = normalizers.Sequence([*straight, *([inner.normalizer] if inner.normalizer else [])])
+    return tokenizer
+
+
+def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int], int]:
+    """The captions that are cut, by id with their number of tokens, and how many tokens are read at most.
+
+    By every tokenizer of the base; no weights are loaded.
+    """
+    cut: dict[str, int] = {}
+    least = 0
+    for part in base.parts:
+        if not part.startswith("tokenizer"):
+            continue
+        tokenizer = load_tokenizer(base, part)
+        most = tokenizer.model_max_length - 2  # its start and end
+        least = min(least or most, most)
+        if captions:
+            # by what is behind it: the tokenizer itself would warn of every long one
+            rows = [row.ids for row in tokenizer.backend_tokenizer.encode_batch(list(captions.values()))]
+            counts = {id: len(row) - 2 for id, row in zip(captions, rows, strict=True)}
+            cut |= {id: max(n, cut.get(id, 0)) for id, n in counts.items() if n > most}
+    return cut, least

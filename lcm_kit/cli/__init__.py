@@ -1,0 +1,1 @@
+"""The command line: each verb reads its options, calls a function of the kit and prints."""

@@ -1,0 +1,206 @@
+"""`lcm-kit check`: is everything there that a config names, and are the pictures fit to be trained on?
+
+Loads no weights and downloads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lcm_kit import assets
+from lcm_kit.config.brand import Brand
+from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.load import Config
+from lcm_kit.config.schema import Base, Data, Distill, Training
+from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.errors import UserError
+
+_LOOKED_AT = 2000  # images: more would take minutes; `encode` tries each in any case
+
+
+def check(config: Config) -> list[str]:
+    """What is there, and what was noticed about its pictures, in lines.
+
+    Raises one `UserError` that lists everything that is not there or that `encode` would stop on.
+    """
+    found: list[str] = []
+    missing: list[UserError] = []
+    for look in _looks(config):
+        try:
+            found += look().splitlines()
+        except UserError as error:
+            missing.append(error)
+    if len(missing) == 1:
+        raise missing[0]
+    if missing:
+        raise UserError(f"{len(missing)} things are missing", missing)
+    return found
+
+
+def check_images(path: str, resolution: int, trigger: str | None) -> tuple[list[str], list[str]]:
+    """What was noticed about a folder of images, in lines, and what `encode` would stop on."""
+    from lcm_kit.data.folder import check_folder
+
+    found = check_folder(path, resolution=resolution, trigger=trigger)
+    return [f"data: {path}, {found.count} images", *found.remarks], list(found.errors)
+
+
+def _looks(config: Config) -> list[Callable[[], str]]:
+    if isinstance(config, Training):
+        return _trains(config)
+    if isinstance(config, Quality):
+        alone = config.base
+        subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
+        return [subject, lambda: _prompts(config.prompts)]
+    if isinstance(config, GuidanceSweep | Compose | Brand):
+        prompts = [config.prompts, config.control_prompts if isinstance(config, Brand) else None]
+        folders = [path for path in (config.brand, config.control) if path is not None]
+        return [
+            *(partial(_adapter, path) for path in _adapters_of(config)),
+            *([partial(_base, Base(config.base, config.revision, config.variant))] if config.base else []),
+            *(partial(_prompts, each) for each in prompts if each),
+            *(partial(_pictures, path) for path in folders),
+        ]
+    return []
+
+
+def _adapters_of(config: GuidanceSweep | Compose | Brand) -> tuple[str, ...]:
+    if isinstance(config, GuidanceSweep):
+        return config.adapters
+    if isinstance(config, Compose):
+        return config.style, config.speed
+    return (config.run, config.style) if config.style else (config.run,)
+
+
+def _trains(config: Training) -> list[Callable[[], str]]:
+    source = config.data.source
+    prompts = [config.validation.prompts, config.validation.control]
+    looks = [lambda: _base(config.base)]
+    looks += [lambda: _data(config.data), lambda: _tokens(config)] if source != "teacher" else []
+    looks += [lambda: _samples(config.data)] if source != "images" else []
+    if isinstance(config, Finetune):
+        prompts.append(config.prior.prompts)
+    elif isinstance(config, Distill) and (config.teacher.adapters or config.adapter.start):
+        looks.append(lambda: _adapters(config))
+    if (left_out := config.data.leave_out) is not None:
+        looks.append(lambda: _left_out(left_out))
+    return looks + [partial(_prompts, each) for each in prompts if each]
+
+
+def _base(base: Base) -> str:
+    if _on_the_hub(base.path):
+        return f"base: {base.path} on the hub, not looked at"
+    from lcm_kit.bases import inspect_base, require_fit
+    from lcm_kit.core.prediction import check as check_prediction
+    from lcm_kit.core.schedule import Schedule
+
+    info = inspect_base(base.path, revision=base.revision, variant=base.variant)
+    check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
+    require_fit(info)
+    kind = f"{info.family.name}, {info.prediction_type} prediction"
+    return f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
+
+
+def _data(data: Data) -> str:
+    if _on_the_hub(data.path) and data.kind != "folder":
+        return f"data: {data.path} on the hub, not looked at"
+    from lcm_kit.data.folder import check_data
+    from lcm_kit.data.records import open_records
+
+    records, bad = open_records(data)
+    looked = check_data(data) if len(records) <= _LOOKED_AT else None
+    if looked is not None and looked.errors:
+        raise UserError(
+            f"data.path {data.path!r}: {' '.join(looked.errors)} Or leave them out with data.skip_bad=true"
+        )
+    if bad and not data.skip_bad:
+        name, reason = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"data.path {data.path!r}: {name} ({reason}){more}; mend them or set data.skip_bad=true"
+        )
+    there = f"data: {data.path}, {len(records)} images with captions" + (
+        f", {len(bad)} left out" if bad else ""
+    )
+    rest = (
+        looked.remarks if looked else [f"note: more than {_LOOKED_AT} images are not opened by this check."]
+    )
+    return "\n".join([there, *(f"  {line}" for line in rest)])
+
+
+def _tokens(config: Training) -> str:
+    """Captions that the base's text encoders would not read to their end, counted by its own tokenizers."""
+    from lcm_kit.bases import inspect_base, too_long
+    from lcm_kit.data.findings import few, number
+    from lcm_kit.data.records import open_records
+
+    try:
+        if _on_the_hub(config.base.path) or (_on_the_hub(config.data.path) and config.data.kind != "folder"):
+            return ""
+        base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+        records, _ = open_records(config.data)
+    except UserError:  # it is said of the base, or of the data
+        return ""
+    cut, most = too_long(base, {record.id: record.caption for record in records})
+    if not cut:
+        return ""
+    named = few([f"{id} ({count})" for id, count in cut.items()])
+    has = number(len(cut), "caption", after=("has", "have"))
+    return (
+        f"  warning: {has} more tokens than the {most} that the base reads, and the rest is cut off: {named}."
+    )
+
+
+def _on_the_hub(path: str) -> bool:
+    return not path.startswith(("asset:", "/", ".", "~")) and not Path(path).exists()
+
+
+def _prompts(prompts: str) -> str:
+    from lcm_kit.data import records
+
+    return f"prompts: {prompts}, {len(records.prompts(prompts))} of them"
+
+
+def _adapter(path: str) -> str:
+    from lcm_kit.lora import untrusted
+    from lcm_kit.lora.locate import adapter_file
+
+    file = adapter_file(path)
+    return f"adapter: {file}, {len(untrusted.inspect(file).entries)} tensors"
+
+
+def _pictures(path: str) -> str:
+    from lcm_kit.data.records import pictures
+
+    return f"images: {path}, {len(pictures(assets.place(path), path))} of them"
+
+
+def _left_out(run: str) -> str:
+    from lcm_kit.data.sources import held_out_of
+
+    share, _ = held_out_of(run)
+    return f"left out: the {share:.0%} of the pictures that {run} held out"
+
+
+def _samples(data: Data) -> str:
+    from lcm_kit.data.samples import prompts_of
+
+    return f"samples: {len(prompts_of(data))} of the teacher's, for {data.samples.prompts}"
+
+
+def _adapters(config: Distill) -> str:
+    from lcm_kit.lora.locate import adapter_file
+
+    named = [entry.path for entry in (*config.teacher.adapters, *config.adapter.start)]
+    return f"adapters: {', '.join(str(adapter_file(path)) for path in named)}"
+
+
+def _trained(run: str) -> str:
+    if not (Path(run) / "adapter").is_dir():
+        raise UserError(
+            f"run {run!r} has no adapter/ folder; train it first, or give another folder as run=..."
+        )
+    return f"run: {run}"

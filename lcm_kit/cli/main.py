@@ -1,0 +1,227 @@
+"""The command line: each verb reads its options, calls a function of `lcm_kit.api` and prints.
+
+It imports what it needs when it runs, and the verbs are built when they are run, so that help comes at once.
+
+Errors become exit codes in `cli/errors.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lcm_kit.cli import finetune as cli_finetune
+from lcm_kit.cli import lora as cli_lora
+from lcm_kit.cli import plan as cli_plan
+from lcm_kit.cli import sample as cli_sample
+from lcm_kit.cli import sweep as cli_sweep
+from lcm_kit.cli.errors import Verbs
+from lcm_kit.config.numbers import within
+from lcm_kit.errors import UserError
+
+verbs = typer.Typer()
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config (`lcm-kit ls`).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, as optimizer.lr=3e-4 grid.steps=8."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")]
+
+
+@verbs.command(rich_help_panel="Start here")
+def quickstart(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+) -> None:
+    """The whole story on the embedded base and brand set: minutes on a CPU."""
+    from lcm_kit import workflow
+    from lcm_kit.quiet import quiet
+
+    quiet()
+    workflow.quickstart(output, overrides or [])
+
+
+@verbs.command(rich_help_panel="Recipes and configs")
+def ls() -> None:
+    """List the recipes and configs that come with the kit."""
+    from lcm_kit import console
+    from lcm_kit.config import shipped
+
+    names = shipped.names()
+    width = max(map(len, names))
+    console.say("\n".join(f"{name:<{width}}  {shipped.describe(name)}".rstrip() for name in names))
+
+
+@verbs.command(rich_help_panel="Recipes and configs")
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A name that `lcm-kit ls` lists.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A file, or a folder to put it in.")],
+) -> None:
+    """Copy a recipe or a config, to change it."""
+    from lcm_kit import console
+    from lcm_kit.config import shipped
+
+    console.say(shipped.copy(source, target))
+
+
+@verbs.command(rich_help_panel="Recipes and configs")
+def show(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Print a config with every key resolved."""
+    from lcm_kit import console
+    from lcm_kit.api import stages
+    from lcm_kit.config.load import dump
+
+    loaded = stages.load_config(config, overrides or [], imports=False)
+    console.say(dump(loaded, plain_ascii=not _unicode()).rstrip("\n"))
+
+
+@verbs.command(rich_help_panel="Recipes and configs")
+def check(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|FOLDER", help="A config, or a folder of images (or asset:NAME).")
+    ],
+    overrides: Overrides = None,
+    resolution: Annotated[
+        int,
+        typer.Option(
+            callback=within("--resolution", 8, 4096),
+            help="Of a FOLDER: pixels that will be trained at.",
+        ),
+    ] = 512,
+    trigger: Annotated[
+        str | None, typer.Option(help="Of a FOLDER: the words that every caption should have.")
+    ] = None,
+) -> None:
+    """Check a config and what it names, or a folder of images, without loading weights."""
+    from lcm_kit import console
+    from lcm_kit.api import stages
+    from lcm_kit.cli.check import check as examine
+    from lcm_kit.cli.check import check_images
+
+    errors: list[str] = []
+    if _is_folder(config):
+        if overrides:
+            raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
+        with console.working(f"looking at the pictures of {config}"):
+            lines, errors = check_images(config, resolution, trigger)
+    else:
+        loaded = stages.load_config(config, overrides or [])
+        with console.working(f"checking what {config} names"):
+            lines = examine(loaded)
+    for line in lines:
+        console.say(line)
+    if errors:
+        raise UserError(" ".join(errors))
+    console.say(f"ok: {config}")
+
+
+@verbs.command(rich_help_panel="The stages")
+def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Turn images and captions, or prompts, into cached latents and text embeddings."""
+    from lcm_kit.api import stages
+
+    stages.encode(config, overrides or [], verbose=True)
+
+
+@verbs.command(rich_help_panel="The stages")
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train; the same command continues a run that was stopped."""
+    from lcm_kit.api import stages
+
+    stages.train(config, overrides or [], verbose=True)
+
+
+@verbs.command(rich_help_panel="The stages")
+def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Compare teacher, plain solvers and student on the same prompts and noise."""
+    from lcm_kit.api import stages
+
+    stages.evaluate(config, overrides or [], verbose=True)
+
+
+@verbs.command(rich_help_panel="The stages")
+def bench(config: ConfigArgument = "evaluation/speed", overrides: Overrides = None) -> None:
+    """Time a training step on random weights of a real structure, beside a straight-line one."""
+    from lcm_kit.api import stages
+
+    stages.evaluate(config, overrides or [], verbose=True)
+
+
+@verbs.command(rich_help_panel="The stages")
+def report(run: Run) -> None:
+    """Write the run's report.html from its results and pictures."""
+    from lcm_kit import console
+    from lcm_kit.api import stages
+
+    console.say(stages.write_report(run, verbose=True))
+
+
+class EveryVerb(Verbs):
+    """Every verb of the command line."""
+
+    apps = (verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs, cli_sample.verbs, cli_sweep.verbs)
+
+
+app = typer.Typer(
+    cls=EveryVerb,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Brand images in, a LoRA out that draws in 1-8 steps what its base draws in 50.",
+    epilog="Start with `lcm-kit quickstart`, then `lcm-kit finetune YOUR_PICTURES --base YOUR_BASE`.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lcm_kit import __version__, console
+
+        console.say(f"lcm-kit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _is_folder(text: str) -> bool:
+    """Whether `check` was given images instead of a config; a config of that name goes first."""
+    from lcm_kit import assets
+    from lcm_kit.config import shipped
+
+    try:
+        shipped.config_path(text)
+    except UserError:
+        path = assets.place(text)
+        return text.startswith("asset:") or path.is_dir() or path.suffix.lower() in (".zip", ".parquet")
+    return False
+
+
+def _unicode() -> bool:
+    return "utf" in (sys.stdout.encoding or "").lower()
+
+
+def _spell_out() -> None:
+    """From now on write what the terminal's code page lacks in escapes instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # a notebook's streams have none, and no code page
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def main() -> None:
+    """Entry point of `lcm-kit` and of `python -m lcm_kit`."""
+    _spell_out()
+    app(prog_name="lcm-kit")

@@ -1,0 +1,125 @@
+"""The verb that draws. `cli.py` puts it beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lcm_kit import samplers
+from lcm_kit.config.numbers import SEED, WEIGHT, within
+from lcm_kit.errors import UserError
+
+verbs = typer.Typer()
+
+
+def _known_sampler(name: str | None) -> str | None:
+    if name is not None:
+        samplers.sampler_of(name)
+    return name
+
+
+@verbs.command(rich_help_panel="The stages")
+def sample(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; repeat it for more pictures.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line, or asset:tiny-sd.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--steps", 1, 1000),
+            help="Solver steps: 1 to 8 for an adapter.",
+            show_default="what a sweep recommends for the LoRA, else 4",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(callback=within("--seed", -SEED - 1, SEED), help="Of the initial noise.")
+    ] = 0,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            callback=within("--weight", -WEIGHT, WEIGHT),
+            help="Strength of the LoRA.",
+            show_default="recommended, else 1.0",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            callback=within("--guidance", 1, 1000),
+            help="guidance_scale; 1 is none, and right for an adapter.",
+            show_default="recommended, else 1.0",
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            "--solver",
+            callback=_known_sampler,
+            metavar="|".join(samplers.names()),
+            help=f"{', '.join(samplers.for_adapter())} for an adapter.",
+            show_default="recommended, else its method's",
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; it takes a --guidance above 1.")
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--width", 8, 8192),
+            help="Pixels, a multiple of 8.",
+            show_default="the base's own",
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(callback=within("--height", 8, 8192), help="As --width.", show_default="as the width"),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(callback=within("--count", 1, 1000), help="Pictures of each prompt.")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(callback=within("--batch-size", 1, 1000), help="Pictures at once.")
+    ] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+) -> None:
+    """Draw pictures and a contact sheet."""
+    from lcm_kit import assets, console
+    from lcm_kit.api import pictures
+    from lcm_kit.api.calls import call
+
+    wanted = [*(prompt or []), *(assets.prompts(prompts) if prompts else [])]
+    if not wanted:
+        raise UserError(
+            "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
+        )
+    with call(verbose=True):
+        from lcm_kit.sample import sample_to_folder
+
+        how = pictures.drawing(
+            wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
+            weight=weight, negative_prompt=negative, width=width, height=height, count=count, seed=seed,
+            batch_size=batch_size, device=device, dtype=dtype,
+        )  # fmt: skip
+        with console.working(how.title):
+            sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)
+    console.say(sheet)

@@ -1,0 +1,1 @@
+"""Evaluations: cells drawn from the same noise, what is measured on them, verdicts and recommendations."""

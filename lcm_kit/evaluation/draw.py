@@ -1,0 +1,185 @@
+"""Drawing the cells of any evaluation: plain diffusers with the files that users load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lcm_kit import __version__, assets, sample
+from lcm_kit.bases import BaseInfo
+from lcm_kit.config.sweep import Compose, GuidanceSweep
+from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
+from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.kept import Rows, kept
+from lcm_kit.evaluation.metrics.energy import Energy
+from lcm_kit.evaluation.subjects import Subject
+from lcm_kit.io.files import sha256_bytes
+from lcm_kit.share import Share
+
+C = TypeVar("C", bound=Cell)
+_LIBRARIES = ("torch", "diffusers", "peft", "transformers")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What every cell draws: sample i has prompt i // images_per_prompt and the noise of (seed, i)."""
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    seed: int
+    size: int  # pixels
+    batch_size: int
+    pictures: int  # prompts of which the first picture is shown
+    keep_all: bool = False  # keep every picture, to compare pixels; else only those that are shown
+
+    @classmethod
+    def of(cls, config: GuidanceSweep | Compose, base: BaseInfo) -> Samples:
+        """What `config` asks for, at the base's own size unless it says otherwise."""
+        prompts = tuple(islice(assets.prompts(config.prompts), config.count))
+        size = config.resolution or base.sample_size * base.factor
+        return cls(prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures)
+
+    def __len__(self) -> int:
+        """Samples a cell."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of every sample."""
+        return [prompt for prompt in self.prompts for _ in range(self.images_per_prompt)]
+
+    @property
+    def shown(self) -> list[int]:
+        """The samples whose pictures are shown."""
+        return [p * self.images_per_prompt for p in range(min(self.pictures, len(self.prompts)))]
+
+    @property
+    def kept(self) -> list[int]:
+        """The samples whose pictures are kept in a cell's rows, in the order in which they lie there."""
+        return list(range(len(self))) if self.keep_all else self.shown
+
+    def pictures_of(self, rows: Rows) -> Tensor:
+        """Of a cell's rows: the pictures that are shown, [shown, 3, H, W], pixels in [-1, 1]."""
+        place = {sample: k for k, sample in enumerate(self.kept)}
+        return _of(rows["pictures"], [place[sample] for sample in self.shown]) / 127.5 - 1
+
+
+def versions() -> dict[str, str]:
+    """Of what draws and measures, by name."""
+    return {"lcm_kit": __version__, **{name: version(name) for name in _LIBRARIES}}
+
+
+def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """`count` prompts from the top, again from there where there are fewer."""
+    return tuple(islice(cycle(prompts), count))
+
+
+def inputs(base: BaseInfo, samples: Samples, look: Looker, device: str) -> list[Any]:
+    """What the rows of all cells follow from besides the adapters, as JSON."""
+    asked = [samples.prompts, samples.images_per_prompt, samples.seed, samples.size, samples.batch_size]
+    return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device]
+
+
+@dataclass
+class Pipes:
+    """The base's pipeline, opened when something is to be drawn, with one adapter or none on it."""
+
+    base: BaseInfo
+    subjects: dict[str, Subject]
+    warm: Callable[[Any], object]  # runs once on a new pipeline, so that the clock sees warm code only
+    _pipe: Any = field(default=None, init=False)
+    _on: tuple[str | None, float] | None = field(default=None, init=False)
+
+    def get(self, cell: Cell) -> Any:
+        """A pipeline for `cell`."""
+        if self._pipe is None:
+            self._pipe = sample.pipeline(
+                self.base.path, revision=self.base.revision, variant=self.base.variant, **sample.placement()
+            )
+        wanted = (cell.adapter, cell.lora_weight) if cell.adapter else (None, 1.0)
+        if self._on != wanted:
+            if self._on and self._on[0]:
+                self._pipe.unload_lora_weights()
+            if cell.adapter:
+                sample.load_adapter(self._pipe, self.subjects[cell.adapter].file, cell.lora_weight)
+            self._on = wanted
+            self.warm(self._pipe)
+        return self._pipe
+
+
+def draw_all(
+    cells: Sequence[C],
+    folder: Path,
+    pipe: Callable[[C], Any],
+    samples: Samples,
+    look: Looker,
+    made_from: Callable[[C], Any],
+    share: Share,
+) -> dict[C, Rows]:
+    """Every cell's rows: those in `folder` if `made_from(cell)` and the settings are the same, else drawn.
+
+    `pipe` gives the pipeline for a cell, `made_from` what its samples follow from besides the settings, as
+    JSON. Shows progress and the time left on the first process.
+    """
+    drawn: dict[C, Rows] = {}
+    total = 0  # UNet calls
+    columns = (Words("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), Words("left"))
+    with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
+        task = bar.add_task("", total=sum(cell.unet_calls for cell in cells) * len(samples))
+        for number, cell in enumerate(cells, start=1):
+            bar.update(task, description=f"{number}/{len(cells)} {cell.id}", completed=total)
+            key = sha256_bytes(json.dumps([made_from(cell), cell.settings()]).encode())[:12]
+
+            def make(cell: C = cell) -> list[Rows]:
+                return draw(pipe(cell), cell, samples, look, share, partial(bar.advance, task))
+
+            drawn[cell] = kept(folder / f"{cell.id}-{key}.safetensors", make, share)
+            total += cell.unet_calls * len(samples)
+        bar.update(task, completed=total)
+    return drawn
+
+
+def draw(
+    pipe: Any, cell: Cell, samples: Samples, look: Looker, share: Share, advance: Callable[[int], None]
+) -> list[Rows]:
+    """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (of text
+    encoder, UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and
+    `pictures` [kept, 3, H, W], 8 bits, of those of `samples.kept` that lie in the batch.
+    """
+    texts, kept_pictures, tables = samples.texts, set(samples.kept), []
+    for first in share.of(range(0, len(samples), samples.batch_size)):
+        prompts = texts[first : first + samples.batch_size]
+        started = time.perf_counter()
+        with Energy(str(pipe.device)) as energy:
+            latents = sample.latents(
+                pipe, prompts, sampler=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
+                seed=samples.seed, first=first, size=samples.size,
+            )  # fmt: skip
+            pixels = sample.decode(pipe, latents)
+        seconds, n = time.perf_counter() - started, len(prompts)
+        eight_bit = ((pixels + 1) * 127.5).round().to(torch.uint8)
+        joules = float("nan") if energy.joules is None else energy.joules
+        tables.append({
+            **look(eight_bit / 127.5 - 1, prompts),
+            "latents": latents,
+            "seconds": torch.full((n,), seconds / n),
+            "joules": torch.full((n,), joules / n),
+            "pictures": _of(eight_bit, [i - first for i in range(first, first + n) if i in kept_pictures]),
+        })  # fmt: skip
+        advance(cell.unet_calls * n)
+    return tables
+
+
+def _of(pictures: Tensor, rows: list[int]) -> Tensor:
+    return pictures[torch.tensor(rows, dtype=torch.long)]

@@ -1,0 +1,171 @@
+"""What an evaluation answers, from its results alone: the cells that matter, and Yes, In part or No."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lcm_kit.evaluation import results as results_of
+from lcm_kit.evaluation.result_shapes import Cell, Comparison, Results
+from lcm_kit.evaluation.results import BrandRow
+
+UNKNOWN = "Judge by eye"
+LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
+_CALLS = 4  # UNet calls of the comparison that matters
+_STEPS = 4  # of the adapter that is held against the brand
+# What says how good a plain solver's pictures are: the first that was measured
+PLAIN_BY = ("prompt_adherence", "frechet_biased", "pixel_distance")
+
+
+# -- evaluation/quality: is the student as good as the teacher? ----------------------------------------------
+
+
+class Quality(NamedTuple):
+    """The comparison that matters: the student near 4 UNet calls, the best plain solver at as many."""
+
+    teacher: Cell
+    student: Cell
+    plain: Cell | None  # None where no plain solver ran at as many calls
+    plain_frechet: float | None  # the least of any plain solver at as many calls
+    fewer: float  # UNet calls, teacher's over student's
+    faster: float  # seconds, teacher's over student's
+
+
+def best_plain(results: Results, calls: int, cells: Sequence[Cell] | None = None) -> Cell | None:
+    """The base's best cell at `calls` UNet calls: most pictures right, then Frechet, then pixel distance.
+
+    `cells`: those to choose among, all by default.
+    """
+    return results_of.best_plain(
+        results["cells"] if cells is None else cells, calls, PLAIN_BY, results["metrics"]
+    )
+
+
+def lowest_frechet(cells: Sequence[Cell], calls: int) -> float | None:
+    """The least Frechet distance of a plain solver at `calls` UNet calls; None where none was measured.
+
+    It may be another cell than the one that draws most right: without guidance a plain solver keeps closer to
+    the look of real pictures and further from their prompts.
+    """
+    found = [
+        results_of.value(cell, "frechet_biased")
+        for cell in results_of.cells_of(cells, "plain")
+        if cell["unet_calls"] == calls
+    ]
+    return min((each for each in found if each is not None), default=None)
+
+
+def has_student(results: Results) -> bool:
+    """Whether an adapter was evaluated, not a base alone."""
+    return bool(results_of.cells_of(results["cells"], "student"))
+
+
+def quality_headline(results: Results) -> Quality:
+    """The cells to compare; there is a student."""
+    cells, teacher = results["cells"], results_of.reference(results)
+    student = min(results_of.cells_of(cells, "student"), key=lambda cell: abs(cell["unet_calls"] - _CALLS))
+    calls = student["unet_calls"]
+    seconds = [results_of.value(cell, "seconds") or 0.0 for cell in (teacher, student)]
+    return Quality(
+        teacher, student, best_plain(results, calls), lowest_frechet(cells, calls),
+        teacher["unet_calls"] / calls, seconds[0] / seconds[1] if seconds[1] else float("inf"),
+    )  # fmt: skip
+
+
+def quality_verdict(results: Results) -> str | None:
+    """Yes: within 10 points of the teacher, and at most half of any plain solver's Frechet distance.
+
+    None without a student.
+    """
+    if not has_student(results):
+        return None
+    head = quality_headline(results)
+    right, wanted = (results_of.value(cell, "prompt_adherence") for cell in (head.student, head.teacher))
+    if head.plain is None or right is None or wanted is None:
+        return UNKNOWN
+    plain, frechet = (
+        results_of.value(head.plain, "prompt_adherence"),
+        results_of.value(head.student, "frechet_biased"),
+    )
+    better = plain is not None and right > plain
+    near = frechet is not None and head.plain_frechet is not None and frechet <= 0.5 * head.plain_frechet
+    if right >= wanted - 0.10 and better and near:
+        return "Yes"
+    return "In part" if better else "No"
+
+
+# -- evaluation/brand: does it draw in the look, and what was forgotten? -------------------------------------
+
+
+class More(NamedTuple):
+    """Shares of right pictures on more control prompts than evaluation/brand has: of a quality evaluation."""
+
+    base: float
+    adapter: float
+    n: int
+
+
+class Brand(NamedTuple):
+    """The rows to compare."""
+
+    base: BrandRow
+    styled: BrandRow | None  # None: evaluated without a style
+    adapter: BrandRow  # nearest to 4 steps
+    nearer: Comparison | None  # brand similarity, the adapter's less the base's
+    more: More | None
+
+
+def brand_headline(results: Results, quality: Results | None = None) -> Brand:
+    """The rows of evaluation/brand to compare; `quality`: a quality evaluation of the same run, which may
+    have more prompts that do not name the look.
+    """
+    rows = results_of.brand_rows(results)
+    base, styled = (next((row for row in rows if row["name"] == name), None) for name in ("base", "styled"))
+    assert base is not None  # `results.compares_brand` has looked
+    adapter = min(
+        (row for row in rows if row["name"] == "adapter"), key=lambda row: abs(row["steps"] - _STEPS)
+    )
+    nearer = results_of.difference(results, adapter["id"], base["id"], "brand_similarity")
+    more = _more(adapter["steps"], quality, results_of.count(results, results_of.CONTROL))
+    return Brand(base, styled, adapter, nearer, more)
+
+
+def _more(steps: int, quality: Results | None, known: int) -> More | None:
+    if quality is None or results_of.count(quality) <= known:
+        return None
+    students = results_of.cells_of(quality["cells"], "student")
+    student = next((cell for cell in students if cell["steps"] == steps), None)
+    if student is None:
+        return None
+    base, adapter = (
+        results_of.value(cell, "prompt_adherence") for cell in (results_of.reference(quality), student)
+    )
+    return None if base is None or adapter is None else More(base, adapter, results_of.count(quality))
+
+
+def brand_verdict(head: Brand, adherence: str) -> str:
+    """Yes: nearer to the brand than the base, beyond the interval of the paired difference, and the control
+    prompts not forgotten.
+    """
+    if head.nearer is None:
+        return UNKNOWN
+    if head.nearer["low"] <= 0:
+        return "No"
+    return "Yes" if forgotten(head, adherence) is None else "In part"
+
+
+def forgotten(head: Brand, adherence: str) -> float | None:
+    """How far the adapter is below the base on control prompts, if that is more than `LOST`; else None.
+
+    Of a share that is 5 points, of a CLIP score 5% of the base's. By the larger number of prompts, where a
+    quality evaluation has more of them.
+    """
+    if head.more:
+        lost = head.more.base - head.more.adapter
+        return lost if lost > LOST + 1e-9 else None
+    base, adapter = head.base["control_adherence"], head.adapter["control_adherence"]
+    if base is None or adapter is None:
+        return None
+    lost = base["value"] - adapter["value"]
+    most = LOST * base["value"] if adherence == "clip" else LOST
+    return lost if lost > most + 1e-9 else None

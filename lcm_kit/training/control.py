@@ -1,0 +1,123 @@
+"""Is it forgetting? Control prompts, which do not name the look, measured without a model that sees pictures.
+
+`control_distance` of a distilled LoRA: the RMS in latents between the student's one-step sample and the
+teacher's 50-step sample from the same noise; more steps renew noise on their way, in which forgetting drowns
+(docs/training.md). `control_loss` of a style LoRA: the denoising loss on what the
+base itself draws for these prompts; distance in pictures would tell how strong the look is and not what is
+lost. Either rises when the LoRA unlearns what the brand's pictures lack (docs/finetuning.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lcm_kit import assets, bases
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.text import Captions, TextLora
+from lcm_kit.bases.condition import Condition
+from lcm_kit.config import schema
+from lcm_kit.data.encoder import Encoder, tensors_of
+from lcm_kit.data.transforms import framing
+from lcm_kit.errors import UserError
+from lcm_kit.training.held_out import HeldOut, LossesAt, Measures
+from lcm_kit.training.validation import STYLE_STEPS, Fixed, rms, student_of
+
+
+class Control(Fixed):
+    """The control prompts of a distillation, each with the noise of its own number."""
+
+    kind: ClassVar[str] = "control"
+
+    @classmethod
+    def prepare(cls, config: schema.Training, base_hash: str) -> Self:
+        """What `config.validation.control` asks for; no prompts where it is null.
+
+        Raises `UserError` for missing prompts, and if the run has been measured with others until now.
+        """
+        wanted = config.validation
+        lines = assets.prompts(wanted.control) if wanted.control else []
+        prompts = tuple(islice(cycle(lines), wanted.control_count))
+        folder = Path(config.output) / "validation"
+        size, method = config.data.resolution, student_of(config)
+        found = cls(wanted, config.base, base_hash, size, folder, prompts, method)
+        started = prompts and any((Path(config.output) / "state").glob("step-*"))
+        if started and not found.file.is_file() and any(folder.glob(f"{cls.kind}-*.safetensors")):
+            raise UserError(
+                f"{config.output}: this run was measured on other control prompts, and figures of both do "
+                "not compare; set validation.control, control_count, seed and guidance_scale back, or give "
+                "another output"
+            )
+        return found
+
+    def measures(self, adapted: AdaptedUNet) -> Measures:
+        """`distance` under its name; nothing where there are no prompts."""
+        return {"control_distance": partial(self.distance, adapted)} if self.prompts else {}
+
+    @torch.no_grad()
+    def distance(self, adapted: AdaptedUNet) -> float:
+        """`control_distance` of what is trained on `adapted`, which is left as it was."""
+        pipe = self.pipe(adapted)
+        return rms(self.latents(pipe, self.method.sampler, 1, 1.0), self.teacher(adapted, pipe))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The base's pictures of control prompts, to measure a loss on as on held-out ones."""
+
+    ids: list[str]
+    all_latents: Tensor  # [n, C, h, w] float32
+    all_conditions: Condition
+
+    def latents(self, index: Sequence[int]) -> Tensor:
+        """Latents [n, C, h, w] at `index`."""
+        return self.all_latents[list(index)]
+
+    def condition(self, index: Sequence[int]) -> Condition:
+        """Conditions at `index`."""
+        return self.all_conditions[list(index)]
+
+
+class StyleControl(Control):
+    """The control prompts of a style LoRA."""
+
+    teacher_steps: ClassVar[int] = STYLE_STEPS
+
+    def draw(self, adapted: AdaptedUNet, pipe: Any) -> dict[str, Tensor]:
+        """As `Fixed.draw`, and the conditions that the UNet is told of the prompts."""
+        base = bases.inspect_base(self.base.path, revision=self.base.revision, variant=self.base.variant)
+        encoder = Encoder.load(base, str(pipe.device), vae=False)
+        whole = framing((self.resolution, self.resolution), self.resolution)
+        condition = encoder.condition(self.prompts, [whole] * len(self.prompts))
+        return {**super().draw(adapted, pipe), **tensors_of(condition)}
+
+    def pictures(self, adapted: AdaptedUNet, text: TextLora | None = None) -> Drawn:
+        """What the base draws: made once, then read from the run's folder.
+
+        The UNet is told of the prompts as `text` encodes them by then, if text encoders are trained.
+        """
+        tensors = self.kept(lambda: self.draw(adapted, self.pipe(adapted)))
+        latents, condition = tensors.pop("latents"), Condition(**tensors)
+        if text:
+            condition = Captions.of(self.prompts, text, condition.time_ids)
+        return Drawn(list(self.prompts), latents, condition)
+
+    def measures_at(
+        self, adapted: AdaptedUNet, measure: HeldOut, losses_at: LossesAt, text: TextLora | None = None
+    ) -> Measures:
+        """`control_loss` of what is trained on `adapted`: as `measure`, on what the base draws.
+
+        Nothing where there are no prompts.
+        """
+
+        def loss() -> float:
+            return replace(measure, pictures=self.pictures(adapted, text)).mean_at(losses_at)
+
+        return {"control_loss": loss} if self.prompts else {}
