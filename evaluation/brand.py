@@ -23,12 +23,12 @@ from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
 from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
-from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Figures, Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 from lcm_kit.evaluation.results import BRAND_FILE, CONTROL, MAIN
-from lcm_kit.evaluation.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.evaluation.swept_adapters import base_keys, require_whole, swept_adapters
 from lcm_kit.io.files import atomic_folder
 from lcm_kit.io.locks import alone
 from lcm_kit.lora import verify
@@ -42,18 +42,18 @@ def main(config: Brand) -> Path:
     """Evaluate; returns the path of `brand.json`."""
     # -- Parts: the base, the adapters, the prompts ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    brand.insist_on_one_file(config.run)
-    where = base_facts(config, config.run)
+    brand.require_one_file(config.run)
+    where = base_keys(config, config.run)
     base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
     files = [config.run, *([config.style] if config.style else [])]
-    found = subjects(files, verify.base_of(base.path, base.revision, base.variant))
-    insist_on_whole(found)
+    found = swept_adapters(files, verify.base_of(base.path, base.revision, base.variant))
+    require_whole(found)
     names = (brand.ADAPTER, brand.STYLE)
     adapters = {name: replace(each, name=name) for name, each in zip(names, found, strict=False)}
     folder, size = brand.output(config), config.resolution or base.sample_size * base.factor
     wanted, shown = brand.prompts_and_pictures(config)
     control = repeated(records.prompts(config.control_prompts), config.control_count or config.count)
-    look = Looker.of(
+    look = FeatureExtractor.of(
         config.recipe, [*wanted, *control], size, device, features=config.features,
         text_features=config.text_features, probe="brand-probe",
     )  # fmt: skip

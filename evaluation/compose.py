@@ -20,12 +20,12 @@ from lcm_kit.config.sweep import Compose
 from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation import tables
 from lcm_kit.evaluation.draw import Samples, draw_all, inputs
-from lcm_kit.evaluation.extract import Looker, brand_features
+from lcm_kit.evaluation.extract import FeatureExtractor, brand_features
 from lcm_kit.evaluation.measure import Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 from lcm_kit.evaluation.pairs import PairPipes, choose, plan, write_map
 from lcm_kit.evaluation.results import FILE, MAIN
-from lcm_kit.evaluation.subjects import base_facts, insist_on_whole, subjects
+from lcm_kit.evaluation.swept_adapters import base_keys, require_whole, swept_adapters
 from lcm_kit.io.locks import alone
 from lcm_kit.lora import merge_files, verify
 from lcm_kit.training import processes
@@ -36,15 +36,17 @@ def main(config: Compose) -> Path:
     """Search; returns the path of `results.json`."""
     # -- Parts: the base, both adapters, the samples ---------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    where = base_facts(config, config.speed)
+    where = base_keys(config, config.speed)
     base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
-    found = subjects((config.style, config.speed), verify.base_of(base.path, base.revision, base.variant))
-    insist_on_whole(found)
+    found = swept_adapters(
+        (config.style, config.speed), verify.base_of(base.path, base.revision, base.variant)
+    )
+    require_whole(found)
     style, speed = (replace(each, name=name) for each, name in zip(found, ("style", "speed"), strict=True))
     folder = Path(config.output)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
-    look = Looker.of(
+    look = FeatureExtractor.of(
         config.recipe, prompts, size, device, features=config.features, text_features=config.text_features,
         probe="brand-probe",
     )  # fmt: skip

@@ -24,13 +24,13 @@ from lcm_kit.evaluation import tables
 from lcm_kit.evaluation.cells import plan, reference
 from lcm_kit.evaluation.compare import comparisons
 from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs
-from lcm_kit.evaluation.extract import Looker, brand_features, reference_features
+from lcm_kit.evaluation.extract import FeatureExtractor, brand_features, reference_features
 from lcm_kit.evaluation.measure import Ruler, moved
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 from lcm_kit.evaluation.recommend import Sweep, breaks, recommend
 from lcm_kit.evaluation.result_shapes import Break, Recommended
 from lcm_kit.evaluation.results import FILE, MAIN
-from lcm_kit.evaluation.subjects import base_facts, subjects
+from lcm_kit.evaluation.swept_adapters import base_keys, swept_adapters
 from lcm_kit.io.locks import alone
 from lcm_kit.lora import verify
 from lcm_kit.report.sweep import write_sweep_report
@@ -50,13 +50,13 @@ def main(config: GuidanceSweep) -> Path:
     """Sweep; returns the path of `results.json`."""
     # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    where = base_facts(config, config.adapters[0])
+    where = base_keys(config, config.adapters[0])
     base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
-    found = subjects(config.adapters, verify.base_of(base.path, base.revision, base.variant))
+    found = swept_adapters(config.adapters, verify.base_of(base.path, base.revision, base.variant))
     folder = output(config)
     samples = Samples.of(config, base)
     prompts, size = samples.prompts, samples.size
-    look = Looker.of(
+    look = FeatureExtractor.of(
         config.recipe, prompts, size, device, features=config.features, text_features=config.text_features
     )
     cells = plan(config, {subject.name: subject.method for subject in found})

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_kit import assets, bases, sample
-from lcm_kit.adapter.folder import base_of, read_facts
+from lcm_kit.adapter.folder import base_of, read_provenance
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.errors import UserError
@@ -27,12 +27,12 @@ from lcm_kit.evaluation import tables, verdicts
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
 from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
-from lcm_kit.evaluation.extract import Looker, of_the_world
+from lcm_kit.evaluation.extract import FeatureExtractor, of_the_world
 from lcm_kit.evaluation.measure import Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 from lcm_kit.evaluation.metrics.features import PROBE
 from lcm_kit.evaluation.results import FILE, MAIN
-from lcm_kit.evaluation.subjects import insist_on_whole, subjects
+from lcm_kit.evaluation.swept_adapters import require_whole, swept_adapters
 from lcm_kit.io.locks import alone
 from lcm_kit.lora import verify
 from lcm_kit.tiny import world
@@ -70,13 +70,15 @@ def main(config: Quality) -> Path:
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
         size = int(config_of(run)["data"]["resolution"])
-        base = bases.inspect_base(**base_of(read_facts(run / "adapter")))
-        found = subjects([config.run], verify.base_of(base.path, base.revision, base.variant))
-    insist_on_whole(found)
+        base = bases.inspect_base(**base_of(read_provenance(run / "adapter")))
+        found = swept_adapters([config.run], verify.base_of(base.path, base.revision, base.variant))
+    require_whole(found)
     adapters = {name: replace(each, name=name) for name, each in zip((STUDENT,), found, strict=False)}
     prompts = repeated(assets.prompts(config.prompts), config.count)
     samples = Samples(prompts, 1, config.seed, size, config.batch_size, config.pictures, keep_all=True)
-    look = Looker.of(config.recipe, prompts, size, device, features=PROBE if size == world.SIZE else None)
+    look = FeatureExtractor.of(
+        config.recipe, prompts, size, device, features=PROBE if size == world.SIZE else None
+    )
     real = look.renders(config.reference_count) if of_the_world(prompts, size) and len(prompts) > 1 else None
 
     # -- Draw: the base's cells first, then with the adapter on ----------------------------------------------

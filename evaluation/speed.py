@@ -36,7 +36,15 @@ from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.bases import encode_images
 from lcm_kit.bases.condition import Condition
 from lcm_kit.bases.memory import compiled, make_optimizer, place
-from lcm_kit.bench.measure import clock, flops, matmul_limit, peak_apart, peak_here, seconds_by_part, show
+from lcm_kit.bench.measure import (
+    clock,
+    flops,
+    matmul_limit,
+    peak_here,
+    peak_in_subprocess,
+    seconds_by_part,
+    show,
+)
 from lcm_kit.bench.models import Base, cached
 from lcm_kit.bench.side import Drawn, Part, Side, autocast, run, scaler
 from lcm_kit.config.evaluation import Speed
@@ -138,7 +146,7 @@ def main(config: Speed) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, output = Base(config, device).dtype, Path(config.output)
     atomic_write(output / "config.yaml", dump(config))
-    peaks = {name: peak_apart(__file__, name, output / "config.yaml") for name in SIDES}
+    peaks = {name: peak_in_subprocess(__file__, name, output / "config.yaml") for name in SIDES}
 
     # -- Time: step by step in turns, so that whatever else the machine does hits both -----------------------
     sides = {name: build(config, device) for name, build in SIDES.items()}
@@ -175,7 +183,7 @@ def main(config: Speed) -> Path:
     return output / "results.json"
 
 
-if __name__ == "__main__":  # as `peak_apart` runs this file
+if __name__ == "__main__":  # as `peak_in_subprocess` runs this file
     wanted = load(Path(sys.argv[2]))
     assert isinstance(wanted, Speed)
     sys.stdout.write(json.dumps(peak_here(SIDES[sys.argv[1]], wanted)) + "\n")

@@ -33,7 +33,7 @@ def build_run(run: Path, base: Path, rank: int = 8, alpha: float = 16.0) -> Path
 
 def load_adapter(folder: Path, unet: Any) -> AdaptedUNet:
     """`unet` with the LoRA of an adapter folder on it; what that holds for text encoders is left out."""
-    config, adapted = adapter.read_facts(folder).lora_config, AdaptedUNet(unet)
+    config, adapted = adapter.read_provenance(folder).lora_config, AdaptedUNet(unet)
     whole = config["target_modules"] == sorted(bases.lora_targets("lcm"))
     adapted.add_lora(schema.Adapter(config["r"], config["lora_alpha"], "lcm" if whole else "attention"))
     weights = adapter.read_weights(folder)

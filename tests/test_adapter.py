@@ -156,7 +156,7 @@ def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Pat
     adapted = load(sd_base)
     trained(adapted)
     save_adapter(tmp_path / "adapter", adapted, Provenance(base=Base("a base", "abc"), steps=7))
-    facts = adapter.read_facts(tmp_path / "adapter")
+    facts = adapter.read_provenance(tmp_path / "adapter")
     assert facts.steps == 7
     assert (facts.lora_config["r"], facts.lora_config["lora_alpha"]) == (4, 8.0)
     assert facts.lora_config["target_modules"] == sorted(bases.lora_targets("lcm"))
@@ -172,7 +172,7 @@ def test_saved_adapter_loads_exactly(sd_base: Callable[..., Path], tmp_path: Pat
     with pytest.raises(UserError, match=f"1 keys differ, such as {first}"):
         adapted.load_state({**state, first: state[first][:1]})
     with pytest.raises(UserError, match="no trained adapter"):
-        adapter.read_facts(tmp_path / "nowhere")
+        adapter.read_provenance(tmp_path / "nowhere")
 
 
 def test_attention_targets_adapt_attention_only(sd_base: Callable[..., Path]) -> None:

@@ -226,7 +226,7 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     from lcm_kit.api import pictures
 
     calls, pairs = list[Any](), list[Any]()
-    monkeypatch.setattr(pictures, "_insist_on_a_pair", lambda *pair: pairs.append(pair))
+    monkeypatch.setattr(pictures, "_require_a_pair", lambda *pair: pairs.append(pair))
     advice: list[Recommended | None] = [None]
     monkeypatch.setattr(recommended, "of_adapter", lambda adapter, file: advice[0])
     monkeypatch.setattr(recommended, "method_of", lambda file: DEFAULT)
@@ -394,7 +394,7 @@ def test_compare_and_compose_make_their_config(monkeypatch: pytest.MonkeyPatch, 
     alone = cli("compare", "runs/a", "count=8")
     assert alone.exit_code == 2 and "two adapters or more, and 1 are named" in alone.stderr
     other = cli("compare", "runs/a", "runs/b", "--config", "quickstart")
-    assert other.exit_code == 2 and "adapters: there is no such key" in other.stderr
+    assert other.exit_code == 2 and "adapters: unknown key" in other.stderr
 
 
 def test_check_looks_at_what_a_sweep_names(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "precision: 'fp16' is not allowed; it must be one of auto, float32, float16, bfloat16",
             "ema: nan is not allowed; it must be a number of at least 0 and less than 1",
             "adapter.rank: 'many' is not allowed; it must be a whole number of at least 1 and at most 1024",
-            "adapter.rnk: there is no such key; did you mean `rank`?",
+            "adapter.rnk: unknown key; did you mean `rank`?",
             "guidance: min 9.0 is larger than max 3.0; swap them",
             "loss.name: 'hubber' is not allowed; it must be one of huber, huber_norm, l2; "
             "did you mean `huber`?",
@@ -104,8 +104,8 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "validation: null is not allowed; it must be a block of keys "
             "(every, prompts, count, guidance_scale, seed, control, control_count, held_out)",
             "logging.trackers: 'tensorboard' is not allowed; it must be a list, each text",
-            "batchsize: there is no such key; did you mean `batch_size`?",
-            "rank: there is no such key; did you mean `adapter.rank`?",
+            "batchsize: unknown key; did you mean `batch_size`?",
+            "rank: unknown key; did you mean `adapter.rank`?",
         ]
     )
 
@@ -120,7 +120,7 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
         ),
         ("output: x\nrecipe: train/distill\n", "recipe: it must be the first key"),
         ("recipe: train/distill\n", "output: missing; it must be text"),
-        (MINIMAL + "zzz: 1\n", "zzz: there is no such key; allowed here: recipe, output, seed, steps"),
+        (MINIMAL + "zzz: 1\n", "zzz: unknown key; allowed here: recipe, output, seed, steps"),
         (
             MINIMAL + "loss: {c: .inf}\n",
             "loss.c: inf is not allowed; it must be a number of more than 0 and at most 1e+09",
@@ -139,7 +139,7 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
         ),
         (
             MINIMAL + "teacher: {adapters: {path: a, wait: 3}}\n",
-            "teacher.adapters.0.wait: there is no such key; did you mean `weight`?",
+            "teacher.adapters.0.wait: unknown key; did you mean `weight`?",
         ),
         (
             MINIMAL + "teacher: {adapters: [a, 3]}\n",
@@ -178,7 +178,7 @@ def test_an_empty_list_is_named(tmp_path: Path) -> None:
     text = "recipe: evaluation/guidance_sweep\nadapters: []\ncost: {prise_per_hour: 3}\n"
     assert mistakes(tmp_path, text) == [
         "adapters: [] is not allowed; it must be a list, each text, and not empty",
-        "cost.prise_per_hour: there is no such key; did you mean `price_per_hour`?",
+        "cost.prise_per_hour: unknown key; did you mean `price_per_hour`?",
     ]
 
 

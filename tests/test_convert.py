@@ -17,7 +17,7 @@ from lcm_kit.cli.main import app
 from lcm_kit.evaluation.recommended import of_adapter
 from lcm_kit.lora import loading, reading, structure, verify
 from lcm_kit.lora.layers import Layer, Lora
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.provenance import Data, Method, Provenance, Recommended
 from lcm_kit.lora.untrusted import inspect
 from lcm_kit.lora.write import write
@@ -140,7 +140,7 @@ def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path
         write(tmp_path / f"{name}.safetensors", lora, real, "kohya", "float32", facts)
 
     def told(name: str) -> tuple[Recommended | None, str | None]:
-        facts = facts_from(inspect(tmp_path / f"{name}.safetensors").metadata, name)
+        facts = provenance_from_header(inspect(tmp_path / f"{name}.safetensors").metadata, name)
         return facts.recommended, facts.data.trigger
 
     speed = tmp_path / "speed.safetensors"
@@ -170,7 +170,7 @@ def test_verify_prints_a_table_and_tells_by_its_exit_code(
     done = cli("verify", tmp_path / "a.safetensors", "--base", sdxl_base, *told)
     assert done.exit_code == 0 and done.stdout.count("788 of 788") == 4, done.output
     done = cli("verify", tmp_path / "a.safetensors", "--app", "photoshop")
-    assert done.exit_code == 2 and "app 'photoshop' is not known here" in done.stderr
+    assert done.exit_code == 2 and "app 'photoshop' is unknown" in done.stderr
     done = cli("verify", tmp_path / "none.safetensors")
     assert done.exit_code == 2 and "none.safetensors" in done.stderr
 

@@ -346,11 +346,11 @@ def test_the_output_itself_is_compared(run: Path, monkeypatch: pytest.MonkeyPatc
 def test_changed_base_and_wrong_options_and_no_adapter(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="float32, float16, bfloat16"):
         export_run(run, dtype="int8")
-    with pytest.raises(UserError, match="format 'ckpt' is not known here; choose diffusers, kohya or both"):
+    with pytest.raises(UserError, match="format 'ckpt' is unknown; choose diffusers, kohya or both"):
         export_run(run, "ckpt")
     with pytest.raises(UserError, match="lcm-kit train"):
         export_run(tmp_path)
-    facts = adapter.read_facts(run / "adapter").to_json()
+    facts = adapter.read_provenance(run / "adapter").to_json()
     facts["base"]["hash"] = "0" * 64
     (run / "adapter" / "adapter.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="has changed since"):
@@ -406,7 +406,7 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
 @pytest.mark.parametrize("damage", [b"{", b'{"version": 1, "recipe": "evaluation/guidance_sweep"}'])
 def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: bytes, tmp_path: Path) -> None:
     """It is named in one line; then the file's own header advises, and where it says nothing the defaults."""
-    base = adapter.read_facts(run / "adapter")["base"]["path"]
+    base = adapter.read_provenance(run / "adapter")["base"]["path"]
 
     def draw(name: str) -> str:
         words = ["sample", "--prompt", "a", "--base", base, "--adapter", run, "--output", tmp_path / name]

@@ -23,7 +23,7 @@ from lcm_kit.data.cache import Encoder
 from lcm_kit.errors import UserError
 from lcm_kit.lora import structure
 from lcm_kit.lora.apps import APPS, able
-from lcm_kit.plan import subject
+from lcm_kit.plan import base_profile
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "base.md").read_text(encoding="utf-8")
 MODULE, FAMILY, GENERATION = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -89,7 +89,7 @@ def test_a_base_of_the_family_is_recognised_and_encoded_by_its_own_code(base: Pa
     encoder = Encoder.load(info, "cpu", vae=False)
     torch.testing.assert_close(encoder.condition(CAPTIONS, []).embeds, wanted)
     torch.testing.assert_close(encoder.empty().embeds, wanted[1:])
-    _, modules = bases.family_of(info).adapted(encoder.text)["text_encoder"]
+    _, modules = bases.family_of(info).text_lora_targets(encoder.text)["text_encoder"]
     assert modules and not any("layers.1." in name for name in modules)  # of two
 
 
@@ -116,7 +116,7 @@ def test_without_the_entry_it_is_what_its_parts_say(sd_base: Callable[..., Path]
 
 
 def test_the_model_is_planned_read_and_known_to_the_apps(tables: Path) -> None:
-    whole, mini = subject.published("sd1"), subject.published("mini")
+    whole, mini = base_profile.published("sd1"), base_profile.published("mini")
     assert mini.structure.label == "Mini SD" and mini.text == whole.text
     fewer = len(structure.known("sd1").unet) - len(mini.structure.unet)
     # a residual block (4 or 3 layers) and an attention less in each block: the structure says how many
@@ -128,7 +128,7 @@ def test_the_model_is_planned_read_and_known_to_the_apps(tables: Path) -> None:
     assert small.blocks is not None and small.blocks.name == "mini"
     assert able(small) == tuple(app for app in APPS if app != "sd-scripts")
     with pytest.raises(UserError, match="'nano' is unknown; choose one of sd1, sd2, sdxl, ssd1b, mini$"):
-        subject.published("nano")
+        base_profile.published("nano")
 
 
 def test_its_checkpoint_and_its_name_on_the_hub_are_recognised(tables: Path) -> None:
@@ -141,4 +141,4 @@ def test_its_checkpoint_and_its_name_on_the_hub_are_recognised(tables: Path) -> 
         tensors | {"model.diffusion_model.input_blocks.11.0.x": torch.zeros(1)}, tables / "whole.safetensors"
     )
     assert contents_of(tables / "whole.safetensors").generation.name == "sd1"
-    assert subject.find(schema.Base(path="somebody/mini-sd-v2")).structure.label == "Mini SD"
+    assert base_profile.find(schema.Base(path="somebody/mini-sd-v2")).structure.label == "Mini SD"

@@ -19,7 +19,7 @@ from lcm_kit.config.evaluation import Quality
 from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation import results
 from lcm_kit.evaluation.cells import Cell
-from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.measure import Drawn, Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 
@@ -47,7 +47,7 @@ def test_the_page_names_every_field_and_what_it_is_without() -> None:
 
 def test_a_column_is_kept_of_every_picture_and_measured_over_the_teachers(added: dict[str, Any]) -> None:
     """Halves of white and black on grey have the contrast of their size, by hand."""
-    look = Looker.of("evaluation/brand", ["a cat", "a dog"], 64, "cpu", features=None)
+    look = FeatureExtractor.of("evaluation/brand", ["a cat", "a dog"], 64, "cpu", features=None)
     sizes = {"teacher": (1.0, 0.5), "student": (0.5, 0.25)}
     rows = {}
     for name, found in sizes.items():

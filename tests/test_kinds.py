@@ -17,7 +17,7 @@ from lcm_kit.cli.main import app
 from lcm_kit.errors import UserError
 from lcm_kit.lora import peft_header, plain, reading, structure, verify
 from lcm_kit.lora.base_weights import BaseWeights
-from lcm_kit.lora.convert import insist_on_diffusers, weights_of
+from lcm_kit.lora.convert import require_diffusers, weights_of
 from lcm_kit.lora.diffusers_format import HEADER
 from lcm_kit.lora.structure import Structure
 from tests import kinds
@@ -496,13 +496,13 @@ def test_what_diffusers_makes_of_them_is_run(base: Structure, folder: Path, tmp_
     assert "1 modules without their DoRA magnitude" in dropped.verdict
     assert dropped.error is not None and dropped.error > 1e-3
     with pytest.raises(UserError, match="holds DoRA in a form that diffusers does not load.*lcm-kit convert"):
-        insist_on_diffusers(kohya, against)
+        require_diffusers(kohya, against)
     pefts = tmp_path / "peft.safetensors"
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     save_file(tensors | {f"{name}.lora_magnitude_vector": magnitude}, pefts)
     taken = row(pefts)
     assert taken.ok and taken.error is not None and taken.error <= 1e-5
-    insist_on_diffusers(pefts, against)
+    require_diffusers(pefts, against)
     loha = save(tmp_path / "loha.safetensors", base, {name: kinds.loha((out, inner))})
     refused = row(loha)
     assert refused.verdict.startswith("refuses the file") and (refused.loaded, refused.of) == (0, 1)

@@ -166,7 +166,7 @@ def test_for_gaussian_data_its_mean_gradient_is_that_of_distillation_by_ddim(t: 
 
 
 def test_its_mean_step_is_the_exact_solution_to_second_order() -> None:
-    """So a finer grid mends what is left: the error of a step falls to a quarter with half the interval."""
+    """So a finer grid repairs what is left: the error of a step falls to a quarter with half the interval."""
     x_t = torch.tensor([0.6, -1.1])
     found = []
     for s in (439, 479, 499):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora import metadata, structure
 from lcm_kit.lora.layers import Lora
-from lcm_kit.lora.metadata_reading import facts_from, not_read
+from lcm_kit.lora.metadata_reading import not_read, provenance_from_header
 from lcm_kit.lora.provenance import Base, Data, Guidance, Method, Provenance, Recommended
 from tests.loras import random_lora
 
@@ -188,9 +188,9 @@ def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> N
         "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA "
         "strength 0.8. Chosen by measurement."
     )
-    assert facts_from(built, "brand").recommended == use
+    assert provenance_from_header(built, "brand").recommended == use
     for key, value in (("sampler", "rm -rf"), ("sampling_steps", "1e9"), ("sampling_guidance_scale", "nan")):
-        spoiled = facts_from({**built, f"lcm_kit.{key}": value}, "brand").recommended
+        spoiled = provenance_from_header({**built, f"lcm_kit.{key}": value}, "brand").recommended
         assert spoiled == Recommended("Use 2 steps of TCD.", None, None, None, None), key
     none = Recommended("None of these settings can be recommended.", None, None, None, None, (), ())
     built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=none))
@@ -283,7 +283,7 @@ def test_there_and_back(tmp_path: Path, facts: Provenance, style: str) -> None:
     assert "None" not in json.dumps(built)
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", built)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert facts_from(file.metadata(), facts.title) == facts
+        assert provenance_from_header(file.metadata(), facts.title) == facts
 
 
 def test_facts_from_a_file_of_sd_scripts() -> None:
@@ -292,15 +292,15 @@ def test_facts_from_a_file_of_sd_scripts() -> None:
         "ss_max_train_steps": "1600", "modelspec.date": "2024-05-01T10:00:00", "modelspec.title": "../evil",
         "modelspec.resolution": "768x768", "ss_output_name": "other", "modelspec.merged_from": "a, b",
     }  # fmt: skip
-    assert facts_from(header, "mine") == Provenance(
+    assert provenance_from_header(header, "mine") == Provenance(
         "mine", Base("v1-5.safetensors"), step=1200, data=Data(resolution=512), date="2024-05-01T10:00:00",
         parents=("a", "b"),
     )  # fmt: skip
     nothing = dict.fromkeys(header, "None")
-    assert facts_from(nothing, "mine") == facts_from({}, "mine") == Provenance("mine")
+    assert provenance_from_header(nothing, "mine") == provenance_from_header({}, "mine") == Provenance("mine")
     for text, side in {"768x768": 768, "1024,1024": 1024, "512": 512, "(512, 768)": None, "x": None}.items():
-        assert facts_from({"ss_resolution": text}, "t").data.resolution == side
-    assert facts_from({"modelspec.resolution": "768x768"}, "t").data.resolution == 768
+        assert provenance_from_header({"ss_resolution": text}, "t").data.resolution == side
+    assert provenance_from_header({"modelspec.resolution": "768x768"}, "t").data.resolution == 768
 
 
 def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
@@ -312,10 +312,10 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
         parents="[" * 100_000,
         kit_version="",
     )
-    assert facts_from({**forged, "ss_resolution": "9" * 5000}, "t") == Provenance("t")
+    assert provenance_from_header({**forged, "ss_resolution": "9" * 5000}, "t") == Provenance("t")
     for parents in ("[1]", '["\\ud800"]', "{}"):
-        assert facts_from({**forged, "lcm_kit.parents": parents}, "t") == Provenance("t")
-    assert facts_from({"ss_steps": "9" * 5000}, "t") == Provenance("t")
+        assert provenance_from_header({**forged, "lcm_kit.parents": parents}, "t") == Provenance("t")
+    assert provenance_from_header({"ss_steps": "9" * 5000}, "t") == Provenance("t")
 
 
 REST = "lcm_kit.lora.provenance"
@@ -332,7 +332,7 @@ REST = "lcm_kit.lora.provenance"
 def test_of_a_forged_record_none_is_read_and_that_is_said(rest: str) -> None:
     built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recipe="train/distill", steps=300))
     assert json.loads(built[REST]) == {"recipe": "train/distill", "steps": 300} and not not_read(built)
-    assert facts_from({**built, REST: rest}, "brand") == RUN
+    assert provenance_from_header({**built, REST: rest}, "brand") == RUN
     if rest:
         wanted = f"its {REST} (of lcm-kit 0.1.0) is no whole record, so that none of it is read"
         assert not_read({**built, REST: rest}) == wanted
@@ -342,7 +342,7 @@ def test_of_a_record_of_a_later_kit_none_is_read_and_the_key_is_named() -> None:
     built = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recipe="train/distill"))
     for more, name in (({"dial": 3}, "dial"), ({"grid": {"steps": 5, "shape": "x"}}, "grid.shape")):
         later = {**built, REST: json.dumps({"recipe": "train/distill", **more}), "lcm_kit.kit_version": "9.9"}
-        assert facts_from(later, "brand") == replace(RUN, kit_version="9.9")
+        assert provenance_from_header(later, "brand") == replace(RUN, kit_version="9.9")
         says = f"says {name}, which this kit does not know, so that none of it is read"
         assert not_read(later) == f"its {REST} (of lcm-kit 9.9) {says}"
 

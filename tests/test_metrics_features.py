@@ -193,7 +193,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     siglip2(tmp_path / "model")
     settings = tmp_path / "model" / "preprocessor_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "resample": 1}))
-    with pytest.raises(UserError, match="resample 1 of preprocessor_config.json is not known here"):
+    with pytest.raises(UserError, match="resample 1 of preprocessor_config.json is unknown"):
         extractor(str(tmp_path / "model"))
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="or it cannot be loaded .*check the name"):

@@ -71,7 +71,7 @@ def test_missing_caption(project: Project) -> None:
 
 def test_unknown_key(project: Project) -> None:
     sentence = project.fails("train", "adapter.rnk=8")
-    assert sentence == f"config {project.config}: adapter.rnk: there is no such key; did you mean `rank`?"
+    assert sentence == f"config {project.config}: adapter.rnk: unknown key; did you mean `rank`?"
 
 
 def test_wrong_type(project: Project) -> None:

@@ -32,9 +32,21 @@ from lcm_kit.errors import UserError
 from lcm_kit.lora import write
 from lcm_kit.lora.provenance import Provenance
 from lcm_kit.lora.structure import of_base
-from lcm_kit.plan import advice, disk, encoding, estimate, probe, show, sizes, style, subject, trial, work
+from lcm_kit.plan import (
+    advice,
+    base_profile,
+    disk,
+    encoding,
+    estimate,
+    probe,
+    show,
+    sizes,
+    style,
+    trial,
+    work,
+)
+from lcm_kit.plan.dry_run import MetaModel, rehearse_vae
 from lcm_kit.plan.estimate import Planner
-from lcm_kit.plan.rehearsal import Stage, rehearse_vae
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, largest
@@ -75,23 +87,23 @@ def plan(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def sd1() -> Stage:
-    return Stage(subject.published("sd1"), Adapter())
+def sd1() -> MetaModel:
+    return MetaModel(base_profile.published("sd1"), Adapter())
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Stage:
-    return Stage(subject.published("sdxl"), Adapter())
+def sdxl() -> MetaModel:
+    return MetaModel(base_profile.published("sdxl"), Adapter())
 
 
 @pytest.fixture(scope="module")
-def tiny_stage() -> Stage:
+def tiny_stage() -> MetaModel:
     quickstart = config()
-    return Stage(subject.find(quickstart.base), quickstart.adapter)
+    return MetaModel(base_profile.find(quickstart.base), quickstart.adapter)
 
 
 @pytest.fixture
-def tiny(tiny_stage: Stage) -> Planner:
+def tiny(tiny_stage: MetaModel) -> Planner:
     """One of its own for each test: a planner takes another stage where a config asks for it."""
     return Planner(tiny_stage)
 
@@ -99,13 +111,13 @@ def tiny(tiny_stage: Stage) -> Planner:
 @pytest.fixture
 def kept_stage(tiny: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command finds the rehearsals of `tiny` done."""
-    monkeypatch.setattr("lcm_kit.plan.rehearsal.Stage", lambda *_: tiny.stage)
+    monkeypatch.setattr("lcm_kit.plan.dry_run.MetaModel", lambda *_: tiny.stage)
 
 
 # -- Counts --------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_sd15(sd1: Stage) -> None:
+def test_weights_of_sd15(sd1: MetaModel) -> None:
     """The published sizes, and those of the published LCM-LoRA."""
     assert (sd1.weights.base, sum(sd1.weights.lora)) == (859_520_964, 67_252_224)
     # the share that bitsandbytes reaches, shared/FACTS.md; two embeddings are kept by ours
@@ -113,13 +125,15 @@ def test_weights_of_sd15(sd1: Stage) -> None:
 
 
 @pytest.mark.slow
-def test_weights_of_sdxl_and_ssd1b(sdxl: Stage) -> None:
+def test_weights_of_sdxl_and_ssd1b(sdxl: MetaModel) -> None:
     assert (sdxl.weights.base, sum(sdxl.weights.lora)) == (2_567_463_684, 196_751_360)
     assert sdxl.weights.quantizable / sdxl.weights.base == pytest.approx(0.87, abs=0.01)
-    assert Stage(subject.published("ssd1b"), Adapter(4)).weights.base == pytest.approx(1.3e9, rel=0.03)
+    assert MetaModel(base_profile.published("ssd1b"), Adapter(4)).weights.base == pytest.approx(
+        1.3e9, rel=0.03
+    )
 
 
-def test_flops_of_sd15(sd1: Stage) -> None:
+def test_flops_of_sd15(sd1: MetaModel) -> None:
     """shared/FACTS.md: batch 1, 512 pixels, a multiply-add counts as two; the LoRA adds 12%."""
     plain = sd1.rehearse(512, torch.float32, cuda=False, checkpointing=False)
     assert plain.teacher.flops / TERA == pytest.approx(0.80, abs=0.005)
@@ -139,7 +153,7 @@ def test_checkpointing_repeats_the_blocks_and_holds_less(tiny: Planner) -> None:
 
 
 @pytest.mark.slow
-def test_flops_of_checkpointed_sd15_and_sdxl(sd1: Stage, sdxl: Stage) -> None:
+def test_flops_of_checkpointed_sd15_and_sdxl(sd1: MetaModel, sdxl: MetaModel) -> None:
     repeated = sd1.rehearse(512, torch.float32, cuda=False, checkpointing=True)
     assert repeated.student.flops / TERA == pytest.approx(2.78, rel=0.04)
     found = sdxl.rehearse(1024, torch.float16, cuda=True, checkpointing=True)
@@ -151,10 +165,10 @@ def test_flops_of_checkpointed_sd15_and_sdxl(sd1: Stage, sdxl: Stage) -> None:
 def test_weights_of_the_published_text_encoders_and_vae() -> None:
     """CLIP ViT-L/14, OpenCLIP ViT-H (23 layers), ViT-bigG with its projection; the VAE of all of them."""
     large, huge, giant = 123_060_480, 340_387_840, 694_659_840
-    assert [subject.published(name).text for name in families.names()] == [
+    assert [base_profile.published(name).text for name in families.names()] == [
         large, huge, large + giant, large + giant,
     ]  # fmt: skip
-    assert rehearse_vae(subject.published("sd1").vae_config, 64, torch.float32).weights == 83_653_863
+    assert rehearse_vae(base_profile.published("sd1").vae_config, 64, torch.float32).weights == 83_653_863
 
 
 def test_weights_of_text_encoders_at_hand(sdxl_base: Path) -> None:
@@ -164,7 +178,7 @@ def test_weights_of_text_encoders_at_hand(sdxl_base: Path) -> None:
     for part in ("text_encoder", "text_encoder_2"):
         with safe_open(sdxl_base / part / "model.safetensors", "pt") as file:
             total += sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 - no dict
-    assert subject.find(Base(str(sdxl_base))).text == total
+    assert base_profile.find(Base(str(sdxl_base))).text == total
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("ddim", 1), ("heun", 2), ("dpmpp_2s", 2)])
@@ -423,7 +437,7 @@ def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) ->
     modules = [name.removeprefix("unet.") for name in lcm_modules(of_base("asset:tiny-sd"))[::2]]
     teacher_lora = Style(dict.fromkeys(modules, 24), in_student)
     wanted = config("quickstart")
-    stage = Stage(tiny.stage.subject, wanted.adapter, teacher_lora)
+    stage = MetaModel(tiny.stage.subject, wanted.adapter, teacher_lora)
     n = 13
     real = max(m.at(n) for m in real_moments(n, teacher_lora, pair=False, checkpointing=False))
     told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=False)
@@ -664,7 +678,7 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
         captions = text_lora.Captions.of(["a red ball"] * n, text)
         t = torch.zeros(n, dtype=torch.int64)
         unet(x, t, **captions.kwargs()).sample.square().mean().backward()
-    stage = Stage(tiny.stage.subject, wanted.adapter, text_rank=8)
+    stage = MetaModel(tiny.stage.subject, wanted.adapter, text_rank=8)
     assert sum(stage.weights.lora) == sum(p.numel() for p in trained)
     told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=checkpointing).student
     for batch in (1, n):
@@ -699,17 +713,17 @@ def test_a_planner_takes_the_stage_that_a_config_asks_for(tiny: Planner) -> None
     ],
 )
 def test_a_base_that_is_not_at_hand_is_told_by_its_name(path: str, label: str) -> None:
-    found = subject.find(Base(path))
+    found = base_profile.find(Base(path))
     assert found.structure.label == label and found.note is not None and "--structure" in found.note
-    assert subject.find(Base(path), "sdxl").note is None
+    assert base_profile.find(Base(path), "sdxl").note is None
 
 
 def test_a_base_at_hand_is_what_its_files_say(sdxl_base: Path, sd_base: Any) -> None:
-    xl, sd = subject.find(Base(str(sdxl_base))), subject.find(Base(str(sd_base("epsilon"))))
+    xl, sd = base_profile.find(Base(str(sdxl_base))), base_profile.find(Base(str(sd_base("epsilon"))))
     assert (xl.structure.family.name, xl.tokens, xl.pooled, xl.note) == ("sdxl", 24, 32, None)
     assert (sd.structure.family.name, sd.tokens, sd.pooled) == ("sd", 24, 0)
     with pytest.raises(UserError, match="there is no such folder"):
-        subject.find(Base("./nowhere"))
+        base_profile.find(Base("./nowhere"))
 
 
 # -- Fits, and what to change --------------------------------------------------------------------------------
@@ -770,7 +784,7 @@ def test_a_preset_saves_as_little_as_it_can_then_takes_the_largest_batch(tiny: P
 
 
 @pytest.mark.slow
-def test_presets_of_sd15(sd1: Stage) -> None:
+def test_presets_of_sd15(sd1: MetaModel) -> None:
     planner, wanted = Planner(sd1), config("distill/sd15_lcm")
     found = advice.presets(planner, wanted)
     assert list(found) == [8, 12, 16, 24, 48, 80]
@@ -907,7 +921,7 @@ def test_the_probe_of_other_losses(
 
 
 def test_random_weights_are_of_the_structure_and_of_unit_gain() -> None:
-    shape = dict(subject.published("sdxl").unet_config) | probe._SMALL
+    shape = dict(base_profile.published("sdxl").unet_config) | probe._SMALL
     unet = trial.random_unet(
         {**shape, "addition_embed_type": None, "transformer_layers_per_block": 1}, torch.float32
     )
@@ -921,7 +935,7 @@ def test_the_probe_measures_what_was_estimated() -> None:
     """A process of its own, two real steps, export and reload; about 15 s."""
     wanted = config("quickstart", "batch_size=24")
     measured = probe.run(wanted, None)
-    found = Planner(Stage(subject.find(wanted.base), wanted.adapter), "cpu")(wanted)
+    found = Planner(MetaModel(base_profile.find(wanted.base), wanted.adapter), "cpu")(wanted)
     assert measured.device == "cpu" and measured.exported == 129 and measured.seconds > 0
     assert measured.peak is not None
     assert found.resident == pytest.approx(measured.peak, rel=0.2)

@@ -23,7 +23,7 @@ from lcm_kit.families import FAMILIES, Family
 from lcm_kit.io import own_files
 from lcm_kit.io.own_files import Damaged
 from lcm_kit.lora import metadata, provenance, structure
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.provenance import (
     Base,
     Data,
@@ -162,7 +162,7 @@ def folder(place: Path, content: dict[str, Any], *, hashed: bool = True) -> Path
 def test_adapter_json_is_read_back_whole(tmp_path: Path, made: Provenance) -> None:
     made = replace(made, step=70, held_out_loss=0.5, control_distance=0.25)
     texts = {"text_encoder": PEFT}
-    found = adapter.read_facts(folder(tmp_path / "adapter", provenance.trained(made, PEFT, texts)))
+    found = adapter.read_provenance(folder(tmp_path / "adapter", provenance.trained(made, PEFT, texts)))
     assert found.of_file("t", "2026").to_json() == replace(made, date="2026").to_json()
     assert (found.lora_config, found.text_lora_config) == (PEFT, texts)  # with what peft alone knows
     assert found.measured == {
@@ -174,7 +174,7 @@ def test_an_old_adapter_json_is_read(tmp_path: Path) -> None:
     """Of the first kit, and of the last before this: `start` twice, nulls, no recipe."""
     base = {"path": "org/base", "revision": None, "variant": None, "hash": "fe60"}
     old: dict[str, Any] = {"base": base, "steps": 9, "lora_config": PEFT, "guidance": {"min": 3, "max": 8.0}}
-    found = adapter.read_facts(folder(tmp_path / "a", old, hashed=False))
+    found = adapter.read_provenance(folder(tmp_path / "a", old, hashed=False))
     assert (found.base.hash, found.optimizer_steps, found.guidance) == ("fe60", 9, Guidance(3.0, 8.0))
     last = {
         **old, "adapter": {"rank": 8, "alpha": 4.0, "targets": "lcm", "start": [{"path": "x", "weight": 1}]},
@@ -183,7 +183,7 @@ def test_an_old_adapter_json_is_read(tmp_path: Path) -> None:
         "method": {"name": "lcm", "sigma_data": 0.5, "timestep_scaling": 10.0},
         "data": {"fingerprint": "ab12", "resolution": 64, "source": "images", "trigger": None},
     }  # fmt: skip
-    found = adapter.read_facts(folder(tmp_path / "b", last))
+    found = adapter.read_provenance(folder(tmp_path / "b", last))
     assert found.start == (Lora("x", "9f"),) and found.adapter == Layers(8, 4.0, "lcm")
     assert found.teacher == Teacher(weight=0.0) and found.optimizer_steps == 5
 
@@ -208,7 +208,7 @@ def test_damage_is_one_sentence(tmp_path: Path, spoil: Callable[[dict[str, Any]]
     spoil(content)
     place = folder(tmp_path / "run" / "adapter", content)
     with pytest.raises(Damaged) as error:
-        adapter.read_facts(place)
+        adapter.read_provenance(place)
     text = str(error.value)
     assert f"{place / adapter.FACTS} is damaged ({why}" in text and f"train {tmp_path / 'run'}" in text
 
@@ -218,7 +218,7 @@ def test_what_a_later_kit_says_is_refused_by_name(tmp_path: Path) -> None:
     content["grid"]["shape"] = "cosine"
     place = folder(tmp_path / "adapter", content)
     with pytest.raises(UserError) as error:
-        adapter.read_facts(place)
+        adapter.read_provenance(place)
     assert not isinstance(error.value, Damaged)  # it is whole, so nobody is told to make it anew
     assert str(error.value) == (
         f"{place / adapter.FACTS} was written by lcm-kit 9.9 and says grid.shape, dial, which lcm-kit "
@@ -281,7 +281,7 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(file: Path) -> Provenance:
-    return facts_from(inspect(file).metadata, file.stem)
+    return provenance_from_header(inspect(file).metadata, file.stem)
 
 
 def cli(*words: object) -> str:
@@ -338,7 +338,7 @@ def test_a_file_names_no_folder(files: Path) -> None:
     )  # fmt: skip
     built = metadata.build(random_lora(structure.known("sd1"), ranks=(1,)), structure.known("sd1"), made)
     assert "ann" not in json.dumps(built)
-    found = facts_from(built, "t")
+    found = provenance_from_header(built, "t")
     assert found.start == made.start and found.prior == Prior("prompts.txt") and found.base.path == "base"
     assert found.parts[0].made.teachers[0].path == "look"
 
@@ -354,7 +354,7 @@ def test_a_name_that_is_no_text_is_shown_as_one() -> None:
         assert made.recommended.part == "caf?.safetensors"
         place = structure.known("sd1")
         built = metadata.build(random_lora(place, lcm_modules(place)[:1], ranks=(1,)), place, made)
-        assert facts_from(built, made.title) == made
+        assert provenance_from_header(built, made.title) == made
 
 
 def test_fused_json_says_every_part(files: Path, base: Path) -> None:

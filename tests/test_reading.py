@@ -1,4 +1,4 @@
-"""Files broken in each public way are read back as what they were; what cannot be mended is said."""
+"""Files broken in each public way are read back as what they were; what cannot be repaired is said."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.measure import Figure, Figures
 from lcm_kit.evaluation.recommend import Sweep, best_plain, breaks, fault, recommend, warn
-from lcm_kit.evaluation.subjects import Subject
+from lcm_kit.evaluation.swept_adapters import SweptAdapter
 
 TEACHER = Cell("teacher", None, "ddim", 50, 3.0)
-HEALTHY = {"saturation": 1.0, "clipped": 0.0, "sharpness": 1.0, "diversity": 0.4, "astray": 0.5}
+HEALTHY = {"saturation": 1.0, "clipped": 0.0, "sharpness": 1.0, "diversity": 0.4, "off_target": 0.5}
 
 
 def student(steps: int, guidance: float = 1.0, name: str = "lora") -> Cell:
@@ -34,7 +34,7 @@ def figures(**changes: float | Figure) -> Figures:
 
 def sweep(cells: Mapping[Cell, Figures], moved: float = 1.0, broken: str | None = None) -> Sweep:
     """Of one adapter, `moved` from the base alone; the teacher's own clipping is 0.1, its diversity 0.4."""
-    subject = Subject("lora", Path("lora.safetensors"), "", "", 1, broken)
+    subject = SweptAdapter("lora", Path("lora.safetensors"), "", "", 1, broken)
     teacher = figures(clipped=0.1, prompt_adherence=30.0)
     return Sweep({TEACHER: teacher, **cells}, TEACHER, [subject], 0.95, {"lora": moved})
 
@@ -59,8 +59,8 @@ def chosen(cells: Mapping[Cell, Figures]) -> str | None:
         ("diversity", 0.201, 0.199, "collapsed"),  # half of the teacher's 0.4
         ("sharpness", 0.501, 0.499, "blurred"),
         ("sharpness", 3.99, 4.01, "noisy"),
-        ("astray", 1.499, 1.501, "astray"),
-        ("astray", 1.499, math.nan, "astray"),
+        ("off_target", 1.499, 1.501, "off_target"),
+        ("off_target", 1.499, math.nan, "off_target"),
     ],
 )
 def test_each_fault_from_both_sides_of_its_limit(key: str, fine: float, bad: float, kind: str) -> None:
@@ -74,7 +74,7 @@ def test_each_fault_from_both_sides_of_its_limit(key: str, fine: float, bad: flo
 @pytest.mark.parametrize(
     ("key", "at"),
     [("saturation", 1.5), ("clipped", 0.1 + 0.25), ("diversity", 0.2), ("sharpness", 0.5),
-     ("sharpness", 4.0), ("astray", 1.5)],
+     ("sharpness", 4.0), ("off_target", 1.5)],
 )  # fmt: skip
 def test_a_figure_at_its_limit_passes(key: str, at: float) -> None:
     assert fault(sweep({student(1): figures(**{key: at})}), student(1)) is None
@@ -123,7 +123,7 @@ def test_the_words_of_a_recommendation() -> None:
         1,
         1,
     )
-    subjects = [Subject(name, Path("f"), "", "", 1, None) for name in ("a", "b")]
+    subjects = [SweptAdapter(name, Path("f"), "", "", 1, None) for name in ("a", "b")]
     cells = {TEACHER: figures(), student(4, 1.5, "a"): figures(), student(2, 4.0, "b"): figures(saturation=9)}
     both = recommend(Sweep(cells, TEACHER, subjects, 0.95))
     assert both.sentence == (
@@ -191,7 +191,7 @@ def test_where_prompts_are_not_read_the_look_decides() -> None:
     teacher = figures()
     whole = Sweep(
         {TEACHER: teacher, student(1): look(0.05), student(2): look(0.01), student(4): look(0.02)}, TEACHER,
-        [Subject("lora", Path("f"), "", "", 1, None)], 0.95,
+        [SweptAdapter("lora", Path("f"), "", "", 1, None)], 0.95,
     )  # fmt: skip
     assert whole.quality == "kernel_teacher"
     assert whole.better(student(2), student(4), "kernel_teacher")

@@ -17,7 +17,7 @@ from lcm_kit.config.load import RECIPES
 from lcm_kit.config.schema import Adapter
 from lcm_kit.core.methods import Times
 from lcm_kit.core.schedule import Schedule
-from lcm_kit.data.split import of_the_base
+from lcm_kit.data.split import taught_by_plain_base
 
 X = torch.arange(12.0).view(4, 3)
 
@@ -67,7 +67,11 @@ def test_a_teacher_without_rows_is_asked_only_where_it_must_be(base: bool) -> No
 def test_whose_the_general_pictures_are(teacher: dict[str, Any], general: bool) -> None:
     keys = {"recipe": "train/distill", "output": "x", "teacher": teacher}
     config = TypeAdapter(RECIPES["train/distill"]).validate_python(keys)
-    assert of_the_base(config, ["a.png", "regularisation/a.png", "teacher/00001"]) == [False, general, False]
+    assert taught_by_plain_base(config, ["a.png", "regularisation/a.png", "teacher/00001"]) == [
+        False,
+        general,
+        False,
+    ]
 
 
 def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:

@@ -103,7 +103,7 @@ def encode(base: Path, out: Path, images: Path) -> str:
 def plan(base: Path, out: Path, images: Path) -> str:
     """What `lcm-kit plan` takes a base for; its rehearsal would take twenty seconds."""
     from lcm_kit.config.schema import Base
-    from lcm_kit.plan.subject import find
+    from lcm_kit.plan.base_profile import find
 
     found = find(Base(str(base)))
     return repr((found.structure.modules, found.tokens, found.pooled, found.vae_config, found.words))

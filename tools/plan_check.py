@@ -34,9 +34,9 @@ from lcm_kit.config.schema import Training
 from lcm_kit.lora import write
 from lcm_kit.lora.provenance import Provenance
 from lcm_kit.lora.structure import known, of_base
-from lcm_kit.plan import show, style, subject
+from lcm_kit.plan import base_profile, show, style
+from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.estimate import Estimate, Planner
-from lcm_kit.plan.rehearsal import Stage
 from lcm_kit.quiet import quiet
 from tests.bases import _SCHEDULER, _tokenizer, build_sd
 from tests.loras import random_lora
@@ -300,9 +300,9 @@ def estimated(work: Path, case: Case) -> Estimate:
         config, overrides = write_config(Path(folder), case, work, base_of(work, case))
         loaded = load(config, overrides)
         assert isinstance(loaded, Training)
-        found = subject.find(loaded.base)
+        found = base_profile.find(loaded.base)
         worn, _ = style.find(loaded, found.structure)
-    return Planner(Stage(found, loaded.adapter, worn), "cpu")(loaded)
+    return Planner(MetaModel(found, loaded.adapter, worn), "cpu")(loaded)
 
 
 def pair(found: int | None, expected: int) -> str:

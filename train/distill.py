@@ -36,18 +36,18 @@ from lcm_kit.core.methods import Method, Times
 from lcm_kit.core.schedule import Schedule, grid_steps
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
-from lcm_kit.data.split import of_the_base
+from lcm_kit.data.split import taught_by_plain_base
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import run_folder, run_metrics, runtime, stepping
 from lcm_kit.training.control import Control
-from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.stopping import leave, stoppable
 from lcm_kit.training.validation import Validation
 
 
-class Draws(NamedTuple):
+class StepRandomness(NamedTuple):
     """The randomness of one step for the samples of this process, each from its own (seed, step, slot)."""
 
     noise: Tensor  # [B, C, h, w]
@@ -55,19 +55,21 @@ class Draws(NamedTuple):
     guidance: Tensor  # [B] guidance_scale
 
 
-def draws(config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int) -> Draws:
+def step_randomness(
+    config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int
+) -> StepRandomness:
     """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`."""
     n_grid = grid_steps(step, config.steps, config.grid.steps_start, config.grid.steps)
     of = partial(draw, config.seed, step, batch.slots)
     noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
     times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
-    return Draws(noise, Times(*times.unbind(1)), guidance.flatten())
+    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten())
 
 
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Distill) -> Path:
-    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
+    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can fix."""
     # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
     run = Path(config.output)
     accelerator = runtime.start(config)
@@ -120,25 +122,25 @@ def main(config: Distill) -> Path:
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
         adapted, call, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
-        dtype, both=any(of_the_base(config, trained.ids)) and runtime.sharded(accelerator),
+        dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
     )  # fmt: skip
 
-    def losses_of(batch: Batch, drawn: Draws, part: slice) -> Tensor:
+    def losses_of(batch: Batch, drawn: StepRandomness, part: slice) -> Tensor:
         return roles.losses(Given(
             batch.latents[part].to(device), drawn.noise[part].to(device),
             Times(*(time[part] for time in drawn.times)).to(device), drawn.guidance[part],
-            batch.condition[part].to(device, dtype), of_the_base(config, batch.ids[part]),
+            batch.condition[part].to(device, dtype), taught_by_plain_base(config, batch.ids[part]),
         ))  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
         final = replace(config, grid=replace(config.grid, steps_start=None))
-        return losses_of(batch, draws(final, objective.method, schedule, batch, -1), slice(None))
+        return losses_of(batch, step_randomness(final, objective.method, schedule, batch, -1), slice(None))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(adapted)
     tell = partial(of_training, config, base, cache.fingerprint, teacher=styles, start=start)
-    measuring = Measuring(config, saver, metrics, tell, measures, validation)
+    measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
@@ -146,13 +148,13 @@ def main(config: Distill) -> Path:
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
-        stepping.told(run),
+        stepping.oom_as_user_error(run),
     ):
         measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
-            drawn = draws(config, objective.method, schedule, batch, step)
+            drawn = step_randomness(config, objective.method, schedule, batch, step)
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)
             made = passes(done, partial(losses_of, batch, drawn))

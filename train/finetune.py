@@ -44,13 +44,13 @@ from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import run_folder, run_metrics, runtime, stepping
 from lcm_kit.training.control import StyleControl
-from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.stopping import leave, stoppable
 from lcm_kit.training.validation import StyleValidation
 
 
-class Draws(NamedTuple):
+class StepRandomness(NamedTuple):
     """The randomness of one step for the samples of this process, each from its own (seed, step, slot)."""
 
     noise: Tensor  # [B, C, h, w]
@@ -58,7 +58,9 @@ class Draws(NamedTuple):
     dropped: Tensor  # bool [B]: trained on without its caption
 
 
-def draws(config: Finetune, timesteps: int, batch: Batch, step: int, whose: str = "") -> Draws:
+def step_randomness(
+    config: Finetune, timesteps: int, batch: Batch, step: int, whose: str = ""
+) -> StepRandomness:
     """Draw noise, a time of `timesteps` and whether the caption is left out, for every sample of `batch`.
 
     `whose` tells the prior's randomness from the brand's.
@@ -73,12 +75,12 @@ def draws(config: Finetune, timesteps: int, batch: Batch, step: int, whose: str 
         noise += config.loss.noise_offset * of("offset", lambda g: torch.randn(shape[0], 1, 1, generator=g))
     times = of("times", lambda g: torch.randint(timesteps, (), generator=g))
     chance = of("dropout", lambda g: torch.rand((), generator=g))
-    return Draws(noise, times, chance < config.caption_dropout)
+    return StepRandomness(noise, times, chance < config.caption_dropout)
 
 
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Finetune) -> Path:
-    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can mend."""
+    """Train as `config` says and return the run's folder. Raises `UserError` for what the user can fix."""
     # -- Runtime: processes, precision, the run's folder -----------------------------------------------------
     run = Path(config.output)
     accelerator = runtime.start(config)
@@ -140,7 +142,7 @@ def main(config: Finetune) -> Path:
             x0=x0.to(device), noise=noise.to(device), t=t,
         )  # fmt: skip
 
-    def losses_of(batches: list[tuple[float, Batch, Draws]], part: slice) -> Tensor:
+    def losses_of(batches: list[tuple[float, Batch, StepRandomness]], part: slice) -> Tensor:
         losses = torch.zeros((), device=device)
         for factor, batch, drawn in batches:
             condition = batch.condition[part].to(device, dtype).replaced(drawn.dropped[part], empty)
@@ -154,7 +156,7 @@ def main(config: Finetune) -> Path:
     measures = held_out.measures_at(losses_at) | control.measures_at(adapted, held_out, losses_at, text)
     tell = partial(of_training, config, base, fingerprint)
     result = partial(swapped, lora, ema or lora)
-    measuring = Measuring(config, saver, metrics, tell, measures, validation, result)
+    measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation, result)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
@@ -162,16 +164,16 @@ def main(config: Finetune) -> Path:
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
-        stepping.told(run),
+        stepping.oom_as_user_error(run),
     ):
         measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
             batch = batches.at(step)
-            parts = [(1.0, batch, draws(config, schedule.steps, batch, step))]
+            parts = [(1.0, batch, step_randomness(config, schedule.steps, batch, step))]
             if beside:
                 other = beside.at(step)
-                drawn = draws(config, schedule.steps, other, step, "prior ")
+                drawn = step_randomness(config, schedule.steps, other, step, "prior ")
                 parts.append((config.prior.weight, other, drawn))
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)

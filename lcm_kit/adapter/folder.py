@@ -32,7 +32,7 @@ def save_adapter(
         own_files.write_json(temporary / FACTS, {**facts.to_json(), **adapted.peft_configs()})
 
 
-def read_facts(folder: Path) -> provenance.Trained:
+def read_provenance(folder: Path) -> provenance.Trained:
     """`adapter.json` of an adapter folder.
 
     Raises `UserError` if the folder holds no finished adapter, or one of a kit that says more.

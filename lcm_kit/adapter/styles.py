@@ -44,10 +44,10 @@ def add_teacher_adapters(
         name.removeprefix("unet."): (layer.down, layer.up, layer.alpha) for name, layer in lora.layers.items()
     }
     adapted.add_teacher_lora(layers, in_student=teacher.in_student)
-    return teacher_facts(teacher)
+    return teacher_loras(teacher)
 
 
-def teacher_facts(teacher: schema.Teacher) -> tuple[provenance.Lora, ...]:
+def teacher_loras(teacher: schema.Teacher) -> tuple[provenance.Lora, ...]:
     """What `teacher.adapters` are, as `add_teacher_adapters` tells it, without reading the weights.
 
     Raises `UserError` if a file is not there.
@@ -120,7 +120,7 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVER
     read = reading.read(adapter_file(path), place)
     advice = advice.format(path=path, base=place.label)
     if read.problems:
-        raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may mend it")
+        raise UserError(f"{key}: {path} is not whole ({read.problems[0]}); `lcm-kit convert` may repair it")
     unet = {name: update for name, update in read.lora.updates.items() if name.startswith("unet.")}
     if left := len(read.lora.updates) - len(unet):
         console.say(
@@ -131,7 +131,7 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVER
         console.say(f"{key}: {path} bundles the embeddings {bundled(read.embeddings)}, which are left out")
     if not unet:
         raise UserError(f"{key}: {path} changes nothing in the UNet; remove it")
-    _insist_on_layers(key, path, read, unet, advice)
+    _require_layers(key, path, read, unet, advice)
     layers = {name: update for name, update in unet.items() if isinstance(update, Layer)}
     others = {name: update for name, update in unet.items() if name not in layers}
     return reading.Reading(
@@ -140,7 +140,7 @@ def _read(key: str, path: str, place: structure.Structure, advice: str = _CONVER
     )  # fmt: skip
 
 
-def _insist_on_layers(
+def _require_layers(
     key: str, path: str, read: reading.Reading, unet: Mapping[str, Update], advice: str
 ) -> None:
     """Raise `UserError` for what no layer beside the UNet's own holds, or none of a sensible rank."""

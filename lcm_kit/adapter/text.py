@@ -95,7 +95,7 @@ def load(base: BaseInfo, config: Finetune, device: torch.device) -> TextLora | N
         return None
     family = bases.family_of(base)
     text, encoders = family.load_text(base), {}
-    for k, (part, (encoder, modules)) in enumerate(family.adapted(text).items(), start=1):
+    for k, (part, (encoder, modules)) in enumerate(family.text_lora_targets(text).items(), start=1):
         encoder.to(device)
         if config.gradient_checkpointing:
             _checkpointed(encoder)

@@ -71,7 +71,7 @@ def verify(
     """
     from lcm_kit.lora import verify as checks
 
-    _insist_on_ranges(alpha)
+    _require_ranges(alpha)
     with call(verbose), console.working(f"checking {file}"):
         against = checks.base_of(base, variant=variant) if base else None
         return checks.verify(Path(file), against, apps=apps or checks.ALL, alpha=alpha)
@@ -105,7 +105,7 @@ def convert(
     from lcm_kit.lora import convert as converting
     from lcm_kit.lora import verify as checks
 
-    _insist_on_ranges(alpha, rank)
+    _require_ranges(alpha, rank)
     source = Path(file)
     with call(verbose), console.working(f"converting {file}"):
         against = checks.base_of(base, variant=variant) if base else None
@@ -138,7 +138,7 @@ def merge(
     """
     from lcm_kit.lora import merge_files
 
-    _insist_on_ranges(rank=rank)
+    _require_ranges(rank=rank)
     parts = _parts(loras)
     with call(verbose), console.working(f"merging {len(parts)} LoRAs"):
         return merge_files.merge(
@@ -196,6 +196,6 @@ def _parts(loras: Weighted) -> list[tuple[Path, float]]:
     ]
 
 
-def _insist_on_ranges(alpha: float | None = None, rank: int | None = None) -> None:
+def _require_ranges(alpha: float | None = None, rank: int | None = None) -> None:
     within("alpha", 0, 1e9, above=True)(alpha)
     within("rank", 1, 65_536)(rank)

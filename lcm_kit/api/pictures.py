@@ -99,14 +99,14 @@ def load_into(
     from lcm_kit import sample
     from lcm_kit.evaluation.recommended import method_of, of_adapter, settings
     from lcm_kit.lora import structure
-    from lcm_kit.lora.convert import insist_on_diffusers
+    from lcm_kit.lora.convert import require_diffusers
     from lcm_kit.lora.locate import adapter_file
     from lcm_kit.lora.verify import Against
 
-    _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    _require_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
     with call(verbose):
         file = adapter_file(os.fspath(adapter))
-        insist_on_diffusers(file, Against(structure.of_pipeline(pipe)))
+        require_diffusers(file, Against(structure.of_pipeline(pipe)))
         use = settings(
             of_adapter(Path(adapter), file), method_of(file), sampler=sampler, steps=steps,
             guidance_scale=guidance_scale, lora_weight=weight,
@@ -155,14 +155,14 @@ def drawing(
     from lcm_kit.io.written import from_command
     from lcm_kit.lora.write import DTYPES
 
-    _insist_on_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
-    _insist_on_ranges(count=count, batch_size=more.get("batch_size"), width=width, height=height)
+    _require_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    _require_ranges(count=count, batch_size=more.get("batch_size"), width=width, height=height)
     wanted = [*map(from_command, prompts)]
     found = Base(path=base) if base else _base_of(adapter)
     advice, made_by, given = None, DEFAULT, None if adapter is None else Path(adapter)
     if given is not None:
         with console.working(f"checking {given}"):
-            file = _insist_on_a_pair(given, found)
+            file = _require_a_pair(given, found)
             advice, made_by = of_adapter(given, file), method_of(file)
     side = width or height
     use = settings(
@@ -185,19 +185,19 @@ def drawing(
     )  # fmt: skip
 
 
-def _insist_on_ranges(**numbers: float | None) -> None:
+def _require_ranges(**numbers: float | None) -> None:
     for name, value in numbers.items():
         within(name, *_RANGES[name])(value)
 
 
-def _insist_on_a_pair(adapter: Path, base: Base) -> Path:
+def _require_a_pair(adapter: Path, base: Base) -> Path:
     """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
     from lcm_kit.lora import convert, verify
     from lcm_kit.lora.locate import adapter_file
 
     against = verify.base_of(base.path, base.revision, base.variant)
     file = adapter_file(adapter)
-    convert.insist_on_diffusers(file, against)
+    convert.require_diffusers(file, against)
     return file
 
 

@@ -207,7 +207,7 @@ def _encode(config: Training, verbose: bool) -> list[EncodeReport]:
         share = processes.share()
         beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
         if beside:
-            prior.insist_on_prompts(beside)  # before images are encoded, which takes hours
+            prior.require_prompts(beside)  # before images are encoded, which takes hours
         done = sources.encode(config, share=share)
         return [*done, prior.encode(beside, share=share)] if beside else done
 

@@ -52,7 +52,7 @@ class Code(Protocol):
     def empty_condition(self, text: Any, n: int) -> Condition:
         """The condition of classifier-free guidance's unconditional pass, n times."""
 
-    def adapted(self, text: Any) -> dict[str, tuple[Any, list[str]]]:
+    def text_lora_targets(self, text: Any) -> dict[str, tuple[Any, list[str]]]:
         """Each text encoder by its part, and its modules that a LoRA adapts."""
 
     def sizes(self, framings: Sequence[Framing]) -> Tensor | None:

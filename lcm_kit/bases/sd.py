@@ -64,7 +64,7 @@ def empty_condition(text: Text, n: int) -> Condition:
     return encode_text(text, [""]).expand(n)
 
 
-def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
+def text_lora_targets(text: Text) -> dict[str, tuple[Any, list[str]]]:
     """Each text encoder by its part, and its modules that a LoRA adapts."""
     return {"text_encoder": (text.text_encoder, text_layers(text.text_encoder))}
 

@@ -67,7 +67,7 @@ def empty_condition(text: Text, n: int) -> Condition:
     return empty.expand(n)
 
 
-def adapted(text: Text) -> dict[str, tuple[Any, list[str]]]:
+def text_lora_targets(text: Text) -> dict[str, tuple[Any, list[str]]]:
     """Each text encoder by its part, and its modules that a LoRA adapts.
 
     Not the first encoder's last layer, whose output nobody sees: it would get no gradient. The second's is

@@ -96,7 +96,7 @@ def peak_here(build: Build, config: Speed) -> dict[str, int | None]:
     return {"peak_bytes": most and before and most - before, "library_bytes": before}
 
 
-def peak_apart(recipe: str, name: str, file: Path) -> dict[str, int | None]:
+def peak_in_subprocess(recipe: str, name: str, file: Path) -> dict[str, int | None]:
     """`peak_here` of a side of the config in `file`, by a process of its own that runs the file `recipe`.
 
     Run as a script with `name` and `file`, the recipe prints what `peak_here` finds, as JSON, in its last

@@ -120,7 +120,7 @@ def _data(data: Data) -> str:
         name, reason = bad[0]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
-            f"data.path {data.path!r}: {name} ({reason}){more}; mend them or set data.skip_bad=true"
+            f"data.path {data.path!r}: {name} ({reason}){more}; fix them or set data.skip_bad=true"
         )
     there = f"data: {data.path}, {len(records)} images with captions" + (
         f", {len(bad)} left out" if bad else ""

@@ -21,7 +21,7 @@ class Verbs(LazyVerbs):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that `args` begin with. Raises `UserError` for an empty argument."""
-        _insist_on_values(args)
+        _require_values(args)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -48,7 +48,7 @@ def _fail(sentence: object, code: int) -> None:
     raise typer.Exit(code)
 
 
-def _insist_on_values(args: list[str]) -> None:
+def _require_values(args: list[str]) -> None:
     """Raise `UserError` for an empty argument: as a path it would be the folder that the command runs in."""
     for before, given in zip(["", *args], args, strict=False):
         option, equals, value = given.partition("=")

@@ -48,7 +48,9 @@ def finetune(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the base's files: fp16 halves a download.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Weight variant of the base; fp16 halves a download.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the folder, show the plan, stop.")
     ] = False,

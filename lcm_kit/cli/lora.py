@@ -28,7 +28,7 @@ Base = Annotated[
     str | None,
     typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default=f"{listed()}, as it fits"),
 ]
-Variant = Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")]
+Variant = Annotated[str | None, typer.Option(help="Weight variant of the base, such as fp16.")]
 LeaveOut = Annotated[
     list[str] | None,
     typer.Option(

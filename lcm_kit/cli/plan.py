@@ -97,14 +97,14 @@ def _training(config: str, overrides: list[str]) -> Training:
 def _planner(config: Training, structure: str | None, device: str) -> Planner:
     """For the base of `config` and the LoRAs on it; says what is taken for granted."""
     from lcm_kit import console
-    from lcm_kit.plan import estimate, show, style, subject, text
-    from lcm_kit.plan.rehearsal import Stage
+    from lcm_kit.plan import base_profile, estimate, show, style, text
+    from lcm_kit.plan.dry_run import MetaModel
 
-    found = subject.find(config.base, structure)
+    found = base_profile.find(config.base, structure)
     teacher_lora, lacking = style.find(config, found.structure)
     for note in filter(None, (found.note, lacking)):
         console.say(f"note: {note}")
-    stage = Stage(found, config.adapter, teacher_lora, text.rank_of(config))
+    stage = MetaModel(found, config.adapter, teacher_lora, text.rank_of(config))
     return estimate.Planner(stage, device, show.RETURNING in os.environ)
 
 

@@ -48,7 +48,7 @@ def explain(schema: Any, detail: Any) -> str:
     key: Key = detail["loc"]
     kind, value = detail["type"], detail["input"]
     if kind == "unexpected_keyword_argument":
-        return f"there is no such key{_nearest_key(schema, key)}"
+        return f"unknown key{_nearest_key(schema, key)}"
     if kind == "value_error":  # a rule of the schema's own, a sentence already
         return str(detail["ctx"]["error"])
     hint = _hint(schema, key)

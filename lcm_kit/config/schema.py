@@ -109,8 +109,8 @@ class Grid:
     """The solver's grid over the base's timesteps: `steps` intervals; `steps_start`: coarse to fine.
 
     The grid doubles from `steps_start` to `steps` in equal parts of the run (as the discretisation curriculum
-    of improved consistency training, arXiv:2310.14189): truth travels from t = 0 upwards one interval a
-    visit, so a coarse grid learns fast and a fine one learns exactly.
+    of improved consistency training, arXiv:2310.14189): the boundary condition propagates one grid
+    interval per update, so a coarse grid learns fast and a fine one learns exactly.
     """
 
     steps: Annotated[Whole, Field(ge=2, le=1000)] = 50

@@ -139,7 +139,7 @@ def _rows(files: Files, table: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: not {kind} with file_name and text ({type(error).__name__}: "
-                f"{error}); mend the line"
+                f"{error}); fix the line"
             ) from error
 
 

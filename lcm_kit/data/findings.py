@@ -12,7 +12,7 @@ Weight = Literal["error", "warning", "note"]
 
 
 class Finding(NamedTuple):
-    """One sentence. `error`: `encode` would stop; `warning`: worth mending first; `note`: good to know."""
+    """One sentence. `error`: `encode` would stop; `warning`: worth fixing first; `note`: good to know."""
 
     weight: Weight
     sentence: str

@@ -28,7 +28,7 @@ _LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
 class FolderCheck:
     """What was found in a folder, in whole sentences.
 
-    `encode` stops on each of `errors`; `warnings` are worth mending first; `notes` are good to know.
+    `encode` stops on each of `errors`; `warnings` are worth fixing first; `notes` are good to know.
     """
 
     count: int  # images there, with those that cannot be used
@@ -46,7 +46,7 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
     """Look at every image and caption of `path`: a folder (as `data.path`, also `asset:NAME`).
 
     `resolution` is what will be trained at, in pixels; `trigger` the word or phrase that should stand in
-    every caption. Every image is decoded once, by threads. What the user can mend is never raised: a folder
+    every caption. Every image is decoded once, by threads. What the user can fix is never raised: a folder
     that is not there is in `errors` as well.
     """
     folder = Path(path)

@@ -61,7 +61,7 @@ def unusable(bad: Sequence[Bad]) -> Iterator[str]:
     for table in sorted({_table(rest[id]) for id in named}):
         ids = [id for id in named if _table(rest[id]) == table]
         there = number(len(ids), "image", after=("is", "are"))
-        yield f"{there} named in {table} but not there: {few(ids)}; mend the names or the lines."
+        yield f"{there} named in {table} but not there: {few(ids)}; fix the names or the lines."
     if others := [f"{id} ({reason})" for id, reason in rest.items() if id not in named]:
         cannot = number(len(others), "file or folder", after=("cannot", "cannot"))
         yield f"{cannot} be looked at: {few(others)}; put it right, or remove it."

@@ -65,12 +65,12 @@ def _survey(
     bad += [(record.id, reason) for record, (_, reason) in zip(good, found, strict=True) if reason]
     if bad and not data.skip_bad:
         raise UserError(
-            f"{len(bad)} of {total} records of {data.path!r} cannot be used; mend them, or leave them out "
+            f"{len(bad)} of {total} records of {data.path!r} cannot be used; fix them, or leave them out "
             "with data.skip_bad=true:",
             listing(bad),
         )
     if len(bad) == total:
-        raise UserError(f"no record of {data.path!r} can be used; mend the first of them:", listing(bad))
+        raise UserError(f"no record of {data.path!r} can be used; fix the first of them:", listing(bad))
     sides = (False, True) if data.flip else (False,)
     entries = [
         Entry(record.id, record.caption, image, sha256_bytes(straightened(record.caption).encode()), mirrored)

@@ -53,7 +53,7 @@ def encode(config: Finetune, progress: bool = True, share: Share = ALONE) -> Enc
         return images.encode(replace(config, data=data), progress, share)
 
 
-def insist_on_prompts(config: Finetune) -> None:
+def require_prompts(config: Finetune) -> None:
     """Raise `UserError` now if the prompts that `encode` draws are missing or are none."""
     assert config.prior.prompts is not None
     records.prompts(config.prior.prompts)

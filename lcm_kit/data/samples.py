@@ -51,7 +51,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     Raises `UserError` for missing prompts and adapters.
     """
     made_by = config.data.samples
-    adapters = styles.teacher_facts(config.teacher)
+    adapters = styles.teacher_loras(config.teacher)
     return {
         **shards.of_base(base, without=("vae",)),
         "teacher.adapters": [{"sha256": entry.sha256, "weight": entry.weight} for entry in adapters],
@@ -77,7 +77,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     )
 
 
-def insist_on_inputs(config: Distill) -> None:
+def require_inputs(config: Distill) -> None:
     """Raise `UserError` now for what `encode` would refuse: before images are encoded, which takes hours."""
     base = usable_base(config)
     settings(config, base)

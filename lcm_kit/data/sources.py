@@ -31,7 +31,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
     source, done = config.data.source, []
     with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
         if source == "mix":
-            samples.insist_on_inputs(_distill(config))
+            samples.require_inputs(_distill(config))
         if source != "teacher":
             done.append(images.encode(config, progress, share))
         if source != "images":
@@ -44,7 +44,7 @@ def _distill(config: Training) -> Distill:
     return config
 
 
-def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
+def open_cache(config: Distill, base: BaseInfo) -> Cache | MixedCache:
     """What `data.source` asks for, finished and made for this config. Raises `UserError` as `Cache.open`."""
     data = config.data
     if data.source == "teacher":
@@ -52,16 +52,16 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | Both:
     of_images = Cache.open(Path(data.cache), base=base, data=data)
     if data.source == "images":
         return of_images
-    return Both(of_images, samples.open_cache(config, base), data.samples.share)
+    return MixedCache(of_images, samples.open_cache(config, base), data.samples.share)
 
 
-def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows, Rows]:
+def split_off(config: Distill, cache: Cache | MixedCache) -> tuple[Cache | MixedCache | Rows, Rows]:
     """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
 
     What the run of `data.leave_out` held out is not trained on. Raises `UserError` as `split`, and if that
     run is none.
     """
-    of_images = cache.images if isinstance(cache, Both) else cache
+    of_images = cache.images if isinstance(cache, MixedCache) else cache
     assert isinstance(of_images, Cache)  # as `open_cache` gives it
     left_out: Set[str] = frozenset()
     if config.data.leave_out is not None and config.data.source != "teacher":
@@ -69,7 +69,7 @@ def split_off(config: Distill, cache: Cache | Both) -> tuple[Cache | Both | Rows
     if not config.validation.held_out and not left_out:
         return cache, Rows(of_images, ())
     trained, kept = split(of_images, config.validation.held_out, config.seed, left_out)
-    return (replace(cache, images=trained) if isinstance(cache, Both) else trained), kept
+    return (replace(cache, images=trained) if isinstance(cache, MixedCache) else trained), kept
 
 
 def held_out_of(run: str) -> tuple[float, int]:
@@ -88,9 +88,9 @@ def held_out_of(run: str) -> tuple[float, int]:
     return trained.validation.held_out, trained.seed
 
 
-def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:
+def mix_of(samples: Cache | MixedCache | Rows, data: Data) -> Mix | None:
     """How batches are drawn from what `data` is trained on; None: all records alike."""
-    if isinstance(samples, Both):
+    if isinstance(samples, MixedCache):
         return samples.mix
     if data.regularisation_share is None:
         return None
@@ -101,7 +101,7 @@ def mix_of(samples: Cache | Both | Rows, data: Data) -> Mix | None:
 
 
 @dataclass(frozen=True)
-class Both:
+class MixedCache:
     """Two caches as one: the rows of the images, then those of the teacher's samples."""
 
     images: Cache | Rows  # Rows: without what is left out, to draw batches from

@@ -88,7 +88,7 @@ def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset(
     return Rows(cache, trained), Rows(cache, measured)
 
 
-def of_the_base(config: Distill, ids: Sequence[str]) -> list[bool]:
+def taught_by_plain_base(config: Distill, ids: Sequence[str]) -> list[bool]:
     """Which records the base alone teaches: those of data.regularisation (`teacher.regularisation`)."""
     alone = config.teacher.regularisation == "base" and not config.teacher.in_student
     return [alone and bool(config.teacher.adapters) and id.startswith(GENERAL) for id in ids]
@@ -96,4 +96,4 @@ def of_the_base(config: Distill, ids: Sequence[str]) -> list[bool]:
 
 def two_teachers(config: Distill) -> bool:
     """Whether the base alone teaches some of the records."""
-    return config.data.regularisation is not None and any(of_the_base(config, [GENERAL]))
+    return config.data.regularisation is not None and any(taught_by_plain_base(config, [GENERAL]))

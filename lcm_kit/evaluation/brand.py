@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lcm_kit import assets, sample
-from lcm_kit.adapter.folder import read_facts
+from lcm_kit.adapter.folder import read_provenance
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
@@ -44,10 +44,10 @@ def output(config: Brand) -> Path:
     return run if run.is_dir() else run.parent / "brand"
 
 
-def insist_on_one_file(run: str) -> None:
+def require_one_file(run: str) -> None:
     """Raise `UserError` if the run's adapter is half of a pair: it would be drawn without its style."""
     folder = Path(run) / "adapter"
-    teacher = read_facts(folder).teacher if folder.is_dir() else None
+    teacher = read_provenance(folder).teacher if folder.is_dir() else None
     if teacher and teacher.in_student:
         raise UserError(
             f"{run} learned speed alone (teacher.in_student), so it is drawn with its style beside it; merge "

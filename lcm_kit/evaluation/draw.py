@@ -20,10 +20,10 @@ from lcm_kit.bases import BaseInfo
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.evaluation.cells import Cell
-from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows, kept
 from lcm_kit.evaluation.metrics.energy import Energy
-from lcm_kit.evaluation.subjects import Subject
+from lcm_kit.evaluation.swept_adapters import SweptAdapter
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import Share
 
@@ -85,7 +85,7 @@ def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(islice(cycle(prompts), count))
 
 
-def inputs(base: BaseInfo, samples: Samples, look: Looker, device: str) -> list[Any]:
+def inputs(base: BaseInfo, samples: Samples, look: FeatureExtractor, device: str) -> list[Any]:
     """What the rows of all cells follow from besides the adapters, as JSON."""
     asked = [samples.prompts, samples.images_per_prompt, samples.seed, samples.size, samples.batch_size]
     return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device]
@@ -96,7 +96,7 @@ class Pipes:
     """The base's pipeline, opened when something is to be drawn, with one adapter or none on it."""
 
     base: BaseInfo
-    subjects: dict[str, Subject]
+    subjects: dict[str, SweptAdapter]
     warm: Callable[[Any], object]  # runs once on a new pipeline, so that the clock sees warm code only
     _pipe: Any = field(default=None, init=False)
     _on: tuple[str | None, float] | None = field(default=None, init=False)
@@ -123,7 +123,7 @@ def draw_all(
     folder: Path,
     pipe: Callable[[C], Any],
     samples: Samples,
-    look: Looker,
+    look: FeatureExtractor,
     made_from: Callable[[C], Any],
     share: Share,
 ) -> dict[C, Rows]:
@@ -151,7 +151,12 @@ def draw_all(
 
 
 def draw(
-    pipe: Any, cell: Cell, samples: Samples, look: Looker, share: Share, advance: Callable[[int], None]
+    pipe: Any,
+    cell: Cell,
+    samples: Samples,
+    look: FeatureExtractor,
+    share: Share,
+    advance: Callable[[int], None],
 ) -> list[Rows]:
     """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (of text
     encoder, UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and

@@ -30,7 +30,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Looker:
+class FeatureExtractor:
     """Turns pictures into figures, a row a picture."""
 
     features: Extractor | None  # None: no features, nor what is measured by them
@@ -49,7 +49,7 @@ class Looker:
         features: str | None,
         text_features: str | None = None,
         probe: str = "probe",
-    ) -> Looker:
+    ) -> FeatureExtractor:
         """What the evaluation `recipe` asks for; `features` None: none.
 
         `probe` is the asset that reads pictures of the embedded world: those that may be in a brand's look
@@ -137,7 +137,7 @@ def of_the_world(prompts: Sequence[str], size: int) -> bool:
 
 
 def reference_features(
-    config: GuidanceSweep, looker: Looker, prompts: Sequence[str], size: int
+    config: GuidanceSweep, looker: FeatureExtractor, prompts: Sequence[str], size: int
 ) -> Tensor | None:
     """Features of real pictures: those of `config.real`, renders where the prompts are of the embedded world,
     or None.
@@ -148,7 +148,7 @@ def reference_features(
 
 
 def brand_features(
-    config: GuidanceSweep | Compose, looker: Looker, size: int
+    config: GuidanceSweep | Compose, looker: FeatureExtractor, size: int
 ) -> tuple[Tensor, Tensor] | None:
     """Features of `config.brand` and of its control; None unless both are named."""
     if not (config.brand and config.control):

@@ -209,8 +209,8 @@ METRICS: dict[str, Metric] = {
         "the least and the most guidance are apart; near 1 or above, effective guidance says little",
         _guidance_misfit,
     ),
-    "astray": Metric(
-        "astray", "lower",
+    "off_target": Metric(
+        "off_target", "lower",
         "RMS in latents to the teacher's sample of the same noise, over that between the teacher's samples "
         "of different prompts; 1 and above is not the teacher's picture any more",
         _astray,

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.measure import Figures, compare
 from lcm_kit.evaluation.metric_table import METRICS
-from lcm_kit.evaluation.subjects import Subject
+from lcm_kit.evaluation.swept_adapters import SweptAdapter
 from lcm_kit.samplers import title_of
 
 Kind = Literal[
     "failed_to_load",
     "no_effect",
-    "astray",
+    "off_target",
     "collapsed",
     "blurred",
     "noisy",
@@ -67,7 +67,7 @@ class Sweep:
 
     cells: Mapping[Cell, Figures]
     reference: Cell
-    subjects: Sequence[Subject]
+    subjects: Sequence[SweptAdapter]
     confidence: float
     extra: Mapping[str, float] = field(default_factory=dict)  # adapter -> distance from the base alone
 
@@ -216,9 +216,12 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
         mine, its = figures.get(key), teacher.get(key)
         return None if mine is None or its is None or not its.value else mine.value / its.value
 
-    far = figures.get("astray")
+    far = figures.get("off_target")
     if far is not None and not far.value <= MOST_ASTRAY:  # NaN too
-        return "astray", f"pictures {far.value:.1f} times as far from the teacher's as those of other prompts"
+        return (
+            "off_target",
+            f"pictures {far.value:.1f} times as far from the teacher's as those of other prompts",
+        )
     if (ratio := over("diversity")) is not None and ratio < LEAST_DIVERSITY:
         return "collapsed", f"pictures of one prompt differ {ratio:.0%} as much as the teacher's"
     saturation, clipped = figures["saturation"].value, figures["clipped"].value
@@ -234,7 +237,7 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
     return None
 
 
-def warn(sweep: Sweep, subject: Subject) -> list[Objection]:
+def warn(sweep: Sweep, subject: SweptAdapter) -> list[Objection]:
     """Why `subject` should not be used; empty if nothing speaks against it."""
     name, cells = subject.name, sweep.of(subject.name)
     if subject.fault is not None:

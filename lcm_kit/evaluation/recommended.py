@@ -13,7 +13,7 @@ from lcm_kit.evaluation.results import of_sweep
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.lora import metadata, untrusted
 from lcm_kit.lora.diffusers_format import HEADER
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.provenance import Recommended
 
 FOLDER = "sweep"  # within a run's folder, by default
@@ -42,7 +42,7 @@ def of_run(run: Path, file: Path) -> Recommended | None:
     )  # fmt: skip
 
 
-def insist(run: Path, file: Path) -> Recommended:
+def require(run: Path, file: Path) -> Recommended:
     """`of_run`, or a `UserError` that says what to do."""
     found = of_run(run, file) if file.is_file() else None
     if found is None:
@@ -55,7 +55,7 @@ def insist(run: Path, file: Path) -> Recommended:
 
 def method_of(file: Path) -> MethodInfo:
     """How a LoRA file is drawn in few steps, as its header says of the method that made it."""
-    return facts_from(untrusted.inspect(file).metadata, file.stem).student
+    return provenance_from_header(untrusted.inspect(file).metadata, file.stem).student
 
 
 def of_adapter(adapter: Path, file: Path) -> Recommended | None:
@@ -69,7 +69,7 @@ def of_adapter(adapter: Path, file: Path) -> Recommended | None:
     except UserError as error:
         console.say(f"the sweep's recommendation is left out: {error}")
         swept = None
-    return swept or facts_from(untrusted.inspect(file).metadata, file.stem).recommended
+    return swept or provenance_from_header(untrusted.inspect(file).metadata, file.stem).recommended
 
 
 class Settings(NamedTuple):

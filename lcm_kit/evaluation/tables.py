@@ -17,13 +17,13 @@ from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.draw import Samples, versions
-from lcm_kit.evaluation.extract import Looker
+from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Figures
 from lcm_kit.evaluation.metric_table import as_json, metrics_of, per_picture
 from lcm_kit.evaluation.result_shapes import Cell as CellShape
 from lcm_kit.evaluation.result_shapes import Comparison, Results
-from lcm_kit.evaluation.subjects import Subject
+from lcm_kit.evaluation.swept_adapters import SweptAdapter
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_file, atomic_folder
 
@@ -44,8 +44,8 @@ def results(
     config: Config,
     name: str,
     base: BaseInfo,
-    adapters: Sequence[Subject],
-    look: Looker,
+    adapters: Sequence[SweptAdapter],
+    look: FeatureExtractor,
     reference: Cell,
     measured: Mapping[str, Measured[C]],
     comparisons: list[Comparison],

@@ -43,7 +43,7 @@ def export_run(
     names = {style: file_name(style, title) for style in styles}
     about = _about(run, facts)
     if with_evaluation:
-        swept = recommended.insist(run, run / "export" / file_name("diffusers", title))
+        swept = recommended.require(run, run / "export" / file_name("diffusers", title))
         about = replace(about, recommended=swept)
     weights = own_files.hash_of(run / "adapter" / adapter.WEIGHTS)
     reports = delivery.deliver(lora, against, folder, names, dtype, about, weights)
@@ -55,7 +55,7 @@ def export_run(
 
 def _base(run: Path) -> tuple[Trained, verify.Against]:
     """What the run's adapter says of itself, and its base, which must be the one that it was trained on."""
-    facts = adapter.read_facts(run / "adapter")
+    facts = adapter.read_provenance(run / "adapter")
     base = adapter.base_of(facts)
     if bases.inspect_base(**base).base_hash != facts.base.hash:
         raise UserError(f"base {facts.base.path!r} has changed since {run} was trained on it; put it back")

@@ -19,7 +19,7 @@ def read(folder: Path, structure: Structure) -> Lora:
 
     Raises `UserError` if there is no finished adapter or it was made for another base.
     """
-    facts = adapter.read_facts(folder)
+    facts = adapter.read_provenance(folder)
     configs = {"unet": facts.lora_config, **facts.text_lora_config}
     weights = {_full(key): tensor for key, tensor in adapter.read_weights(folder).items()}
     names = {key.rsplit(".lora_", 1)[0] for key in weights}

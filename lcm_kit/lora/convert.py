@@ -13,7 +13,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.lora import delivery, reading, verify
 from lcm_kit.lora.base_weights import BaseWeights
 from lcm_kit.lora.kinds import Rebased
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.plain import Plain, plain
 from lcm_kit.lora.provenance_rules import converted
 from lcm_kit.lora.reading import Reading
@@ -51,10 +51,10 @@ def convert(
     `alpha` is for a file that does not say its own; `dtype` is the file's by default. Other kinds than plain
     LoRA become layers (`plain`), all of at most `rank` where it is given; `leave_out` names what no LoRA
     holds (`plain.LEAVE_OUT`) and may be lost. `drop_unknown` leaves out keys of no module of the base that
-    change nothing, instead of refusing. Raises `UserError`, writing nothing, if the file cannot be mended or
-    the result would not load everywhere.
+    change nothing, instead of refusing. Raises `UserError`, writing nothing, if the file cannot be
+    repaired or the result would not load everywhere.
     """
-    read = whole(file, against, alpha=alpha, drop_unknown=drop_unknown)
+    read = read_complete(file, against, alpha=alpha, drop_unknown=drop_unknown)
     if read.lacks_alpha:
         ranks = Counter(layer.rank for layer in read.lora.layers.values())
         common = f" (their rank is {ranks.most_common(1)[0][0]})" if ranks else ""
@@ -65,7 +65,7 @@ def convert(
     made = plain(read, weights_of(against), rank=rank, reduce_all=rank is not None, leave_out=leave_out)
     place = against or verify.Against(read.structure)
     names = {style: f"{file.stem}_{style}.safetensors" for style in delivery.styles_of(style)}
-    told = facts_from(read.lora.metadata, file.stem)
+    told = provenance_from_header(read.lora.metadata, file.stem)
     label = against.structure.label if against else None
     facts = converted(told, file.name, label, changed=rank is not None or bool(leave_out))
     dtype = dtype or own_dtype(read)
@@ -85,7 +85,7 @@ def weights_of(against: verify.Against | None) -> BaseWeights | None:
     return BaseWeights(against.folder, against.variant)
 
 
-def whole(
+def read_complete(
     file: Path, against: verify.Against | None, *, alpha: float | None = None, drop_unknown: bool = False
 ) -> Reading:
     """Read `file`; raises `UserError` if anything of it would be lost."""
@@ -101,9 +101,9 @@ def whole(
     return read
 
 
-def insist_on_diffusers(file: Path, against: verify.Against) -> None:
+def require_diffusers(file: Path, against: verify.Against) -> None:
     """Raise `UserError` for a file that is not whole, or not for this base, or not for diffusers."""
-    read = whole(file, against)
+    read = read_complete(file, against)
     held = [*kinds(read.lora), *(["embeddings"] if read.embeddings else [])]
     taken_out = any(isinstance(update, Rebased) for update in read.others.values())
     if read.embeddings or taken_out or any(mark in key for key in read.tensors for mark in _NOT_IN_DIFFUSERS):

@@ -29,7 +29,7 @@ def styles_of(wanted: str) -> tuple[str, ...]:
     if wanted == "both":
         return tuple(FORMATS)
     if wanted not in FORMATS:
-        raise UserError(f"format {wanted!r} is not known here; choose diffusers, kohya or both")
+        raise UserError(f"format {wanted!r} is unknown; choose diffusers, kohya or both")
     return (wanted,)
 
 

@@ -2,7 +2,7 @@
 
 Names are diffusers' with the part of the pipeline in front, as in
 `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q` or
-`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. Everything that reads, writes, mends or merges
+`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. Everything that reads, writes, repairs or merges
 goes through this form.
 """
 

@@ -13,12 +13,12 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora import delivery, provenance, verify
-from lcm_kit.lora.convert import weights_of, whole
+from lcm_kit.lora.convert import read_complete, weights_of
 from lcm_kit.lora.fuse import fuse_into
 from lcm_kit.lora.layers import Lora
 from lcm_kit.lora.locate import adapter_file
 from lcm_kit.lora.merge import Interference, concatenate, interference, truncate
-from lcm_kit.lora.metadata_reading import facts_from, not_read
+from lcm_kit.lora.metadata_reading import not_read, provenance_from_header
 from lcm_kit.lora.older_transformers import make_readable
 from lcm_kit.lora.plain import plain
 from lcm_kit.lora.provenance import Provenance
@@ -123,7 +123,7 @@ def fuse(
 
 
 def _read(parts: Sequence[Part], against: verify.Against | None) -> list[Reading]:
-    reads = [whole(adapter_file(path), against) for path, _ in parts]
+    reads = [read_complete(adapter_file(path), against) for path, _ in parts]
     labels = {read.structure.label for read in reads}
     if len(labels) > 1:
         told = ", ".join(f"{read.path} for {read.structure.label}" for read in reads)
@@ -142,6 +142,6 @@ def _pairs(parts: Sequence[Part], loras: Sequence[Lora]) -> dict[str, list[Inter
 def _made_of(parts: Sequence[Part], reads: Sequence[Reading]) -> list[provenance.Part]:
     """What the headers of the files say of them."""
     return [
-        part_of(path.name, weight, facts_from(read.lora.metadata, path.stem))
+        part_of(path.name, weight, provenance_from_header(read.lora.metadata, path.stem))
         for (path, weight), read in zip(parts, reads, strict=True)
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from lcm_kit import samplers
 from lcm_kit.core.methods import METHODS, MethodInfo
 from lcm_kit.lora.layers import Lora
-from lcm_kit.lora.metadata_reading import PREFIX, REST, said, sampler_name
+from lcm_kit.lora.metadata_reading import PREFIX, REST, sampler_name, without_none_strings
 from lcm_kit.lora.provenance import Guidance, Provenance, Recommended
 from lcm_kit.lora.structure import Structure
 
@@ -52,7 +52,7 @@ def build(lora: Lora, structure: Structure, facts: Provenance, *, style: str = "
         **{PREFIX + key: value for key, value in _own(facts).items()},
         **_rest(facts),
         PREFIX + "modules": str(len(lora.layers)),
-        **{key: value for key, value in said(lora.metadata).items() if key in kept},
+        **{key: value for key, value in without_none_strings(lora.metadata).items() if key in kept},
     }
 
 
@@ -266,7 +266,7 @@ _KEYED_WHOLE = ("kit_version", "date", "step", "guidance", "recommended", "paren
 
 
 def _rest(facts: Provenance) -> dict[str, str]:
-    """The one key of all that no other key has, `facts.facts_from` puts both together again."""
+    """The one key of all that no other key has, `facts.provenance_from_header` puts both together again."""
     rest = {key: value for key, value in facts.to_json().items() if key not in _KEYED_WHOLE}
     for section, names in _KEYED.items():
         kept = {key: value for key, value in rest.pop(section, {}).items() if key not in names}

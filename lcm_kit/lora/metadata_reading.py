@@ -30,13 +30,13 @@ def declared_modules(metadata: Mapping[str, str]) -> int | None:
     return _whole(metadata.get(PREFIX + "modules"))
 
 
-def facts_from(metadata: Mapping[str, str], title: str) -> Provenance:
+def provenance_from_header(metadata: Mapping[str, str], title: str) -> Provenance:
     """How a file was made, from its header: all of it from one of ours, else what kohya and ModelSpec tell.
 
     `title` is the caller's, because a stranger's header can say anything and a title becomes a file's name. A
     value that does not parse counts as unknown, and so does all of `REST` where one key of it does not.
     """
-    known = said(metadata)
+    known = without_none_strings(metadata)
     if PREFIX + "metadata" in known:
         own = {key.removeprefix(PREFIX): value for key, value in known.items() if key.startswith(PREFIX)}
         keyed = _keyed(known, own)
@@ -60,7 +60,7 @@ def facts_from(metadata: Mapping[str, str], title: str) -> Provenance:
 
 
 def not_read(metadata: Mapping[str, str]) -> str | None:
-    """A sentence on what a header says that `facts_from` does not read; None if it reads all."""
+    """A sentence on what a header says that `provenance_from_header` does not read; None if it reads all."""
     try:
         provenance.from_json(_rest(metadata))
     except (ValueError, RecursionError) as error:
@@ -127,7 +127,7 @@ def _recommended(own: Mapping[str, str]) -> Recommended | None:
     return Recommended(own["recommended"], sampler, steps, scale, weight, part=own.get("recommended_for"))
 
 
-def said(metadata: Mapping[str, str]) -> dict[str, str]:
+def without_none_strings(metadata: Mapping[str, str]) -> dict[str, str]:
     """Without what sd-scripts writes as "None"."""
     return {key: value for key, value in metadata.items() if value not in ("", "None")}
 

@@ -68,7 +68,7 @@ def plain(
             f"{read.path}: {len(odd)} modules are {odd[0].kind}, and what they change follows from the "
             "base's weights; give its folder as --base FOLDER"
         )
-    _insist_on_rank(read, lora, rank)
+    _require_rank(read, lora, rank)
     found: dict[str, Truncated] = {}
     layers: dict[str, Layer] = {}
     for name, update in lora.updates.items():
@@ -137,7 +137,7 @@ def _without(read: Reading, leave_out: Collection[str], advice: str) -> tuple[Lo
     return Lora(layers, lora.metadata, others), tuple(left)
 
 
-def _insist_on_rank(read: Reading, lora: Lora, rank: int | None) -> None:
+def _require_rank(read: Reading, lora: Lora, rank: int | None) -> None:
     """Raise if a layer would be larger than `MOST` without having been asked for."""
     ranks = {name: exact_rank(update) for name, update in lora.others.items()}
     large = [name for name, needed in ranks.items() if needed > MOST]

@@ -1,7 +1,7 @@
 """Any LoRA file that is in circulation, as a `Lora`, with what was odd about it in words.
 
-What can be mended without a guess is mended and told in `findings`; what cannot is told in `problems`, and
-then the file is not whole.
+What can be repaired without a guess is repaired and told in `findings`; what cannot is told in `problems`,
+and then the file is not whole.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Reading:
     lora: Lora  # all that is whole
     structure: Structure  # of the base that it fits
     tensors: Mapping[str, Tensor]  # as they stand in the file
-    findings: tuple[str, ...]  # mended or harmless
-    problems: tuple[str, ...]  # cannot be mended
+    findings: tuple[str, ...]  # repaired or harmless
+    problems: tuple[str, ...]  # cannot be repaired
     lacks_alpha: int  # layers whose alpha the file does not say; taken as the rank unless it was given
     unknown: tuple[str, ...] = ()  # keys that belong to no module of the base
     embeddings: tuple[str, ...] = ()  # keys of textual inversions that are bundled with the LoRA
@@ -68,7 +68,7 @@ def read(path: Path, structure: Structure | None = None, *, alpha: float | None 
     tensors, metadata = untrusted.read(path)
     embeddings = tuple(key for key in tensors if key.startswith(BUNDLED))
     keys = {key: take_apart(key) for key in tensors if not key.startswith(BUNDLED)}
-    _insist_on_ours(path, tensors, keys, metadata)
+    _require_ours(path, tensors, keys, metadata)
     fitting = structure or _best_structure(path, tensors, keys, metadata)
     notes = Notes()
     pieces = _sort(tensors, keys, fitting, notes)
@@ -108,7 +108,7 @@ def _weightless(unknown: Mapping[str, Tensor], keys: Mapping[str, Key | None]) -
     return tuple(found)
 
 
-def _insist_on_ours(
+def _require_ours(
     path: Path, tensors: Mapping[str, Tensor], keys: Mapping[str, Key | None], metadata: Mapping[str, str]
 ) -> None:
     """Raise `UserError` for a file that is no LoRA, or one of another model."""

@@ -43,7 +43,7 @@ _ALPHA_WORDS = {
 
 
 def findings(notes: Notes, lora: Lora, embeddings: Sequence[str]) -> list[str]:
-    """What was mended, or is harmless and worth a word."""
+    """What was repaired, or is harmless and worth a word."""
     found = [*_spellings(notes), *_shapes(notes)]
     if notes.twice:
         found.append(f"{notes.twice} tensors are there twice")

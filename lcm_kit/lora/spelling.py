@@ -1,4 +1,4 @@
-"""From any key that is in circulation to the module it means: the parser behind reading and mending.
+"""From any key that is in circulation to the module it means: the parser behind reading and fixing.
 
 A key is a module and a role. The module may be in diffusers' or the original spelling, with dots or with
 underscores, behind any of the prefixes that trainers put in front; the role (down, up, alpha, ...) in any of

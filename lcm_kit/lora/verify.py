@@ -103,7 +103,7 @@ def verify(
     a LoRA at all.
     """
     if odd := sorted(set(apps) - {"diffusers", *APPS}):
-        raise UserError(f"app {odd[0]!r} is not known here; choose among diffusers, {', '.join(APPS)}")
+        raise UserError(f"app {odd[0]!r} is unknown; choose among diffusers, {', '.join(APPS)}")
     read = reading.read(file, against.structure if against else None, alpha=alpha)
     place = against or Against(read.structure)
     rows = [

@@ -8,19 +8,19 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.prior import BATCH
 from lcm_kit.plan import work
-from lcm_kit.plan.rehearsal import Stage
+from lcm_kit.plan.base_profile import BaseProfile
+from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
-from lcm_kit.plan.subject import Subject
 
 PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
 
 
-def vae_dtype(subject: Subject, dtype: torch.dtype) -> torch.dtype:
+def vae_dtype(subject: BaseProfile, dtype: torch.dtype) -> torch.dtype:
     """Of the VAE of a pipeline in `dtype`: float16 overflows in SDXL's (`sample.pipeline`)."""
     return torch.float32 if dtype == torch.float16 and subject.pooled else dtype
 
 
-def phases(config: Training, stage: Stage, device: str) -> dict[str, Parts]:
+def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
     """Bytes of each phase by part. Pictures are encoded in float32, samples drawn as `sample.placement`."""
     found: dict[str, Parts] = {}
     prior = isinstance(config, Finetune) and config.prior.prompts is not None
@@ -42,7 +42,7 @@ def phases(config: Training, stage: Stage, device: str) -> dict[str, Parts]:
     return found
 
 
-def _pictures(config: Training, stage: Stage, device: str) -> Parts:
+def _pictures(config: Training, stage: MetaModel, device: str) -> Parts:
     """Text encoders and VAE in float32."""
     pictures, batch = stage.pictures(config.data.resolution, torch.float32), config.data.batch_size
     return {
@@ -53,7 +53,7 @@ def _pictures(config: Training, stage: Stage, device: str) -> Parts:
     }
 
 
-def _drawn(config: Training, stage: Stage, device: str, samples: int, decoded: int = 0) -> Parts:
+def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
     """The whole pipeline: `samples` a pass of the UNet, then so many pictures `decoded` by the VAE."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     subject, weights = stage.subject, stage.weights

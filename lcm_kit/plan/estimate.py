@@ -1,6 +1,6 @@
 """Bytes by part and by phase. The peak is that of the highest phase: the phases' passing bytes never meet.
 
-Passing bytes are the rehearsal's; what stays is counted in closed form (`sizes.py`). The model of kernels'
+Passing bytes are the dry_run's; what stays is counted in closed form (`sizes.py`). The model of kernels'
 own workspaces and that of the CPU's allocator are the only parts that are measured (docs/plan.md).
 """
 
@@ -15,7 +15,7 @@ from lcm_kit.adapter import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Adapter, Distill, Training
 from lcm_kit.plan import encoding, work
-from lcm_kit.plan.rehearsal import Pass, Rehearsal, Stage, Weights
+from lcm_kit.plan.dry_run import DryRun, MetaModel, Pass, Weights
 from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes, workspace
 from lcm_kit.plan.text import rank_of
 from lcm_kit.plan.tracker import Held
@@ -94,30 +94,30 @@ class Estimate:
 
 @dataclass
 class Planner:
-    """Estimates configs of one base; those that differ in numbers alone cost no new rehearsal."""
+    """Estimates configs of one base; those that differ in numbers alone cost no new dry_run."""
 
-    stage: Stage
+    stage: MetaModel
     device: str = "cuda"
     returning: bool = False  # whether the CPU's allocator is told to give back what is freed
 
     def __call__(self, config: Training) -> Estimate:
         """The estimate of `config`, whose base is the stage's."""
         dtype, stage = dtype_of(config, self.device), self.stage_of(config)
-        rehearsal = self.rehearse(config)
+        dry_run = self.rehearse(config)
         staying = _staying(config, stage, dtype)
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
-        phases = _phases(config, rehearsal, stage, dtype, self.device)
+        phases = _phases(config, dry_run, stage, dtype, self.device)
         if self.device == "cpu":
             phases |= _host(config, stage, dtype, staying)
         return Estimate(
             config, self.device, dtype, stage.weights, staying, phases,
-            encoding.phases(config, stage, self.device), work.flops_of_step(config, rehearsal),
+            encoding.phases(config, stage, self.device), work.flops_of_step(config, dry_run),
             0 if self.device == "cuda" or self.returning else self._gaps(config),
         )  # fmt: skip
 
-    def rehearse(self, config: Training, *, checkpointing: bool | None = None) -> Rehearsal:
+    def rehearse(self, config: Training, *, checkpointing: bool | None = None) -> DryRun:
         """The passes of a step; `checkpointing` in place of the config's."""
         return self.stage_of(config).rehearse(
             config.data.resolution, dtype_of(config, self.device), cuda=self.device == "cuda",
@@ -129,11 +129,11 @@ class Planner:
         student, batch = self.rehearse(config, checkpointing=False).student, config.batch_size
         return round(_GAPS * student.highest(batch).at(batch))
 
-    def stage_of(self, config: Training) -> Stage:
+    def stage_of(self, config: Training) -> MetaModel:
         """The stage; another one where what is trained is of another size."""
         wanted = (*_size(config.adapter), rank_of(config))
         if wanted != (*_size(self.stage.adapter), self.stage.text_rank):
-            self.stage = Stage(self.stage.subject, config.adapter, self.stage.style, rank_of(config))
+            self.stage = MetaModel(self.stage.subject, config.adapter, self.stage.style, rank_of(config))
         return self.stage
 
     def weights(self, config: Training) -> Weights:
@@ -145,7 +145,7 @@ def _size(adapter: Adapter) -> tuple[int, str]:
     return adapter.rank, adapter.targets
 
 
-def _staying(config: Training, stage: Stage, dtype: torch.dtype) -> dict[str, int]:
+def _staying(config: Training, stage: MetaModel, dtype: torch.dtype) -> dict[str, int]:
     weights = stage.weights
     lora = FLOAT * sum(weights.lora)
     return {
@@ -159,7 +159,7 @@ def _staying(config: Training, stage: Stage, dtype: torch.dtype) -> dict[str, in
 
 
 def _phases(
-    config: Training, rehearsal: Rehearsal, stage: Stage, dtype: torch.dtype, device: str
+    config: Training, dry_run: DryRun, stage: MetaModel, dtype: torch.dtype, device: str
 ) -> dict[str, Parts]:
     """What passes: activations, gradients, conditions, workspaces."""
     batch, alone, weights = config.batch_size, config.accumulation == 1, stage.weights
@@ -177,8 +177,8 @@ def _phases(
     found: dict[str, Parts] = {}
     rows = roles.ROWS["teacher"] * batch
     if isinstance(config, Distill) and roles.passes(config)["teacher"]:
-        found["teacher pass"] = parts(rehearsal.teacher.highest(rows), rows)
-    held = rehearsal.student.highest(batch, gradients=alone)
+        found["teacher pass"] = parts(dry_run.teacher.highest(rows), rows)
+    held = dry_run.student.highest(batch, gradients=alone)
     found["student pass"] = parts(held, batch)
     # fused AdamW makes no copies
     copies = 2 * FLOAT * max(weights.lora) if device == "cpu" else 0
@@ -186,16 +186,16 @@ def _phases(
     if config.validation.held_out:
         guided = "teacher pass" in found
         plain, samples = (
-            (rehearsal.teacher, rows) if guided else (_drawing(config, stage, dtype, device), batch)
+            (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype, device), batch)
         )
         held_at = round(plain.highest(samples).at(samples))
         found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
     if config.validation.prompts is not None or config.validation.control is not None:
-        found["validation"] = _validation(config, rehearsal, stage, dtype, device)
+        found["validation"] = _validation(config, dry_run, stage, dtype, device)
     return found
 
 
-def _conditions(config: Training, stage: Stage, dtype: torch.dtype, device: str, samples: int) -> int:
+def _conditions(config: Training, stage: MetaModel, dtype: torch.dtype, device: str, samples: int) -> int:
     """Embeddings of the captions: those of a pass, and on a CPU those of the whole step's batch."""
     subject, pair = stage.subject, 2 if work.pairs(config) else 1
     numbers = subject.tokens * subject.structure.width + subject.pooled
@@ -205,11 +205,11 @@ def _conditions(config: Training, stage: Stage, dtype: torch.dtype, device: str,
     return size
 
 
-def _drawing(config: Training, stage: Stage, dtype: torch.dtype, device: str) -> Pass:
+def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype, device: str) -> Pass:
     return stage.drawing(config.data.resolution, dtype, cuda=device == "cuda", lora=True)
 
 
-def _host(config: Training, stage: Stage, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
+def _host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
     """What costs the machine's memory and none of a GPU's: loading the base, copies of what is saved."""
     weights, stored = stage.weights, stage.subject.stored
     # all layers before the first is in few bits, and the file, if its numbers are others
@@ -222,11 +222,11 @@ def _host(config: Training, stage: Stage, dtype: torch.dtype, staying: Parts) ->
 
 
 def _validation(
-    config: Training, rehearsal: Rehearsal, stage: Stage, dtype: torch.dtype, device: str
+    config: Training, dry_run: DryRun, stage: MetaModel, dtype: torch.dtype, device: str
 ) -> Parts:
     """All pictures at once, with guidance: drawn by the teacher, in fine-tuning with the LoRA; decoded."""
     count, subject = config.validation.count, stage.subject
-    drawn = _drawing(config, stage, dtype, device) if isinstance(config, Finetune) else rehearsal.teacher
+    drawn = _drawing(config, stage, dtype, device) if isinstance(config, Finetune) else dry_run.teacher
     samples = count * work.guided(config.validation.guidance_scale)
     vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)

@@ -23,9 +23,9 @@ from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Logging, Memory, Training
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write
-from lcm_kit.plan import style, subject, trial
+from lcm_kit.plan import base_profile, style, trial
+from lcm_kit.plan.base_profile import BaseProfile
 from lcm_kit.plan.meter import Meter, resident
-from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.trial import Trial
 from lcm_kit.training import runtime
 
@@ -79,10 +79,10 @@ def _warm(config: Training, accelerator: Any) -> None:
         data=replace(config.data, resolution=64),
     )  # fmt: skip
     meter = Meter(accelerator.device.type == "cuda")
-    trial.make(small, accelerator, subject.published(families.names()[0]), _SMALL, meter).step()
+    trial.make(small, accelerator, base_profile.published(families.names()[0]), _SMALL, meter).step()
 
 
-def _export(trial: Trial, found: Subject, folder: Path) -> int:
+def _export(trial: Trial, found: BaseProfile, folder: Path) -> int:
     """Write the adapter in kohya's style, read it back, hold it against the structure and the apps' rules."""
     from lcm_kit.lora import verify, write
     from lcm_kit.lora.apps import WHOLE
@@ -107,7 +107,7 @@ def _export(trial: Trial, found: Subject, folder: Path) -> int:
 
 def measure(config: Training, structure: str | None) -> Probe:
     """The probe itself, in this process."""
-    found = subject.find(config.base, structure)
+    found = base_profile.find(config.base, structure)
     accelerator = runtime.start(config)
     _warm(config, accelerator)
     cuda = accelerator.device.type == "cuda"

@@ -14,7 +14,7 @@ from lcm_kit.plan.disk import Disk
 from lcm_kit.plan.encoding import PRIOR
 from lcm_kit.plan.estimate import CONTEXT, MARGIN, Estimate, room
 from lcm_kit.plan.sizes import GIB
-from lcm_kit.plan.work import Aside
+from lcm_kit.plan.work import ExtraPasses
 
 if TYPE_CHECKING:
     from lcm_kit.plan.probe import Probe
@@ -54,7 +54,9 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def facts(estimate: Estimate, disk: Disk, asides: Sequence[Aside], drawn: Sequence[Aside]) -> None:
+def facts(
+    estimate: Estimate, disk: Disk, asides: Sequence[ExtraPasses], drawn: Sequence[ExtraPasses]
+) -> None:
     """Parameters, FLOPs of a step and of what else is drawn, disk; memory by part and by phase."""
     weights, lora = estimate.weights, sum(estimate.weights.lora)
     styled = f", {weights.style / 1e6:.2f}M of the teacher's adapters" if weights.style else ""
@@ -79,7 +81,7 @@ def facts(estimate: Estimate, disk: Disk, asides: Sequence[Aside], drawn: Sequen
     )
 
 
-def _computed(estimate: Estimate, asides: Sequence[Aside], drawn: Sequence[Aside]) -> None:
+def _computed(estimate: Estimate, asides: Sequence[ExtraPasses], drawn: Sequence[ExtraPasses]) -> None:
     """FLOPs of a step, of the run and of encoding."""
     config, step = estimate.config, sum(estimate.flops.values())
     pair = " and as many of the base's own" if work.pairs(config) else ""
@@ -95,7 +97,7 @@ def _computed(estimate: Estimate, asides: Sequence[Aside], drawn: Sequence[Aside
         say(f"lcm-kit encode draws {_aside(aside)}")
 
 
-def _aside(aside: Aside) -> str:
+def _aside(aside: ExtraPasses) -> str:
     return f"{aside.what}: {aside.passes} passes of the UNet, {flops(aside.flops)}"
 
 

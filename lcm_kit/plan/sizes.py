@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from lcm_kit.config.schema import Training
-from lcm_kit.plan.rehearsal import Weights
+from lcm_kit.plan.dry_run import Weights
 
 FLOAT = 4  # bytes of a float32
 GIB = 2**30

@@ -16,7 +16,7 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
 from lcm_kit.families import PARTS
-from lcm_kit.plan.subject import Subject
+from lcm_kit.plan.base_profile import BaseProfile
 from lcm_kit.plan.tracker import Kernels, checkpoint
 
 _HEAD = 64  # channels of an attention head in all published encoders
@@ -38,12 +38,12 @@ class Captions:
     lora: list[Parameter]
 
     @classmethod
-    def build(cls, subject: Subject, rank: int) -> Captions:
+    def build(cls, subject: BaseProfile, rank: int) -> Captions:
         """Those of the base, float32."""
         family = code_of(subject.structure.family)
         text = _text(subject, family)
         lora, encoders = [], []
-        for part, (encoder, modules) in family.adapted(text).items():
+        for part, (encoder, modules) in family.text_lora_targets(text).items():
             with torch.device("meta"):
                 lora += add_text_lora(encoder, modules, rank, float(rank), seed=len(part))
             encoders.append(encoder)
@@ -66,7 +66,7 @@ class Captions:
             return self.family.encode_text(self.text, [_CAPTION] * n)
 
 
-def _text(subject: Subject, family: Code) -> Any:
+def _text(subject: BaseProfile, family: Code) -> Any:
     def tokenizer(captions: list[str], **_: Any) -> Any:
         ids = torch.zeros(len(captions), subject.tokens, dtype=torch.int64, device="meta")
         return SimpleNamespace(input_ids=ids, attention_mask=None)
@@ -78,7 +78,7 @@ def _text(subject: Subject, family: Code) -> Any:
     return family.text_of([tokenizer] * len(parts), made, False)
 
 
-def _config(subject: Subject, part: str) -> Any:
+def _config(subject: BaseProfile, part: str) -> Any:
     """CLIP's, from the shapes of its layers."""
     from transformers import CLIPTextConfig
 

@@ -27,9 +27,9 @@ from lcm_kit.core.step import diffusion_loss
 from lcm_kit.data.split import two_teachers
 from lcm_kit.lora.structure import empty_unet
 from lcm_kit.plan import work
+from lcm_kit.plan.base_profile import BaseProfile
 from lcm_kit.plan.meter import Meter
 from lcm_kit.plan.style import Style, put_on
-from lcm_kit.plan.subject import Subject
 from lcm_kit.training import runtime, stepping
 
 _MICRO_BATCHES = 2  # of a step with accumulation: the second has the gradients of the first
@@ -147,7 +147,7 @@ class Trial:
 def make(
     config: Training,
     accelerator: Any,
-    found: Subject,
+    found: BaseProfile,
     unet_config: Any,
     meter: Meter,
     teacher_lora: Style | None = None,

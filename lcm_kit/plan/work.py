@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from lcm_kit.adapter import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
-from lcm_kit.plan.rehearsal import Rehearsal
+from lcm_kit.plan.dry_run import DryRun
 from lcm_kit.training import validation
 from lcm_kit.training.held_out import TIMES
 
 
 @dataclass(frozen=True)
-class Aside:
+class ExtraPasses:
     """Passes of the UNet, each of one sample, besides the optimizer steps."""
 
     what: str
@@ -32,22 +32,22 @@ def guided(guidance_scale: float) -> int:
     return 2 if guidance_scale > 1 else 1
 
 
-def flops_of_step(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
+def flops_of_step(config: Training, dry_run: DryRun) -> dict[str, float]:
     """FLOPs of one optimizer step on one process, by part; no part for what is left out."""
     samples = config.batch_size * config.accumulation
     found: dict[str, float] = {}
     if isinstance(config, Distill):
         teacher, student = _of_loss(config)
         if teacher:
-            found["teacher"] = teacher * rehearsal.teacher.flops * samples
+            found["teacher"] = teacher * dry_run.teacher.flops * samples
         # one where the teacher's step ends, one where the sample's own noise leads
-        found["target"] = (student - 1) * rehearsal.forward * samples
-    found["student forward"] = rehearsal.forward * samples
-    found["student backward"] = (rehearsal.student.flops - rehearsal.forward) * samples
+        found["target"] = (student - 1) * dry_run.forward * samples
+    found["student forward"] = dry_run.forward * samples
+    found["student backward"] = (dry_run.student.flops - dry_run.forward) * samples
     return found
 
 
-def while_training(config: Training, flops: Mapping[str, float], held: int | None) -> list[Aside]:
+def while_training(config: Training, flops: Mapping[str, float], held: int | None) -> list[ExtraPasses]:
     """Validation pictures, held-out loss, control prompts, all through the run; `flops`: `of_forwards`.
 
     `held`: pictures that are held out; None: not known.
@@ -81,25 +81,25 @@ def _of_loss(config: Training) -> tuple[int, int]:
     return asked["teacher"], asked["target"] + asked["student"]
 
 
-def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) -> Aside:
+def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) -> ExtraPasses:
     """So many passes without and with the LoRA that is trained."""
-    return Aside(what, teacher + student, teacher * flops["teacher"] + student * flops["student"])
+    return ExtraPasses(what, teacher + student, teacher * flops["teacher"] + student * flops["student"])
 
 
-def while_encoding(config: Training, flops: Mapping[str, float]) -> list[Aside]:
+def while_encoding(config: Training, flops: Mapping[str, float]) -> list[ExtraPasses]:
     """What is drawn to be trained on."""
     found = []
     if isinstance(config, Distill) and config.data.source != "images":
         s = config.data.samples
         passes = s.count * s.steps * guided(s.guidance_scale)
-        found.append(Aside(f"{s.count} samples of the teacher", passes, passes * flops["teacher"]))
+        found.append(ExtraPasses(f"{s.count} samples of the teacher", passes, passes * flops["teacher"]))
     if isinstance(config, Finetune) and config.prior.prompts is not None:
         p = config.prior
         passes = p.count * p.steps * guided(p.guidance_scale)
-        found.append(Aside(f"{p.count} pictures of the base's own", passes, passes * flops["teacher"]))
+        found.append(ExtraPasses(f"{p.count} pictures of the base's own", passes, passes * flops["teacher"]))
     return found
 
 
-def of_forwards(config: Training, rehearsal: Rehearsal) -> dict[str, float]:
+def of_forwards(config: Training, dry_run: DryRun) -> dict[str, float]:
     """FLOPs of a pass of one sample without and with the LoRA that is trained."""
-    return {"teacher": rehearsal.teacher.flops, "student": rehearsal.forward / (2 if pairs(config) else 1)}
+    return {"teacher": dry_run.teacher.flops, "student": dry_run.forward / (2 if pairs(config) else 1)}

@@ -164,8 +164,8 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
     """What is to be said of the training's own figures; of a run without an adapter nothing."""
     if not (run / "adapter").is_dir():
         return []
-    kept = adapter.read_facts(run / "adapter").optimizer_steps
-    return style.said(style.figures(metrics, "train/distill"), kept)
+    kept = adapter.read_provenance(run / "adapter").optimizer_steps
+    return style.verdict_sentences(style.figures(metrics, "train/distill"), kept)
 
 
 def _plots(results: Results | None, metrics: Sequence[Mapping[str, float]]) -> dict[str, str | None]:
@@ -201,7 +201,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if not config:
         return {}
     lora, guidance, grid = config["adapter"], config["guidance"], config["grid"]
-    trained = adapter.read_facts(run / "adapter") if (run / "adapter").is_dir() else None
+    trained = adapter.read_provenance(run / "adapter") if (run / "adapter").is_dir() else None
     method = trained.distilled if trained else None
     steps = trained.steps if trained else config["steps"]
     images = config["batch_size"] * config["accumulation"]

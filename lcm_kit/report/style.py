@@ -12,26 +12,26 @@ from typing import Any
 from lcm_kit.adapter import folder as adapter
 from lcm_kit.lora.provenance import Trained
 from lcm_kit.report import plots
-from lcm_kit.training.overtraining import NAME, OVERTRAINED, Measured, of_tables, verdict
+from lcm_kit.training.overtraining import HELD_OUT_LOSS, OVERTRAINED, Measured, of_tables, verdict
 
 RECIPE = "train/finetune"
 
 
 def context(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What the page shows, plots as SVG text. Raises `UserError` if the run has no finished adapter."""
-    facts = adapter.read_facts(run / "adapter")
+    facts = adapter.read_provenance(run / "adapter")
     measured, step = figures(metrics, RECIPE), facts.optimizer_steps
     losses = measured.held_out
     return {
         "name": run.resolve().name,
         "answer": answer(measured, step),
-        "said": said(measured, step),
+        "said": verdict_sentences(measured, step),
         "step": step,
         "base_loss": losses.get(0),
         "best_loss": losses.get(step),
         "facts": _facts(config, facts),
         "plots": {
-            "held_out": plots.curve(metrics, NAME, "loss on held-out pictures"),
+            "held_out": plots.curve(metrics, HELD_OUT_LOSS, "loss on held-out pictures"),
             "control": control_curve(metrics, measured),
             "loss": plots.curve(metrics, "loss", "denoising loss"),
             "distance": plots.curve(metrics, "distance_to_base", "distance to the base"),
@@ -47,7 +47,7 @@ def figures(metrics: Sequence[Mapping[str, float]], recipe: str) -> Measured:
     )
 
 
-def said(measured: Measured, kept: int) -> list[str]:
+def verdict_sentences(measured: Measured, kept: int) -> list[str]:
     """The sentences of `verdict` as a page writes them."""
     found = verdict(measured, kept)
     return [sentence[0].upper() + sentence[1:] + "." * (sentence[-1] not in ".?") for sentence in found]

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_kit.adapter.folder import FACTS, WEIGHTS, read_facts, read_weights
+from lcm_kit.adapter.folder import FACTS, WEIGHTS, read_provenance, read_weights
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config import schema
 from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_folder, discard
 from lcm_kit.lora import provenance
-from lcm_kit.training.overtraining import NAME, Measured, of_tables, verdict
+from lcm_kit.training.overtraining import HELD_OUT_LOSS, Measured, of_tables, verdict
 from lcm_kit.training.processes import say
 from lcm_kit.training.run_metrics import Metrics
 from lcm_kit.training.runtime import Saver, main_does, validate
@@ -39,7 +39,7 @@ LossesAt = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 LossesOf = Callable[[Batch], Tensor]
 """A batch -> losses [n]."""
 Measures = dict[str, Callable[[], float]]
-"""Figures of the weights as they are, by name: `NAME`, a key of `TOLERANCE`, or both."""
+"""Figures of the weights as they are, by name: `HELD_OUT_LOSS`, a key of `TOLERANCE`, or both."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class HeldOut:
 
     def measures(self, losses_of: LossesOf) -> Measures:
         """`mean` of `losses_of` under its name; nothing where there are no pictures."""
-        return {NAME: partial(self.mean, losses_of)} if len(self.pictures.ids) else {}
+        return {HELD_OUT_LOSS: partial(self.mean, losses_of)} if len(self.pictures.ids) else {}
 
     def measures_at(self, losses_at: LossesAt) -> Measures:
         """`mean_at` of `losses_at` under its name; nothing where there are no pictures."""
-        return {NAME: partial(self.mean_at, losses_at)} if len(self.pictures.ids) else {}
+        return {HELD_OUT_LOSS: partial(self.mean_at, losses_at)} if len(self.pictures.ids) else {}
 
     def mean_at(self, losses_at: LossesAt) -> float:
         """The mean of `losses_at`, each picture at the same timesteps, with noise of its own at each."""
@@ -84,7 +84,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class BestCheckpoint:
     """Draws and measures while a LoRA trains, and keeps the weights that are or may yet be the result.
 
     All processes call it together.
@@ -169,7 +169,7 @@ class Measuring:
 
     def _copy(self, kept: int, facts: provenance.Provenance) -> None:
         best = self._folders()[kept]
-        its = read_facts(best)
+        its = read_provenance(best)
         whole = replace(facts, **its.measured)
         with atomic_folder(self.saver.run / "adapter") as folder:
             own_files.write_tensors(folder / WEIGHTS, read_weights(best))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-NAME = "held_out_loss"  # in metrics.jsonl and adapter.json
+HELD_OUT_LOSS = "held_out_loss"  # in metrics.jsonl and adapter.json
 OVERTRAINED = 0.02  # a last loss this share above the lowest is told as over-training
 CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"}  # its name, by the recipe
 # By that name: the share above the lowest that still passes, as measured on tiny-sd
@@ -82,7 +82,7 @@ class Measured:
 
 def of_tables(tables: Mapping[str, Mapping[int, float]], recipe: str) -> Measured:
     """The figures of a run from tables by name, of which those of other names are passed over."""
-    return Measured(tables.get(NAME, {}), tables.get(CONTROL[recipe], {}), recipe)
+    return Measured(tables.get(HELD_OUT_LOSS, {}), tables.get(CONTROL[recipe], {}), recipe)
 
 
 def verdict(measured: Measured, kept: int) -> list[str]:

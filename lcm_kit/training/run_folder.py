@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lcm_kit.adapter.folder import FACTS, WEIGHTS, read_facts
+from lcm_kit.adapter.folder import FACTS, WEIGHTS, read_provenance
 from lcm_kit.config import schema
 from lcm_kit.config.continued import BASE, BATCH, CODE, DATA, LORAS, TOLD, flat, is_free
 from lcm_kit.config.load import dump, load, read
@@ -128,4 +128,4 @@ def adapter_steps(run: Path) -> int:
     """How many steps the run's finished adapter was trained for; 0 if there is none yet."""
     folder = run / "adapter"
     there = all((folder / name).is_file() for name in (FACTS, WEIGHTS))
-    return read_facts(folder).steps if there else 0
+    return read_provenance(folder).steps if there else 0

@@ -135,7 +135,7 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def told(run: Path) -> Iterator[None]:
+def oom_as_user_error(run: Path) -> Iterator[None]:
     """Within the block memory that runs out where no smaller batch helps is a sentence: `UserError`."""
     try:
         yield

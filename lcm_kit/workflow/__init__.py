@@ -16,7 +16,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
 from lcm_kit.workflow import configs, show
 from lcm_kit.workflow.configs import Story
-from lcm_kit.workflow.stages import insist_on_the_folder, stages_of
+from lcm_kit.workflow.stages import require_folder, stages_of
 
 _STAGES = 7
 
@@ -30,7 +30,7 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     """
     _alone()
     story = configs.quickstart(output, overrides)
-    insist_on_the_folder(story)
+    require_folder(story)
     require_writable(story.run)
     show.plan(story, _check(story))
     return _tell(story)
@@ -64,7 +64,7 @@ def finetune(
         raise UserError(f"folder {folder!r}: there is no such folder; give the one with your pictures")
     run = output or Path("runs") / place.resolve().name
     story = _of_studio(folder, base, run, prompts, trigger, speed, overrides)
-    insist_on_the_folder(story)
+    require_folder(story)
     if not dry_run:
         require_writable(story.run)
     show.plan(story, _check(story))

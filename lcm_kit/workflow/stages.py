@@ -27,7 +27,7 @@ def stages_of(story: Story) -> Iterator[Stage]:
     yield "report: one page that shows it", lambda: report(story.run)
 
 
-def insist_on_the_folder(story: Story) -> None:
+def require_folder(story: Story) -> None:
     """Raise `UserError` if the run's folder holds an adapter that no story made: it cannot be continued."""
     if (story.run / "adapter").is_dir() and not Path(story.style.output).is_dir():
         raise UserError(
@@ -72,19 +72,19 @@ def distil(story: Story) -> None:
     """Distil base and style. Raises `UserError` if the run was distilled from another style than there is."""
     from lcm_kit.data import sources
 
-    _insist_on_its_style(story)
+    _require_its_style(story)
     sources.encode(story.distill)
     _recipe(story.distill)
 
 
-def _insist_on_its_style(story: Story) -> None:
+def _require_its_style(story: Story) -> None:
     from lcm_kit.adapter import folder as adapter
     from lcm_kit.adapter import styles
 
     if not (story.run / "adapter" / adapter.FACTS).is_file():
         return
-    known = adapter.read_facts(story.run / "adapter").teachers
-    now = styles.teacher_facts(story.distill.teacher)
+    known = adapter.read_provenance(story.run / "adapter").teachers
+    now = styles.teacher_loras(story.distill.teacher)
     if [each.sha256 for each in known] != [each.sha256 for each in now]:
         raise UserError(
             f"{story.run} was distilled from another style than {story.style.output} holds now; give another "

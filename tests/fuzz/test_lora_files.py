@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from lcm_kit.errors import UserError
 from lcm_kit.lora import convert, metadata, reading, structure, untrusted, verify
 from lcm_kit.lora.apps import able
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.spelling import BUNDLED
 from tests.fuzz.doors import answer, anything, check_sentence, fuzz, numbers, text
 
@@ -143,7 +143,7 @@ def plausible(found: reading.Reading) -> None:
         assert name in SD1.sizes and math.isfinite(update.scale), (name, update.scale)
     for app in able(SD1):
         check_sentence(str(UserError(verify._app_row(app, found).verdict)))
-    told = facts_from(found.lora.metadata, "title")
+    told = provenance_from_header(found.lora.metadata, "title")
     if found.lora.layers:
         said = metadata.build(found.lora, SD1, told)
         assert all(isinstance(key, str) and isinstance(value, str) for key, value in said.items())
@@ -170,7 +170,7 @@ def test_any_keys_shapes_and_metadata(
     found = answer(lambda: reading.read(path, SD1), str(path))
     if isinstance(found, reading.Reading):
         plausible(found)
-        answer(lambda: convert.whole(path, verify.Against(SD1)), str(path))
+        answer(lambda: convert.read_complete(path, verify.Against(SD1)), str(path))
 
 
 JSON = st.dictionaries(

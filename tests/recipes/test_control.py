@@ -27,7 +27,7 @@ from lcm_kit.report import style
 from lcm_kit.report.build import write_report
 from lcm_kit.training import validation
 from lcm_kit.training.control import Control, StyleControl
-from lcm_kit.training.held_out import HeldOut, Measuring
+from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.overtraining import TOLERANCE
 from lcm_kit.training.validation import StyleValidation, Validation
 from tests.recipes.small import configure
@@ -175,14 +175,14 @@ def test_the_held_out_consistency_loss_from_the_files(
     distill_keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[str] = set()
-    draws = distill.draws
+    step_randomness = distill.step_randomness
 
     def look(config: Any, method: Any, schedule: Any, batch: Any, step: int) -> Any:
         if step >= 0:  # trained on, not measured
             seen.update(batch.ids)
-        return draws(config, method, schedule, batch, step)
+        return step_randomness(config, method, schedule, batch, step)
 
-    monkeypatch.setattr(distill, "draws", look)
+    monkeypatch.setattr(distill, "step_randomness", look)
     changes: Keys = {"steps": 5, "grid": {"steps": 20, "steps_start": 5}, "teacher": {"weight": 0.0}}
     keys = {key: value for key, value in distill_keys.items() if key != "guidance"}
     run = train(keys, tmp_path / "run", "train/distill", None, validation={"held_out": 0.25}, **changes)
@@ -248,7 +248,9 @@ def test_forgetting_is_said_and_not_kept(forgetting: tuple[Path, str]) -> None:
     assert facts(run)[name] == found[step] and facts(run)["steps"] == 3
     sentence = f"control prompts degrade: {name} is {found[3] / min(found.values()) - 1:.0%} higher at step 3"
     assert sentence in said and f"holds step {step}" in said
-    assert sentence in "".join(style.said(style.figures(lines(run), load(run / "config.yaml").recipe), step))
+    assert sentence in "".join(
+        style.verdict_sentences(style.figures(lines(run), load(run / "config.yaml").recipe), step)
+    )
 
 
 def test_the_style_report_has_the_curve_and_the_sentence(forgetting: tuple[Path, str]) -> None:
@@ -301,15 +303,15 @@ def test_a_stopped_run_continues_bit_for_bit(
     module: Any = {"train/distill": distill, "train/finetune": finetune}[recipe]
     changes: Keys = {"steps": 5, "checkpoint": {"every": 2}, "validation": {"held_out": 0.25}}
     straight = train(distill_keys, tmp_path / "straight", recipe, prompts, **changes)
-    run, draws = tmp_path / "run", module.draws
+    run, step_randomness = tmp_path / "run", module.step_randomness
 
     def stop(*given: Any) -> Any:
         if given[4 if recipe == "train/distill" else 3] == 3:
             raise KeyboardInterrupt
-        return draws(*given)
+        return step_randomness(*given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "draws", stop)
+        patch.setattr(module, "step_randomness", stop)
         train(distill_keys, run, recipe, prompts, **changes)
     # As a stop between the state of step 2 and its measurement would leave the run
     told = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -338,7 +340,7 @@ def test_weights_of_steps_that_are_done_again_are_forgotten(
         (tmp_path / f"best/step-{step:06d}").mkdir(parents=True)
     saver: Any = SimpleNamespace(run=tmp_path, accelerator=Accelerator())
     unread: Any = None
-    measuring = Measuring(unread, saver, unread, unread, {}, None)
+    measuring = BestCheckpoint(unread, saver, unread, unread, {}, None)
     for done, left in ((8, ["step-000003", "step-000008"]), (7, ["step-000003"]), (2, [])):
         measuring.start(done)
         assert sorted(folder.name for folder in (tmp_path / "best").iterdir()) == left

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lcm_kit.adapter.folder import read_facts
+from lcm_kit.adapter.folder import read_provenance
 from lcm_kit.cli.main import app
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.load import dump, load
@@ -32,7 +32,7 @@ from lcm_kit.core.solvers import SOLVERS
 from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import brand, cells, pairs, recommended
-from lcm_kit.lora.metadata_reading import facts_from
+from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.lora.provenance import from_json
 from lcm_kit.report import plots
 from lcm_kit.training import validation
@@ -158,7 +158,7 @@ def test_it_is_on_the_card_and_in_metadata(here: Path) -> None:
         hint = "Sampler DDIM, trailing timesteps, 4 steps (2 to 8), guidance_scale / CFG 1.0"
         assert told["modelspec.usage_hint"].startswith(hint)
         assert "my_methods" not in "".join(told.values()), "a path tells about its owner's machine"
-        assert facts_from(told, "x").student == MethodInfo("custom", TITLE, ("ddim",), (2, 4, 8))
+        assert provenance_from_header(told, "x").student == MethodInfo("custom", TITLE, ("ddim",), (2, 4, 8))
         assert str(recommended.settings(None, recommended.method_of(file))).startswith("ddim, 4 steps")
 
 
@@ -173,7 +173,7 @@ def test_it_is_read_without_its_file(here: Path) -> None:
     }
     says = {"title": TITLE, "samplers": ["ddim"], "steps": [2, 4, 8]}
     assert facts["method"] == keys | says and len(keys["sha256"]) == 64
-    assert read_facts(Path("runs/phased/adapter")).student.title == TITLE
+    assert read_provenance(Path("runs/phased/adapter")).student.title == TITLE
     assert config_of(Path("runs/phased"))["method"] == keys
     method = load(Path("runs/phased/config.yaml")).method  # type: ignore[union-attr]
     with pytest.raises(UserError, match="was read without importing its file"):
@@ -279,9 +279,9 @@ def test_it_trains_as_lcm_with_that_constant_and_goes_on_with_the_same_code_alon
 
 GOOD = block("python")
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "wrong key": (GOOD, {"fases": 4}, "method.fases: there is no such key; did you mean `phases`?"),
+    "wrong key": (GOOD, {"fases": 4}, "method.fases: unknown key; did you mean `phases`?"),
     "key of the other member": (
-        GOOD, {"zzz": 4}, "method.zzz: there is no such key; allowed here: name, path, sha256, phases",
+        GOOD, {"zzz": 4}, "method.zzz: unknown key; allowed here: name, path, sha256, phases",
     ),
     "wrong type": (GOOD, {"phases": "4"}, "method.phases: '4' is not allowed; it must be a whole number"),
     "truth value": (GOOD, {"phases": True}, "method.phases: true is not allowed; it must be a whole number"),
@@ -352,8 +352,8 @@ def test_a_mistake_is_one_sentence(name: str, tmp_path: Path, monkeypatch: pytes
         ({"name": 3}, "method.name: 3 is not allowed; it must be one of lcm, custom"),
         ("lcm", "method: 'lcm' is not allowed; it must be a block of keys, whose name is one of lcm, custom"),
         ({"name": "custom"}, "method.path: missing; it must be text"),
-        ({"sigma_dta": 1}, "method.sigma_dta: there is no such key; did you mean `sigma_data`?"),
-        ({"zzz": 1}, "method.zzz: there is no such key; allowed here: name, sigma_data, timestep_scaling"),
+        ({"sigma_dta": 1}, "method.sigma_dta: unknown key; did you mean `sigma_data`?"),
+        ({"zzz": 1}, "method.zzz: unknown key; allowed here: name, sigma_data, timestep_scaling"),
     ],
 )
 def test_a_mistake_within_the_union(method: Any, sentence: str, tmp_path: Path) -> None:
@@ -395,12 +395,15 @@ def test_a_run_that_somebody_gave_runs_nothing(tmp_path: Path, monkeypatch: pyte
     write({"recipe": "train/distill", "output": "x", "method": method})
     assert config_of(tmp_path)["method"]["path"] == "evil.py:Phased"
     info = {"title": "t", "samplers": ["evil.py:Phased"], "steps": [1], "tags": []}
-    for said_by in (from_json({"method": {**method, **info}}), facts_from(header({"method": info}), "x")):
+    for said_by in (
+        from_json({"method": {**method, **info}}),
+        provenance_from_header(header({"method": info}), "x"),
+    ):
         assert (
             said_by.student == MethodInfo("custom", "custom") and said_by.student.sampler == DEFAULT.sampler
         )
     broken = header({}) | {"lcm_kit.lora.provenance": "[" * 9999}
-    assert facts_from(broken, "x").student == MethodInfo("custom", "custom")
+    assert provenance_from_header(broken, "x").student == MethodInfo("custom", "custom")
     assert cli("show", file).exit_code == 0 and not Path("ran").exists()
     load(file, imports=True)
     assert Path("ran").exists(), "this test could not fail"

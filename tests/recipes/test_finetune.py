@@ -191,11 +191,13 @@ def test_captions_are_left_out_at_the_rate_that_is_asked_for(keys: Keys, tmp_pat
     wanted = config(keys, tmp_path, caption_dropout=0.2)
     empty = Condition(torch.zeros(1, 1, 1))
     batch = Batch(torch.zeros(100, 4, 1, 1), empty.expand(100), [""] * 100, range(100))
-    dropped = torch.cat([finetune.draws(wanted, 1000, batch, step).dropped for step in range(40)])
+    dropped = torch.cat([finetune.step_randomness(wanted, 1000, batch, step).dropped for step in range(40)])
     assert abs(float(dropped.float().mean()) - 0.2) < 4 * (0.2 * 0.8 / 4000) ** 0.5
-    own = torch.cat([finetune.draws(wanted, 1000, batch, step, "prior ").dropped for step in range(40)])
+    own = torch.cat(
+        [finetune.step_randomness(wanted, 1000, batch, step, "prior ").dropped for step in range(40)]
+    )
     assert 0.02 < float((dropped & own).float().mean()) < 0.06  # 0.04 of both: drawn apart from each other
-    none = finetune.draws(replace(wanted, caption_dropout=0.0), 1000, batch, 0)
+    none = finetune.step_randomness(replace(wanted, caption_dropout=0.0), 1000, batch, 0)
     assert not none.dropped.any()
 
 
@@ -204,7 +206,10 @@ def test_times_are_uniform_and_the_offset_is_one_constant_a_channel(keys: Keys, 
     offset = replace(plain, loss=replace(plain.loss, noise_offset=0.5))
     batch = Batch(torch.zeros(200, 4, 2, 2), Condition(torch.zeros(200, 1, 1)), [""] * 200, range(200))
     pairs = [
-        (finetune.draws(plain, 1000, batch, step), finetune.draws(offset, 1000, batch, step))
+        (
+            finetune.step_randomness(plain, 1000, batch, step),
+            finetune.step_randomness(offset, 1000, batch, step),
+        )
         for step in range(10)
     ]
     t = torch.cat([a.t for a, _ in pairs])
@@ -321,13 +326,13 @@ def test_regularisation_is_trained_on_and_held_out_pictures_never(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[str] = set()
-    draws = finetune.draws
+    step_randomness = finetune.step_randomness
 
     def look(wanted: Finetune, timesteps: int, batch: Batch, step: int, whose: str = "") -> Any:
         seen.update(batch.ids)
-        return draws(wanted, timesteps, batch, step, whose)
+        return step_randomness(wanted, timesteps, batch, step, whose)
 
-    monkeypatch.setattr(finetune, "draws", look)
+    monkeypatch.setattr(finetune, "step_randomness", look)
     wanted = config(keys, tmp_path, steps=5, validation={"held_out": 0.25})
     finetune.main(wanted)
     cache = Cache.open(wanted.data.cache, base=bases.inspect_base(wanted.base.path), data=wanted.data)
@@ -464,15 +469,15 @@ def test_a_stopped_run_continues_bit_for_bit(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight = finetune.main(config(keys, tmp_path / "straight", own=True, **RESUMED))
-    run, draws = tmp_path / "run", finetune.draws
+    run, step_randomness = tmp_path / "run", finetune.step_randomness
 
     def stop(wanted: Finetune, timesteps: int, batch: Batch, step: int, whose: str = "") -> Any:
         if step == 5:
             raise KeyboardInterrupt
-        return draws(wanted, timesteps, batch, step, whose)
+        return step_randomness(wanted, timesteps, batch, step, whose)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune, "draws", stop)
+        patch.setattr(finetune, "step_randomness", stop)
         finetune.main(config(keys, run, own=True, **RESUMED))
     # As a stop before a measurement leaves the run, which saves the state of its step without it
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

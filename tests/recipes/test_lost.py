@@ -87,7 +87,7 @@ def largest_difference(a: Path, b: Path) -> float:
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """`at(3, f)`: call f amid step 3 (from 1), once."""
-    draws = distill.draws
+    step_randomness = distill.step_randomness
 
     def arrange(number: int, happens: Callable[[], object]) -> None:
         left = [happens]
@@ -95,9 +95,9 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]],
         def draw(config: Any, method: Any, schedule: Any, batch: Any, step: int) -> Any:
             if step + 1 == number and left:
                 left.pop()()
-            return draws(config, method, schedule, batch, step)
+            return step_randomness(config, method, schedule, batch, step)
 
-        monkeypatch.setattr(distill, "draws", draw)
+        monkeypatch.setattr(distill, "step_randomness", draw)
 
     return arrange
 

@@ -88,15 +88,15 @@ def test_a_run_stopped_by_an_exception_continues(
     distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(distill_keys, tmp_path, **SETTINGS)
-    draws = distill.draws
+    step_randomness = distill.step_randomness
 
     def stop(config: Distill, method: Any, schedule: Any, batch: Any, step: int) -> Any:
         if step == 5:
             raise KeyboardInterrupt
-        return draws(config, method, schedule, batch, step)
+        return step_randomness(config, method, schedule, batch, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "draws", stop)
+        patch.setattr(distill, "step_randomness", stop)
         distill.main(config)
     state = newest(tmp_path)
     assert state is not None and state.step == 4 and len(state.window) == 1
@@ -117,15 +117,15 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def interrupted(config: Distill, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:
     """Train until amid step `at` (from 0), when the process ends."""
-    draws = distill.draws
+    step_randomness = distill.step_randomness
 
     def stop(config: Distill, method: Any, schedule: Any, batch: Any, step: int) -> Any:
         if step == at:
             raise KeyboardInterrupt
-        return draws(config, method, schedule, batch, step)
+        return step_randomness(config, method, schedule, batch, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "draws", stop)
+        patch.setattr(distill, "step_randomness", stop)
         distill.main(config)
 
 

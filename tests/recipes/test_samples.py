@@ -24,7 +24,7 @@ from lcm_kit.config.schema import Distill
 from lcm_kit.data import samples, sources
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
-from lcm_kit.data.sources import Both
+from lcm_kit.data.sources import MixedCache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.lora import structure
@@ -203,7 +203,7 @@ def test_a_mix_draws_from_both_by_its_share(config: Callable[..., Distill]) -> N
     reports = sources.encode(made, progress=False)
     assert [report.rows for report in reports] == [8, 5]
     both = opened(made)
-    assert isinstance(both, Both) and len(both.ids) == 13 and both.mix == (8, Fraction(3, 10))
+    assert isinstance(both, MixedCache) and len(both.ids) == 13 and both.mix == (8, Fraction(3, 10))
     batches = Batches(both, 10, seed=0, mix=both.mix)
     counts = [sum(row.startswith("teacher/") for row in batches.at(step).ids) for step in range(20)]
     assert counts == [3] * 20

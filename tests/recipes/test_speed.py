@@ -205,7 +205,7 @@ def keys(value: Any, path: str = "") -> set[str]:
 def test_a_side_is_measured_in_a_process_of_its_own(speed: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump(tiny(rank=8)))
-    found = measure.peak_apart(speed.__file__, "ours", file)
+    found = measure.peak_in_subprocess(speed.__file__, "ours", file)
     if found["library_bytes"] is not None:
         # more than its weights in float32, 5.3 M, and less than three times that and 64 MiB
         assert 4 * 5.3e6 < found["peak_bytes"] < 12 * 5.3e6 + 2**26
@@ -219,7 +219,7 @@ def test_results_are_those_of_the_page(
     asked: list[str] = []
     peaks = {"ours": {"peak_bytes": 3, "library_bytes": 1}, "baseline": {"peak_bytes": 4, "library_bytes": 1}}
     monkeypatch.setattr(
-        speed, "peak_apart", lambda recipe, name, file: asked.append(file.read_text()) or peaks[name]
+        speed, "peak_in_subprocess", lambda recipe, name, file: asked.append(file.read_text()) or peaks[name]
     )
     file = speed.main(tiny(output=str(tmp_path)))
     assert asked == [dump(tiny(output=str(tmp_path)))] * 2  # each side's process reads the config as resolved
@@ -246,7 +246,7 @@ def test_a_measuring_process_that_dies_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(measure.sys, "executable", "/bin/false")
     if os.path.exists("/bin/false"):
         with pytest.raises(UserError, match="ours: the process .* ended with 1; .* lower batch_size"):
-            measure.peak_apart("speed.py", "ours", tmp_path / "none.yaml")
+            measure.peak_in_subprocess("speed.py", "ours", tmp_path / "none.yaml")
 
 
 def test_float16_on_a_cpu_is_refused(speed: ModuleType) -> None:

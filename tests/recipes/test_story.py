@@ -88,7 +88,7 @@ def test_the_whole_story_then_nothing_more(
     with monkeypatch.context() as killed, pytest.raises(Stopped):
         killed.setattr(recipe, "main", lambda config: (_ for _ in ()).throw(Stopped))
         tell()
-    assert adapter.read_facts(run / "style" / "adapter").steps == 2 and not (run / "adapter").exists()
+    assert adapter.read_provenance(run / "style" / "adapter").steps == 2 and not (run / "adapter").exists()
     before = lasting(run)
 
     # the same command continues, and leaves what was done as it was
@@ -97,7 +97,7 @@ def test_the_whole_story_then_nothing_more(
     assert {path: after[path] for path in before} == before
 
     # the teacher of the adapter is the style, as its file would be loaded by anybody
-    facts = adapter.read_facts(run / "adapter")
+    facts = adapter.read_provenance(run / "adapter")
     style_file = run / "style" / lora_file.ADAPTER_FILE
     assert [each.sha256 for each in facts.teachers] == [sha256_file(style_file)]
     assert facts.teacher and not facts.teacher.in_student
@@ -184,7 +184,7 @@ def test_an_lcm_lora_of_the_base_is_started_from_too(
         (["empty", "--base", "BASE"], "holds no image"),
         (["brand", "--base", "/nowhere/base"], "there is no such folder; check base.path"),
         (["brand", "--base", "BASE", "steps=3"], "steps=3: it must say which stage it is for"),
-        (["brand", "--base", "BASE", "style.stepz=3"], "stepz: there is no such key"),
+        (["brand", "--base", "BASE", "style.stepz=3"], "stepz: unknown key"),
         (["brand", "--base", "BASE", "distill.output=x"], "distill.output is decided by the story"),
         (["brand", "--base", "BASE", "distill.teacher.adapters=[]"], "decided by the story"),
         (["brand", "--base", "BASE", "brand.run=x"], "brand.run is decided by the story"),

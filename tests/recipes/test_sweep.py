@@ -242,7 +242,7 @@ def tenfold(lora: Lora, path: Path) -> Path:
             marks=pytest.mark.slow,
         ),  # fmt: skip
         pytest.param(orphans, {"failed_to_load"}, "does not load whole", marks=pytest.mark.slow),
-        pytest.param(tenfold, {"astray"}, "is broken at every setting", marks=pytest.mark.slow),
+        pytest.param(tenfold, {"off_target"}, "is broken at every setting", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_adapter_is_flagged(

@@ -322,7 +322,7 @@ def test_the_files_give_diffusers_what_was_trained_and_measured(trained: tuple[F
             total += float((output - noise).square().mean())
     assert metrics(run, "held_out_loss")[3] == pytest.approx(total / (8 * len(held)), rel=1e-4)
 
-    facts = adapter.read_facts(run / "adapter")
+    facts = adapter.read_provenance(run / "adapter")
     assert facts.text_encoder == provenance.TextEncoder(**TEXT)
     assert facts.text_lora_config["text_encoder"]["lora_alpha"] == 6.0
     assert "text encoder" in (run / "export/README.md").read_text()
@@ -392,15 +392,15 @@ def test_a_stopped_run_continues_bit_for_bit(
     encode(config(found, tmp_path), progress=False)
     prior.encode(config(found, tmp_path), progress=False)
     straight = finetune.main(config(found, tmp_path / "straight", **RESUMED))
-    run, draws = tmp_path / "run", finetune.draws
+    run, step_randomness = tmp_path / "run", finetune.step_randomness
 
     def stop(wanted: Finetune, timesteps: int, batch: Batch, step: int, whose: str = "") -> Any:
         if step == 3:
             raise KeyboardInterrupt
-        return draws(wanted, timesteps, batch, step, whose)
+        return step_randomness(wanted, timesteps, batch, step, whose)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune, "draws", stop)
+        patch.setattr(finetune, "step_randomness", stop)
         finetune.main(config(found, run, **RESUMED))
     torch.manual_seed(12345)
     finetune.main(config(found, run, **RESUMED))

@@ -25,12 +25,12 @@ import torch
 from lcm_kit.config.load import load
 from train import distill
 
-seen, draws = [], distill.draws
+seen, draws = [], distill.step_randomness
 def look(*arguments):
     assert torch.distributed.get_world_size() == 2
-    seen.append(draws(*arguments))
+    seen.append(step_randomness(*arguments))
     return seen[-1]
-distill.draws = look
+distill.step_randomness = look
 config = load(Path(sys.argv[1]))
 distill.main(config)
 import os

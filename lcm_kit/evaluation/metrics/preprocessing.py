@@ -44,9 +44,7 @@ def preparation(kind: str, config: Mapping[str, Any]) -> Callable[[Tensor], dict
     }
     c |= {**_DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
     if c["do_resize"] and c["resample"] not in _FILTERS:
-        raise ValueError(
-            f"resample {c['resample']} of preprocessor_config.json is not known here; 2 and 3 are"
-        )
+        raise ValueError(f"resample {c['resample']} of preprocessor_config.json is unknown; 2 and 3 are")
 
     def prepare(pixels: Tensor) -> dict[str, Tensor]:
         x = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)

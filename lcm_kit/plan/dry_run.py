@@ -19,8 +19,8 @@ from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import memory
 from lcm_kit.config.schema import Adapter
 from lcm_kit.lora.structure import empty_unet
+from lcm_kit.plan.base_profile import BaseProfile
 from lcm_kit.plan.style import Style, put_on
-from lcm_kit.plan.subject import Subject
 from lcm_kit.plan.text import Captions
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, checkpoint, largest
 
@@ -53,7 +53,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """The passes of a step, the student's with the text encoders if they are trained.
 
     The target's is the student's forward without a graph: never the highest.
@@ -74,10 +74,10 @@ class Pictures:
 
 
 @dataclass
-class Stage:
+class MetaModel:
     """The UNet of a base with its LoRA, and the teacher's, on the meta device; rehearsals are kept."""
 
-    subject: Subject
+    subject: BaseProfile
     adapter: Adapter
     style: Style | None = None
     text_rank: int | None = None  # of the text encoders' LoRA; None: captions are encoded beforehand
@@ -109,7 +109,7 @@ class Stage:
 
     def rehearse(
         self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool, pair: bool = False
-    ) -> Rehearsal:
+    ) -> DryRun:
         """The passes at `resolution` pixels with the frozen weights in `dtype`.
 
         `pair`: a sample of the base's own beside each one, as prior preservation has it.
@@ -124,7 +124,7 @@ class Stage:
             self._kept[key] = self._pass(
                 resolution, dtype, kernels, 2 if pair else 1, checkpointing=checkpointing
             )
-        return Rehearsal(self.drawing(resolution, dtype, cuda=cuda), *self._kept[key])
+        return DryRun(self.drawing(resolution, dtype, cuda=cuda), *self._kept[key])
 
     def drawing(self, resolution: int, dtype: torch.dtype, *, cuda: bool = False, lora: bool = False) -> Pass:
         """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained."""

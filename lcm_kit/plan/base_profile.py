@@ -26,7 +26,7 @@ _WORDS = 49408  # of CLIP's vocabulary
 
 
 @dataclass(frozen=True)
-class Subject:
+class BaseProfile:
     """The base that is planned for."""
 
     structure: Structure
@@ -56,7 +56,7 @@ class Subject:
         return total + self.pooled * width
 
 
-def find(base: Base, structure: str | None = None) -> Subject:
+def find(base: Base, structure: str | None = None) -> BaseProfile:
     """The base of a config, or the published `structure`, by its name, in its place.
 
     Of a hub id at most the configuration files are downloaded; where they cannot be had, and no structure is
@@ -68,7 +68,7 @@ def find(base: Base, structure: str | None = None) -> Subject:
     return found
 
 
-def _find(base: Base) -> Subject:
+def _find(base: Base) -> BaseProfile:
     path = assets.place(base.path)
     if path.is_file():
         return _single_file(path)
@@ -85,18 +85,18 @@ def _find(base: Base) -> Subject:
     return replace(guess, note=note)
 
 
-def published(name: str) -> Subject:
+def published(name: str) -> BaseProfile:
     """SD1.x, SD2.x, SDXL or SSD-1B as published. Raises `UserError` for another name."""
-    return Subject(known(name), pooled=generation_of(name).pooled)
+    return BaseProfile(known(name), pooled=generation_of(name).pooled)
 
 
-def _single_file(path: Path) -> Subject:
+def _single_file(path: Path) -> BaseProfile:
     from lcm_kit.bases.checkpoint import contents_of
 
     return published(contents_of(path).generation.name)
 
 
-def _of_folder(folder: Path, path: str) -> Subject:
+def _of_folder(folder: Path, path: str) -> BaseProfile:
     if not folder.is_dir():
         raise UserError(f"base {path!r}: there is no such folder; check base.path, or give --structure")
     found = of_folder(folder, path)
@@ -106,7 +106,7 @@ def _of_folder(folder: Path, path: str) -> Subject:
             "supported, give the plain one"
         )
     text, second, vae = (_json(folder / part, path) for part in ("text_encoder", "text_encoder_2", "vae"))
-    return Subject(
+    return BaseProfile(
         found,
         text.get("max_position_embeddings", 77),
         second.get("projection_dim", found.generation.pooled) if found.family.added_condition else 0,
