@@ -49,7 +49,7 @@ def plan(config: Quality, method: MethodInfo = DEFAULT) -> list[Cell]:
     """
     cells = [Cell("teacher", None, "ddim", config.teacher_steps, config.guidance_scale)]
     for calls in config.unet_calls:
-        for sampler in config.solvers:
+        for sampler in config.samplers:
             if calls % 2 == 0 and config.guidance_scale > 1:
                 cells.append(Cell("plain", None, sampler, calls // 2, config.guidance_scale))
             cells.append(Cell("plain", None, sampler, calls, 1.0))

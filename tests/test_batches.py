@@ -114,7 +114,7 @@ def test_regularisation_has_its_share_of_every_batch(share: float | None) -> Non
     from lcm_kit.data import sources
 
     records = Rows(["a", "b", *(f"regularisation/{k}" for k in range(18))])
-    data = Data(regularisation="asset:general", regularisation_share=share)
+    data = Data(regularization="asset:general", regularization_share=share)
     batches = Batches(records, 8, seed=1, mix=sources.mix_of(records, data))
     drawn = [batches.index(step) for step in range(45)]  # 360 places
     general = [sum(record >= 2 for record in batch) for batch in drawn]
@@ -131,6 +131,6 @@ def test_a_share_without_regularisation_is_a_mistake() -> None:
 
     from lcm_kit.config.schema import Data
 
-    for keys in ({}, {"regularisation": "asset:general", "source": "mix"}):
-        with pytest.raises(ValidationError, match="regularisation_share divides"):
-            TypeAdapter(Data).validate_python({"regularisation_share": 0.5, **keys})
+    for keys in ({}, {"regularization": "asset:general", "source": "mix"}):
+        with pytest.raises(ValidationError, match="regularization_share divides"):
+            TypeAdapter(Data).validate_python({"regularization_share": 0.5, **keys})

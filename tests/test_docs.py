@@ -136,7 +136,7 @@ def dotted(value: object, above: str = "") -> Iterator[str]:
         "- **`optimizer.lr`** (default `0.0001`; number, more than 0, at most 1e+09)",
         "- **`seed`** (default `0`; whole number)",
         "- **`output`** (required; text): the run's folder",
-        "- **`data.regularisation_share`** (default `null`; number, more than 0, less than 1, or null): "
+        "- **`data.regularization_share`** (default `null`; number, more than 0, less than 1, or null): "
         "share of the batches that these have; null: in proportion to their number",
         "- **`data.samples`** ([Samples](#train-distill-data-samples-samples)): cached in `cache`/teacher",
         "- **`adapter.start[].weight`** (default `1.0`; number, at least -1,000, at most 1,000)",

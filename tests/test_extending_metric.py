@@ -67,7 +67,7 @@ def test_an_evaluation_writes_it(added: dict[str, Any], sd_base: Callable[..., P
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nan owl")
     config = Quality(
         recipe="evaluation/quality", run=str(tmp_path), base=str(sd_base("epsilon")), count=3, batch_size=3,
-        prompts=str(tmp_path / "prompts.txt"), teacher_steps=2, unet_calls=(2,), solvers=("ddim",),
+        prompts=str(tmp_path / "prompts.txt"), teacher_steps=2, unet_calls=(2,), samplers=("ddim",),
     )  # fmt: skip
     file = shipped.load_recipe("evaluation/quality").main(config)
     found = results.read(file)

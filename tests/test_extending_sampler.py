@@ -60,14 +60,14 @@ def test_configs_of_the_page_take_it_and_messages_list_it(euler: samplers.Sample
     drawn = [cell for cell in cells.plan(swept, {"mine": DEFAULT}) if cell.sampler == "euler"]
     assert drawn and all(cell.kind == "plain" and cell.deterministic for cell in drawn)
     with pytest.raises(UserError, match="one of ddim, dpmpp_2m, euler; did you mean `euler`"):
-        load(shipped.config_path("evaluation/quality"), ["run=r", "solvers=[eular]"])
+        load(shipped.config_path("evaluation/quality"), ["run=r", "samplers=[eular]"])
     with pytest.raises(UserError, match="'euler' is not allowed; it must be one of lcm, tcd, ddim$"):
         load(shipped.config_path("evaluation/brand"), ["run=r", "sampler=euler"])  # not for an adapter
 
 
 def test_without_the_entry_the_page_is_refused() -> None:
     with pytest.raises(UserError, match="'euler' is not allowed; it must be one of ddim, dpmpp_2m"):
-        load(shipped.config_path("evaluation/quality"), ["run=r", "solvers=[ddim, euler]"])
+        load(shipped.config_path("evaluation/quality"), ["run=r", "samplers=[ddim, euler]"])
 
 
 def test_the_command_line_lists_it(euler: samplers.Sampler) -> None:

@@ -483,7 +483,7 @@ def test_the_verb_takes_a_folder(folder: Path) -> None:
 
 def test_the_verb_says_of_a_config_what_it_says_of_its_folder(folder: Path) -> None:
     picture(0, (32, 32)).save(folder / "00.png")
-    code, out, _ = cli("check", "distill/tiny_quick", f"data.path={folder}", "data.regularisation=null")
+    code, out, _ = cli("check", "distill/tiny_quick", f"data.path={folder}", "data.regularization=null")
     assert code == 0 and f"data: {folder}, 20 images with captions\n  warning: 1 image is smaller than" in out
     (folder / "03.txt").unlink()
     code, _, error = cli("check", "distill/tiny_quick", f"data.path={folder}")

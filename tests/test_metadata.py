@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lcm_kit.lora import metadata, structure
 from lcm_kit.lora.layers import Lora
 from lcm_kit.lora.metadata_reading import not_read, provenance_from_header
-from lcm_kit.lora.provenance import Base, Data, Guidance, Method, Provenance, Recommended
+from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance, Recommended
 from tests.loras import random_lora
 
 CONVENTION = (
@@ -318,7 +318,7 @@ def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:
     assert provenance_from_header({"ss_steps": "9" * 5000}, "t") == Provenance("t")
 
 
-REST = "lcm_kit.lora.provenance"
+REST = "lcm_kit.provenance"
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,6 @@ def test_what_helps_depends_on_the_recipe() -> None:
     for recipe, wanted in {"train/finetune": "prior.prompts", "train/distill": "teacher.weight"}.items():
         said = verdict(Measured({10: 1.0, 20: 2.0}, {0: 1.0, 10: 1.0, 20: 9.0}, recipe), 10)
         assert f"{CONTROL[recipe]} is 800% higher at step 20" in said[1] and wanted in said[1]
-        assert ("prior.prompts" if recipe == "train/finetune" else "data.regularisation help") in said[0]
+        assert ("prior.prompts" if recipe == "train/finetune" else "data.regularization help") in said[0]
     # Of a distillation the held-out loss may rise: its target is the student itself
     assert verdict(Measured({0: 0.2, 10: 0.3}, {}, "train/distill"), 10) == []

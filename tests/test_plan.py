@@ -73,7 +73,7 @@ def tune(*overrides: str) -> Finetune:
 
 
 OF_SAMPLES = (
-    "data.source=teacher", "data.regularisation=null", "data.regularisation_share=null", "adapter.start=null",
+    "data.source=teacher", "data.regularization=null", "data.regularization_share=null", "adapter.start=null",
     "data.samples.count=384", "data.samples.steps=25", "validation.held_out=0",
 )  # fmt: skip
 
@@ -638,7 +638,7 @@ def test_disk_of_every_source(tiny: Planner) -> None:
     assert disk.disk(styled(), tiny).records == 384
     assert disk.disk(styled("data.source=mix", "data.flip=true"), tiny).records == 2 * 96 + 384
     assert disk.disk(styled("data.source=mix", "data.path=./nowhere"), tiny).records is None
-    found = disk.disk(tune("prior.prompts=asset:general", "data.regularisation=asset:general"), tiny)
+    found = disk.disk(tune("prior.prompts=asset:general", "data.regularization=asset:general"), tiny)
     assert found.records == 96 + 384 + 128
     assert found.held == 10  # general pictures are never held out
     lora = 4 * sum(tiny.stage.weights.lora)
@@ -849,7 +849,7 @@ def test_another_recipe_and_another_structure_are_refused() -> None:
 
 @pytest.mark.usefixtures("kept_stage")
 def test_the_plan_of_a_style(tiny: Planner) -> None:
-    alone = ("data.regularisation=null", "data.regularisation_share=null")
+    alone = ("data.regularization=null", "data.regularization_share=null")
     asked = ("prior.prompts=asset:general", "batch_size=8", "steps=400", "validation.every=50", *alone)
     done = plan("finetune/tiny_brand", *asked)
     assert done.exit_code == 0

@@ -24,7 +24,7 @@ from lcm_kit.io import own_files
 from lcm_kit.io.own_files import Damaged
 from lcm_kit.lora import metadata, provenance, structure
 from lcm_kit.lora.metadata_reading import provenance_from_header
-from lcm_kit.lora.provenance import (
+from lcm_kit.provenance import (
     Base,
     Data,
     Grid,
@@ -60,7 +60,7 @@ DISTILL = schema.Distill(
     recipe="train/distill", output="run", base=schema.Base("org/base", "main", "fp16"),
     data=DataKeys(resolution=512, source="mix", trigger="lumo"),
     adapter=schema.Adapter(rank=8, alpha=4.0, targets="attention"), solver="heun",
-    teacher=schema.Teacher(in_student=True, regularisation="adapters", weight=0.5),
+    teacher=schema.Teacher(in_student=True, regularization="adapters", weight=0.5),
     grid=schema.Grid(40, 10), loss=schema.Loss("huber_norm", 0.01, "interval"),
     guidance=schema.Guidance(2.0, 6.0),
 )  # fmt: skip
@@ -179,7 +179,7 @@ def test_an_old_adapter_json_is_read(tmp_path: Path) -> None:
     last = {
         **old, "adapter": {"rank": 8, "alpha": 4.0, "targets": "lcm", "start": [{"path": "x", "weight": 1}]},
         "start": [{"path": "x", "weight": 1.0, "sha256": "9f"}], "solver": None, "step": 5,
-        "teacher": {"adapters": [], "in_student": False, "regularisation": "base", "weight": 0.0},
+        "teacher": {"adapters": [], "in_student": False, "regularization": "base", "weight": 0.0},
         "method": {"name": "lcm", "sigma_data": 0.5, "timestep_scaling": 10.0},
         "data": {"fingerprint": "ab12", "resolution": 64, "source": "images", "trigger": None},
     }  # fmt: skip
@@ -368,10 +368,10 @@ def test_fused_json_says_every_part(files: Path, base: Path) -> None:
 def test_what_is_not_read_of_a_part_is_said(files: Path, base: Path) -> None:
     with safe_open(files / "speed.safetensors", "pt") as opened:
         header = opened.metadata()
-    rest = json.loads(header["lcm_kit.lora.provenance"]) | {"dial": 3}
-    later = {**header, "lcm_kit.lora.provenance": json.dumps(rest), "lcm_kit.kit_version": "9.9"}
+    rest = json.loads(header["lcm_kit.provenance"]) | {"dial": 3}
+    later = {**header, "lcm_kit.provenance": json.dumps(rest), "lcm_kit.kit_version": "9.9"}
     save_file(load_file(files / "speed.safetensors"), files / "later.safetensors", later)
-    words = "its lcm_kit.lora.provenance (of lcm-kit 9.9) says dial, which this kit does not know"
+    words = "its lcm_kit.provenance (of lcm-kit 9.9) says dial, which this kit does not know"
     for verb in (
         ("convert", files / "later.safetensors", "--format", "kohya"),
         ("merge", files / "later.safetensors", files / "look.safetensors", "--output", files / "l"),

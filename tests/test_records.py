@@ -160,14 +160,14 @@ def test_regularisation_pictures_follow_under_their_own_names(tmp_path: Path):
     _save(tmp_path / "brand" / "a.png", caption="ours")
     _save(tmp_path / "general" / "a.png", caption="general")
     _save(tmp_path / "general" / "b.png")
-    good, bad = _open(tmp_path / "brand", regularisation=str(tmp_path / "general"))
+    good, bad = _open(tmp_path / "brand", regularization=str(tmp_path / "general"))
     assert good == {"a.png": "ours", "regularisation/a.png": "general"}
     assert list(bad) == ["regularisation/b.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="data.regularisation .*empty.* no image"):
-        _open(tmp_path / "brand", regularisation=str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="data.regularisation .*nowhere.* no such folder"):
-        _open(tmp_path / "brand", regularisation=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="data.regularization .*empty.* no image"):
+        _open(tmp_path / "brand", regularization=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="data.regularization .*nowhere.* no such folder"):
+        _open(tmp_path / "brand", regularization=str(tmp_path / "nowhere"))
 
 
 def test_prompts_are_lines_or_captions(tmp_path: Path) -> None:

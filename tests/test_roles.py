@@ -60,7 +60,7 @@ def test_a_teacher_without_rows_is_asked_only_where_it_must_be(base: bool) -> No
     [
         ({}, False),  # one teacher only
         ({"adapters": ["a"]}, True),
-        ({"adapters": ["a"], "regularisation": "adapters"}, False),
+        ({"adapters": ["a"], "regularization": "adapters"}, False),
         ({"adapters": ["a"], "in_student": True}, False),
     ],
 )

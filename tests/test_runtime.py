@@ -108,7 +108,7 @@ LORA = {"path": "a.safetensors", "weight": 0.5}
         {"data": {"path": "/elsewhere", "cache": "/another"}},
         {"data": {"kind": "folder", "split": "all", "image_column": "i", "caption_column": "c"}},
         {"data": {"skip_bad": True, "shard_size": 9, "batch_size": 3}},
-        {"data": {"regularisation": "/moved/general", "samples": {"prompts": "moved.txt"}}},
+        {"data": {"regularization": "/moved/general", "samples": {"prompts": "moved.txt"}}},
         {"data": {"leave_out": "runs/../runs/style"}},
         {"teacher": {"adapters": [{**LORA, "path": "b.safetensors"}]}},
         {"batch_size": 6, "accumulation": 1},
@@ -117,7 +117,7 @@ LORA = {"path": "a.safetensors", "weight": 0.5}
 )
 def test_what_is_hashed_may_be_elsewhere(changes: dict[str, Any], tmp_path: Path) -> None:
     started: dict[str, Any] = {
-        "data": {"path": "a", "regularisation": "general", "leave_out": "runs/style"},
+        "data": {"path": "a", "regularization": "general", "leave_out": "runs/style"},
         "teacher": {"adapters": [LORA]}, "batch_size": 2, "accumulation": 3,
     }  # fmt: skip
     assert claim(tmp_path, **started)
@@ -134,7 +134,7 @@ def test_what_is_hashed_may_be_elsewhere(changes: dict[str, Any], tmp_path: Path
         ({"optimizer": {"weight_decay": 0.5}}, r"optimizer\.weight_decay 0\.0 and the config says 0\.5"),
         ({"optimizer": {"name": "adamw8bit"}}, r"optimizer\.name 'adamw' and the config says 'adamw8bit'"),
         ({"data": {"resolution": 128}}, r"data\.resolution 64 and the config says 128"),
-        ({"data": {"regularisation": "x"}}, r"data\.regularisation None and the config says 'x'"),
+        ({"data": {"regularization": "x"}}, r"data\.regularization None and the config says 'x'"),
         ({"data": {"leave_out": "x"}}, r"data\.leave_out None and the config says 'x'"),
         ({"teacher": {"adapters": [LORA]}}, r"teacher\.adapters \[\] and the config says \[\{.*0\.5"),
         ({"adapter": {"start": [LORA]}}, r"adapter\.start \[\] and the config says"),

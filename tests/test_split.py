@@ -30,7 +30,7 @@ def test_no_row_that_is_trained_on_shows_a_held_out_picture(seed: int) -> None:
     seen = {whole.images[row] for row in trained.rows}
     kept = [whole.images[row] for row in held.rows]
     assert len(kept) == len(set(kept)) == 6 and not seen & set(kept)
-    assert not any("mirrored" in id or "regularisation" in id for id in held.ids)
+    assert not any("mirrored" in id or "regularization" in id for id in held.ids)
     assert seen | set(kept) == set(whole.images)
     dropped = 2 * 6 + 2 * ("image 0" in kept)  # the general copy of a held-out picture goes too
     assert len(trained) == len(whole.ids) - dropped

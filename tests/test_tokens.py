@@ -51,8 +51,8 @@ def config(tmp_path: Path) -> schema.Training:
     given = load(config_path("finetune/tiny_brand"))
     assert isinstance(given, schema.Training)
     own = replace(
-        given.data, path=str(data), cache=str(tmp_path / "cache"), regularisation=None,
-        regularisation_share=None,
+        given.data, path=str(data), cache=str(tmp_path / "cache"), regularization=None,
+        regularization_share=None,
     )  # fmt: skip
     prompts = replace(given.validation, prompts=None, control=None)
     return replace(given, data=own, validation=prompts)

@@ -109,7 +109,7 @@ def do(cell: str) -> None:
     look, count, seed = cell.split("-")[0], *map(int, cell.split("-")[1:])
     folder, brand = RUNS / cell, draw_set(look, count, seed)
     data = {"data__path": str(brand), "data__cache": str(CACHE / cell / "latents"), "seed": seed,
-            "data__regularisation": str(own())}  # fmt: skip
+            "data__regularization": str(own())}  # fmt: skip
     style = run("style", output=str(folder / "style"), **data)
     parts = adapter_file(style), adapter_file(SPEED)
 
@@ -155,7 +155,7 @@ def do(cell: str) -> None:
     if every_way:
         distilled("styled-searched", ways["searched"], 2 * RANK)
         distilled("styled-longer", style, RANK, steps=480, optimizer__lr=1e-3, checkpoint__every=480)
-        by_default("base-adapters", teacher__regularisation="adapters")
+        by_default("base-adapters", teacher__regularization="adapters")
     for name, adapter in ways.items():
         measure(folder / "measured", name, adapter, style, brand, seed)
     (folder / "done").touch()

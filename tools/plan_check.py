@@ -125,8 +125,8 @@ CASES = [
     Case(
         "styled", "distill/tiny_styled", 1,
         ("data.resolution=64", "batch_size=64", "data.batch_size=64", "data.source=teacher",
-         "data.samples.count=64", "data.samples.steps=2", "data.regularisation=null",
-         "data.regularisation_share=null", "adapter.start=null"),
+         "data.samples.count=64", "data.samples.steps=2", "data.regularization=null",
+         "data.regularization_share=null", "adapter.start=null"),
         ("teacher.adapters",),
     ),
 ]  # fmt: skip

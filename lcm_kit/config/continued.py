@@ -15,7 +15,7 @@ FREE = (  # keys, or blocks of keys, that may change
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 # Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
 DATA = (
-    "data.path", "data.cache", "data.regularisation", "data.kind", "data.split", "data.image_column",
+    "data.path", "data.cache", "data.regularization", "data.kind", "data.split", "data.image_column",
     "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
 )  # fmt: skip
 BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it

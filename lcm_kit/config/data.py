@@ -43,7 +43,7 @@ class Samples:
     # text file, one prompt a line; or a folder of pictures, whose captions are the prompts; or an asset
     prompts: Place = "asset:general"
     count: Positive = 256  # samples: the prompts from the top, repeated with new noise if they are fewer
-    solver: BaseSampler = "ddim"
+    sampler: BaseSampler = "ddim"
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 50
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise
@@ -60,9 +60,9 @@ class Data:
     samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher
     # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
     # adapter can still draw (docs/training.md)
-    regularisation: Place | None = None
+    regularization: Place | None = None
     # share of the batches that these have; null: in proportion to their number
-    regularisation_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    regularization_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     # a run of train/finetune: what its validation held out is not trained on here either, so that there are
     # pictures of the look to judge by that no training saw (train/distill only, not of samples); null: none
     leave_out: Place | None = None
@@ -89,9 +89,9 @@ class Data:
             raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
         if self.flip and self.source == "teacher":
             raise ValueError("flip mirrors images, and with source teacher there are none; remove it")
-        if self.regularisation_share is not None and (self.regularisation is None or self.source != "images"):
+        if self.regularization_share is not None and (self.regularization is None or self.source != "images"):
             raise ValueError(
-                "regularisation_share divides the batches between images and regularisation; give "
-                "regularisation, and source images, or remove it"
+                "regularization_share divides the batches between images and regularization; give "
+                "regularization, and source images, or remove it"
             )
         return self

@@ -43,7 +43,7 @@ class Quality:
     student_steps: tuple[Positive, ...] | None = None  # null: those that the run's method serves
     # budgets of the plain solvers; guidance costs two calls a step
     unet_calls: tuple[Positive, ...] = (2, 4, 8)
-    solvers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
+    samplers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     lora_weight: Weight = 1.0
     reference_count: Positive = 1024  # held-out real renders (tiny-sd) behind the Frechet distance
     confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95  # of the intervals

@@ -17,6 +17,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.methods import IMPORTS
 from lcm_kit.config.mistakes import Key, cut, did_you_mean, dotted, place, sentence, short
 from lcm_kit.config.pretrain import PretrainTiny
+from lcm_kit.config.renamed import rename
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
@@ -54,6 +55,7 @@ def of_recipe(recipe: str, overrides: Sequence[str], *, imports: bool = False) -
 def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str], imports: bool) -> Config:
     problems = [problem for override in overrides if (problem := _override(raw, override))]
     recipe = _recipe(raw)
+    problems += rename(recipe, raw, path)
     if recipe not in RECIPES:
         raise _error(path, [*problems, _recipe_problem(recipe, raw)])
     schema = RECIPES[recipe]

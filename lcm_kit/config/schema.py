@@ -85,9 +85,9 @@ class Teacher:
     # true: the student has them too, and its own adapter learns speed alone (use both when sampling);
     # false: its adapter learns look and speed together
     in_student: bool = False
-    # who teaches the pictures of data.regularisation. base: the base alone, so that what does not name the
+    # who teaches the pictures of data.regularization. base: the base alone, so that what does not name the
     # look is drawn as before; adapters: the base with them, as it always is with in_student
-    regularisation: Literal["base", "adapters"] = "base"
+    regularization: Literal["base", "adapters"] = "base"
     # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
     # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning
     weight: Annotated[Number, Field(ge=0, le=1)] = 1.0

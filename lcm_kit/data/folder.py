@@ -61,7 +61,7 @@ def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> F
 def check_data(data: Data) -> FolderCheck:
     """`check_folder` for any `data.path`, also a data set; with `data.skip_bad` bad records are warnings.
 
-    Pictures of `data.regularisation` are not looked at, and captions are not measured: the base's tokenizer
+    Pictures of `data.regularization` are not looked at, and captions are not measured: the base's tokenizer
     does that (`families.too_long`). Raises `UserError` if there is no such source, or
     nothing in it.
     """

@@ -88,23 +88,23 @@ class Listing:
 def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     """The records of `data.path`, in a fixed order, and those without a usable caption with the reason.
 
-    The pictures of `data.regularisation` follow, their ids under `regularisation/`. Raises `UserError` if
+    The pictures of `data.regularization` follow, their ids under `regularisation/`. Raises `UserError` if
     there is no such source, or nothing in it.
     """
     found = list_source(data)
     items = found.items
-    if data.regularisation is not None:
-        name = f"data.regularisation {data.regularisation!r}"
-        general = _folder(place(data.regularisation), name).items
+    if data.regularization is not None:
+        name = f"data.regularization {data.regularization!r}"
+        general = _folder(place(data.regularization), name).items
         if not general:
             raise UserError(f"{name} holds no image; give another folder")
-        items = items + [_below("regularisation", item) for item in general]
+        items = items + [_below("regularization", item) for item in general]
     whole = Listing(items)
     return whole.good, whole.bad
 
 
 def list_source(data: Data) -> Listing:
-    """What `data.path` holds, without `data.regularisation`. Raises `UserError` as `open_records`."""
+    """What `data.path` holds, without `data.regularization`. Raises `UserError` as `open_records`."""
     path, name = place(data.path), f"data.path {data.path!r}"
     files = None if data.kind == "datasets" else _own_files(path, data)
     if files is not None:

@@ -32,7 +32,8 @@ from lcm_kit.data.transforms import framing
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
-_DRAWN_BY = ("solver", "steps", "guidance_scale", "seed")
+# By its name in the manifest, which the hashes of shards are made from: a sampler was called solver once
+_DRAWN_BY = {"solver": "sampler", "steps": "steps", "guidance_scale": "guidance_scale", "seed": "seed"}
 
 
 def folder_of(data: Data) -> Path:
@@ -56,7 +57,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
         **shards.of_base(base, without=("vae",)),
         "teacher.adapters": [{"sha256": entry.sha256, "weight": entry.weight} for entry in adapters],
         "prompts": sha256_bytes(json.dumps(prompts_of(config.data)).encode()),
-        **{f"data.samples.{key}": getattr(made_by, key) for key in _DRAWN_BY},
+        **{f"data.samples.{name}": getattr(made_by, key) for name, key in _DRAWN_BY.items()},
         "data.resolution": config.data.resolution,
     }
 
@@ -133,8 +134,9 @@ def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> 
     """Latents and conditions of a batch, by their names in a shard."""
     captions, drawn_by = [entry.caption for entry in entries], data.samples
     latents = sample.latents(
-        pipe, captions, sampler=drawn_by.solver, steps=drawn_by.steps, guidance_scale=drawn_by.guidance_scale,
-        seed=drawn_by.seed, first=int(entries[0].id.rpartition("/")[2]), size=data.resolution,
+        pipe, captions, sampler=drawn_by.sampler, steps=drawn_by.steps,
+        guidance_scale=drawn_by.guidance_scale, seed=drawn_by.seed, size=data.resolution,
+        first=int(entries[0].id.rpartition("/")[2]),
     )  # fmt: skip
     whole = framing((data.resolution, data.resolution), data.resolution)
     return {"latents": latents, **tensors_of(encoder.condition(captions, [whole] * len(captions)))}

@@ -41,7 +41,7 @@ _NAMES = {
 _AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
 _OTHER = "choose another data.cache, or remove it and run `lcm-kit encode` again: finished shards are kept"
 _MAKING = ("data.resolution", "data.samples.")  # keys of the config that tensors are made by
-_PLACES = ("data.path", "data.regularisation")  # keys that are paths of folders, or names
+_PLACES = ("data.path", "data.regularization")  # keys that are paths of folders, or names
 _BY_ROW = ("prompts",)  # every row has its own
 
 
@@ -66,7 +66,7 @@ def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
 
 def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
     """All but the records that latents and embeddings depend on, or that says where they come from."""
-    keys = ("path", "regularisation", "resolution", "flip")
+    keys = ("path", "regularization", "resolution", "flip")
     columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
     return {
         **of_base(base, without=("unet", "scheduler")),

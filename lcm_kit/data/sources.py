@@ -92,12 +92,12 @@ def mix_of(samples: Cache | MixedCache | Rows, data: Data) -> Mix | None:
     """How batches are drawn from what `data` is trained on; None: all records alike."""
     if isinstance(samples, MixedCache):
         return samples.mix
-    if data.regularisation_share is None:
+    if data.regularization_share is None:
         return None
     general = [id.startswith(GENERAL) for id in samples.ids]
     own = general.index(True)
     assert all(general[own:])  # records are in that order
-    return Mix(own, Fraction(str(data.regularisation_share)))
+    return Mix(own, Fraction(str(data.regularization_share)))
 
 
 @dataclass(frozen=True)

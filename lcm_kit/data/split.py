@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lcm_kit.data.cache import Cache
 
 MIRRORED = " (mirrored)"  # ends the id of a mirror image
-GENERAL = "regularisation/"  # begins the id of a picture of data.regularisation
+GENERAL = "regularisation/"  # begins the id of a picture of data.regularization
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset(
 
 
 def taught_by_plain_base(config: Distill, ids: Sequence[str]) -> list[bool]:
-    """Which records the base alone teaches: those of data.regularisation (`teacher.regularisation`)."""
-    alone = config.teacher.regularisation == "base" and not config.teacher.in_student
+    """Which records the base alone teaches: those of data.regularization (`teacher.regularization`)."""
+    alone = config.teacher.regularization == "base" and not config.teacher.in_student
     return [alone and bool(config.teacher.adapters) and id.startswith(GENERAL) for id in ids]
 
 
 def two_teachers(config: Distill) -> bool:
     """Whether the base alone teaches some of the records."""
-    return config.data.regularisation is not None and any(taught_by_plain_base(config, [GENERAL]))
+    return config.data.regularization is not None and any(taught_by_plain_base(config, [GENERAL]))

@@ -60,7 +60,7 @@ def _records(config: Training, pictures: tuple[int, int] | None) -> int | None:
 
 
 def _pictures(data: Data) -> tuple[int, int] | None:
-    """Pictures of `data.path` and of `data.regularisation`; None where they are not here."""
+    """Pictures of `data.path` and of `data.regularization`; None where they are not here."""
     from lcm_kit.data.records import open_records
     from lcm_kit.errors import UserError
 

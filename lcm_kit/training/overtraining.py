@@ -25,7 +25,7 @@ CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"
 TOLERANCE = {"control_loss": 1.0, "control_distance": 0.12}
 HELP = {
     "control_loss": "prior.prompts, fewer steps, a lower optimizer.lr",
-    "control_distance": "data.regularisation, a higher teacher.weight, fewer steps, a lower optimizer.lr",
+    "control_distance": "data.regularization, a higher teacher.weight, fewer steps, a lower optimizer.lr",
 }
 
 
@@ -101,7 +101,7 @@ def _on_held_out(measured: Measured, kept: int) -> list[str]:
         said.append(
             f"over-trained: the loss on held-out pictures was lowest at step {lowest} ({losses[lowest]:.4g}) "
             f"and is {more:.0%} higher at step {last}; adapter/ holds step {kept}. Fewer steps, a lower "
-            f"optimizer.lr, more pictures or {'prior.prompts' if styled else 'data.regularisation'} help"
+            f"optimizer.lr, more pictures or {'prior.prompts' if styled else 'data.regularization'} help"
         )
     elif kept == lowest != last:
         said.append(f"adapter/ holds step {kept}, which has the lowest loss on held-out pictures")

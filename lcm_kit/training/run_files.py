@@ -10,6 +10,7 @@ from typing import Any
 
 from lcm_kit.config.continued import fixed, flat
 from lcm_kit.config.load import load
+from lcm_kit.config.renamed import current
 from lcm_kit.io import own_files, own_shapes
 
 METRICS = "metrics.jsonl"
@@ -69,7 +70,10 @@ def step_of(folder: Path) -> int:
 def manifest(folder: Path) -> own_shapes.State | None:
     """What a state's manifest says; None for a state of a kit that wrote none. Raises `own_files.Damaged`."""
     file = folder / MANIFEST
-    return own_files.read_json(file, own_shapes.State, _STATE) if file.is_file() else None
+    if not file.is_file():
+        return None
+    found = own_files.read_json(file, own_shapes.State, _STATE)
+    return {**found, "config": current(found["config"])} if "config" in found else found
 
 
 def manifests(states: Sequence[Path]) -> list[own_shapes.State]:

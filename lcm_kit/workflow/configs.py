@@ -39,7 +39,7 @@ _OWN = (
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
 _SHARED = ("path", "kind", "resolution", "skip_bad", "trigger")  # of `data`, by both trainings
 _GENERAL = 100  # pictures that the base draws of everyday things
-_SEEN = ("path", "regularisation", "resolution", "flip", "kind", "shard_size", "skip_bad")
+_SEEN = ("path", "regularization", "resolution", "flip", "kind", "shard_size", "skip_bad")
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ def _with_general(distill: Distill, style: Finetune) -> Distill:
 
     The base alone teaches these, so that prompts which do not name the look still draw as before.
     """
-    if style.prior.prompts is None or distill.data.regularisation or distill.data.source == "teacher":
+    if style.prior.prompts is None or distill.data.regularization or distill.data.source == "teacher":
         return distill
-    return replace(distill, data=replace(distill.data, regularisation=prior.data_of(style).path))
+    return replace(distill, data=replace(distill.data, regularization=prior.data_of(style).path))
 
 
 def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Overrides) -> Finetune:

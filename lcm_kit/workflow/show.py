@@ -61,7 +61,7 @@ def _start(story: Story) -> str:
 def _seen(story: Story) -> str:
     data = story.distill.data
     samples = f"{data.samples.count:,} samples of the styled base"
-    general = f" and {_general(story)}" if data.regularisation else ""
+    general = f" and {_general(story)}" if data.regularization else ""
     images = f"the pictures{general}"
     return {"images": images, "teacher": samples, "mix": f"{images} and {samples}"}[data.source]
 
@@ -69,7 +69,7 @@ def _seen(story: Story) -> str:
 def _general(story: Story) -> str:
     """The pictures that are to keep what does not name the look."""
     drawn = story.style.prior.prompts is not None and prior.data_of(story.style).path
-    general = story.distill.data.regularisation
+    general = story.distill.data.regularization
     return f"{story.style.prior.count:,} that the base drew" if general == drawn else str(general)
 
 

@@ -51,7 +51,7 @@ _HEADERS = """
     ss_base_model_version ss_steps ss_tag_frequency modelspec.architecture modelspec.merged_from
     modelspec.date modelspec.title modelspec.resolution modelspec.trigger_phrase lcm_kit.metadata
     lcm_kit.modules lcm_kit.base lcm_kit.method lcm_kit.steps lcm_kit.guidance_min lcm_kit.guidance_max
-    lcm_kit.parents lcm_kit.lora.provenance format
+    lcm_kit.parents lcm_kit.provenance format
 """
 HEADERS = st.sampled_from(_HEADERS.split())
 SETTINGS = st.dictionaries(

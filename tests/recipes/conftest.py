@@ -39,7 +39,7 @@ def mixed(
     place = structure.of_base(str(base))
     style = random_lora(place, lcm_modules(place), ranks=(4,), alphas=(4.0,), size=0.1)
     broken.save(folder / "style.safetensors", broken.kohya_diffusers_spelling(style, place))
-    data = {**keys["data"], "cache": str(folder / "both"), "regularisation": str(general)}
+    data = {**keys["data"], "cache": str(folder / "both"), "regularization": str(general)}
     keys = {**keys, "data": data, "teacher": {"adapters": [str(folder / "style.safetensors")]}}
     encode(configure(keys, folder / "none"), progress=False)
     return keys, fuse(bases.load_unet(bases.inspect_base(str(base))), style)

@@ -33,7 +33,7 @@ from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import brand, cells, pairs, recommended
 from lcm_kit.lora.metadata_reading import provenance_from_header
-from lcm_kit.lora.provenance import from_json
+from lcm_kit.provenance import from_json
 from lcm_kit.report import plots
 from lcm_kit.training import validation
 from lcm_kit.training.run_files import config_of
@@ -151,7 +151,7 @@ def test_it_is_on_the_card_and_in_metadata(here: Path) -> None:
         with safe_open(file, "pt") as opened:
             told = opened.metadata()
         assert told["lcm_kit.method"] == "custom" and told["lcm_kit.sampling_steps"] == "2-8"
-        kept = json.loads(told["lcm_kit.lora.provenance"])["method"]
+        kept = json.loads(told["lcm_kit.provenance"])["method"]
         del kept["sha256"]
         assert kept == {"title": TITLE, "samplers": ["ddim"], "steps": [2, 4, 8], "phases": 4}
         assert f"distilled by {TITLE} in 4 optimizer steps" in told["modelspec.description"]
@@ -379,7 +379,7 @@ def test_a_config_of_it_comes_back_as_it_is(tmp_path: Path, monkeypatch: pytest.
 
 
 def header(rest: dict[str, Any]) -> dict[str, str]:
-    own = {"lcm_kit.metadata": "1", "lcm_kit.method": "custom", "lcm_kit.lora.provenance": json.dumps(rest)}
+    own = {"lcm_kit.metadata": "1", "lcm_kit.method": "custom", "lcm_kit.provenance": json.dumps(rest)}
     return own
 
 
@@ -402,7 +402,7 @@ def test_a_run_that_somebody_gave_runs_nothing(tmp_path: Path, monkeypatch: pyte
         assert (
             said_by.student == MethodInfo("custom", "custom") and said_by.student.sampler == DEFAULT.sampler
         )
-    broken = header({}) | {"lcm_kit.lora.provenance": "[" * 9999}
+    broken = header({}) | {"lcm_kit.provenance": "[" * 9999}
     assert provenance_from_header(broken, "x").student == MethodInfo("custom", "custom")
     assert cli("show", file).exit_code == 0 and not Path("ran").exists()
     load(file, imports=True)

@@ -144,7 +144,7 @@ def test_each_picture_has_its_own_teacher(who: str, mixed: tuple[Keys, Any], tmp
     """Brand pictures the styled base, general ones the base alone: fused UNets, row by row."""
     keys, fused = mixed
     small = {"optimizer": {"lr": 1e-3}}  # Adam's sign of a gradient of nothing amplifies float error
-    changes = {"batch_size": 2, "accumulation": 2, "teacher": {"regularisation": who}, **small}
+    changes = {"batch_size": 2, "accumulation": 2, "teacher": {"regularization": who}, **small}
     config = configure(keys, tmp_path / "run", **changes)
     plain = families.load_unet(families.inspect_base(config.base.path))
     alike = {"base": {True: plain, False: fused}, "adapters": {True: fused, False: fused}}

@@ -107,7 +107,7 @@ ENCODING = {
     "no prompts of a style": (
         {"recipe": "train/finetune", "prior": {"prompts": "inputs/none"}}, "no such file",
     ),
-    "no general pictures": ({"data": {"regularisation": "inputs/none"}}, "there is no such folder"),
+    "no general pictures": ({"data": {"regularization": "inputs/none"}}, "there is no such folder"),
 }  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def test_two_processes_encode_and_evaluate_as_one(
     def quality(run: Path) -> Quality:
         return Quality(
             recipe="evaluation/quality", run=str(run), prompts=str(run / "prompts.txt"), count=5,
-            batch_size=2, teacher_steps=3, student_steps=(1,), unet_calls=(2,), pictures=1, solvers=("ddim",),
+            batch_size=2, teacher_steps=3, student_steps=(1,), unet_calls=(2,), pictures=1,
+            samplers=("ddim",),
         )  # fmt: skip
 
     (tmp_path / "encode.yaml").write_text(dump(two))

@@ -35,8 +35,8 @@ FEW = [
     "distill.checkpoint.every=1", "distill.logging.trackers=[]", "distill.data.samples.count=4",
     "style.validation.prompts=null", "style.validation.control=null", "distill.validation.prompts=null",
     "brand.control=null",
-    "distill.data.regularisation=null", "style.data.regularisation=null",
-    "distill.data.regularisation_share=null", "style.data.regularisation_share=null",
+    "distill.data.regularization=null", "style.data.regularization=null",
+    "distill.data.regularization_share=null", "style.data.regularization_share=null",
     "distill.data.samples.steps=1", "brand.count=3", "brand.teacher_steps=2",
     "brand.steps=[1, 4]", "brand.resamples=100", "brand.pictures=3",
 ]  # fmt: skip
@@ -243,7 +243,7 @@ def test_one_cache_for_both_trainings_if_they_read_the_same() -> None:
     assert caches(own) == ("runs/x/cache", "runs/x/cache")
     assert caches() == ("runs/x/cache-style", "runs/x/cache")  # the base's pictures are one's rows only
     assert caches(own, "style.data.flip=false") == ("runs/x/cache-style", "runs/x/cache")
-    assert caches(own, "distill.data.regularisation=general") == ("runs/x/cache-style", "runs/x/cache")
+    assert caches(own, "distill.data.regularization=general") == ("runs/x/cache-style", "runs/x/cache")
     assert caches(own, "style.data.cache=mine") == ("mine", "runs/x/cache")
 
 
@@ -251,15 +251,15 @@ def test_what_the_base_drew_for_the_style_keeps_the_rest_in_the_distillation() -
     def general(family: str, *overrides: str) -> str | None:
         place = {"path": "some/base", "revision": None, "variant": None}
         told = configs.finetune("my/brand", place, family, Path("runs/x"), 512, None, overrides)
-        assert told.distill.teacher.regularisation == "base"
+        assert told.distill.teacher.regularization == "base"
         if told.style.prior.prompts:
             assert (told.style.prior.prompts, told.style.prior.count) == ("asset:everyday", 100)
-        return told.distill.data.regularisation
+        return told.distill.data.regularization
 
     assert general("sd15") == general("sdxl") == "runs/x/cache-style-prior/pictures"
     assert general("sd15", "style.data.cache=mine") == "mine-prior/pictures"
     assert general("sd15", "style.prior.prompts=null") is None
-    assert general("sd15", "distill.data.regularisation=others") == "others"
+    assert general("sd15", "distill.data.regularization=others") == "others"
     assert general("sd15", "distill.data.source=teacher", "distill.data.flip=false") is None
     assert general("tiny") == "asset:general"
 

@@ -22,8 +22,8 @@ STORY = [
     }.items()
     for key in [
         "steps=2", "batch_size=2", "adapter.rank=4", "optimizer.warmup_steps=0", "checkpoint.every=1",
-        "logging.trackers=[]", "validation.every=0", "validation.prompts=null", "data.regularisation=null",
-        "data.regularisation_share=null", *keys,
+        "logging.trackers=[]", "validation.every=0", "validation.prompts=null", "data.regularization=null",
+        "data.regularization_share=null", *keys,
     ]
 ] + [
     "brand.control=null", "brand.count=3", "brand.teacher_steps=2", "brand.steps=[1]",
