@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lcm_kit.lora import metadata, structure
 from lcm_kit.lora.layers import Lora
 from lcm_kit.lora.metadata_reading import not_read, provenance_from_header
-from lcm_kit.provenance import Base, Data, Guidance, Method, Provenance, Recommended
+from lcm_kit.lora.provenance import Base, Data, Guidance, Method, Provenance, Recommended
 from tests.loras import random_lora
 
 CONVENTION = (

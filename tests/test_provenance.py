@@ -24,7 +24,7 @@ from lcm_kit.io import own_files
 from lcm_kit.io.own_files import Damaged
 from lcm_kit.lora import metadata, provenance, structure
 from lcm_kit.lora.metadata_reading import provenance_from_header
-from lcm_kit.provenance import (
+from lcm_kit.lora.provenance import (
     Base,
     Data,
     Grid,

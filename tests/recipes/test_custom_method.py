@@ -33,7 +33,7 @@ from lcm_kit.core.step import consistency_loss
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import brand, cells, pairs, recommended
 from lcm_kit.lora.metadata_reading import provenance_from_header
-from lcm_kit.provenance import from_json
+from lcm_kit.lora.provenance import from_json
 from lcm_kit.report import plots
 from lcm_kit.training import validation
 from lcm_kit.training.run_files import config_of
