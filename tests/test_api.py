@@ -124,6 +124,7 @@ def studio(
     return tmp_path, keys
 
 
+@pytest.mark.slow  # trains and evaluates: half a minute
 def test_the_page_runs_as_it_stands(studio: tuple[Path, dict[str, Any]]) -> None:
     """Three trainings and all that is done with them, one after another in one process."""
     made: dict[str, Any] = {}

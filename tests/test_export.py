@@ -406,7 +406,7 @@ def test_what_a_sweep_recommends_goes_into_the_file_and_its_card(run: Path) -> N
 @pytest.mark.parametrize("damage", [b"{", b'{"version": 1, "recipe": "evaluation/guidance_sweep"}'])
 def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: bytes, tmp_path: Path) -> None:
     """It is named in one line; then the file's own header advises, and where it says nothing the defaults."""
-    base = adapter.read_provenance(run / "adapter")["base"]["path"]
+    base = adapter.read_provenance(run / "adapter").base.path
 
     def draw(name: str) -> str:
         words = ["sample", "--prompt", "a", "--base", base, "--adapter", run, "--output", tmp_path / name]

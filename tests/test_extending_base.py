@@ -19,7 +19,7 @@ from lcm_kit import bases, families, sample
 from lcm_kit.bases import inspect_base
 from lcm_kit.bases.checkpoint import contents_of
 from lcm_kit.config import schema
-from lcm_kit.data.cache import Encoder
+from lcm_kit.data.encoder import Encoder
 from lcm_kit.errors import UserError
 from lcm_kit.lora import structure
 from lcm_kit.lora.apps import APPS, able

@@ -24,7 +24,8 @@ from lcm_kit.config.sweep import GuidanceSweep
 from lcm_kit.core.methods import DEFAULT
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import cells
-from lcm_kit.lora.metadata_reading import Recommended
+from lcm_kit.lora.metadata_reading import sampler_name
+from lcm_kit.lora.provenance import Recommended
 from lcm_kit.report import plots
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "sampler.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def test_configs_of_the_page_take_it_and_messages_list_it(euler: samplers.Sample
     assert drawn and all(cell.kind == "plain" and cell.deterministic for cell in drawn)
     with pytest.raises(UserError, match="one of ddim, dpmpp_2m, euler; did you mean `euler`"):
         load(shipped.config_path("evaluation/quality"), ["run=r", "samplers=[eular]"])
-    with pytest.raises(UserError, match="'euler' is not allowed; it must be one of lcm, tcd, ddim$"):
+    with pytest.raises(UserError, match="'euler' is not allowed; it must be one of lcm, tcd, ddim, or null$"):
         load(shipped.config_path("evaluation/brand"), ["run=r", "sampler=euler"])  # not for an adapter
 
 
@@ -83,8 +84,8 @@ def test_the_command_line_lists_it(euler: samplers.Sampler) -> None:
 def test_titles_plots_and_metadata_know_it(euler: samplers.Sampler) -> None:
     assert samplers.title_of("euler") == "Euler" and samplers.title_of("no such") == "no such"
     assert plots.styles()["plain", "euler", True][0] == "Euler, guidance"
-    assert Recommended("", "euler", 4, 1.0, 1.0).sampler_name == "Euler"
-    for name in ("student", "base"):  # no two lines look alike
+    assert sampler_name(Recommended("", "euler", 4, 1.0, 1.0)) == "Euler"
+    for name in ("student", "plain"):  # no two lines look alike
         looks = [style[1:] for (who, _, _), style in plots.styles().items() if who == name]
         assert len(set(looks)) == len(looks)
 

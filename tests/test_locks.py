@@ -124,7 +124,7 @@ def test_every_recipe_is_alone_in_its_folder(name: str) -> None:
 LEAVE = """
 import os, sys
 from pathlib import Path
-from lcm_kit import files
+from lcm_kit.io import files
 with files.atomic_folder(Path(sys.argv[1]) / "state/step-000006") as folder:
     with files.atomic_file(folder.parent / "manifest.json") as file:
         file.write_text("half")

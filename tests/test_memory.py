@@ -252,7 +252,7 @@ import sys
 from importlib.machinery import PathFinder
 
 import torch
-from lcm_kit import memory
+from lcm_kit.bases import memory
 from lcm_kit.config.schema import Adapter, Distill, Optimizer
 
 cpu, weight = torch.device("cpu"), torch.nn.Parameter(torch.ones(4))
@@ -299,7 +299,7 @@ def test_a_device_without_kernels_is_refused_before_weights_are_loaded(
     def missing(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no kernel for this device.\nmore lines")
 
-    monkeypatch.setattr(memory.families, "load_unet", missing)
+    monkeypatch.setattr(memory.bases, "load_unet", missing)
     monkeypatch.setattr(bnb.functional, "quantize_4bit", missing)
     with pytest.raises(UserError, match=r"^memory.quantize nf4 does not work on this cpu device \(no kernel"):
         memory.load_unet(inspect_base("asset:tiny-sd"), config(quantize="nf4"), CPU, torch.float32)

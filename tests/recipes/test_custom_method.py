@@ -196,11 +196,11 @@ def test_it_is_exported_verified_evaluated_and_reported_without_its_file(here: P
     ):  # fmt: skip
         done = cli(*words)
         assert done.exit_code == 0, done.output
-    rows = json.loads(Path("runs/phased/results.json").read_text())["rows"]
-    drawn = [(row["solver"], row["steps"]) for row in rows if row["name"] == "student"]
+    cells_of_run = json.loads(Path("runs/phased/results.json").read_text())["cells"]
+    drawn = [(cell["sampler"], cell["steps"]) for cell in cells_of_run if cell["kind"] == "student"]
     assert drawn == [("ddim", 2), ("ddim", 4), ("ddim", 8)]
     assert TITLE in Path("runs/phased/report.html").read_text()
-    assert "student (DDIM)" in plots.by_calls(rows, "distance_to_teacher", "distance")
+    assert "student (DDIM)" in plots.by_calls(cells_of_run, "pixel_distance", "distance")
 
 
 def test_it_is_planned(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,9 @@ import sys, json, os
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lcm_kit import processes, sample, shipped
+from lcm_kit import sample
+from lcm_kit.config import shipped
+from lcm_kit.training import processes
 from lcm_kit.config.load import load
 from lcm_kit.data import encoding, images
 

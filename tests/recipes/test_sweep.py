@@ -172,7 +172,8 @@ import sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from lcm_kit import processes, shipped
+from lcm_kit.config import shipped
+from lcm_kit.training import processes
 from lcm_kit.config.load import load
 assert processes.share().world == 2
 shipped.load_recipe("evaluation/guidance_sweep").main(load(Path(sys.argv[1])))

@@ -47,7 +47,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from lcm_kit import runtime, stepping
+from lcm_kit.training import runtime, stepping
 from lcm_kit.config.load import load
 from train import distill
 
