@@ -1,8 +1,8 @@
-"""The brand study of docs/brand-study.md: which way to a look at few steps serves when.
+"""The brand study of docs/brand-study.md: which way to a style at few steps serves when.
 
-    python tools/brand_study.py                       # all of it; what is done is not done again
-    python tools/brand_study.py lumo-60 neon          # the cells whose names begin so
-    python tools/brand_study.py --tables              # the tables and the plot, from what there is
+    python -m studies.brand_study                       # all of it; what is done is not done again
+    python -m studies.brand_study lumo-60 neon          # the cells whose names begin so
+    python -m studies.brand_study --tables              # the tables and the plot, from what there is
 
 A cell is a look, a number of pictures and a seed. In each, by the configs of configs/study: the styled
 teacher; one LoRA distilled from it, with and without the base as the teacher of general pictures, that starts
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from brand_looks import LOOKS, caption, pictures, unseen
 
 from lcm_kit.config import shipped
 from lcm_kit.config.load import load
@@ -32,6 +31,7 @@ from lcm_kit.export.run import export_run
 from lcm_kit.lora import merge_files
 from lcm_kit.lora.locate import adapter_file
 from lcm_kit.quiet import quiet
+from tools.brand_looks import LOOKS, caption, pictures, unseen
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, CACHE = ROOT / "runs" / "brand-study", ROOT / "cache" / "brand-study"
@@ -184,7 +184,7 @@ def take(cell: str) -> bool:
 def main(words: Sequence[str]) -> int:
     """Run the cells that `words` name, or all; or write the tables."""
     if list(words) == ["--tables"]:
-        from brand_tables import write
+        from studies.brand_tables import write
 
         write(RUNS, ROOT / "docs")
         return 0

@@ -1,6 +1,6 @@
 """The figures of the brand study, from every cell's brand.json: a table of all, the page's tables, a plot.
 
-Called by `python tools/brand_study.py --tables`. A mean over seeds has the 95% interval of Student's t over
+Called by `python -m studies.brand_study --tables`. A mean over seeds has the 95% interval of Student's t over
 them: of pictures drawn, prompts, initial weights and noise, all of which change with the seed. Where one seed
 is there, the interval is that of its prompts (bootstrap) and marked with an asterisk.
 """

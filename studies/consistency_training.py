@@ -1,6 +1,6 @@
 """What the parts of improved consistency training are worth where the truth is known (docs/training.md).
 
-python -m tools.consistency_training        about 4 minutes on one core
+python -m studies.consistency_training        about 4 minutes on one core
 """
 
 from __future__ import annotations
