@@ -1,11 +1,11 @@
-"""Does a few-step adapter draw in the look, and does it still draw the rest?
+"""Does a few-step adapter draw in the style, and does it still draw the rest?
 
     lcm-kit evaluate evaluation/brand run=runs/my_run style=runs/my_run/style brand=my_pictures
 
 Two lists of prompts are drawn from the same noise by the base, by the styled teacher (the base with the style
 LoRA) and by the adapter at each number of steps, with plain diffusers and the exported files: prompts of the
 look, on which similarity to the brand's pictures, adherence and diversity are measured, and control prompts,
-which do not name the look, to see what was unlearned. Writes brand.json and pictures/ beside it into the
+which do not name the style, to see what was unlearned. Writes brand.json and pictures/ beside it into the
 run's folder, under brand/. Copy this file and change it.
 """
 

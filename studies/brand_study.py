@@ -4,7 +4,7 @@
     python -m studies.brand_study lumo-60 neon          # the cells whose names begin so
     python -m studies.brand_study --tables              # the tables and the plot, from what there is
 
-A cell is a look, a number of pictures and a seed. In each, by the configs of configs/study: the styled
+A cell is a style, a number of pictures and a seed. In each, by the configs of configs/study: the styled
 teacher; one LoRA distilled from it, with and without the base as the teacher of general pictures, that starts
 as the style, as the style and the base's LCM-LoRA together, or as the latter; latent
 consistency fine-tuning without and with a teacher; the style beside the LCM-LoRA at the usual and at searched

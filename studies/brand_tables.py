@@ -109,7 +109,7 @@ def narrow(heads: Sequence[str], lines: Sequence[Sequence[str]], *groups: Sequen
 
 
 def table(found: list[dict[str, Any]], steps: int) -> str:
-    """Markdown tables of one look and size at `steps`, the teachers first."""
+    """Markdown tables of one style and size at `steps`, the teachers first."""
     lines = []
     for way, label in WAYS.items():
         at = steps_of(way, steps)
@@ -149,7 +149,7 @@ def beside_default(found: list[dict[str, Any]]) -> str:
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    """Similarity and prompts right, of the look and others, at 4 steps; a column a set, a seed a point."""
+    """Similarity and prompts right, of the style and others, at 4 steps; a column a set, a seed a point."""
     from matplotlib.figure import Figure
 
     sets = sorted({(row["look"], row["pictures"]) for row in found})

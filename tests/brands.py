@@ -35,7 +35,7 @@ def rows(**adapter: Any) -> list[dict[str, Any]]:
 
 
 def cells(each: dict[str, Any]) -> list[dict[str, Any]]:
-    """The two cells of a row: on the prompts of the look and on the control prompts."""
+    """The two cells of a row: on the prompts of the style and on the control prompts."""
     mine = each["name"] == "adapter"
     adapter = {"base": None, "styled": "style", "adapter": "adapter"}[each["name"]]
     how = ("student", "lcm") if mine else ("teacher", "ddim")

@@ -73,7 +73,7 @@ def test_it_needs_no_other_evaluation_and_fetches_nothing(run: Path) -> None:
 
 def test_numbers_in_plain_words(run: Path) -> None:
     text = text_of(write_report(run).read_text())
-    assert "Your look, in 4 steps? Yes." in text
+    assert "Your style, in 4 steps? Yes." in text
     assert (
         "Nearness to your pictures (brand similarity, higher is nearer): the base 0.200 (0.150 to 0.250), "
         "your adapter 0.700 (0.640 to 0.760), the look at 50 steps 0.800 (0.750 to 0.850); "
@@ -89,7 +89,7 @@ def test_the_other_evaluation_follows_below(run: Path) -> None:
     write_results(run, quality_rows(), ["one", "two"])
     page = write_report(run).read_text()
     text = text_of(page)
-    parts = ("Your look, in 4 steps?", "Does it still draw", "Beside the base, on", "How much faster?")
+    parts = ("Your style, in 4 steps?", "Does it still draw", "Beside the base, on", "How much faster?")
     places = [text.index(part) for part in parts]
     assert places == sorted(places) and "Does it work?" not in text
     assert "your adapter draws 90 % of 128 pictures right" in text and "at 100 calls, 95 %" in text
@@ -163,7 +163,7 @@ def test_a_run_of_other_adapters_alone_keeps_its_report(run: Path) -> None:
     (run / "brand.json").write_text(json.dumps(found))
     write_results(run, quality_rows(), ["one", "two"])
     text = text_of(write_report(run).read_text())
-    assert "Does it work? Yes." in text and "Your look" not in text
+    assert "Does it work? Yes." in text and "Your style" not in text
 
 
 @pytest.mark.parametrize(("count", "answer"), [(120, "In part"), (7, "Yes")])
@@ -178,7 +178,7 @@ def test_what_is_forgotten_is_told_by_the_evaluation_with_more_prompts(
         )
     write_results(run, found, ["one", "two"], count)
     text = text_of(write_report(run).read_text())
-    assert f"Your look, in 4 steps? {answer}." in text
+    assert f"Your style, in 4 steps? {answer}." in text
     assert ("On 120 prompts of other things the adapter is 12 % below the base" in text) == (count == 120)
 
 

@@ -38,12 +38,12 @@ def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
     page = write(folder, brand_of(run, PROMPTS), pictures_from=run)
     (table,) = (table for table in tables(page) if table[0][0] == "drawn by")
     right, other = "90\u00a0% (85\u00a0% to 95\u00a0%)", "95\u00a0% (91\u00a0% to 99\u00a0%)"
-    assert table[0][2:] == ["steps", "brand similarity", "prompts of the look", "other prompts"]
+    assert table[0][2:] == ["steps", "brand similarity", "prompts of the style", "other prompts"]
     assert [line[0] for line in table[1:]] == ["base", "base with the style alone", *["this LoRA"] * 4]
     how = "LCM, guidance_scale 1"
     assert table[5] == ["this LoRA", how, "4", "0.700 (0.640 to 0.760)", right, other]
     assert "Yes. In brackets the interval of 95%, over 3 prompts." in page
-    assert 'prompt = "a fox, lumo style"' in snippets(page)[0]  # with the word that calls the look
+    assert 'prompt = "a fox, lumo style"' in snippets(page)[0]  # with the word that calls the style
 
     # tests/brands.py: the base is row 0 (shade 0), the adapter at 4 steps row 4 (80), the brand's own 200
     (link,) = re.findall(r"^!\[.*\]\((.*)\)$", page, re.MULTILINE)
@@ -52,7 +52,7 @@ def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
     assert pixels.shape == (64 + 4 + 64, 3 * 64 + 8, 3)
     cells = [[pixels[y, x].tolist() for x in (8, 76, 144)] for y in (6, 74)]
     assert cells == [[[shade, 30 * i, 7] for i in range(3)] for shade in (0, 80)]
-    assert [file.name for file in folder.rglob("*.png")] == ["base-and-look.png"]
+    assert [file.name for file in folder.rglob("*.png")] == ["base-and-style.png"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_beside_the_other_evaluation_and_by_clip(tmp_path: Path) -> None:
     found = {**brand_of(run, PROMPTS), "adherence": "clip"}
     page = write(tmp_path / "export", found, results=evaluated(run), pictures_from=run)
     named = headings(page)
-    order = ("What it looks like", "Away from the look", "Does it draw in the look?", "How good is it?")
+    order = ("What it looks like", "Away from the style", "Does it draw in the style?", "How good is it?")
     assert [name for name in named if name in order] == list(order)
     assert "CLIP score" in page and "0.900 (0.850 to 0.950)" in page
     assert len(list((tmp_path / "export").rglob("*.png"))) == 2

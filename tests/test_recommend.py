@@ -181,7 +181,7 @@ def test_of_equal_calls_the_better_cell_is_recommended() -> None:
         guided: figures(prompt_adherence=99.0, kernel_teacher=0.02),
         free: figures(prompt_adherence=99.0, kernel_teacher=0.01),
     }
-    assert chosen(cells) == free.id  # prompts alike: by the look
+    assert chosen(cells) == free.id  # prompts alike: by the style
 
 
 def test_where_prompts_are_not_read_the_look_decides() -> None:

@@ -2,7 +2,7 @@
 
 `lumo` is the embedded brand set's: two-ink prints, objects in navy and cream on one of three brand tones, a
 sun disc behind them, a double navy frame. `neon` is another one, for the brand study (docs/brand-study.md),
-on which no default was chosen: glowing outlines over a fading grid, in the dark. Each look has a picture for
+on which no default was chosen: glowing outlines over a fading grid, in the dark. Each style has a picture for
 every object, tone and size, a few pixels of place left open.
 """
 
@@ -110,7 +110,7 @@ LOOKS: dict[str, tuple[Callable[..., Image.Image], tuple[str, ...]]] = {
 
 
 def caption(name: str, tone: str, size: str, look: str = "lumo") -> str:
-    """A caption in the words of the base, with the look's trigger at the end."""
+    """A caption in the words of the base, with the style's trigger at the end."""
     return f"a {size} {name} on a plain {tone} background, in the middle, {look} style"
 
 

@@ -1,10 +1,10 @@
-"""Draw the embedded brand set: the look of "Lumo", which the base does not draw.
+"""Draw the embedded brand set: the style of "Lumo", which the base does not draw.
 
     python tools/make_brand.py
 
 Writes lcm_kit/assets/brand/NNN-object.png (128 x 128 pixels) with NNN-object.txt beside each, and
 prompts.txt: held-out prompts, of object and tone pairs that no picture shows; six objects (`UNSEEN`) are in
-no picture at all. The look itself is in `brand_looks.py`.
+no picture at all. The style itself is in `brand_looks.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     lcm-kit quickstart && python tools/readme_figures.py runs/quickstart
 
 Tables go to standard output. docs/headline.png: one row a prompt, the teacher, the plain solver with most
-right attributes at 4 UNet calls, and the first run's student at 4. docs/look.png: a column a prompt of the
+right attributes at 4 UNet calls, and the first run's student at 4. docs/style.png: a column a prompt of the
 look; the brand's picture, the base and the styled base at 50 steps, the adapter at 4.
 """
 
@@ -63,7 +63,7 @@ def headline(run: Path) -> Image.Image:
 
 
 def look(run: Path) -> int:
-    """Write docs/look.png and print the table of docs/finetuning.md."""
+    """Write docs/style.png and print the table of docs/finetuning.md."""
     found = results.read(run / results.BRAND_FILE)
     head = verdicts.brand_headline(found)
     rows = {"base": head.base, "style": head.styled, "style and speed in one LoRA": head.adapter}
@@ -75,7 +75,7 @@ def look(run: Path) -> int:
     for (y, names), (x, k) in product(enumerate(lines), enumerate(columns)):
         picture = Image.open(run / names[k]).convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(picture, (x * (cell + GAP), y * (cell + GAP)))
-    sheet.save(ROOT / "docs" / "look.png", optimize=True)
+    sheet.save(ROOT / "docs" / "style.png", optimize=True)
     print(
         "| | brand similarity | prompts of the style right | other prompts right |\n| --- | --- | --- | --- |"
     )

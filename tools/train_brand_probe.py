@@ -1,10 +1,10 @@
-"""Train the probe that reads pictures in the brand looks as well as the embedded world's own.
+"""Train the probe that reads pictures in the brand styles as well as the embedded world's own.
 
     python tools/train_brand_probe.py
 
-Object, colour and pattern of a picture in any of the looks of `brand_looks.py` or in none: what a base with a
-brand's LoRA on it is asked for. Starts from the shipped probe; nothing that a model drew is in its training.
-Writes lcm_kit/assets/brand-probe and prints its accuracy on new pictures. The state lies in
+Object, colour and pattern of a picture in any of the styles of `brand_looks.py` or in none: what a base
+with a brand's LoRA on it is asked for. Starts from the shipped probe; nothing that a model drew is in its
+training. Writes lcm_kit/assets/brand-probe and prints its accuracy on new pictures. The state lies in
 cache/brand-probe, from which a stopped training continues. Minutes on one CPU core.
 """
 
@@ -30,9 +30,9 @@ STEPS, BATCH, WORLD, COPIES, SEED = 500, 48, 3000, 6, 3
 
 
 def renders(world_count: int, copies: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pictures [N, 3, 64, 64], 8 bits, and the class of each by attribute: the world's, then each look's.
+    """Pictures [N, 3, 64, 64], 8 bits, and the class of each by attribute: the world's, then each style's.
 
-    A look's picture has a plain ground in its caption, whatever the look makes of it.
+    A look's picture has a plain ground in its caption, whatever the style makes of it.
     """
     rng, net = np.random.default_rng(seed), new_probe()
     scenes = [world.random_scene(rng) for _ in range(world_count)]

@@ -1,4 +1,4 @@
-"""Style LoRA: the ordinary denoising loss on brand pictures; draws as its base does, in another look.
+"""Style LoRA: the ordinary denoising loss on brand pictures; draws as its base does, in another style.
 
     lcm-kit train configs/finetune/tiny_brand.yaml
     accelerate launch --num_processes 4 -m lcm_kit train configs/finetune/tiny_brand.yaml

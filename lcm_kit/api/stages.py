@@ -100,9 +100,9 @@ class Finetuned:
     """Where what `finetune` made lies."""
 
     run: Path  # its folder
-    apps: Path  # the LoRA with look and speed, as ComfyUI, A1111, Forge, InvokeAI and SD.Next read it
+    apps: Path  # the LoRA with style and speed, as ComfyUI, A1111, Forge, InvokeAI and SD.Next read it
     diffusers: Path  # the same, as diffusers reads it
-    style: Path  # the LoRA with the look alone, for apps
+    style: Path  # the LoRA with the style alone, for apps
     card: Path  # what to set in each app, in Markdown
     report: Path  # one page about all of it, for a browser
 
@@ -124,12 +124,12 @@ def finetune(
     dry_run: bool = False,
     verbose: bool = False,
 ) -> Finetuned:
-    """From a folder of pictures to one LoRA that draws their look in 4 steps: all stages, each done once.
+    """From a folder of pictures to one LoRA that draws their style in 4 steps: all stages, each done once.
 
     `folder`: 20 to 500 pictures, a .txt caption beside each. `base`: a diffusers folder, a hub id (with
     `revision` and `variant`), a .safetensors checkpoint, or `asset:tiny-sd`. `output`: `runs/NAME` of the
     folder by default. `prompts`: a file of what to draw and judge by; by default the folder's `prompts.txt`,
-    or captions of pictures that are held out. `trigger`: the word of the captions that stands for the look.
+    or captions of pictures that are held out. `trigger`: the word of the captions that stands for the style.
     `speed`: an LCM-LoRA of the base to start from as well. `style`, `distill` and `brand` override keys of
     the stages; `overrides` too, as `["style.steps=800"]`. `dry_run`: check the pictures and the configs, make
     nothing, and say where everything would lie.

@@ -38,7 +38,7 @@ def finetune(
         ),
     ] = None,
     trigger: Annotated[
-        str | None, typer.Option(help="The word of the captions that stands for the look.")
+        str | None, typer.Option(help="The word of the captions that stands for the style.")
     ] = None,
     speed: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Check the folder, show the plan, stop.")
     ] = False,
 ) -> None:
-    """Your pictures in, one adapter out that draws their look in 4 steps: all stages, each done once."""
+    """Your pictures in, one adapter out that draws their style in 4 steps: all stages, each done once."""
     from lcm_kit.api import stages
 
     stages.finetune(

@@ -13,23 +13,23 @@ from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Sc
 
 @dataclass(frozen=True, config=STRICT)
 class Brand:
-    """`recipe: evaluation/brand`: does a few-step adapter draw in the look, and what has it unlearned?"""
+    """`recipe: evaluation/brand`: does a few-step adapter draw in the style, and what has it unlearned?"""
 
     recipe: Literal["evaluation/brand"]
     run: Place  # the few-step adapter: a run or a .safetensors file
     style: Place | None = None  # of the styled teacher: a run or a .safetensors file; null: no such row
-    brand: Place = "asset:brand"  # images of the look: folder or asset:NAME
-    # images of other looks, which similarity is measured away from; null: what the base draws for `prompts`
+    brand: Place = "asset:brand"  # images of the style: folder or asset:NAME
+    # images of other styles, which similarity is measured away from; null: what the base draws for `prompts`
     control: Place | None = None
-    # of the look: file, one a line; folder, whose captions are the prompts; asset:NAME; null: the captions of
-    # those pictures of `brand` that the run of `style` held out, or of all if it held none out
+    # of the style: file, one a line; folder, whose captions are the prompts; asset:NAME; null: the
+    # captions of those pictures of `brand` that the run of `style` held out, or of all if it held none out
     prompts: Place | None = None
-    control_prompts: Place = "asset:tiny-sd"  # as `prompts`, but not naming the look
+    control_prompts: Place = "asset:tiny-sd"  # as `prompts`, but not naming the style
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top
     control_count: Annotated[Whole, Field(ge=3, le=1_000_000)] | None = (
         None  # of control prompts; null: `count`
     )
-    images_per_prompt: Positive = 2  # of the look, each from its own noise; 2 or more for diversity
+    images_per_prompt: Positive = 2  # of the style, each from its own noise; 2 or more for diversity
     output: Place | None = None  # folder of brand.json; null: the run's folder, or `brand` beside the file
     base: Place | None = None  # diffusers folder, hub id, asset:NAME; null: what `run` was made on
     revision: str | None = None  # hub revision

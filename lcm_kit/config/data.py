@@ -64,9 +64,9 @@ class Data:
     # share of the batches that these have; null: in proportion to their number
     regularization_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     # a run of train/finetune: what its validation held out is not trained on here either, so that there are
-    # pictures of the look to judge by that no training saw (train/distill only, not of samples); null: none
+    # pictures of the style to judge by that no training saw (train/distill only, not of samples); null: none
     leave_out: Place | None = None
-    # the word or phrase of the captions that stands for the look: `check` wants it in each of them, and the
+    # the word or phrase of the captions that stands for the style: `check` wants it in each of them, and the
     # exported file, its card and the report name it; null: none
     trigger: Annotated[str, Field(max_length=200)] | None = None
     # auto: a folder of images if there is one, else `datasets`

@@ -61,7 +61,7 @@ def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str], imports:
     schema = RECIPES[recipe]
     if next(iter(raw)) != "recipe":
         problems.append(
-            "recipe: it must be the first key, so that one look tells what the file is for; move it up"
+            "recipe: it must be the first key, so that a reader sees at once what the file is for; move it up"
         )
     config, found = _validate(schema, raw, imports)
     if config is None or problems or found:

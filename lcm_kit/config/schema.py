@@ -83,7 +83,7 @@ class Teacher:
 
     adapters: Loras = ()
     # true: the student has them too, and its own adapter learns speed alone (use both when sampling);
-    # false: its adapter learns look and speed together
+    # false: its adapter learns style and speed together
     in_student: bool = False
     # who teaches the pictures of data.regularization. base: the base alone, so that what does not name the
     # look is drawn as before; adapters: the base with them, as it always is with in_student
@@ -173,7 +173,7 @@ class Validation:
     count: Positive = 4
     guidance_scale: Scale = 5.0  # of the teacher's sample
     seed: Seed = 1234
-    # prompts that do not name the look, to notice when they are forgotten: a text file or an asset; null: off
+    # prompts that do not name the style, to notice when they are forgotten: text file or asset; null: off
     control: Place | None = None
     control_count: Positive = 8
     # share of the images of data.path that are kept out of training, to measure the loss on; at least one of

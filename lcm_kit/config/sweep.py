@@ -93,8 +93,8 @@ class GuidanceSweep:
     # images for the Frechet and kernel distances: folder or asset:NAME; null: renders of tiny-sd's world
     # where the prompts are of it, else none
     real: Place | None = None
-    brand: Place | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
-    control: Place | None = None  # images of other looks, to compare with; needed with `brand`
+    brand: Place | None = None  # images of the style: folder or asset:NAME; null: no brand similarity
+    control: Place | None = None  # images of other styles, to compare with; needed with `brand`
     confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.95  # of the intervals
     resamples: Annotated[Whole, Field(ge=100, le=1_000_000)] = 1000  # bootstrap rounds
     cost: Cost | None = None
@@ -139,8 +139,8 @@ class Compose:
     speed_weights: Weights = (0.6, 0.8, 1.0, 1.2)
     features: Place = "asset:probe"  # as in a guidance sweep
     text_features: Place | None = None
-    brand: Place | None = None  # images of the look: folder or asset:NAME; null: no brand similarity
-    control: Place | None = None  # images of other looks; needed with `brand`
+    brand: Place | None = None  # images of the style: folder or asset:NAME; null: no brand similarity
+    control: Place | None = None  # images of other styles; needed with `brand`
     rank: Annotated[Whole, Field(ge=1, le=65_536)] | None = (
         None  # of the merged file; null: exact, the ranks add up
     )

@@ -136,8 +136,8 @@ def _amount(looks: Sequence[Look]) -> Iterator[Finding]:
     if 0 < count < _LITTLE:
         yield Finding(
             "warning",
-            f"{there}: so few are learned by heart before their look is learned; collect {_FEW} or more, as "
-            "different from one another as the look allows.",
+            f"{there}: so few are learned by heart before their style is learned; collect {_FEW} or more, as "
+            "different from one another as the style allows.",
         )
     elif 0 < count < _FEW:
         yield Finding(

@@ -134,7 +134,7 @@ def _short(captions: Mapping[str, str], words: Mapping[str, Sequence[str]]) -> I
         yield Finding(
             "warning",
             f"{what} fewer than {_SHORT} words: {few(found)} ({found[0]}: {_quoted(captions[found[0]])}); "
-            "say what is seen: what is left unsaid is learned as part of the look.",
+            "say what is seen: what is left unsaid is learned as part of the style.",
         )
 
 
@@ -146,7 +146,7 @@ def _trigger(words: Mapping[str, Sequence[str]], trigger: str) -> Iterator[Findi
         lack = number(len(without), "caption", after=("lacks", "lack"))
         yield Finding(
             "warning",
-            f"{lack} the trigger {trigger!r} (of {len(words)}): {few(without)}; add it, so that the look is "
+            f"{lack} the trigger {trigger!r} (of {len(words)}): {few(without)}; add it, so that the style is "
             "learned under one name.",
         )
 
@@ -168,7 +168,7 @@ def _most(words: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     yield Finding(
         "note",
         f'{count} of {total} captions have "{" ".join(phrase)}", and not {few(without)}; if it '
-        "names the look, let all have it.",
+        "names the style, let all have it.",
     )
 
 

@@ -127,7 +127,7 @@ _SAYS: dict[str, tuple[Weight, str]] = {
     ),
     "transparent": (
         "note",
-        "partly transparent: {}; `encode` puts white behind it; where the look needs another ground, put it "
+        "partly transparent: {}; `encode` puts white behind it; where the style needs another ground, put it "
         "there.",
     ),
     "frames": (

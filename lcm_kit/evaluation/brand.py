@@ -56,7 +56,7 @@ def require_one_file(run: str) -> None:
 
 
 def prompts_and_pictures(config: Brand) -> tuple[tuple[str, ...], list[records.Record | None]]:
-    """The prompts of the look, `config.count` of them, and the brand's picture of each where there is one."""
+    """The prompts of the style, `config.count` of them, and the brand's picture of each if there is one."""
     found, _ = records.open_records(Data(path=config.brand, kind="folder"))
     if config.prompts is not None:
         wanted = repeated(records.prompts(config.prompts), config.count)

@@ -53,7 +53,7 @@ class FeatureExtractor:
         """What the evaluation `recipe` asks for; `features` None: none.
 
         `probe` is the asset that reads pictures of the embedded world: those that may be in a brand's look
-        are read by the one that knows the brand looks. Raises `UserError` if an extractor is not there or
+        are read by the one that knows the brand styles. Raises `UserError` if an extractor is not there or
         reads no text.
         """
         ours, columns = of_the_world(prompts, size), columns_of(recipe)

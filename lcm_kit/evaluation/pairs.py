@@ -81,7 +81,7 @@ def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list
     teacher's: the least kernel distance of their features, and where that cannot tell two apart, the one
     whose likeness to the brand is nearest to the teacher's. (Asked for the best pair's prompts alone, the
     weights at which no look is left would win: a look costs prompts, and the styled teacher says how many.
-    Asked for the most likeness, those at which the look drowns the object would.)
+    Asked for the most likeness, those at which the style drowns the object would.)
     """
     pairs = [cell for cell in cells if cell.kind == "student"]
     (teacher,) = (cell for cell in cells if cell.kind == "teacher")

@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def quality(self) -> str:
-        """The metric that cells are chosen by: prompts where they are read, else the look of the samples."""
+        """The metric that cells are chosen by: prompts where they are read, else the style of the samples."""
         has_prompts = "prompt_adherence" in self.cells[self.reference]
         return "prompt_adherence" if has_prompts else "kernel_teacher"
 
@@ -209,7 +209,7 @@ def best_plain(sweep: Sweep, calls: int) -> Cell | None:
 
 
 def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
-    """What is wrong with the look of a cell: its kind and the figures; None if nothing is."""
+    """What is wrong with the style of a cell: its kind and the figures; None if nothing is."""
     figures, teacher = sweep.cells[cell], sweep.cells[sweep.reference]
 
     def over(key: str) -> float | None:

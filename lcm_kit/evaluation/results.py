@@ -154,7 +154,7 @@ def best_plain(
 
 
 class BrandRow(TypedDict):
-    """One way to draw, with its figures on the prompts of the look and on the control prompts."""
+    """One way to draw, with its figures on the prompts of the style and on the control prompts."""
 
     id: str
     name: Literal["base", "styled", "adapter"]
@@ -178,7 +178,7 @@ def compares_brand(results: Results) -> bool:
 
 
 def brand_rows(results: Results) -> list[BrandRow]:
-    """A row for each cell on the prompts of the look, joined with that of the same settings on the control
+    """A row for each cell on the prompts of the style, joined with that of the same settings on the control
     prompts: the base, the styled teacher if there is one, then the adapter by steps.
     """
     return [

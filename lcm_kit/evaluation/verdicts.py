@@ -45,7 +45,7 @@ def lowest_frechet(cells: Sequence[Cell], calls: int) -> float | None:
     """The least Frechet distance of a plain solver at `calls` UNet calls; None where none was measured.
 
     It may be another cell than the one that draws most right: without guidance a plain solver keeps closer to
-    the look of real pictures and further from their prompts.
+    the style of real pictures and further from their prompts.
     """
     found = [
         results_of.value(cell, "frechet_biased")
@@ -94,7 +94,7 @@ def quality_verdict(results: Results) -> str | None:
     return "In part" if better else "No"
 
 
-# -- evaluation/brand: does it draw in the look, and what was forgotten? -------------------------------------
+# -- evaluation/brand: does it draw in the style, and what was forgotten? ------------------------------------
 
 
 class More(NamedTuple):
@@ -117,7 +117,7 @@ class Brand(NamedTuple):
 
 def brand_headline(results: Results, quality: Results | None = None) -> Brand:
     """The rows of evaluation/brand to compare; `quality`: a quality evaluation of the same run, which may
-    have more prompts that do not name the look.
+    have more prompts that do not name the style.
     """
     rows = results_of.brand_rows(results)
     base, styled = (next((row for row in rows if row["name"] == name), None) for name in ("base", "styled"))

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from lcm_kit.lora.provenance import Guidance, Provenance
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
-LOOK = "pictures/base-and-look.png"
+LOOK = "pictures/base-and-style.png"
 _ASKED = "a lighthouse by the sea at sunset"
 _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a picture's longer side
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
@@ -102,7 +102,7 @@ def write(
     drawn = evaluation(results)
     compared = drawn and (drawn["head"].teacher, drawn["head"].student)
     asked = _sheet(folder / SHEET, drawn, compared, pictures_from) if drawn else []
-    styled = in_the_look(brand, results)
+    styled = in_the_style(brand, results)
     compared = styled and (styled["head"].base, styled["head"].adapter)
     looks = _sheet(folder / LOOK, styled, compared, pictures_from) if styled else []
     page = environment.get_template("card.md.j2").render(
@@ -282,7 +282,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
-def in_the_look(found: Results | None, results: Results | None = None) -> dict[str, Any] | None:
+def in_the_style(found: Results | None, results: Results | None = None) -> dict[str, Any] | None:
     """What the card says of a brand.json: every row, and the verdict; None without base and adapter."""
     if not found or not compares_brand(found):
         return None

@@ -174,7 +174,7 @@ class Data:
     fingerprint: str | None = None
     resolution: int | None = None  # pixels along one side
     source: str | None = None  # images, teacher, mix
-    trigger: str | None = None  # what prompts say to get the look
+    trigger: str | None = None  # what prompts say to get the style
 
 
 @dataclass(frozen=True, config=STRICT)

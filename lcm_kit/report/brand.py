@@ -23,7 +23,7 @@ from lcm_kit.report.shared import image_uri, number, percent, picture_uri
 from lcm_kit.samplers import title_of
 
 _SHOWN = 6  # rows of the first picture
-_TITLES = {"base": "The base", "styled": "The look, not fast", "adapter": "Your adapter"}
+_TITLES = {"base": "The base", "styled": "The style, not fast", "adapter": "Your adapter"}
 
 
 def context(run: Path, found: Results, quality: Results | None = None) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def sentences(head: Brand, adherence: str) -> list[str]:
         f"{what}: {_beside(head, key, form)}{_nearer(head) if key == 'brand_similarity' else ''}."
         for key, what, form in (
             ("brand_similarity", "Nearness to your pictures (brand similarity, higher is nearer)", number),
-            ("brand_adherence", f"Prompts in your look, {asked}", show),
+            ("brand_adherence", f"Prompts in your style, {asked}", show),
             ("control_adherence", f"Prompts of other things, {asked}", show),
             ("diversity", "Variety between pictures of one prompt", number),
         )

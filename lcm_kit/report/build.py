@@ -210,7 +210,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {
         "base": config["base"]["path"],
         **({"method": method.title} if method else {}),
-        **({"the teacher's look": looks} if looks else {}),
+        **({"the teacher's style": looks} if looks else {}),
         **_seen(config["data"]),
         "training": f"{steps} steps of {images} images a process",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
@@ -232,7 +232,7 @@ def _seen(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _style_export(run: Path) -> str | None:
-    """Where the files of the look alone are, if the run was made by `lcm-kit finetune`."""
+    """Where the files of the style alone are, if the run was made by `lcm-kit finetune`."""
     return "style/export" if (run / "style" / "export").is_dir() else None
 
 

@@ -1,4 +1,4 @@
-"""The report of a style LoRA: was the look learned, on which step is it best, was it over-trained?
+"""The report of a style LoRA: was the style learned, on which step is it best, was it over-trained?
 
 Its figures are those of the training, so it needs no evaluation.
 """

@@ -96,7 +96,7 @@ def interval(figure: Mapping[str, float] | None) -> str:
 
 
 def quality(cells: Sequence[Cell]) -> str | None:
-    """The metric that says how good pictures are: prompts where they are read, else the look."""
+    """The metric that says how good pictures are: prompts where they are read, else the style."""
     drawn = [cell for cell in cells if cell["kind"] != "teacher"]
     present = (key for key in _QUALITY if any(cell["metrics"].get(key) for cell in drawn))
     return next(present, None)

@@ -1,9 +1,9 @@
-"""Is it forgetting? Control prompts, which do not name the look, measured without a model that sees pictures.
+"""Is it forgetting? Control prompts, which do not name the style, measured without a vision model.
 
 `control_distance` of a distilled LoRA: the RMS in latents between the student's one-step sample and the
 teacher's 50-step sample from the same noise; more steps renew noise on their way, in which forgetting drowns
 (docs/training.md). `control_loss` of a style LoRA: the denoising loss on what the
-base itself draws for these prompts; distance in pictures would tell how strong the look is and not what is
+base itself draws for these prompts; distance in pictures would tell how strong the style is and not what is
 lost. Either rises when the LoRA unlearns what the brand's pictures lack (docs/finetuning.md).
 """
 

@@ -1,6 +1,6 @@
 """What is measured while a LoRA trains, besides its own loss, and the weights that are the result.
 
-Held-out pictures of the look tell over-training, control prompts tell forgetting (`overtraining.py` has the
+Held-out pictures of the style tell over-training, control prompts tell forgetting (`overtraining.py` has the
 rule and the words). Noise and times are the same in every measurement, so that two differ by the weights
 alone.
 """

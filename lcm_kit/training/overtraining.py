@@ -1,8 +1,8 @@
 """Over-training and forgetting: which of the measured weights are kept, and what the figures say, in words.
 
 Two figures tell on a run, both measured with the same noise every time: the loss on held-out pictures of
-the look, which falls, and rises again when the trained ones are learned by heart; and one on control prompts,
-which do not name the look, that rises when they are forgotten.
+the style, which falls, and rises again when the trained ones are learned by heart; and one on control
+prompts, which do not name the style, that rises when they are forgotten.
 
 The rule. A step passes if its control figure is at most the tolerance above the lowest one that was measured,
 step 0 included. Of the steps that pass, the one with the lowest held-out loss is kept; where no picture is
@@ -20,8 +20,8 @@ HELD_OUT_LOSS = "held_out_loss"  # in metrics.jsonl and adapter.json
 OVERTRAINED = 0.02  # a last loss this share above the lowest is told as over-training
 CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"}  # its name, by the recipe
 # By that name: the share above the lowest that still passes, as measured on tiny-sd
-# (docs/finetuning.md, docs/training.md). The loss may double, since a look that shows in every picture raises
-# it too.
+# (docs/finetuning.md, docs/training.md). The loss may double, since a style that shows in every picture
+# raises it too.
 TOLERANCE = {"control_loss": 1.0, "control_distance": 0.12}
 HELP = {
     "control_loss": "prior.prompts, fewer steps, a lower optimizer.lr",
@@ -109,7 +109,7 @@ def _on_held_out(measured: Measured, kept: int) -> list[str]:
     if styled and 0 in losses and losses[lowest] >= losses[0]:
         said.append(
             f"warning: the loss on held-out pictures never fell below the base's ({losses[0]:.4g}), so what "
-            "was learned does not hold for them; are they of one look, and do the captions fit?"
+            "was learned does not hold for them; are they of one style, and do the captions fit?"
         )
     return said
 

@@ -1,4 +1,4 @@
-"""From brand pictures to one adapter that draws their look in 4 steps: the stages in one go.
+"""From brand pictures to one adapter that draws their style in 4 steps: the stages in one go.
 
 `finetune` is the story for a studio's folder and base, `quickstart` the same on what the kit ships.
 """
@@ -51,7 +51,7 @@ def finetune(
 
     `output`: the run's folder, `runs/<name of the folder>` unless given. `prompts`: a file of prompts to draw
     while it trains and to judge by; None: `prompts.txt` in the folder if there is one, else the captions of
-    the pictures that are held out. `trigger`: the word of the captions that stands for the look
+    the pictures that are held out. `trigger`: the word of the captions that stands for the style
     (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
     distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
     `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and make nothing. A stage that

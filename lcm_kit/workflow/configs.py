@@ -53,7 +53,7 @@ class Story:
 
     @property
     def run(self) -> Path:
-        """The run's folder: that of the adapter with look and speed."""
+        """The run's folder: that of the adapter with style and speed."""
         return Path(self.distill.output)
 
 
@@ -188,7 +188,7 @@ def _without_held_out(distill: Distill, style: Finetune) -> Distill:
 def _with_general(distill: Distill, style: Finetune) -> Distill:
     """With what the base drew for the style's training as general pictures, unless it names others.
 
-    The base alone teaches these, so that prompts which do not name the look still draw as before.
+    The base alone teaches these, so that prompts which do not name the style still draw as before.
     """
     if style.prior.prompts is None or distill.data.regularization or distill.data.source == "teacher":
         return distill

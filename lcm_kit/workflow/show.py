@@ -67,7 +67,7 @@ def _seen(story: Story) -> str:
 
 
 def _general(story: Story) -> str:
-    """The pictures that are to keep what does not name the look."""
+    """The pictures that are to keep what does not name the style."""
     drawn = story.style.prior.prompts is not None and prior.data_of(story.style).path
     general = story.distill.data.regularization
     return f"{story.style.prior.count:,} that the base drew" if general == drawn else str(general)
@@ -89,10 +89,10 @@ def summary(story: Story) -> None:
         console.say(f"- {sentence}")
     lines = [
         "",
-        f"Your look in few steps ({_few_steps(story)}):",
+        f"Your style in few steps ({_few_steps(story)}):",
         f"  ComfyUI, A1111, Forge, InvokeAI, SD.Next   {run / 'export' / f'{name}.safetensors'}",
         f"  diffusers                                  {run / 'export' / 'pytorch_lora_weights.safetensors'}",
-        "Your look alone, with the base's usual sampler, steps and CFG:",
+        "Your style alone, with the base's usual sampler, steps and CFG:",
         f"  {Path(story.style.output) / 'export' / 'style.safetensors'}",
         f"What to set in each app: {run / 'export' / 'README.md'}",
         f"The whole story, for a browser: {run / 'report.html'}",
@@ -125,7 +125,7 @@ def other_way(story: Story, speed: str | None) -> None:
         "(--speed, with another --output). And there is another way, which"
     )
     text = (
-        f"{asked} trains nothing more: this finds the weights of both; where the look is near to what the "
+        f"{asked} trains nothing more: this finds the weights of both; where the style is near to what the "
         "base draws it may be sharper, at the price of other prompts (docs/brand-study.md):"
     )
     for line in (text, f"  {shlex.join(command)}"):

@@ -20,7 +20,7 @@ Stage = tuple[str, Callable[[], Any]]
 def stages_of(story: Story) -> Iterator[Stage]:
     """All stages after the check of the folder, by title; each imports what it needs when it runs."""
     yield "encode: pictures and captions become latents and embeddings", lambda: encode(story)
-    yield "style: a LoRA that draws your look, at the base's pace", lambda: style(story)
+    yield "style: a LoRA that draws your style, at the base's pace", lambda: style(story)
     yield "distil: one LoRA that draws as base and style do, in few steps", lambda: distil(story)
     yield "export: the files that apps load, each checked in each app", lambda: export(story.run)
     yield "evaluate: base, styled base and adapter from the same noise", lambda: evaluate(story)

@@ -1,4 +1,4 @@
-"""A look at few steps: the figures of brand.json are those of plain diffusers' pictures of the same noise."""
+"""A style at few steps: the figures of brand.json are those of plain diffusers' pictures from that noise."""
 
 from __future__ import annotations
 

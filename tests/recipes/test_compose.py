@@ -93,7 +93,7 @@ def figures(adherence: float, kernel: float, brand: float, noise: float = 0.01) 
 
 
 def test_the_pair_that_is_chosen() -> None:
-    """Prompts first, then nearness to the styled teacher, then to its look where that cannot tell."""
+    """Prompts first, then nearness to the styled teacher, then to its style where that cannot tell."""
 
     def pair(style: float, speed: float) -> Pair:
         return Pair("student", "pair", "lcm", 4, 1.0, speed, style_weight=style)
@@ -102,7 +102,7 @@ def test_the_pair_that_is_chosen() -> None:
         Pair("teacher", None, "ddim", 50, 5.0): figures(1.0, 0.0, 0.9),
         pair(1.0, 0.6): figures(0.5, 0.10, 0.9),  # off its prompts
         pair(1.0, 0.8): figures(0.95, 0.30, 0.3),
-        pair(1.0, 1.0): figures(0.96, 0.31, 0.5),  # as near as the one above, more like the teacher's look
+        pair(1.0, 1.0): figures(0.96, 0.31, 0.5),  # as near as the one above, more like the teacher's style
         pair(1.1, 0.8): figures(0.95, 0.30, 1.9),  # as near, and more look than the teacher has
         pair(1.2, 1.0): figures(0.96, 0.60, 0.8),  # far from the teacher
     }

@@ -1,4 +1,4 @@
-"""The promise of the README, measured: minutes of training on a CPU give a look in 4 steps."""
+"""The promise of the README, measured: minutes of training on a CPU give a style in 4 steps."""
 
 from __future__ import annotations
 

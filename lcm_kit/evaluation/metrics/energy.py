@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 POWERCAP = Path("/sys/class/powercap")  # Linux's counters, of Intel's and AMD's CPUs
-_EVERY = 0.05  # seconds between two looks at a GPU's power
+_EVERY = 0.05  # seconds between two styles at a GPU's power
 
 
 class Energy:

@@ -1,4 +1,4 @@
-"""Does it look like the brand? Nearness to its pictures, over nearness to pictures of other looks.
+"""Does it look like the brand? Nearness to its pictures, over nearness to pictures of other styles.
 
 The control's mean is taken off all features first: those of any two pictures share a large part, which would
 leave every cosine near 1 and the difference near 0. What is left is what sets a picture apart from the
