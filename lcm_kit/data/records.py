@@ -25,6 +25,8 @@ from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.written import tidied
 
+# Begins the id of a picture of data.regularization. Ids are in caches and choose what is held out: it stays
+GENERAL = "regularisation/"
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
 _ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
@@ -98,7 +100,7 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
         general = _folder(place(data.regularization), name).items
         if not general:
             raise UserError(f"{name} holds no image; give another folder")
-        items = items + [_below("regularization", item) for item in general]
+        items = items + [_below(GENERAL.rstrip("/"), item) for item in general]
     whole = Listing(items)
     return whole.good, whole.bad
 

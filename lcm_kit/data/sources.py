@@ -19,7 +19,8 @@ from lcm_kit.data import images, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.progress import EncodeReport
-from lcm_kit.data.split import GENERAL, Rows, chosen, own_images, split
+from lcm_kit.data.records import GENERAL
+from lcm_kit.data.split import Rows, chosen, own_images, split
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.locks import held

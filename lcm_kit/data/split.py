@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Distill
+from lcm_kit.data.records import GENERAL
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from lcm_kit.data.cache import Cache
 
 MIRRORED = " (mirrored)"  # ends the id of a mirror image
-GENERAL = "regularisation/"  # begins the id of a picture of data.regularization
 
 
 @dataclass(frozen=True)
