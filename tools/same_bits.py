@@ -96,7 +96,8 @@ def chains() -> dict[str, Chain]:
     """What is run, in a folder that `build` filled; configs say what their files say, but for the words."""
     drawn = ["prompts=prompts.txt", "count=2", "batch_size=2", "teacher_steps=2", "pictures=2"]
     small = ["validation.prompts=null", "validation.held_out=0"]
-    styled = ["teacher.adapters=[{path: style, weight: 0.8}]", "data.regularization=general"]
+    # regularisation: the name that both revisions know
+    styled = ["teacher.adapters=[{path: style, weight: 0.8}]", "data.regularisation=general"]
     train = ["train", "distill.yaml"]
     other = [*train, *small, "data.cache=cache"]
     return {
