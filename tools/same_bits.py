@@ -52,7 +52,7 @@ import json, os, sys
 from pathlib import Path
 import torch, diffusers, peft, transformers
 try:
-    from lcm_kit.cli import main as cli
+    import lcm_kit.cli.main as cli
 except ImportError:  # before the command line was a package
     from lcm_kit import cli
 assert Path(cli.__file__).is_relative_to(sys.argv[1]), cli.__file__
