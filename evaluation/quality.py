@@ -1,11 +1,11 @@
-"""Is the student as good as the teacher, and better than plain solvers at equal cost?
+"""Is the student as good as the teacher, and better than plain samplers at equal cost?
 
     lcm-kit evaluate configs/evaluation/quality.yaml
     lcm-kit evaluate configs/evaluation/tiny_base.yaml     # a base alone
     accelerate launch --num_processes 4 -m lcm_kit evaluate configs/evaluation/quality.yaml
 
 The same prompts are drawn from the same noise by the teacher (the base, many steps, guidance), by the base
-under plain solvers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
+under plain samplers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
 student at each number of steps. All of it is plain diffusers with the exported file: what users run. Writes
 `results.json` and `pictures/` into the run's folder. Samples are kept in `evaluation/`, so that a second
 evaluation with the same inputs only measures again. Copy this file and change it.

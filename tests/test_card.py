@@ -272,7 +272,7 @@ def test_the_evaluation_compares_at_equal_cost(write: Callable[..., str], tmp_pa
         ["teacher", "DDIM, 50 steps with guidance", "100", share(99), "0.0223", "0.99"],
         ["this LoRA", "LCM, 2 steps", "2", share(83), "0.182", "0.99"],
         # 62 % beat the 31 % of the other row at 4 calls; the one at 8 has no student beside it
-        ["base, plain solver", "DPM-Solver++ 2M, 4 steps", "4", share(62), "0.392", "0.99"],
+        ["base, plain sampler", "DPM-Solver++ 2M, 4 steps", "4", share(62), "0.392", "0.99"],
         ["this LoRA", "LCM, 4 steps", "4", share(94), "0.0723", "0.99"],
     ]
     assert "Measured on 4 prompts, every row from the same noise" in page and "0.0411" in page

@@ -50,6 +50,14 @@ def test_an_override_may_have_the_old_name(capsys: pytest.CaptureFixture[str], t
     assert "solvers is called samplers now" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("in_file", "override"), [("samplers", "solvers=[dpmpp_2m]"), ("solvers", "samplers=[dpmpp_2m]")]
+)
+def test_an_override_is_of_the_same_key_by_either_name(tmp_path: Path, in_file: str, override: str) -> None:
+    file = write(tmp_path, {"recipe": "evaluation/quality", "run": "r", in_file: ["ddim"]})
+    assert load(file, [override]).samplers == ("dpmpp_2m",)  # type: ignore[union-attr]
+
+
 def test_both_names_are_a_mistake(tmp_path: Path) -> None:
     both = {**OLD, "data": {"regularisation": "a", "regularization": "b"}}
     with pytest.raises(

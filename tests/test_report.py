@@ -124,7 +124,7 @@ def test_the_story_has_its_order_and_its_numbers(run: Path) -> None:
     assert places == sorted(places)
     assert "With 4 UNet calls an image the student draws 90 % of 128 pictures right" in text
     assert "needs 100 calls for 95 %" in text
-    assert "best plain solver at 4 calls (DPM-Solver++ 2M, 2 steps with guidance) draws 40 % right" in text
+    assert "best plain sampler at 4 calls (DPM-Solver++ 2M, 2 steps with guidance) draws 40 % right" in text
     assert "25 ×" in text
     assert "90 % (85 % to 94 %)" in text  # the interval in the table
     assert (
@@ -152,7 +152,7 @@ def test_the_best_plain_solver_is_chosen_at_equal_calls() -> None:
         ({}, "Yes"),
         ({"prompt_adherence": 0.84}, "In part"),  # 11 points below the teacher
         ({"frechet_biased": 0.36}, "In part"),  # more than half of 0.7
-        ({"prompt_adherence": 0.4}, "No"),  # no better than the plain solver
+        ({"prompt_adherence": 0.4}, "No"),  # no better than the plain sampler
         ({"prompt_adherence": None, "frechet_biased": None}, "Judge by eye"),
     ],
 )

@@ -7,7 +7,7 @@
     python tools/readme_figures.py runs/tiny_quick runs/tiny_lcm
     lcm-kit quickstart && python tools/readme_figures.py runs/quickstart
 
-Tables go to standard output. docs/headline.png: one row a prompt, the teacher, the plain solver with most
+Tables go to standard output. docs/headline.png: one row a prompt, the teacher, the plain sampler with most
 right attributes at 4 UNet calls, and the first run's student at 4. docs/style.png: a column a prompt of the
 look; the brand's picture, the base and the styled base at 50 steps, the adapter at 4.
 """
@@ -29,7 +29,7 @@ from lcm_kit.report.shared import percent
 ROOT = Path(__file__).resolve().parent.parent
 ZOOM, GAP, PICTURES = 2, 6, 5
 HEAD = (
-    "| | solver | steps | guidance | UNet calls | right attributes | Frechet distance "
+    "| | sampler | steps | guidance | UNet calls | right attributes | Frechet distance "
     "| to the teacher | colour | s/image |"
 )
 
@@ -46,7 +46,7 @@ def line(name: str, cell: Cell) -> str:
 
 
 def headline(run: Path) -> Image.Image:
-    """Teacher, best plain solver and student at 4 UNet calls, side by side: `PICTURES` rows of each."""
+    """Teacher, best plain sampler and student at 4 UNet calls, side by side: `PICTURES` rows of each."""
     found = results.read(run / results.FILE)
     students = results.cells_of(found["cells"], "student")
     chosen = [results.reference(found), verdicts.best_plain(found, 4)]

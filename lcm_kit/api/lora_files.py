@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
 from lcm_kit.config.numbers import WEIGHT, within
+from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
     from lcm_kit.lora.convert import Converted
@@ -189,7 +190,9 @@ def recommended_for(adapter: Place, *, verbose: bool = False) -> Recommended | N
 
 
 def _parts(loras: Weighted) -> list[tuple[Path, float]]:
-    pairs = loras.items() if isinstance(loras, Mapping) else loras
+    pairs: list[Any] = list(loras.items() if isinstance(loras, Mapping) else loras)
+    if odd := [pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2]:
+        raise UserError(f"LoRAs are given as {{file: weight}} or as pairs (file, weight), not as {odd[0]!r}")
     return [
         (Path(place), within(f"{os.fspath(place)}: weight", -WEIGHT, WEIGHT)(weight))
         for place, weight in pairs

@@ -1,4 +1,4 @@
-"""The verb that goes from a studio's pictures to its adapter. `cli.py` puts it beside the others."""
+"""The verb that goes from a studio's pictures to its adapter. `main.py` puts it beside the others."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @verbs.command(rich_help_panel="The stages")
 def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Compare teacher, plain solvers and student on the same prompts and noise."""
+    """Compare teacher, plain samplers and student on the same prompts and noise."""
     from lcm_kit.api import stages
 
     stages.evaluate(config, overrides or [], verbose=True)

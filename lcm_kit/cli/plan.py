@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run will need. `cli.py` puts it beside the others."""
+"""The verb `plan`: what a run will need. `main.py` puts it beside the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb that draws. `cli.py` puts it beside the others."""
+"""The verb that draws. `main.py` puts it beside the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample(
         int | None,
         typer.Option(
             callback=within("--steps", 1, 1000),
-            help="Solver steps: 1 to 8 for an adapter.",
+            help="Sampler steps: 1 to 8 for an adapter.",
             show_default="what a sweep recommends for the LoRA, else 4",
         ),
     ] = None,

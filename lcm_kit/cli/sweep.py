@@ -1,4 +1,4 @@
-"""The verb that holds adapters against each other. `cli.py` puts it beside the others."""
+"""The verb that holds adapters against each other. `main.py` puts it beside the others."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lcm_kit.config.schema import (
 
 @dataclass(frozen=True, config=STRICT)
 class Quality:
-    """`recipe: evaluation/quality`: teacher, plain solvers and student on the same prompts and noise."""
+    """`recipe: evaluation/quality`: teacher, plain samplers and student on the same prompts and noise."""
 
     recipe: Literal["evaluation/quality"]
     # the run's folder: its adapter is the student, its base the teacher; results.json is written there
@@ -38,10 +38,10 @@ class Quality:
     # prompts, taken from the top of the file and repeated with new noise where it is shorter
     count: Positive = 128
     batch_size: BatchSize = 32
-    guidance_scale: Scale = 5.0  # of the teacher and of the plain solvers with guidance
+    guidance_scale: Scale = 5.0  # of the teacher and of the plain samplers with guidance
     teacher_steps: Positive = 50
     student_steps: tuple[Positive, ...] | None = None  # null: those that the run's method serves
-    # budgets of the plain solvers; guidance costs two calls a step
+    # budgets of the plain samplers; guidance costs two calls a step
     unet_calls: tuple[Positive, ...] = (2, 4, 8)
     samplers: tuple[BaseSampler, ...] = ("ddim", "dpmpp_2m")
     lora_weight: Weight = 1.0

@@ -17,7 +17,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.methods import IMPORTS
 from lcm_kit.config.mistakes import Key, cut, did_you_mean, dotted, place, sentence, short
 from lcm_kit.config.pretrain import PretrainTiny
-from lcm_kit.config.renamed import rename
+from lcm_kit.config.renamed import rename, renamed_override
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
@@ -53,9 +53,12 @@ def of_recipe(recipe: str, overrides: Sequence[str], *, imports: bool = False) -
 
 
 def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str], imports: bool) -> Config:
-    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    # The file's names first: an override by an old name is of the same key, and so the other way round
+    problems = rename(_recipe(raw), raw, path)
+    today = [renamed_override(_recipe(raw), override, path) for override in overrides]
+    problems += [problem for override in today if (problem := _override(raw, override))]
     recipe = _recipe(raw)
-    problems += rename(recipe, raw, path)
+    problems += rename(recipe, raw, path)  # within a block that an override gave
     if recipe not in RECIPES:
         raise _error(path, [*problems, _recipe_problem(recipe, raw)])
     schema = RECIPES[recipe]

@@ -36,11 +36,24 @@ def rename(recipe: str | None, raw: dict[str, Any], name: object) -> list[str]:
             del inside[key]
             continue
         inside[now] = inside.pop(key)
-        console.say(
-            f"warning: config {name}: {old} is called {new} now; the old name works in this version only",
-            err=True,
-        )
+        _warn(name, old, new)
     return problems
+
+
+def renamed_override(recipe: str | None, text: str, name: object) -> str:
+    """An override `key=value` under the name of today, with the warning."""
+    key, equals, value = text.partition("=")
+    if (new := RENAMED.get(recipe or "", {}).get(key)) is None:
+        return text
+    _warn(name, key, new)
+    return f"{new}{equals}{value}"
+
+
+def _warn(name: object, old: str, new: str) -> None:
+    console.say(
+        f"warning: config {name}: {old} is called {new} now; the old name works in this version only",
+        err=True,
+    )
 
 
 def current(keys: Mapping[str, Any]) -> dict[str, Any]:

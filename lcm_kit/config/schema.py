@@ -86,7 +86,7 @@ class Teacher:
     # false: its adapter learns style and speed together
     in_student: bool = False
     # who teaches the pictures of data.regularization. base: the base alone, so that what does not name the
-    # look is drawn as before; adapters: the base with them, as it always is with in_student
+    # style is drawn as before; adapters: the base with them, as it always is with in_student
     regularization: Literal["base", "adapters"] = "base"
     # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
     # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning

@@ -52,7 +52,7 @@ class FeatureExtractor:
     ) -> FeatureExtractor:
         """What the evaluation `recipe` asks for; `features` None: none.
 
-        `probe` is the asset that reads pictures of the embedded world: those that may be in a brand's look
+        `probe` is the asset that reads pictures of the embedded world: those that may be in a brand's style
         are read by the one that knows the brand styles. Raises `UserError` if an extractor is not there or
         reads no text.
         """

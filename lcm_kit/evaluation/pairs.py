@@ -80,7 +80,7 @@ def choose(cells: Mapping[Pair, Figures], confidence: float) -> tuple[Pair, list
     it less, beyond the interval of the paired difference, the one whose pictures are nearest to the styled
     teacher's: the least kernel distance of their features, and where that cannot tell two apart, the one
     whose likeness to the brand is nearest to the teacher's. (Asked for the best pair's prompts alone, the
-    weights at which no look is left would win: a look costs prompts, and the styled teacher says how many.
+    weights at which no style is left would win: a style costs prompts, and the styled teacher says how many.
     Asked for the most likeness, those at which the style drowns the object would.)
     """
     pairs = [cell for cell in cells if cell.kind == "student"]

@@ -13,7 +13,7 @@ UNKNOWN = "Judge by eye"
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
 _CALLS = 4  # UNet calls of the comparison that matters
 _STEPS = 4  # of the adapter that is held against the brand
-# What says how good a plain solver's pictures are: the first that was measured
+# What says how good a plain sampler's pictures are: the first that was measured
 PLAIN_BY = ("prompt_adherence", "frechet_biased", "pixel_distance")
 
 
@@ -21,12 +21,12 @@ PLAIN_BY = ("prompt_adherence", "frechet_biased", "pixel_distance")
 
 
 class Quality(NamedTuple):
-    """The comparison that matters: the student near 4 UNet calls, the best plain solver at as many."""
+    """The comparison that matters: the student near 4 UNet calls, the best plain sampler at as many."""
 
     teacher: Cell
     student: Cell
-    plain: Cell | None  # None where no plain solver ran at as many calls
-    plain_frechet: float | None  # the least of any plain solver at as many calls
+    plain: Cell | None  # None where no plain sampler ran at as many calls
+    plain_frechet: float | None  # the least of any plain sampler at as many calls
     fewer: float  # UNet calls, teacher's over student's
     faster: float  # seconds, teacher's over student's
 
@@ -42,10 +42,10 @@ def best_plain(results: Results, calls: int, cells: Sequence[Cell] | None = None
 
 
 def lowest_frechet(cells: Sequence[Cell], calls: int) -> float | None:
-    """The least Frechet distance of a plain solver at `calls` UNet calls; None where none was measured.
+    """The least Frechet distance of a plain sampler at `calls` UNet calls; None where none was measured.
 
-    It may be another cell than the one that draws most right: without guidance a plain solver keeps closer to
-    the style of real pictures and further from their prompts.
+    It may be another cell than the one that draws most right: without guidance a plain sampler keeps closer
+    to the style of real pictures and further from their prompts.
     """
     found = [
         results_of.value(cell, "frechet_biased")
@@ -73,7 +73,7 @@ def quality_headline(results: Results) -> Quality:
 
 
 def quality_verdict(results: Results) -> str | None:
-    """Yes: within 10 points of the teacher, and at most half of any plain solver's Frechet distance.
+    """Yes: within 10 points of the teacher, and at most half of any plain sampler's Frechet distance.
 
     None without a student.
     """

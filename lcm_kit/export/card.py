@@ -59,7 +59,7 @@ _COLUMNS, _LARGEST = 8, 192  # of the sheet: pictures a row, pixels along a pict
 # What ComfyUI's ModelSamplingDiscrete calls what a base predicts, for few-step sampling
 _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-_NAMES = {"teacher": "teacher", "plain": "base, plain solver", "student": "**this LoRA**"}
+_NAMES = {"teacher": "teacher", "plain": "base, plain sampler", "student": "**this LoRA**"}
 _LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
 _VERDICTS = {
     "Yes": "Yes",
@@ -246,7 +246,7 @@ def _millions(n: int) -> str:
 def evaluation(results: Results | None) -> dict[str, Any] | None:
     """The rows to show, and whether there is anything in each column; None without a student.
 
-    The teacher, then for each number of UNet calls the best plain solver, if one ran at it, and the student.
+    The teacher, then for each number of UNet calls the best plain sampler, if one ran at it, and the student.
     """
     if results is None or not verdicts.has_student(results):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from lcm_kit import bases, console
 from lcm_kit.adapter import folder as adapter
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import recommended, results
+from lcm_kit.evaluation.result_shapes import Results
 from lcm_kit.export import card, trained
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.lora import delivery, verified, verify
@@ -90,16 +92,21 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
     lora = trained.read(run / "adapter", against.structure)
     return card.write(
         folder, title=title, files=mine, structure=against.structure, facts=about, lora=lora, checks=checks,
-        results=results.of_run(run) if _is_of_these_weights(run, results.FILE) else None,
-        brand=results.of_brand(run) if _is_of_these_weights(run, results.BRAND_FILE) else None,
+        results=_measured(run, results.FILE, results.of_run),
+        brand=_measured(run, results.BRAND_FILE, results.of_brand),
         pictures_from=run,
     )  # fmt: skip
 
 
-def _is_of_these_weights(run: Path, name: str) -> bool:
-    """Whether there is such an evaluation; one from before the last training tells nothing of them."""
-    file = run / name
-    return file.is_file() and file.stat().st_mtime >= (run / "adapter" / adapter.WEIGHTS).stat().st_mtime
+def _measured(run: Path, name: str, read: Callable[[Path], Results | None]) -> Results | None:
+    """What an evaluation says of these weights; one that cannot be read is named."""
+    if not results.is_of_these_weights(run, name):
+        return None
+    try:
+        return read(run)
+    except UserError as error:
+        console.say(f"warning: the card has no figures of it: {error}", err=True)
+        return None
 
 
 def _names(title: str) -> set[str]:

@@ -23,7 +23,7 @@ from lcm_kit.samplers import title_of
 from lcm_kit.training.run_files import config_of, metrics_of
 
 _SHOWN = 8  # pictures a row
-_BEST, _OTHERS = "Base with the best plain solver", "Base with every other plain solver"
+_BEST, _OTHERS = "Base with the best plain sampler", "Base with every other plain sampler"
 Row = dict[str, Any]  # a cell, with its figures by name and its pictures as data URIs
 
 
@@ -87,7 +87,7 @@ def context(run: Path) -> dict[str, Any]:
 
 
 def _quality(run: Path, results: Results) -> dict[str, Any]:
-    """The part that compares with the teacher and with plain solvers."""
+    """The part that compares with the teacher and with plain samplers."""
     rows = {cell["id"]: _row(run, cell, results) for cell in results["cells"]}
     head = verdicts.quality_headline(results)
     columns = [rows[cell["id"]] for cell in (head.teacher, head.plain, head.student) if cell]
@@ -138,7 +138,7 @@ def describe(cell: Mapping[str, Any]) -> str:
 
 
 def _gallery(results: Results) -> dict[str, list[Cell]]:
-    """The cells to look at by heading; plain solvers: the best at each budget of UNet calls, and the rest."""
+    """The cells to look at by heading; plain samplers: the best at each budget of calls, and the rest."""
     cells = results["cells"]
     plain = results_of.cells_of(cells, "plain")
     best = [verdicts.best_plain(results, calls) for calls in sorted({cell["unet_calls"] for cell in plain})]
@@ -165,7 +165,13 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
     if not (run / "adapter").is_dir():
         return []
     kept = adapter.read_provenance(run / "adapter").optimizer_steps
-    return style.verdict_sentences(style.figures(metrics, "train/distill"), kept)
+    stale = [
+        f"{name} was measured before the last training of this run, so its figures and pictures are of other "
+        "weights: export and evaluate again."
+        for name in (results_of.FILE, results_of.BRAND_FILE)
+        if (run / name).is_file() and not results_of.is_of_these_weights(run, name)
+    ]
+    return stale + style.verdict_sentences(style.figures(metrics, "train/distill"), kept)
 
 
 def _plots(results: Results | None, metrics: Sequence[Mapping[str, float]]) -> dict[str, str | None]:

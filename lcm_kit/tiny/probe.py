@@ -45,7 +45,7 @@ class Probe(nn.Module):
 
         An early stage sees what accuracy does not: colours, edges, texture, blur. And its means are few and
         vary little from picture to picture, so a Frechet distance of a hundred pictures is not all bias: in
-        trials the last stage could not tell 4 steps of a plain solver from real renders, this one could.
+        trials the last stage could not tell 4 steps of a plain sampler from real renders, this one could.
         """
         return self.trunk[:_EARLY](images.float()).mean((2, 3))
 

@@ -76,6 +76,11 @@ def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> lis
         if key in TOLD:
             changed.append(f"{key} was {before[1]} and is {now[1]}")
         else:
+            if key == "method.sha256":  # nobody wrote that key: it is the file's
+                raise UserError(
+                    f"{file.parent}: the Python file of the method changed since this run was started; put "
+                    "it back to continue, or give another output"
+                )
             raise UserError(
                 f"{file.parent}: this run was started with {key} {before[1]} and the config says {now[1]}; "
                 "set it back to continue, or give another output"

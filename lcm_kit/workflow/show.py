@@ -140,7 +140,7 @@ def _brand(run: Path, quality: Results | None) -> list[str]:
 
 
 def quality_table(found: Results) -> None:
-    """Print the base at its full steps, and at 4 UNet calls the best plain solver and the adapter."""
+    """Print the base at its full steps, and at 4 UNet calls the best plain sampler and the adapter."""
     plain = verdicts.best_plain(found, 4)
     students = results.cells_of(found["cells"], "student")
     chosen = [results.reference(found), *([plain] if plain else [])]

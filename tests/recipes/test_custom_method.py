@@ -267,7 +267,7 @@ def test_it_trains_as_lcm_with_that_constant_and_goes_on_with_the_same_code_alon
     # Another code is another run
     Path("elsewhere/mine.py").write_text(NARROW + "\n# changed\n")
     refused = cli("train", write({**more, "steps": 6}))
-    assert refused.exit_code == 2 and "was started with method.sha256" in said(refused)
+    assert refused.exit_code == 2 and "the Python file of the method changed since" in said(refused)
     again = cli("train", "half/config.yaml", "steps=6")
     assert again.exit_code == 2 and "elsewhere/mine.py has changed since" in said(again)
     other = {**more, "method": {**own, "path": "elsewhere/mine.py:Other"}}

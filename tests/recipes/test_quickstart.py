@@ -49,7 +49,7 @@ def test_the_look_is_there_at_4_steps(run: Path) -> None:
 
 
 def test_what_does_not_name_the_look_is_drawn_better_than_without_the_adapter(run: Path) -> None:
-    """At 4 UNet calls: the base's plain solvers with guidance, which serves it best at 50 steps."""
+    """At 4 UNet calls: the base's plain samplers with guidance, which serves it best at 50 steps."""
     cells = results.cells_of(results.read(run / "results.json")["cells"], "plain")
     student, teacher = drawn(run)["student"], drawn(run)["teacher"]
     guided = [cell for cell in cells if cell["unet_calls"] == 4 and cell["guidance_scale"] > 1]
