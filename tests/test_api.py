@@ -290,3 +290,9 @@ def test_the_command_line_and_a_program_draw_the_same(monkeypatch: pytest.Monkey
     assert given == ("b", ["a cat"]) and {**more, "dtype": torch.float16} == {
         **how.settings, "batch_size": 8, "device": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("loras", [["run"], [("a", 1.0, 2)], ["ab"]])
+def test_loras_without_weights_are_a_sentence(loras: Any, tmp_path: Path) -> None:
+    with pytest.raises(lcm_kit.UserError, match=r"LoRAs are given as \{file: weight\} or as pairs"):
+        lcm_kit.merge(loras, tmp_path / "out", base="asset:tiny-sd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -432,3 +433,15 @@ def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: b
     assert "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it" in draw("header")
     whole, damaged, header = ((tmp_path / name / "contact-sheet.png").read_bytes() for name in names)
     assert header == whole != damaged
+
+
+def test_results_of_another_version_cost_the_card_its_figures_and_nothing_else(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "results.json").write_text('{"version": 1, "cells": []}')
+    later = (run / "adapter" / "lora.safetensors").stat().st_mtime + 60
+    os.utime(run / "results.json", (later, later))
+    export_run(run, "diffusers", "float32")
+    words = " ".join(capsys.readouterr().err.split())
+    assert "the card has no figures of it:" in words and "has version 1 of results" in words
+    assert (run / "export" / "README.md").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -214,3 +215,12 @@ def test_a_base_alone_has_no_report(run: Path) -> None:
     file.write_text(json.dumps(found))
     with pytest.raises(UserError, match="without a student"):
         write_report(run)
+
+
+def test_figures_of_other_weights_are_said_to_be_such(run: Path) -> None:
+    words = "results.json was measured before the last training of this run"
+    assert words not in write_report(run).read_text()
+    weights = run / "adapter" / "lora.safetensors"
+    later = (run / "results.json").stat().st_mtime + 60
+    os.utime(weights, (later, later))  # as after more training
+    assert words in write_report(run).read_text()
