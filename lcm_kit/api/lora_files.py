@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
-from lcm_kit.config.numbers import WEIGHT, within
+from lcm_kit.config.numbers import in_range, require_in_range
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def verify(
     """
     from lcm_kit.lora import verify as checks
 
-    _require_ranges(alpha)
+    require_in_range(alpha=alpha)
     with call(verbose), console.working(f"checking {file}"):
         against = checks.base_of(base, variant=variant) if base else None
         return checks.verify(Path(file), against, apps=apps or checks.ALL, alpha=alpha)
@@ -106,7 +106,7 @@ def convert(
     from lcm_kit.lora import convert as converting
     from lcm_kit.lora import verify as checks
 
-    _require_ranges(alpha, rank)
+    require_in_range(alpha=alpha, rank=rank)
     source = Path(file)
     with call(verbose), console.working(f"converting {file}"):
         against = checks.base_of(base, variant=variant) if base else None
@@ -139,7 +139,7 @@ def merge(
     """
     from lcm_kit.lora import merge_files
 
-    _require_ranges(rank=rank)
+    require_in_range(rank=rank)
     parts = _parts(loras)
     with call(verbose), console.working(f"merging {len(parts)} LoRAs"):
         return merge_files.merge(
@@ -194,11 +194,5 @@ def _parts(loras: Weighted) -> list[tuple[Path, float]]:
     if odd := [pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2]:
         raise UserError(f"LoRAs are given as {{file: weight}} or as pairs (file, weight), not as {odd[0]!r}")
     return [
-        (Path(place), within(f"{os.fspath(place)}: weight", -WEIGHT, WEIGHT)(weight))
-        for place, weight in pairs
+        (Path(place), in_range("weight", f"{os.fspath(place)}: weight")(weight)) for place, weight in pairs
     ]
-
-
-def _require_ranges(alpha: float | None = None, rank: int | None = None) -> None:
-    within("alpha", 0, 1e9, above=True)(alpha)
-    within("rank", 1, 65_536)(rank)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
-from lcm_kit.config.numbers import WEIGHT, within
+from lcm_kit.config.numbers import require_in_range
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 
     from lcm_kit.config.schema import Base
     from lcm_kit.sample import CallSettings
-
-# what a picture can be drawn with, lowest and highest
-_RANGES: dict[str, tuple[float, float]] = {
-    "steps": (1, 1000), "guidance_scale": (1, 1000), "weight": (-WEIGHT, WEIGHT), "count": (1, 1000),
-    "batch_size": (1, 1000), "width": (8, 8192), "height": (8, 8192),
-}  # fmt: skip
 
 
 def sample_images(
@@ -50,10 +44,9 @@ def sample_images(
     `adapter`: a LoRA file or a run; None draws with the base. `base`: a diffusers folder, a hub id or
     asset:NAME; by default the run's. What is None of `sampler`, `steps`, `guidance_scale` (diffusers', 1 is
     none) and `weight` is what was measured for the LoRA (`recommended_for`), else what serves its method:
-    for LCM lcm, 4, 1 and 1. `width`
-    and `height` in pixels, multiples of 8; the base's own by default, and a square if one is given. Picture
-    i is a function of (seed, i): no batch size changes it. `device` as "cuda:1", `dtype` as "float16": by
-    default CUDA in float16 if there is one, else the CPU in float32.
+    for LCM lcm, 4, 1 and 1. `width` and `height` in pixels, multiples of 8; the base's own by default, and a
+    square if one is given. Picture i is a function of (seed, i): no batch size changes it. `device` as
+    "cuda:1", `dtype` as "float16": by default CUDA in float16 if there is one, else the CPU in float32.
 
     Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
     a form that diffusers loads, before weights are loaded; and for settings that are impossible.
@@ -103,7 +96,7 @@ def load_into(
     from lcm_kit.lora.locate import adapter_file
     from lcm_kit.lora.verify import Against
 
-    _require_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    require_in_range(steps=steps, guidance_scale=guidance_scale, weight=weight)
     with call(verbose):
         file = adapter_file(os.fspath(adapter))
         require_diffusers(file, Against(structure.of_pipeline(pipe)))
@@ -155,8 +148,8 @@ def drawing(
     from lcm_kit.io.written import from_command
     from lcm_kit.lora.write import DTYPES
 
-    _require_ranges(steps=steps, guidance_scale=guidance_scale, weight=weight)
-    _require_ranges(count=count, batch_size=more.get("batch_size"), width=width, height=height)
+    require_in_range(steps=steps, guidance_scale=guidance_scale, weight=weight)
+    require_in_range(count=count, batch_size=more.get("batch_size"), width=width, height=height)
     wanted = [*map(from_command, prompts)]
     found = Base(path=base) if base else _base_of(adapter)
     advice, made_by, given = None, DEFAULT, None if adapter is None else Path(adapter)
@@ -183,11 +176,6 @@ def drawing(
             "dtype": None if dtype is None else getattr(torch, dtype), **more,
         },
     )  # fmt: skip
-
-
-def _require_ranges(**numbers: float | None) -> None:
-    for name, value in numbers.items():
-        within(name, *_RANGES[name])(value)
 
 
 def _require_a_pair(adapter: Path, base: Base) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lcm_kit.config.numbers import WEIGHT, within
+from lcm_kit.config.numbers import in_range
 from lcm_kit.errors import UserError
 from lcm_kit.families import listed
 
@@ -39,7 +39,7 @@ LeaveOut = Annotated[
 Alpha = Annotated[
     float | None,
     typer.Option(
-        callback=within("--alpha", 0, 1e9, above=True),
+        callback=in_range("alpha", "--alpha"),
         help="What it was trained with, for a file that does not say it.",
     ),
 ]
@@ -99,7 +99,7 @@ def convert(
     rank: Annotated[
         int | None,
         typer.Option(
-            callback=within("--rank", 1, 65_536),
+            callback=in_range("rank", "--rank"),
             help="Reduce to this rank by SVD, at an error that is printed.",
             show_default="exact",
         ),
@@ -145,7 +145,7 @@ def merge(
     rank: Annotated[
         int | None,
         typer.Option(
-            callback=within("--rank", 1, 65_536),
+            callback=in_range("rank", "--rank"),
             help="Reduce to this rank by SVD.",
             show_default="exact, the ranks add up",
         ),
@@ -194,7 +194,7 @@ def _weighted(text: str) -> tuple[Path, float]:
         raise UserError(f"{text!r} names no file; write FILE:WEIGHT, as style.safetensors:0.8")
     try:
         value = float(weight) if colon else 1.0
-        weighed = within(f"{path}: weight", -WEIGHT, WEIGHT)(value)
+        weighed = in_range("weight", f"{path}: weight")(value)
         return (Path(path) if colon else Path(text)), weighed
     except UserError:
         raise

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lcm_kit import samplers
-from lcm_kit.config.numbers import SEED, WEIGHT, within
+from lcm_kit.config.numbers import in_range
 from lcm_kit.errors import UserError
 
 verbs = typer.Typer()
@@ -37,18 +37,16 @@ def sample(
     steps: Annotated[
         int | None,
         typer.Option(
-            callback=within("--steps", 1, 1000),
+            callback=in_range("steps", "--steps"),
             help="Sampler steps: 1 to 8 for an adapter.",
             show_default="what a sweep recommends for the LoRA, else 4",
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(callback=within("--seed", -SEED - 1, SEED), help="Of the initial noise.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(callback=in_range("seed", "--seed"), help="Of the initial noise.")] = 0,
     weight: Annotated[
         float | None,
         typer.Option(
-            callback=within("--weight", -WEIGHT, WEIGHT),
+            callback=in_range("weight", "--weight"),
             help="Strength of the LoRA.",
             show_default="recommended, else 1.0",
         ),
@@ -56,7 +54,7 @@ def sample(
     guidance: Annotated[
         float | None,
         typer.Option(
-            callback=within("--guidance", 1, 1000),
+            callback=in_range("guidance_scale", "--guidance"),
             help="guidance_scale; 1 is none, and right for an adapter.",
             show_default="recommended, else 1.0",
         ),
@@ -78,20 +76,22 @@ def sample(
     width: Annotated[
         int | None,
         typer.Option(
-            callback=within("--width", 8, 8192),
+            callback=in_range("width", "--width"),
             help="Pixels, a multiple of 8.",
             show_default="the base's own",
         ),
     ] = None,
     height: Annotated[
         int | None,
-        typer.Option(callback=within("--height", 8, 8192), help="As --width.", show_default="as the width"),
+        typer.Option(
+            callback=in_range("height", "--height"), help="As --width.", show_default="as the width"
+        ),
     ] = None,
     count: Annotated[
-        int, typer.Option(callback=within("--count", 1, 1000), help="Pictures of each prompt.")
+        int, typer.Option(callback=in_range("count", "--count"), help="Pictures of each prompt.")
     ] = 1,
     batch_size: Annotated[
-        int, typer.Option(callback=within("--batch-size", 1, 1000), help="Pictures at once.")
+        int, typer.Option(callback=in_range("batch_size", "--batch-size"), help="Pictures at once.")
     ] = 8,
     device: Annotated[
         str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")

@@ -1,14 +1,42 @@
-"""Numbers on the command line, each within its range: a NaN passes every other check and draws noise."""
+"""Numbers from the command line and from Python, each within its range: a NaN passes every other check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcm_kit.errors import UserError
 
 SEED = 2**63 - 1  # the largest; as in configs
 WEIGHT = 1000.0  # of a LoRA, up or down; as in configs
+
+
+class Range(NamedTuple):
+    """From the lowest number, or above it, to the highest."""
+
+    low: float
+    high: float
+    above: bool = False
+
+
+RANGES = {
+    "steps": Range(1, 1000), "guidance_scale": Range(1, 1000), "weight": Range(-WEIGHT, WEIGHT),
+    "seed": Range(-SEED - 1, SEED), "count": Range(1, 1000), "batch_size": Range(1, 1000),
+    "width": Range(8, 8192), "height": Range(8, 8192), "alpha": Range(0, 1e9, above=True),
+    "rank": Range(1, 65_536),
+}  # fmt: skip
+
+
+def in_range(number: str, name: str | None = None) -> Callable[[float | None], Any]:
+    """As `within` of that number of `RANGES`; `name`: what the user calls it, where that is another."""
+    low, high, above = RANGES[number]
+    return within(name or number, low, high, above=above)
+
+
+def require_in_range(**numbers: float | None) -> None:
+    """Raise `UserError` for the first of the numbers, by name, that is out of its range."""
+    for number, value in numbers.items():
+        in_range(number)(value)
 
 
 def within(name: str, low: float, high: float, *, above: bool = False) -> Callable[[float | None], Any]:
