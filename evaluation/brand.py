@@ -4,7 +4,7 @@
 
 Two lists of prompts are drawn from the same noise by the base, by the styled teacher (the base with the style
 LoRA) and by the adapter at each number of steps, with plain diffusers and the exported files: prompts of the
-look, on which similarity to the brand's pictures, adherence and diversity are measured, and control prompts,
+style, on which similarity to the brand's pictures, adherence and diversity are measured, and control prompts,
 which do not name the style, to see what was unlearned. Writes brand.json and pictures/ beside it into the
 run's folder, under brand/. Copy this file and change it.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lcm_kit import bases, sample
 from lcm_kit.config.brand import Brand
@@ -43,8 +42,7 @@ def main(config: Brand) -> Path:
     # -- Parts: the base, the adapters, the prompts ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
     brand.require_one_file(config.run)
-    where = base_keys(config, config.run)
-    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(**base_keys(config, config.run))
     files = [config.run, *([config.style] if config.style else [])]
     found = swept_adapters(files, verify.base_of(base.path, base.revision, base.variant))
     require_whole(found)
@@ -64,19 +62,14 @@ def main(config: Brand) -> Path:
 
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = brand.plan(config, found[0].method)
-    pipes = Pipes(
-        base, adapters,
-        warm=lambda pipe: sample.sample(pipe, wanted[:1], sampler="ddim", steps=1, size=size),
-    )  # fmt: skip
+    pipes = Pipes(base, adapters, samples[MAIN])
 
     def draw(kind: str) -> dict[Cell, Rows]:
         made_by = inputs(base, samples[kind], look, device)
-
-        def made_from(cell: Cell) -> list[Any]:
-            return [made_by, adapters[cell.adapter].weights if cell.adapter else None]
-
-        kept_in = folder / "brand" / FOLDERS[kind]
-        return draw_all(cells, kept_in, pipes.get, samples[kind], look, made_from, share)
+        return draw_all(
+            cells, folder / "brand" / FOLDERS[kind], pipes.get, samples[kind], look,
+            lambda cell: [made_by, pipes.weights_of(cell)], share,
+        )  # fmt: skip
 
     drawn = {kind: draw(kind) for kind in samples}
     if not share.first:

@@ -36,8 +36,7 @@ def main(config: Compose) -> Path:
     """Search; returns the path of `results.json`."""
     # -- Parts: the base, both adapters, the samples ---------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    where = base_keys(config, config.speed)
-    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(**base_keys(config, config.speed))
     found = swept_adapters(
         (config.style, config.speed), verify.base_of(base.path, base.revision, base.variant)
     )
@@ -55,10 +54,7 @@ def main(config: Compose) -> Path:
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = plan(config, speed.method)
     made_by = inputs(base, samples, look, device)
-    pipes = PairPipes(
-        base, style.file, speed.file,
-        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
-    )  # fmt: skip
+    pipes = PairPipes(base, style.file, speed.file, samples)
     made_from = [made_by, style.weights, speed.weights]
     drawn = draw_all(
         cells, folder / "cells", pipes.get, samples, look, lambda cell: made_from, share

@@ -50,8 +50,7 @@ def main(config: GuidanceSweep) -> Path:
     """Sweep; returns the path of `results.json`."""
     # -- Parts: the base, the adapters, the samples ----------------------------------------------------------
     share, device = processes.share(), sample.placement()["device"]
-    where = base_keys(config, config.adapters[0])
-    base = bases.inspect_base(where["path"], revision=where["revision"], variant=where["variant"])
+    base = bases.inspect_base(**base_keys(config, config.adapters[0]))
     found = swept_adapters(config.adapters, verify.base_of(base.path, base.revision, base.variant))
     folder = output(config)
     samples = Samples.of(config, base)
@@ -65,14 +64,10 @@ def main(config: GuidanceSweep) -> Path:
 
     # -- Draw ------------------------------------------------------------------------------------------------
     made_by = inputs(base, samples, look, device)
-    hashes = {subject.name: subject.weights for subject in found}
-    pipes = Pipes(
-        base, {subject.name: subject for subject in found},
-        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
-    )  # fmt: skip
+    pipes = Pipes(base, {subject.name: subject for subject in found}, samples)
     drawn = draw_all(
         cells, folder / "cells", pipes.get, samples, look,
-        lambda cell: [made_by, hashes.get(cell.adapter or "")], share,
+        lambda cell: [made_by, pipes.weights_of(cell)], share,
     )  # fmt: skip
     if not share.first:
         return folder / FILE

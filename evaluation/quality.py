@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lcm_kit import assets, bases, sample
 from lcm_kit.adapter.folder import base_of, read_provenance
@@ -84,15 +83,11 @@ def main(config: Quality) -> Path:
     # -- Draw: the base's cells first, then with the adapter on ----------------------------------------------
     cells = list(dict.fromkeys(plan(config, found[0].method if found else DEFAULT)))
     made_by = inputs(base, samples, look, device)
-    pipes = Pipes(
-        base, adapters,
-        warm=lambda pipe: sample.sample(pipe, prompts[:1], sampler="ddim", steps=1, size=size),
+    pipes = Pipes(base, adapters, samples)
+    drawn = draw_all(
+        cells, run / "evaluation", pipes.get, samples, look,
+        lambda cell: [made_by, pipes.weights_of(cell)], share,
     )  # fmt: skip
-
-    def made_from(cell: Cell) -> list[Any]:
-        return [made_by, adapters[cell.adapter].weights if cell.adapter else None]
-
-    drawn = draw_all(cells, run / "evaluation", pipes.get, samples, look, made_from, share)
     if not share.first:
         return run / FILE
 

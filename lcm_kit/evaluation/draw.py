@@ -97,7 +97,7 @@ class Pipes:
 
     base: BaseInfo
     subjects: dict[str, SweptAdapter]
-    warm: Callable[[Any], object]  # runs once on a new pipeline, so that the clock sees warm code only
+    samples: Samples  # those that are drawn
     _pipe: Any = field(default=None, init=False)
     _on: tuple[str | None, float] | None = field(default=None, init=False)
 
@@ -114,8 +114,17 @@ class Pipes:
             if cell.adapter:
                 sample.load_adapter(self._pipe, self.subjects[cell.adapter].file, cell.lora_weight)
             self._on = wanted
-            self.warm(self._pipe)
+            warm_up(self._pipe, self.samples)
         return self._pipe
+
+    def weights_of(self, cell: Cell) -> str | None:
+        """Hash of the adapter that draws `cell`; None: the base alone."""
+        return self.subjects[cell.adapter].weights if cell.adapter else None
+
+
+def warm_up(pipe: Any, samples: Samples) -> None:
+    """Draw once with a new pipeline, so that the clock sees warm code only."""
+    sample.sample(pipe, samples.prompts[:1], sampler="ddim", steps=1, size=samples.size)
 
 
 def draw_all(

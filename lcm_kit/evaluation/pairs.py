@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ from lcm_kit.bases import BaseInfo
 from lcm_kit.config.sweep import Compose
 from lcm_kit.core.methods import MethodInfo
 from lcm_kit.evaluation.cells import Cell
+from lcm_kit.evaluation.draw import Samples, warm_up
 from lcm_kit.evaluation.measure import Figures, compare
 from lcm_kit.evaluation.metric_table import METRICS
 from lcm_kit.io.files import atomic_write
@@ -54,7 +55,7 @@ class PairPipes:
     base: BaseInfo
     style: Path
     speed: Path
-    warm: Callable[[Any], object]
+    samples: Samples  # those that are drawn
     _pipe: Any = field(default=None, init=False)
 
     def get(self, cell: Pair) -> Any:
@@ -65,7 +66,7 @@ class PairPipes:
             )
             sample.load_adapter(self._pipe, self.style, name="style")
             sample.load_adapter(self._pipe, self.speed, name="speed")
-            self.warm(self._pipe)
+            warm_up(self._pipe, self.samples)
         if cell.adapter is None:
             self._pipe.set_adapters(["style"], [cell.style_weight])
         else:
