@@ -26,9 +26,7 @@ class Sampler:
     scheduler: str  # class in diffusers
     settings: Mapping[str, Any]  # of its configuration
     app_title: str | None = None  # on cards and in metadata, as apps call it; None: as `title`
-    call: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # keyword arguments of the pipeline for each drawing
+    call: Mapping[str, Any] = field(default_factory=dict)  # what the pipeline's call takes besides
     stochastic: bool = False  # it draws fresh noise on its way, from two steps on
     most_steps: int = 1000
     for_adapter: bool = False  # a few-step adapter may be drawn, swept and recommended with it

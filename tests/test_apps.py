@@ -301,7 +301,7 @@ def test_comfyuis_arithmetic_gives_the_original_spelling(generation: Any) -> Non
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_invokeais_search_in_the_real_unet(generation: Any) -> None:
-    """Norms, activations and whatever else there is in it do not lead the search off_target."""
+    """Norms, activations and whatever else there is in it do not lead the search astray."""
     base = structure.known(generation)
     tree: dict[str, Any] = {}
     for name, _ in structure.empty_unet(base.unet_config).named_modules():

@@ -48,7 +48,7 @@ from tests.loras import lcm_modules, random_lora
 
 
 class Inspected(NamedTuple):
-    """A base as `families.inspect_base` tells of it."""
+    """A base as `bases.inspect_base` tells of it."""
 
     base_hash: str = "fe60"
     prediction_type: str = "v_prediction"

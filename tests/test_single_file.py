@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit import bases as families
+from lcm_kit import bases
 from lcm_kit.bases import inspect_base, single_file
 from lcm_kit.bases.single_file import folder_of
 from lcm_kit.errors import UserError
@@ -376,7 +376,7 @@ def test_a_vae_alone_is_put_into_a_base_as_the_sentence_says(files, originals, t
         {"AutoencoderKL": AutoencoderKL},
     )
     expected = ldm.states(originals["sd1"])["vae"]
-    families.require_fit(inspect_base(str(base)))
+    bases.require_fit(inspect_base(str(base)))
     assert all(torch.equal(tensor, expected[key] + 1) for key, tensor in ldm.states(base)["vae"].items())
 
 

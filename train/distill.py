@@ -115,9 +115,9 @@ def main(config: Distill) -> Path:
     metrics = run_metrics.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings ------------------------------------------------------------------------
-    share = origin.batch // origin.world
+    local_batch = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
-    batches = Batches(trained, share, config.seed, *places, sources.mix_of(trained, config.data))
+    batches = Batches(trained, local_batch, config.seed, *places, sources.mix_of(trained, config.data))
 
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
@@ -143,7 +143,8 @@ def main(config: Distill) -> Path:
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
-    passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
+    forward = min(config.batch_size, local_batch)
+    passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
     guard = stepping.Guard(accelerator, config, metrics)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,

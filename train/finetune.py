@@ -127,10 +127,10 @@ def main(config: Finetune) -> Path:
     metrics = run_metrics.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
-    share = origin.batch // origin.world
+    local_batch = origin.batch // origin.world
     place = accelerator.process_index, accelerator.num_processes
-    batches = Batches(trained, share, config.seed, *place, sources.mix_of(trained, config.data))
-    beside = Batches(own, share, config.seed + 1, *place) if own else None
+    batches = Batches(trained, local_batch, config.seed, *place, sources.mix_of(trained, config.data))
+    beside = Batches(own, local_batch, config.seed + 1, *place) if own else None
     empty = cache.empty().to(device, dtype)
 
     # -- Loss: of the raw output against what it should be, as it weighs at its time -------------------------
@@ -159,7 +159,8 @@ def main(config: Finetune) -> Path:
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation, result)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
-    passes = stepping.Passes(accelerator, model, lora, share, min(config.batch_size, share), o.grad_clip)
+    forward = min(config.batch_size, local_batch)
+    passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
     guard = stepping.Guard(accelerator, config, metrics)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,

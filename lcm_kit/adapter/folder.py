@@ -29,7 +29,7 @@ def save_adapter(
     """
     with atomic_folder(folder) as temporary:
         own_files.write_tensors(temporary / WEIGHTS, adapted.state() if weights is None else weights)
-        own_files.write_json(temporary / FACTS, {**facts.to_json(), **adapted.peft_configs()})
+        own_files.write_json(temporary / FACTS, provenance.trained(facts, **adapted.peft_configs()))
 
 
 def read_provenance(folder: Path) -> provenance.Trained:

@@ -80,9 +80,7 @@ class Roles:
 
     adapted: AdaptedUNet
     call: Any
-    ema: Sequence[
-        Tensor
-    ]  # the average, in the order of `AdaptedUNet.parameters`; none: the student is the target
+    ema: Sequence[Tensor]  # the average, as `AdaptedUNet.parameters` is; none: the target is the student
     empty: Condition
     schedule: Schedule
     kind: str  # of the UNet's output

@@ -110,7 +110,7 @@ def convert(
         typer.Option("--drop-unknown", help="Leave out keys of no module of the base that change nothing."),
     ] = False,
 ) -> None:
-    """Mend a LoRA file and write it in the styles that apps load; FILE itself is left as it is.
+    """Fix a LoRA file and write it in the formats that apps load; FILE itself is left as it is.
 
     LoHa, LoKr, DoRA and others become plain LoRA layers.
     """

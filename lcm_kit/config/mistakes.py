@@ -73,10 +73,8 @@ def _wrong_name(given: Mapping[str, Any], names: list[str]) -> str:
 
 def short(value: Any) -> str:
     """`value` as YAML has it, cut where it is long."""
-    text = (
-        json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    )  # null, true as in YAML
-    return cut(text)
+    as_yaml = value is None or isinstance(value, bool)  # null, true
+    return cut(json.dumps(value) if as_yaml else repr(value))
 
 
 def cut(text: str) -> str:

@@ -77,7 +77,7 @@ def _pixel_distance(drawn: Drawn) -> Figure | None:
     return drawn.mean(torch.cat([rms(a / 127.5, b / 127.5) for a, b in pairs]))
 
 
-def _astray(drawn: Drawn) -> Figure | None:
+def _off_target(drawn: Drawn) -> Figure | None:
     if drawn.is_reference:
         return None
     teacher = drawn.ruler.reference["latents"]
@@ -210,10 +210,10 @@ METRICS: dict[str, Metric] = {
         _guidance_misfit,
     ),
     "off_target": Metric(
-        "off_target", "lower",
+        "off target", "lower",
         "RMS in latents to the teacher's sample of the same noise, over that between the teacher's samples "
         "of different prompts; 1 and above is not the teacher's picture any more",
-        _astray,
+        _off_target,
     ),
     "frechet_real": Metric(
         "Fréchet distance to real pictures", "lower",
@@ -279,9 +279,7 @@ def metrics_of(recipe: str) -> dict[str, Metric]:
 
 def columns_of(recipe: str) -> dict[str, Column]:
     """What an evaluation keeps of every picture for its metrics."""
-    return {
-        name: column for each in metrics_of(recipe).values() for name, column in each.columns.items()
-    }  # fmt: skip
+    return {name: column for each in metrics_of(recipe).values() for name, column in each.columns.items()}
 
 
 def figures(drawn: Drawn, recipe: str) -> Figures:

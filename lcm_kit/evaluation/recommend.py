@@ -26,7 +26,7 @@ Kind = Literal[
 LEAST_DIVERSITY = 0.5  # of the teacher's
 LEAST_SHARPNESS, MOST_SHARPNESS = 0.5, 4.0
 MOST_SATURATION = 1.5
-MOST_ASTRAY = 1.5
+MOST_OFF_TARGET = 1.5
 MOST_CLIPPED = 0.25  # share of values, beyond the teacher's own
 MARGIN = 0.02  # of the best cell's prompt adherence that a cheaper one may lose
 NO_EFFECT = 0.02  # distance from the base alone with the same sampler, over the base's from the teacher
@@ -217,7 +217,7 @@ def fault(sweep: Sweep, cell: Cell) -> tuple[Kind, str] | None:
         return None if mine is None or its is None or not its.value else mine.value / its.value
 
     far = figures.get("off_target")
-    if far is not None and not far.value <= MOST_ASTRAY:  # NaN too
+    if far is not None and not far.value <= MOST_OFF_TARGET:  # NaN too
         return (
             "off_target",
             f"pictures {far.value:.1f} times as far from the teacher's as those of other prompts",

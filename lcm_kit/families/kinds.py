@@ -108,9 +108,7 @@ class Generation:
     prediction_type: str | None = "epsilon"  # of its checkpoints; None: some predict another
     epsilon_at_step: int | None = None  # global_step of the checkpoint that alone predicts epsilon
     hub_hints: tuple[str, ...] = ()  # pieces of a repository's name that speak for it
-    configs: str | None = (
-        None  # the shipped configs `finetune` takes: distill/NAME_styled, finetune/NAME_style
-    )
+    configs: str | None = None  # that `finetune` takes: distill/NAME_styled and finetune/NAME_style
     pruned_from: str | None = None  # the generation that it has the text encoders and the names of
     checkpoint_lacks: tuple[str, ...] = ()  # beginnings of names that no file of it has
     unknown_to: tuple[str, ...] = ()  # apps that do not load a UNet with these blocks

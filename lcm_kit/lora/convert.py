@@ -1,4 +1,4 @@
-"""Mend a LoRA file that somebody else made, and change its style: read, say what was found, write, check."""
+"""Fix a LoRA file that somebody else made, and change its format: read, say what was found, write, check."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ _OF_PEFT = ("lora_config", "text_lora_config")
 
 
 def trained(
-    made: Provenance, lora_config: Mapping[str, Any], text_lora_config: Mapping[str, Any]
+    made: Provenance, lora_config: Mapping[str, Any], text_lora_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """adapter.json of an adapter that was made so, with peft's configs."""
     texts = {"text_lora_config": dict(text_lora_config)} if text_lora_config else {}

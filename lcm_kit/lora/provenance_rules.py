@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class InspectedBase(Protocol):
-    """Of `families.BaseInfo`."""
+    """Of `bases.BaseInfo`."""
 
     @property
     def base_hash(self) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, field, fields
 from functools import cache
 from typing import Any, TypeVar, cast
 
 from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
+
+from lcm_kit.core.methods import MethodInfo
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _REGULARIZATION = AliasChoices("regularization", "regularisation")  # as it was written once
@@ -97,7 +99,7 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_OF_METHOD = ("name", "title", "samplers", "steps", "tags")
+_OF_METHOD = tuple(each.name for each in fields(MethodInfo))
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lcm_kit import bases as families
-from lcm_kit import sample
+from lcm_kit import bases, sample
 from lcm_kit.adapter import roles
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.batches import Batches, generator_at
@@ -67,13 +66,13 @@ def straight_line(
     scheduler = DDIMScheduler.from_pretrained(config.base.path, subfolder="scheduler")
     abar, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
     torch.manual_seed(config.seed)
-    targets = families.lora_targets("lcm")
+    targets = bases.lora_targets("lcm")
     unet.add_adapter(
         LoraConfig(r=config.adapter.rank, lora_alpha=config.adapter.alpha, target_modules=targets)
     )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
-    cache = Cache.open(config.data.cache, base=families.inspect_base(config.base.path), data=config.data)
+    cache = Cache.open(config.data.cache, base=bases.inspect_base(config.base.path), data=config.data)
     batches, losses = Batches(cache, config.batch_size, config.seed), []
 
     def x0_eps(x: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +135,7 @@ def test_first_losses_equal_a_straight_line_script(
     assert abs(wrong[1] / wanted[1] - 1) > 0.01 and abs(wrong[2] / wanted[2] - 1) > 0.01
     facts = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     assert (facts["prediction_type"], facts["steps"]) == (kind, 3)
-    assert facts["base"]["hash"] == families.inspect_base(str(keys["base"]["path"])).base_hash
+    assert facts["base"]["hash"] == bases.inspect_base(str(keys["base"]["path"])).base_hash
 
 
 @pytest.mark.parametrize("who", ["base", "adapters"])
@@ -146,7 +145,7 @@ def test_each_picture_has_its_own_teacher(who: str, mixed: tuple[Keys, Any], tmp
     small = {"optimizer": {"lr": 1e-3}}  # Adam's sign of a gradient of nothing amplifies float error
     changes = {"batch_size": 2, "accumulation": 2, "teacher": {"regularization": who}, **small}
     config = configure(keys, tmp_path / "run", **changes)
-    plain = families.load_unet(families.inspect_base(config.base.path))
+    plain = bases.load_unet(bases.inspect_base(config.base.path))
     alike = {"base": {True: plain, False: fused}, "adapters": {True: fused, False: fused}}
     asked: list[bool] = []
 
