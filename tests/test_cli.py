@@ -171,7 +171,7 @@ def test_encode_draws_the_bases_own_pictures_if_they_are_asked_for(monkeypatch: 
 
     seen: list[str] = []
     monkeypatch.setattr(images, "encode", lambda config, *rest: seen.append("brand"))
-    monkeypatch.setattr(prior, "encode", lambda config, share: seen.append("prior"))
+    monkeypatch.setattr(prior, "encode", lambda config, *rest: seen.append("prior"))
     assert cli("encode", "finetune/tiny_brand").exit_code == 0 and seen == ["brand"]
     assert cli("encode", "finetune/tiny_brand", "prior.prompts=asset:tiny-sd").exit_code == 0
     assert seen == ["brand", "brand", "prior"]

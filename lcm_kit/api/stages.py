@@ -200,16 +200,10 @@ def _training(config: Place, loaded: Config) -> Training:
 def _encode(config: Training, verbose: bool) -> list[EncodeReport]:
     """Every cache that `config` asks for; several processes share the work."""
     with call(verbose):
-        from lcm_kit.config.finetune import Finetune
-        from lcm_kit.data import prior, sources
+        from lcm_kit.data import sources
         from lcm_kit.training import processes
 
-        share = processes.share()
-        beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
-        if beside:
-            prior.require_prompts(beside)  # before images are encoded, which takes hours
-        done = sources.encode(config, share=share)
-        return [*done, prior.encode(beside, share=share)] if beside else done
+        return sources.encode(config, share=processes.share())
 
 
 def _run(stage: str, config: Place, loaded: Config, verbose: bool) -> Path:

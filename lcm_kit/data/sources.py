@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
-from lcm_kit.data import images, samples
+from lcm_kit.data import images, prior, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.progress import EncodeReport
@@ -28,8 +29,14 @@ from lcm_kit.share import ALONE, Share
 
 
 def encode(config: Training, progress: bool = True, share: Share = ALONE) -> list[EncodeReport]:
-    """Bring every cache that `data.source` asks for up to date. Raises `UserError` as each of them does."""
+    """Bring every cache that `data.source` and `prior` ask for up to date.
+
+    Raises `UserError` as each of them does; for what the later ones lack before the first, which takes hours.
+    """
     source, done = config.data.source, []
+    beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
+    if beside:
+        prior.require_prompts(beside)
     with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
         if source == "mix":
             samples.require_inputs(_distill(config))
@@ -37,6 +44,8 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
             done.append(images.encode(config, progress, share))
         if source != "images":
             done.append(samples.encode(_distill(config), progress, share))
+    if beside:
+        done.append(prior.encode(beside, progress, share))
     return done
 
 

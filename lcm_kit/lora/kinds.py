@@ -121,10 +121,9 @@ class LoKr:
 
 
 @dataclass(frozen=True)
-class Full:
-    """The difference itself (`.diff`), as large as the weight; no alpha counts."""
+class _Difference:
+    """What is added to a weight as it stands in the file; no alpha counts."""
 
-    kind: ClassVar[str] = "full difference"
     difference: Tensor
     shape: Shape
     scale: float = 1.0
@@ -135,17 +134,17 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Full(_Difference):
+    """The difference itself (`.diff`), as large as the weight."""
+
+    kind: ClassVar[str] = "full difference"
+
+
+@dataclass(frozen=True)
+class Norm(_Difference):
     """The difference (`w_norm`, `.diff`) to the weight [n] of a group or layer norm."""
 
     kind: ClassVar[str] = "norm"
-    difference: Tensor
-    shape: Shape
-    scale: float = 1.0
-
-    def delta(self, weight: Tensor | None = None) -> Tensor:
-        """As `Update.delta`."""
-        return self.scale * self.difference.float().reshape(self.shape)
 
 
 @dataclass(frozen=True)

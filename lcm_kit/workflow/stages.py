@@ -38,11 +38,9 @@ def require_folder(story: Story) -> None:
 
 def encode(story: Story) -> None:
     """The pictures, and the base's own pictures if `style.prior` asks for them."""
-    from lcm_kit.data import prior, sources
+    from lcm_kit.data import sources
 
     sources.encode(story.style)
-    if story.style.prior.prompts is not None:
-        prior.encode(story.style)
     if story.own_prompts:
         _write_captions(story)
 
