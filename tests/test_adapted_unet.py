@@ -124,7 +124,7 @@ def test_a_half_precision_base_teaches_as_it_is_while_it_is_trained_in_float32()
 def test_nothing_of_ours_lies_on_the_unet_or_a_text_encoder(sd_base: Any) -> None:
     """But peft's layers and `peft_config`, and a flag that diffusers and transformers declare themselves."""
     base = bases.inspect_base(str(sd_base()))
-    model, text = bases.load_unet(base), bases.family_of(base).load_text(base)
+    model, text = bases.load_unet(base), bases.load_text(base)
     ((part, (encoder, modules)),) = bases.family_of(base).text_lora_targets(text).items()
     before = {id(module): set(vars(module)) for of in (model, encoder) for module in of.modules()}
     adapted = AdaptedUNet(model)

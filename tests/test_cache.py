@@ -74,7 +74,7 @@ def test_rows_are_the_vaes_latents_and_the_text_encoders_embeddings(config):
     found = cache.latents(list(range(N)))
     assert found.shape == (N, 4, 16, 16) and found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    text = sd.load_text(base)
+    text = bases.load_text(base)
     torch.testing.assert_close(
         cache.condition([5, 0]).embeds, sd.encode_text(text, ["picture f", "picture a"]).embeds
     )

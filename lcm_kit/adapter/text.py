@@ -94,7 +94,7 @@ def load(base: BaseInfo, config: Finetune, device: torch.device) -> TextLora | N
     if wanted.rank is None:
         return None
     family = bases.family_of(base)
-    text, encoders = family.load_text(base), {}
+    text, encoders = bases.load_text(base), {}
     for k, (part, (encoder, modules)) in enumerate(family.text_lora_targets(text).items(), start=1):
         encoder.to(device)
         if config.gradient_checkpointing:

@@ -32,8 +32,8 @@ from lcm_kit.families import Family
 
 __all__ = [
     "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "encode_images", "family_of", "inspect_base",
-    "load", "load_part", "load_tokenizer", "load_unet", "load_vae", "lora_targets", "require_fit",
-    "too_long", "weight_files",
+    "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae", "lora_targets",
+    "require_fit", "too_long", "weight_files",
 ]  # fmt: skip
 
 
@@ -42,9 +42,6 @@ class Code(Protocol):
 
     def text_of(self, tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool) -> Any:
         """A named tuple of tokenizers and text encoders, given in the order of the family's parts."""
-
-    def load_text(self, base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
-        """The base's tokenizers and text encoders, frozen, in eval mode."""
 
     def encode_text(self, text: Any, captions: Sequence[str]) -> Condition:
         """The condition of B captions, without sizes, as the family's pipeline makes it."""
@@ -67,6 +64,13 @@ def code_of(family: Family) -> Code:
 def family_of(base: BaseInfo) -> Code:
     """The functions of a base's family; what it is otherwise is `base.family`."""
     return code_of(base.family)
+
+
+def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Any:
+    """The base's tokenizers and text encoders, frozen, in eval mode, as its family's `text_of` has them."""
+    tokenizers = [load_tokenizer(base, part) for part in base.family.tokenizers]
+    encoders = [load_part(base, part, dtype) for part in base.family.text_parts]
+    return family_of(base).text_of(tokenizers, encoders, base.zeros_when_empty)
 
 
 @dataclass(frozen=True)
@@ -96,5 +100,5 @@ def load(
         info,
         load_unet(info, dtype) if "unet" in parts else None,
         load_vae(info) if "vae" in parts else None,
-        family_of(info).load_text(info) if "text" in parts else None,
+        load_text(info) if "text" in parts else None,
     )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from lcm_kit.bases.base import BaseInfo, load_part, text_layers
+from lcm_kit.bases.base import text_layers
 from lcm_kit.bases.condition import Condition
-from lcm_kit.bases.tokens import load_tokenizer
 
 
 class Text(NamedTuple):
@@ -23,11 +21,6 @@ class Text(NamedTuple):
 def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
     """What captions are encoded by; an empty one is always encoded."""
     return Text(tokenizers[0], encoders[0])
-
-
-def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
-    """The base's tokenizer and text encoder, frozen, in eval mode."""
-    return Text(load_tokenizer(base, "tokenizer"), load_part(base, "text_encoder", dtype))
 
 
 class Tokens(NamedTuple):
@@ -53,7 +46,7 @@ def encode_text(text: Text, captions: Sequence[str]) -> Condition:
     """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state.
 
     Captions longer than L tokens are cut there, as in StableDiffusionPipeline. They have a gradient where a
-    weight of the encoder has (`lcm_kit.adapter.text`); none of `load_text`'s has.
+    weight of the encoder has (`lcm_kit.adapter.text`); none of `bases.load_text`'s has.
     """
     ids, mask = tokenize(text.tokenizer, text.text_encoder, captions)
     return Condition(text.text_encoder(ids, attention_mask=mask)[0])

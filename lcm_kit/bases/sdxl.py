@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit.bases.base import BaseInfo, load_part, text_layers
+from lcm_kit.bases.base import text_layers
 from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.bases.sd import tokenize
-from lcm_kit.bases.tokens import load_tokenizer
 
 
 class Text(NamedTuple):
@@ -31,17 +30,6 @@ class Text(NamedTuple):
 def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool = False) -> Text:
     """What captions are encoded by."""
     return Text(tokenizers[0], encoders[0], tokenizers[1], encoders[1], zeros_when_empty)
-
-
-def load_text(base: BaseInfo, dtype: torch.dtype = torch.float32) -> Text:
-    """The base's tokenizers and text encoders, frozen, in eval mode."""
-    return Text(
-        load_tokenizer(base, "tokenizer"),
-        load_part(base, "text_encoder", dtype),
-        load_tokenizer(base, "tokenizer_2"),
-        load_part(base, "text_encoder_2", dtype),
-        base.zeros_when_empty,
-    )
 
 
 def encode_text(text: Text, captions: Sequence[str]) -> Condition:

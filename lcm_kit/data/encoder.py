@@ -44,7 +44,7 @@ class Encoder:
     def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
         """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
         family = bases.family_of(base)
-        text = family.load_text(base)
+        text = bases.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):
                 part.to(device)

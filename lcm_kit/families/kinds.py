@@ -82,6 +82,11 @@ class Family:
         """The text encoders among its parts."""
         return tuple(part for part in self.parts if part.startswith("text_encoder"))
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizers among its parts, in the order of the text encoders."""
+        return tuple(part for part in self.parts if part.startswith("tokenizer"))
+
     def pipeline_class(self) -> Any:
         """Its pipeline; this imports diffusers."""
         module, _, name = self.pipeline.rpartition(":")

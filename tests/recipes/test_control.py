@@ -140,7 +140,7 @@ def test_sdxl_is_told_pooled_texts_and_sizes(
     adapted = AdaptedUNet(bases.load_unet(base))
     adapted.add_lora(config.adapter)
     found = StyleControl.prepare(config, base.base_hash).pictures(adapted)
-    told = bases.family_of(base).encode_text(bases.family_of(base).load_text(base), [*PROMPTS, PROMPTS[0]])
+    told = bases.family_of(base).encode_text(bases.load_text(base), [*PROMPTS, PROMPTS[0]])
     condition = found.condition(range(4))
     assert torch.equal(condition.embeds, told.embeds) and torch.equal(condition.pooled, told.pooled)
     assert condition.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 4

@@ -90,7 +90,7 @@ def test_the_rows_are_what_sample_draws_bit_for_bit(config: Callable[..., Distil
     torch.testing.assert_close(fused, torch.cat(drawn), atol=1e-3, rtol=1e-3)
     assert float((fused - bare).abs().max()) > 0.05
     family = bases.family_of(base)
-    wanted = family.encode_text(family.load_text(base), captions).embeds
+    wanted = family.encode_text(bases.load_text(base), captions).embeds
     torch.testing.assert_close(cache.condition(range(5)).embeds, wanted, atol=1e-5, rtol=1e-5)
 
 
