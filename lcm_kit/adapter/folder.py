@@ -53,6 +53,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return own_files.read_tensors(folder / WEIGHTS, _again(folder))
 
 
+def is_of_these_weights(run: Path, name: str) -> bool:
+    """Whether the run has such an evaluation, and not one from before its last training."""
+    file, weights = run / name, run / "adapter" / WEIGHTS
+    return file.is_file() and not (weights.is_file() and file.stat().st_mtime < weights.stat().st_mtime)
+
+
 def _again(folder: Path) -> str:
     """What makes an adapter folder anew: that of a run, or of the steps of it that were best."""
     if folder.name == "adapter":

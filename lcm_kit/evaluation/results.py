@@ -8,7 +8,6 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from lcm_kit.adapter.folder import WEIGHTS
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.result_shapes import Cell, Comparison, Metric, Prompts, Results, Version
 from lcm_kit.io import own_files
@@ -38,12 +37,6 @@ def read(file: Path) -> Results:
         which = "names no version" if found is None else f"has version {found}"
         raise UserError(f"{file} {which} of results, and this lcm-kit reads {VERSION}; {again}")
     return own_files.read_json(file, Results, again)
-
-
-def is_of_these_weights(run: Path, name: str) -> bool:
-    """Whether the run has such an evaluation, and not one from before its last training."""
-    file, weights = run / name, run / "adapter" / WEIGHTS
-    return file.is_file() and not (weights.is_file() and file.stat().st_mtime < weights.stat().st_mtime)
 
 
 def of_run(run: Path) -> Results | None:

@@ -100,7 +100,7 @@ def write_card(run: Path, folder: Path | None = None) -> Path | None:
 
 def _measured(run: Path, name: str, read: Callable[[Path], Results | None]) -> Results | None:
     """What an evaluation says of these weights; one that cannot be read is named."""
-    if not results.is_of_these_weights(run, name):
+    if not adapter.is_of_these_weights(run, name):
         return None
     try:
         return read(run)

@@ -169,7 +169,7 @@ def _said(run: Path, metrics: Sequence[Mapping[str, float]]) -> list[str]:
         f"{name} was measured before the last training of this run, so its figures and pictures are of other "
         "weights: export and evaluate again."
         for name in (results_of.FILE, results_of.BRAND_FILE)
-        if (run / name).is_file() and not results_of.is_of_these_weights(run, name)
+        if (run / name).is_file() and not adapter.is_of_these_weights(run, name)
     ]
     return stale + style.verdict_sentences(style.figures(metrics, "train/distill"), kept)
 
