@@ -77,7 +77,8 @@ def main(config: Brand) -> Path:
 
     # -- Measure ---------------------------------------------------------------------------------------------
     others = look.folder(config.control, size) if config.control else drawn[MAIN][cells[0]]["features"]
-    sets = {MAIN: (look.folder(config.brand, size), others), CONTROL: None}
+    own = look.folder(config.brand, size)
+    sets = {MAIN: (own, others), CONTROL: None}
     reference = cells[1] if config.style else cells[0]
 
     def figures_of(kind: str) -> dict[Cell, Figures]:
@@ -115,6 +116,7 @@ def main(config: Brand) -> Path:
         config, folder.resolve().name, base, list(adapters.values()), look, reference, measured,
         differences(pairs, config.confidence),
     )  # fmt: skip
+    results["brand_own"] = brand.own_style(own, others)
     results["brand_pictures"] = [name and f"brand/pictures/{name}" for name in beside]
     head = verdicts.brand_headline(results)
     results["verdict"] = verdicts.brand_verdict(head, results["adherence"])

@@ -23,6 +23,7 @@ def row(name: str, steps: int, **figures: Any) -> dict[str, Any]:
     `FIGURES` unless given.
     """
     usual = {
+        "in_style": (1.0 if name != "base" else 0.0,) * 3,
         "distance": (0.3, 0.2, 0.4), "brand_adherence": (0.9, 0.85, 0.95), "diversity": (0.5, 0.4, 0.6),
         **FIGURES[name],
     }  # fmt: skip
@@ -43,7 +44,7 @@ def cells(each: dict[str, Any]) -> list[dict[str, Any]]:
     main = cell(
         *how, each["steps"], guidance, adapter, brand_similarity=each["brand_similarity"],
         prompt_adherence=each["brand_adherence"], diversity=each["diversity"],
-        kernel_teacher=each["distance"],
+        kernel_teacher=each["distance"], in_style=each["in_style"],
     )  # fmt: skip
     right = each["control_adherence"]
     return [main, cell(*how, each["steps"], guidance, adapter, of="control", prompt_adherence=right)]

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from lcm_kit.data import reconstruction
+from lcm_kit.data.reconstruction import Measured
 from lcm_kit.evaluation import verdicts
 from lcm_kit.report import brand
 from lcm_kit.report.build import write_report
@@ -111,6 +114,10 @@ def test_the_other_evaluation_follows_below(run: Path) -> None:
         ({"control_adherence": (0.929, 0.9, 0.95)}, (0.5, 0.44, 0.56), "In part"),
         ({"control_adherence": None}, (0.5, 0.44, 0.56), "Yes"),
         ({"brand_similarity": None}, None, "Judge by eye"),
+        ({"in_style": (0.9, 0.8, 1.0)}, (0.5, 0.44, 0.56), "Yes"),  # nine in ten
+        ({"in_style": (0.89, 0.8, 1.0)}, (0.5, 0.44, 0.56), "In part"),
+        ({"in_style": (0.0, 0.0, 0.0)}, (0.5, 0.44, 0.56), "No"),
+        ({"in_style": None}, (0.5, 0.44, 0.56), "Yes"),  # of a kit that did not measure it
     ],
 )
 def test_the_verdicts_rule(
@@ -119,9 +126,31 @@ def test_the_verdicts_rule(
     head = verdicts.brand_headline(content(rows(**adapter), less))
     assert verdicts.brand_verdict(head, "attributes") == answer
     told = " ".join(brand.sentences(head, "attributes"))
-    assert ("forgotten" in told) == (answer == "In part")
-    if answer == "In part":
+    shown = adapter.get("in_style", (1.0,))
+    assert ("forgotten" in told) == (answer == "In part" and shown == (1.0,))
+    if shown:
+        begin = "Prompts in your style that show it as your own pictures do, of 1: your adapter"
+        assert f"{begin} {shown[0]:.0f}, the base 0, the look at 50 steps 1." in told
+    if "forgotten" in told:
         assert "the adapter is 5\u00a0% below the base" in told
+
+
+def test_the_page_shows_what_the_vae_draws_worst(run: Path) -> None:
+    assert "Can the base draw" not in write_report(run).read_text()  # it was not measured
+    figures = [Measured(f"{k}.png", 30 - k, 3.5, "#6cb29e", "#70b0a0", 0.1 * k) for k in range(6)]
+    pairs = tuple((torch.full((3, 8, 8), k / 4), torch.full((3, 8, 8), -k / 4)) for k in range(4))
+    reconstruction.write(reconstruction.Reconstructions(tuple(figures), pairs, 96, 64), run)
+    page = write_report(run).read_text()
+    text = text_of(page)
+    assert "gives 6 of the pictures back at 27.5 dB on average" in text
+    assert "1.png: 29.0 dB; #6cb29e comes back as #70b0a0 (CIELAB 3.5); 10% of fine detail lost" in text
+    assert "4.png" not in text and "<details><summary>The 4 that come back worst, at 64 pixels" in page
+    images = [each for each in Page(page).images if "VAE" in (each["alt"] or "")]
+    assert len(images) == 4 and colour(images[2]["src"]) == (64, 64, 64)  # (-2 / 4 + 1) / 2 of 255, rounded
+    bad = [Measured("a.png", 18, 30, "#6cb29e", "#8090a0", 0.1)]
+    reconstruction.write(reconstruction.Reconstructions(tuple(bad), pairs[:1], 1, 64), run)
+    page = write_report(run).read_text()
+    assert "cannot draw a colour of 1 picture: a.png" in text_of(page) and "<details open>" in page
 
 
 def test_a_clip_score_loses_by_its_share_and_is_no_percentage() -> None:

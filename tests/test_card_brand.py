@@ -38,10 +38,16 @@ def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
     page = write(folder, brand_of(run, PROMPTS), pictures_from=run)
     (table,) = (table for table in tables(page) if table[0][0] == "drawn by")
     right, other = "90\u00a0% (85\u00a0% to 95\u00a0%)", "95\u00a0% (91\u00a0% to 99\u00a0%)"
-    assert table[0][2:] == ["steps", "brand similarity", "prompts of the style", "other prompts"]
+    assert table[0][2:] == [
+        "steps",
+        "brand similarity",
+        "in the style",
+        "prompts of the style",
+        "other prompts",
+    ]
     assert [line[0] for line in table[1:]] == ["base", "base with the style alone", *["this LoRA"] * 4]
-    how = "LCM, guidance_scale 1"
-    assert table[5] == ["this LoRA", how, "4", "0.700 (0.640 to 0.760)", right, other]
+    how, all_of_them = "LCM, guidance_scale 1", "100\u00a0% (100\u00a0% to 100\u00a0%)"
+    assert table[5] == ["this LoRA", how, "4", "0.700 (0.640 to 0.760)", all_of_them, right, other]
     assert "Yes. In brackets the interval of 95%, over 3 prompts." in page
     assert 'prompt = "a fox, lumo style"' in snippets(page)[0]  # with the word that calls the style
 
@@ -58,7 +64,21 @@ def test_the_figures_and_the_sheet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "less", "sentence"),
     [
-        ({"control_adherence": (0.5, 0.4, 0.6)}, (0.5, 0.4, 0.6), "In part: it is nearer to"),
+        (
+            {"control_adherence": (0.5, 0.4, 0.6)},
+            (0.5, 0.4, 0.6),
+            "In part: it is nearer to the brand's pictures, but some of what the base can draw is lost.",
+        ),
+        (
+            {"in_style": (2 / 3, 0.4, 0.9), "control_adherence": (0.5, 0.4, 0.6)},
+            (0.5, 0.4, 0.6),
+            "pictures, but 2 of 3 prompts show the style and some of what the base can draw is lost.",
+        ),
+        (
+            {"in_style": (0.0, 0.0, 0.0)},
+            (0.5, 0.4, 0.6),
+            "No: nearer to the brand's pictures than the base, but",
+        ),
         ({}, (0.1, -0.1, 0.3), "No: it is not nearer to"),
         ({"brand_similarity": None}, None, "Judge by eye: nearness to"),
     ],

@@ -181,6 +181,22 @@ def test_brand_similarity_is_between_its_ends() -> None:
     assert ceiling > 0.4 and floor < 0.1
 
 
+def test_what_shows_the_style_is_as_near_as_nineteen_in_twenty_of_the_brands_own() -> None:
+    brand, control = normal(40, 8, seed=1) + 2, normal(50, 8, seed=2)
+    centre = control.double().mean(0)
+    b, c = (torch.nn.functional.normalize(x.double() - centre, dim=1) for x in (brand, control))
+    own = [float(sum(b[i] @ b[j] for j in range(40) if j != i) / 39 - (b[i] @ c.T).mean()) for i in range(40)]
+    least = similarity.least_in_style(brand, control)
+    assert least == pytest.approx(float(np.quantile(own, 0.05)))
+    assert sum(each >= least for each in own) == 38
+    # a brand whose own pictures differ much is no licence: the middle between the ends is the least
+    wide = torch.cat([brand, control[:20]])
+    floor, ceiling = similarity.ends(wide, control)
+    assert similarity.least_in_style(wide, control) == pytest.approx((floor + ceiling) / 2)
+    with pytest.raises(ValueError, match="2 pictures or more"):
+        similarity.least_in_style(brand[:1], control)
+
+
 def test_brand_similarity_by_hand() -> None:
     brand, control = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     # centre (1, 0): brand (1, 1), control (0, 1) and (0, -1), the picture (0, 2)

@@ -1,6 +1,6 @@
 """`lcm-kit check`: is everything there that a config names, and are the pictures fit to be trained on?
 
-Loads no weights and downloads nothing.
+Loads no weights and downloads nothing, but for a folder's `--base`, whose VAE is to draw the pictures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lcm_kit.config.schema import Base, Data, Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
+_USUAL = 512  # pixels that a folder is trained at, where nothing says otherwise
 _LOOKED_AT = 2000  # images: more would take minutes; `encode` tries each in any case
 
 
@@ -40,12 +41,34 @@ def check(config: Config) -> list[str]:
     return found
 
 
-def check_images(path: str, resolution: int, trigger: str | None) -> tuple[list[str], list[str]]:
-    """What was noticed about a folder of images, in lines, and what `encode` would stop on."""
+def check_images(
+    path: str, resolution: int | None, trigger: str | None, base: Base | None = None
+) -> tuple[list[str], list[str]]:
+    """What was noticed about a folder of images, in lines, and what `encode` would stop on.
+
+    `resolution` None: that of `base`, whose VAE is asked to draw the pictures, or 512 without one.
+    """
     from lcm_kit.data.folder import check_folder
 
-    found = check_folder(path, resolution=resolution, trigger=trigger)
-    return [f"data: {path}, {found.count} images", *found.remarks], list(found.errors)
+    if base is None:
+        found = check_folder(path, resolution=resolution or _USUAL, trigger=trigger)
+        return [f"data: {path}, {found.count} images", *found.remarks], list(found.errors)
+
+    from lcm_kit import sample
+    from lcm_kit.bases import inspect_base
+    from lcm_kit.data import reconstruction
+    from lcm_kit.data.records import open_records
+
+    info = inspect_base(base.path, revision=base.revision, variant=base.variant)
+    size = resolution or info.sample_size * info.factor
+    if size % info.factor:
+        raise UserError(f"--resolution {size} is not a multiple of {info.factor}, as the base's VAE needs")
+    lines, errors = check_images(path, size, trigger)
+    if not errors:
+        records, _ = open_records(Data(path=path, kind="folder"))
+        drawn = reconstruction.measure(info, records, size, sample.placement()["device"])
+        lines += [f"{each.weight}: {each.sentence}" for each in drawn.findings()]
+    return lines, errors
 
 
 def _looks(config: Config) -> list[Callable[[], str]]:

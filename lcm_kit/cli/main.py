@@ -88,28 +88,39 @@ def check(
     ],
     overrides: Overrides = None,
     resolution: Annotated[
-        int,
+        int | None,
         typer.Option(
             callback=within("--resolution", 8, 4096),
             help="Of a FOLDER: pixels that will be trained at.",
+            show_default="the base's own, or 512",
         ),
-    ] = 512,
+    ] = None,
     trigger: Annotated[
         str | None, typer.Option(help="Of a FOLDER: the words that every caption should have.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Of a FOLDER: the base whose VAE must be able to draw these pictures; loads it."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weight variant of the base, as fp16.")] = None,
 ) -> None:
-    """Check a config and what it names, or a folder of images, without loading weights."""
+    """Check a config and what it names, or a folder of images; weights are loaded for --base alone."""
     from lcm_kit import console
     from lcm_kit.api import stages
     from lcm_kit.cli.check import check as examine
     from lcm_kit.cli.check import check_images
+    from lcm_kit.config.schema import Base
 
     errors: list[str] = []
     if _is_folder(config):
         if overrides:
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
         with console.working(f"looking at the pictures of {config}"):
-            lines, errors = check_images(config, resolution, trigger)
+            place = None if base is None else Base(base, revision, variant)
+            lines, errors = check_images(config, resolution, trigger, place)
+    elif base is not None:
+        raise UserError(f"{config} is a config, which names its base; leave --base out, or give a folder")
     else:
         loaded = stages.load_config(config, overrides or [])
         with console.working(f"checking what {config} names"):

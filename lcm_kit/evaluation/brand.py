@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from lcm_kit import assets, sample
 from lcm_kit.adapter.folder import read_provenance
 from lcm_kit.config.brand import Brand
@@ -16,6 +18,8 @@ from lcm_kit.data import records, split
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.draw import repeated
+from lcm_kit.evaluation.metrics import similarity
+from lcm_kit.evaluation.result_shapes import OwnStyle
 from lcm_kit.io.files import sha256_bytes
 
 STYLE, ADAPTER = "style", "adapter"
@@ -78,6 +82,14 @@ def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Re
     content = {record.id: sha256_bytes(record.read()) for record in found}
     held = split.chosen(set(content.values()), trained.validation.held_out, trained.seed)
     return [record for record in found if content[record.id] in held]
+
+
+def own_style(brand: Tensor, control: Tensor) -> OwnStyle | None:
+    """What the brand's own pictures get, from the features of both sets; None for a set of one picture."""
+    if min(len(brand), len(control)) < 2:
+        return None
+    _, mean = similarity.ends(brand, control)
+    return {"mean": mean, "least": similarity.least_in_style(brand, control)}
 
 
 def save_pictures(pictures: Sequence[records.Record | None], folder: Path, size: int) -> list[str | None]:

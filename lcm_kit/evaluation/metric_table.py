@@ -141,6 +141,15 @@ def _brand_similarity(drawn: Drawn) -> Figure | None:
     return drawn.mean(similarity.brand_similarity(drawn.rows["features"], *drawn.ruler.brand))
 
 
+def _in_style(drawn: Drawn) -> Figure | None:
+    if drawn.ruler.brand is None or min(map(len, drawn.ruler.brand)) < 2:
+        return None
+    near = similarity.brand_similarity(drawn.rows["features"], *drawn.ruler.brand)
+    images = drawn.ruler.resamples.images_per_prompt
+    shown = near.view(-1, images).mean(1) >= similarity.least_in_style(*drawn.ruler.brand)
+    return drawn.mean(shown.repeat_interleave(images))
+
+
 def _diversity(drawn: Drawn) -> Figure | None:
     images = drawn.ruler.resamples.images_per_prompt
     if images < 2 or "features" not in drawn.rows:
@@ -240,6 +249,12 @@ METRICS: dict[str, Metric] = {
         "brand similarity", "higher",
         "mean cosine of the features to the brand's pictures, less that to the control's",
         _brand_similarity,
+    ),
+    "in_style": Metric(
+        "prompts in the style", "higher",
+        "share of prompts whose pictures are, on average, as near to the brand's as all but a twentieth of "
+        "the brand's own are to each other",
+        _in_style,
     ),
     "diversity": Metric(
         "diversity", "higher", "mean distance between the features of pictures of one prompt", _diversity

@@ -163,6 +163,7 @@ class BrandRow(TypedDict):
     guidance_scale: float
     unet_calls: int
     brand_similarity: Interval | None
+    in_style: Interval | None  # share of prompts
     brand_adherence: Interval | None
     control_adherence: Interval | None
     diversity: Interval | None
@@ -194,7 +195,7 @@ def _brand_row(cell: Cell, control: Cell | None) -> BrandRow:
         "name": "adapter" if cell["kind"] == "student" else "styled" if cell["adapter"] else "base",
         "sampler": cell["sampler"], "steps": cell["steps"], "guidance_scale": cell["guidance_scale"],
         "unet_calls": cell["unet_calls"],
-        "brand_similarity": figure(cell, "brand_similarity"),
+        "brand_similarity": figure(cell, "brand_similarity"), "in_style": figure(cell, "in_style"),
         "brand_adherence": figure(cell, "prompt_adherence"),
         "control_adherence": None if control is None else figure(control, "prompt_adherence"),
         "diversity": figure(cell, "diversity"), "distance": figure(cell, "kernel_teacher"),

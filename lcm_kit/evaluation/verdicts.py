@@ -10,6 +10,7 @@ from lcm_kit.evaluation.result_shapes import Cell, Comparison, Results
 from lcm_kit.evaluation.results import BrandRow
 
 UNKNOWN = "Judge by eye"
+SHOWN = 0.9  # of the prompts of the style must show it
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
 _CALLS = 4  # UNet calls of the comparison that matters
 _STEPS = 4  # of the adapter that is held against the brand
@@ -113,6 +114,7 @@ class Brand(NamedTuple):
     adapter: BrandRow  # nearest to 4 steps
     nearer: Comparison | None  # brand similarity, the adapter's less the base's
     more: More | None
+    n: int  # prompts of the style
 
 
 def brand_headline(results: Results, quality: Results | None = None) -> Brand:
@@ -127,7 +129,7 @@ def brand_headline(results: Results, quality: Results | None = None) -> Brand:
     )
     nearer = results_of.difference(results, adapter["id"], base["id"], "brand_similarity")
     more = _more(adapter["steps"], quality, results_of.count(results, results_of.CONTROL))
-    return Brand(base, styled, adapter, nearer, more)
+    return Brand(base, styled, adapter, nearer, more, len(results_of.prompts(results)["texts"]))
 
 
 def _more(steps: int, quality: Results | None, known: int) -> More | None:
@@ -144,14 +146,16 @@ def _more(steps: int, quality: Results | None, known: int) -> More | None:
 
 
 def brand_verdict(head: Brand, adherence: str) -> str:
-    """Yes: nearer to the brand than the base, beyond the interval of the paired difference, and the control
-    prompts not forgotten.
+    """Yes: nine in ten prompts of the style show it, and the control prompts are not forgotten. No: no
+    nearer to the brand than the base, beyond the interval of the paired difference, or no prompt shows it.
     """
     if head.nearer is None:
         return UNKNOWN
-    if head.nearer["low"] <= 0:
+    shown = head.adapter["in_style"]
+    if head.nearer["low"] <= 0 or (shown is not None and shown["value"] == 0):
         return "No"
-    return "Yes" if forgotten(head, adherence) is None else "In part"
+    missing = shown is not None and shown["value"] < SHOWN - 1e-9
+    return "In part" if missing or forgotten(head, adherence) is not None else "Yes"
 
 
 def forgotten(head: Brand, adherence: str) -> float | None:

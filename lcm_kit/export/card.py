@@ -61,12 +61,6 @@ _COMFY_SAMPLING = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _NAMES = {"teacher": "teacher", "plain": "base, plain sampler", "student": "**this LoRA**"}
 _LOOKS = {"base": "base", "styled": "base with the style alone", "adapter": "**this LoRA**"}
-_VERDICTS = {
-    "Yes": "Yes",
-    "In part": "In part: it is nearer to the brand's pictures, and has lost some of what the base can draw",
-    "No": "No: it is not nearer to the brand's pictures than the base",
-    "Judge by eye": "Judge by eye: nearness to the brand's pictures was not measured",
-}
 
 
 def write(
@@ -295,18 +289,37 @@ def in_the_style(found: Results | None, results: Results | None = None) -> dict[
                 "who": _LOOKS[row["name"]],
                 "how": look.how(row),
                 "similar": interval(row["brand_similarity"]),
+                "shown": interval(row["in_style"], percent),
                 "asked": interval(row["brand_adherence"], show),
                 "other": interval(row["control_adherence"], show),
             }
             for row in brand_rows(found)
         ],
         "head": head,
-        "verdict": _VERDICTS[verdicts.brand_verdict(head, adherence)],
+        "verdict": _verdict(head, adherence),
         "clip": adherence == "clip",
         "confidence": found["settings"]["confidence"],
         "n": len(prompts(found)["texts"]),
         "prompts": prompts(found)["texts"],
     }
+
+
+def _verdict(head: verdicts.Brand, adherence: str) -> str:
+    """The verdict with its reason."""
+    answer, shown = verdicts.brand_verdict(head, adherence), head.adapter["in_style"]
+    if answer == verdicts.UNKNOWN:
+        return f"{answer}: nearness to the brand's pictures was not measured"
+    if answer == "No" and head.nearer and head.nearer["low"] > 0:
+        return "No: nearer to the brand's pictures than the base, but no prompt shows the style as they do"
+    if answer == "No":
+        return "No: it is not nearer to the brand's pictures than the base"
+    if answer == "Yes":
+        return answer
+    few = shown is not None and shown["value"] < verdicts.SHOWN
+    reasons = [f"{shown['value'] * head.n:.0f} of {head.n} prompts show the style"] if shown and few else []
+    if verdicts.forgotten(head, adherence) is not None:
+        reasons.append("some of what the base can draw is lost")
+    return f"In part: it is nearer to the brand's pictures, but {' and '.join(reasons)}"
 
 
 def _sheet(file: Path, drawn: Mapping[str, Any], rows: Any, run: Path | None) -> list[str]:

@@ -142,3 +142,25 @@ class Verified(TypedDict):
     """The proof beside the files, by name."""
 
     files: dict[str, Exported]
+
+
+# -- reconstruction/reconstruction.json ----------------------------------------------------------------------
+
+
+class ReconstructedPicture(TypedDict):
+    """What the base's VAE made of a picture (`data/reconstruction.py`)."""
+
+    id: str
+    psnr: float
+    moved: float
+    ink: str
+    becomes: str
+    lost: float
+
+
+class Reconstructed(TypedDict):
+    """What it made of a folder's, the worst first; `of`: how many there are in all."""
+
+    of: int
+    resolution: int
+    pictures: list[ReconstructedPicture]

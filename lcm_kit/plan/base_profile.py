@@ -23,6 +23,7 @@ _VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 _WORDS = 49408  # of CLIP's vocabulary
+_LATENT = 4  # channels, where a configuration does not say
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class BaseProfile:
     def unet_config(self) -> Mapping[str, Any]:
         """The UNet's."""
         return self.structure.unet_config
+
+    @property
+    def channels(self) -> int:
+        """C of a latent."""
+        return int(self.unet_config.get("in_channels", _LATENT))
 
     @property
     def text(self) -> int:
@@ -100,12 +106,13 @@ def _of_folder(folder: Path, path: str) -> BaseProfile:
     if not folder.is_dir():
         raise UserError(f"base {path!r}: there is no such folder; check base.path, or give --structure")
     found = of_folder(folder, path)
-    if (channels := found.unet_config.get("in_channels", 4)) != 4:
-        raise UserError(
-            f"base {path!r}: its UNet takes {channels} channels; inpainting and depth bases are not "
-            "supported, give the plain one"
-        )
     text, second, vae = (_json(folder / part, path) for part in ("text_encoder", "text_encoder_2", "vae"))
+    channels, latent = found.unet_config.get("in_channels", _LATENT), vae.get("latent_channels", _LATENT)
+    if channels != latent:
+        raise UserError(
+            f"base {path!r}: its UNet takes {channels} channels, its VAE gives {latent}; inpainting and "
+            "depth bases are not supported, give the plain one"
+        )
     return BaseProfile(
         found,
         text.get("max_position_embeddings", 77),

@@ -24,8 +24,6 @@ from lcm_kit.plan.style import Style, put_on
 from lcm_kit.plan.text import Captions
 from lcm_kit.plan.tracker import Held, Kernels, Ledger, a_prime, checkpoint, largest
 
-_CHANNELS = 4  # of a latent
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -191,7 +189,7 @@ class MetaModel:
 
         width = self.subject.structure.width
         inputs: dict[str, Any] = {
-            "sample": empty(_CHANNELS, side, side),
+            "sample": empty(self.subject.channels, side, side),
             "timestep": torch.zeros(n, dtype=torch.int64, device="meta"),
             "encoder_hidden_states": empty(self.subject.tokens, width),
         }

@@ -1,6 +1,6 @@
 """Bytes by part and by phase. The peak is that of the highest phase: the phases' passing bytes never meet.
 
-Passing bytes are the dry_run's; what stays is counted in closed form (`sizes.py`). The model of kernels'
+Passing bytes are the dry run's; what stays is counted in closed form (`sizes.py`). The model of kernels'
 own workspaces and that of the CPU's allocator are the only parts that are measured (docs/plan.md).
 """
 
@@ -94,7 +94,7 @@ class Estimate:
 
 @dataclass
 class Planner:
-    """Estimates configs of one base; those that differ in numbers alone cost no new dry_run."""
+    """Estimates configs of one base; those that differ in numbers alone cost no new dry run."""
 
     stage: MetaModel
     device: str = "cuda"

@@ -174,7 +174,7 @@ def make(
     pooled = torch.randn(n, found.pooled) if found.pooled else None
     time_ids = torch.full((n, 6), float(config.data.resolution)) if found.pooled else None
     condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
-    latents = torch.randn(n, 4, side, side)
+    latents = torch.randn(n, found.channels, side, side)
     return Trial(
         config, accelerator, adapted, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
     )  # fmt: skip

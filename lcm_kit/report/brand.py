@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from lcm_kit import assets
+from lcm_kit.data import reconstruction
+from lcm_kit.data.reconstruction import Measured
 from lcm_kit.data.records import Record, pictures
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import verdicts
@@ -36,6 +38,7 @@ def context(run: Path, found: Results, quality: Results | None = None) -> dict[s
         "verdict": verdicts.brand_verdict(head, adherence),
         "columns": ["Your pictures", *(title(row) for row in (head.base, head.adapter))],
         "rows": _lines(run, found, head),
+        "vae": _drawn_by_the_vae(run),
         "control": _control(run, found, head),
         "control_columns": [title(row) for row in (head.base, head.adapter)],
         "sentences": sentences(head, adherence),
@@ -72,8 +75,9 @@ def interval(figure: Interval | None, show: Any = number) -> str:
 def sentences(head: Brand, adherence: str) -> list[str]:
     """What was measured, in words, the adapter beside the base; only what there are figures for."""
     show = gauge(adherence)
+    told = _in_style(head)
     asked = "nearness to their text (CLIP score)" if adherence == "clip" else "pictures right"
-    told = [
+    told += [
         f"{what}: {_beside(head, key, form)}{_nearer(head) if key == 'brand_similarity' else ''}."
         for key, what, form in (
             ("brand_similarity", "Nearness to your pictures (brand similarity, higher is nearer)", number),
@@ -92,6 +96,17 @@ def sentences(head: Brand, adherence: str) -> list[str]:
             "of what the base can draw; a lower LoRA weight, fewer steps or more varied pictures may help."
         )
     return told
+
+
+def _in_style(head: Brand) -> list[str]:
+    """How many of the prompts of the style show it; nothing where it was not measured."""
+    figures = [(head.adapter, "your adapter"), (head.base, "the base")]
+    figures += [(head.styled, f"the look at {head.styled['steps']} steps")] if head.styled else []
+    shares = [(name, row["in_style"]) for row, name in figures]
+    if not all(figure for _, figure in shares):
+        return []
+    named = ", ".join(f"{name} {figure['value'] * head.n:.0f}" for name, figure in shares if figure)
+    return [f"Prompts in your style that show it as your own pictures do, of {head.n}: {named}."]
 
 
 def figure_of(row: BrandRow, key: str) -> Interval | None:
@@ -154,6 +169,33 @@ def _control(run: Path, found: Results, head: Brand) -> list[dict[str, Any]]:
     return [
         {"prompt": prompt, "images": [_picture(run, name) for name in names]} for prompt, *names in lines
     ][:_SHOWN]
+
+
+def _drawn_by_the_vae(run: Path) -> dict[str, Any] | None:
+    """The pictures that the base's VAE draws worst, beside what it makes of them; None if not measured."""
+    if (found := reconstruction.read(run)) is None or not found.figures:
+        return None
+    told = found.findings()
+    return {
+        "sentences": [each.sentence for each in told],
+        "warned": any(each.weight == "warning" for each in told),
+        "resolution": found.resolution,
+        "columns": ["Your picture", "As the base's VAE gives it back"],
+        "rows": [
+            {
+                "prompt": _became(each),
+                "images": [
+                    _picture(run, f"{reconstruction.FOLDER}/{k}-{side}.png") for side in ("before", "after")
+                ],
+            }
+            for k, each in enumerate(found.figures[: reconstruction.SHOWN])
+        ],
+    }
+
+
+def _became(each: Measured) -> str:
+    moved = f"{each.ink} comes back as {each.becomes} (CIELAB {each.moved:.1f}); " if each.ink else ""
+    return f"{each.id}: {each.psnr:.1f} dB; {moved}{each.lost:.0%} of fine detail lost"
 
 
 def _picture(run: Path, name: str | None) -> str | None:

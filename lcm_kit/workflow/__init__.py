@@ -9,9 +9,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from lcm_kit import assets, console
+from lcm_kit import assets, console, sample
 from lcm_kit.config.schema import Base
+from lcm_kit.data import reconstruction
+from lcm_kit.data.encoder import usable_base
+from lcm_kit.data.reconstruction import Reconstructions
+from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
 from lcm_kit.workflow import configs, show
@@ -32,8 +37,9 @@ def quickstart(output: Path, overrides: Sequence[str] = ()) -> Path:
     story = configs.quickstart(output, overrides)
     require_folder(story)
     require_writable(story.run)
-    show.plan(story, _check(story))
-    return _tell(story)
+    checked = _check(story)
+    show.plan(story, checked.pictures)
+    return _tell(story, checked)
 
 
 def finetune(
@@ -67,10 +73,11 @@ def finetune(
     require_folder(story)
     if not dry_run:
         require_writable(story.run)
-    show.plan(story, _check(story))
+    checked = _check(story)
+    show.plan(story, checked.pictures)
     if dry_run:
         return story.run / "report.html"
-    report = _tell(story)
+    report = _tell(story, checked)
     show.other_way(story, speed)
     return report
 
@@ -95,29 +102,42 @@ def _of_studio(
     return configs.from_speed_too(story, speed, styles.largest_rank("--speed", speed, found))
 
 
-def _check(story: Story) -> int:
-    """Print what is to be said of the pictures; returns how many there are, and raises for what is wrong."""
+class Checked(NamedTuple):
+    """What the check of the pictures found."""
+
+    pictures: int
+    drawn: Reconstructions
+
+
+def _check(story: Story) -> Checked:
+    """Print what is to be said of the pictures; raises for what is wrong."""
     from lcm_kit.data.folder import check_data
 
     data = story.distill.data
-    _heading(1, "check: are these pictures to learn from?")
+    _heading(1, "check: are these pictures to learn from, and can the base draw them?")
     found = check_data(data)
-    for sentence in found.notes:
-        console.say(sentence, err=True)
-    for sentence in found.warnings:
-        console.say(f"warning: {sentence}", err=True, style="yellow")
     if len(found.errors) == 1:
         raise UserError(found.errors[0])
     if found.errors:
         listed = "".join(f"\n  - {sentence}" for sentence in found.errors)
         raise UserError(f"{data.path}: {len(found.errors)} things are wrong{listed}")
-    if not found.warnings:
+    own = list_source(data).good  # without those of data.regularization, which may not be drawn yet
+    device = sample.placement()["device"]
+    drawn = reconstruction.measure(usable_base(story.distill), own, data.resolution, device)
+    told = drawn.findings()
+    for sentence in (*found.notes, *(each.sentence for each in told if each.weight == "note")):
+        console.say(sentence, err=True)
+    warnings = (*found.warnings, *(each.sentence for each in told if each.weight == "warning"))
+    for sentence in warnings:
+        console.say(f"warning: {sentence}", err=True, style="yellow")
+    if not warnings:
         console.say(f"{found.count:,} pictures with captions; nothing to warn of", err=True)
-    return found.count
+    return Checked(found.count, drawn)
 
 
-def _tell(story: Story) -> Path:
+def _tell(story: Story, checked: Checked) -> Path:
     """Run the stages after the check, each under its heading and with its time."""
+    reconstruction.write(checked.drawn, story.run)
     began = time.perf_counter()
     for number, (title, run) in enumerate(stages_of(story), start=2):
         _heading(number, title)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
+_OUTSIDE = 0.05  # share of the brand's own pictures that are allowed to be unlike the others
+
 
 def brand_similarity(features: Tensor, brand: Tensor, control: Tensor) -> Tensor:
     """[N, F], the brand's [B, F], the control's [C, F] -> [N]: mean cosine to the brand's less the control's.
@@ -29,14 +31,26 @@ def ends(brand: Tensor, control: Tensor) -> tuple[float, float]:
     if min(len(brand), len(control)) < 2:
         raise ValueError(f"brand and control need 2 pictures or more, not {len(brand)} and {len(control)}")
     b, c = _centred(brand, control)
-
-    def others(x: Tensor) -> Tensor:
-        """Mean cosine of each to the others of its set."""
-        return ((x.sum(0) - x) * x).sum(1) / (len(x) - 1)
-
-    floor = (c @ b.mean(0) - others(c)).mean()
-    ceiling = (others(b) - b @ c.mean(0)).mean()
+    floor = (c @ b.mean(0) - _to_others(c)).mean()
+    ceiling = (_to_others(b) - b @ c.mean(0)).mean()
     return float(floor), float(ceiling)
+
+
+def least_in_style(brand: Tensor, control: Tensor) -> float:
+    """The similarity from which on a picture shows the style, as the brand's own pictures do.
+
+    What all but a twentieth of them get, each left out of the set that it is compared with; at least the
+    middle between the two `ends`. Raises `ValueError` as `ends`.
+    """
+    floor, ceiling = ends(brand, control)
+    b, c = _centred(brand, control)
+    own = _to_others(b) - b @ c.mean(0)
+    return max(float(own.quantile(_OUTSIDE)), (floor + ceiling) / 2)
+
+
+def _to_others(x: Tensor) -> Tensor:
+    """[N, F] at length 1 -> [N]: mean cosine of each to the others."""
+    return ((x.sum(0) - x) * x).sum(1) / (len(x) - 1)
 
 
 def _centred(*sets: Tensor) -> list[Tensor]:
