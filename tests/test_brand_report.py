@@ -142,7 +142,7 @@ def test_the_page_shows_what_the_vae_draws_worst(run: Path) -> None:
     reconstruction.write(reconstruction.Reconstructions(tuple(figures), pairs, 96, 64), run)
     page = write_report(run).read_text()
     text = text_of(page)
-    assert "gives 6 of the pictures back at 27.5 dB on average" in text
+    assert "gives 6 of the 96 pictures back at 27.5 dB on average" in text
     assert "1.png: 29.0 dB; #6cb29e comes back as #70b0a0 (CIELAB 3.5); 10% of fine detail lost" in text
     assert "4.png" not in text and "<details><summary>The 4 that come back worst, at 64 pixels" in page
     images = [each for each in Page(page).images if "VAE" in (each["alt"] or "")]

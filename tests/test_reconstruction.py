@@ -91,7 +91,7 @@ def test_what_is_said_of_each_trouble() -> None:
     bad = [measured("c.png", moved=23), measured("d.png", lost=0.8), measured("e.png", psnr=20), *good]
     assert sorted(bad, key=lambda each: -each.trouble)[0].id == "c.png"
     note, colour, detail, far = findings(bad, 9, 64)
-    assert "gives 5 of the pictures back" in note.sentence
+    assert "gives 5 of the 9 pictures back" in note.sentence
     assert "a colour of 1 picture: c.png (#6cb29e comes back as #8090a0, 23)" in colour.sentence
     assert "1 picture at 64 pixels: d.png (80%)" in detail.sentence
     assert "1 picture back far from what they are: e.png (20.0 dB)" in far.sentence

@@ -184,11 +184,11 @@ def findings(figures: Sequence[Measured], of: int, resolution: int) -> list[Find
     if not figures:
         return []
     nearness = sum(each.psnr for each in figures) / len(figures)
-    some = "" if len(figures) == of else f" {len(figures)} of"
+    some = "the" if len(figures) == of else f"{len(figures)} of the {of:,}"
     told = [
         Finding(
             "note",
-            f"The base's VAE gives{some} the pictures back at {nearness:.1f} dB on average; no adapter draws "
+            f"The base's VAE gives {some} pictures back at {nearness:.1f} dB on average; no adapter draws "
             "nearer than that.",
         )
     ]

@@ -19,6 +19,7 @@ from lcm_kit.cli.main import app
 from lcm_kit.config import shipped
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
+from lcm_kit.data import reconstruction
 from lcm_kit.data.cache import Cache
 from lcm_kit.evaluation import results
 from lcm_kit.io import own_files
@@ -125,6 +126,9 @@ def test_the_whole_story_then_nothing_more(
     assert named == [("base", 2), ("styled", 2), ("adapter", 1), ("adapter", 4)]
     assert set(results.prompts(brand)["texts"]) == set(held)
     page = (run / "report.html").read_text()
+    drawn = reconstruction.read(run)  # of random weights: nothing comes back
+    assert drawn is not None and drawn.of == 6 == len(drawn.figures)
+    assert "Can the base draw your pictures at all?" in page and "a colour of 6 pictures" in page
     assert page.index("Your pictures") < page.index("The base, 2 steps") < page.index("Your adapter, 4 steps")
     assert (run / "style" / "report.html").is_file() and (run / "export" / "README.md").is_file()
 
