@@ -155,6 +155,20 @@ def test_what_cannot_be_asked() -> None:
     assert done.exit_code == 2 and "--resolution 66 is not a multiple of 4" in done.output
     done = cli("check", "distill/tiny_quick", "--base", TINY)
     assert done.exit_code == 2 and "which names its base" in done.output
+    done = cli("check", "asset:brand", "--variant", "fp16")
+    assert done.exit_code == 2 and "give it with --base" in done.output
+
+
+def test_a_broken_vae_is_found_and_breaks_nothing(
+    sd_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases.inspect_base(str(sd_base("epsilon")))
+    drawn = bases.decode_latents
+    monkeypatch.setattr(bases, "decode_latents", lambda vae, z: drawn(vae, z) * float("nan"))
+    found = reconstruction.measure(base, of_shipped("asset:brand")[:2], 64, "cpu")
+    assert all(each.becomes == "#000000" for each in found.figures)
+    reconstruction.write(found, tmp_path)
+    assert reconstruction.read(tmp_path) is not None
 
 
 def test_what_is_written_is_read_back_and_held_to_its_hash(tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def check(
     from lcm_kit.config.schema import Base
 
     errors: list[str] = []
+    if base is None and (revision or variant):
+        raise UserError("--revision and --variant are of a base; give it with --base, or leave them out")
     if _is_folder(config):
         if overrides:
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")

@@ -163,7 +163,8 @@ def measure(base: BaseInfo, records: Sequence[Record], resolution: int, device: 
             except (UserError, OSError):
                 continue
             latents = bases.encode_images(vae, before[None])
-            after = bases.decode_latents(vae, latents)[0].float().cpu().clamp(-1, 1)
+            drawn = bases.decode_latents(vae, latents)[0].float().cpu()
+            after = drawn.nan_to_num(-1.0).clamp(-1, 1)  # of a broken VAE: black, and far from the picture
             found.append(figures_of(record.id, before, after))
             found.sort(key=lambda each: -each.trouble)
             pairs = {
