@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
+from lcm_kit import console
 from lcm_kit.cli.main import app
 
 
@@ -41,7 +42,10 @@ def test_an_empty_argument_is_no_path(args: list[str], what: str) -> None:
         (["cp", "nothing", "x"], "'nothing' is not shipped with lcm-kit; "),
     ],
 )
-def test_what_a_user_wrote_is_shown_as_it_is(args: list[str], sentence: str) -> None:
+def test_what_a_user_wrote_is_shown_as_it_is(
+    args: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 3600.0)  # on a busy machine it would say what it does first
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 2, done.output
     assert sentence in done.stderr and "\x1b" not in done.output and done.stderr.startswith("error: ")
