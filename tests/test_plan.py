@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from lcm_kit import bases, families
+from lcm_kit import assets, bases, families
 from lcm_kit.adapter import roles
 from lcm_kit.adapter import text as text_lora
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
@@ -947,3 +949,32 @@ def test_a_probe_that_fails_says_why(tmp_path: Path) -> None:
     wanted = replace(config("quickstart"), base=Base(str(tmp_path / "nothing")))
     with pytest.raises(UserError, match="there is no such folder"):
         probe.run(wanted, None)
+
+
+def of_channels(folder: Path, unet: int, vae: int) -> Base:
+    """The embedded base's configuration files, with other numbers of latent channels, and no weights."""
+    for part, changes in (
+        ("unet", {"in_channels": unet, "out_channels": vae}),
+        ("vae", {"latent_channels": vae}),
+    ):
+        source = assets.path("tiny-sd") / part / "config.json"
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps({**json.loads(source.read_text()), **changes}))
+    for part in ("text_encoder", "scheduler"):
+        shutil.copytree(assets.path("tiny-sd") / part, folder / part)
+    shutil.copy(assets.path("tiny-sd") / "model_index.json", folder)
+    return Base(str(folder))
+
+
+def test_a_base_may_have_other_latents_but_unet_and_vae_must_agree(tmp_path: Path) -> None:
+    found = base_profile.find(of_channels(tmp_path / "16", 16, 16))
+    four, sixteen = (MetaModel(each, config().adapter) for each in (base_profile.find(config().base), found))
+    assert (four.subject.channels, sixteen.subject.channels) == (4, 16)
+    # the first and the last convolution, 3 by 3 between 48 channels and 12 more at 16 by 16 places
+    more = 2 * (2 * 9 * 48 * 12 * 16 * 16)
+    passes = [stage.drawing(64, torch.float32).flops for stage in (four, sixteen)]
+    assert passes[1] - passes[0] == more
+    records = [disk.disk(config(), Planner(stage)).record for stage in (four, sixteen)]
+    assert records[1] - records[0] == 4 * 12 * 16 * 16  # bytes of a row of the cache
+    with pytest.raises(UserError, match="its UNet takes 9 channels, its VAE gives 4; inpainting and depth"):
+        base_profile.find(of_channels(tmp_path / "9", 9, 4))

@@ -117,10 +117,10 @@ def moved_ink(picture: Tensor, other: Tensor) -> tuple[float, str, str]:
         mask = avg_pool2d(own, 3, 1).flatten() > 1 - 1e-6
         if mask.double().mean() < _INK:
             continue
-        colours = before[mask].mean(0), after[mask].mean(0)
-        shift = float((lab(colours[0]) - lab(colours[1])).norm())
+        colour, becomes = before[mask].mean(0), after[mask].mean(0)
+        shift = float((lab(colour) - lab(becomes)).norm())
         if shift >= found[0]:
-            found = (shift, *(_hex(colour) for colour in colours))  # type: ignore[assignment]
+            found = (shift, _hex(colour), _hex(becomes))
     return found
 
 

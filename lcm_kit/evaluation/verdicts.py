@@ -154,8 +154,19 @@ def brand_verdict(head: Brand, adherence: str) -> str:
     shown = head.adapter["in_style"]
     if head.nearer["low"] <= 0 or (shown is not None and shown["value"] == 0):
         return "No"
-    missing = shown is not None and shown["value"] < SHOWN - 1e-9
-    return "In part" if missing or forgotten(head, adherence) is not None else "Yes"
+    return "In part" if too_few(head) or forgotten(head, adherence) is not None else "Yes"
+
+
+def too_few(head: Brand) -> bool:
+    """Whether less than nine in ten prompts of the style show it; not where that was not measured."""
+    shown = head.adapter["in_style"]
+    return shown is not None and shown["value"] < SHOWN - 1e-9
+
+
+def showing(head: Brand, row: BrandRow) -> int | None:
+    """How many of the `head.n` prompts of the style show it in a row; None where it was not measured."""
+    shown = row["in_style"]
+    return None if shown is None else round(shown["value"] * head.n)
 
 
 def forgotten(head: Brand, adherence: str) -> float | None:

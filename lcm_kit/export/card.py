@@ -306,7 +306,7 @@ def in_the_style(found: Results | None, results: Results | None = None) -> dict[
 
 def _verdict(head: verdicts.Brand, adherence: str) -> str:
     """The verdict with its reason."""
-    answer, shown = verdicts.brand_verdict(head, adherence), head.adapter["in_style"]
+    answer = verdicts.brand_verdict(head, adherence)
     if answer == verdicts.UNKNOWN:
         return f"{answer}: nearness to the brand's pictures was not measured"
     if answer == "No" and head.nearer and head.nearer["low"] > 0:
@@ -315,8 +315,9 @@ def _verdict(head: verdicts.Brand, adherence: str) -> str:
         return "No: it is not nearer to the brand's pictures than the base"
     if answer == "Yes":
         return answer
-    few = shown is not None and shown["value"] < verdicts.SHOWN
-    reasons = [f"{shown['value'] * head.n:.0f} of {head.n} prompts show the style"] if shown and few else []
+    reasons = []
+    if verdicts.too_few(head):
+        reasons.append(f"{verdicts.showing(head, head.adapter)} of {head.n} prompts show the style")
     if verdicts.forgotten(head, adherence) is not None:
         reasons.append("some of what the base can draw is lost")
     return f"In part: it is nearer to the brand's pictures, but {' and '.join(reasons)}"

@@ -32,7 +32,7 @@ def disk(config: Training, planner: Planner) -> Disk:
     """What `encode` and `train` will write."""
     subject = planner.stage.subject
     side = config.data.resolution // subject.structure.factor
-    numbers = 4 * side * side + subject.tokens * subject.structure.width
+    numbers = subject.channels * side * side + subject.tokens * subject.structure.width
     numbers += subject.pooled + 6 if subject.pooled else 0
     weights = planner.weights(config)
     lora = FLOAT * sum(weights.lora)

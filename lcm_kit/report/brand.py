@@ -100,12 +100,12 @@ def sentences(head: Brand, adherence: str) -> list[str]:
 
 def _in_style(head: Brand) -> list[str]:
     """How many of the prompts of the style show it; nothing where it was not measured."""
-    figures = [(head.adapter, "your adapter"), (head.base, "the base")]
-    figures += [(head.styled, f"the look at {head.styled['steps']} steps")] if head.styled else []
-    shares = [(name, row["in_style"]) for row, name in figures]
-    if not all(figure for _, figure in shares):
+    rows = [("your adapter", head.adapter), ("the base", head.base)]
+    rows += [(f"the look at {head.styled['steps']} steps", head.styled)] if head.styled else []
+    counts = [(name, verdicts.showing(head, row)) for name, row in rows]
+    if any(count is None for _, count in counts):
         return []
-    named = ", ".join(f"{name} {figure['value'] * head.n:.0f}" for name, figure in shares if figure)
+    named = ", ".join(f"{name} {count}" for name, count in counts)
     return [f"Prompts in your style that show it as your own pictures do, of {head.n}: {named}."]
 
 

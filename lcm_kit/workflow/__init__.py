@@ -116,6 +116,7 @@ def _check(story: Story) -> Checked:
     data = story.distill.data
     _heading(1, "check: are these pictures to learn from, and can the base draw them?")
     found = check_data(data)
+    _say(found.notes, found.warnings)
     if len(found.errors) == 1:
         raise UserError(found.errors[0])
     if found.errors:
@@ -124,15 +125,20 @@ def _check(story: Story) -> Checked:
     own = list_source(data).good  # without those of data.regularization, which may not be drawn yet
     device = sample.placement()["device"]
     drawn = reconstruction.measure(usable_base(story.distill), own, data.resolution, device)
-    told = drawn.findings()
-    for sentence in (*found.notes, *(each.sentence for each in told if each.weight == "note")):
-        console.say(sentence, err=True)
-    warnings = (*found.warnings, *(each.sentence for each in told if each.weight == "warning"))
-    for sentence in warnings:
-        console.say(f"warning: {sentence}", err=True, style="yellow")
-    if not warnings:
+    told: dict[str, list[str]] = {"note": [], "warning": []}
+    for each in drawn.findings():
+        told[each.weight].append(each.sentence)
+    _say(told["note"], told["warning"])
+    if not found.warnings and not told["warning"]:
         console.say(f"{found.count:,} pictures with captions; nothing to warn of", err=True)
     return Checked(found.count, drawn)
+
+
+def _say(notes: Sequence[str], warnings: Sequence[str]) -> None:
+    for sentence in notes:
+        console.say(sentence, err=True)
+    for sentence in warnings:
+        console.say(f"warning: {sentence}", err=True, style="yellow")
 
 
 def _tell(story: Story, checked: Checked) -> Path:

@@ -32,8 +32,7 @@ def ends(brand: Tensor, control: Tensor) -> tuple[float, float]:
         raise ValueError(f"brand and control need 2 pictures or more, not {len(brand)} and {len(control)}")
     b, c = _centred(brand, control)
     floor = (c @ b.mean(0) - _to_others(c)).mean()
-    ceiling = (_to_others(b) - b @ c.mean(0)).mean()
-    return float(floor), float(ceiling)
+    return float(floor), float(_own(b, c).mean())
 
 
 def least_in_style(brand: Tensor, control: Tensor) -> float:
@@ -43,9 +42,13 @@ def least_in_style(brand: Tensor, control: Tensor) -> float:
     middle between the two `ends`. Raises `ValueError` as `ends`.
     """
     floor, ceiling = ends(brand, control)
-    b, c = _centred(brand, control)
-    own = _to_others(b) - b @ c.mean(0)
+    own = _own(*_centred(brand, control))
     return max(float(own.quantile(_OUTSIDE)), (floor + ceiling) / 2)
+
+
+def _own(brand: Tensor, control: Tensor) -> Tensor:
+    """What each of the brand's own pictures gets, of sets that `_centred` made."""
+    return _to_others(brand) - brand @ control.mean(0)
 
 
 def _to_others(x: Tensor) -> Tensor:
