@@ -116,7 +116,7 @@ def main(config: Brand) -> Path:
         config, folder.resolve().name, base, list(adapters.values()), look, reference, measured,
         differences(pairs, config.confidence),
     )  # fmt: skip
-    results["brand_own"] = brand.own_style(own, others)
+    results["brand_own"] = brand.own_similarity(own, others)
     results["brand_pictures"] = [name and f"brand/pictures/{name}" for name in beside]
     head = verdicts.brand_headline(results)
     results["verdict"] = verdicts.brand_verdict(head, results["adherence"])

@@ -129,8 +129,8 @@ def test_the_verdicts_rule(
     shown = adapter.get("in_style", (1.0,))
     assert ("forgotten" in told) == (answer == "In part" and shown == (1.0,))
     if shown:
-        begin = "Prompts in your style that show it as your own pictures do, of 1: your adapter"
-        assert f"{begin} {shown[0]:.0f}, the base 0, the look at 50 steps 1." in told
+        begin = "Prompts in your style that show it, nearer to yours than to the base's, of 1"
+        assert f"{begin}: your adapter {shown[0]:.0f}, the base 0, the look at 50 steps 1." in told
     if "forgotten" in told:
         assert "the adapter is 5\u00a0% below the base" in told
 

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lcm_kit.evaluation.metrics import diversity, kernel, sharpness, similarity
+from lcm_kit.evaluation.metrics import diversity, in_style, kernel, sharpness, similarity
 from lcm_kit.evaluation.metrics.bootstrap import Resamples, percentiles, two_sided_p
 from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
 
@@ -181,20 +181,37 @@ def test_brand_similarity_is_between_its_ends() -> None:
     assert ceiling > 0.4 and floor < 0.1
 
 
-def test_what_shows_the_style_is_as_near_as_nineteen_in_twenty_of_the_brands_own() -> None:
-    brand, control = normal(40, 8, seed=1) + 2, normal(50, 8, seed=2)
-    centre = control.double().mean(0)
-    b, c = (torch.nn.functional.normalize(x.double() - centre, dim=1) for x in (brand, control))
-    own = [float(sum(b[i] @ b[j] for j in range(40) if j != i) / 39 - (b[i] @ c.T).mean()) for i in range(40)]
-    least = similarity.least_in_style(brand, control)
-    assert least == pytest.approx(float(np.quantile(own, 0.05)))
-    assert sum(each >= least for each in own) == 38
-    # a brand whose own pictures differ much is no licence: the middle between the ends is the least
-    wide = torch.cat([brand, control[:20]])
-    floor, ceiling = similarity.ends(wide, control)
-    assert similarity.least_in_style(wide, control) == pytest.approx((floor + ceiling) / 2)
+def test_towards_the_style_by_hand() -> None:
+    """Spread of 4 along x and 1 along y, half of it shrunk to 2.5 in both: weights 1/3.25 and 1/1.75."""
+    base = torch.tensor([[-2.0, -1.0], [2.0, 1.0], [-2.0, 1.0], [2.0, -1.0]])
+    brand = base + torch.tensor([1.0, 1.0])
+    x, y = 1 / 3.25, 1 / 1.75
+    found = in_style.towards_style(
+        torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), brand, base
+    )
+    assert found.tolist() == pytest.approx([0, 1, x / (x + y), y / (x + y)])
+    same = torch.ones(3, 2)
+    assert in_style.towards_style(same, 2 * same, same).tolist() == [0, 0, 0]  # without any spread
+    assert in_style.towards_style(2 * same, 2 * same, same).tolist() == pytest.approx([1, 1, 1])
+    assert in_style.towards_style(brand, base, base).tolist() == [0] * 4
     with pytest.raises(ValueError, match="2 pictures or more"):
-        similarity.least_in_style(brand[:1], control)
+        in_style.towards_style(base, brand[:1], base)
+
+
+def test_the_style_is_told_whatever_pictures_show() -> None:
+    """Features: one of two grounds, far apart, 23 of other content, and one of style, narrow."""
+
+    def drawn(style: float, n: int, seed: int) -> Tensor:
+        content = normal(n, 24, seed=seed)
+        content[:, 0] += 20 * (normal(n, seed=seed + 1) > 0)
+        return torch.cat([content, style + 0.2 * normal(n, 1, seed=seed + 2)], 1)
+
+    brand, base = drawn(3, 20, 1), drawn(0, 24, 11)
+    pictures = torch.cat([drawn(3, 200, 21), drawn(0, 200, 31)])
+    way = in_style.towards_style(pictures, brand, base)
+    assert (way[:200] >= 0.5).double().mean() > 0.98 and (way[200:] < 0.5).double().mean() > 0.98
+    away = torch.cdist(pictures, torch.stack([brand.mean(0), base.mean(0)]))
+    assert (away[:200, 0] < away[:200, 1]).double().mean() < 0.6  # by distance alone the grounds decide
 
 
 def test_brand_similarity_by_hand() -> None:

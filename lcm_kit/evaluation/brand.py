@@ -19,7 +19,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.draw import repeated
 from lcm_kit.evaluation.metrics import similarity
-from lcm_kit.evaluation.result_shapes import OwnStyle
 from lcm_kit.io.files import sha256_bytes
 
 STYLE, ADAPTER = "style", "adapter"
@@ -84,12 +83,9 @@ def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Re
     return [record for record in found if content[record.id] in held]
 
 
-def own_style(brand: Tensor, control: Tensor) -> OwnStyle | None:
+def own_similarity(brand: Tensor, control: Tensor) -> float | None:
     """What the brand's own pictures get, from the features of both sets; None for a set of one picture."""
-    if min(len(brand), len(control)) < 2:
-        return None
-    _, mean = similarity.ends(brand, control)
-    return {"mean": mean, "least": similarity.least_in_style(brand, control)}
+    return None if min(len(brand), len(control)) < 2 else similarity.ends(brand, control)[1]
 
 
 def save_pictures(pictures: Sequence[records.Record | None], folder: Path, size: int) -> list[str | None]:

@@ -19,7 +19,7 @@ from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Drawn, Figure, Figures, Ruler
 from lcm_kit.evaluation.metrics import diversity as spread
-from lcm_kit.evaluation.metrics import frechet, kernel, similarity
+from lcm_kit.evaluation.metrics import frechet, in_style, kernel, similarity
 from lcm_kit.evaluation.metrics.accuracy import ATTRIBUTES
 from lcm_kit.evaluation.metrics.distance import rms
 from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
@@ -27,7 +27,7 @@ from lcm_kit.evaluation.metrics.sharpness import laplacian_energy
 
 C = TypeVar("C", bound=Cell)
 Column = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] in [-1, 1] -> [B], a figure a picture
-QUALITY = "evaluation/quality"
+QUALITY, BRAND = "evaluation/quality", "evaluation/brand"
 _AT_ONCE = 16  # pictures whose pixels are compared at once
 _LEAST = 3  # prompts for a distance of sets with its interval
 
@@ -142,12 +142,14 @@ def _brand_similarity(drawn: Drawn) -> Figure | None:
 
 
 def _in_style(drawn: Drawn) -> Figure | None:
-    if drawn.ruler.brand is None or min(map(len, drawn.ruler.brand)) < 2:
+    if drawn.ruler.brand is None:
         return None
-    near = similarity.brand_similarity(drawn.rows["features"], *drawn.ruler.brand)
+    brand, base = drawn.ruler.brand[0], drawn.ruler.reference["features"]
+    if min(len(brand), len(base)) < 2:
+        return None
     images = drawn.ruler.resamples.images_per_prompt
-    shown = near.view(-1, images).mean(1) >= similarity.least_in_style(*drawn.ruler.brand)
-    return drawn.mean(shown.repeat_interleave(images))
+    way = in_style.towards_style(drawn.rows["features"], brand, base).view(-1, images).mean(1)
+    return drawn.mean((way >= in_style.SHOWN).repeat_interleave(images))
 
 
 def _diversity(drawn: Drawn) -> Figure | None:
@@ -252,9 +254,9 @@ METRICS: dict[str, Metric] = {
     ),
     "in_style": Metric(
         "prompts in the style", "higher",
-        "share of prompts whose pictures are, on average, as near to the brand's as all but a twentieth of "
-        "the brand's own are to each other",
-        _in_style,
+        "share of prompts whose pictures are, on average, nearer to the brand's than to the base's of the "
+        "same prompts, along what sets the two apart",
+        _in_style, recipes=(BRAND,),
     ),
     "diversity": Metric(
         "diversity", "higher", "mean distance between the features of pictures of one prompt", _diversity

@@ -127,13 +127,6 @@ class TakenFrom(Base):
     prediction_type: str
 
 
-class OwnStyle(TypedDict):
-    """Brand similarity of the brand's own pictures: their mean, and what it takes to show the style."""
-
-    mean: float
-    least: float
-
-
 class Results(TypedDict):
     """What an evaluation found; what only some recipes have is not required."""
 
@@ -156,5 +149,5 @@ class Results(TypedDict):
     versions: dict[str, str]
     breaks: NotRequired[dict[str, list[Break]]]
     brand_pictures: NotRequired[list[str | None]]
-    brand_own: NotRequired[OwnStyle | None]  # None: one picture alone
+    brand_own: NotRequired[float | None]  # None: one picture alone
     frechet_floor: NotRequired[float | None]

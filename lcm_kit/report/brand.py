@@ -106,7 +106,7 @@ def _in_style(head: Brand) -> list[str]:
     if any(count is None for _, count in counts):
         return []
     named = ", ".join(f"{name} {count}" for name, count in counts)
-    return [f"Prompts in your style that show it as your own pictures do, of {head.n}: {named}."]
+    return [f"Prompts in your style that show it, nearer to yours than to the base's, of {head.n}: {named}."]
 
 
 def figure_of(row: BrandRow, key: str) -> Interval | None:

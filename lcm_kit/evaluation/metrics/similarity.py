@@ -10,8 +10,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
-_OUTSIDE = 0.05  # share of the brand's own pictures that are allowed to be unlike the others
-
 
 def brand_similarity(features: Tensor, brand: Tensor, control: Tensor) -> Tensor:
     """[N, F], the brand's [B, F], the control's [C, F] -> [N]: mean cosine to the brand's less the control's.
@@ -31,24 +29,8 @@ def ends(brand: Tensor, control: Tensor) -> tuple[float, float]:
     if min(len(brand), len(control)) < 2:
         raise ValueError(f"brand and control need 2 pictures or more, not {len(brand)} and {len(control)}")
     b, c = _centred(brand, control)
-    floor = (c @ b.mean(0) - _to_others(c)).mean()
-    return float(floor), float(_own(b, c).mean())
-
-
-def least_in_style(brand: Tensor, control: Tensor) -> float:
-    """The similarity from which on a picture shows the style, as the brand's own pictures do.
-
-    What all but a twentieth of them get, each left out of the set that it is compared with; at least the
-    middle between the two `ends`. Raises `ValueError` as `ends`.
-    """
-    floor, ceiling = ends(brand, control)
-    own = _own(*_centred(brand, control))
-    return max(float(own.quantile(_OUTSIDE)), (floor + ceiling) / 2)
-
-
-def _own(brand: Tensor, control: Tensor) -> Tensor:
-    """What each of the brand's own pictures gets, of sets that `_centred` made."""
-    return _to_others(brand) - brand @ control.mean(0)
+    floor, ceiling = c @ b.mean(0) - _to_others(c), _to_others(b) - b @ c.mean(0)
+    return float(floor.mean()), float(ceiling.mean())
 
 
 def _to_others(x: Tensor) -> Tensor:
