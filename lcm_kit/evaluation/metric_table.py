@@ -24,10 +24,10 @@ from lcm_kit.evaluation.metrics.accuracy import ATTRIBUTES
 from lcm_kit.evaluation.metrics.distance import rms
 from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
 from lcm_kit.evaluation.metrics.sharpness import laplacian_energy
+from lcm_kit.evaluation.results import BRAND, QUALITY
 
 C = TypeVar("C", bound=Cell)
 Column = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] in [-1, 1] -> [B], a figure a picture
-QUALITY, BRAND = "evaluation/quality", "evaluation/brand"
 _AT_ONCE = 16  # pictures whose pixels are compared at once
 _LEAST = 3  # prompts for a distance of sets with its interval
 
@@ -149,7 +149,7 @@ def _in_style(drawn: Drawn) -> Figure | None:
         return None
     images = drawn.ruler.resamples.images_per_prompt
     way = in_style.towards_style(drawn.rows["features"], brand, base).view(-1, images).mean(1)
-    return drawn.mean((way >= in_style.SHOWN).repeat_interleave(images))
+    return drawn.mean((way >= in_style.HALF).repeat_interleave(images))
 
 
 def _diversity(drawn: Drawn) -> Figure | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _SHRINKAGE = 0.5  # of the spread to one that is equal in all directions: pictures are fewer than features
-SHOWN = 0.5  # from here on a picture is nearer to the brand's
+HALF = 0.5  # of the way; from here on a picture is nearer to the brand's
 
 
 def towards_style(features: Tensor, brand: Tensor, base: Tensor) -> Tensor:
