@@ -115,24 +115,17 @@ def train_vae(config: PretrainTiny, work: Path, renders: np.ndarray, studio_pict
     Half of them are of the world, half of the studio's pictures: what it never saw, no adapter can draw.
     """
     torch.manual_seed(config.seed)
-    vae = models.build_vae().to(memory_format=torch.channels_last)
+    vae = models.build_vae()
     half = config.vae_batch_size // 2
-
-    def reconstruct(images: Tensor, noise: Tensor) -> tuple[Tensor, Any]:
-        posterior = vae.encode(images).latent_dist
-        return vae.decode(posterior.mean + posterior.std * noise).sample, posterior
-
-    fast = torch.compile(reconstruct) if config.compile else reconstruct
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((config.seed, 2, step))
         y, x = rng.integers(0, world.SIZE - CROP + 1, 2)
         some = [source[rng.integers(0, len(source), half)] for source in (renders, studio_pictures)]
         images = pixels(np.concatenate(some)[:, y : y + CROP, x : x + CROP])
-        images = images.contiguous(memory_format=torch.channels_last)
-        shape = (2 * half, models.LATENT, CROP // 4, CROP // 4)
-        drawn, posterior = fast(images, torch.from_numpy(rng.standard_normal(shape, np.float32)))
-        error = drawn - images
+        posterior = vae.encode(images).latent_dist
+        noise = torch.from_numpy(rng.standard_normal(tuple(posterior.mean.shape), np.float32))
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - images
         divergence = (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean() / 2
         return error.abs().mean() + 10 * error.pow(2).mean() + 3e-4 * divergence
 
@@ -178,7 +171,6 @@ def train_unet(
     ids, empty = captions(drawn, ends, tokenizer), models.token_ids(tokenizer, [""])[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet, text = models.build_unet().to(device), models.build_text_encoder(tokenizer).to(device)
-    denoise = torch.compile(unet) if config.compile else unet
     kind, scheduler = config.prediction_type, models.build_scheduler(config.prediction_type)
     schedule = Schedule.from_config(scheduler.config).to(device)
     weight = min_snr_weight(schedule, kind, config.min_snr_gamma)
@@ -194,7 +186,7 @@ def train_unet(
         times = ((rng.permutation(size) + rng.uniform(size=size)) / size * schedule.steps).astype(np.int64)
         noise = torch.from_numpy(rng.standard_normal((size, *latents.shape[1:]), np.float32)).to(device)
         clean, t = latents[index].to(device), torch.from_numpy(times).to(device)
-        output = denoise(
+        output = unet(
             add_noise(schedule, clean, noise, t), t, text(tokens.to(device)).last_hidden_state
         ).sample
         error = output - from_x0_eps(schedule, kind, clean, noise, t)

@@ -25,7 +25,7 @@ class PretrainTiny:
     studio: Positive = 12000  # pictures in free palettes that the VAE is trained on beside the renders
     probe_steps: Positive = 1500
     probe_batch_size: BatchSize = 64
-    vae_steps: Positive = 7500
+    vae_steps: Positive = 5200
     vae_batch_size: BatchSize = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
     unet_steps: Positive = 5400
@@ -37,4 +37,3 @@ class PretrainTiny:
     ema: Fraction = 0.999
     checkpoint_every: Positive = 250
     prompts: Positive = 1536  # held-out captions, written to prompts.txt: no training picture has them
-    compile: bool = False  # torch.compile the models: 1.4 times as fast on a CPU; needs a C++ compiler
