@@ -68,7 +68,7 @@ def test_scaled_latents_have_unit_variance(vae: Any) -> None:
 
 
 def test_no_training_picture_has_a_held_out_prompt() -> None:
-    """Against the captions of all training pictures, drawn again from the config that the base was made by."""
+    """Against the captions of all training pictures, made again from the config that the base was made by."""
     config = PretrainTiny(**json.loads((assets.path("tiny-sd") / "training.json").read_text()))
     scenes = shipped.load_recipe("train/pretrain_tiny").scenes(config)
     prompts = assets.prompts("asset:tiny-sd")

@@ -1,9 +1,9 @@
 """Write the figures of the embedded base into its card and docs/tiny-sd.md, from its evaluations.
 
     lcm-kit evaluate evaluation/tiny_base
-    lcm-kit evaluate evaluation/tiny_base guidance_scale=1 count=256 unet_calls=[] run=runs/tiny-base-g1
-    lcm-kit evaluate evaluation/tiny_base guidance_scale=3 count=256 unet_calls=[] run=runs/tiny-base-g3
-    lcm-kit evaluate evaluation/tiny_base guidance_scale=7.5 count=256 unet_calls=[] run=runs/tiny-base-g7.5
+    lcm-kit evaluate evaluation/tiny_base guidance_scale=1 count=128 unet_calls=[] run=runs/tiny-base-g1
+    lcm-kit evaluate evaluation/tiny_base guidance_scale=3 count=128 unet_calls=[] run=runs/tiny-base-g3
+    lcm-kit evaluate evaluation/tiny_base guidance_scale=7.5 count=128 unet_calls=[] run=runs/tiny-base-g7.5
     python tools/tiny_card.py runs/tiny-base runs/tiny-base-g1 runs/tiny-base-g3 runs/tiny-base-g7.5
 
 Each table stands between two comments, `<!-- quality -->` and `<!-- end -->`; the VAE's, between

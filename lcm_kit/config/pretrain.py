@@ -28,6 +28,7 @@ class PretrainTiny:
     vae_steps: Positive = 5200
     vae_batch_size: BatchSize = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
+    vae_noise: Fraction = 0.03  # on the latents that its decoder is trained on
     unet_steps: Positive = 5400
     unet_batch_size: BatchSize = 32
     unet_lr: Rate = 1e-3
