@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lcm_kit.core.schedule import SD_BETAS
 
 TOKENS, WIDTH = 32, 128
-LATENT = 24  # channels: with 4 the inks and lines of a style that the VAE never saw were lost
+LATENT = 24  # channels: principal.py says why
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -43,7 +43,7 @@ def components(images: Tensor, count: int) -> Components:
     values, vectors = torch.linalg.eigh((points - mean).T @ (points - mean) / len(points))
     order = values.argsort(descending=True)[:count]
     rows, deviation = vectors[:, order].T, values[order].sqrt()
-    # the sign of an eigenvector is the library's whim: another build's latents would be the negatives of these
+    # the sign of an eigenvector is the library's whim: another build's latents would be their negatives
     sign = (rows @ torch.cos(1.7 * torch.arange(rows.shape[1], dtype=rows.dtype))).sign()
     return Components((rows * (sign / deviation.sqrt())[:, None]).float(), mean.float())
 
