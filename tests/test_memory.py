@@ -125,7 +125,10 @@ def test_of_a_trained_unet_the_output_hardly_moves(kind: str, bound: float) -> N
     base = inspect_base("asset:tiny-sd")
     full, few = load_unet(base), memory.load_unet(base, config(quantize=kind), CPU, torch.float32)
     g = torch.Generator().manual_seed(0)
-    x, text = torch.randn(4, 4, 16, 16, generator=g), torch.randn(4, 24, 128, generator=g)
+    x, text = (
+        torch.randn(4, full.config.in_channels, 16, 16, generator=g),
+        torch.randn(4, 24, 128, generator=g),
+    )
     t = torch.tensor([20, 300, 700, 980])
     with torch.no_grad():
         off = relative(few(x, t, text).sample, full(x, t, text).sample)
@@ -273,7 +276,8 @@ from lcm_kit.bases import inspect_base
 unet = memory.load_unet(inspect_base("asset:tiny-sd"), Distill("train/distill", "run"), cpu, torch.float32)
 lora = AdaptedUNet(unet).add_lora(Adapter(rank=2, alpha=2.0))
 optimizer = memory.make_optimizer(lora, Optimizer(), cpu)
-unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 24, 128)).sample.mean().backward()
+noise = torch.randn(1, unet.config.in_channels, 16, 16)
+unet(noise, torch.tensor([500]), torch.randn(1, 24, 128)).sample.mean().backward()
 before = sum(p.detach().abs().sum().item() for p in lora)
 optimizer.step()
 assert sum(p.detach().abs().sum().item() for p in lora) != before

@@ -373,7 +373,7 @@ def real_moments(n: int, teacher_lora: Style | None = None, *, pair: bool, check
     if checkpointing:
         unet.enable_gradient_checkpointing()
     length, width = 32, 128
-    x, text = torch.randn(n, 4, 16, 16), torch.randn(n, length, width)
+    x, text = torch.randn(n, unet.config.in_channels, 16, 16), torch.randn(n, length, width)
     t = torch.zeros(n, dtype=torch.int64)
     ledger = Ledger(n, frozenset(p.nbytes for p in lora))
     ledger.ignore([*unet.parameters(), x, text])
@@ -673,7 +673,10 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     trained, n = adapted.parameters(), 13
-    x, frozen = torch.randn(n, 4, 16, 16), [p for e in text.encoders.values() for p in e.parameters()]
+    x, frozen = (
+        torch.randn(n, unet.config.in_channels, 16, 16),
+        [p for e in text.encoders.values() for p in e.parameters()],
+    )
     ledger = Ledger(n, frozenset(p.nbytes for p in trained))
     ledger.ignore([*unet.parameters(), *frozen, x])
     with ledger:

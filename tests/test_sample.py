@@ -79,7 +79,7 @@ def test_timesteps_are_trailing_and_lcms_own(pipe: Any) -> None:
 def test_one_ddim_step_is_the_predicted_clean_latent(pipe: Any) -> None:
     """From t = 999 to clean data in one step: x0 = (x - sigma eps) / alpha, with the pipeline's own UNet."""
     drawn = sample.latents(pipe, PROMPTS[:1], sampler="ddim", steps=1, seed=3)
-    x = torch.randn((1, 4, 16, 16), generator=sample.generators(3, 0, 1)[0])
+    x = torch.randn((1, pipe.unet.config.in_channels, 16, 16), generator=sample.generators(3, 0, 1)[0])
     embeds = pipe.encode_prompt(PROMPTS[:1], "cpu", 1, False)[0]
     with torch.no_grad():
         eps = pipe.unet(x, torch.tensor(999), encoder_hidden_states=embeds).sample

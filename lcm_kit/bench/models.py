@@ -62,14 +62,14 @@ def sizes(config: Speed) -> Tensor:
 
 
 def cached(config: Speed) -> tuple[Tensor, Condition]:
-    """One batch of random latents [B, 4, h, w] and conditions in the CPU's memory, as a cache gives them."""
+    """One batch of random latents [B, C, h, w] and conditions in the CPU's memory, as a cache gives them."""
     (unet, vae, texts), n = settings(config), config.batch_size
     side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     tokens = texts[0].get("max_position_embeddings", 77)
     condition = Condition(torch.randn(n, tokens, unet["cross_attention_dim"]))
     if unet.get("addition_embed_type"):
         condition = replace(condition, pooled=torch.randn(n, texts[1]["hidden_size"]), time_ids=sizes(config))
-    return torch.randn(n, 4, side, side), condition
+    return torch.randn(n, unet.get("in_channels", 4), side, side), condition
 
 
 @dataclass(frozen=True)
