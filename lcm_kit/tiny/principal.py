@@ -5,8 +5,9 @@ from its 16 channels a linear readout gave the shipped brand set back at 18 dB, 
 of the same pictures at 25 dB, from 24 at 30. So the encoder is that map. Its latents stay what they are
 however long the decoder is trained, and a UNet that was trained on them stays right.
 
-The components are scaled by the root of their deviation: halfway to equal variance, so that fine detail is
-not drowned in every noise level that the UNet is trained on.
+Each component has unit variance. Left larger, as it is in pixels, a patch's mean colour shows through the
+most noise that Stable Diffusion's schedule has (its last signal-to-noise ratio is not 0): the UNet learns to
+read it there, and from pure noise draws greyish colours that nobody asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LOG_VARIANCE = -12.0
 class Components:
     """Latent k of a patch p [3 * PATCH * PATCH] is `rows[k] @ (p - mean)`."""
 
-    rows: Tensor  # [K, 48], each of the length by which its component is scaled
+    rows: Tensor  # [K, 48]: unit vectors over their components' deviations
     mean: Tensor  # [48]
 
 
@@ -45,7 +46,7 @@ def components(images: Tensor, count: int) -> Components:
     rows, deviation = vectors[:, order].T, values[order].sqrt()
     # the sign of an eigenvector is the library's whim: another build's latents would be their negatives
     sign = (rows @ torch.cos(1.7 * torch.arange(rows.shape[1], dtype=rows.dtype))).sign()
-    return Components((rows * (sign / deviation.sqrt())[:, None]).float(), mean.float())
+    return Components((rows * (sign / deviation)[:, None]).float(), mean.float())
 
 
 def encode(found: Components, images: Tensor) -> Tensor:
