@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 PATCH = 4  # pixels: the VAE's f
-_ANCHOR = 64.0  # constant channels, against which the last group norm does not see how much a picture varies
+_ANCHOR = 512.0  # constant channels, against which the last group norm does not see how much a picture varies
 _LOG_VARIANCE = -12.0
 
 
