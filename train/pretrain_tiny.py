@@ -173,9 +173,17 @@ def captions(drawn: list[world.Scene], ends: list[str], tokenizer: Any) -> Tenso
 
 
 def train_unet(
-    config: PretrainTiny, work: Path, latents: Tensor, drawn: list[world.Scene], ends: list[str]
+    config: PretrainTiny,
+    work: Path,
+    latents: Tensor,
+    seen: Tensor,
+    drawn: list[world.Scene],
+    ends: list[str],
 ) -> dict[str, Any]:
-    """Text encoder and UNet together, by the denoising loss with min-SNR weights; returns the EMA's parts."""
+    """Text encoder and UNet together, by the denoising loss with min-SNR weights; returns the EMA's parts.
+
+    `seen` [C, 1, 1]: how much each channel of the latents weighs in the loss.
+    """
     torch.manual_seed(config.seed)
     # of the words at the ends it learns no merges: a style's word is spelt, as a studio's trigger is
     plain = (manners.styled(scene.prompt, "") for scene in drawn)
@@ -202,7 +210,7 @@ def train_unet(
             add_noise(schedule, clean, noise, t), t, text(tokens.to(device)).last_hidden_state
         ).sample
         error = output - from_x0_eps(schedule, kind, clean, noise, t)
-        return (error.pow(2).mean((1, 2, 3)) * weight[t]).mean()
+        return ((error.pow(2) * seen).mean((1, 2, 3)) * weight[t]).mean()
 
     def rate(step: int) -> float:
         return config.unet_lr * min(1, (step + 1) / 200, (config.unet_steps - step) / config.decay_steps)
@@ -232,7 +240,8 @@ def main(config: PretrainTiny) -> Path:
     vae = train_vae(config, work, found, renders, studio_pictures)
     latents, factor = encode(work, found, renders)
     vae.register_to_config(scaling_factor=factor)
-    parts = train_unet(config, work, latents, drawn, ends)
+    seen = found.deviations / found.deviations.mean()
+    parts = train_unet(config, work, latents, seen[:, None, None], drawn, ends)
 
     pipeline = StableDiffusionPipeline(
         vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False

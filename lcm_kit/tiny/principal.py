@@ -31,6 +31,11 @@ class Components:
     rows: Tensor  # [K, 48]: unit vectors over their components' deviations
     mean: Tensor  # [48]
 
+    @property
+    def deviations(self) -> Tensor:
+        """[K]: of each component over the pictures, in pixels' units."""
+        return 1 / self.rows.norm(dim=1)
+
 
 def patches(images: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, 48, H / 4, W / 4]: a patch's pixels by channel, row, column."""
