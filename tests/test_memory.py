@@ -125,10 +125,8 @@ def test_of_a_trained_unet_the_output_hardly_moves(kind: str, bound: float) -> N
     base = inspect_base("asset:tiny-sd")
     full, few = load_unet(base), memory.load_unet(base, config(quantize=kind), CPU, torch.float32)
     g = torch.Generator().manual_seed(0)
-    x, text = (
-        torch.randn(4, full.config.in_channels, 16, 16, generator=g),
-        torch.randn(4, 24, 128, generator=g),
-    )
+    x = torch.randn(4, full.config.in_channels, 16, 16, generator=g)
+    text = torch.randn(4, 24, 128, generator=g)
     t = torch.tensor([20, 300, 700, 980])
     with torch.no_grad():
         off = relative(few(x, t, text).sample, full(x, t, text).sample)

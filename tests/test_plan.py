@@ -673,10 +673,8 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     trained, n = adapted.parameters(), 13
-    x, frozen = (
-        torch.randn(n, unet.config.in_channels, 16, 16),
-        [p for e in text.encoders.values() for p in e.parameters()],
-    )
+    x = torch.randn(n, unet.config.in_channels, 16, 16)
+    frozen = [p for e in text.encoders.values() for p in e.parameters()]
     ledger = Ledger(n, frozenset(p.nbytes for p in trained))
     ledger.ignore([*unet.parameters(), *frozen, x])
     with ledger:

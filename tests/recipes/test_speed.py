@@ -42,6 +42,19 @@ def tiny(**changes: Any) -> Speed:
 # -- Like with like ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "channels", [4, 16, None]
+)  # None: the configuration does not say, as the published ones
+def test_the_batch_has_as_many_channels_as_the_unet_takes(
+    channels: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, vae, texts = models.settings(tiny())
+    unet = {key: value for key, value in unet.items() if key != "in_channels"}
+    told = unet if channels is None else unet | {"in_channels": channels}
+    monkeypatch.setattr(models, "settings", lambda config: (told, vae, texts))
+    assert models.cached(tiny())[0].shape == (2, channels or 4, 16, 16)
+
+
 def test_both_sides_have_the_same_loss_and_gradient(
     speed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
