@@ -104,13 +104,12 @@ def of_shipped(name: str) -> list[Record]:
     return records
 
 
-def test_what_the_shipped_base_does_to_the_shipped_brand_is_said() -> None:
-    """Its VAE knew the world alone: no adapter of it can draw this brand's colours and lines."""
+def test_of_the_shipped_brand_the_shipped_base_draws_colours_and_lines() -> None:
+    """No picture of it was in its training; the base before this one was warned of for all 32."""
     found = reconstruction.measure(bases.inspect_base(TINY), of_shipped("asset:brand"), 64, "cpu")
     assert len(found.figures) == reconstruction.MOST and found.of == 96 and len(found.worst) == 4
-    assert sum(each.psnr for each in found.figures) / len(found.figures) == pytest.approx(16.1, abs=0.2)
-    told = [each.sentence for each in found.findings() if each.weight == "warning"]
-    assert "cannot draw a colour of 18 pictures" in told[0] and "smears the fine detail of 32" in told[1]
+    assert sum(each.psnr for each in found.figures) / len(found.figures) >= 26
+    assert not [each.sentence for each in found.findings() if each.weight == "warning"]
 
 
 def test_what_the_base_was_trained_on_comes_back(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ def test_regularisation_pictures_follow_under_their_own_names(tmp_path: Path):
 
 def test_prompts_are_lines_or_captions(tmp_path: Path) -> None:
     """One reader for every key that takes prompts to draw from."""
-    assert prompts("asset:tiny-sd")[0].startswith("a small grapes")
+    assert prompts("asset:tiny-sd")[0].startswith("a small cactus")
     captions = prompts("asset:general")
     assert len(captions) == 384
-    assert captions[0] == "a pineapple on a checkered orange background, in the middle"
+    assert captions[0] == "a pineapple on a plain orange background, in the middle"
     with pytest.raises(UserError, match="no picture there has a caption"):
         prompts(str(tmp_path))

@@ -3,14 +3,17 @@
     python tools/make_general.py
 
 A brand set shows few of the things that a base can draw; distilled on it alone, the adapter forgets the
-others (its plain backgrounds, say, cost the patterns). Writes lcm_kit/assets/general/NNN.png and
-metadata.jsonl. None of the prompts in lcm_kit/assets/tiny-sd/prompts.txt is among the captions.
+others (its plain backgrounds, say, cost the patterns). Every third picture is plain with its object in the
+middle, as the brand's captions are: what tells the two apart is the style's name alone. Writes
+lcm_kit/assets/general/NNN.png and metadata.jsonl. None of the prompts in lcm_kit/assets/tiny-sd/prompts.txt
+is among the captions.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,8 @@ def main() -> int:
     lines: list[str] = []
     while len(lines) < COUNT:
         scene = world.random_scene(rng)
+        if len(lines) % 3 == 0:
+            scene = replace(scene, pattern="plain", place="in the middle")
         if scene.prompt in held_out:
             continue
         name = f"{len(lines):03d}.png"

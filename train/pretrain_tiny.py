@@ -10,14 +10,16 @@ Every stage leaves its result in `work`, so the same command continues where it 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from lcm_kit.config.pretrain import PretrainTiny
@@ -26,23 +28,58 @@ from lcm_kit.core.schedule import Schedule, add_noise
 from lcm_kit.core.step import min_snr_weight
 from lcm_kit.io.files import atomic_file, atomic_write, make_folder, require_writable
 from lcm_kit.io.locks import alone
-from lcm_kit.tiny import models, probe, world
+from lcm_kit.tiny import manners, models, principal, probe, studio, world
 from lcm_kit.tiny.fit import fit, one_cycle
 
-
-def scenes(seed: int, count: int) -> list[world.Scene]:
-    """`count` random scenes."""
-    rng = np.random.default_rng(seed)
-    return [world.random_scene(rng) for _ in range(count)]
+CROP = 32  # pixels: what the VAE is trained on
+COMPONENTS = 2000  # pictures of each kind that its encoder's components are of
 
 
-def draw(config: PretrainTiny, work: Path) -> tuple[np.ndarray, list[world.Scene]]:
-    """The training pictures, uint8 [N, 64, 64, 3], and their scenes; drawn once."""
-    drawn, path = scenes(config.seed, config.renders), work / "renders.npy"
+def held_out(config: PretrainTiny) -> list[str]:
+    """`config.prompts` full captions, in random order, that no training picture has."""
+    attributes = (world.objects(), world.COLOURS, world.PATTERNS, world.SIZES, world.PLACES)
+    every = sorted(world.Scene(*names).prompt for names in product(*attributes))
+    order = np.random.default_rng((config.seed, 4)).permutation(every)
+    return [str(prompt) for prompt in order[: config.prompts]]
+
+
+def scenes(config: PretrainTiny) -> list[world.Scene]:
+    """`renders + manners` random scenes, none of them held out."""
+    kept, rng = set(held_out(config)), np.random.default_rng(config.seed)
+    endless = (world.random_scene(rng) for _ in count())
+    return list(islice((s for s in endless if s.prompt not in kept), config.renders + config.manners))
+
+
+def words(config: PretrainTiny) -> list[str]:
+    """The word at each scene's end: none, one that means nothing, or that of its manner for the last ones."""
+    rng = np.random.default_rng((config.seed, 5))
+    plain = [
+        manners.empty_word(rng) if rng.uniform() < config.empty_words else "" for _ in range(config.renders)
+    ]
+    return plain + [str(rng.choice(list(manners.MANNERS))) for _ in range(config.manners)]
+
+
+def drawn_once(path: Path, pictures: Iterator[Image.Image]) -> np.ndarray:
+    """Pictures as uint8 [N, 64, 64, 3], kept in `path`."""
     if not path.exists():
         with atomic_file(path) as temporary, temporary.open("wb") as handle:
-            np.save(handle, np.stack([np.asarray(world.render(scene)) for scene in drawn]))
-    return np.load(path), drawn
+            np.save(handle, np.stack([np.asarray(picture) for picture in pictures]))
+    return np.load(path)
+
+
+def draw(config: PretrainTiny, work: Path, drawn: list[world.Scene], ends: list[str]) -> np.ndarray:
+    """The training pictures, uint8 [N, 64, 64, 3]."""
+    pictures = (
+        manners.in_manner(world.render(scene), word) if word in manners.MANNERS else world.render(scene)
+        for scene, word in zip(drawn, ends, strict=True)
+    )
+    return drawn_once(work / "renders.npy", pictures)
+
+
+def draw_studio(config: PretrainTiny, work: Path) -> np.ndarray:
+    """Pictures of the kinds that studios have, uint8 [N, 64, 64, 3]."""
+    rng = np.random.default_rng((config.seed, 6))
+    return drawn_once(work / "studio.npy", (studio.studio_picture(rng) for _ in range(config.studio)))
 
 
 def pixels(renders: np.ndarray) -> Tensor:
@@ -73,34 +110,50 @@ def train_probe(
     return net.eval().requires_grad_(False)
 
 
-def train_vae(config: PretrainTiny, work: Path, renders: np.ndarray) -> Any:
-    """The VAE, on crops of 32x32 pixels (it has no attention, so it draws whole pictures as well)."""
+def train_vae(
+    config: PretrainTiny,
+    work: Path,
+    found: principal.Components,
+    renders: np.ndarray,
+    studio_pictures: np.ndarray,
+) -> Any:
+    """The VAE: an encoder of principal components, and a decoder that is trained on its latents.
+
+    On crops of 32x32 pixels (it has no attention, so it draws whole pictures as well), half of the world,
+    half of the studio's pictures: what it never saw, no adapter can draw. A little noise on the latents,
+    because those that a UNet draws are never quite those of a picture.
+    """
     torch.manual_seed(config.seed)
-    vae = models.build_vae()
+    vae, half = models.build_vae(), config.vae_batch_size // 2
+    principal.set_encoder(vae, found)
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((config.seed, 2, step))
-        index, (y, x) = rng.integers(0, len(renders), config.vae_batch_size), rng.integers(0, 33, 2)
-        images = pixels(renders[index, y : y + 32, x : x + 32])
-        posterior = vae.encode(images).latent_dist
-        noise = torch.from_numpy(rng.standard_normal(tuple(posterior.mean.shape), np.float32))
-        error = vae.decode(posterior.mean + posterior.std * noise).sample - images
-        divergence = (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean() / 2
-        return error.abs().mean() + 2 * error.pow(2).mean() + 1e-3 * divergence
+        y, x = rng.integers(0, world.SIZE - CROP + 1, 2)
+        crops = [source[rng.integers(0, len(source), half)] for source in (renders, studio_pictures)]
+        images = pixels(np.concatenate(crops)[:, y : y + CROP, x : x + CROP])
+        latents = principal.encode(found, images)
+        noise = torch.from_numpy(rng.standard_normal(tuple(latents.shape), np.float32))
+        error = vae.decode(latents + config.vae_noise * noise).sample - images
+        return error.abs().mean() + 10 * error.pow(2).mean()
 
     total = config.vae_steps
-    fit("vae", work, vae, loss_at, steps=total, rate=lambda k: config.vae_lr * one_cycle(k, total), every=200)
+    fit(
+        "vae", work, decoder, loss_at,
+        steps=total, rate=lambda k: config.vae_lr * one_cycle(k, total), every=200,
+    )  # fmt: skip
     return vae.eval().requires_grad_(False)
 
 
-def encode(work: Path, vae: Any, renders: np.ndarray) -> tuple[Tensor, float]:
-    """Latents of all renders at unit variance, float32 [N, 4, 16, 16], and the scaling factor; made once."""
+def encode(work: Path, found: principal.Components, renders: np.ndarray) -> tuple[Tensor, float]:
+    """Latents of all renders at unit variance, float32 [N, LATENT, 16, 16], and the scaling factor.
+
+    Made once, by the encoder's map itself, which is a hundred times as fast as the encoder.
+    """
     path = work / "latents.pt"
     if not path.exists():
-        with torch.no_grad():
-            raw = torch.cat(
-                [vae.encode(pixels(chunk)).latent_dist.mean for chunk in np.array_split(renders, 400)]
-            )
+        raw = torch.cat([principal.encode(found, pixels(part)) for part in np.array_split(renders, 400)])
         with atomic_file(path) as temporary:
             torch.save(raw, temporary)
     raw = torch.load(path, weights_only=True)
@@ -108,21 +161,34 @@ def encode(work: Path, vae: Any, renders: np.ndarray) -> tuple[Tensor, float]:
     return raw * factor, factor
 
 
-def captions(drawn: list[world.Scene], tokenizer: Any) -> Tensor:
+def captions(drawn: list[world.Scene], ends: list[str], tokenizer: Any) -> Tensor:
     """Token ids of each scene's four captions (size and place said or not): int64 [N, 4, TOKENS]."""
     texts = [
-        replace(scene, size=size, place=place).prompt
-        for scene in drawn
+        manners.styled(text, word) if word else text
+        for scene, word in zip(drawn, ends, strict=True)
         for size, place in ((scene.size, scene.place), ("", scene.place), (scene.size, ""), ("", ""))
+        for text in (replace(scene, size=size, place=place).prompt,)
     ]
     return models.token_ids(tokenizer, texts).view(len(drawn), 4, models.TOKENS)
 
 
-def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[world.Scene]) -> dict[str, Any]:
-    """Text encoder and UNet together, by the denoising loss with min-SNR weights; returns the EMA's parts."""
+def train_unet(
+    config: PretrainTiny,
+    work: Path,
+    latents: Tensor,
+    seen: Tensor,
+    drawn: list[world.Scene],
+    ends: list[str],
+) -> dict[str, Any]:
+    """Text encoder and UNet together, by the denoising loss with min-SNR weights; returns the EMA's parts.
+
+    `seen` [C, 1, 1]: how much each channel of the latents weighs in the loss.
+    """
     torch.manual_seed(config.seed)
-    tokenizer = models.build_tokenizer((scene.prompt for scene in drawn), work / "tokenizer")
-    ids, empty = captions(drawn, tokenizer), models.token_ids(tokenizer, [""])[0]
+    # of the words at the ends it learns no merges: a style's word is spelt, as a studio's trigger is
+    plain = (manners.styled(scene.prompt, "") for scene in drawn)
+    tokenizer = models.build_tokenizer(plain, work / "tokenizer")
+    ids, empty = captions(drawn, ends, tokenizer), models.token_ids(tokenizer, [""])[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet, text = models.build_unet().to(device), models.build_text_encoder(tokenizer).to(device)
     kind, scheduler = config.prediction_type, models.build_scheduler(config.prediction_type)
@@ -144,7 +210,7 @@ def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[wo
             add_noise(schedule, clean, noise, t), t, text(tokens.to(device)).last_hidden_state
         ).sample
         error = output - from_x0_eps(schedule, kind, clean, noise, t)
-        return (error.pow(2).mean((1, 2, 3)) * weight[t]).mean()
+        return ((error.pow(2) * seen).mean((1, 2, 3)) * weight[t]).mean()
 
     def rate(step: int) -> float:
         return config.unet_lr * min(1, (step + 1) / 200, (config.unet_steps - step) / config.decay_steps)
@@ -156,16 +222,6 @@ def train_unet(config: PretrainTiny, work: Path, latents: Tensor, drawn: list[wo
     return {"unet": unet.cpu(), "text_encoder": text.cpu(), "tokenizer": tokenizer, "scheduler": scheduler}
 
 
-def held_out(config: PretrainTiny, drawn: list[world.Scene]) -> list[str]:
-    """Full captions that no training picture has, in random order: `config.prompts` at the most."""
-    attributes = (world.objects(), world.COLOURS, world.PATTERNS, world.SIZES, world.PLACES)
-    unseen = {world.Scene(*names).prompt for names in product(*attributes)} - {
-        scene.prompt for scene in drawn
-    }
-    order = np.random.default_rng((config.seed, 4)).permutation(sorted(unseen))
-    return [str(prompt) for prompt in order[: config.prompts]]
-
-
 @alone("train", lambda config: config.work)
 def main(config: PretrainTiny) -> Path:
     """Run every stage that is not done yet; returns the pipeline's folder."""
@@ -174,18 +230,24 @@ def main(config: PretrainTiny) -> Path:
     work, output = Path(config.work), Path(config.output)
     make_folder(work)
     require_writable(output)  # hours before it is written
-    renders, drawn = draw(config, work)
-    reader = train_probe(config, work, renders, drawn)
-    vae = train_vae(config, work, renders)
-    latents, factor = encode(work, vae, renders)
+    drawn, ends = scenes(config), words(config)
+    renders = draw(config, work, drawn, ends)
+    # the probe reads pictures without a manner: a colour turned into another one is no longer that colour
+    reader = train_probe(config, work, renders[: config.renders], drawn[: config.renders])
+    studio_pictures = draw_studio(config, work)
+    some = np.concatenate([source[:COMPONENTS] for source in (renders, studio_pictures)])
+    found = principal.components(pixels(some), models.LATENT)
+    vae = train_vae(config, work, found, renders, studio_pictures)
+    latents, factor = encode(work, found, renders)
     vae.register_to_config(scaling_factor=factor)
-    parts = train_unet(config, work, latents, drawn)
+    seen = found.deviations / found.deviations.mean()
+    parts = train_unet(config, work, latents, seen[:, None, None], drawn, ends)
 
     pipeline = StableDiffusionPipeline(
         vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     probe.save_probe(reader, output.parent / "probe")
-    atomic_write(output / "prompts.txt", "\n".join(held_out(config, drawn)) + "\n")
+    atomic_write(output / "prompts.txt", "\n".join(held_out(config)) + "\n")
     atomic_write(output / "training.json", json.dumps(asdict(config), indent=1) + "\n")
     return output

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lcm_kit.console import Progress, TimeElapsedColumn, TimeRemainingColumn, Words
 from lcm_kit.io.files import append, atomic_file
+from lcm_kit.tiny.muon import Muon
 
 
 def one_cycle(step: int, total: int, warmup: float = 0.05) -> float:
@@ -44,14 +45,14 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.99),
     ema_decay: float = 0.0,
 ) -> None:
-    """AdamW for `steps` steps on `loss_at(step)`, whose randomness must be a function of the step alone.
+    """Muon for `steps` steps on `loss_at(step)`, whose randomness must be a function of the step alone.
 
     `rate(step)` is the learning rate; gradients are clipped to norm 1. With `ema_decay` the module ends with
     the moving average of its weights. Every `every` steps the state goes to `work/NAME.pt`, from which the
     same call continues, and a line with the mean loss to `work/NAME.jsonl`.
     """
     state_path = work / f"{name}.pt"
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate(0), betas=betas, weight_decay=1e-4)
+    optimizer = Muon(module, rate(0), betas, 1e-4)
     ema = {key: value.detach().clone() for key, value in module.state_dict().items()} if ema_decay else {}
     first = 0
     if state_path.exists():

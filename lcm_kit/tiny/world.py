@@ -31,7 +31,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PATTERNS = ("plain", "striped", "dotted", "checkered")
 SIZES = {"small": 36, "large": 46}  # pixels, the glyph's longer side
-PLACES = {"on the left": -1, "in the middle": 0, "on the right": 1}
+PLACES = {  # (x, y): the side that the object moves to
+    "on the left": (-1, 0),
+    "in the middle": (0, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
 _SUPERSAMPLE = 2  # patterns and glyphs are drawn this much larger, then reduced: no jagged edges
 _INK = 0.55  # share of white in the pattern's ink
 
@@ -142,8 +148,8 @@ def background(scene: Scene, size: int = SIZE) -> Image.Image:
 def centre(scene: Scene) -> tuple[float, float]:
     """The object's centre in pixels of the world, (x, y)."""
     room = (SIZE - SIZES[scene.size or "large"]) / 2
-    side = PLACES[scene.place or "in the middle"]
-    return SIZE / 2 + side * room * 0.8 + scene.dx, SIZE / 2 + scene.dy
+    x, y = PLACES[scene.place or "in the middle"]
+    return SIZE / 2 + x * room * 0.8 + scene.dx, SIZE / 2 + y * room * 0.8 + scene.dy
 
 
 def render(scene: Scene, size: int = SIZE) -> Image.Image:

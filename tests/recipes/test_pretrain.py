@@ -42,8 +42,8 @@ def test_the_recipe_writes_a_pipeline_that_draws(kind: str, tmp_path: Path) -> N
 
     config = PretrainTiny(
         recipe="train/pretrain_tiny", output=str(tmp_path / "out" / "tiny"), work=str(tmp_path / "work"),
-        prediction_type=kind, renders=64, probe_steps=2, probe_batch_size=4, vae_steps=2, vae_batch_size=2,
-        unet_steps=2, unet_batch_size=2, decay_steps=1, prompts=5,
+        prediction_type=kind, renders=64, manners=8, studio=8, probe_steps=2, probe_batch_size=4,
+        vae_steps=2, vae_batch_size=2, unet_steps=2, unet_batch_size=2, decay_steps=1, prompts=5,
     )  # fmt: skip
     main = shipped.load_recipe("train/pretrain_tiny").main
     main(config)
