@@ -1,6 +1,6 @@
 """Train the embedded base, tiny-sd, from pictures that the kit draws itself.
 
-    lcm-kit train configs/pretrain/tiny_sd.yaml     # a little over an hour on 2 CPU cores, minutes on a GPU
+    lcm-kit train configs/pretrain/tiny_sd.yaml     # a little over two hours on 2 CPU cores, minutes on a GPU
     lcm-kit train configs/pretrain/tiny_sd.yaml prediction_type=v_prediction output=runs/tiny-sd-v/tiny-sd-v
 
 Order: renders -> probe -> VAE -> latents -> text encoder and UNet together -> a pipeline folder in float16.

@@ -29,7 +29,7 @@ class PretrainTiny:
     vae_batch_size: BatchSize = 24  # crops of 32x32 pixels
     vae_lr: Rate = 2e-3
     vae_noise: Fraction = 0.03  # on the latents that its decoder is trained on
-    unet_steps: Positive = 4000
+    unet_steps: Positive = 6000
     unet_batch_size: BatchSize = 32
     unet_lr: Rate = 2e-3
     decay_steps: Positive = 1400  # linear fall of the rate to 0 over the last steps
