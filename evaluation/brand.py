@@ -76,15 +76,17 @@ def main(config: Brand) -> Path:
         return folder / BRAND_FILE
 
     # -- Measure ---------------------------------------------------------------------------------------------
-    others = look.folder(config.control, size) if config.control else drawn[MAIN][cells[0]]["features"]
+    unstyled = drawn[MAIN][cells[0]]["features"]
+    others = look.folder(config.control, size) if config.control else unstyled
     own = look.folder(config.brand, size)
-    sets = {MAIN: (own, others), CONTROL: None}
     reference = cells[1] if config.style else cells[0]
 
     def figures_of(kind: str) -> dict[Cell, Figures]:
         chosen, n = samples[kind], samples[kind].images_per_prompt
         resamples = Resamples.draw(len(chosen.prompts), n, config.resamples, config.seed)
-        ruler = Ruler(resamples, drawn[kind][reference], config.confidence, brand=sets[kind])
+        ruler = Ruler(resamples, drawn[kind][reference], config.confidence)
+        if kind == MAIN:
+            ruler = replace(ruler, brand=(own, others), unstyled=unstyled)
         return metrics.measure(drawn[kind], ruler, config.recipe)
 
     figures = {kind: figures_of(kind) for kind in samples}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,6 +58,19 @@ def test_few_prompts_leave_out_what_they_cannot_bear(count: int) -> None:
     for figure in found.values():
         low, high = figure.interval(0.95)
         assert low <= high
+
+
+def test_a_style_is_told_from_the_base_and_not_from_the_reference() -> None:
+    """Beside a style LoRA the reference is the styled teacher, from which no style can be told."""
+    few = drawn(4, TEACHER)
+    plain, brand = torch.zeros(4, 5), torch.ones(6, 5)
+    styled = few.rows | {"features": torch.ones(4, 5)}
+    ruler = replace(few.ruler, reference=styled, brand=(brand, plain))
+    assert "in_style" not in figures(Drawn(TEACHER, styled, ruler), results.BRAND)
+    ruler = replace(ruler, unstyled=plain)
+    assert figures(Drawn(TEACHER, styled, ruler), results.BRAND)["in_style"].value == 1
+    half = few.rows | {"features": torch.tensor([[0.4], [0.6], [0.0], [1.0]]).expand(4, 5)}
+    assert figures(Drawn(STUDENT, half, ruler), results.BRAND)["in_style"].value == 0.5
 
 
 def test_one_prompt_has_figures_too() -> None:

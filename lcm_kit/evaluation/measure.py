@@ -49,6 +49,7 @@ class Ruler:
     teachers: Mapping[float, Rows] = field(default_factory=dict)  # by guidance_scale, rising
     real: Tensor | None = None  # features [M, F] of real pictures
     brand: tuple[Tensor, Tensor] | None = None  # features of the brand's and the control's pictures
+    unstyled: Tensor | None = None  # features [N, F] of what the base without an adapter draws
     cost: Cost | None = None
 
 

@@ -142,9 +142,9 @@ def _brand_similarity(drawn: Drawn) -> Figure | None:
 
 
 def _in_style(drawn: Drawn) -> Figure | None:
-    if drawn.ruler.brand is None:
+    if drawn.ruler.brand is None or drawn.ruler.unstyled is None:
         return None
-    brand, base = drawn.ruler.brand[0], drawn.ruler.reference["features"]
+    brand, base = drawn.ruler.brand[0], drawn.ruler.unstyled  # the reference may be the styled teacher
     if min(len(brand), len(base)) < 2:
         return None
     images = drawn.ruler.resamples.images_per_prompt
