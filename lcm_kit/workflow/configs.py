@@ -115,7 +115,7 @@ def quickstart(output: Path, overrides: Sequence[str]) -> Story:
     size = distill.data.resolution
     told = {"run": str(output), "style": style.output, "brand": pictures, "resolution": size}
     brand = _load("evaluation/brand", told, given.of("brand"))
-    quality = _load("evaluation/quality", {"run": str(output)}, given.of("quality"))
+    quality = _load("evaluation/quality", {"run": str(output), "unet_calls": [4]}, given.of("quality"))
     return Story(style, distill, (brand, quality))
 
 

@@ -17,6 +17,7 @@ from lcm_kit.adapter import folder as adapter
 from lcm_kit.bases import inspect_base
 from lcm_kit.cli.main import app
 from lcm_kit.config import shipped
+from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Base
 from lcm_kit.data import reconstruction
@@ -279,13 +280,17 @@ def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> 
     assert load(shipped.find("quickstart")) == told.distill
     assert load(shipped.find("finetune/tiny_brand")).steps == told.style.steps
     other = configs.quickstart(tmp_path, ["steps=30", "base.path=b", "data.cache=c", "style.steps=90",
-                                          "quality.count=4", "brand.count=5"])  # fmt: skip
+                                          "quality.count=4", "quality.unet_calls=[2]",
+                                          "brand.count=5"])  # fmt: skip
     assert (other.distill.steps, other.distill.base.path, other.distill.data.cache) == (30, "b", "c")
     assert (other.style.steps, other.style.base.path, other.style.data.path) == (90, "b", "asset:brand")
     brand, quality = other.evaluations
     assert (brand.recipe, brand.count, quality.recipe, quality.count) == (
         "evaluation/brand", 5, "evaluation/quality", 4,
     )  # fmt: skip
+    # plain samplers where the report shows them; as many as are asked for
+    calls = [each.unet_calls for each in (told.evaluations[1], quality) if isinstance(each, Quality)]
+    assert calls == [(4,), (2,)]
 
 
 def test_an_export_is_done_while_it_is_whole_and_of_these_weights(
