@@ -56,7 +56,7 @@ def test_the_look_is_there_at_4_steps(run: Path) -> None:
     # and one by one: nine in ten prompts show it, where the base's show none
     assert base["in_style"] and base["in_style"]["value"] == 0
     assert student["in_style"] and student["in_style"]["value"] >= 0.9
-    assert "Your style, in 4 steps? Yes" in page
+    assert 'Your style, in 4 steps? <span class="verdict">Yes.' in page
 
 
 def test_what_does_not_name_the_look_is_drawn_better_than_without_the_adapter(run: Path) -> None:
