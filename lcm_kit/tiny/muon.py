@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         """Parameters by the rule above; `betas` are AdamW's, `momentum` Muon's (Nesterov)."""
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             outer = "embedding" in name or "conv_in." in name or "conv_out." in name
             (others if parameter.ndim < 2 or outer else matrices).append(parameter)
