@@ -49,7 +49,7 @@ def test_the_look_is_there_at_4_steps(run: Path) -> None:
     # on captions of pictures that the style held out
     found = results.read(run / "brand.json")
     looks = {(row["name"], row["steps"]): row for row in results.brand_rows(found)}
-    base, style, student = looks["base", 50], looks["style", 50], looks["adapter", 4]
+    base, style, student = looks["base", 50], looks["styled", 50], looks["adapter", 4]
     less = results.difference(found, student["id"], base["id"], "brand_similarity")
     assert less is not None and less["low"] > 0  # paired, by prompt
     assert way(found, style, base) >= THE_STYLE and way(found, student, base) >= AT_FOUR_STEPS
