@@ -420,11 +420,11 @@ def test_every_saving_saves(override: str, tiny: Planner) -> None:
 
 
 def test_disk_of_the_embedded_base(tiny: Planner) -> None:
-    """A row is 20 KiB: float32 latents 4x16x16 and 32 embeddings of 128 numbers; there are 480 pictures."""
+    """A row is 40 KiB: float32 latents 24x16x16 and 32 embeddings of 128 numbers; there are 480 pictures."""
     found = disk.disk(config("quickstart"), tiny)
     side = 64 // tiny.stage.subject.structure.factor
     assert found.record == 4 * (
-        4 * side * side + tiny.stage.subject.tokens * tiny.stage.subject.structure.width
+        24 * side * side + tiny.stage.subject.tokens * tiny.stage.subject.structure.width
     )
     assert found.records == 480 and found.cache == 480 * found.record
     assert found.state == 12 * sum(tiny.stage.weights.lora)
@@ -968,14 +968,14 @@ def of_channels(folder: Path, unet: int, vae: int) -> Base:
 
 
 def test_a_base_may_have_other_latents_but_unet_and_vae_must_agree(tmp_path: Path) -> None:
-    found = base_profile.find(of_channels(tmp_path / "16", 16, 16))
-    four, sixteen = (MetaModel(each, config().adapter) for each in (base_profile.find(config().base), found))
-    assert (four.subject.channels, sixteen.subject.channels) == (4, 16)
+    found = base_profile.find(of_channels(tmp_path / "36", 36, 36))
+    own, wider = (MetaModel(each, config().adapter) for each in (base_profile.find(config().base), found))
+    assert (own.subject.channels, wider.subject.channels) == (24, 36)
     # the first and the last convolution, 3 by 3 between 48 channels and 12 more at 16 by 16 places
     more = 2 * (2 * 9 * 48 * 12 * 16 * 16)
-    passes = [stage.drawing(64, torch.float32).flops for stage in (four, sixteen)]
+    passes = [stage.drawing(64, torch.float32).flops for stage in (own, wider)]
     assert passes[1] - passes[0] == more
-    records = [disk.disk(config(), Planner(stage)).record for stage in (four, sixteen)]
+    records = [disk.disk(config(), Planner(stage)).record for stage in (own, wider)]
     assert records[1] - records[0] == 4 * 12 * 16 * 16  # bytes of a row of the cache
     with pytest.raises(UserError, match="its UNet takes 9 channels, its VAE gives 4; inpainting and depth"):
         base_profile.find(of_channels(tmp_path / "9", 9, 4))

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from lcm_kit import assets
-from lcm_kit.config import shipped
 from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.data.reconstruction import psnr
-from lcm_kit.tiny import world
+from lcm_kit.tiny import training_set, world
 from lcm_kit.tiny.probe import load_probe
 from tools import tiny_card
 
@@ -70,7 +69,7 @@ def test_scaled_latents_have_unit_variance(vae: Any) -> None:
 def test_no_training_picture_has_a_held_out_prompt() -> None:
     """Against the captions of all training pictures, made again from the config that the base was made by."""
     config = PretrainTiny(**json.loads((assets.path("tiny-sd") / "training.json").read_text()))
-    scenes = shipped.load_recipe("train/pretrain_tiny").scenes(config)
+    scenes = training_set.scenes(config)
     prompts = assets.prompts("asset:tiny-sd")
     assert len(scenes) == config.renders + config.manners == 32_000
     assert len(set(prompts)) == len(prompts) >= 1000

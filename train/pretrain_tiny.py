@@ -10,16 +10,13 @@ Every stage leaves its result in `work`, so the same command continues where it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from itertools import count, islice, product
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from lcm_kit.config.pretrain import PretrainTiny
@@ -28,58 +25,11 @@ from lcm_kit.core.schedule import Schedule, add_noise
 from lcm_kit.core.step import min_snr_weight
 from lcm_kit.io.files import atomic_file, atomic_write, make_folder, require_writable
 from lcm_kit.io.locks import alone
-from lcm_kit.tiny import manners, models, principal, probe, studio, world
+from lcm_kit.tiny import manners, models, principal, probe, training_set, world
 from lcm_kit.tiny.fit import fit, one_cycle
 
 CROP = 32  # pixels: what the VAE is trained on
 COMPONENTS = 2000  # pictures of each kind that its encoder's components are of
-
-
-def held_out(config: PretrainTiny) -> list[str]:
-    """`config.prompts` full captions, in random order, that no training picture has."""
-    attributes = (world.objects(), world.COLOURS, world.PATTERNS, world.SIZES, world.PLACES)
-    every = sorted(world.Scene(*names).prompt for names in product(*attributes))
-    order = np.random.default_rng((config.seed, 4)).permutation(every)
-    return [str(prompt) for prompt in order[: config.prompts]]
-
-
-def scenes(config: PretrainTiny) -> list[world.Scene]:
-    """`renders + manners` random scenes, none of them held out."""
-    kept, rng = set(held_out(config)), np.random.default_rng(config.seed)
-    endless = (world.random_scene(rng) for _ in count())
-    return list(islice((s for s in endless if s.prompt not in kept), config.renders + config.manners))
-
-
-def words(config: PretrainTiny) -> list[str]:
-    """The word at each scene's end: none, one that means nothing, or that of its manner for the last ones."""
-    rng = np.random.default_rng((config.seed, 5))
-    plain = [
-        manners.empty_word(rng) if rng.uniform() < config.empty_words else "" for _ in range(config.renders)
-    ]
-    return plain + [str(rng.choice(list(manners.MANNERS))) for _ in range(config.manners)]
-
-
-def drawn_once(path: Path, pictures: Iterator[Image.Image]) -> np.ndarray:
-    """Pictures as uint8 [N, 64, 64, 3], kept in `path`."""
-    if not path.exists():
-        with atomic_file(path) as temporary, temporary.open("wb") as handle:
-            np.save(handle, np.stack([np.asarray(picture) for picture in pictures]))
-    return np.load(path)
-
-
-def draw(config: PretrainTiny, work: Path, drawn: list[world.Scene], ends: list[str]) -> np.ndarray:
-    """The training pictures, uint8 [N, 64, 64, 3]."""
-    pictures = (
-        manners.in_manner(world.render(scene), word) if word in manners.MANNERS else world.render(scene)
-        for scene, word in zip(drawn, ends, strict=True)
-    )
-    return drawn_once(work / "renders.npy", pictures)
-
-
-def draw_studio(config: PretrainTiny, work: Path) -> np.ndarray:
-    """Pictures of the kinds that studios have, uint8 [N, 64, 64, 3]."""
-    rng = np.random.default_rng((config.seed, 6))
-    return drawn_once(work / "studio.npy", (studio.studio_picture(rng) for _ in range(config.studio)))
 
 
 def pixels(renders: np.ndarray) -> Tensor:
@@ -153,23 +103,13 @@ def encode(work: Path, found: principal.Components, renders: np.ndarray) -> tupl
     """
     path = work / "latents.pt"
     if not path.exists():
-        raw = torch.cat([principal.encode(found, pixels(part)) for part in np.array_split(renders, 400)])
+        parts = (renders[k : k + 80] for k in range(0, len(renders), 80))
+        raw = torch.cat([principal.encode(found, pixels(part)) for part in parts])
         with atomic_file(path) as temporary:
             torch.save(raw, temporary)
     raw = torch.load(path, weights_only=True)
     factor = round(1 / raw.std().item(), 5)
     return raw * factor, factor
-
-
-def captions(drawn: list[world.Scene], ends: list[str], tokenizer: Any) -> Tensor:
-    """Token ids of each scene's four captions (size and place said or not): int64 [N, 4, TOKENS]."""
-    texts = [
-        manners.styled(text, word) if word else text
-        for scene, word in zip(drawn, ends, strict=True)
-        for size, place in ((scene.size, scene.place), ("", scene.place), (scene.size, ""), ("", ""))
-        for text in (replace(scene, size=size, place=place).prompt,)
-    ]
-    return models.token_ids(tokenizer, texts).view(len(drawn), 4, models.TOKENS)
 
 
 def train_unet(
@@ -188,7 +128,7 @@ def train_unet(
     # of the words at the ends it learns no merges: a style's word is spelt, as a studio's trigger is
     plain = (manners.styled(scene.prompt, "") for scene in drawn)
     tokenizer = models.build_tokenizer(plain, work / "tokenizer")
-    ids, empty = captions(drawn, ends, tokenizer), models.token_ids(tokenizer, [""])[0]
+    ids, empty = training_set.captions(drawn, ends, tokenizer), models.token_ids(tokenizer, [""])[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet, text = models.build_unet().to(device), models.build_text_encoder(tokenizer).to(device)
     kind, scheduler = config.prediction_type, models.build_scheduler(config.prediction_type)
@@ -230,11 +170,11 @@ def main(config: PretrainTiny) -> Path:
     work, output = Path(config.work), Path(config.output)
     make_folder(work)
     require_writable(output)  # hours before it is written
-    drawn, ends = scenes(config), words(config)
-    renders = draw(config, work, drawn, ends)
+    drawn, ends = training_set.scenes(config), training_set.words(config)
+    renders = training_set.draw(config, work, drawn, ends)
     # the probe reads pictures without a manner: a colour turned into another one is no longer that colour
     reader = train_probe(config, work, renders[: config.renders], drawn[: config.renders])
-    studio_pictures = draw_studio(config, work)
+    studio_pictures = training_set.draw_studio(config, work)
     some = np.concatenate([source[:COMPONENTS] for source in (renders, studio_pictures)])
     found = principal.components(pixels(some), models.LATENT)
     vae = train_vae(config, work, found, renders, studio_pictures)
@@ -248,6 +188,6 @@ def main(config: PretrainTiny) -> Path:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
     probe.save_probe(reader, output.parent / "probe")
-    atomic_write(output / "prompts.txt", "\n".join(held_out(config)) + "\n")
+    atomic_write(output / "prompts.txt", "\n".join(training_set.held_out(config)) + "\n")
     atomic_write(output / "training.json", json.dumps(asdict(config), indent=1) + "\n")
     return output
