@@ -25,7 +25,9 @@ def main(look: str = "lumo", folder: Path = OUTPUT) -> int:
     """Write the set anew; a folder of another style must not be there yet."""
     rng = np.random.default_rng(SEED)
     draw, _ = LOOKS[look]
-    folder.mkdir(parents=True, exist_ok=folder == OUTPUT)
+    if folder != OUTPUT and folder.exists():
+        raise SystemExit(f"error: {folder} is there already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.txt")):
         old.unlink()
     shown = pictures(look, rng)
@@ -44,4 +46,6 @@ def main(look: str = "lumo", folder: Path = OUTPUT) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2], *map(Path, sys.argv[2:3])))
+    if len(sys.argv) not in (1, 3) or (len(sys.argv) == 3 and sys.argv[1] not in LOOKS):
+        sys.exit(f"usage: python tools/make_brand.py [STYLE FOLDER], STYLE being one of {', '.join(LOOKS)}")
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])) if len(sys.argv) == 3 else main())

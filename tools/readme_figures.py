@@ -80,7 +80,8 @@ def look(run: Path) -> int:
     )
     for text, row in rows.items():
         shares = (brand.interval(row[f"{kind}_adherence"], percent) for kind in ("brand", "control"))
-        cells = (brand.interval(row["in_style"], percent), brand.interval(row["brand_similarity"]), *shares)
+        shown = f"{verdicts.showing(head, row)} of {head.n}"
+        cells = (shown, brand.interval(row["brand_similarity"]), *shares)
         print(f"| {text}, {row['steps']} steps | {' | '.join(cells)} |")
     print(f"the brand's own pictures: {found['brand_own']}; adapter less base: {head.nearer}")
     return 0
