@@ -120,6 +120,10 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
         ),
         ("output: x\nrecipe: train/distill\n", "recipe: it must be the first key"),
         ("recipe: train/distill\n", "output: missing; it must be text"),
+        (
+            "recipe: train/finetune\noutput: x\nloss: {min_snr_gamma: 2, snr_floor: 3}\n",
+            "loss: snr_floor 3 is above min_snr_gamma 2; set it to that or less",
+        ),
         (MINIMAL + "zzz: 1\n", "zzz: unknown key; allowed here: recipe, output, seed, steps"),
         (
             MINIMAL + "loss: {c: .inf}\n",

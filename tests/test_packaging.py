@@ -56,7 +56,7 @@ def test_the_wheel_adds_one_name_and_holds_everything(built: Path) -> None:
 
 def test_the_wheel_stays_small_enough_to_ship(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
-    assert wheel.stat().st_size < 30e6  # the embedded base and everything beside it may be 25 MB
+    assert wheel.stat().st_size < 36e6  # the embedded bases and everything beside them may be 33 MB
 
 
 def test_the_sdist_builds_and_tests_itself(built: Path) -> None:

@@ -47,6 +47,16 @@ def test_the_encoder_gives_what_the_map_gives(images: torch.Tensor, dtype: torch
     assert posterior.std.max() < 0.01
 
 
+def test_the_encoder_tells_its_components(images: torch.Tensor) -> None:
+    found = principal.components(images, models.LATENT)
+    vae = models.build_vae().eval()
+    principal.set_encoder(vae, found)
+    told = principal.of_encoder(vae)
+    assert torch.allclose(told.rows, found.rows, atol=1e-3 * found.rows.abs().max().item())
+    assert (principal.encode(told, images) - principal.encode(found, images)).abs().max() < 0.02
+    assert torch.allclose(told.deviations, found.deviations, rtol=2e-3)
+
+
 def test_more_components_than_there_is_room_for_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="25 components do not fit; the encoder has room for 24"):
         principal.set_encoder(models.build_vae(), principal.components(images, 25))

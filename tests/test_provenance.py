@@ -67,7 +67,7 @@ DISTILL = schema.Distill(
 FINETUNE = finetune.Finetune(
     recipe="train/finetune", output="look", base=schema.Base("org/base"), caption_dropout=0.2,
     data=DataKeys(resolution=768), adapter=schema.Adapter(rank=16, alpha=8.0),
-    loss=finetune.Denoising(None, 0.1), text_encoder=finetune.TextEncoder(4, 2.0, 1e-5),
+    loss=finetune.Denoising(None, 0.5, 0.1), text_encoder=finetune.TextEncoder(4, 2.0, 1e-5),
     prior=finetune.Prior("general.txt", 0.5, 30, 20, 4.0, 7),
 )  # fmt: skip
 SPEED = of_training(DISTILL, Inspected(), "ab12", 300, teacher=[LOOK], start=[FAST])
@@ -92,7 +92,8 @@ def test_a_style_says_all_of_it() -> None:
     assert Provenance(
         base=Base("org/base", "fe60", family="sd"), kit_version=__version__, recipe="train/finetune",
         prediction_type="v_prediction", steps=90, adapter=Layers(16, 8.0, "lcm"),
-        loss=Loss(min_snr_gamma=None, noise_offset=0.1), text_encoder=TextEncoder(4, 2.0, 1e-5),
+        loss=Loss(min_snr_gamma=None, snr_floor=0.5, noise_offset=0.1),
+        text_encoder=TextEncoder(4, 2.0, 1e-5),
         prior=Prior("general.txt", 0.5, 30, 20, 4.0, 7), caption_dropout=0.2,
         data=Data("cd34", 768, "images"),
     ) == STYLE  # fmt: skip

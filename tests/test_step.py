@@ -15,7 +15,7 @@ from lcm_kit.core.methods import LCM, METHODS, Times
 from lcm_kit.core.prediction import KINDS, Predict, predictor
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.core.solvers import SOLVERS
-from lcm_kit.core.step import consistency_loss, diffusion_loss, min_snr_weight
+from lcm_kit.core.step import consistency_loss, diffusion_loss, snr_weight
 from lcm_kit.errors import UserError
 from tests.gaussians import SD
 
@@ -206,7 +206,7 @@ def test_the_denoising_loss_compares_raw_outputs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_snr_weights_are_those_of_diffusers_snr(kind: str) -> None:
+def test_snr_weights_are_those_of_diffusers_snr(kind: str) -> None:
     """As diffusers' training scripts write them, from `compute_snr` of its own scheduler."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -215,16 +215,33 @@ def test_min_snr_weights_are_those_of_diffusers_snr(kind: str) -> None:
     snr = compute_snr(DDPMScheduler(**config), torch.arange(1000))
     least = torch.stack([snr, 5.0 * torch.ones_like(snr)], 1).min(1)[0]
     wanted = {"epsilon": least / snr, "v_prediction": least / (snr + 1), "sample": least}[kind]
-    weight = min_snr_weight(Schedule.from_config(config), kind, 5.0)
+    weight = snr_weight(Schedule.from_config(config), kind, 5.0)
     torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=0)
-    assert torch.equal(min_snr_weight(Schedule.from_config(config), kind, None), torch.ones(1000))
+    assert torch.equal(snr_weight(Schedule.from_config(config), kind, None), torch.ones(1000))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_an_error_in_x0_counts_at_least_the_floor(kind: str, gamma: float | None) -> None:
+    """Truncated SNR, by what an error of 1 in x0 costs in the loss of the raw output."""
+    schedule = Schedule.from_config({})
+    snr = (schedule.alpha / schedule.sigma).double() ** 2
+    of_output = {"epsilon": snr, "v_prediction": 1 / schedule.sigma.double() ** 2, "sample": snr**0}[kind]
+    plain = snr.clamp(max=5.0) if gamma else of_output
+    found = snr_weight(schedule, kind, gamma, 1.0).double() * of_output
+    torch.testing.assert_close(found, plain.clamp(min=1.0), rtol=1e-5, atol=0)
+    assert torch.equal(snr_weight(schedule, kind, gamma, 0.0), snr_weight(schedule, kind, gamma))
+
+
+def test_with_a_floor_pure_noise_of_a_v_base_counts() -> None:
+    assert snr_weight(ZERO_SNR, "v_prediction", 5.0, 0.5)[-1] == pytest.approx(0.5)
 
 
 def test_min_snr_weighs_pure_noise_of_a_v_base_with_nothing() -> None:
-    weight = min_snr_weight(ZERO_SNR, "v_prediction", 5.0)
+    weight = snr_weight(ZERO_SNR, "v_prediction", 5.0)
     assert weight[-1] == 0 and bool((weight[:-1] > 0).all())
     with pytest.raises(UserError, match="zero terminal SNR"):
-        min_snr_weight(ZERO_SNR, "epsilon", 5.0)
+        snr_weight(ZERO_SNR, "epsilon", 5.0)
 
 
 def test_lcm_endpoint_at_its_end_is_x_exactly() -> None:

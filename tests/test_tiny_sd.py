@@ -80,3 +80,37 @@ def test_no_training_picture_has_a_held_out_prompt() -> None:
 def test_the_recipe_names_the_files_it_writes() -> None:
     found = json.loads((assets.path("tiny-sd") / "training.json").read_text())
     assert not Path(found["output"]).is_absolute() and not Path(found["work"]).is_absolute()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["tiny-sd", "tiny-sd-v"])
+def test_held_out_prompts_are_drawn_right_by_plain_diffusers(base: str) -> None:
+    """diffusers alone draws, 50 steps; guidance matters; nothing is right at 4 calls with it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        assets.path(base), dtype=torch.float32, safety_checker=None
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = assets.prompts("asset:tiny-sd")[:96]
+    scenes, probe = [world.parse(prompt) for prompt in prompts], load_probe()
+
+    def right(steps: int, guidance_scale: float) -> float:
+        seeded = torch.Generator().manual_seed(3)
+        parts = [
+            pipe(
+                prompts[k : k + 32],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=seeded,
+            ).images
+            for k in range(0, len(prompts), 32)
+        ]
+        read = probe.read(tiny_card.pixels([image for part in parts for image in part]))
+        return float(
+            np.mean([all(r[n] == getattr(s, n) for n in r) for r, s in zip(read, scenes, strict=True)])
+        )
+
+    guided = right(50, 5.0)
+    assert guided >= 0.95 and right(50, 1.0) < guided and right(2, 5.0) <= guided - 0.2

@@ -1,13 +1,14 @@
-"""Write the figures of the embedded base into its card and docs/tiny-sd.md, from its evaluations.
+"""Write the figures of an embedded base into its card and docs/tiny-sd.md, from its evaluations.
 
     lcm-kit evaluate evaluation/tiny_base
     lcm-kit evaluate evaluation/tiny_base guidance_scale=1 count=128 unet_calls=[] run=runs/tiny-base-g1
     lcm-kit evaluate evaluation/tiny_base guidance_scale=3 count=128 unet_calls=[] run=runs/tiny-base-g3
     lcm-kit evaluate evaluation/tiny_base guidance_scale=7.5 count=128 unet_calls=[] run=runs/tiny-base-g7.5
-    python tools/tiny_card.py runs/tiny-base runs/tiny-base-g1 runs/tiny-base-g3 runs/tiny-base-g7.5
+    python tools/tiny_card.py tiny-sd runs/tiny-base runs/tiny-base-g1 runs/tiny-base-g3 runs/tiny-base-g7.5
 
-Each table stands between two comments, `<!-- quality -->` and `<!-- end -->`; the VAE's, between
-`<!-- vae -->` and its end, is measured here. `quality.json` has what the tests hold the base to.
+Each table stands between two comments: `<!-- quality -->` (on the page `<!-- quality-v -->` for tiny-sd-v)
+and `<!-- end -->`. The VAE's, between `<!-- vae -->` and its end, is measured here; tiny-sd-v has the same.
+`quality.json` has what the tests hold the base to.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from lcm_kit.tiny.probe import load_probe
 from tools.brand_looks import LOOKS, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
-ASSET = assets.path("tiny-sd")
-PAGES = (ASSET / "README.md", ROOT / "docs" / "tiny-sd.md")
+PAGE = ROOT / "docs" / "tiny-sd.md"
+BASES = ("tiny-sd", "tiny-sd-v")
 FIGURES = {"prompt_adherence": ".1%", "frechet_biased": ".3f", "pixel_distance": ".3f", "saturation": ".2f"}
 COUNT = 96  # pictures a kind that the VAE draws again
 
@@ -85,7 +86,7 @@ def vae_rows() -> list[dict[str, Any]]:
     """What the VAE makes of each kind of picture: dB, and whether the probe reads the same."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(ASSET / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(assets.path("tiny-sd") / "vae", torch_dtype=torch.float32).eval()
     rng, probe = np.random.default_rng(5), load_probe()
     kinds = {f"the style {style}": of_style(style, COUNT) for style in LOOKS}
     kinds["the world"] = [world.render(world.random_scene(rng)) for _ in range(10 * COUNT)]
@@ -121,22 +122,33 @@ def put(page: Path, name: str, table: str) -> None:
     atomic_write(page, new)
 
 
-def main(runs: list[Path]) -> int:
-    """Write quality.json and the tables of both pages."""
-    measured, vae = rows(runs), vae_rows()
-    first = results.read(runs[0] / results.FILE)
+def vae_table(measured: list[dict[str, Any]]) -> str:
+    """What `vae_rows` found."""
+    lines = ["| pictures | mean PSNR | worst | read by the probe as the originals are |", "| --- " * 4 + "|"]
+    return "\n".join([*lines, *map(vae_line, measured)])
+
+
+def main(name: str, runs: list[Path]) -> int:
+    """Write quality.json of the base `name` and the tables of both pages."""
+    card = assets.path(name) / "README.md"
+    measured = rows(runs)
     head = "| | guidance_scale | UNet calls | samples | all right | Frechet | to the teacher | colour |"
     quality = "\n".join([head, "| --- " * 8 + "|", *(str(row.pop("line")) for row in measured)])
-    lines = ["| pictures | mean PSNR | worst | read by the probe as the originals are |", "| --- " * 4 + "|"]
-    lines += map(vae_line, vae)
-    for page in PAGES:
-        put(page, "quality", quality)
-        put(page, "vae", "\n".join(lines))
-    told = {"command": "python tools/tiny_card.py", "versions": first["versions"]}
-    atomic_write(ASSET / "quality.json", json.dumps(told | {"rows": measured, "vae": vae}, indent=1) + "\n")
-    print(quality, *lines, sep="\n")
+    put(card, "quality", quality)
+    put(PAGE, "quality" + name.removeprefix("tiny-sd"), quality)
+    versions = results.read(runs[0] / results.FILE)["versions"]
+    told: dict[str, Any] = {"command": f"python tools/tiny_card.py {name}", "versions": versions}
+    told["rows"] = measured
+    if name == "tiny-sd":
+        told["vae"] = vae_rows()
+        for page in (card, PAGE):
+            put(page, "vae", vae_table(told["vae"]))
+    atomic_write(assets.path(name) / "quality.json", json.dumps(told, indent=1) + "\n")
+    print(quality)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main([Path(word) for word in sys.argv[1:]]))
+    if len(sys.argv) < 3 or sys.argv[1] not in BASES:
+        sys.exit("usage: python tools/tiny_card.py tiny-sd|tiny-sd-v RUN [RUN ...]")
+    sys.exit(main(sys.argv[1], [Path(word) for word in sys.argv[2:]]))

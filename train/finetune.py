@@ -34,7 +34,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.core.losses import l2
 from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import Schedule
-from lcm_kit.core.step import diffusion_loss, min_snr_weight
+from lcm_kit.core.step import diffusion_loss, snr_weight
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
@@ -99,7 +99,7 @@ def main(config: Finetune) -> Path:
     control = StyleControl.prepare(config, base.base_hash)
     validation = StyleValidation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
-    weight = min_snr_weight(schedule, kind, config.loss.min_snr_gamma)
+    weight = snr_weight(schedule, kind, config.loss.min_snr_gamma, config.loss.snr_floor)
     adapted = AdaptedUNet(load_unet(base, config, device, dtype))
 
     # -- Adapter: the LoRA that is trained; everything else is frozen ----------------------------------------

@@ -1,7 +1,7 @@
 """Train the embedded base, tiny-sd, from pictures that the kit draws itself.
 
     lcm-kit train configs/pretrain/tiny_sd.yaml     # a little over two hours on 2 CPU cores, minutes on a GPU
-    lcm-kit train configs/pretrain/tiny_sd.yaml prediction_type=v_prediction output=runs/tiny-sd-v/tiny-sd-v
+    lcm-kit train configs/pretrain/tiny_sd_v.yaml   # its v-prediction twin, from its weights: an hour
 
 Order: renders -> probe -> VAE -> latents -> text encoder and UNet together -> a pipeline folder in float16.
 Every stage leaves its result in `work`, so the same command continues where it was stopped.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcm_kit import assets
 from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.core.prediction import from_x0_eps
 from lcm_kit.core.schedule import Schedule, add_noise
-from lcm_kit.core.step import min_snr_weight
+from lcm_kit.core.step import snr_weight
 from lcm_kit.io.files import atomic_file, atomic_write, make_folder, require_writable
 from lcm_kit.io.locks import alone
 from lcm_kit.tiny import manners, models, principal, probe, training_set, world
@@ -96,8 +98,8 @@ def train_vae(
     return vae.eval().requires_grad_(False)
 
 
-def encode(work: Path, found: principal.Components, renders: np.ndarray) -> tuple[Tensor, float]:
-    """Latents of all renders at unit variance, float32 [N, LATENT, 16, 16], and the scaling factor.
+def encode(work: Path, found: principal.Components, renders: np.ndarray) -> Tensor:
+    """Latents of all renders as the encoder gives them, float32 [N, LATENT, 16, 16].
 
     Made once, by the encoder's map itself, which is a hundred times as fast as the encoder.
     """
@@ -107,9 +109,7 @@ def encode(work: Path, found: principal.Components, renders: np.ndarray) -> tupl
         raw = torch.cat([principal.encode(found, pixels(part)) for part in parts])
         with atomic_file(path) as temporary:
             torch.save(raw, temporary)
-    raw = torch.load(path, weights_only=True)
-    factor = round(1 / raw.std().item(), 5)
-    return raw * factor, factor
+    return torch.load(path, weights_only=True)
 
 
 def train_unet(
@@ -119,21 +119,27 @@ def train_unet(
     seen: Tensor,
     drawn: list[world.Scene],
     ends: list[str],
+    start: models.Parts | None,
 ) -> dict[str, Any]:
     """Text encoder and UNet together, by the denoising loss with min-SNR weights; returns the EMA's parts.
 
-    `seen` [C, 1, 1]: how much each channel of the latents weighs in the loss.
+    `seen` [C, 1, 1]: how much each channel of the latents weighs in the loss. `start`: what they go on from,
+    if not from nothing.
     """
     torch.manual_seed(config.seed)
-    # of the words at the ends it learns no merges: a style's word is spelt, as a studio's trigger is
-    plain = (manners.styled(scene.prompt, "") for scene in drawn)
-    tokenizer = models.build_tokenizer(plain, work / "tokenizer")
+    if start:
+        tokenizer, text, unet = start.tokenizer, start.text_encoder, start.unet
+    else:
+        # of the words at the ends it learns no merges: a style's word is spelt, as a studio's trigger is
+        plain = (manners.styled(scene.prompt, "") for scene in drawn)
+        tokenizer = models.build_tokenizer(plain, work / "tokenizer")
+        text, unet = models.build_text_encoder(tokenizer), models.build_unet()
     ids, empty = training_set.captions(drawn, ends, tokenizer), models.token_ids(tokenizer, [""])[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet, text = models.build_unet().to(device), models.build_text_encoder(tokenizer).to(device)
+    unet, text = unet.to(device), text.to(device)
     kind, scheduler = config.prediction_type, models.build_scheduler(config.prediction_type)
     schedule = Schedule.from_config(scheduler.config).to(device)
-    weight = min_snr_weight(schedule, kind, config.min_snr_gamma)
+    weight = snr_weight(schedule, kind, config.min_snr_gamma)
     size = config.unet_batch_size
 
     def loss_at(step: int) -> Tensor:
@@ -170,24 +176,32 @@ def main(config: PretrainTiny) -> Path:
     work, output = Path(config.work), Path(config.output)
     make_folder(work)
     require_writable(output)  # hours before it is written
+    start = models.parts_of(config.start) if config.start else None
     drawn, ends = training_set.scenes(config), training_set.words(config)
     renders = training_set.draw(config, work, drawn, ends)
-    # the probe reads pictures without a manner: a colour turned into another one is no longer that colour
-    reader = train_probe(config, work, renders[: config.renders], drawn[: config.renders])
-    studio_pictures = training_set.draw_studio(config, work)
-    some = np.concatenate([source[:COMPONENTS] for source in (renders, studio_pictures)])
-    found = principal.components(pixels(some), models.LATENT)
-    vae = train_vae(config, work, found, renders, studio_pictures)
-    latents, factor = encode(work, found, renders)
-    vae.register_to_config(scaling_factor=factor)
+    if start:
+        vae, found = start.vae, principal.of_encoder(start.vae)
+    else:
+        # pictures without a manner: a colour turned into another one is no longer that colour
+        reader = train_probe(config, work, renders[: config.renders], drawn[: config.renders])
+        probe.save_probe(reader, output.parent / "probe")
+        studio_pictures = training_set.draw_studio(config, work)
+        some = np.concatenate([source[:COMPONENTS] for source in (renders, studio_pictures)])
+        found = principal.components(pixels(some), models.LATENT)
+        vae = train_vae(config, work, found, renders, studio_pictures)
+    raw = encode(work, found, renders)
+    if not start:
+        vae.register_to_config(scaling_factor=round(1 / raw.std().item(), 5))
+    latents = raw * vae.config.scaling_factor
     seen = found.deviations / found.deviations.mean()
-    parts = train_unet(config, work, latents, seen[:, None, None], drawn, ends)
+    parts = train_unet(config, work, latents, seen[:, None, None], drawn, ends, start)
 
     pipeline = StableDiffusionPipeline(
         vae=vae, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output)
-    probe.save_probe(reader, output.parent / "probe")
+    if config.start:  # this one remembers where it lay, and how it was called
+        copytree(assets.place(config.start) / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
     atomic_write(output / "prompts.txt", "\n".join(training_set.held_out(config)) + "\n")
     atomic_write(output / "training.json", json.dumps(asdict(config), indent=1) + "\n")
     return output

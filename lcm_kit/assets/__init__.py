@@ -1,4 +1,4 @@
-"""What the kit ships: the base `tiny-sd` and its LCM-LoRA, images (`brand`, `general`), probes, `glyphs`."""
+"""What the kit ships: small bases and an LCM-LoRA, images (`brand`, `general`), probes, `glyphs`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from lcm_kit.io.written import decoded, tidied
 
 _FOLDER = Path(__file__).resolve().parent
 _MOST_BYTES = 2**26  # of a file of prompts: a million lines
-NAMES = ("tiny-sd", "tiny-lcm-lora", "brand", "general", "probe", "brand-probe", "glyphs", "everyday")
+NAMES = (
+    "tiny-sd", "tiny-sd-v", "tiny-lcm-lora", "brand", "general", "probe", "brand-probe", "glyphs", "everyday",
+)  # fmt: skip
 
 
 def path(name: str) -> Path:

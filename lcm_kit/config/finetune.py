@@ -29,8 +29,20 @@ class Denoising:
 
     # weight min(snr, gamma) / snr of each sample, / (snr + 1) for v (arXiv:2303.09556); null: all weigh 1
     min_snr_gamma: Rate | None = 5.0
+    # an error in x0 counts at least this, however noisy the time (1 in arXiv:2202.00512, truncated SNR): the
+    # noisiest times, where grounds are decided, else say next to nothing; for styles unlike the base's own
+    snr_floor: Annotated[Number, Field(ge=0, le=100)] = 0.0
     # share of a random constant, one a channel, in the noise: learns darker and brighter pictures
     noise_offset: Annotated[Number, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _room(self) -> Denoising:
+        if self.min_snr_gamma is not None and self.snr_floor > self.min_snr_gamma:
+            raise ValueError(
+                f"snr_floor {self.snr_floor:g} is above min_snr_gamma {self.min_snr_gamma:g}; set it to that "
+                "or less"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

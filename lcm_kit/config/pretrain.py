@@ -19,6 +19,9 @@ class PretrainTiny:
     work: Place = "runs/pretrain_tiny"
     seed: Seed = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    # a pipeline of this recipe's (a folder or an asset): its VAE and tokenizer stay as they are, its UNet and
+    # text encoder go on from their weights, and no probe is trained; null: everything begins from nothing
+    start: Place | None = None
     renders: Positive = 24000
     manners: Positive = 8000  # more renders, each in one of the manners that invented words call
     empty_words: Fraction = 0.1  # of the captions without a manner, how many end in a word that means nothing

@@ -74,16 +74,16 @@ def diffusion_loss(
     return loss(output, from_x0_eps(schedule, kind, x0, noise, t))
 
 
-def min_snr_weight(schedule: Schedule, kind: str, gamma: float | None) -> Tensor:
-    """Return the weight of the denoising loss at every timestep, float32 [T] (min-SNR, arXiv:2303.09556).
+def snr_weight(schedule: Schedule, kind: str, gamma: float | None, floor: float = 0.0) -> Tensor:
+    """Return the weight of the denoising loss at every timestep, float32 [T].
 
-    An error in x0 counts min(snr, gamma), snr = alpha^2 / sigma^2; in the units of the raw output that is
-    min(snr, gamma) / snr for "epsilon", / (snr + 1) for "v_prediction" and / 1 for "sample" (sections 3.2 and
-    3.4). `gamma` None weighs nothing: ones. Raises UserError as `prediction.check`.
+    An error in x0 counts min(snr, gamma), snr = alpha^2 / sigma^2 (min-SNR, arXiv:2303.09556), and at least
+    `floor` (truncated SNR, arXiv:2202.00512, section 4, where it is 1). In the units of the raw output that
+    is divided by snr for "epsilon", by snr + 1 for "v_prediction" and by 1 for "sample". `gamma` None: all
+    weigh 1 in those units, and an error in x0 at least `floor`. Raises UserError as `prediction.check`.
     """
     check(schedule, kind)
-    if gamma is None:
-        return torch.ones_like(schedule.alpha)
     snr = (schedule.alpha / schedule.sigma) ** 2
     unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
-    return snr.clamp(max=gamma) / unit
+    weight = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / unit
+    return weight.maximum(floor / unit)

@@ -76,7 +76,7 @@ def of_training(
             method=Method.of(config.method),
             solver=config.solver if config.teacher.weight else None,
             grid=_same(Grid, config.grid),
-            loss=_same(Loss, config.loss, min_snr_gamma=None, noise_offset=None),
+            loss=_same(Loss, config.loss, min_snr_gamma=None, snr_floor=None, noise_offset=None),
             guidance=_same(Guidance, config.baked_guidance()),
             teacher=_same(Teacher, config.teacher, adapters=tuple(teacher)),
             start=tuple(start),

@@ -118,6 +118,7 @@ class Loss:
     c: float | None = None
     weighting: str | None = None
     min_snr_gamma: float | None = None
+    snr_floor: float | None = None
     noise_offset: float | None = None
 
 

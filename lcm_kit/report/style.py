@@ -97,6 +97,7 @@ def _facts(config: Mapping[str, Any], facts: Trained) -> dict[str, str]:
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
         **_text(config),
         "min-SNR gamma": f"{loss['min_snr_gamma']:g}" if loss["min_snr_gamma"] else "off",
+        "SNR floor": f"{loss['snr_floor']:g}" if loss.get("snr_floor") else "off",
         "captions left out": f"{config['caption_dropout']:.0%}",
         "the base's own pictures": own,
         "learning rate": f"{config['optimizer']['lr']:g}",

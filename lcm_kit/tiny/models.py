@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lcm_kit import assets
 from lcm_kit.core.schedule import SD_BETAS
+from lcm_kit.errors import UserError, first_line
 
 TOKENS, WIDTH = 32, 128
 LATENT = 24  # channels: principal.py says why
@@ -107,6 +110,39 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+class Parts(NamedTuple):
+    """What a pipeline of these models is made of, in float32."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    tokenizer: CLIPTokenizer
+
+
+def parts_of(place: str) -> Parts:
+    """New models with the weights of the pipeline in the folder `place`, or of an asset.
+
+    New ones, because what is loaded remembers where it lay, and writes that wherever it is saved. Raises
+    `UserError` if there is no such pipeline, or one of other shapes.
+    """
+    folder = assets.place(place)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"start {place!r}: there is no pipeline; name the folder of one, or asset:tiny-sd")
+    try:
+        found = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+        vae, unet, text = build_vae(), build_unet(), build_text_encoder(found.tokenizer)
+        vae.register_to_config(scaling_factor=found.vae.config.scaling_factor)
+        pairs = ((vae, found.vae), (unet, found.unet), (text, found.text_encoder))
+        for new, old in pairs:
+            new.load_state_dict(old.state_dict())
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"start {place!r}: this is no pipeline of `lcm-kit train pretrain/tiny_sd` "
+            f"({first_line(error)}); name one, or asset:tiny-sd"
+        ) from error
+    return Parts(vae, text, unet, found.tokenizer)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

@@ -26,10 +26,10 @@ _LOG_VARIANCE = -12.0
 
 @dataclass(frozen=True)
 class Components:
-    """Latent k of a patch p [3 * PATCH * PATCH] is `rows[k] @ (p - mean)`."""
+    """Latent k of a patch p [3 * PATCH * PATCH] is `rows[k] @ p - shift[k]`."""
 
     rows: Tensor  # [K, 48]: unit vectors over their components' deviations
-    mean: Tensor  # [48]
+    shift: Tensor  # [K]: what the mean patch gives
 
     @property
     def deviations(self) -> Tensor:
@@ -51,13 +51,21 @@ def components(images: Tensor, count: int) -> Components:
     rows, deviation = vectors[:, order].T, values[order].sqrt()
     # the sign of an eigenvector is the library's whim: another build's latents would be their negatives
     sign = (rows @ torch.cos(1.7 * torch.arange(rows.shape[1], dtype=rows.dtype))).sign()
-    return Components((rows * (sign / deviation)[:, None]).float(), mean.float())
+    rows *= (sign / deviation)[:, None]
+    return Components(rows.float(), (rows @ mean).float())
+
+
+@torch.no_grad()
+def of_encoder(vae: Any) -> Components:
+    """The components in the encoder of `vae` (float32), to 0.1%: what it makes of unit patches."""
+    units = torch.eye(3 * PATCH**2).view(-1, 3, PATCH, PATCH)  # in the order of `patches`
+    given = vae.encode(torch.cat([torch.zeros_like(units[:1]), units])).latent_dist.mean.flatten(1)
+    return Components((given[1:] - given[0]).T, -given[0])
 
 
 def encode(found: Components, images: Tensor) -> Tensor:
     """[B, 3, H, W] in [-1, 1] -> latents [B, K, H / 4, W / 4]: what the encoder that is set gives."""
-    centred = patches(images) - found.mean[None, :, None, None]
-    return torch.einsum("kp,bphw->bkhw", found.rows, centred)
+    return torch.einsum("kp,bphw->bkhw", found.rows, patches(images)) - found.shift[:, None, None]
 
 
 @torch.no_grad()
@@ -95,12 +103,11 @@ def set_encoder(vae: Any, found: Components) -> None:
     pairs = (size - 2) // 2  # of a group's channels, beside its two anchors
     if count > pairs * groups:
         raise ValueError(f"{count} components do not fit; the encoder has room for {pairs * groups}")
-    shift = found.rows @ found.mean
     for k in range(count):
         first = k // pairs * size + 2 * (k % pairs)
         for channel, sign in ((first, 1.0), (first + 1, -1.0)):
             last.weight[channel, order, 0, 0] = sign * found.rows[k]
-            last.bias[channel] = -sign * shift[k]
+            last.bias[channel] = -sign * found.shift[k]
         encoder.conv_out.weight[k, first, 1, 1] = 1.0
         encoder.conv_out.weight[k, first + 1, 1, 1] = -1.0
     for group in range(groups):

@@ -134,11 +134,10 @@ def straight_line(wanted: Finetune) -> list[float]:
         output = unet(scheduler.add_noise(x0, noise, t), t, condition.embeds, **more).sample
         target = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, t)
         error = (output - target).square().mean((1, 2, 3))
-        if gamma is None:
-            return error.mean()
         snr = compute_snr(scheduler, t)
-        least = snr.clamp(max=gamma)
-        return (least / (snr if kind == "epsilon" else snr + 1) * error).mean()
+        unit = snr if kind == "epsilon" else snr + 1
+        weight = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / unit
+        return (torch.maximum(weight, wanted.loss.snr_floor / unit) * error).mean()
 
     losses = []
     for step in range(wanted.steps):
@@ -159,7 +158,7 @@ def test_first_losses_equal_a_straight_line_script(
     kind: str, gamma: float | None, keys: Keys, sd_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     found = keys if kind == "epsilon" else tuning(prepare(tmp_path / "v", sd_base(kind)))
-    loss = {"min_snr_gamma": gamma, "noise_offset": 0.3}
+    loss = {"min_snr_gamma": gamma, "noise_offset": 0.3, "snr_floor": 1.5}
     wanted = config(
         found, tmp_path / "run", steps=3, validation=ALONE, loss=loss, caption_dropout=0.5,
         own=kind == "epsilon",
@@ -169,7 +168,8 @@ def test_first_losses_equal_a_straight_line_script(
     # Each key is seen by this: without one of them the losses are others.
     for changed in (
         {"loss": replace(wanted.loss, noise_offset=0.0)},
-        {"loss": replace(wanted.loss, min_snr_gamma=5.0)},
+        {"loss": replace(wanted.loss, min_snr_gamma=100.0)},
+        {"loss": replace(wanted.loss, snr_floor=0.0)},
         {"caption_dropout": 0.0},
     ):
         other = straight_line(replace(wanted, steps=2, **changed))
