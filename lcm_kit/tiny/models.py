@@ -137,7 +137,7 @@ def parts_of(place: str) -> Parts:
         pairs = ((vae, found.vae), (unet, found.unet), (text, found.text_encoder))
         for new, old in pairs:
             new.load_state_dict(old.state_dict())
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # diffusers', transformers' or safetensors' own
         raise UserError(
             f"start {place!r}: this is no pipeline of `lcm-kit train pretrain/tiny_sd` "
             f"({first_line(error)}); name one, or asset:tiny-sd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcm_kit import assets
 from lcm_kit.config import shipped
 from lcm_kit.config.pretrain import PretrainTiny
 from lcm_kit.errors import UserError
@@ -90,4 +92,10 @@ def test_a_twin_of_what_is_no_such_pipeline(sd_base: Callable[..., Path], tmp_pa
         main(small(tmp_path, start="/nowhere"))
     with pytest.raises(UserError, match="this is no pipeline of `lcm-kit train pretrain/tiny_sd`"):
         main(small(tmp_path, start=str(sd_base("epsilon"))))
+    cut = tmp_path / "cut"
+    shutil.copytree(assets.path("tiny-sd"), cut)
+    weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="this is no pipeline of `lcm-kit train pretrain/tiny_sd`"):
+        main(small(tmp_path, start=str(cut)))
     assert not (tmp_path / "out").exists()
