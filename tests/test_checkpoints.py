@@ -167,3 +167,27 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_state(
     with pytest.raises(UserError, match="No space left"):
         write(tmp_path, 6, keep=1)
     assert names(tmp_path) == ["step-000004"] and newest(tmp_path) == ("step-000004", [])
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, True), (True, None)])
+def test_a_step_is_fused_where_this_device_has_it_fused(before: bool | None, after: bool | None) -> None:
+    """A run that began on a CPU goes on on a GPU: the moments come back, how it computes does not."""
+    torch.manual_seed(0)
+    grads = [torch.randn(3, 2) for _ in range(4)]
+
+    def trained(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer, grads: list[torch.Tensor]) -> None:
+        for grad in grads:
+            p.grad = grad.clone()
+            optimizer.step()
+
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    first = torch.optim.AdamW([p], lr=0.1, fused=before)
+    trained(p, first, grads[:2])
+    saved = checkpoints._canonical(first.state_dict())
+    q = torch.nn.Parameter(p.detach().clone())
+    second = torch.optim.AdamW([q], lr=0.5, fused=after)
+    checkpoints._restore_optimizer(second, saved)
+    assert second.param_groups[0]["fused"] is after and second.param_groups[0]["lr"] == 0.1
+    trained(p, first, grads[2:])
+    trained(q, second, grads[2:])
+    torch.testing.assert_close(p, q)

@@ -103,7 +103,19 @@ def test_a_flag_of_one_process_counts_for_all() -> None:
 # -- Memory and losses that are no numbers -------------------------------------------------------------------
 
 
-def test_a_try_that_ran_out_of_memory_leaves_no_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=["torch", "cudnn", "cublas", "cuda"],
+)
+def test_a_try_that_ran_out_of_memory_leaves_no_gradient(
+    error: RuntimeError, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It runs out in the second half, when the first half's gradients are there already."""
     whole, wanted = step_of(Accelerator(), SAMPLES, micro=2)
     w, b = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
@@ -113,7 +125,7 @@ def test_a_try_that_ran_out_of_memory_leaves_no_gradient(capsys: pytest.CaptureF
     def losses_of(part: slice) -> Tensor:
         sizes.append(len(SAMPLES[part]))
         if len(sizes) == 2:
-            raise torch.OutOfMemoryError
+            raise error
         return (SAMPLES[part] @ w + b).square()
 
     made = passes(3, losses_of)
@@ -123,8 +135,18 @@ def test_a_try_that_ran_out_of_memory_leaves_no_gradient(capsys: pytest.CaptureF
         torch.testing.assert_close(mine, other)
 
 
-def guard(tmp_path: Path, accelerator: Any, how: str) -> Guard:
-    config = configure(TEMPLATE, tmp_path, non_finite=how)
+def test_another_error_is_no_lack_of_memory() -> None:
+    passes = Passes(Accelerator(), None, [torch.ones(1, requires_grad=True)], 4, 4, CLIP)
+
+    def losses_of(part: slice) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        passes(1, losses_of)
+
+
+def guard(tmp_path: Path, accelerator: Any, how: str, steps: int = 100) -> Guard:
+    config = configure(TEMPLATE, tmp_path, non_finite=how, steps=steps)
     return Guard(accelerator, config, run_metrics.Metrics.open(config, accelerator, 0))
 
 
@@ -187,3 +209,31 @@ def test_the_step_after_a_skipped_one_is_made_and_the_scale_is_halved(tmp_path: 
         made.append((float(w.detach()), accelerator.scaler.get_scale()))
     # w - 0.1 * 2 w is 0.8 w: the gradient was scaled back before it was used
     assert made == [(pytest.approx(1.6), 1024.0), (pytest.approx(1.6), 512.0), (pytest.approx(1.28), 512.0)]
+
+
+def test_updates_that_float16_always_leaves_out_stop_the_run(tmp_path: Path) -> None:
+    skips, over = guard(tmp_path, with_scaler(), "stop"), step(1.0, math.inf)
+    for number in range(1, 24):
+        assert skips.accepts(number, over, ["a"])
+    assert skips.accepts(24, step(1.0, 1.0), ["a"])  # one that is made ends the row
+    for number in range(25, 48):
+        assert skips.accepts(number, over, ["a"])
+    with pytest.raises(
+        UserError, match="last 24 steps until step 48 overflowed in float16, at a scale of 1024"
+    ):
+        skips.accepts(48, over, ["a"])
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_a_run_that_made_no_update_does_not_finish(
+    made: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skips, last = guard(tmp_path, with_scaler(), "stop", steps=5), 5
+    for number in range(1, last):
+        assert skips.accepts(number, step(1.0, 1.0 if number <= made else math.inf), ["a"])
+    if made:
+        assert skips.accepts(last, step(1.0, math.inf), ["a"])
+        assert "4 updates were left out" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=f"of the last {last} steps .* no update was made by them"):
+            skips.accepts(last, step(1.0, math.inf), ["a"])

@@ -145,7 +145,7 @@ def main(config: Distill) -> Path:
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     forward = min(config.batch_size, local_batch)
     passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    guard = stepping.Guard(accelerator, config, metrics)
+    guard = stepping.Guard(accelerator, config, metrics, updates=done)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,

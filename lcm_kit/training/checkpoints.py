@@ -26,6 +26,9 @@ from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_folder, discard, sha256_file
 from lcm_kit.training.run_files import MANIFEST, folders, manifest, step_of
 
+# Of an optimizer's group how it computes, which is this device's affair and not read back: a run begun on a
+# CPU goes on with a fused step on a GPU, and the reverse
+_HOW = ("fused", "foreach", "capturable", "differentiable")
 _FILES = ("lora.safetensors", "ema.safetensors", "training.pt")
 
 
@@ -284,7 +287,11 @@ def _restore_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
         index: {name: _placed(value, parameters[index]) for name, value in slots.items()}
         for index, slots in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": moments})
+    groups = [
+        group | {key: now[key] for key in _HOW if key in now}
+        for group, now in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
 
 
 def _placed(value: Any, like: Tensor) -> Any:

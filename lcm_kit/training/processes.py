@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 from lcm_kit import console
 from lcm_kit.share import Share
+
+# How long processes wait for each other. One of them draws and encodes alone while the others wait, and
+# torch's 10 minutes (NCCL) end a run there whose pictures take longer
+PATIENCE = timedelta(hours=12)
+
+
+def state() -> Any:
+    """accelerate's `PartialState` of this process, patient. The first who makes one decides: all call this."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 def share() -> Share:
     """This process's share of work. accelerate is only imported where there are several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Share()
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    return Share(state.process_index, state.num_processes, state.wait_for_everyone)
+    here = state()
+    return Share(here.process_index, here.num_processes, here.wait_for_everyone)
 
 
 def say(accelerator: Any, text: object) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration
 from torch import Tensor
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
@@ -28,8 +28,9 @@ from lcm_kit.config.continued import bound
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
-from lcm_kit.training import checkpoints, run_files
+from lcm_kit.training import checkpoints, processes, run_files
 from lcm_kit.training.checkpoints import Origin, State
+from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
 from lcm_kit.training.run_files import lines_of
 from lcm_kit.training.run_folder import write_config
@@ -50,7 +51,7 @@ def start(config: schema.Training) -> Accelerator:
     share a model over devices that does not work here.
     """
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    device = processes.state().device
     project = ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "trackers"))
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[_precision(config.precision, device.type)],
@@ -247,8 +248,8 @@ def validate(
     if accelerator.is_main_process or sharded(accelerator):
         try:
             found[name] = measure()
-        except torch.OutOfMemoryError:
-            if sharded(accelerator):
+        except RuntimeError as error:
+            if not out_of_memory(error) or sharded(accelerator):
                 raise
             warning = "out of memory while drawing for validation, left out; lower validation.count"
             say(accelerator, f"warning: {warning}")

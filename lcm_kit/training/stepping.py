@@ -18,11 +18,15 @@ from lcm_kit.config import schema
 from lcm_kit.core.sharding import full_tensor
 from lcm_kit.errors import UserError
 from lcm_kit.training import run_files
+from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
 from lcm_kit.training.run_metrics import Metrics
 from lcm_kit.training.runtime import any_of, gathered, sharded
 
 MOST_SKIPPED = 10  # steps in a row whose loss is not finite, before training stops anyway
+# Updates in a row that float16's scaler leaves out, before training stops: its scale begins at 2^16 and is
+# halved each time, so that gradients that fit in float16 at all have fitted for long
+MOST_OVERFLOWS = 24
 _NAMED = 16  # records that a message names; more are counted
 _BUCKET = 2**24  # gradients that are averaged over processes at once
 _HELP = (
@@ -79,8 +83,8 @@ class Passes:
         """The loss and each sample's, gradients being in place; None, and no gradients, if memory ran out."""
         try:
             return self._run(losses_of)
-        except torch.OutOfMemoryError:
-            if sharded(self.accelerator):
+        except RuntimeError as error:
+            if not out_of_memory(error) or sharded(self.accelerator):
                 raise
         for p in self.parameters:  # out of the handler: the exception holds what the passes held
             p.grad = None
@@ -139,7 +143,9 @@ def oom_as_user_error(run: Path) -> Iterator[None]:
     """Within the block memory that runs out where no smaller batch helps is a sentence: `UserError`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"{run}: out of memory ({str(error).partition('. ')[0]}); lower batch_size and raise "
             f"accumulation as much, or {_HELP}"
@@ -156,18 +162,23 @@ class Guard:
     accelerator: Accelerator
     config: schema.Training
     metrics: Metrics
+    updates: int = 0  # that were made, those before a continuation among them
     skipped: int = 0  # steps in a row
+    overflowed: int = 0  # updates in a row that float16's scaler left out
+    left_out: int = 0  # all of them, by this process
 
     def accepts(self, number: int, step: Step, ids: Sequence[str]) -> bool:
         """Whether to make the update of step `number` (from 1), whose records are `ids` on this process.
 
         False, with a warning and a line in metrics.jsonl, where it is to be skipped. Raises `UserError` where
         it is to stop, or has skipped `MOST_SKIPPED` steps in a row. With float16 a gradient alone that is not
-        finite is accepted: its scaler, which finds the scale by that, leaves the update out itself.
+        finite is accepted: its scaler, which finds the scale by that, leaves the update out itself. They are
+        counted: `UserError` after `MOST_OVERFLOWS` in a row, or where the last step comes and none was made.
         """
         what = self._fault(step)
         if what is None:
             self.skipped = 0
+            self._count(number, step)
             return True
         self.skipped += 1
         which = f"the {what} at step {number}, records {self._records(step, ids)}"
@@ -178,6 +189,26 @@ class Guard:
         if self.accelerator.scaler:  # clipping has told it of these gradients, and it wants a step after that
             self.accelerator.scaler.update()
         return False
+
+    def _count(self, number: int, step: Step) -> None:
+        over = self.accelerator.scaler is not None and not math.isfinite(step.norm)
+        self.overflowed = self.overflowed + 1 if over else 0
+        self.left_out += over
+        self.updates += not over
+        last = number == self.config.steps
+        if self.overflowed == MOST_OVERFLOWS or (last and not self.updates):
+            scale = self.accelerator.scaler.get_scale()
+            raise UserError(
+                f"the gradients of the last {self.overflowed} steps until step {number} overflowed in "
+                f"float16, at a scale of {scale:g} as well, and no update was made by them; train again with "
+                "precision=bfloat16 or float32, or with a lower optimizer.lr"
+            )
+        if last and self.left_out:
+            say(
+                self.accelerator,
+                f"{self.left_out} updates were left out, since their gradients overflowed in float16; a few "
+                "while the scale is found are usual",
+            )
 
     def _fault(self, step: Step) -> str | None:
         if not math.isfinite(step.loss):
