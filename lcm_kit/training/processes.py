@@ -15,7 +15,7 @@ PATIENCE = timedelta(hours=12)
 
 
 def state() -> Any:
-    """accelerate's `PartialState` of this process, patient. The first who makes one decides: all call this."""
+    """The `PartialState` of this process, patient. The first who makes one decides, so all call this."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
