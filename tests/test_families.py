@@ -98,6 +98,22 @@ def test_latents_follow_scaling_and_shift(sd_base: Callable[..., Path]):
     )
 
 
+def test_large_pictures_are_decoded_one_by_one(
+    sd_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 pixels here, with room for two and a half of them; the last part is one alone."""
+    vae = bases.load(str(sd_base()), parts=("vae",)).vae
+    side = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.randn(5, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, own, sizes = bases.decode_latents(vae, latents), vae.decode, []
+    monkeypatch.setattr("lcm_kit.bases.base.DECODED_PIXELS", 2.5 * side**2)
+    monkeypatch.setattr(vae, "decode", lambda part: sizes.append(len(part)) or own(part))
+    torch.testing.assert_close(bases.decode_latents(vae, latents), whole, atol=1e-5, rtol=1e-5)
+    assert sizes == [2, 2, 1]
+    monkeypatch.undo()
+    assert [bases.decoded_at_once(side, side) for side in (64, 512, 768, 1024, 1536)] == [256, 4, 1, 1, 1]
+
+
 def test_lcm_targets_are_those_of_lcm_lora_on_sd15():
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig

@@ -17,6 +17,7 @@ from torch import Tensor
 from lcm_kit.bases.base import (
     BaseInfo,
     decode_latents,
+    decoded_at_once,
     encode_images,
     inspect_base,
     load_part,
@@ -31,9 +32,9 @@ from lcm_kit.bases.tokens import load_tokenizer, too_long
 from lcm_kit.families import Family
 
 __all__ = [
-    "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "encode_images", "family_of", "inspect_base",
-    "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae", "lora_targets",
-    "require_fit", "too_long", "weight_files",
+    "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "decoded_at_once", "encode_images", "family_of",
+    "inspect_base", "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae",
+    "lora_targets", "require_fit", "too_long", "weight_files",
 ]  # fmt: skip
 
 

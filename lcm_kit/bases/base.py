@@ -27,6 +27,7 @@ from lcm_kit.families import FAMILIES, Family, by_pipeline, listed
 from lcm_kit.io.files import sha256_bytes
 
 _DENOISERS = {"transformer": "a transformer", "prior": "a prior", "image_encoder": "an image_encoder"}
+DECODED_PIXELS = 1024 * 1024  # of all pictures that a VAE decodes together
 _KINDS = ("epsilon", "v_prediction", "sample")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _LCM = (
@@ -258,9 +259,19 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     return (raw - shift) * scale
 
 
+def decoded_at_once(height: int, width: int) -> int:
+    """How many pictures of so many pixels `decode_latents` decodes together: 1 from 1024x1024 on.
+
+    A VAE holds more than a UNet does, whatever that one's batch: 3 GiB for one picture of SDXL in float32.
+    """
+    return max(1, int(DECODED_PIXELS // (height * width)))
+
+
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, H/f, W/f] to pixels [B, 3, H, W], about [-1, 1], not clipped."""
+    """Latents [B, C, H/f, W/f] to pixels [B, 3, H, W], about [-1, 1], not clipped; some at a time."""
     own = latents.to(vae.device, vae.dtype)
     shift, scale = _shift_and_scale(vae, own)
-    return vae.decode(own / scale + shift).sample
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    parts = (own / scale + shift).split(decoded_at_once(*(factor * side for side in own.shape[2:])))
+    return torch.cat([vae.decode(part).sample for part in parts])

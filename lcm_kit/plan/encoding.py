@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from lcm_kit.bases import decoded_at_once
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.prior import BATCH
 from lcm_kit.plan import work
 from lcm_kit.plan.base_profile import BaseProfile
-from lcm_kit.plan.dry_run import MetaModel
+from lcm_kit.plan.dry_run import MetaModel, Pictures
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
 
 PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
@@ -18,6 +19,13 @@ PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pic
 def vae_dtype(subject: BaseProfile, dtype: torch.dtype) -> torch.dtype:
     """Of the VAE of a pipeline in `dtype`: float16 overflows in SDXL's (`sample.pipeline`)."""
     return torch.float32 if dtype == torch.float16 and subject.pooled else dtype
+
+
+def decoding(pictures: Pictures, count: int, resolution: int, dtype: torch.dtype) -> float:
+    """Bytes held while `count` pictures are decoded, as many together as `bases.decode_latents` takes."""
+    together = min(count, decoded_at_once(resolution, resolution))
+    done = (count - together) * 3 * resolution**2 * dtype.itemsize
+    return pictures.decode.highest(together).at(together) + done
 
 
 def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
@@ -60,7 +68,7 @@ def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decode
     of_vae = vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, of_vae)
     drawing = stage.drawing(config.data.resolution, dtype).highest(samples).at(samples)
-    decoding = pictures.decode.highest(decoded).at(decoded) if decoded else 0
+    decoded_by_vae = decoding(pictures, decoded, config.data.resolution, of_vae) if decoded else 0
     stored = subject.stored
     # while it is loaded, a file of other numbers is there too
     file = weights.base * stored.itemsize if device == "cpu" and stored and stored != dtype else 0
@@ -68,6 +76,6 @@ def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decode
         "UNet": weights.base * dtype.itemsize,
         "text encoders": subject.text * dtype.itemsize,
         "VAE": pictures.weights * of_vae.itemsize,
-        "activations": round(max(drawing, decoding, file)),
+        "activations": round(max(drawing, decoded_by_vae, file)),
         "workspaces": workspace(weights, dtype, device),
     }

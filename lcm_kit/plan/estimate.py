@@ -230,7 +230,8 @@ def _validation(
     samples = count * work.guided(config.validation.guidance_scale)
     vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)
-    drawing, decoding = drawn.highest(samples).at(samples), pictures.decode.highest(count).at(count)
+    drawing = drawn.highest(samples).at(samples)
+    decoding = encoding.decoding(pictures, count, config.data.resolution, vae_dtype)
     # those that are trained are there already; a style's control prompts are encoded beside the pipeline
     each = 0 if rank_of(config) else dtype.itemsize
     each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0
