@@ -264,7 +264,7 @@ def decoded_at_once(height: int, width: int) -> int:
 
     A VAE holds more than a UNet does, whatever that one's batch: 3 GiB for one picture of SDXL in float32.
     """
-    return max(1, int(DECODED_PIXELS // (height * width)))
+    return max(1, DECODED_PIXELS // (height * width))
 
 
 @torch.no_grad()
