@@ -177,8 +177,8 @@ class Guard:
         """
         what = self._fault(step)
         if what is None:
-            self.skipped = 0
             self._count(number, step)
+            self.skipped = 0
             return True
         self.skipped += 1
         which = f"the {what} at step {number}, records {self._records(step, ids)}"
