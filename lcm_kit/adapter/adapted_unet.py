@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lcm_kit.adapter.fast_path import FastPath
 from lcm_kit.adapter.trained_weights import Kind, Lora, OwnWeights, cpu_copy, fill
 from lcm_kit.bases import lora_targets
 from lcm_kit.config import schema
@@ -29,7 +30,8 @@ STYLE = "style"  # peft's name of the teacher's LoRA
 class AdaptedUNet:
     """A UNet, frozen but for what is trained on it, of which one is in use: the first, or as `using` says.
 
-    Until something is trained the UNet is its teacher. On the UNet itself lies nothing but peft's layers.
+    Until something is trained the UNet is its teacher. On the UNet itself lies nothing but peft's layers, and
+    after `make_fast` their forward, attention and a hook of ours (`fast_path`).
     """
 
     def __init__(self, unet: Any) -> None:
@@ -41,6 +43,8 @@ class AdaptedUNet:
         self._style_in_student = False
         # Kept, because walking all of SD1.5's modules in every step would cost more than flipping 278 flags.
         self._layers: list[Any] = []
+        self._on: Sequence[str] = ()  # peft's names of the LoRAs that are on
+        self._fast: FastPath | None = None
 
     # -- What hangs on it ------------------------------------------------------------------------------------
 
@@ -55,6 +59,7 @@ class AdaptedUNet:
 
         if name in self._trained:
             raise ValueError(f"something is trained as {name!r} already; give another name")
+        self._still_slow()
         targets = lora_targets(config.targets)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
         _inject(self.unet, lora, name, seed)
@@ -90,6 +95,7 @@ class AdaptedUNet:
         """
         from peft import LoraConfig
 
+        self._still_slow()
         ranks = {name: int(down.shape[0]) for name, (down, _, _) in layers.items()}
         alphas = {name: alpha for name, (_, _, alpha) in layers.items()}
         rank = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -113,6 +119,24 @@ class AdaptedUNet:
         """
         self.text_encoders = dict(encoders)
         self._arrange()
+
+    def make_fast(self) -> bool:
+        """Train the UNet's LoRAs by our own forward (`fast_path`), from now on: after all were added.
+
+        The same mathematics and the same parameters. Then the UNet, in half precision too, needs no autocast,
+        and must not be moved. False, and nothing is changed, where it keeps peft's: where its own weights are
+        trained, or it has no LoRA.
+        """
+        if self._fast or not self._layers:
+            return self._fast is not None
+        if any(isinstance(kind, OwnWeights) for kind in self._trained.values()):
+            return False
+        self._fast = FastPath(self.unet, _tuner_layers(self.unet), lambda: self._on)
+        return True
+
+    def _still_slow(self) -> None:
+        if self._fast:
+            raise ValueError("LoRAs are added before `make_fast`, not after it")
 
     def _arrange(self) -> None:
         """Find peft's layers, freeze all that is not trained, and turn on what is in use."""
@@ -150,7 +174,7 @@ class AdaptedUNet:
         Its own `disable_adapter` is 80 times slower and changes `requires_grad`.
         """
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
-        used = self.in_use
+        used, on = self.in_use, self._on
         with ExitStack() as off:
             for other, kind in self._trained.items():
                 if other != name:
@@ -161,6 +185,7 @@ class AdaptedUNet:
                 yield
             finally:
                 self.in_use = used
+                self._on = on
                 for layer, (disabled, active) in zip(self._layers, before, strict=True):
                     layer._disable_adapters, layer._active_adapter = disabled, active
 
@@ -169,6 +194,7 @@ class AdaptedUNet:
         return [*([STYLE] if self._style_in_student or name is None else []), *([name] if name else [])]
 
     def _turn_on(self, loras: Sequence[str]) -> None:
+        self._on = loras
         for layer in self._layers:
             on = [lora for lora in loras if lora in layer.lora_A]
             layer._disable_adapters = not on
