@@ -1,4 +1,4 @@
-"""peft's LoRA layers with a forward of our own, and attention that asks for q, k and v at once.
+"""peft's LoRA layers with a forward of our own, and linear layers of one input that are one product.
 
 A layer stays peft's object: the same parameters, names, flags and merging; its class becomes a subclass with
 another `forward`. It takes the way of peft where ours is not exact or not known: under autocast, where the
@@ -38,7 +38,7 @@ def make_fast(layer: Any) -> bool:
     if not plain or any(p.requires_grad for p in base.parameters()):
         return False
     if type(layer) is Linear and type(base) is nn.Linear:
-        kind: type[_Fast] = _FastLinear
+        kind: type[_Fast] = FastLinear
     elif type(layer) is Conv2d and type(base) is nn.Conv2d and base.groups == 1:
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             return False
@@ -48,7 +48,7 @@ def make_fast(layer: Any) -> bool:
     else:
         return False
     layer.__class__ = _subclass(kind, type(layer))
-    layer.__dict__["pairs"] = {}
+    layer.__dict__ |= {"pairs": {}, "given": None}
     return True
 
 
@@ -58,9 +58,14 @@ def _subclass(kind: type, of: type) -> type:
 
 
 class _Fast:
-    """What our layers have in common. `pairs`: by name of a LoRA what a pass sees of it, set by `FastPath`."""
+    """What our layers have in common.
+
+    `pairs`: by name of a LoRA what a pass sees of it. `given`: an input and what the layer makes of it, where
+    that was computed with other layers beforehand. `FastPath` sets both.
+    """
 
     pairs: dict[str, Pair]
+    given: tuple[Tensor, Tensor] | None
     _disable_adapters: bool
     _active_adapter: Sequence[str]
 
@@ -74,6 +79,8 @@ class _Fast:
         return None if None in found else found  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.given is not None and self.given[0] is x:
+            return self.given[1]
         on = None if args or kwargs else self.on(x)
         if on is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -83,10 +90,13 @@ class _Fast:
         raise NotImplementedError
 
 
-class _FastLinear(_Fast):
+class FastLinear(_Fast):
+    """A frozen `nn.Linear` with its LoRAs."""
+
     base_layer: nn.Linear
 
     def computed(self, x: Tensor, on: Sequence[Pair]) -> Tensor:
+        """Of x [..., in] with the LoRAs `on`: [..., out]."""
         return linear(x, self.base_layer.weight, self.base_layer.bias, on)
 
 
@@ -124,45 +134,69 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, on: Sequence[Pair]) -
     return y
 
 
-# -- Attention -----------------------------------------------------------------------------------------------
-
-
 class Together:
-    """Linear layers of one input: their weights are views of one, so that they are one product.
+    """Linear layers of one input, in units of one width: their weights are views of one, and one product.
 
     No memory is added. Each layer remains usable alone.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        """`layers`: fast linear layers of peft, all with a bias or none."""
-        self.layers = list(layers)
-        bases = [layer.base_layer for layer in layers]
+    def __init__(self, units: Sequence[Sequence[FastLinear]]) -> None:
+        """`units`: fast linear layers of peft, as `fit_together`."""
+        self.units = units
+        self.layers = [layer for unit in units for layer in unit]
+        bases = [layer.base_layer for layer in self.layers]
         self._weight = _in_one([base.weight for base in bases])
         self._bias = None if bases[0].bias is None else _in_one([base.bias for base in bases])
+        self._widths = [sum(layer.base_layer.out_features for layer in unit) for unit in units]
         self.pairs: dict[str, Pair] = {}
-
-    def whole(self) -> bool:
-        """Whether the layers' weights still lie in one: no longer after they were moved or replaced."""
-        first = self.layers[0].base_layer.weight
-        return first.device == self._weight.device and first.data_ptr() == self._weight.data_ptr()
 
     def on(self, x: Tensor) -> list[Pair] | None:
         """The LoRAs that are on, of all layers at once; None where each is to be asked alone."""
-        first = self.layers[0]
-        if first.on(x) is None or not self.whole():
+        first, *others = self.layers
+        if first.on(x) is None or not self._whole():
+            return None
+        if any(layer._disable_adapters != first._disable_adapters for layer in others):
             return None
         if first._disable_adapters:
-            return None if any(not layer._disable_adapters for layer in self.layers) else []
+            return []
         names = first._active_adapter
-        if any(layer._disable_adapters or layer._active_adapter != names for layer in self.layers[1:]):
+        if any(layer._active_adapter != names for layer in others):
             return None
         found = [self.pairs.get(name) for name in names]
         return None if None in found else found  # type: ignore[return-value]
 
-    def __call__(self, x: Tensor, on: Sequence[Pair]) -> Sequence[Tensor]:
-        """What each layer makes of x [..., in]."""
+    def _whole(self) -> bool:
+        """Whether the layers' weights still lie in one: no longer after they were moved or replaced."""
+        first = self.layers[0].base_layer.weight
+        return first.device == self._weight.device and first.data_ptr() == self._weight.data_ptr()
+
+    def __call__(self, x: Tensor, on: Sequence[Pair]) -> list[Sequence[Tensor]]:
+        """What each layer of each unit makes of x [..., in] with the LoRAs `on`."""
         y = linear(x, self._weight, self._bias, on)
-        return y.view(*y.shape[:-1], len(self.layers), -1).unbind(-2)
+        parts = [y] if len(self.units) == 1 else y.split(self._widths, -1)
+        return [
+            [part] if len(unit) == 1 else part.unflatten(-1, (len(unit), -1)).unbind(-2)
+            for unit, part in zip(self.units, parts, strict=True)
+        ]
+
+    def show(self, name: str, pair: Pair) -> None:
+        """Let all layers, together and alone, see `pair` as the LoRA `name`."""
+        self.pairs[name] = pair
+        downs = iter(pair.down.chunk(len(self.layers)))
+        for unit, up in zip(self.units, pair.ups, strict=True):
+            for layer, own in zip(unit, up.split(1), strict=True):
+                layer.pairs[name] = Pair(next(downs), [own], pair.scale)
+
+
+def fit_together(units: Sequence[Sequence[Any]]) -> bool:
+    """Whether these are fast linear layers of one input width and dtype, of one output width in a unit."""
+    layers = [layer for unit in units for layer in unit]
+    if len(layers) < 2 or not all(isinstance(layer, FastLinear) for layer in layers):
+        return False
+    bases = [layer.base_layer for layer in layers]
+    if len({(base.in_features, base.weight.dtype, base.bias is None) for base in bases}) > 1:
+        return False
+    return all(len({layer.base_layer.out_features for layer in unit}) == 1 for unit in units)
 
 
 def _in_one(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -170,65 +204,3 @@ def _in_one(parameters: Sequence[nn.Parameter]) -> Tensor:
     for p, part in zip(parameters, one.split([len(p) for p in parameters]), strict=True):
         p.data = part
     return one
-
-
-class Attention:
-    """diffusers' scaled dot-product attention, by fewer kernels: a processor for `Attention.processor`.
-
-    Self-attention asks for q, k and v at once, cross-attention for k and v. Where something is asked for that
-    it does not have (a mask, another input) the processor that was there before answers.
-    """
-
-    def __init__(self, before: Any, together: Together) -> None:
-        """`together`: of q, k and v, or of k and v."""
-        self.before, self.together = before, together
-        self.of_self = len(together.layers) == 3
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As diffusers' `AttnProcessor2_0`."""
-        x, context = hidden_states, encoder_hidden_states
-        on = None
-        if attention_mask is None and x.ndim == 3 and not args and not kwargs:
-            on = self.together.on(x) if self.of_self == (context is None) else None
-        if on is None:
-            found: Tensor = self.before(attn, x, context, attention_mask, temb, *args, **kwargs)
-            return found
-        if self.of_self:
-            q, k, v = self.together(x, on)
-        else:
-            assert context is not None
-            q, (k, v) = attn.to_q(x), self.together(context, on)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](y))
-
-
-def join(attn: Any) -> Together | None:
-    """Let an `Attention` of diffusers ask for q, k and v at once; None where its layers or ways do not fit."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    if not (
-        type(attn.processor) is AttnProcessor2_0
-        and attn.spatial_norm is None and attn.group_norm is None and not attn.norm_cross
-        and getattr(attn, "norm_q", None) is None and getattr(attn, "norm_k", None) is None
-        and not attn.residual_connection and attn.rescale_output_factor == 1
-    ):  # fmt: skip
-        return None
-    layers = [attn.to_k, attn.to_v] if attn.is_cross_attention else [attn.to_q, attn.to_k, attn.to_v]
-    if not all(isinstance(layer, _FastLinear) for layer in layers):
-        return None
-    bases = [layer.base_layer for layer in layers]
-    if len({(base.weight.shape, base.weight.dtype, base.bias is None) for base in bases}) > 1:
-        return None
-    together = Together(layers)
-    attn.processor = Attention(attn.processor, together)
-    return together

@@ -9,6 +9,7 @@ Where torch.compile looks at it the same is said in plain operations, which it f
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,70 +20,84 @@ from torch.autograd.function import once_differentiable
 
 
 class Pair(NamedTuple):
-    """A LoRA's weights in the dtype that its layer computes in.
+    """A LoRA's weights in the dtype that its layer computes in, or of several layers that have one input.
 
-    Of linear layers of one input, n of them: down [n * r, in], up [n, out, r]. Of a convolution: down
-    [r, in, kh, kw], up [1, out, r].
+    Linear layers come in units: n layers of one width each, whose outputs lie beside each other. `down` is
+    [sum of all n * r, in], `ups` of each unit [n, out, r]. Of a convolution: down [r, in, kh, kw], one up
+    [1, out, r].
     """
 
     down: Tensor
-    up: Tensor
+    ups: Sequence[Tensor]
     scale: float  # s
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
-    """n linear layers of one input with their LoRA: x [..., in] -> [..., n * out].
+    """Linear layers of one input with their LoRA: x [..., in] -> [..., sum of all n * out].
 
-    `weight` [n * out, in] and `bias` [n * out] are frozen.
+    `weight` [sum of all n * out, in] and `bias` are frozen.
     """
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias) + _plain(x, pair)
-    y: Tensor = _Linear.apply(x, weight, bias, *pair)
+    y: Tensor = _Linear.apply(x, weight, bias, pair.scale, pair.down, *pair.ups)
     return y
 
 
 def added(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
-    """y [..., n * out] with the LoRA's part of the same input x [..., in], whatever made y."""
+    """y [..., sum of all n * out] with the LoRA's part of the same input x [..., in], whatever made y."""
     if torch.compiler.is_compiling():
         return y + _plain(x, pair)
-    found: Tensor = _Added.apply(y, x, *pair)
+    found: Tensor = _Added.apply(y, x, pair.scale, pair.down, *pair.ups)
     return found
 
 
 def _plain(x: Tensor, pair: Pair) -> Tensor:
-    n, out, r = pair.up.shape
-    h = F.linear(x, pair.down)
-    parts = [F.linear(h[..., k * r : (k + 1) * r], pair.up[k]) for k in range(n)]
-    return pair.scale * (parts[0] if n == 1 else torch.cat(parts, dim=-1))
+    layers = [up for unit in pair.ups for up in unit]
+    hs = F.linear(x, pair.down).chunk(len(layers), dim=-1)
+    parts = [F.linear(h, up) for h, up in zip(hs, layers, strict=True)]
+    return pair.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
 
 # What follows sees rows: N of them, [N, ...]; of n layers beside each other [n, N, ...], which is a view.
 
 
 def _side_by_side(rows: Tensor, n: int) -> Tensor:
-    return rows.view(len(rows), n, -1).transpose(0, 1)
+    return rows.unflatten(1, (n, -1)).transpose(0, 1)
 
 
-def _add_up(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
-    """y [N, n * out] += s B h, h [N, n * r]: one kernel."""
-    if len(up) == 1:
-        y.addmm_(h, up[0].t(), alpha=scale)
-    else:
-        n = len(up)
-        _side_by_side(y, n).baddbmm_(_side_by_side(h, n), up.transpose(1, 2), alpha=scale)
+def _units(y: Tensor, h: Tensor, ups: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each unit its columns of y and of h, and its up."""
+    if len(ups) == 1:
+        yield y, h, ups[0]
+        return
+    ys = y.split([up.shape[0] * up.shape[1] for up in ups], dim=1)
+    hs = h.split([up.shape[0] * up.shape[2] for up in ups], dim=1)
+    yield from zip(ys, hs, ups, strict=True)
 
 
-def _up_backward(dy: Tensor, h: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(dh [N, n * r], dup [n, out, r]) from dy [N, n * out]."""
-    n, _, r = up.shape
-    if n == 1:
-        dh, dup = dy @ up[0], (dy.t() @ h)[None]
-    else:
-        dh = dy.new_empty(len(dy), n * r)
-        wide = _side_by_side(dy, n)
-        torch.bmm(wide, up, out=_side_by_side(dh, n))
-        dup = wide.transpose(1, 2) @ _side_by_side(h, n)
-    return _scaled(dh, scale), _scaled(dup, scale)
+def _add_up(y: Tensor, h: Tensor, ups: Sequence[Tensor], scale: float) -> None:
+    """y += s B h: one kernel for each unit."""
+    for part, low, up in _units(y, h, ups):
+        if (n := len(up)) == 1:
+            part.addmm_(low, up[0].t(), alpha=scale)
+        else:
+            _side_by_side(part, n).baddbmm_(_side_by_side(low, n), up.transpose(1, 2), alpha=scale)
+
+
+def _up_backward(
+    dy: Tensor, h: Tensor, ups: Sequence[Tensor], scale: float, trained: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(dh, as h; of each unit its dup) from dy."""
+    dh, dups = torch.empty_like(h), list[Tensor | None]()
+    for (wide, low, up), (_, dlow, _) in zip(_units(dy, h, ups), _units(dy, dh, ups), strict=True):
+        if (n := len(up)) == 1:
+            torch.mm(wide, up[0], out=dlow)
+            dups.append(_scaled(wide.t() @ low, scale)[None] if trained else None)
+        else:
+            wide, low = _side_by_side(wide, n), _side_by_side(low, n)
+            torch.bmm(wide, up, out=_side_by_side(dlow, n))
+            dups.append(_scaled(wide.transpose(1, 2) @ low, scale) if trained else None)
+    return _scaled(dh, scale), dups
 
 
 def _scaled(value: Tensor, scale: float) -> Tensor:
@@ -92,45 +107,45 @@ def _scaled(value: Tensor, scale: float) -> Tensor:
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, *ups: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         h = rows @ down.t()
-        _add_up(y, h, up, scale)
-        ctx.save_for_backward(rows, weight, down, up, h)
+        _add_up(y, h, ups, scale)
+        ctx.save_for_backward(rows, h, weight, down, *ups)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, h = ctx.saved_tensors
+        rows, h, weight, down, *ups = ctx.saved_tensors
+        of_x, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         dy = dy.reshape(-1, dy.shape[-1])
-        dh, dup = _up_backward(dy, h, up, ctx.scale)
-        dx = torch.addmm(dy @ weight, dh, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        trained = ctx.needs_input_grad[3]
-        return dx, None, None, (dh.t() @ rows if trained else None), (dup if trained else None), None
+        dh, dups = _up_backward(dy, h, ups, ctx.scale, trained)
+        dx = torch.addmm(dy @ weight, dh, down).view(ctx.shape) if of_x else None
+        return dx, None, None, None, (dh.t() @ rows if trained else None), *dups
 
 
 class _Added(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, scale: float, down: Tensor, *ups: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h, found = rows @ down.t(), y.reshape(-1, y.shape[-1]).clone()
-        _add_up(found, h, up, scale)
-        ctx.save_for_backward(rows, down, up, h)
+        _add_up(found, h, ups, scale)
+        ctx.save_for_backward(rows, h, down, *ups)
         ctx.scale, ctx.shape = scale, x.shape
         return found.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, down, up, h = ctx.saved_tensors
-        dh, dup = _up_backward(dy.reshape(-1, dy.shape[-1]), h, up, ctx.scale)
-        dx = (dh @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        trained = ctx.needs_input_grad[2]
-        return dy, dx, (dh.t() @ rows if trained else None), (dup if trained else None), None
+        rows, h, down, *ups = ctx.saved_tensors
+        of_x, trained = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        dh, dups = _up_backward(dy.reshape(-1, dy.shape[-1]), h, ups, ctx.scale, trained)
+        dx = (dh @ down).view(ctx.shape) if of_x else None
+        return dy, dx, None, (dh.t() @ rows if trained else None), *dups
 
 
 # -- Convolutions --------------------------------------------------------------------------------------------
@@ -142,13 +157,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     """A convolution with its LoRA, whose A has the same geometry and whose B is 1x1: x [B, in, h, w]."""
     if torch.compiler.is_compiling():
         return F.conv2d(x, weight, bias, *geometry) + convolved(x, geometry, pair)
-    y: Tensor = _Convolution.apply(x, weight, bias, geometry, *pair)
+    y: Tensor = _Convolution.apply(x, weight, bias, geometry, pair.scale, pair.down, pair.ups[0])
     return y
 
 
 def convolved(x: Tensor, geometry: Geometry, pair: Pair) -> Tensor:
     """The LoRA's part of a convolution alone, in plain operations."""
-    return pair.scale * F.conv2d(F.conv2d(x, pair.down, None, *geometry), pair.up[0, :, :, None, None])
+    return pair.scale * F.conv2d(F.conv2d(x, pair.down, None, *geometry), pair.ups[0][0, :, :, None, None])
 
 
 def _conv_backward(
@@ -166,8 +181,8 @@ _POINT: Geometry = [1, 1], [0, 0], [1, 1]
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
-        down: Tensor, up: Tensor, scale: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, scale: float,
+        down: Tensor, up: Tensor,
     ) -> Tensor:  # fmt: skip
         y = F.conv2d(x, weight, bias, *geometry)
         h = F.conv2d(x, down, None, *geometry)
@@ -180,7 +195,7 @@ class _Convolution(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, h = ctx.saved_tensors
-        of_x, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        of_x, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         dh, dup = _conv_backward(dy, h, up[0, :, :, None, None], _POINT, True, trained)
         assert dh is not None
         _scaled(dh, ctx.scale)
@@ -190,4 +205,4 @@ class _Convolution(Function):
             assert base is not None
             dx = base.add_(dx)
         dup = None if dup is None else _scaled(dup, ctx.scale).view(up.shape)
-        return dx, None, None, None, ddown, dup, None
+        return dx, None, None, None, None, ddown, dup

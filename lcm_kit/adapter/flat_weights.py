@@ -22,15 +22,15 @@ from lcm_kit.core.flat import whole
 
 
 class Slot(NamedTuple):
-    """The weights of n layers of one input, beside each other; of one convolution n is 1."""
+    """The weights of layers that have one input, in units of one width; or of one convolution."""
 
-    downs: Sequence[Parameter]  # n times [r, in], or one [r, in, kh, kw]
-    ups: Sequence[Parameter]  # n times [out, r], or one [out, r, 1, 1]
+    downs: Sequence[Parameter]  # of each layer [r, in], or one [r, in, kh, kw]
+    ups: Sequence[Sequence[Parameter]]  # of each unit, of each of its layers [out, r], or one [out, r, 1, 1]
     scale: float
 
 
 class FlatWeights:
-    """All weights of one LoRA, in the order of its slots: A of each of a slot's layers, then B of each."""
+    """All weights of one LoRA, in the order of its slots: A of a slot's layers, then B of each."""
 
     def __init__(self, slots: Sequence[Slot], *, channels_last: bool = False) -> None:
         """`channels_last`: the memory format of convolutions' A, which cuDNN else makes anew in every pass.
@@ -38,24 +38,22 @@ class FlatWeights:
         Values are kept; the parameters' storage is left.
         """
         self.slots = slots
-        self.parameters = [p for slot in slots for p in (*slot.downs, *slot.ups)]
+        self.parameters = [p for slot in slots for p in (*slot.downs, *(up for unit in slot.ups for up in unit))]
         self._channels_last = channels_last
         buffer = torch.cat([self._line(p.detach()) for p in self.parameters]).float()
         sizes = [p.numel() for p in self.parameters]
         for p, part in zip(self.parameters, buffer.split(sizes), strict=True):
             p.data = self._shaped(part, p.shape)
-        self._sizes = [sum(p.numel() for p in side) for slot in slots for side in (slot.downs, slot.ups)]
+        sides = [side for slot in slots for side in (slot.downs, *slot.ups)]
+        self._sizes = [sum(p.numel() for p in side) for side in sides]
 
     def cast(self, dtype: torch.dtype) -> list[Pair]:
         """Each slot's pair in `dtype`, with gradient where it is asked for: one kernel, in float32 none.
 
         They show the parameters' values of this moment.
         """
-        seen = _Cast.apply(self, dtype, *self.parameters)
-        return [
-            Pair(down, up, slot.scale)
-            for slot, down, up in zip(self.slots, seen[::2], seen[1::2], strict=True)
-        ]
+        seen = iter(_Cast.apply(self, dtype, *self.parameters))
+        return [Pair(next(seen), [next(seen) for _ in slot.ups], slot.scale) for slot in self.slots]
 
     # -- Layout ----------------------------------------------------------------------------------------------
 
@@ -79,14 +77,14 @@ class FlatWeights:
         return torch.cat([self._line(value) for value in values]) if one is None else one
 
     def pairs(self, line: Tensor) -> list[Tensor]:
-        """The down and the up of each slot, as `Pair` has them: views of `line`."""
+        """The down and the ups of each slot, as `Pair` has them: views of `line`."""
         found = []
         parts = iter(line.split(self._sizes))
         for slot in self.slots:
-            down, up = slot.downs[0], slot.ups[0]
+            down = slot.downs[0]
             shape = (len(slot.downs) * len(down), *down.shape[1:])
             found.append(self._shaped(next(parts), shape))
-            found.append(next(parts).view(len(slot.ups), *up.shape[:2]))
+            found += [next(parts).view(len(unit), *unit[0].shape[:2]) for unit in slot.ups]
         return found
 
     def gradients(self, seen: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

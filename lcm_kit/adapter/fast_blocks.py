@@ -1,0 +1,183 @@
+"""diffusers' blocks with fewer kernels around the LoRA layers: attention, residual blocks, and what many share.
+
+Each does what diffusers' own does, bit for bit but for the order of sums in wider products; where it is asked
+for something else, diffusers' own answers.
+
+The text goes into every cross-attention and the time into every residual block: what all their first layers
+make of it is one product (`Shared`). It is computed before the first block, so that a block which is computed
+twice, by gradient checkpointing, does not compute it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcm_kit.adapter.fast_layers import FastLinear, Together, fit_together
+
+# -- Attention -----------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """diffusers' scaled dot-product attention, of fewer products: a processor in the place of `before`.
+
+    Self-attention asks for q, k and v at once; cross-attention is given k and v.
+    """
+
+    def __init__(self, before: Any, together: Together | None, given: Shared | None) -> None:
+        """`together`: q, k and v of self-attention; `given`: what k and v of cross-attention are part of."""
+        self.before, self.together, self.given = before, together, given
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As diffusers' `AttnProcessor2_0`."""
+        x, context = hidden_states, encoder_hidden_states
+        parts = None
+        if attention_mask is None and x.ndim == 3 and not args and not kwargs:
+            parts = self._parts(attn, x, context)
+        if parts is None:
+            found: Tensor = self.before(attn, x, context, attention_mask, temb, *args, **kwargs)
+            return found
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](y))
+
+    def _parts(self, attn: Any, x: Tensor, context: Tensor | None) -> Sequence[Tensor] | None:
+        """q, k and v; None where they are to be asked for one by one."""
+        if context is None:
+            on = self.together.on(x) if self.together else None
+            return None if on is None or self.together is None else self.together(x, on)[0]
+        if self.given is None or self.given.input is not context:
+            return None
+        return attn.to_q(x), attn.to_k(context), attn.to_v(context)
+
+
+def _plain(attn: Any) -> bool:
+    """Whether an `Attention` of diffusers has nothing but the layers that ours asks."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return (
+        type(attn.processor) is AttnProcessor2_0
+        and attn.spatial_norm is None and attn.group_norm is None and not attn.norm_cross
+        and getattr(attn, "norm_q", None) is None and getattr(attn, "norm_k", None) is None
+        and not attn.residual_connection and attn.rescale_output_factor == 1
+    )  # fmt: skip
+
+
+# -- Residual blocks -----------------------------------------------------------------------------------------
+
+
+def make_fast_resnet(block: Any) -> bool:
+    """Give a `ResnetBlock2D` of diffusers a forward that divides nothing by 1; False where it does not fit."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    if not (
+        type(block) is ResnetBlock2D
+        and block.upsample is None and block.downsample is None and block.time_embedding_norm == "default"
+        and block.output_scale_factor == 1 and block.dropout.p == 0
+    ):  # fmt: skip
+        return False
+
+    class FastResnet(ResnetBlock2D):  # here, where diffusers is loaded already
+        def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+            act = self.nonlinearity
+            h = self.conv1(act(self.norm1(input_tensor)))
+            if self.time_emb_proj is not None:
+                h = h + self.time_emb_proj(temb if self.skip_time_act else act(temb))[:, :, None, None]
+            h = self.conv2(act(self.norm2(h)))
+            return h + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+
+    block.__class__ = FastResnet
+    return True
+
+
+# -- What many blocks share ----------------------------------------------------------------------------------
+
+
+class Shared:
+    """Layers that are asked about one and the same tensor in every pass of the UNet, asked once for all."""
+
+    def __init__(self, units: Sequence[Sequence[FastLinear]]) -> None:
+        """`units` as of `Together`."""
+        self.together = Together(units)
+        self.input: Tensor | None = None
+
+    def give(self, x: Tensor) -> None:
+        """Compute what all layers make of x [..., in], with the LoRAs that are on now."""
+        self.forget()
+        on = self.together.on(x)
+        if on is None:
+            return
+        self.input = x
+        for unit, outputs in zip(self.together.units, self.together(x, on), strict=True):
+            for layer, output in zip(unit, outputs, strict=True):
+                layer.given = x, output
+
+    def forget(self) -> None:
+        """Let go of what was computed."""
+        self.input = None
+        for layer in self.together.layers:
+            layer.given = None
+
+
+class _TimeOnce(nn.Module):
+    """The activation of the time embedding, once for all blocks, and what their projections make of it."""
+
+    def __init__(self, act: nn.Module, shared: Shared) -> None:
+        super().__init__()
+        self.act, self.shared = act, shared
+
+    def forward(self, emb: Tensor) -> Tensor:
+        emb = self.act(emb)
+        self.shared.give(emb)
+        return emb
+
+
+def time_once(unet: Any) -> Shared | None:
+    """Let the residual blocks of `unet` share the time embedding; None where they do not all do the same."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    if unet.time_embed_act is not None or not blocks:
+        return None
+    if not all(type(block.nonlinearity) is nn.SiLU and not block.skip_time_act for block in blocks):
+        return None
+    units = [[block.time_emb_proj] for block in blocks]
+    if not fit_together(units):
+        return None
+    shared = Shared(units)
+    unet.time_embed_act = _TimeOnce(blocks[0].nonlinearity, shared)
+    for block in blocks:
+        block.skip_time_act = True
+    return shared
+
+
+def join_attention(unet: Any) -> tuple[list[Together], Shared | None]:
+    """Give the attentions of `unet` our processor: q, k and v together of each, k and v of all contexts."""
+    from diffusers.models.attention_processor import Attention as Diffusers
+
+    found = [module for module in unet.modules() if isinstance(module, Diffusers) and _plain(module)]
+    own = [attn for attn in found if not attn.is_cross_attention]
+    own = [attn for attn in own if fit_together([[attn.to_q, attn.to_k, attn.to_v]])]
+    together = [Together([[attn.to_q, attn.to_k, attn.to_v]]) for attn in own]
+    for attn, layers in zip(own, together, strict=True):
+        attn.processor = Attention(attn.processor, layers, None)
+    cross = [attn for attn in found if attn.is_cross_attention]
+    units = [[attn.to_k, attn.to_v] for attn in cross]
+    if not fit_together(units):
+        return together, None
+    shared = Shared(units)
+    for attn in cross:
+        attn.processor = Attention(attn.processor, None, shared)
+    return together, shared
