@@ -46,7 +46,7 @@ from lcm_kit.bench.measure import (
     show,
 )
 from lcm_kit.bench.models import Base, cached
-from lcm_kit.bench.side import Drawn, Part, Side, autocast, run, scaler
+from lcm_kit.bench.side import Drawn, Part, Side, run, scaler, throughout
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Guidance, Optimizer
@@ -70,7 +70,8 @@ def ours(config: Speed, device: torch.device) -> Side:
     base = Base(config, device)
     adapted, dtype = AdaptedUNet(place(base.unet(), config, device)), base.dtype
     lora = adapted.add_lora(Adapter(config.rank, config.rank), seed=config.seed)
-    call = autocast(compiled(adapted.unet, config), dtype)
+    adapted.make_fast()
+    call = compiled(adapted.unet, config)
     tables = Schedule.from_config(SD_BETAS)
     schedule = tables.to(device)
     latents, embeddings = cached(config)
@@ -85,14 +86,15 @@ def ours(config: Speed, device: torch.device) -> Side:
         drawn = Drawn(noise.to(device), Times(*times.unbind(1)).to(device), scale)
         return latents.to(device), embeddings.to(device, dtype), drawn
 
-    def loss(x0: Tensor, condition: Condition, drawn: Drawn, part: Part) -> Tensor:
+    def loss(x0: Tensor, condition: Condition, drawn: Drawn, part: Part = throughout) -> Tensor:
         def named(name: str) -> AbstractContextManager[None]:
             return part("student forward" if name == "student" else name)
 
         roles = Roles(adapted, call, (), empty, schedule, KIND, objective, dtype, part=named)
         return roles.losses(Given(x0, drawn.noise, drawn.times, drawn.guidance, condition)).mean()
 
-    return Side(inputs, loss, lora, make_optimizer(lora, Optimizer(), device), scaler(device, dtype))
+    optimizer = make_optimizer(lora, Optimizer(), device)
+    return Side(inputs, loss, lora, optimizer, scaler(device, dtype), adapted.unet.parameters)
 
 
 def baseline(config: Speed, device: torch.device) -> Side:
@@ -118,7 +120,7 @@ def baseline(config: Speed, device: torch.device) -> Side:
         drawn = Drawn(torch.randn(latents.shape, device=device), times, scale)
         return pixels.to(device, base.dtype), ids.to(device), drawn
 
-    def loss(pixels: Tensor, ids: Tensor, drawn: Drawn, part: Part) -> Tensor:
+    def loss(pixels: Tensor, ids: Tensor, drawn: Drawn, part: Part = throughout) -> Tensor:
         condition = base.encode(texts, ids)
         t, s, end = drawn.times
         x_t = add_noise(schedule, encode_images(vae, pixels), drawn.noise, t)
@@ -133,7 +135,8 @@ def baseline(config: Speed, device: torch.device) -> Side:
 
     o = Optimizer()
     optimizer = torch.optim.AdamW(lora, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    return Side(inputs, loss, lora, optimizer, scaler(device, base.dtype))
+    held = [p for model in (teacher_unet, unet, vae, *texts) for p in model.parameters()]
+    return Side(inputs, loss, lora, optimizer, scaler(device, base.dtype), lambda: held)
 
 
 SIDES = {"ours": ours, "baseline": baseline}

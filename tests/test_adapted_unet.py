@@ -158,7 +158,7 @@ class Loop:
         accelerator = runtime.start(config)
         self.adapted = AdaptedUNet(unet())
         made = [optimizer(self.adapted.add_lora(CONFIG, name=name, seed=k)) for k, name in enumerate(names)]
-        _, *prepared = runtime.prepare(accelerator, self.adapted.unet, *made)
+        _, *prepared = runtime.prepare(accelerator, self.adapted, *made)
         self.optimizers = dict(zip(names, prepared, strict=True))
         self.ema = {names[-1]: [p.detach().clone() for p in self.adapted.parameters(names[-1])]}
         origin = Origin("unet", "data", (), 1, 1)

@@ -31,6 +31,7 @@ from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.adapter.trained_weights import update_ema
 from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.config.schema import Distill
+from lcm_kit.core.flat import flattened
 from lcm_kit.core.guidance import sample_guidance
 from lcm_kit.core.methods import Method, Times
 from lcm_kit.core.schedule import Schedule, grid_steps
@@ -94,9 +95,9 @@ def main(config: Distill) -> Path:
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, adapted.unet, make_optimizer(lora, o, device))
+    model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(lora, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
-    ema = [p.detach().clone() for p in lora] if config.ema else []
+    ema = flattened(lora) if config.ema else []
     call = compiled(model, config)
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------

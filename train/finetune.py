@@ -31,6 +31,7 @@ from lcm_kit.adapter.trained_weights import swapped, update_ema
 from lcm_kit.bases.condition import Condition
 from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
 from lcm_kit.config.finetune import Finetune
+from lcm_kit.core.flat import flattened
 from lcm_kit.core.losses import l2
 from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import Schedule
@@ -108,9 +109,9 @@ def main(config: Finetune) -> Path:
 
     # -- Optimizer -------------------------------------------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, adapted.unet, make_optimizer(groups, o, device))
+    model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(groups, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
-    ema = [p.detach().clone() for p in lora] if config.ema else []
+    ema = flattened(lora) if config.ema else []
     call = compiled(model, config)
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------

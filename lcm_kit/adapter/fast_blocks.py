@@ -10,11 +10,15 @@ twice, by gradient checkpointing, does not compute it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from lcm_kit.adapter.fast_layers import FastLinear, Together, fit_together
 
@@ -102,6 +106,66 @@ def make_fast_resnet(block: Any) -> bool:
     return True
 
 
+# -- Transformers --------------------------------------------------------------------------------------------
+
+
+class _Gated(Function):
+    """hidden * gelu(gate) of y = [hidden, gate]: y alone is kept for the backward, and gelu computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        hidden, gate = y.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        (hidden, gate), dy = y.chunk(2, dim=-1), torch.empty_like(y)
+        dhidden, dgate = dy.chunk(2, dim=-1)
+        torch.mul(dout, F.gelu(gate), out=dhidden)
+        torch.ops.aten.gelu_backward.grad_input(dout * hidden, gate, grad_input=dgate)
+        return dy
+
+
+class _ContiguousGradient(Function):
+    """The same; its gradient is made contiguous once, which else each of several products does for itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx.contiguous()
+
+
+def make_fast_transformer(block: Any) -> bool:
+    """Let a `Transformer2DModel` of diffusers keep less for the backward; False where it does not fit."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if type(block) is not Transformer2DModel or not block.transformer_blocks:
+        return False
+
+    class FastGEGLU(GEGLU):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if torch.compiler.is_compiling():  # which fuses the plain one
+                return super().forward(hidden_states, *args, **kwargs)
+            y: Tensor = _Gated.apply(self.proj(hidden_states))
+            return y
+
+    for module in block.modules():
+        if type(module) is GEGLU:
+            module.__class__ = FastGEGLU
+    block.transformer_blocks[-1].register_forward_hook(
+        lambda module, args, y: y if torch.compiler.is_compiling() else _ContiguousGradient.apply(y)
+    )
+    return True
+
+
 # -- What many blocks share ----------------------------------------------------------------------------------
 
 
@@ -131,6 +195,26 @@ class Shared:
             layer.given = None
 
 
+class _Times(nn.Module):
+    """diffusers' `Timesteps`, whose frequencies are the same in every pass: three kernels for eleven."""
+
+    def __init__(self, before: Any, device: torch.device) -> None:
+        super().__init__()
+        half = before.num_channels // 2
+        powers = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=device)
+        self.frequencies = (powers / (half - before.downscale_freq_shift)).exp()
+        self.flipped: bool = before.flip_sin_to_cos
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps[:, None] * self.frequencies.to(timesteps.device)
+        found = angles.new_empty(len(angles), 2 * angles.shape[1])
+        first, second = found.chunk(2, dim=1)
+        sines, cosines = (second, first) if self.flipped else (first, second)
+        torch.sin(angles, out=sines)
+        torch.cos(angles, out=cosines)
+        return found
+
+
 class _TimeOnce(nn.Module):
     """The activation of the time embedding, once for all blocks, and what their projections make of it."""
 
@@ -146,6 +230,7 @@ class _TimeOnce(nn.Module):
 
 def time_once(unet: Any) -> Shared | None:
     """Let the residual blocks of `unet` share the time embedding; None where they do not all do the same."""
+    from diffusers.models.embeddings import Timesteps
     from diffusers.models.resnet import ResnetBlock2D
 
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
@@ -157,6 +242,9 @@ def time_once(unet: Any) -> Shared | None:
     if not fit_together(units):
         return None
     shared = Shared(units)
+    proj = unet.time_proj
+    if type(proj) is Timesteps and proj.scale == 1 and proj.num_channels % 2 == 0:
+        unet.time_proj = _Times(proj, blocks[0].time_emb_proj.base_layer.weight.device)
     unet.time_embed_act = _TimeOnce(blocks[0].nonlinearity, shared)
     for block in blocks:
         block.skip_time_act = True

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_kit.adapter.fast_blocks import join_attention, make_fast_resnet, time_once
+from lcm_kit.adapter.fast_blocks import (
+    join_attention,
+    make_fast_resnet,
+    make_fast_transformer,
+    time_once,
+)
 from lcm_kit.adapter.fast_layers import Together, is_fast, make_fast
 from lcm_kit.adapter.fast_math import Pair
 from lcm_kit.adapter.flat_weights import FlatWeights, Slot
@@ -27,8 +32,9 @@ class FastPath:
         self._layers = [layer for layer in unet.modules() if is_fast(layer)]
         self._on, self._unet = on, unet
         self._dtype = next(p for p in unet.parameters() if p.is_floating_point()).dtype
-        for block in unet.modules():
+        for block in list(unet.modules()):
             make_fast_resnet(block)
+            make_fast_transformer(block)
         time = time_once(unet)
         own, self._text = join_attention(unet)
         self._shared = [shared for shared in (time, self._text) if shared]
@@ -55,8 +61,16 @@ class FastPath:
         show = [*(group.show for group in groups), *(layer.pairs.__setitem__ for layer in singles)]
         return FlatWeights(slots, channels_last=_channels_last(self._unet)), show
 
-    def _before_pass(self, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Show all layers the weights as they are now. What a pass saw stays for what recomputes it."""
+    def _before_pass(
+        self, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Show all layers the weights as they are now. What a pass saw stays for what recomputes it.
+
+        What the UNet is given gets its dtype, for which autocast cared before: text encoders that are trained
+        are float32.
+        """
+        if not torch.is_autocast_enabled(_device(unet).type):
+            args, kwargs = (_to(each, self._dtype) for each in (tuple(args), kwargs))
         for name in self._on():
             if name in self._weights:
                 weights, shown = self._weights[name]
@@ -65,6 +79,7 @@ class FastPath:
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         if self._text and isinstance(text, Tensor):
             self._text.give(text)
+        return args, kwargs
 
     def _after_pass(self, unet: nn.Module, args: Sequence[Any], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -82,3 +97,16 @@ def _have_alike(group: Together, name: str) -> bool:
 def _channels_last(unet: nn.Module) -> bool:
     first = next(p for p in unet.parameters() if p.ndim == 4 and p.shape[2] > 1)
     return not first.is_contiguous()
+
+
+def _device(unet: nn.Module) -> torch.device:
+    return next(unet.parameters()).device
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    """`value`, a tensor or what holds some, with `dtype` in the place of other floating ones."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _to(item, dtype) for key, item in value.items()}
+    return tuple(_to(item, dtype) for item in value) if isinstance(value, tuple) else value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lcm_kit.core.flat import alike
 from lcm_kit.core.sharding import full_tensor, shard_like
 from lcm_kit.errors import UserError
 
@@ -108,5 +109,5 @@ def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[
 
 @torch.no_grad()
 def update_ema(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
-    """In place: average = decay * average + (1 - decay) * parameters."""
-    torch._foreach_lerp_(list(average), [p.data for p in parameters], 1.0 - decay)
+    """In place: average = decay * average + (1 - decay) * parameters; one kernel where each lie in one."""
+    torch._foreach_lerp_(*alike(average, parameters), 1.0 - decay)

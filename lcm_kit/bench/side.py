@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.evaluation import Speed
+from lcm_kit.core.flat import clip_grad_norm_
 from lcm_kit.core.methods import Times
 
 Part = Callable[[str], AbstractContextManager[None]]  # name of a part of the step -> what is open around it
+
+
+def throughout(name: str) -> AbstractContextManager[None]:
+    """A `Part` that opens nothing."""
+    return nullcontext()
 
 
 class Drawn(NamedTuple):
@@ -28,12 +34,13 @@ class Side(NamedTuple):
     """One of the two ways to train."""
 
     inputs: Callable[[int], tuple[Tensor, Any, Drawn]]  # step -> what the loss takes, on the device
-    loss: Callable[[Tensor, Any, Drawn, Part], Tensor]
+    loss: Callable[..., Tensor]  # of these inputs, and a `Part` or none
     lora: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of float16's gradients
+    frozen: Callable[[], Iterable[Tensor]] = lambda: ()  # weights of the models, which are there anyway
 
-    def step(self, at: int, part: Part = lambda name: nullcontext()) -> Tensor:
+    def step(self, at: int, part: Part = throughout) -> Tensor:
         """One optimizer step, its parts each inside `part(name)`; returns the loss."""
         with part("data"):
             inputs = self.inputs(at)
@@ -42,7 +49,7 @@ class Side(NamedTuple):
             self.scaler.scale(loss).backward()
         with part("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.lora, 1.0)
+            clip_grad_norm_(self.lora, 1.0)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()

@@ -33,6 +33,16 @@ def whole(tensors: Sequence[Tensor], *, in_order: bool = False) -> Tensor | None
     return first.detach().as_strided((total,), (1,), begin)
 
 
+def clip_grad_norm_(parameters: Sequence[Tensor], most: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`: in place, and the L2 norm before; two kernels of gradients in one."""
+    one = whole([p.grad for p in parameters if p.grad is not None])
+    if one is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+    norm = torch.linalg.vector_norm(one)
+    one *= (most / (norm + 1e-6)).clamp(max=1)
+    return norm
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -52,3 +62,17 @@ def flattened(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [
         copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - begin) for tensor in tensors
     ]
+
+
+def alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """`first` and `second`, as many of the same shapes, detached: each one tensor if both lie so, in one order."""
+    ones = whole([tensor.detach() for tensor in first]), whole([tensor.detach() for tensor in second])
+    a, b = ones
+    if a is not None and b is not None:
+        shift = a.storage_offset() - b.storage_offset()
+        if all(
+            x.storage_offset() - y.storage_offset() == shift and x.stride() == y.stride()
+            for x, y in zip(first, second, strict=True)
+        ):
+            return [a], [b]
+    return [tensor.detach() for tensor in first], [tensor.detach() for tensor in second]

@@ -57,7 +57,12 @@ class Schedule:
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha_t, sigma_t) at t int64 [B], each [B, 1, 1, 1], to multiply latents [B, C, h, w]."""
-        return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        alpha, sigma = self._both[:, t].view(2, -1, 1, 1, 1)
+        return alpha, sigma
+
+    @cached_property
+    def _both(self) -> Tensor:
+        return torch.stack((self.alpha, self.sigma))
 
 
 def _scaled_linear(start: float, end: float, steps: int) -> Tensor:

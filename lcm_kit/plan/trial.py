@@ -19,6 +19,7 @@ from lcm_kit.bases import memory
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
+from lcm_kit.core.flat import flattened
 from lcm_kit.core.losses import LOSSES
 from lcm_kit.core.methods import Times
 from lcm_kit.core.prediction import predictor
@@ -166,9 +167,9 @@ def make(
     adapted = AdaptedUNet(unet)
     put_on(adapted, teacher_lora)
     made = memory.make_optimizer(adapted.add_lora(config.adapter), config.optimizer, device)
-    unet, optimizer = runtime.prepare(accelerator, adapted.unet, made)
+    unet, optimizer = runtime.prepare(accelerator, adapted, made)
     lora = adapted.parameters()  # other objects, if they were sharded
-    ema = [p.detach().clone() for p in lora] if config.ema else []
+    ema = flattened(lora) if config.ema else []
     n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
     side = config.data.resolution // found.structure.factor
     pooled = torch.randn(n, found.pooled) if found.pooled else None

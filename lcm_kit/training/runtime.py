@@ -116,15 +116,19 @@ def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def prepare(accelerator: Accelerator, unet: Any, *optimizers: Any) -> tuple[Any, ...]:
-    """The UNet and the optimizers for this accelerator: precision, and sharding where it is asked for.
+def prepare(accelerator: Accelerator, adapted: AdaptedUNet, *optimizers: Any) -> tuple[Any, ...]:
+    """The UNet and the optimizers for this accelerator: our fast path, or sharding where it is asked for.
 
-    There is no DistributedDataParallel: `stepping.Passes` averages the gradients.
+    After all that is trained was added. There is no DistributedDataParallel: `stepping.Passes` averages the
+    gradients. Where the UNet has no fast path (its weights are sharded, or are trained themselves) it is
+    called under autocast.
     """
     if sharded(accelerator):
-        return accelerator.prepare(unet, *optimizers)
+        return accelerator.prepare(adapted.unet, *optimizers)
     prepared = map(accelerator.prepare_optimizer, optimizers)
-    return accelerator.prepare_model(unet, evaluation_mode=True), *prepared
+    if adapted.make_fast():
+        return adapted.unet, *prepared
+    return accelerator.prepare_model(adapted.unet, evaluation_mode=True), *prepared
 
 
 def any_of(accelerator: Accelerator, flag: bool) -> bool:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lcm_kit.config import schema
+from lcm_kit.core.flat import clip_grad_norm_, whole
 from lcm_kit.core.sharding import full_tensor
 from lcm_kit.errors import UserError
 from lcm_kit.training import run_files
@@ -75,9 +76,9 @@ class Passes:
         assert done is not None
         loss, losses = done
         self._average()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.grad_clip)
+        norm = self._clip()
         mean = self.accelerator.reduce(loss, "mean")
-        return Step(float(mean), float(full_tensor(torch.as_tensor(norm))), losses)
+        return Step(float(mean), float(full_tensor(norm)), losses)
 
     def _try(self, losses_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor] | None:
         """The loss and each sample's, gradients being in place; None, and no gradients, if memory ran out."""
@@ -120,11 +121,26 @@ class Passes:
         world = self.accelerator.num_processes
         if world == 1 or sharded(self.accelerator):
             return
-        for bucket in _buckets([p.grad for p in self.parameters if p.grad is not None]):
+        one = whole(self._grads())
+        if one is not None:
+            torch.distributed.all_reduce(one)
+            one /= world
+            return
+        for bucket in _buckets(self._grads()):
             flat = torch.cat([grad.flatten() for grad in bucket])
             torch.distributed.all_reduce(flat)
             for grad, mean in zip(bucket, (flat / world).split([g.numel() for g in bucket]), strict=True):
                 grad.copy_(mean.view_as(grad))
+
+    def _clip(self) -> Tensor:
+        """The L2 norm of all gradients, which are then no longer than `grad_clip`; float16's are unscaled."""
+        if sharded(self.accelerator):
+            return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.grad_clip))
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(self.parameters, self.grad_clip)
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
