@@ -137,7 +137,7 @@ def test_weights_of_sdxl_and_ssd1b(sdxl: MetaModel) -> None:
 
 def test_flops_of_sd15(sd1: MetaModel) -> None:
     """shared/FACTS.md: batch 1, 512 pixels, a multiply-add counts as two; the LoRA adds 12%."""
-    plain = sd1.rehearse(512, torch.float32, cuda=False, checkpointing=False)
+    plain = sd1.rehearse(512, torch.float32, checkpointing=False)
     assert plain.teacher.flops / TERA == pytest.approx(0.80, abs=0.005)
     assert plain.forward / plain.teacher.flops == pytest.approx(1.12, abs=0.005)
     # fused attention's backward repeats its first product, so a little more than the 2.00 without it
@@ -146,7 +146,7 @@ def test_flops_of_sd15(sd1: MetaModel) -> None:
 
 def test_checkpointing_repeats_the_blocks_and_holds_less(tiny: Planner) -> None:
     plain, repeated = (
-        tiny.stage.rehearse(64, torch.float32, cuda=False, checkpointing=on) for on in (False, True)
+        tiny.stage.rehearse(64, torch.float32, checkpointing=on) for on in (False, True)
     )
     assert plain.student.flops + 0.7 * plain.forward < repeated.student.flops
     assert repeated.student.flops < plain.student.flops + plain.forward
@@ -156,9 +156,9 @@ def test_checkpointing_repeats_the_blocks_and_holds_less(tiny: Planner) -> None:
 
 @pytest.mark.slow
 def test_flops_of_checkpointed_sd15_and_sdxl(sd1: MetaModel, sdxl: MetaModel) -> None:
-    repeated = sd1.rehearse(512, torch.float32, cuda=False, checkpointing=True)
+    repeated = sd1.rehearse(512, torch.float32, checkpointing=True)
     assert repeated.student.flops / TERA == pytest.approx(2.78, rel=0.04)
-    found = sdxl.rehearse(1024, torch.float16, cuda=True, checkpointing=True)
+    found = sdxl.rehearse(1024, torch.float16, checkpointing=True)
     assert found.teacher.flops / TERA == pytest.approx(6.76, abs=0.005)
     assert found.forward / found.teacher.flops == pytest.approx(1.08, abs=0.005)
     assert found.student.flops / TERA == pytest.approx(22.8, rel=0.03)
@@ -187,7 +187,7 @@ def test_weights_of_text_encoders_at_hand(sdxl_base: Path) -> None:
 def test_flops_of_a_step_count_every_teacher_pass(solver: str, calls: int, tiny: Planner) -> None:
     wanted = config("quickstart", f"solver={solver}", "accumulation=3", "batch_size=2")
     assert roles.passes(wanted) == {"teacher": 2 * calls, "target": 1, "student": 1}
-    passes = tiny.stage.rehearse(64, torch.float16, cuda=True, checkpointing=False)
+    passes = tiny.stage.rehearse(64, torch.float16, checkpointing=False)
     flops = tiny(wanted).flops
     assert flops["teacher"] == pytest.approx(passes.teacher.flops * 2 * calls * 6)
     assert flops["target"] == flops["student forward"] == passes.forward * 6
@@ -228,7 +228,7 @@ def test_the_ledger_sees_no_attention_matrix() -> None:
 
 def test_autocast_of_a_gpu_has_norms_in_float32() -> None:
     x, w = (torch.empty(13, 32, device="meta", dtype=torch.float16) for _ in range(2))
-    with Kernels(torch.float16, cuda=True):
+    with Kernels(torch.float16):
         assert nn.functional.layer_norm(x, (32,)).dtype == torch.float32
         assert nn.functional.linear(x.float(), w.float()).dtype == torch.float16
     with Kernels(torch.float16, cuda=False):
@@ -394,7 +394,7 @@ def test_the_rehearsal_is_what_real_tensors_do(pair: bool, checkpointing: bool, 
     n = 13
     found = real_moments(n, pair=pair, checkpointing=checkpointing)
     told = tiny.stage.rehearse(
-        64, torch.float32, cuda=False, checkpointing=checkpointing, pair=pair
+        64, torch.float32, checkpointing=checkpointing, pair=pair
     ).student  # fmt: skip
     for batch in (1, n):
         real = max(m.at(batch) for m in found)
@@ -442,9 +442,9 @@ def test_the_teachers_adapters_are_rehearsed(in_student: bool, tiny: Planner) ->
     stage = MetaModel(tiny.stage.subject, wanted.adapter, teacher_lora)
     n = 13
     real = max(m.at(n) for m in real_moments(n, teacher_lora, pair=False, checkpointing=False))
-    told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=False)
+    told = stage.rehearse(64, torch.float32, checkpointing=False)
     assert told.student.highest(n, gradients=True).at(n) == pytest.approx(real, rel=0.02)
-    plain = tiny.stage.rehearse(64, torch.float32, cuda=False, checkpointing=False)
+    plain = tiny.stage.rehearse(64, torch.float32, checkpointing=False)
     assert told.teacher.flops > plain.teacher.flops
     assert (told.forward > plain.forward) == in_student
     weights = sum(
@@ -489,7 +489,7 @@ def test_fine_tuning_has_no_teacher(tiny: Planner) -> None:
     assert found.phases["student pass"] == distilled.phases["student pass"]
     assert found.staying == distilled.staying
     assert found.flops == {key: distilled.flops[key] for key in ("student forward", "student backward")}
-    drawn = tiny.stage.drawing(64, torch.float16, cuda=True, lora=True)
+    drawn = tiny.stage.drawing(64, torch.float16, lora=True)
     assert found.phases["held-out loss"]["activations"] == round(drawn.highest(16).at(16))
     many = tiny(tune("validation.count=64")).phases["validation"]["activations"]
     assert many == round(
@@ -590,7 +590,7 @@ def test_what_is_drawn_besides(tiny: Planner) -> None:
     pictures, loss, control = work.while_training(own, flops, 10)
     assert pictures.passes == 4 * 100 + 2 * 6 * 7 and control.passes == 8 * 100 + 3 * 8
     assert loss.passes == 3 * 10 * 8 * (2 + 1 + 1)  # teacher with guidance, target, student
-    found, teacher = tiny(own), tiny.stage.drawing(64, torch.float16, cuda=True)
+    found, teacher = tiny(own), tiny.stage.drawing(64, torch.float16)
     assert found.phases["held-out loss"]["activations"] == round(teacher.highest(32).at(32))
     (samples,) = work.while_encoding(styled(), {"teacher": 1.0})
     (prior,) = work.while_encoding(tune("prior.prompts=asset:general"), {"teacher": 1.0})
@@ -600,9 +600,9 @@ def test_what_is_drawn_besides(tiny: Planner) -> None:
 def test_forwards_with_and_without_the_lora(tiny: Planner) -> None:
     for wanted in (tune(), tune("prior.prompts=asset:general")):
         found = work.of_forwards(wanted, tiny.rehearse(wanted))
-        assert found["teacher"] == tiny.stage.drawing(64, torch.float16, cuda=True).flops
+        assert found["teacher"] == tiny.stage.drawing(64, torch.float16).flops
         assert found["student"] == pytest.approx(
-            tiny.stage.drawing(64, torch.float16, cuda=True, lora=True).flops
+            tiny.stage.drawing(64, torch.float16, lora=True).flops
         )
 
 
@@ -653,7 +653,7 @@ def test_what_the_cpus_allocator_keeps(checkpointing: bool, tiny: Planner) -> No
     """0.62 of the student pass's activations without checkpointing, even where checkpointing is on."""
     wanted = tune("batch_size=64", f"gradient_checkpointing={checkpointing}".lower())
     kept, returned = Planner(tiny.stage, "cpu")(wanted), Planner(tiny.stage, "cpu", returning=True)(wanted)
-    plain = tiny.stage.rehearse(64, torch.float32, cuda=False, checkpointing=False).student
+    plain = tiny.stage.rehearse(64, torch.float32, checkpointing=False).student
     assert kept.gaps == round(0.62 * plain.highest(64).at(64)) and returned.gaps == 0 == tiny(wanted).gaps
     assert kept.resident == returned.peak + kept.gaps and returned.resident == returned.peak
     card = card_of((kept.resident - kept.gaps / 2) / GIB)
@@ -683,7 +683,7 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
         unet(x, t, **captions.kwargs()).sample.square().mean().backward()
     stage = MetaModel(tiny.stage.subject, wanted.adapter, text_rank=8)
     assert sum(stage.weights.lora) == sum(p.numel() for p in trained)
-    told = stage.rehearse(64, torch.float32, cuda=False, checkpointing=checkpointing).student
+    told = stage.rehearse(64, torch.float32, checkpointing=checkpointing).student
     for batch in (1, n):
         real = max(m.at(batch) for m in ledger.moments)
         assert told.highest(batch, gradients=True).at(batch) == pytest.approx(real, rel=0.02)

@@ -134,6 +134,12 @@ class AdaptedUNet:
         self._fast = FastPath(self.unet, _tuner_layers(self.unet), lambda: self._on)
         return True
 
+    def gradient_bytes(self) -> set[int]:
+        """Sizes of the tensors in which the gradients of what is trained come, for `lcm-kit plan`."""
+        if self._fast:
+            return {size for name in self._trained for size in self._fast.gradient_bytes(name)}
+        return {p.nbytes for name in self._trained for p in self.parameters(name)}
+
     def _still_slow(self) -> None:
         if self._fast:
             raise ValueError("LoRAs are added before `make_fast`, not after it")

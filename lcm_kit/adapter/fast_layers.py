@@ -19,6 +19,11 @@ from lcm_kit.adapter import fast_math
 from lcm_kit.adapter.fast_math import Pair
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether a pass on `device` would be under autocast; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def is_fast(layer: Any) -> bool:
     """Whether `layer` has our forward."""
     return isinstance(layer, _Fast)
@@ -71,7 +76,7 @@ class _Fast:
 
     def on(self, x: Tensor) -> list[Pair] | None:
         """The LoRAs that are on; None where peft's forward is to be taken."""
-        if torch.is_autocast_enabled(x.device.type) or self.merged_adapters:  # type: ignore[attr-defined]
+        if under_autocast(x.device) or self.merged_adapters:  # type: ignore[attr-defined]
             return None
         if self._disable_adapters:
             return []

@@ -18,7 +18,7 @@ from lcm_kit.adapter.fast_blocks import (
     make_fast_transformer,
     time_once,
 )
-from lcm_kit.adapter.fast_layers import Together, is_fast, make_fast
+from lcm_kit.adapter.fast_layers import Together, is_fast, make_fast, under_autocast
 from lcm_kit.adapter.fast_math import Pair
 from lcm_kit.adapter.flat_weights import FlatWeights, Slot
 
@@ -61,6 +61,11 @@ class FastPath:
         show = [*(group.show for group in groups), *(layer.pairs.__setitem__ for layer in singles)]
         return FlatWeights(slots, channels_last=_channels_last(self._unet)), show
 
+    def gradient_bytes(self, name: str) -> set[int]:
+        """Sizes of the tensors in which the gradients of the LoRA `name` come."""
+        sizes = self._weights[name][0].sizes
+        return {size * self._dtype.itemsize for size in (*sizes, sum(sizes))} | {4 * sum(sizes)}
+
     def _before_pass(
         self, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
@@ -69,7 +74,7 @@ class FastPath:
         What the UNet is given gets its dtype, for which autocast cared before: text encoders that are trained
         are float32.
         """
-        if not torch.is_autocast_enabled(_device(unet).type):
+        if not under_autocast(next(unet.parameters()).device):
             args, kwargs = (_to(each, self._dtype) for each in (tuple(args), kwargs))
         for name in self._on():
             if name in self._weights:
@@ -97,10 +102,6 @@ def _have_alike(group: Together, name: str) -> bool:
 def _channels_last(unet: nn.Module) -> bool:
     first = next(p for p in unet.parameters() if p.ndim == 4 and p.shape[2] > 1)
     return not first.is_contiguous()
-
-
-def _device(unet: nn.Module) -> torch.device:
-    return next(unet.parameters()).device
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

@@ -45,7 +45,8 @@ class FlatWeights:
         for p, part in zip(self.parameters, buffer.split(sizes), strict=True):
             p.data = self._shaped(part, p.shape)
         sides = [side for slot in slots for side in (slot.downs, *slot.ups)]
-        self._sizes = [sum(p.numel() for p in side) for side in sides]
+        # numbers of what a pass sees: of each slot its down and its ups
+        self.sizes = [sum(p.numel() for p in side) for side in sides]
 
     def cast(self, dtype: torch.dtype) -> list[Pair]:
         """Each slot's pair in `dtype`, with gradient where it is asked for: one kernel, in float32 none.
@@ -79,7 +80,7 @@ class FlatWeights:
     def pairs(self, line: Tensor) -> list[Tensor]:
         """The down and the ups of each slot, as `Pair` has them: views of `line`."""
         found = []
-        parts = iter(line.split(self._sizes))
+        parts = iter(line.split(self.sizes))
         for slot in self.slots:
             down = slot.downs[0]
             shape = (len(slot.downs) * len(down), *down.shape[1:])
@@ -92,7 +93,7 @@ class FlatWeights:
         some = next(grad for grad in seen if grad is not None)
         lines = [
             some.new_zeros(size) if grad is None else self._line(grad)
-            for grad, size in zip(seen, self._sizes, strict=True)
+            for grad, size in zip(seen, self.sizes, strict=True)
         ]
         one = torch.cat(lines).float()
         parts = one.split([p.numel() for p in self.parameters])

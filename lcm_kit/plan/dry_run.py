@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import memory
@@ -71,6 +72,16 @@ class Pictures:
     decode: Pass
 
 
+@dataclass(frozen=True)
+class Built:
+    """A UNet on the meta device, its frozen weights in one dtype, and the parameters of its LoRA."""
+
+    adapted: AdaptedUNet
+    bare: list[Tensor]
+    lora: list[Parameter]
+    style: int  # numbers of the teacher's LoRA
+
+
 @dataclass
 class MetaModel:
     """The UNet of a base with its LoRA, and the teacher's, on the meta device; rehearsals are kept."""
@@ -80,62 +91,77 @@ class MetaModel:
     style: Style | None = None
     text_rank: int | None = None  # of the text encoders' LoRA; None: captions are encoded beforehand
     _kept: dict[Any, Any] = field(default_factory=dict)
+    _built: dict[torch.dtype, Built] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Build, count, add the LoRAs."""
-        self.adapted = AdaptedUNet(empty_unet(self.subject.unet_config))
-        self.unet = self.adapted.unet
-        self.bare = list(self.unet.parameters())
-        held = [m.weight for n, m in self.unet.named_modules() if memory.quantizable(n, m)]
-        with torch.device("meta"), warnings.catch_warnings():
-            # there are two adapters, as there should
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            put_on(self.adapted, self.style)
-            style = sum(p.numel() for n, p in self.unet.named_parameters() if ".lora_" in n)
-            self.lora = self.adapted.add_lora(self.adapter)
+        """Build the text encoders, if they are trained."""
         self.text = Captions.build(self.subject, self.text_rank) if self.text_rank else None
-        self.lora += self.text.lora if self.text else []
-        self.weights = Weights(
-            sum(p.numel() for p in self.bare),
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The numbers of weights, which are the same in every dtype."""
+        built = next(iter(self._built.values()), None) or self.built(torch.float32)
+        bare = built.bare
+        held = [
+            _base_of(m).weight
+            for n, m in built.adapted.unet.named_modules()
+            if ".base_layer" not in n and memory.quantizable(n, _base_of(m))
+        ]
+        return Weights(
+            sum(p.numel() for p in bare),
             sum(w.numel() for w in held),
             sum(len(w) for w in held),
             max((w.numel() for w in held), default=0),
-            max(p.numel() for p in self.bare),
-            tuple(p.numel() for p in self.lora),
-            style,
+            max(p.numel() for p in bare),
+            tuple(p.numel() for p in [*built.lora, *(self.text.lora if self.text else [])]),
+            built.style,
         )
 
+    def built(self, dtype: torch.dtype) -> Built:
+        """The UNet in `dtype` as it trains, made once."""
+        if dtype not in self._built:
+            self._built[dtype] = self._build(dtype)
+        return self._built[dtype]
+
+    def _build(self, dtype: torch.dtype) -> Built:
+        adapted = AdaptedUNet(empty_unet(self.subject.unet_config))
+        bare = list(adapted.unet.parameters())
+        for p in bare:
+            p.data = p.data.to(dtype)
+        with torch.device("meta"), warnings.catch_warnings():
+            # there are two adapters, as there should
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            put_on(adapted, self.style)
+            style = sum(p.numel() for n, p in adapted.unet.named_parameters() if ".lora_" in n)
+            lora = adapted.add_lora(self.adapter)
+            adapted.make_fast()
+        return Built(adapted, bare, lora, style)
+
     def rehearse(
-        self, resolution: int, dtype: torch.dtype, *, cuda: bool, checkpointing: bool, pair: bool = False
+        self, resolution: int, dtype: torch.dtype, *, checkpointing: bool, pair: bool = False
     ) -> DryRun:
         """The passes at `resolution` pixels with the frozen weights in `dtype`.
 
         `pair`: a sample of the base's own beside each one, as prior preservation has it.
         """
-        kernels = self._kernels(dtype, cuda)
-        key = (resolution, dtype, kernels.cuda, checkpointing, pair)
+        key = (resolution, dtype, checkpointing, pair)
         if key not in self._kept:
+            unet = self.built(dtype).adapted.unet
             if checkpointing:
-                self.unet.enable_gradient_checkpointing(partial(checkpoint, kernels))
+                unet.enable_gradient_checkpointing(checkpoint)
             else:
-                self.unet.disable_gradient_checkpointing()
-            self._kept[key] = self._pass(
-                resolution, dtype, kernels, 2 if pair else 1, checkpointing=checkpointing
-            )
-        return DryRun(self.drawing(resolution, dtype, cuda=cuda), *self._kept[key])
+                unet.disable_gradient_checkpointing()
+            self._kept[key] = self._pass(resolution, dtype, 2 if pair else 1, checkpointing=checkpointing)
+        return DryRun(self.drawing(resolution, dtype), *self._kept[key])
 
-    def drawing(self, resolution: int, dtype: torch.dtype, *, cuda: bool = False, lora: bool = False) -> Pass:
+    def drawing(self, resolution: int, dtype: torch.dtype, *, lora: bool = False) -> Pass:
         """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained."""
-        kernels = self._kernels(dtype, cuda)
-        key = (resolution, dtype, kernels.cuda, lora)
+        key = (resolution, dtype, lora)
         if key not in self._kept:
-            with torch.no_grad(), nullcontext() if lora else self.adapted.teacher():
-                self._kept[key] = self._pass(resolution, dtype, kernels)[0]
+            teacher = self.built(dtype).adapted.teacher
+            with torch.no_grad(), nullcontext() if lora else teacher():
+                self._kept[key] = self._pass(resolution, dtype)[0]
         return self._kept[key]
-
-    def _kernels(self, dtype: torch.dtype, cuda: bool) -> Kernels:
-        """Without autocast it makes no difference where it runs."""
-        return Kernels(dtype, cuda=cuda and dtype != torch.float32)
 
     def pictures(self, resolution: int, dtype: torch.dtype) -> Pictures:
         """The VAE's passes at `resolution` pixels, its weights and numbers in `dtype`."""
@@ -144,23 +170,18 @@ class MetaModel:
         return self._kept[resolution, dtype]
 
     def _pass(
-        self,
-        resolution: int,
-        dtype: torch.dtype,
-        kernels: Kernels,
-        forwards: int = 1,
-        *,
-        checkpointing: bool = False,
+        self, resolution: int, dtype: torch.dtype, forwards: int = 1, *, checkpointing: bool = False
     ) -> tuple[Pass, float]:
         """One pass of n samples, and the FLOPs of its forwards alone, of one sample."""
-        side = resolution // self.subject.structure.factor
-        for p in self.bare:
-            p.data = p.data.to(dtype)
+        side, built = resolution // self.subject.structure.factor, self.built(dtype)
+        unet, gradients = built.adapted.unet, built.adapted.gradient_bytes()
         ranks = [self.adapter.rank, *(self.style.ranks.values() if self.style else ())]
-        n = a_prime([side, self.subject.tokens, *ranks, *(d for p in self.bare for d in p.shape)])
+        dims = [d for p in built.bare for d in p.shape]
+        n = a_prime([side, self.subject.tokens, *ranks, *dims, *gradients])
         inputs = self._inputs(n, side, dtype)
-        ledger = Ledger(n, frozenset(p.nbytes for p in self.lora))
-        ledger.ignore([*self.unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
+        gradients |= {p.nbytes for p in (self.text.lora if self.text else ())}
+        ledger = Ledger(n, frozenset(gradients))
+        ledger.ignore([*unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
         if self.text:
             ledger.ignore(self.text.parameters())
         with ledger:
@@ -172,14 +193,14 @@ class MetaModel:
                     if encoded.pooled is not None:
                         inputs["added_cond_kwargs"]["text_embeds"] = encoded.pooled.to(dtype)
                     del encoded
-                with kernels.again():
-                    outputs.append(self.unet(**inputs).sample.float())
+                with Kernels():
+                    outputs.append(unet(**inputs).sample.float())
             forward = ledger.flops
             if torch.is_grad_enabled():
                 loss = torch.stack([output.square().mean() for output in outputs]).sum()
                 del outputs
                 torch.autograd.backward(loss)
-        for p in self.lora:
+        for p in [*built.lora, *(self.text.lora if self.text else ())]:
             p.grad = None
         return Pass(ledger.flops / n, largest(ledger.moments)), forward / n
 
@@ -196,6 +217,10 @@ class MetaModel:
         if self.subject.pooled:
             inputs["added_cond_kwargs"] = {"text_embeds": empty(self.subject.pooled), "time_ids": empty(6)}
         return inputs
+
+
+def _base_of(module: Any) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ class Planner:
     def rehearse(self, config: Training, *, checkpointing: bool | None = None) -> DryRun:
         """The passes of a step; `checkpointing` in place of the config's."""
         return self.stage_of(config).rehearse(
-            config.data.resolution, dtype_of(config, self.device), cuda=self.device == "cuda",
+            config.data.resolution, dtype_of(config, self.device),
             checkpointing=config.gradient_checkpointing if checkpointing is None else checkpointing,
             pair=work.pairs(config),
         )  # fmt: skip
@@ -167,9 +167,9 @@ def _phases(
     workspaces = workspace(weights, dtype, device, expanded=quantized)
 
     def parts(held: Held, samples: int) -> dict[str, int]:
-        # with accumulation the gradients of the micro-batches before are there from the start
+        # with accumulation the gradients of the micro-batches before are there besides
         return {
-            "gradients": round(held.gradients) if alone else lora,
+            "gradients": round(held.gradients) + (0 if alone else lora),
             "activations": round(held.at(samples, gradients=False)),
             "conditions": _conditions(config, stage, dtype, device, samples), "workspaces": workspaces,
         }  # fmt: skip
@@ -178,15 +178,13 @@ def _phases(
     rows = roles.ROWS["teacher"] * batch
     if isinstance(config, Distill) and roles.passes(config)["teacher"]:
         found["teacher pass"] = parts(dry_run.teacher.highest(rows), rows)
-    held = dry_run.student.highest(batch, gradients=alone)
+    held = dry_run.student.highest(batch, gradients=True)
     found["student pass"] = parts(held, batch)
-    # fused AdamW makes no copies
-    copies = 2 * FLOAT * max(weights.lora) if device == "cpu" else 0
-    found["optimizer step"] = {"gradients": lora, "workspaces": copies}
+    found["optimizer step"] = {"gradients": lora}  # fused AdamW makes no copies
     if config.validation.held_out:
         guided = "teacher pass" in found
         plain, samples = (
-            (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype, device), batch)
+            (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype), batch)
         )
         held_at = round(plain.highest(samples).at(samples))
         found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
@@ -205,8 +203,8 @@ def _conditions(config: Training, stage: MetaModel, dtype: torch.dtype, device: 
     return size
 
 
-def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype, device: str) -> Pass:
-    return stage.drawing(config.data.resolution, dtype, cuda=device == "cuda", lora=True)
+def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype) -> Pass:
+    return stage.drawing(config.data.resolution, dtype, lora=True)
 
 
 def _host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
@@ -226,7 +224,7 @@ def _validation(
 ) -> Parts:
     """All pictures at once, with guidance: drawn by the teacher, in fine-tuning with the LoRA; decoded."""
     count, subject = config.validation.count, stage.subject
-    drawn = _drawing(config, stage, dtype, device) if isinstance(config, Finetune) else dry_run.teacher
+    drawn = _drawing(config, stage, dtype) if isinstance(config, Finetune) else dry_run.teacher
     samples = count * work.guided(config.validation.guidance_scale)
     vae_dtype = encoding.vae_dtype(subject, dtype)
     pictures = stage.pictures(config.data.resolution, vae_dtype)

@@ -110,54 +110,30 @@ def a_prime(numbers: Iterable[int]) -> int:
     return next(p for p in (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59) if all(n % p for n in held))
 
 
-_LOW = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
-_FULL = {F.group_norm, F.layer_norm, F.softmax, torch.softmax}
-
-
 class Kernels(TorchFunctionMode):
-    """Within the block attention and autocast are what they are on a real device; meta has neither.
+    """Within the block attention never holds its matrix, as torch's fused kernels do not.
 
-    Attention never holds its matrix, as torch's fused kernels do not (`scaled_dot_product_attention` of the
-    meta device does). `dtype` other than float32: autocast's, whose norms are in float32 on CUDA.
+    (`scaled_dot_product_attention` of the meta device does.)
     """
-
-    def __init__(self, dtype: torch.dtype = torch.float32, *, cuda: bool = False) -> None:
-        """Autocast to `dtype`, with CUDA's rules or the CPU's."""
-        super().__init__()
-        self.dtype, self.cuda = dtype, cuda
-
-    def again(self) -> Kernels:
-        """The same, for a block within the block or outside of it."""
-        return Kernels(self.dtype, cuda=self.cuda)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Cast the inputs as autocast would, and put the fused attention in its place."""
-        kwargs = dict(kwargs or {})
-        if self.dtype != torch.float32:
-            to = self.dtype if func in _LOW else torch.float32 if self.cuda and func in _FULL else None
-            if to is not None:
-                args = tuple(_cast(item, to) for item in args)
-                kwargs = {key: _cast(item, to) for key, item in kwargs.items()}
+        """Put the fused attention in its place."""
         if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-def checkpoint(kernels: Kernels, block: Any, *args: Any) -> Any:
-    """Checkpointing of `block` as diffusers does it; the backward repeats it under `kernels` again."""
+def checkpoint(block: Any, *args: Any) -> Any:
+    """Checkpointing of `block` as diffusers does it; the backward repeats it under `Kernels` again."""
     from torch.utils.checkpoint import checkpoint as recompute
 
     def run(*inputs: Any) -> Any:
-        with kernels.again():
+        with Kernels():
             return block(*inputs)
 
     return recompute(run, *args, use_reentrant=False)
-
-
-def _cast(item: Any, dtype: torch.dtype) -> Any:
-    return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
