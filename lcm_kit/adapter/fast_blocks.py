@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,8 +93,15 @@ def make_fast_resnet(block: Any) -> bool:
         and block.output_scale_factor == 1 and block.dropout.p == 0
     ):  # fmt: skip
         return False
+    block.__class__ = _resnet()
+    return True
 
-    class FastResnet(ResnetBlock2D):  # here, where diffusers is loaded already
+
+@lru_cache
+def _resnet() -> type:  # where diffusers is loaded already
+    from diffusers.models.resnet import ResnetBlock2D
+
+    class FastResnet(ResnetBlock2D):
         def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
             act = self.nonlinearity
             h = self.conv1(act(self.norm1(input_tensor)))
@@ -102,8 +110,7 @@ def make_fast_resnet(block: Any) -> bool:
             h = self.conv2(act(self.norm2(h)))
             return h + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
 
-    block.__class__ = FastResnet
-    return True
+    return FastResnet
 
 
 # -- Transformers --------------------------------------------------------------------------------------------
@@ -142,13 +149,9 @@ class _ContiguousGradient(Function):
         return dx.contiguous()
 
 
-def make_fast_transformer(block: Any) -> bool:
-    """Let a `Transformer2DModel` of diffusers keep less for the backward; False where it does not fit."""
+@lru_cache
+def _geglu() -> type:
     from diffusers.models.activations import GEGLU
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
-    if type(block) is not Transformer2DModel or not block.transformer_blocks:
-        return False
 
     class FastGEGLU(GEGLU):
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -157,9 +160,20 @@ def make_fast_transformer(block: Any) -> bool:
             y: Tensor = _Gated.apply(self.proj(hidden_states))
             return y
 
+    return FastGEGLU
+
+
+def make_fast_transformer(block: Any) -> bool:
+    """Let a `Transformer2DModel` of diffusers keep less for the backward; False where it does not fit."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if type(block) is not Transformer2DModel or not block.transformer_blocks:
+        return False
+
     for module in block.modules():
         if type(module) is GEGLU:
-            module.__class__ = FastGEGLU
+            module.__class__ = _geglu()
     block.transformer_blocks[-1].register_forward_hook(
         lambda module, args, y: y if torch.compiler.is_compiling() else _ContiguousGradient.apply(y)
     )

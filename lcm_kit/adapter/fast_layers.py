@@ -154,11 +154,12 @@ class Together:
         self._bias = None if bases[0].bias is None else _in_one([base.bias for base in bases])
         self._widths = [sum(layer.base_layer.out_features for layer in unit) for unit in units]
         self.pairs: dict[str, Pair] = {}
+        self.usable = True
 
     def on(self, x: Tensor) -> list[Pair] | None:
         """The LoRAs that are on, of all layers at once; None where each is to be asked alone."""
         first, *others = self.layers
-        if first.on(x) is None or not self._whole():
+        if not self.usable or first.on(x) is None:
             return None
         if any(layer._disable_adapters != first._disable_adapters for layer in others):
             return None
@@ -170,10 +171,11 @@ class Together:
         found = [self.pairs.get(name) for name in names]
         return None if None in found else found  # type: ignore[return-value]
 
-    def _whole(self) -> bool:
-        """Whether the layers' weights still lie in one: no longer after they were moved or replaced."""
+    def look(self) -> None:
+        """See whether the layers' weights still lie in one: no longer after they were moved or replaced."""
         first = self.layers[0].base_layer.weight
-        return first.device == self._weight.device and first.data_ptr() == self._weight.data_ptr()
+        moved = first.device != self._weight.device or first.data_ptr() != self._weight.data_ptr()
+        self.usable = not moved
 
     def __call__(self, x: Tensor, on: Sequence[Pair]) -> list[Sequence[Tensor]]:
         """What each layer of each unit makes of x [..., in] with the LoRAs `on`."""

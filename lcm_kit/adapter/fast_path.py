@@ -76,6 +76,8 @@ class FastPath:
         """
         if not under_autocast(next(unet.parameters()).device):
             args, kwargs = (_to(each, self._dtype) for each in (tuple(args), kwargs))
+        for group in self._together:
+            group.look()
         for name in self._on():
             if name in self._weights:
                 weights, shown = self._weights[name]
