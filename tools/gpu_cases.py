@@ -186,19 +186,22 @@ def make_base(setting: Setting) -> Path:
     tokenizer.model_max_length = 77
     parts: dict[str, Any] = {"scheduler": DDIMScheduler(**_SCHEDULER), **family.pipeline_off}
     device, dtype = ("cuda", torch.float16) if on_cuda() else ("cpu", torch.float32)
+    made = {"unet": unet, "vae": vae, "text_encoder": texts[0], "text_encoder_2": texts[-1]}
     torch.manual_seed(0)
-    encoders = iter(texts)
-    with torch.device(device):  # a GPU draws the weights in no time
-        for name in family.parts:
-            if name.startswith("tokenizer"):
-                parts[name] = tokenizer
-            elif name.startswith("text_encoder"):
-                of = next(encoders)
-                config = CLIPTextConfig(**{**of, **ends, "projection_dim": of["hidden_size"]})
-                parts[name] = PARTS[name].kind()(config).to(dtype)
-            elif name in ("unet", "vae"):
-                of = unet if name == "unet" else vae
-                parts[name] = PARTS[name].kind().from_config(of).to(dtype)
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # in full SDXL would not fit on a small card
+    try:
+        with torch.device(device):  # a GPU draws the weights in no time
+            for name in family.parts:
+                if name.startswith("tokenizer"):
+                    parts[name] = tokenizer
+                elif name.startswith("text_encoder"):
+                    size = {"projection_dim": made[name]["hidden_size"]}
+                    parts[name] = PARTS[name].kind()(CLIPTextConfig(**{**made[name], **ends, **size}))
+                elif name in made:
+                    parts[name] = PARTS[name].kind().from_config(made[name])
+    finally:
+        torch.set_default_dtype(own)
     family.pipeline_class()(**parts).save_pretrained(folder)
     del parts
     gc.collect()

@@ -32,12 +32,14 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lcm_kit import __version__ as kit_version  # noqa: E402
 from tools import gpu_table  # noqa: E402
 
 SECONDS = 350.0  # of the default set: what does not fit any more is left out
@@ -87,10 +89,10 @@ CASES = [
     case("sample-sd15", 45, "sd15", usual=True),
     case("encode-sdxl", 110, "sdxl", usual=True),
     case("sdxl", 75, "sdxl", *SDXL, EAGER, usual=True),
-    case("sd15-compiled", 90, "sd15", *SD15, COMPILED, usual=True),
     case("pair-sd15", 120, "", *PAIR, "structure=sd1", "resolution=512", "batch_size=8", EAGER, usual=True),
-    case("tiny-bfloat16", 60, "", *TINY, "precision=bfloat16", EAGER, usual=True),
+    case("sd15-compiled", 90, "sd15", *SD15, COMPILED, usual=True),
     case("plan", 60, usual=True, cpu=True),
+    case("tiny-bfloat16", 60, "", *TINY, "precision=bfloat16", EAGER),
     case("sd15-checkpointing", 60, "sd15", *SD15, EAGER, "batch_size=12", "gradient_checkpointing=true"),
     case("sd15-large", 75, "sd15", *SD15, EAGER, "batch_size=24"),
     case("sd15-bfloat16", 50, "sd15", *SD15, EAGER, "precision=bfloat16"),
@@ -153,24 +155,17 @@ def _end_with(parent: int) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Card, driver and versions, as this process sees them."""
-    import diffusers
-    import torch
-
-    import lcm_kit
-
-    card, driver = "CPU", ""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        card = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB"
-        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Card, driver and versions of this process, without an import: a limit may be short."""
+    told = {"card": "CPU", "driver": ""}
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        told["card"] = "a GPU that nvidia-smi does not name"
+        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError):
-            said = subprocess.run(ask, capture_output=True, text=True).stdout.split()
-            driver = said[0] if said else ""
-    return {
-        "card": card, "driver": driver, "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "lcm_kit": lcm_kit.__version__,
-    }  # fmt: skip
+            said = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+            if said and said[0].count(",") == 2:
+                name, memory, driver = said[0].split(", ")
+                told = {"card": f"{name}, {memory}", "driver": driver}
+    return told | {name: version(name) for name in ("torch", "diffusers")} | {"lcm_kit": kit_version}
 
 
 # -- One case, from outside ----------------------------------------------------------------------------------
@@ -239,18 +234,26 @@ def with_needed(wanted: Sequence[Case], work: Path) -> list[Case]:
     found: dict[str, Case] = {}
     for mine in wanted:
         maker = BY_NAME.get(f"encode-{mine.base}")
-        if maker and not mine.encodes and not (work / mine.base / "cache" / "manifest.json").is_file():
+        if maker and not mine.encodes and not has_cache(mine, work):
             found.setdefault(maker.name, maker)
         found.setdefault(mine.name, mine)
     return list(found.values())
 
 
-def lacking(mine: Case, rehearsed: bool) -> str | None:
-    """Why this machine cannot do the case at all; None if it can try."""
+def lacking(mine: Case, work: Path, rehearsed: bool) -> str | None:
+    """Why the case cannot be done at all; None if it can be tried."""
     for library in (*LIBRARIES, *mine.needs):
         if importlib.util.find_spec(library) is None:
             return f"{library} is not installed"
-    return None if mine.cpu or rehearsed or has_gpu() else "there is no GPU; --rehearse tries it on a CPU"
+    if not (mine.cpu or rehearsed or has_gpu()):
+        return "there is no GPU; --rehearse tries it on a CPU"
+    lost = mine.base and not mine.encodes and not has_cache(mine, work)
+    return f"encode-{mine.base} made no cache" if lost else None
+
+
+def has_cache(mine: Case, work: Path) -> bool:
+    """Whether the base of the case, its pictures and their cache are there."""
+    return (work / mine.base / "cache" / "manifest.json").is_file()
 
 
 def has_gpu() -> bool:
@@ -271,7 +274,7 @@ def run(
     started = time.monotonic()
     for mine in cases:
         left = float("inf") if seconds is None else seconds - (time.monotonic() - started)
-        reason = lacking(mine, rehearsed)
+        reason = lacking(mine, work, rehearsed)
         if reason is None and left < min(LEAST, mine.limit):
             reason = "the time of this set is used up; run it by its name"
         if mine.name == "plan":
@@ -295,8 +298,10 @@ def _planning(mine: Case, rows: Sequence[Mapping[str, Any]]) -> Case:
 def append(output: Path, row: Mapping[str, Any]) -> None:
     """A line of the results, on the disk when this returns."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with output.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        begun = file.read() not in (b"", b"\n")  # a line that a kill cut short
+        file.write(b"\n" * begun + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
