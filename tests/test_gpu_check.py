@@ -18,8 +18,8 @@ import pytest
 
 from lcm_kit import load_config
 from lcm_kit.errors import UserError
-from tools import gpu_cases, gpu_check, gpu_table
-from tools.gpu_check import CASES, Case
+from tools import gpu_bases, gpu_check, gpu_table, gpu_work
+from tools.gpu_cases import CASES, Case
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,19 +27,19 @@ ROOT = Path(__file__).parents[1]
 # -- What the children below do: named as cases of the tool's table name theirs ------------------------------
 
 
-def hangs(setting: gpu_cases.Setting, tell: gpu_cases.Tell) -> None:
+def hangs(setting: gpu_bases.Setting, tell: gpu_work.Tell) -> None:
     """Tells something, has a child of its own, and does not end."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     tell(first_step_after_s=3.0, ids=[os.getpid(), child.pid])
     time.sleep(600)
 
 
-def raises(setting: gpu_cases.Setting, tell: gpu_cases.Tell) -> None:
+def raises(setting: gpu_bases.Setting, tell: gpu_work.Tell) -> None:
     tell(batch=4)
     raise UserError("there is no such base; give another")
 
 
-def dies(setting: gpu_cases.Setting, tell: gpu_cases.Tell) -> None:
+def dies(setting: gpu_bases.Setting, tell: gpu_work.Tell) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -89,7 +89,7 @@ def test_two_cases_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert first["status"] == second["status"] == "done" and "sd15" in said
     assert first["figures"]["pictures_per_second"] > 0
     cache = json.loads((work / "rehearsed/sd15/cache/manifest.json").read_text())
-    assert sum(shard["rows"] for shard in cache["shards"]) == gpu_cases.PICTURES["sd15"]
+    assert sum(shard["rows"] for shard in cache["shards"]) == gpu_bases.PICTURES["sd15"]
     unet = json.loads((work / "rehearsed/sd15/base/unet/config.json").read_text())
     assert unet["block_out_channels"] == [40, 80, 160, 160]
     found = second["figures"]
@@ -127,16 +127,16 @@ def test_the_median_leaves_the_warm_up_and_another_optimizer_out(monkeypatch: py
     """Steps end at 10, 20, 22, 24.5 and 26.5: the first interval is warm-up, then 2, 2.5 and 2 seconds."""
     # the beginning; a trial's end, told; the first end, told; the others; and the beginning of another
     clock = iter([0.0, 1.0, 1.0, 10.0, 10.0, 20.0, 22.0, 24.5, 26.5, 30.0])
-    monkeypatch.setattr(gpu_cases, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(gpu_work, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     told: dict[str, float] = {}
-    steps = gpu_cases.Steps(lambda **figures: told.update(figures), samples=8, warmup=1)
+    steps = gpu_work.Steps(lambda **figures: told.update(figures), samples=8, warmup=1)
     steps.seen("one that the kit tries out", (), {})
     for _ in range(5):
         steps.seen("the optimizer", (), {})
     steps.finish()
     assert told["first_step_after_s"] == 10.0
     assert (told["step_ms"], told["samples_per_second"], told["timed_steps"]) == (2000.0, 4.0, 3)
-    few = gpu_cases.Steps(lambda **figures: None, samples=8, warmup=1)
+    few = gpu_work.Steps(lambda **figures: None, samples=8, warmup=1)
     with pytest.raises(RuntimeError, match="1 steps of an optimizer were seen, too few"):
         few.finish()
 
@@ -266,19 +266,19 @@ def test_plan_is_asked_for_what_was_trained(tmp_path: Path) -> None:
 def test_every_case_is_a_config_that_the_kit_takes(tmp_path: Path) -> None:
     assert len({each.name for each in CASES}) == len(CASES)
     for each in CASES:
-        setting = gpu_cases.Setting(each.name, each.base, each.keys, tmp_path, rehearsed=False)
+        setting = gpu_bases.Setting(each.name, each.base, each.keys, tmp_path, rehearsed=False)
         for small in (False, True):
             setting = replace(setting, rehearsed=small)
             if each.base:
-                config = load_config(gpu_cases.STRUCTURES[each.base][1], gpu_cases.given(setting))
+                config = load_config(gpu_bases.STRUCTURES[each.base][1], gpu_bases.given(setting))
             elif each.name.startswith("pair"):
-                config = load_config("evaluation/speed_sd15", setting.overrides(gpu_cases.SMALL_PAIR))
+                config = load_config("evaluation/speed_sd15", setting.overrides(gpu_work.SMALL_PAIR))
             elif each.name.startswith("tiny"):
-                config = load_config("distill/tiny_quick", setting.overrides(gpu_cases.SMALL_TINY))
+                config = load_config("distill/tiny_quick", setting.overrides(gpu_work.SMALL_TINY))
             else:
                 assert each.name == "plan"
                 continue
-            assert small or config.steps > gpu_cases.WARMUP or each.name.startswith("pair")
+            assert small or config.steps > gpu_work.WARMUP or each.name.startswith("pair")
             assert not small or getattr(config, "precision", None) != "float16"
 
 
