@@ -1,15 +1,14 @@
 """Training in float16 with its gradient scaler, from the first step to the exported weights, on a CPU.
 
-accelerate gives a scaler to GPUs alone, and so the kit refuses float16 on a CPU. torch has all that it takes:
-autocast, a scaler and the fused AdamW that a GPU's run has. So what accelerate leaves out is put in its place
-here, and the recipe is the one that runs on a GPU.
+accelerate gives a scaler to GPUs alone, and so the kit refuses float16 on a CPU. torch has all that it takes,
+and the optimizer is the fused one on both. So what accelerate leaves out is put in its place here, and the
+recipe is the one that runs on a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU has: an accelerator with autocast and a scaler in float16, and a fused optimizer."""
+    """What a GPU has: an accelerator with autocast and a scaler in float16."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     made = Accelerator.__init__
 
@@ -52,7 +51,6 @@ def _float16(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime, "_precision",
         lambda wanted, device: wanted if wanted == "float16" else precision(wanted, device),
     )  # fmt: skip
-    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, fused=True))
 
 
 @pytest.fixture(autouse=True)
