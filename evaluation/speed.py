@@ -34,8 +34,9 @@ import lcm_kit
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.bases import encode_images
+from lcm_kit.bases.compiling import compile_blocks
 from lcm_kit.bases.condition import Condition
-from lcm_kit.bases.memory import compiled, make_optimizer, place
+from lcm_kit.bases.memory import make_optimizer, place
 from lcm_kit.bench.measure import (
     clock,
     flops,
@@ -71,7 +72,7 @@ def ours(config: Speed, device: torch.device) -> Side:
     adapted, dtype = AdaptedUNet(place(base.unet(), config, device)), base.dtype
     lora = adapted.add_lora(Adapter(config.rank, config.rank), seed=config.seed)
     adapted.make_fast()
-    call = compiled(adapted.unet, config)
+    compile_blocks(adapted.unet, config)
     tables = Schedule.from_config(SD_BETAS)
     schedule = tables.to(device)
     latents, embeddings = cached(config)
@@ -90,7 +91,7 @@ def ours(config: Speed, device: torch.device) -> Side:
         def named(name: str) -> AbstractContextManager[None]:
             return part("student forward" if name == "student" else name)
 
-        roles = Roles(adapted, call, (), empty, schedule, KIND, objective, dtype, part=named)
+        roles = Roles(adapted, adapted.unet, (), empty, schedule, KIND, objective, dtype, part=named)
         return roles.losses(Given(x0, drawn.noise, drawn.times, drawn.guidance, condition)).mean()
 
     optimizer = make_optimizer(lora, Optimizer(), device)

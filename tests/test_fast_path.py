@@ -1,4 +1,4 @@
-"""Our forward of LoRA layers is peft's: loss, gradients and what is saved; and it asks the device for less."""
+"""Our forward of LoRA layers is peft's, its gradient and what is saved; it asks the device for less."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Trained:
     def __call__(self, t: int = 500) -> Tensor:
         kwargs = self.condition.to(CPU, self.dtype).kwargs()
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32 and not self.fast):
-            return self.adapted.unet(self.latents.to(self.dtype), torch.tensor([t, 7]), **kwargs).sample.float()
+            return self.adapted.unet(
+                self.latents.to(self.dtype), torch.tensor([t, 7]), **kwargs
+            ).sample.float()
 
     @property
     def fast(self) -> bool:
@@ -316,7 +318,14 @@ def test_what_does_not_lie_in_one_is_told_from_what_does() -> None:
     one = torch.arange(12.0)
     a, b, c = one[:4].view(2, 2), one[4:6], one[6:]
     assert torch.equal(whole([a, b, c]), one) and torch.equal(whole([c, a, b]), one)
-    assert whole([c, a, b], in_order=True) is None and whole([a, b], in_order=True).tolist() == [0, 1, 2, 3, 4, 5]
+    assert whole([c, a, b], in_order=True) is None and whole([a, b], in_order=True).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert whole([a, c]) is None  # a gap
     assert whole([a, torch.zeros(2), c]) is None  # another storage
     assert whole([a.t(), b, c]) is None  # not in the order of memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.folder import save_adapter
-from lcm_kit.adapter.trained_weights import swapped
 from lcm_kit.bases import inspect_base, load_unet, memory
-from lcm_kit.bases.memory import compiled, make_optimizer, place, quantizable
+from lcm_kit.bases.memory import make_optimizer, place, quantizable
 from lcm_kit.config.schema import Adapter, Distill, Memory, Optimizer
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Base, Provenance
@@ -434,81 +433,3 @@ def test_tf32_is_switched_for_cuda_alone() -> None:
         before = _tf32()
         held(tf32=not start)
         assert _tf32() == before
-
-
-# -- Compiling -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _dynamo() -> Iterator[None]:
-    import torch._dynamo
-
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = limit
-
-
-def _three_passes(call: Callable[..., Any], adapted: AdaptedUNet, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher (LoRA off, both conditions at once), target, student: what train/distill does in a step."""
-    x, t, text = inputs(seed=seed)
-    with torch.no_grad(), adapted.teacher():
-        aim = call(x.repeat(2, 1, 1, 1), t.repeat(2), text.repeat(2, 1, 1)).sample
-    lora = adapted.parameters()
-    with torch.no_grad(), swapped(lora, lora):
-        target = call(x, t, text).sample
-    return aim, target, call(x, t, text).sample
-
-
-def _graphs(shape: dict[str, Any], *, whole: bool) -> list[int]:
-    """Graphs made until the end of each of four steps, whose outputs are compared with uncompiled ones."""
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    setup = config(compile=True)
-    unet = place(network(shape), setup, CPU)
-    mine, plain = AdaptedUNet(unet), AdaptedUNet(place(network(shape), config(), CPU))
-    lora, theirs = (each.add_lora(Adapter(rank=2, alpha=2.0)) for each in (mine, plain))
-    call = compiled(unet, setup, backend="eager")
-    assert (call is unet) == (not whole)
-    optimizers = [make_optimizer(of, Optimizer(lr=1e-2), CPU) for of in (lora, theirs)]
-    made = []
-    for step in range(4):
-        for_us, for_them = _three_passes(call, mine, step), _three_passes(plain.unet, plain, step)
-        for ours, expected in zip(for_us, for_them, strict=True):
-            torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
-        for (aim, target, student), optimizer in zip((for_us, for_them), optimizers, strict=True):
-            (student - aim[:2] - target).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if step:  # the LoRA has left zero: teacher and student differ
-            assert relative(for_us[2], for_us[0][:2]) > 1e-3
-        made.append(counters["stats"]["unique_graphs"])
-    assert not counters["graph_break"]
-    return made
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_dynamo")
-def test_three_graphs_and_no_recompiling() -> None:
-    assert _graphs(SMALLEST, whole=True) == [3, 3, 3, 3]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_dynamo")
-def test_a_large_unet_is_compiled_by_blocks_that_share_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three transformer blocks of one width: three graphs, not nine."""
-    monkeypatch.setattr(memory, "_WHOLE", 0)
-    assert _graphs(SMALL, whole=False) == [3, 3, 3, 3]
-
-
-def test_what_is_not_asked_for_is_not_compiled() -> None:
-    unet = object()
-    assert compiled(unet, config()) is unet
-
-
-def test_no_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match=r"memory.compile needs a C\+\+ compiler, .* install g\+\+"):
-        compiled(held(), config(compile=True))

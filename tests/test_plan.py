@@ -145,9 +145,7 @@ def test_flops_of_sd15(sd1: MetaModel) -> None:
 
 
 def test_checkpointing_repeats_the_blocks_and_holds_less(tiny: Planner) -> None:
-    plain, repeated = (
-        tiny.stage.rehearse(64, torch.float32, checkpointing=on) for on in (False, True)
-    )
+    plain, repeated = (tiny.stage.rehearse(64, torch.float32, checkpointing=on) for on in (False, True))
     assert plain.student.flops + 0.7 * plain.forward < repeated.student.flops
     assert repeated.student.flops < plain.student.flops + plain.forward
     assert repeated.forward == plain.forward and repeated.teacher is plain.teacher
@@ -601,9 +599,7 @@ def test_forwards_with_and_without_the_lora(tiny: Planner) -> None:
     for wanted in (tune(), tune("prior.prompts=asset:general")):
         found = work.of_forwards(wanted, tiny.rehearse(wanted))
         assert found["teacher"] == tiny.stage.drawing(64, torch.float16).flops
-        assert found["student"] == pytest.approx(
-            tiny.stage.drawing(64, torch.float16, lora=True).flops
-        )
+        assert found["student"] == pytest.approx(tiny.stage.drawing(64, torch.float16, lora=True).flops)
 
 
 @pytest.mark.slow  # rehearses a whole pipeline

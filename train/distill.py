@@ -29,7 +29,8 @@ from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.adapter.trained_weights import update_ema
-from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
+from lcm_kit.bases.compiling import compile_blocks
+from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.guidance import sample_guidance
@@ -98,7 +99,7 @@ def main(config: Distill) -> Path:
     model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(lora, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
     ema = flattened(lora) if config.ema else []
-    call = compiled(model, config)
+    compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
     files = [style.sha256 for style in (*styles, *start)]
@@ -122,7 +123,7 @@ def main(config: Distill) -> Path:
 
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
-        adapted, call, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
+        adapted, model, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
         dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
     )  # fmt: skip
 

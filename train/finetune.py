@@ -28,8 +28,9 @@ from lcm_kit import bases
 from lcm_kit.adapter import text as text_lora
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.trained_weights import swapped, update_ema
+from lcm_kit.bases.compiling import compile_blocks
 from lcm_kit.bases.condition import Condition
-from lcm_kit.bases.memory import compiled, load_unet, make_optimizer, set_rates
+from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.losses import l2
@@ -112,7 +113,7 @@ def main(config: Finetune) -> Path:
     model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(groups, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
     ema = flattened(lora) if config.ema else []
-    call = compiled(model, config)
+    compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
     origin, state = runtime.resume(
@@ -137,7 +138,7 @@ def main(config: Finetune) -> Path:
     # -- Loss: of the raw output against what it should be, as it weighs at its time -------------------------
     def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor) -> Tensor:
         told, t = condition.to(device, dtype).kwargs(), t.to(device)
-        student = predictor(lambda x, t: call(x.to(dtype), t, **told).sample, schedule, kind)
+        student = predictor(lambda x, t: model(x.to(dtype), t, **told).sample, schedule, kind)
         return weight[t] * diffusion_loss(
             kind=kind, loss=lambda a, b: l2(a, b, 0.0), schedule=schedule, student=student,
             x0=x0.to(device), noise=noise.to(device), t=t,

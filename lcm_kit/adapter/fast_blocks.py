@@ -1,4 +1,4 @@
-"""diffusers' blocks with fewer kernels around the LoRA layers: attention, residual blocks, and what many share.
+"""diffusers' blocks with fewer kernels around the LoRA layers: attention, residual blocks, what many share.
 
 Each does what diffusers' own does, bit for bit but for the order of sums in wider products; where it is asked
 for something else, diffusers' own answers.
@@ -84,7 +84,7 @@ def _plain(attn: Any) -> bool:
 
 
 def make_fast_resnet(block: Any) -> bool:
-    """Give a `ResnetBlock2D` of diffusers a forward that divides nothing by 1; False where it does not fit."""
+    """Give diffusers' `ResnetBlock2D` a forward that divides nothing by 1; False where it does not fit."""
     from diffusers.models.resnet import ResnetBlock2D
 
     if not (
@@ -117,7 +117,7 @@ def _resnet() -> type:  # where diffusers is loaded already
 
 
 class _Gated(Function):
-    """hidden * gelu(gate) of y = [hidden, gate]: y alone is kept for the backward, and gelu computed again."""
+    """hidden * gelu(gate) of y = [hidden, gate]: y alone is kept for the backward, gelu computed again."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

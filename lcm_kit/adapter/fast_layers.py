@@ -52,13 +52,13 @@ def make_fast(layer: Any) -> bool:
         kind = _FastQuantized
     else:
         return False
-    layer.__class__ = _subclass(kind, type(layer))
+    layer.__class__ = _subclass(kind, type(layer))  # type: ignore[arg-type]
     layer.__dict__ |= {"pairs": {}, "given": None}
     return True
 
 
 @lru_cache
-def _subclass(kind: type, of: type) -> type:
+def _subclass(kind: Any, of: Any) -> Any:
     return type(of.__name__, (kind, of), {})
 
 
@@ -96,7 +96,11 @@ class _Fast:
 
 
 class FastLinear(_Fast):
-    """A frozen `nn.Linear` with its LoRAs."""
+    """A frozen `nn.Linear` with its LoRAs: peft's layer with our forward."""
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    scaling: dict[str, float]
 
     base_layer: nn.Linear
 
@@ -122,7 +126,7 @@ class _FastConvolution(_Fast):
         base = self.base_layer
         if not on:
             return base(x)
-        geometry = list(base.stride), list(base.padding), list(base.dilation)
+        geometry = list(base.stride), [int(pad) for pad in base.padding], list(base.dilation)
         y = fast_math.convolution(x, base.weight, base.bias, geometry, on[0])
         for pair in on[1:]:
             y = y + fast_math.convolved(x, geometry, pair)
@@ -206,7 +210,7 @@ def fit_together(units: Sequence[Sequence[Any]]) -> bool:
     return all(len({layer.base_layer.out_features for layer in unit}) == 1 for unit in units)
 
 
-def _in_one(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _in_one(parameters: Sequence[Tensor]) -> Tensor:
     one = torch.cat([p.detach() for p in parameters])
     for p, part in zip(parameters, one.split([len(p) for p in parameters]), strict=True):
         p.data = part

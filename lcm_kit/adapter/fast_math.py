@@ -202,7 +202,7 @@ class _Convolution(Function):
         dx, ddown = _conv_backward(dh, x, down, ctx.geometry, of_x, trained)
         if of_x:
             base, _ = _conv_backward(dy, x, weight, ctx.geometry, True, False)
-            assert base is not None
+            assert base is not None and dx is not None
             dx = base.add_(dx)
         dup = None if dup is None else _scaled(dup, ctx.scale).view(up.shape)
         return dx, None, None, None, None, ddown, dup

@@ -98,7 +98,7 @@ def _have_alike(group: Together, name: str) -> bool:
     """Whether all layers of `group` have the LoRA `name`, of one rank and strength."""
     if not all(name in layer.lora_A for layer in group.layers):
         return False
-    return len({(len(layer.lora_A[name].weight), layer.scaling[name]) for layer in group.layers}) == 1
+    return len({(layer.lora_A[name].weight.shape, layer.scaling[name]) for layer in group.layers}) == 1
 
 
 def _channels_last(unet: nn.Module) -> bool:

@@ -38,7 +38,9 @@ class FlatWeights:
         Values are kept; the parameters' storage is left.
         """
         self.slots = slots
-        self.parameters = [p for slot in slots for p in (*slot.downs, *(up for unit in slot.ups for up in unit))]
+        self.parameters = [
+            p for slot in slots for p in (*slot.downs, *(up for unit in slot.ups for up in unit))
+        ]
         self._channels_last = channels_last
         buffer = torch.cat([self._line(p.detach()) for p in self.parameters]).float()
         sizes = [p.numel() for p in self.parameters]
@@ -89,7 +91,7 @@ class FlatWeights:
         return found
 
     def gradients(self, seen: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The gradient of each parameter, views of one float32 tensor, from those of `pairs`; None is zero."""
+        """Each parameter's gradient, views of one float32 tensor, from those of `pairs`; None is zero."""
         some = next(grad for grad in seen if grad is not None)
         lines = [
             some.new_zeros(size) if grad is None else self._line(grad)
@@ -102,7 +104,9 @@ class FlatWeights:
 
 class _Cast(Function):
     @staticmethod
-    def forward(ctx: Any, weights: FlatWeights, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, weights: FlatWeights, dtype: torch.dtype, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.weights = weights
         ctx.set_materialize_grads(False)
         return tuple(weights.pairs(weights.together().to(dtype)))

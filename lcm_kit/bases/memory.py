@@ -1,4 +1,4 @@
-"""How the frozen UNet is held and run: 4 or 8 bits, memory format, compiling; and the optimizer.
+"""How the frozen UNet is held: 4 or 8 bits, memory format; and the optimizer.
 
 What is float32 stays so: the consistency mathematics is elementwise, which TF32 (matrix products and
 convolutions only) does not touch, and the LoRA's weights are added later, in float32 (`AdaptedUNet`).
@@ -11,8 +11,6 @@ well; what that adds is not measured. Teacher, target and student share the same
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,9 +28,7 @@ from lcm_kit.errors import UserError, first_line
 # to nf4 they move tiny-sd's output by 3.6%, as much as all the rest together does (4.8%)
 _KEPT = ("time_embedding", "add_embedding")
 _MULTIPLE = 16  # of both widths: what int8 tensor cores take; all widths of real bases are multiples of 64
-_WHOLE = 32  # transformer blocks up to which a UNet is compiled as a whole (SD1.x and 2.x: 16; SDXL: 70)
 LR_FACTOR = "lr_factor"  # of an optimizer's group: its rate divided by optimizer.lr
-_GRAPHS = 64  # variants of one function that dynamo may keep; it falls back to no compiling after 8
 
 
 def load_unet(base: BaseInfo, config: schema.Training, device: torch.device, dtype: torch.dtype) -> Any:
@@ -144,47 +140,6 @@ def _probe_layer(kind: str, device: torch.device) -> None:
         fault = first_line(reason)
     if fault:
         raise UserError(f"{key} does not work on this {device.type} device ({fault}); set it to none")
-
-
-# -- Compiling -----------------------------------------------------------------------------------------------
-
-
-def compiled(unet: Any, config: schema.Training | Speed, *, backend: str = "inductor") -> Any:
-    """What to call as the UNet: `unet`, or where `memory.compile` asks, one compiled, of the same weights.
-
-    Call it after the adapters are on. peft's flags are Python values that the compiled code is guarded by,
-    so that the teacher (LoRA off, batch 2B), the target (no gradient) and the student each have their own
-    code: made in the first step, three graphs of the whole, and none after it, with gradient checkpointing,
-    autocast and nf4 or int8 as well. Shapes are fixed: a new batch size costs three more.
-
-    A UNet of more than 32 transformer blocks is compiled block by block, in place, where blocks of one width
-    share their code: with 16 blocks that takes a third of the time (36 s for 118 s, narrow SD1.5 blocks on a
-    busy CPU core, without code generation) and leaves more of Python's overhead (a step of 0.31 s for 0.16 s,
-    0.35 s uncompiled, a small UNet without much to compute). Raises `UserError` if there is no compiler.
-    """
-    if not config.memory.compile:
-        return unet
-    if backend == "inductor":
-        _find_compiler(next(unet.parameters()).device)
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
-    if sum(type(module).__name__ in unet._repeated_blocks for module in unet.modules()) <= _WHOLE:
-        return torch.compile(unet, dynamic=False, backend=backend)
-    unet.compile_repeated_blocks(dynamic=False, backend=backend)
-    return unet
-
-
-def _find_compiler(device: torch.device) -> None:
-    named = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    if not any(map(shutil.which, [named] if named else ["g++", "gcc", "clang++", "clang"])):
-        raise UserError(
-            "memory.compile needs a C++ compiler, and there is none; install g++, or set it to false"
-        )
-    from torch.utils._triton import has_triton
-
-    if device.type == "cuda" and not has_triton():
-        raise UserError("memory.compile needs Triton for this GPU; install triton, or set it to false")
 
 
 # -- Optimizer -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a step asks of a device whatever its speed: kernels, and bytes kept for the backward. No GPU is needed.
+"""What a step asks of a device whatever its speed: kernels, and bytes kept for the backward; with no GPU.
 
 Both depend on a UNet's structure and not on its width, so they are counted on a narrow one, on the CPU: in
 bfloat16, under autocast where a side uses it, as a GPU would be used. On CUDA autocast has norms in float32
@@ -29,6 +29,7 @@ class Kernels(TorchDispatchMode):
     """Counts the operators that are no views within its block, as `found`, by name."""
 
     def __init__(self) -> None:
+        """Nothing is counted yet."""
         super().__init__()
         self.found: Counter[str] = Counter()
 
@@ -42,7 +43,7 @@ class Kernels(TorchDispatchMode):
 
 @contextmanager
 def kept_for_backward(frozen: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Within the block, bytes by storage of what autograd keeps; what `frozen` shares its storage with is not.
+    """Within the block, bytes by storage of what autograd keeps; but of those that `frozen` has.
 
     What is kept stays alive until the block ends, so that no storage is counted twice or left out.
     """
@@ -66,7 +67,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def counted(build: Build, config: Speed) -> dict[str, int]:
-    """{"kernels_per_step", "kept_bytes_narrow"} of a side: of a step, from inputs on the device to new weights.
+    """{"kernels_per_step", "kept_bytes_narrow"} of a side, from inputs on the device to new weights.
 
     At an eighth of the width (tiny: whole), two samples of few pixels; uncompiled, and where the config asks
     for gradient checkpointing with it.

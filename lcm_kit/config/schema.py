@@ -99,7 +99,9 @@ class Memory:
 
     # of its linear layers: nf4 (4 bits) or int8, by bitsandbytes; convolutions keep `precision`
     quantize: Literal["none", "nf4", "int8"] = "none"
-    compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
+    # torch.compile of the transformer blocks: most of a minute at the start, then faster steps on a GPU;
+    # auto: on a GPU, for runs of 1000 steps or more
+    compile: Literal["auto"] | bool = "auto"
     channels_last: bool = False  # memory format of convolutions: faster on a GPU, slower on a CPU
     tf32: bool = True  # TensorFloat-32 for float32 matrices on a GPU that has it
 

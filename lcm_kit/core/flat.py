@@ -37,14 +37,14 @@ def clip_grad_norm_(parameters: Sequence[Tensor], most: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`: in place, and the L2 norm before; two kernels of gradients in one."""
     one = whole([p.grad for p in parameters if p.grad is not None])
     if one is None:
-        return torch.nn.utils.clip_grad_norm_(parameters, most)
-    norm = torch.linalg.vector_norm(one)
+        return torch.as_tensor(torch.nn.utils.clip_grad_norm_(parameters, most))
+    norm: Tensor = torch.linalg.vector_norm(one)
     one *= (most / (norm + 1e-6)).clamp(max=1)
     return norm
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -54,7 +54,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def flattened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of `tensors`, detached, which lie in one as the originals do: their order and strides are kept."""
+    """Copies of `tensors`, detached, which lie in one as the originals do, of the same order and strides."""
     one = whole([tensor.detach() for tensor in tensors])
     if one is None:
         return [tensor.detach().clone() for tensor in tensors]
@@ -65,7 +65,7 @@ def flattened(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """`first` and `second`, as many of the same shapes, detached: each one tensor if both lie so, in one order."""
+    """`first` and `second`, of the same shapes, detached; each as one tensor if both lie so, in one order."""
     ones = whole([tensor.detach() for tensor in first]), whole([tensor.detach() for tensor in second])
     a, b = ones
     if a is not None and b is not None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
@@ -105,7 +105,7 @@ class MetaModel:
         held = [
             _base_of(m).weight
             for n, m in built.adapted.unet.named_modules()
-            if ".base_layer" not in n and memory.quantizable(n, _base_of(m))
+            if ".base_layer" not in n and ".lora_" not in n and memory.quantizable(n, _base_of(m))
         ]
         return Weights(
             sum(p.numel() for p in bare),
@@ -219,7 +219,7 @@ class MetaModel:
         return inputs
 
 
-def _base_of(module: Any) -> nn.Module:
+def _base_of(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 

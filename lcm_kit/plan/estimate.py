@@ -183,9 +183,7 @@ def _phases(
     found["optimizer step"] = {"gradients": lora}  # fused AdamW makes no copies
     if config.validation.held_out:
         guided = "teacher pass" in found
-        plain, samples = (
-            (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype), batch)
-        )
+        plain, samples = (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype), batch)
         held_at = round(plain.highest(samples).at(samples))
         found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
     if config.validation.prompts is not None or config.validation.control is not None:

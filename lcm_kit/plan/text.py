@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,14 +54,13 @@ class Captions:
 
     def encode(self, n: int, *, checkpointing: bool) -> Condition:
         """The conditions of n captions, as a step encodes them: in float32, never under autocast."""
-        kernels = Kernels()
         for encoder in self.encoders:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
             for module in encoder.modules():
                 module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
                 if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = partial(checkpoint, kernels)
-        with kernels.again():
+                    module._gradient_checkpointing_func = checkpoint
+        with Kernels():
             return self.family.encode_text(self.text, [_CAPTION] * n)
 
 
