@@ -149,7 +149,7 @@ class MixedCache:
         return self.samples.empty(n)
 
     def _shared(self, index: Sequence[int]) -> tuple[list[tuple[Cache | Rows, list[int]]], list[int]]:
-        """The rows of each source that has any, and where in them, one after the other, the row of a place is."""
+        """The rows of each source that has any; where in them, one after the other, each place's row is."""
         first = len(self.images)
         own, theirs = [i for i in index if i < first], [i - first for i in index if i >= first]
         places = {True: iter(range(len(own))), False: iter(range(len(own), len(index)))}
