@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lcm_kit.adapter.trained_weights import update_ema
 from lcm_kit.config import schema
+from lcm_kit.core.flat import alike
 from lcm_kit.core.transfer import sent
 from lcm_kit.errors import UserError
 from lcm_kit.training import run_files
@@ -225,8 +226,9 @@ class Guard:
 @torch.no_grad()
 def _follow(average: Sequence[Tensor], parameters: Sequence[Tensor], rate: Tensor) -> None:
     """In place: average += rate (parameters - average), for a rate that the device alone knows."""
-    for first in range(0, len(average), _AT_ONCE):
-        some = list(average[first : first + _AT_ONCE])
-        way = torch._foreach_sub([p.data for p in parameters[first : first + _AT_ONCE]], some)
+    averages, weights = alike(average, parameters)
+    for first in range(0, len(averages), _AT_ONCE):
+        some = averages[first : first + _AT_ONCE]
+        way = torch._foreach_sub(weights[first : first + _AT_ONCE], some)
         torch._foreach_mul_(way, rate)
         torch._foreach_add_(some, way)
