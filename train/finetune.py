@@ -10,8 +10,7 @@ arXiv:2208.12242). The result are the weights with the lowest loss on held-out p
 those that have not forgotten how to draw the control prompts.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
-command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
-it.
+command continues an interrupted run, bit for bit on a CPU. To try another idea, copy it and change it.
 """
 
 from __future__ import annotations
