@@ -22,15 +22,18 @@ from lcm_kit.data.split import taught_by_plain_base
 X = torch.arange(12.0).view(4, 3)
 
 
-def asked(bases: list[bool], *, always: bool = False) -> tuple[torch.Tensor, list[tuple[list[int], bool]]]:
-    """Rows of X, negative where the base alone teaches; and what was asked of whom."""
+def asked(
+    bases: list[bool], *, always: bool = False, padded: bool = False
+) -> tuple[torch.Tensor, list[tuple[list[int], bool]]]:
+    """Rows of x, negative where the base alone teaches; and what was asked of whom."""
+    x = torch.arange(3.0 * len(bases)).view(len(bases), 3)
     calls: list[tuple[list[int], bool]] = []
 
-    def ask(rows: list[int], styled: bool) -> torch.Tensor:
-        calls.append((rows, styled))
-        return X[rows] if styled else -X[rows]
+    def ask(rows: Any, styled: bool) -> torch.Tensor:
+        calls.append((torch.arange(len(x))[rows].tolist(), styled))
+        return x[rows] if styled else -x[rows]
 
-    return route_by_teacher(ask, bases, always=always), calls
+    return route_by_teacher(ask, bases, always=always, padded=padded), calls
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,22 @@ def test_a_teacher_without_rows_is_asked_only_where_it_must_be(base: bool) -> No
     assert torch.equal(found, wanted) and calls == [([0, 1, 2, 3], not base)]
     found, calls = asked([base] * 4, always=True)
     assert torch.equal(found, wanted) and len(calls) == 2 and ([0], base) in calls
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 12])
+def test_teachers_are_asked_for_few_numbers_of_rows(n: int) -> None:
+    """In all ways to share n rows that a random draw finds; and what comes back is as without padding."""
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    for draw in range(200):
+        chance = torch.rand((), generator=torch.Generator().manual_seed(draw))
+        bases = (torch.rand(n, generator=torch.Generator().manual_seed(draw + 999)) < chance).tolist()
+        (found, calls), (plain, as_is) = asked(bases, padded=True), asked(bases)
+        assert torch.equal(found, plain)
+        for (rows, styled), (own, _) in zip(calls, as_is, strict=True):
+            sizes[styled].add(len(rows))
+            assert rows[: len(own)] == own and set(rows) == set(own)
+        assert sum(len(rows) for rows, _ in calls) <= n + -(-n // 4) + 1
+    assert sizes[True] == sizes[False] == {-(-n * quarter // 4) for quarter in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize(

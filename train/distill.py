@@ -28,24 +28,26 @@ from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
-from lcm_kit.adapter.trained_weights import update_ema
-from lcm_kit.bases.compiling import compile_blocks
+from lcm_kit.bases import compiling
 from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.guidance import sample_guidance
 from lcm_kit.core.methods import Method, Times
 from lcm_kit.core.schedule import Schedule, grid_steps
+from lcm_kit.core.transfer import sent
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.split import taught_by_plain_base
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import run_folder, run_metrics, runtime, stepping
+from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import Control
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.stopping import leave, stoppable
+from lcm_kit.training.updates import Guard
 from lcm_kit.training.validation import Validation
 
 
@@ -55,6 +57,10 @@ class StepRandomness(NamedTuple):
     noise: Tensor  # [B, C, h, w]
     times: Times  # [B] each
     guidance: Tensor  # [B] guidance_scale
+
+    def to(self, device: torch.device) -> StepRandomness:
+        """The same on `device`."""
+        return StepRandomness(sent(self.noise, device), self.times.to(device), sent(self.guidance, device))
 
 
 def step_randomness(
@@ -99,7 +105,7 @@ def main(config: Distill) -> Path:
     model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(lora, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
     ema = flattened(lora) if config.ema else []
-    compile_blocks(model, config, partial(say, accelerator))
+    compiling.compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
     files = [style.sha256 for style in (*styles, *start)]
@@ -116,28 +122,35 @@ def main(config: Distill) -> Path:
     run_folder.begin(config, accelerator)
     metrics = run_metrics.Metrics.open(config, accelerator, done)
 
-    # -- Data: latents and embeddings ------------------------------------------------------------------------
+    # -- Data: latents and embeddings, and randomness, on the device -----------------------------------------
     local_batch = origin.batch // origin.world
     places = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, local_batch, config.seed, *places, sources.mix_of(trained, config.data))
+
+    def needed(step: int) -> tuple[Batch, StepRandomness]:
+        batch = batches.at(step)
+        drawn = step_randomness(config, objective.method, schedule, batch, step)
+        return batch.to(device), drawn.to(device)
 
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
         adapted, model, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
         dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
+        padded=compiling.wants(config, device),
     )  # fmt: skip
 
     def losses_of(batch: Batch, drawn: StepRandomness, part: slice) -> Tensor:
         return roles.losses(Given(
-            batch.latents[part].to(device), drawn.noise[part].to(device),
-            Times(*(time[part] for time in drawn.times)).to(device), drawn.guidance[part],
-            batch.condition[part].to(device, dtype), taught_by_plain_base(config, batch.ids[part]),
+            batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
+            drawn.guidance[part], batch.condition[part].to(dtype=dtype),
+            taught_by_plain_base(config, batch.ids[part]),
         ))  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
         final = replace(config, grid=replace(config.grid, steps_start=None))
-        return losses_of(batch, step_randomness(final, objective.method, schedule, batch, -1), slice(None))
+        drawn = step_randomness(final, objective.method, schedule, batch, -1)
+        return losses_of(batch.to(device), drawn.to(device), slice(None))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(adapted)
@@ -147,7 +160,8 @@ def main(config: Distill) -> Path:
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     forward = min(config.batch_size, local_batch)
     passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    guard = stepping.Guard(accelerator, config, metrics, updates=done)
+    guard = Guard(accelerator, config, metrics, optimizer, lora, ema, window, updates=done)
+    ahead = Ahead(needed, config.steps, device)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
@@ -156,28 +170,27 @@ def main(config: Distill) -> Path:
         measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
-            batch = batches.at(step)
-            drawn = step_randomness(config, objective.method, schedule, batch, step)
+            batch, drawn = ahead.at(step)
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)
-            made = passes(done, partial(losses_of, batch, drawn))
-            if guard.accepts(done, made, batch.ids):
-                optimizer.step()
-                if ema:
-                    update_ema(ema, lora, config.ema)
-                window.append(made.loss)
+            guard.update(done, passes(done, partial(losses_of, batch, drawn)), batch.ids)
             optimizer.zero_grad()
+            ahead.prepare(done)
 
-            stop = asked() if done < config.steps else 0
-            speed = advance(made.loss, origin.batch, time.perf_counter() - started)
-            if window and (done % config.logging.every == 0 or done == config.steps):
-                mean = sum(window) / len(window)
-                metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
-                window = []
+            last = done == config.steps
+            stop = 0 if last else asked()
+            logged = last or done % config.logging.every == 0
+            saved = last or done % config.checkpoint.every == 0 or stop != 0
+            if logged or saved or measuring.due(done):
+                guard.settle()
+            speed = advance(guard.last.loss, origin.batch, time.perf_counter() - started)
+            if logged and guard.window:
+                mean, norm = guard.mean(), guard.last.norm
+                metrics.log(done, loss=mean, grad_norm=norm, lr=rate, images_per_second=speed)
             if not stop:
                 measuring.after(done)
-            if done % config.checkpoint.every == 0 or done == config.steps or stop:
-                saver.save(done, window)
+            if saved:
+                saver.save(done, guard.window)
             if stop:
                 leave(accelerator, run, stop, done, config.steps)
 

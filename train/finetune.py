@@ -10,13 +10,13 @@ arXiv:2208.12242). The result are the weights with the lowest loss on held-out p
 those that have not forgotten how to draw the control prompts.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
-command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and change
-it.
+command continues an interrupted run, bit for bit on a CPU. To try another idea, copy it and change it.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from torch import Tensor
 from lcm_kit import bases
 from lcm_kit.adapter import text as text_lora
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
-from lcm_kit.adapter.trained_weights import swapped, update_ema
+from lcm_kit.adapter.trained_weights import swapped
 from lcm_kit.bases.compiling import compile_blocks
 from lcm_kit.bases.condition import Condition
 from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
@@ -37,6 +37,7 @@ from lcm_kit.core.losses import l2
 from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.core.step import diffusion_loss, snr_weight
+from lcm_kit.core.transfer import sent
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
 from lcm_kit.data.cache import Cache
@@ -45,10 +46,12 @@ from lcm_kit.data.split import split
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import run_folder, run_metrics, runtime, stepping
+from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import StyleControl
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.stopping import leave, stoppable
+from lcm_kit.training.updates import Guard
 from lcm_kit.training.validation import StyleValidation
 
 
@@ -57,7 +60,11 @@ class StepRandomness(NamedTuple):
 
     noise: Tensor  # [B, C, h, w]
     t: Tensor  # int64 [B]
-    dropped: Tensor  # bool [B]: trained on without its caption
+    dropped: Tensor  # bool [B], on the host: trained on without its caption
+
+    def to(self, device: torch.device) -> StepRandomness:
+        """The same with noise and times on `device`."""
+        return StepRandomness(sent(self.noise, device), sent(self.t, device), self.dropped)
 
 
 def step_randomness(
@@ -128,12 +135,24 @@ def main(config: Finetune) -> Path:
     run_folder.begin(config, accelerator)
     metrics = run_metrics.Metrics.open(config, accelerator, done)
 
-    # -- Data: latents and embeddings, the brand's and the base's own ----------------------------------------
+    # -- Data: latents, embeddings and randomness on the device, of the brand's and of the base's own --------
     local_batch = origin.batch // origin.world
     place = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, local_batch, config.seed, *place, sources.mix_of(trained, config.data))
     beside = Batches(own, local_batch, config.seed + 1, *place) if own else None
-    empty = cache.empty().to(device, dtype)
+    empty = cache.empty()
+
+    def drawn_from(source: Batches, step: int, whose: str) -> tuple[Batch, StepRandomness]:
+        batch = source.at(step)
+        drawn = step_randomness(config, schedule.steps, batch, step, whose)
+        heard = replace(batch, condition=batch.condition.replaced(drawn.dropped, empty))
+        return heard.to(device), drawn.to(device)
+
+    def needed(step: int) -> list[tuple[float, Batch, StepRandomness]]:
+        parts = [(1.0, *drawn_from(batches, step, ""))]
+        if beside:
+            parts.append((config.prior.weight, *drawn_from(beside, step, "prior ")))
+        return parts
 
     # -- Loss: of the raw output against what it should be, as it weighs at its time -------------------------
     def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor) -> Tensor:
@@ -144,13 +163,11 @@ def main(config: Finetune) -> Path:
             x0=x0.to(device), noise=noise.to(device), t=t,
         )  # fmt: skip
 
-    def losses_of(batches: list[tuple[float, Batch, StepRandomness]], part: slice) -> Tensor:
+    def losses_of(parts: list[tuple[float, Batch, StepRandomness]], part: slice) -> Tensor:
         losses = torch.zeros((), device=device)
-        for factor, batch, drawn in batches:
-            condition = batch.condition[part].to(device, dtype).replaced(drawn.dropped[part], empty)
-            losses = losses + factor * losses_at(
-                batch.latents[part], condition, drawn.noise[part], drawn.t[part]
-            )
+        for factor, batch, drawn in parts:
+            given = batch.latents[part], batch.condition[part], drawn.noise[part], drawn.t[part]
+            losses = losses + factor * losses_at(*given)
         return losses
 
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
@@ -163,7 +180,8 @@ def main(config: Finetune) -> Path:
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     forward = min(config.batch_size, local_batch)
     passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    guard = stepping.Guard(accelerator, config, metrics, updates=done)
+    guard = Guard(accelerator, config, metrics, optimizer, lora, ema, window, updates=done)
+    ahead = Ahead(needed, config.steps, device)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
         stoppable(accelerator) as asked,
@@ -172,32 +190,27 @@ def main(config: Finetune) -> Path:
         measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
-            batch = batches.at(step)
-            parts = [(1.0, batch, step_randomness(config, schedule.steps, batch, step))]
-            if beside:
-                other = beside.at(step)
-                drawn = step_randomness(config, schedule.steps, other, step, "prior ")
-                parts.append((config.prior.weight, other, drawn))
+            parts = ahead.at(step)
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)
-            made = passes(done, partial(losses_of, parts))
-            if guard.accepts(done, made, batch.ids):
-                optimizer.step()
-                if ema:
-                    update_ema(ema, lora, config.ema)
-                window.append(made.loss)
+            guard.update(done, passes(done, partial(losses_of, parts)), parts[0][1].ids)
             optimizer.zero_grad()
+            ahead.prepare(done)
 
-            stop = asked() if done < config.steps else 0
-            speed = advance(made.loss, origin.batch, time.perf_counter() - started)
-            if window and (done % config.logging.every == 0 or done == config.steps):
-                mean = sum(window) / len(window)
-                metrics.log(done, loss=mean, grad_norm=made.norm, lr=rate, images_per_second=speed)
-                window = []
+            last = done == config.steps
+            stop = 0 if last else asked()
+            logged = last or done % config.logging.every == 0
+            saved = last or done % config.checkpoint.every == 0 or stop != 0
+            if logged or saved or measuring.due(done):
+                guard.settle()
+            speed = advance(guard.last.loss, origin.batch, time.perf_counter() - started)
+            if logged and guard.window:
+                mean, norm = guard.mean(), guard.last.norm
+                metrics.log(done, loss=mean, grad_norm=norm, lr=rate, images_per_second=speed)
             if not stop:
                 measuring.after(done)
-            if done % config.checkpoint.every == 0 or done == config.steps or stop:
-                saver.save(done, window)
+            if saved:
+                saver.save(done, guard.window)
             if stop:
                 leave(accelerator, run, stop, done, config.steps)
 

@@ -28,8 +28,10 @@ from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
 from lcm_kit.core.step import Loss, consistency_loss
+from lcm_kit.core.transfer import sent
 
 Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
+Rows = slice | Tensor  # of a batch: all, or an index int64 on its device
 ROWS = {"teacher": 2, "target": 1, "student": 1}  # of the UNet's batch for a sample: guidance takes two
 PARTS = tuple(ROWS)
 
@@ -73,9 +75,11 @@ class Roles:
 
     `call` is the UNet or what is called in its place (compiled, under autocast); `dtype` that of its inputs.
     `empty`: the condition of no caption, [1, ...]. `both`: both teachers, the styled and the base alone, are
-    asked in every step, which processes that share weights must do alike. `part`: what is open around a pass.
-    `name`: which of the things that are trained on the UNet is the student; it is in use around the loss and
-    its backward (`AdaptedUNet.using`), as the only one always is. To be made after weights are sharded.
+    asked in every step, which processes that share weights must do alike. `padded`: where there are two they
+    are asked for few numbers of rows, since each has compiled code of its own. `part`: what is open around a
+    pass. `name`: which of the things that are trained on the UNet is the student; it is in use around the
+    loss and its backward (`AdaptedUNet.using`), as the only one always is. To be made after weights are
+    sharded.
     """
 
     adapted: AdaptedUNet
@@ -87,6 +91,7 @@ class Roles:
     objective: Objective
     dtype: torch.dtype
     both: bool = False
+    padded: bool = False
     part: Part = field(default=lambda name: nullcontext())
     name: str = TRAINED
 
@@ -112,15 +117,17 @@ class Roles:
     def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
         """Its raw output under guidance; a sample each of the base alone where `bases` says so."""
 
-        def ask(rows: list[int], styled: bool) -> Tensor:
-            n, named = len(rows), given.condition[rows]
+        def ask(rows: Rows, styled: bool) -> Tensor:
+            named, x_t, times = given.condition[rows], x[rows], t[rows]
+            n = len(x_t)
             conditions = Condition.cat([self.empty.expand(n).sized_as(named), named])
             with self.adapted.teacher(styled=styled):
-                output = self._output(x[rows].repeat(2, 1, 1, 1), t[rows].repeat(2), conditions)
+                output = self._output(x_t.repeat(2, 1, 1, 1), times.repeat(2), conditions)
             return guide(output[:n], output[n:], given.guidance[rows])
 
         with self.part("teacher"):
-            return route_by_teacher(ask, given.bases or [False] * len(x), always=self.both)
+            bases = given.bases or [False] * len(x)
+            return route_by_teacher(ask, bases, x.device, always=self.both, padded=self.padded)
 
     def _as_target(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
         with self.part("target"), swapped(self._trained, self.ema) if self.ema else nullcontext():
@@ -140,17 +147,42 @@ class Roles:
 
 
 def route_by_teacher(
-    ask: Callable[[list[int], bool], Tensor], bases: Sequence[bool], *, always: bool = False
+    ask: Callable[[Rows, bool], Tensor],
+    bases: Sequence[bool],
+    device: torch.device | str = "cpu",
+    *,
+    always: bool = False,
+    padded: bool = False,
 ) -> Tensor:
-    """The rows that `ask(rows, styled)` gives, [len(rows), ...], from each row's own teacher, in order.
+    """The rows that `ask(rows, styled)` gives, [n, ...] for n rows, from each row's own teacher, in order.
 
     `bases`: for each row whether the base alone teaches it. A teacher that has no row is not asked, unless
-    `always`: where the weights are sharded all processes must call the model equally often.
+    `always`: where the weights are sharded all processes must call the model equally often. One that has all
+    is asked for `slice(None)`. Otherwise the index is made here, on the host, and goes to `device` in one
+    copy that nobody waits for. `padded`: a row is asked for again, and that answer dropped, until there are a
+    quarter of the batch, a half, three quarters or all of it: of the 2B numbers of rows that two teachers of
+    a batch B can have at most eight are left, for a quarter more rows.
     """
+    n = len(bases)
     rows = {styled: [i for i, base in enumerate(bases) if base != styled] for styled in (True, False)}
-    made = {styled: ask(rows[styled] or [0], styled) for styled in rows if rows[styled] or always}
-    found = torch.cat([part for styled, part in made.items() if rows[styled]])
-    return found[torch.tensor([*rows[True], *rows[False]]).argsort().to(found.device)]
+    alone = [styled for styled in rows if len(rows[styled]) == n]
+    if alone and not always:
+        return ask(slice(None), alone[0])
+    asked = {styled: _rows(own, n, padded) for styled, own in rows.items()}
+    first = {True: 0, False: len(asked[True])}
+    place = {i: first[styled] + k for styled, own in rows.items() for k, i in enumerate(own)}
+    told = sent(torch.tensor([*asked[True], *asked[False], *map(place.__getitem__, range(n))]), device)
+    *each, order = told.split([*map(len, asked.values()), n])
+    made = [ask(index, styled) for styled, index in zip(asked, each, strict=True)]
+    return torch.cat(made).index_select(0, order)
+
+
+def _rows(own: list[int], n: int, padded: bool) -> list[int]:
+    """What a teacher of the rows `own` of n is asked for: at least one row, and some again where `padded`."""
+    size = max(len(own), 1)
+    if padded:
+        size = next(some for quarter in (1, 2, 3, 4) if (some := -(-quarter * n // 4)) >= size)
+    return [*own, *[own[0] if own else 0] * (size - len(own))]
 
 
 def passes(config: Distill) -> dict[str, int]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcm_kit.core.transfer import sent
+
 Index = int | slice | Tensor | Sequence[int]
 
 
@@ -36,7 +38,7 @@ class Condition:
         """The samples at `index`; a single integer keeps the batch dimension (B = 1)."""
         if isinstance(index, int):
             index = [index]
-        chosen = index if isinstance(index, slice) else torch.as_tensor(index, device=self.embeds.device)
+        chosen = index if isinstance(index, slice) else sent(torch.as_tensor(index), self.embeds.device)
         return self._map(lambda tensor: tensor[chosen])
 
     def kwargs(self) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -47,8 +49,8 @@ class Condition:
         return found
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """The same conditions on another device or in another dtype."""
-        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        """The same conditions on another device (as `sent`) or in another dtype."""
+        return self._map(lambda tensor: sent(tensor, device).to(dtype=dtype))
 
     def expand(self, n: int) -> Condition:
         """One condition (B = 1) for n samples, without a copy."""
@@ -62,7 +64,7 @@ class Condition:
         """The text of `other` (B = 1) where `chosen` bool [B] is true; sizes stay those of each sample."""
 
         def pick(own: Tensor, new: Tensor) -> Tensor:
-            return torch.where(chosen.to(own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
+            return torch.where(sent(chosen, own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
 
         pooled = self.pooled
         if pooled is not None and other.pooled is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lcm_kit.bases.base import text_layers
 from lcm_kit.bases.condition import Condition
+from lcm_kit.core.transfer import sent
 
 
 class Text(NamedTuple):
@@ -38,7 +39,8 @@ def tokenize(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tokens:
     )
     masked = getattr(encoder.config, "use_attention_mask", False)
     return Tokens(
-        tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device) if masked else None
+        sent(tokens.input_ids, encoder.device),
+        sent(tokens.attention_mask, encoder.device) if masked else None,
     )
 
 

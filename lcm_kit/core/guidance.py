@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcm_kit.core.transfer import sent
+
 
 def paper_w(guidance_scale: float | Tensor) -> float | Tensor:
     """Return the w of the LCM paper (arXiv:2310.04378, eq. 14), 0 for no guidance: guidance_scale - 1."""
@@ -19,7 +21,7 @@ def guide(uncond: Tensor, cond: Tensor, guidance_scale: float | Tensor) -> Tenso
     x0 and eps alike.
     """
     if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.to(cond.device, torch.float32).view(-1, 1, 1, 1)
+        guidance_scale = sent(guidance_scale, cond.device).float().view(-1, 1, 1, 1)
     return cond.float() + paper_w(guidance_scale) * (cond.float() - uncond.float())
 
 

@@ -53,7 +53,9 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> Schedule:
         """Return the schedule with its tables on `device`."""
-        return Schedule(self.alpha.to(device), self.sigma.to(device))
+        moved = Schedule(self.alpha.to(device), self.sigma.to(device))
+        vars(moved)["zero_terminal_snr"] = self.zero_terminal_snr  # no step is to ask the device for it
+        return moved
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha_t, sigma_t) at t int64 [B], each [B, 1, 1, 1], to multiply latents [B, C, h, w]."""

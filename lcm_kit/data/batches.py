@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
+from lcm_kit.core.transfer import sent
 
 
 class Samples(Protocol):
@@ -71,6 +72,10 @@ class Batch:
     condition: Condition  # B conditions, float32
     ids: list[str]
     slots: range  # places in the global batch, for `generator_at` and `draw`
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; the host does not wait for it (`transfer.sent`)."""
+        return replace(self, latents=sent(self.latents, device), condition=self.condition.to(device))
 
 
 class Mix(NamedTuple):

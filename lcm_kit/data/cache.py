@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from lcm_kit.io.files import sha256_bytes
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A finished cache. Rows are read from disk when asked for; the operating system keeps the hot ones."""
+    """A finished cache. Its shards are mapped into memory, and what is asked for is gathered from there.
+
+    The operating system reads what is touched, and keeps it as long as there is room.
+    """
 
     folder: Path
     ids: list[str]
@@ -84,8 +87,8 @@ class Cache:
 
     def condition(self, index: int | Sequence[int]) -> Condition:
         """The conditions of the rows at `index`, float32."""
-        first = _open(self.folder / self._shards[0]["file"], self._shards[0]["content"])
-        held = [name for name in CONDITION if name in first.keys()]  # noqa: SIM118
+        first = _mapped(self.folder / self._shards[0]["file"], self._shards[0]["content"])
+        held = [name for name in CONDITION if name in first]
         return Condition(**{name: self._rows(name, index) for name in held})
 
     def empty(self, n: int = 1) -> Condition:
@@ -94,20 +97,34 @@ class Cache:
         return Condition(**load_file(self.folder / shards.EMPTY)).expand(n)
 
     def _rows(self, name: str, index: int | Sequence[int]) -> Tensor:
+        """The rows at `index`, in that order: one gather from each shard that has some of them."""
         starts = [0, *accumulate(shard["rows"] for shard in self._shards)]
-        rows = []
-        for i in [index] if isinstance(index, int) else index:
+        places: dict[int, list[tuple[int, int]]] = {}  # by shard: where a row goes, and its place there
+        wanted = [index] if isinstance(index, int) else index
+        for place, i in enumerate(wanted):
             number = bisect_right(starts, i) - 1
-            shard, row = self._shards[number], i - starts[number]
-            rows.append(_open(self.folder / shard["file"], shard["content"]).get_slice(name)[row : row + 1])
-        return torch.cat(rows)
+            places.setdefault(number, []).append((place, i - starts[number]))
+        parts = []
+        for number, found in places.items():
+            shard = self._shards[number]
+            rows = _mapped(self.folder / shard["file"], shard["content"])[name]
+            parts.append(rows.index_select(0, torch.tensor([row for _, row in found])))
+        if len(parts) == 1:
+            return parts[0]
+        order = [place for found in places.values() for place, _ in found]
+        whole = parts[0].new_empty(len(wanted), *parts[0].shape[1:])
+        for part, into in zip(parts, torch.tensor(order).split([len(part) for part in parts]), strict=True):
+            whole.index_copy_(0, into, part)
+        return whole
 
 
-@lru_cache(maxsize=256)
-def _open(path: Path, content: str) -> Any:
-    """An open shard. `content` is in the key so that a shard that was written anew is opened anew.
+@cache  # of a shard that is used once an address: a run that looked at one again would read for minutes
+def _mapped(path: Path, content: str) -> dict[str, Tensor]:
+    """The tensors of a shard, by name, mapped from its file: read where they are touched, never written to.
 
-    Raises `UserError` if its tensors are not those that were written.
+    `content` is in the key so that a shard that was written anew is mapped anew. Raises `UserError` if its
+    tensors are not those that were written.
     """
     shards.require_intact(path, content)
-    return safe_open(path, framework="pt")
+    with safe_open(path, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

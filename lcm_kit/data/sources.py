@@ -136,16 +136,22 @@ class MixedCache:
 
     def latents(self, index: Sequence[int]) -> Tensor:
         """Latents [n, C, h, w], float32, of the rows at `index`."""
-        return torch.cat([source.latents([row]) for source, row in map(self._row, index)])
+        parts, order = self._shared(index)
+        return torch.cat([source.latents(rows) for source, rows in parts])[order]
 
     def condition(self, index: Sequence[int]) -> Condition:
         """The conditions of the rows at `index`, float32."""
-        return Condition.cat([source.condition([row]) for source, row in map(self._row, index)])
+        parts, order = self._shared(index)
+        return Condition.cat([source.condition(rows) for source, rows in parts])[order]
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times."""
         return self.samples.empty(n)
 
-    def _row(self, index: int) -> tuple[Cache | Rows, int]:
+    def _shared(self, index: Sequence[int]) -> tuple[list[tuple[Cache | Rows, list[int]]], list[int]]:
+        """The rows of each source that has any; where in them, one after the other, each place's row is."""
         first = len(self.images)
-        return (self.images, index) if index < first else (self.samples, index - first)
+        own, theirs = [i for i in index if i < first], [i - first for i in index if i >= first]
+        places = {True: iter(range(len(own))), False: iter(range(len(own), len(index)))}
+        parts: list[tuple[Cache | Rows, list[int]]] = [(self.images, own), (self.samples, theirs)]
+        return [part for part in parts if part[1]], [next(places[i < first]) for i in index]

@@ -110,9 +110,13 @@ class BestCheckpoint:
         if lacking and (not done or due(self.config.validation, done, self.config.steps)):
             self._measure(done)
 
+    def due(self, step: int) -> bool:
+        """Whether it is time to draw and measure after `step` steps."""
+        return due(self.config.validation, step, self.config.steps)
+
     def after(self, step: int) -> None:
         """Draw and measure after `step` steps, if it is time to."""
-        if not due(self.config.validation, step, self.config.steps):
+        if not self.due(step):
             return
         with self.weights():
             if self.validation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from lcm_kit import console
@@ -28,6 +29,26 @@ def share() -> Share:
         return Share()
     here = state()
     return Share(here.process_index, here.num_processes, here.wait_for_everyone)
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all processes, which all must ask for at the same place.
+
+    Told from host to host: through the GPUs each would first wait for all that it was given to compute.
+    """
+    import torch
+
+    told = torch.tensor([value])
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _hosts(torch.distributed.group.WORLD))
+    return int(told)
+
+
+@cache
+def _hosts(world: Any) -> Any:
+    """A group of the processes of `world` that needs no GPU."""
+    import torch
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def say(accelerator: Any, text: object) -> None:

@@ -76,7 +76,9 @@ def _name(config: schema.Training) -> str:
 def progress(accelerator: Accelerator, step: int, steps: int) -> Iterator[Any]:
     """A progress bar on the main process; yields `advance(loss, images, seconds) -> images a second`.
 
-    The speed is the mean over this process's steps, without the time that validation and saving take.
+    The loss is the last that is known, on a GPU that of the step before. The speed is the mean over this
+    process's steps, without the time that validation and saving take; since the host waits for each step
+    before the next but one, and for the last before a line is logged, it is the device's speed there.
     """
     columns = (
         Words("training"), BarColumn(), MofNCompleteColumn(), Words("loss {task.fields[loss]:.4g}"),

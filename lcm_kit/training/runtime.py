@@ -135,7 +135,7 @@ def any_of(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is true on any process."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+    return processes.largest(int(flag)) > 0
 
 
 def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 
-from lcm_kit.training.processes import say
+from lcm_kit.training.processes import largest, say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,7 +39,7 @@ def stoppable(accelerator: Accelerator) -> Iterator[Callable[[], int]]:
     def asked() -> int:
         if accelerator.num_processes == 1:
             return got
-        return int(accelerator.gather(torch.tensor([got], device=accelerator.device)).max())
+        return largest(got)
 
     try:
         if threading.current_thread() is threading.main_thread():

@@ -171,9 +171,9 @@ def test_the_loss_on_held_out_pictures_is_by_the_styled_teacher(
     asked: list[list[bool]] = []
     real = roles.route_by_teacher
 
-    def route_by_teacher(ask: Any, bases: list[bool], **more: Any) -> Tensor:
+    def route_by_teacher(ask: Any, bases: list[bool], *more: Any, **options: Any) -> Tensor:
         asked.append(list(bases))
-        return real(ask, bases, **more)
+        return real(ask, bases, *more, **options)
 
     monkeypatch.setattr(roles, "route_by_teacher", route_by_teacher)
     run = distill.main(configure(keys, tmp_path / "run", steps=2, validation={"held_out": 0.25}))

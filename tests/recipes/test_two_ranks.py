@@ -51,7 +51,8 @@ from lcm_kit.training import runtime, stepping
 from lcm_kit.config.load import load
 from train import distill
 
-def prepare(accelerator, unet, optimizer):
+def prepare(accelerator, adapted, optimizer):
+    unet = adapted.unet
     assert torch.distributed.get_world_size() == accelerator.num_processes == 2
     names = {p: name for name, p in unet.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]

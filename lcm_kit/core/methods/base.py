@@ -28,7 +28,9 @@ class Times(NamedTuple):
 
     def to(self, device: torch.device | str) -> Times:
         """Return the same times on `device`."""
-        return Times(self.t.to(device), self.s.to(device), self.end.to(device))
+        from lcm_kit.core.transfer import sent
+
+        return Times(*(sent(time, device) for time in self))
 
 
 class Method(Protocol):
