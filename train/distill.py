@@ -185,8 +185,8 @@ def main(config: Distill) -> Path:
                 guard.settle()
             speed = advance(guard.last.loss, origin.batch, time.perf_counter() - started)
             if logged and guard.window:
-                mean, norm = guard.mean(), guard.last.norm
-                metrics.log(done, loss=mean, grad_norm=norm, lr=rate, images_per_second=speed)
+                told = {"lr": rate, "images_per_second": speed}
+                metrics.log(done, loss=guard.mean(), grad_norm=guard.last.norm, **told)
             if not stop:
                 measuring.after(done)
             if saved:

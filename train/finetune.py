@@ -123,9 +123,8 @@ def main(config: Finetune) -> Path:
     compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
-    origin, state = runtime.resume(
-        accelerator, config, unet=base.hash_of("unet"), data=fingerprint, base=base.base_hash
-    )
+    hashes = {"unet": base.hash_of("unet"), "data": fingerprint, "base": base.base_hash}
+    origin, state = runtime.resume(accelerator, config, **hashes)
     saver = runtime.Saver(accelerator, config, origin, adapted, {TRAINED: ema}, {TRAINED: optimizer})
     done, window = 0, []
     if state:
@@ -205,8 +204,8 @@ def main(config: Finetune) -> Path:
                 guard.settle()
             speed = advance(guard.last.loss, origin.batch, time.perf_counter() - started)
             if logged and guard.window:
-                mean, norm = guard.mean(), guard.last.norm
-                metrics.log(done, loss=mean, grad_norm=norm, lr=rate, images_per_second=speed)
+                told = {"lr": rate, "images_per_second": speed}
+                metrics.log(done, loss=guard.mean(), grad_norm=guard.last.norm, **told)
             if not stop:
                 measuring.after(done)
             if saved:
