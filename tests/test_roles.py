@@ -121,6 +121,40 @@ def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
     assert (losses("interval") / losses("none")).numpy() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_an_answer_of_the_teacher_serves_the_steps_of_its_group_and_no_other() -> None:
+    """Losses are those of a teacher that is asked each time; it is asked once for each part of a group."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    adapted = AdaptedUNet(torch.nn.Linear(1, 1))
+    adapted.train_own_weights()
+    rows: list[int] = []
+
+    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        rows.append(len(x))
+        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+
+    def roles() -> Roles:
+        keys = {"recipe": "train/distill", "output": "x", "teacher": {"reuse": 2}}
+        objective = Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
+        empty, schedule = Condition(torch.zeros(1, 3, 5)), Schedule.from_config(betas)
+        return Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32)
+
+    def of(group: int, first: int, scale: float, *, again: bool) -> Given:
+        g = torch.Generator().manual_seed(10 * group + first)
+        return Given(
+            torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
+            Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long)),
+            torch.tensor([scale, scale + 1]), Condition(torch.randn(2, 3, 5, generator=g)),
+            again=(group, first) if again else None,
+        )  # fmt: skip
+
+    mine, order = roles(), [(0, 0), (0, 2), (0, 0), (0, 2), (1, 0), (1, 0), (0, 0)]
+    for step, (group, first) in enumerate(order):
+        plain = roles().losses(of(group, first, step + 2.0, again=False))
+        rows.clear()
+        assert torch.equal(mine.losses(of(group, first, step + 2.0, again=True)), plain)
+        assert rows == ([4, 2, 2] if step in (0, 1, 4, 6) else [2, 2])  # teacher, target, student
+
+
 # -- What is trained: a LoRA beside another one, or the UNet's own weights -----------------------------------
 
 

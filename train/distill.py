@@ -66,11 +66,16 @@ class StepRandomness(NamedTuple):
 def step_randomness(
     config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int
 ) -> StepRandomness:
-    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`."""
-    n_grid = grid_steps(step, config.steps, config.grid.steps_start, config.grid.steps)
-    of = partial(draw, config.seed, step, batch.slots)
+    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`.
+
+    With `teacher.reuse` n the first two are those of the first of n steps.
+    """
+    first = step - step % config.teacher.reuse
+    n_grid = grid_steps(first, config.steps, config.grid.steps_start, config.grid.steps)
+    of = partial(draw, config.seed, first, batch.slots)
     noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
     times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
+    of = partial(draw, config.seed, step, batch.slots)
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
     return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten())
 
@@ -123,12 +128,12 @@ def main(config: Distill) -> Path:
     metrics = run_metrics.Metrics.open(config, accelerator, done)
 
     # -- Data: latents and embeddings, and randomness, on the device -----------------------------------------
-    local_batch = origin.batch // origin.world
+    local_batch, reuse = origin.batch // origin.world, config.teacher.reuse
     places = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, local_batch, config.seed, *places, sources.mix_of(trained, config.data))
 
     def needed(step: int) -> tuple[Batch, StepRandomness]:
-        batch = batches.at(step)
+        batch = batches.at(step // reuse)
         drawn = step_randomness(config, objective.method, schedule, batch, step)
         return batch.to(device), drawn.to(device)
 
@@ -139,11 +144,12 @@ def main(config: Distill) -> Path:
         padded=compiling.wants(config, device),
     )  # fmt: skip
 
-    def losses_of(batch: Batch, drawn: StepRandomness, part: slice) -> Tensor:
+    def losses_of(batch: Batch, drawn: StepRandomness, part: slice, group: int | None = None) -> Tensor:
         return roles.losses(Given(
             batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
             drawn.guidance[part], batch.condition[part].to(dtype=dtype),
             taught_by_plain_base(config, batch.ids[part]),
+            None if group is None else (group, part.start),
         ))  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
@@ -173,7 +179,8 @@ def main(config: Distill) -> Path:
             batch, drawn = ahead.at(step)
             rate = runtime.learning_rate(o, step, config.steps)
             set_rates(optimizer, rate)
-            guard.update(done, passes(done, partial(losses_of, batch, drawn)), batch.ids)
+            losses = partial(losses_of, batch, drawn, group=step // reuse if reuse > 1 else None)
+            guard.update(done, passes(done, losses), batch.ids)
             optimizer.zero_grad()
             ahead.prepare(done)
 

@@ -67,6 +67,8 @@ class Given:
     guidance: Tensor  # the teacher's guidance_scale [B]
     condition: Condition  # of B captions
     bases: Sequence[bool] = ()  # for each sample whether the base alone teaches it; none: its style does too
+    # which samples these are, where the teacher is asked for the same ones again: (group, first of the part)
+    again: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Roles:
     padded: bool = False
     part: Part = field(default=lambda name: nullcontext())
     name: str = TRAINED
+    _answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # the teacher's, of one group
 
     def losses(self, given: Given) -> Tensor:
         """The consistency loss of each sample, float32 [B]; only the student's pass has a gradient.
@@ -115,7 +118,23 @@ class Roles:
         return found
 
     def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """Its raw output under guidance; a sample each of the base alone where `bases` says so."""
+        """Its raw output under guidance; a sample each of the base alone where `bases` says so.
+
+        Guidance is linear in what the teacher says, so that an answer serves another guidance as well
+        (`Given.again`).
+        """
+        with self.part("teacher"):
+            answer = self._answers.get(given.again) if given.again else None
+            if answer is None or len(answer) != len(x):
+                answer = self._unguided(given, x, t)
+            if given.again:
+                if any(group != given.again[0] for group, _ in self._answers):
+                    self._answers.clear()
+                self._answers[given.again] = answer
+            return guide(answer[:, 0], answer[:, 1], given.guidance)
+
+    def _unguided(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
+        """[B, 2, C, h, w]: its raw output without a caption, and with it."""
 
         def ask(rows: Rows, styled: bool) -> Tensor:
             named, x_t, times = given.condition[rows], x[rows], t[rows]
@@ -123,11 +142,10 @@ class Roles:
             conditions = Condition.cat([self.empty.expand(n).sized_as(named), named])
             with self.adapted.teacher(styled=styled):
                 output = self._output(x_t.repeat(2, 1, 1, 1), times.repeat(2), conditions)
-            return guide(output[:n], output[n:], given.guidance[rows])
+            return output.unflatten(0, (2, n)).transpose(0, 1)
 
-        with self.part("teacher"):
-            bases = given.bases or [False] * len(x)
-            return route_by_teacher(ask, bases, x.device, always=self.both, padded=self.padded)
+        bases = given.bases or [False] * len(x)
+        return route_by_teacher(ask, bases, x.device, always=self.both, padded=self.padded)
 
     def _as_target(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
         with self.part("target"), swapped(self._trained, self.ema) if self.ema else nullcontext():

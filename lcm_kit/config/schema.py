@@ -91,6 +91,9 @@ class Teacher:
     # share of the loss that follows the teacher's ODE step; the rest goes back with the noise that is in x_t,
     # which needs no teacher (consistency training). 1: distillation; 0: latent consistency fine-tuning
     weight: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    # steps in a row that one answer of the teacher serves: the same pictures, noise and times, each time with
+    # new guidance, which is linear in it. Its passes fall to a share of 1 / reuse
+    reuse: Annotated[Whole, Field(ge=1, le=1000)] = 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,9 +258,15 @@ class Distill(Training):
             "teacher.adapters": bool(self.teacher.adapters)
             and not self.teacher.in_student
             and self.data.source == "images",
+            "teacher.reuse": self.teacher.reuse > 1,
         }
         for key in (key for key, given in unused.items() if given and self.teacher.weight == 0):
             raise ValueError(f"teacher.weight 0 leaves the teacher out, so {key} has no effect; remove it")
+        if self.teacher.reuse > 1 and self.solver != "ddim":
+            raise ValueError(
+                f"teacher.reuse {self.teacher.reuse} keeps the teacher's answer at one point, and solver "
+                f"{self.solver} asks it at a second one that guidance moves; set solver to ddim or reuse to 1"
+            )
         if self.validation.held_out and self.data.source != "images":
             raise ValueError(
                 f"validation.held_out is of images, and data.source is {self.data.source}; set it to 0"

@@ -146,6 +146,7 @@ class Teacher:
     adapters: tuple[Lora, ...] = ()
     in_student: bool = False
     regularization: str = Field(default="base", validation_alias=_REGULARIZATION)
+    reuse: int = 1  # steps that one answer of it served
     weight: float = 1.0
 
 

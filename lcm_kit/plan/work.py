@@ -33,13 +33,13 @@ def guided(guidance_scale: float) -> int:
 
 
 def flops_of_step(config: Training, dry_run: DryRun) -> dict[str, float]:
-    """FLOPs of one optimizer step on one process, by part; no part for what is left out."""
+    """FLOPs of an optimizer step on one process, in the mean, by part; no part for what is left out."""
     samples = config.batch_size * config.accumulation
     found: dict[str, float] = {}
     if isinstance(config, Distill):
         teacher, student = _of_loss(config)
         if teacher:
-            found["teacher"] = teacher * dry_run.teacher.flops * samples
+            found["teacher"] = teacher * dry_run.teacher.flops * samples / config.teacher.reuse
         # one where the teacher's step ends, one where the sample's own noise leads
         found["target"] = (student - 1) * dry_run.forward * samples
     found["student forward"] = dry_run.forward * samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,43 @@ def test_accumulation_equals_the_larger_batch(distill_keys: Keys, tmp_path: Path
         )
         > 1e-2
     )
+
+
+def test_with_reuse_a_batch_serves_n_steps_with_new_guidance_and_a_resume_is_exact(
+    distill_keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps of two a group: the teacher is asked in each first one, and after a stop in the middle."""
+    asked: list[int] = []
+    real = distill.Roles._unguided
+
+    def unguided(self: Any, given: Any, x: Tensor, t: Tensor) -> Tensor:
+        asked.append(len(x))
+        return real(self, given, x, t)
+
+    monkeypatch.setattr(distill.Roles, "_unguided", unguided)
+    drawn: list[Any] = []
+    randomness = distill.step_randomness
+    monkeypatch.setattr(
+        distill, "step_randomness", lambda *args: drawn.append(randomness(*args)) or drawn[-1]
+    )
+    settings: Keys = {"steps": 5, "teacher": {"reuse": 2}, "checkpoint": {"every": 1, "keep": 9}}
+    whole = distill.main(configure(distill_keys, tmp_path / "whole", **settings))
+    assert len(asked) == 3
+    for first, second in ((drawn[0], drawn[1]), (drawn[2], drawn[3])):
+        assert torch.equal(first.noise, second.noise) and torch.equal(first.times.t, second.times.t)
+        assert not torch.equal(first.guidance, second.guidance)
+    assert not torch.equal(drawn[1].noise, drawn[2].noise)
+
+    asked.clear()
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for gone in ("adapter", "state/step-000004", "state/step-000005"):
+        shutil.rmtree(stopped / gone)
+    distill.main(configure(distill_keys, stopped, **settings))
+    assert len(asked) == 2  # for the second step of its group, and the first of the next
+    assert largest_difference(weights(whole), weights(stopped)) == 0
+    plain = distill.main(configure(distill_keys, tmp_path / "plain", steps=5))
+    assert largest_difference(weights(whole), weights(plain)) > 0
 
 
 def test_ema_gives_the_target_and_has_no_gradient(distill_keys: Keys, tmp_path: Path) -> None:
