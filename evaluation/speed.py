@@ -37,6 +37,7 @@ from lcm_kit.bases import encode_images
 from lcm_kit.bases.compiling import compile_blocks
 from lcm_kit.bases.condition import Condition
 from lcm_kit.bases.memory import make_optimizer, place
+from lcm_kit.bench.counted import counted
 from lcm_kit.bench.measure import (
     clock,
     flops,
@@ -166,14 +167,15 @@ def main(config: Speed) -> Path:
     # -- Figures ---------------------------------------------------------------------------------------------
     results: dict[str, Any] = {}
     for name in SIDES:
-        timed, counted = seconds[name][config.warmup :], flops(SIDES[name], config)
+        timed, arithmetic = seconds[name][config.warmup :], flops(SIDES[name], config)
         median = statistics.median(timed)
         results[name] = {
             "samples_per_second": config.batch_size / median, "seconds": timed, **peaks[name],
-            "flops_per_step": counted, "share_of_limit": counted / median / limit,
+            "flops_per_step": arithmetic, "share_of_limit": arithmetic / median / limit,
+            **counted(SIDES[name], config),
         }  # fmt: skip
     mine, other = results["ours"], results["baseline"]
-    compared = ("samples_per_second", "peak_bytes", "flops_per_step")
+    compared = [key for key in mine if key not in ("seconds", "share_of_limit", "library_bytes")]
     results["ratio"] = {key: mine[key] / other[key] if other[key] else None for key in compared}
     results |= {"parts": parts, "limit_flops_per_second": limit, "dtype": str(dtype).removeprefix("torch.")}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()

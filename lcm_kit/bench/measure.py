@@ -125,6 +125,8 @@ def show(results: dict[str, Any], sides: Iterable[str]) -> None:
     for label, key, unit in (
         ("samples/s", "samples_per_second", 1), ("peak memory, GiB", "peak_bytes", 2**30),
         ("TFLOPs a step", "flops_per_step", 1e12), ("share of the FLOP limit", "share_of_limit", 1),
+        ("kernels a step", "kernels_per_step", 1),
+        ("kept for the backward (narrow), MiB", "kept_bytes_narrow", 2**20),
     ):  # fmt: skip
         figures = [results[name][key] for name in names]
         shown = ["" if figure is None else f"{figure / unit:.3f}" for figure in figures]
