@@ -8,6 +8,7 @@ from lcm_kit.bases import decoded_at_once
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.prior import BATCH
+from lcm_kit.drawing.batches import at_once
 from lcm_kit.plan import work
 from lcm_kit.plan.base_profile import BaseProfile
 from lcm_kit.plan.dry_run import MetaModel, Pictures
@@ -17,7 +18,7 @@ PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pic
 
 
 def vae_dtype(subject: BaseProfile, dtype: torch.dtype) -> torch.dtype:
-    """Of the VAE of a pipeline in `dtype`: float16 overflows in SDXL's (`sample.pipeline`)."""
+    """Of the VAE of a pipeline in `dtype`, before it was asked: float16 overflows in SDXL's own."""
     return torch.float32 if dtype == torch.float16 and subject.pooled else dtype
 
 
@@ -36,7 +37,7 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
         found[PICTURES] = _pictures(config, stage, device)
     if isinstance(config, Distill) and config.data.source != "images":
         guided = work.guided(config.data.samples.guidance_scale)
-        count = min(config.data.batch_size, config.data.samples.count)
+        count = min(_at_once(config, device), config.data.samples.count)
         drawn = _drawn(config, stage, device, count * guided)
         # captions are encoded beside the pipeline, in float32, and its VAE is there without being asked
         found[SAMPLES] = {
@@ -51,14 +52,19 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
 
 
 def _pictures(config: Training, stage: MetaModel, device: str) -> Parts:
-    """Text encoders and VAE in float32."""
-    pictures, batch = stage.pictures(config.data.resolution, torch.float32), config.data.batch_size
+    """Text encoders and VAE in float32, in which the VAE begins where it proves itself in half precision."""
+    pictures, batch = stage.pictures(config.data.resolution, torch.float32), _at_once(config, device)
     return {
         "text encoders": stage.subject.text * FLOAT,
         "VAE": pictures.weights * FLOAT,
         "activations": round(pictures.encode.highest(batch).at(batch)),
         "workspaces": allowance(device),
     }
+
+
+def _at_once(config: Training, device: str) -> int:
+    """Pictures, or samples of the teacher, that `data.batch_size` asks for."""
+    return at_once(config.data.batch_size, config.data.resolution, config.data.resolution, device)
 
 
 def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
