@@ -56,7 +56,7 @@ class ProvenVae(nn.Module):
     def __init__(self, vae: Any, halves: Sequence[torch.dtype] = (), *, settled: bool = False) -> None:  # noqa: D107
         super().__init__()
         self.full = vae
-        self.half: Any = None
+        self.fast: Any = None
         self._halves, self._told = tuple(halves), False
         if settled and halves:
             self._use(halves[0])
@@ -69,12 +69,12 @@ class ProvenVae(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((self.full if self.half is None else self.half).parameters()).device
+        return next((self.full if self.fast is None else self.fast).parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """In which it computes: float32 until something else has proved itself."""
-        return next((self.full if self.half is None else self.half).parameters()).dtype
+        return next((self.full if self.fast is None else self.fast).parameters()).dtype
 
     def decoded(self, latents: Tensor) -> Tensor:
         """As `bases.decode_latents`, float32."""
@@ -91,11 +91,11 @@ class ProvenVae(nn.Module):
         return self.dtype
 
     def _run(self, run: Run, given: Tensor, near: Callable[[Tensor, Tensor], bool], done: str) -> Tensor:
-        if self._halves and self.half is None:
+        if self._halves and self.fast is None:
             self._settle(run, given[:1], near, done)
-        if self.half is None:
+        if self.fast is None:
             return run(self.full, given).float()
-        found = run(self.half, given).float()
+        found = run(self.fast, given).float()
         broken = ~found.flatten(1).isfinite().all(1)
         if broken.any():
             self._say(f"some pictures are not finite in {_name(self.dtype)} and are {done} in float32")
@@ -109,19 +109,19 @@ class ProvenVae(nn.Module):
             return  # that is no fault of the precision, and the next picture may tell
         for dtype in self._halves:
             self._use(dtype)
-            if near(run(self.half, given).float().to(exact.device), exact):
+            if near(run(self.fast, given).float().to(exact.device), exact):
                 return
-            self.full.to(self.half.device)
-            self.half = None
+            self.full.to(self.fast.device)
+            self.fast = None
         tried, self._halves = " or ".join(map(_name, self._halves)), ()
         self._say(f"it is not near float32 in {tried}, so pictures are {done} in float32")
 
     def _use(self, dtype: torch.dtype) -> None:
-        self.half = nn.Module.to(copy.deepcopy(self.full), dtype)  # diffusers' own `to` warns of nothing
+        self.fast = nn.Module.to(copy.deepcopy(self.full), dtype)  # diffusers' own `to` warns of nothing
         self.full.to("cpu")  # where it waits for what is not finite
 
     def _exactly(self, run: Run, given: Tensor) -> Tensor:
-        self.full.to(self.half.device)
+        self.full.to(self.fast.device)
         try:
             return run(self.full, given).float()
         finally:
