@@ -16,6 +16,7 @@ import torch
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.headers import read_header
 from lcm_kit.bases.source import file_hash, read_json
+from lcm_kit.bases.weights import hushed
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import sha256_bytes
 
@@ -86,9 +87,11 @@ def load(found: TinyDecoder, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderTiny
 
     try:
-        model, report = AutoencoderTiny.from_pretrained(
-            found.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with hushed():  # it warns of a key that its own save_pretrained writes
+            model, report = AutoencoderTiny.from_pretrained(
+                found.folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"decoder {str(found.folder)!r} cannot be loaded ({first_line(error)}); save it again"
