@@ -21,7 +21,7 @@ from lcm_kit.evaluation import brand, tables, verdicts
 from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
-from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated
 from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Figures, Ruler
@@ -55,8 +55,9 @@ def main(config: Brand) -> Path:
         config.recipe, [*wanted, *control], size, device, features=config.features,
         text_features=config.text_features, probe="brand-probe",
     )  # fmt: skip
+    how = how_of(config, base)
     samples = {
-        kind: Samples(prompts, n, config.seed, size, config.batch_size, config.pictures)
+        kind: Samples(prompts, n, config.seed, size, config.batch_size, config.pictures, how=how)
         for kind, prompts, n in ((MAIN, wanted, config.images_per_prompt), (CONTROL, control, 1))
     }
 

@@ -25,7 +25,7 @@ from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation import tables, verdicts
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
-from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, inputs, repeated
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated
 from lcm_kit.evaluation.extract import FeatureExtractor, of_the_world
 from lcm_kit.evaluation.measure import Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
@@ -74,7 +74,10 @@ def main(config: Quality) -> Path:
     require_whole(found)
     adapters = {name: replace(each, name=name) for name, each in zip((STUDENT,), found, strict=False)}
     prompts = repeated(assets.prompts(config.prompts), config.count)
-    samples = Samples(prompts, 1, config.seed, size, config.batch_size, config.pictures, keep_all=True)
+    samples = Samples(
+        prompts, 1, config.seed, size, config.batch_size, config.pictures, keep_all=True,
+        how=how_of(config, base),
+    )  # fmt: skip
     look = FeatureExtractor.of(
         config.recipe, prompts, size, device, features=PROBE if size == world.SIZE else None
     )

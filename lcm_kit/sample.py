@@ -11,21 +11,30 @@ import contextlib
 import hashlib
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lcm_kit import bases
+from lcm_kit.drawing.batches import AUTO, Batches
+from lcm_kit.drawing.fused import fuse
+from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
+from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.io.files import atomic_file
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora.locate import adapter_file
 from lcm_kit.samplers import sampler_of
+
+__all__ = [
+    "CallSettings", "call_settings", "contact_sheet", "decode", "draw_images", "generators", "latents",
+    "load_adapter", "noise_of", "pipeline", "placement", "sample", "sample_to_folder", "save_png",
+    "scheduler", "slug", "to_pil", "unet_calls",
+]  # fmt: skip
 
 _ADAPTER_NAME = "lcm"
 # Keys of a scheduler's configuration that say what the base is; all others say how to sample
@@ -60,11 +69,14 @@ def pipeline(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    how: How = PLAIN,
 ) -> Any:
     """The base's pipeline without safety checker; `unet`, if given, takes the place of its own, and so
     do `text_encoders` (by part, as `text_encoder_2`).
 
-    `base` is a folder, a hub id or `asset:NAME`. Raises `UserError` if there is no such pipeline.
+    `base` is a folder, a hub id or `asset:NAME`. On CUDA convolutions lie channels last, but those of `unet`,
+    which is another's. In half precision the VAE computes as `ProvenVae` finds, on a CPU in float32. Raises
+    `UserError` if there is no such pipeline, and as `How.compiled`.
     """
     from diffusers import DDIMScheduler
 
@@ -74,10 +86,7 @@ def pipeline(
         "scheduler": DDIMScheduler.from_config(
             noise_of(info.scheduler_config), clip_sample=False, steps_offset=1
         ),
-        # which overflows in float16 where its configuration says so, as SDXL's
-        "vae": bases.load_vae(
-            info, torch.float32 if info.vae_overflows and dtype == torch.float16 else dtype
-        ),
+        "vae": how.load(info, dtype, device),
         **(text_encoders or {}),
         **({} if unet is None else {"unet": unet}),
     }
@@ -90,7 +99,12 @@ def pipeline(
         parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
     pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe.to(device)
+    if torch.device(device).type == "cuda":
+        for model in (pipe.vae, *(() if unet is not None else (pipe.unet,))):
+            model.to(memory_format=torch.channels_last)
+    how.compiled(pipe.unet)
+    return pipe
 
 
 @contextlib.contextmanager
@@ -219,42 +233,14 @@ def latents(
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
-    return bases.decode_latents(pipe.vae, latents).float().cpu().clamp(-1, 1)
+    own = isinstance(pipe.vae, ProvenVae)
+    pixels = pipe.vae.decoded(latents) if own else bases.decode_latents(pipe.vae, latents)
+    return pixels.float().cpu().clamp(-1, 1)
 
 
 def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> Tensor:
     """Draw one batch as pixels [B, 3, H, W] in [-1, 1]; `settings` are those of `latents`."""
     return decode(pipe, latents(pipe, prompts, **settings))
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pixels [B, 3, H, W] in [-1, 1] as 8-bit RGB pictures; values outside are clipped."""
-    array = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in array]
-
-
-def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """All pictures (of one size) on one white sheet, row by row; nearly square unless `columns` is given."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * (width + gap), k // columns * (height + gap)))
-    return sheet
-
-
-def save_png(picture: Image.Image, path: Path) -> Path:
-    """Write `picture` as PNG, whole or not at all."""
-    with atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
-    return path
-
-
-def slug(prompt: str, length: int = 48) -> str:
-    """`prompt` as a file name: lower-case ASCII words with dashes, `image` where nothing is left."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:length].rstrip("-") or "image"
 
 
 def draw_images(
@@ -272,16 +258,20 @@ def draw_images(
     negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
     count: int = 1,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = AUTO,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    decoder: str | None = None,
+    tiling: bool = False,
+    compile: bool = False,
 ) -> Iterator[Image.Image]:
     """Draw `count` pictures of each prompt with a base: the first of every prompt, then the second, ...
 
     `adapter` is a run's folder or a `.safetensors` file; `size` (height, width) in pixels, the base's own by
-    default. The first picture of each prompt is the same whatever `count` and `batch_size` are. `device` and
-    `dtype` are by `placement`. Raises `UserError` for everything that the caller can correct, before the
-    first picture.
+    default. The first picture of each prompt is the same whatever `count` and `batch_size` are; where memory
+    runs out fewer are drawn at once, and that is said. The adapter is fused into the weights where that is
+    exact enough (`fused.fuse`). `device` and `dtype` are by `placement`; `decoder`, `tiling` and `compile` as
+    in `How`. Raises `UserError` for everything that the caller can correct, before the first picture.
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
@@ -294,16 +284,22 @@ def draw_images(
     where = placement(device, dtype)
     if size is not None and any(side % 8 for side in size):
         raise UserError(f"size {size[1]} x {size[0]}: width and height must be multiples of 8 pixels")
-    pipe = pipeline(base, revision=revision, variant=variant, **where)
+    how = How.of(bases.inspect_base(base, revision=revision, variant=variant), decoder, tiling, compile)
+    pipe = pipeline(base, revision=revision, variant=variant, how=how, **where)
     if file is not None:
         load_adapter(pipe, file, lora_weight)
-    wanted = list(prompts) * count
-    for first in range(0, len(wanted), batch_size):
-        batch = wanted[first : first + batch_size]
-        images = sample(
+        fuse(pipe, keep=False)
+    height, width = size or (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
+    how.say(pipe.vae, height, width)
+
+    def draw(first: int, batch: Sequence[str]) -> Tensor:
+        return sample(
             pipe, batch, sampler=sampler, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
             size=size, negative_prompt=negative_prompt,
         )  # fmt: skip
+
+    batches = Batches.of_pictures(batch_size, height, width, where["device"])
+    for images in batches.run(list(prompts) * count, draw):
         yield from to_pil(images)
 
 
@@ -313,16 +309,19 @@ def sample_to_folder(
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
-    Each is written when its batch is drawn. Returns the contact sheet's path, with a row a prompt where there
-    are several pictures. Raises `UserError` as `draw_images`.
+    Each is written when its batch is drawn; what a tiny decoder decoded names it in its PNG text. Returns the
+    contact sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as
+    `draw_images`.
     """
     sweep(output, deep=False)
+    decoder = settings.get("decoder")
+    told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
     pictures: list[Image.Image] = []
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
-        save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png")
+        save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png", told)
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
-    return save_png(sheet, output / "contact-sheet.png")
+    return save_png(sheet, output / "contact-sheet.png", told)

@@ -282,13 +282,14 @@ def test_a_pipeline_draws_as_the_kit_does(
 def test_the_command_line_and_a_program_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     how = pictures.drawing(["a  cat"], base="b", sampler="ddim", steps=3, width=64, seed=4, dtype="float16")
     assert (how.base, how.prompts, how.title) == ("b", ["a cat"], "drawing 1 of b in 3 steps")
+    assert how.settings["batch_size"] == "auto" and how.settings["decoder"] is None
     assert how.settings["size"] == (64, 64) and how.settings["dtype"] == torch.float16
     seen: list[Any] = []
     monkeypatch.setattr(sample, "draw_images", lambda *given, **more: seen.append((given, more)) or [])
     assert lcm_kit.sample_images("a  cat", base="b", sampler="ddim", steps=3, width=64, seed=4) == []
     ((given, more),) = seen
     assert given == ("b", ["a cat"]) and {**more, "dtype": torch.float16} == {
-        **how.settings, "batch_size": 8, "device": None,
+        **how.settings, "batch_size": "auto", "device": None, "tiling": False, "compile": False,
     }  # fmt: skip
 
 

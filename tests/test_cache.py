@@ -15,11 +15,12 @@ from lcm_kit import bases
 from lcm_kit.bases import inspect_base, sd
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import cache as module
-from lcm_kit.data import encoding
+from lcm_kit.data import encoding, vae_precision
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder
 from lcm_kit.data.images import encode
 from lcm_kit.data.transforms import to_pixels
+from lcm_kit.drawing import vae as drawing_vae
 from lcm_kit.errors import UserError
 
 N = 7
@@ -377,3 +378,75 @@ def test_a_manifest_that_lost_something_is_noticed_and_written_anew(config, fiel
         assert encode(config).encoded == 0
         assert json.loads(file.read_text())["records"] == json.loads(whole)["records"]
         Cache.open(Path(config.data.cache), base=base, data=config.data)
+
+
+# -- The VAE's precision, and memory -------------------------------------------------------------------------
+
+
+def test_half_precision_is_a_setting_of_the_cache_and_never_mixed(config, tmp_path):
+    encode(config(), progress=False)
+    exact = _open(config()).latents(list(range(N)))
+    half = config(cache=str(tmp_path / "half"), vae_precision="float16")
+    encode(half, progress=False)
+    found = _open(half).latents(list(range(N)))
+    off = float((found - exact).norm() / exact.norm())
+    assert 1e-6 < off < 2e-3 and found.dtype == torch.float32
+    text = json.loads((Path(half.data.cache) / "manifest.json").read_text())
+    assert text["settings"]["data.vae_precision"] == "float16"
+    auto = config(cache=half.data.cache)  # auto keeps what the cache was begun in
+    assert torch.equal(_open(auto).latents(0), found[:1])
+    assert encode(auto, progress=False).encoded == 0
+    full = config(cache=half.data.cache, vae_precision="float32")
+    with pytest.raises(UserError, match=r"data.vae_precision \('float16' there, 'float32' here\)"):
+        _open(full)
+    assert encode(full, progress=False).encoded == N
+    assert torch.equal(_open(full).latents(list(range(N))), exact)
+    with pytest.raises(UserError, match=r"data.vae_precision \('float32' there, 'float16' here\)"):
+        _open(half)
+
+
+def test_what_the_first_picture_proved_holds_for_a_run_that_goes_on(config, monkeypatch):
+    """As on a GPU that is gone when the run goes on: its shards are kept, in one precision."""
+    monkeypatch.setattr(vae_precision, "half_dtypes", lambda device, overflows: (torch.float16,))
+    assert encode(config(), progress=False).encoded == N
+    folder = Path(config().data.cache)
+    assert json.loads((folder / "vae.json").read_text())["precision"] == "float16"
+    before = _open(config()).latents(list(range(N)))
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00001.safetensors").unlink()
+    monkeypatch.setattr(vae_precision, "half_dtypes", lambda device, overflows: ())
+    again = encode(config(), progress=False)
+    assert 0 < again.encoded < N
+    assert torch.equal(_open(config()).latents(list(range(N))), before)
+
+
+def test_a_vae_that_is_not_near_in_half_precision_encodes_in_float32(config, monkeypatch):
+    encode(config(), progress=False)
+    exact = _open(config()).latents(list(range(N)))
+    shutil.rmtree(config().data.cache)
+    monkeypatch.setattr(vae_precision, "half_dtypes", lambda device, overflows: (torch.float16,))
+    monkeypatch.setattr(drawing_vae, "NEAR_LATENTS", 0.0)
+    encode(config(), progress=False)
+    assert not (Path(config().data.cache) / "vae.json").exists()
+    assert torch.equal(_open(config()).latents(list(range(N))), exact)
+
+
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_rows_are_the_same_where_memory_runs_out(config, tmp_path, monkeypatch, capsys, batch_size):
+    encode(config(), progress=False)
+    wanted = _open(config()).latents(list(range(N)))
+    real = bases.encode_images
+
+    def encode_images(vae, pixels):
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. ")
+        return real(vae, pixels)
+
+    monkeypatch.setattr(bases, "encode_images", encode_images)
+    small = config(cache=str(tmp_path / "small"), batch_size=batch_size)
+    encode(small, progress=False)
+    torch.testing.assert_close(_open(small).latents(list(range(N))), wanted, atol=1e-5, rtol=1e-5)
+    assert "at once while encoding a picture of 64 x 64 pixels; going on with 1" in capsys.readouterr().err
+    monkeypatch.setattr(bases, "encode_images", lambda vae, pixels: encode_images(vae, [0, 0]))
+    with pytest.raises(UserError, match="one at a time .*; choose a smaller data.resolution"):
+        encode(config(cache=str(tmp_path / "none"), batch_size=batch_size), progress=False)

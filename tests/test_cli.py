@@ -257,7 +257,8 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
         "seed": 5, "lora_weight": 0.8, "sampler": "lcm", "revision": None, "variant": "fp16",
-        "negative_prompt": None, "size": None, "count": 1, "batch_size": 8, "device": None, "dtype": None,
+        "negative_prompt": None, "size": None, "count": 1, "batch_size": "auto", "device": None,
+        "dtype": None, "decoder": None, "tiling": False, "compile": False,
     }  # fmt: skip
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")
@@ -269,6 +270,15 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     cli("sample", "--prompt", "one", "--base", "b", *more, "--dtype", "bfloat16", "--guidance", "2")
     given, keys = calls.pop()[1], ("negative_prompt", "size", "count", "batch_size", "device", "dtype")
     assert [given[key] for key in keys] == ["red", (64, 64), 2, 3, "cpu", torch.bfloat16]
+    cli("sample", "--prompt", "one", "--base", "b", "--decoder", "my/tiny", "--tiling", "--compile")
+    given = calls.pop()[1]
+    assert [given[key] for key in ("decoder", "tiling", "compile")] == ["my/tiny", True, True]
+    for wrong, words in (
+        ("some", "--batch-size 'some' is no number; give one, or auto"),
+        ("0", "out of range"),
+    ):
+        done = cli("sample", "--prompt", "one", "--base", "b", "--batch-size", wrong)
+        assert done.exit_code == 2 and words in " ".join(done.stderr.split())
     how = ("sampler", "steps", "guidance_scale", "lora_weight")
     assert [calls[-1][1][key] for key in how] == ["tcd", 2, 1.5, 0.0]
 

@@ -17,7 +17,7 @@ ROOMS = [
     "core",  # the mathematics
     "families", "samplers",  # tables
     "io", "assets", "config", "tiny",  # files, what is shipped, every key of a config, the embedded world
-    "bases", "lora", "adapter", "sample",  # models: loaded, adapted, drawn with
+    "bases", "lora", "adapter", "drawing", "sample",  # models: loaded, adapted, drawn with
     "data", "training", "bench", "plan", "evaluation",  # what is done with them
     "report", "export",  # what is told of it
     "workflow", "api", "cli", "__main__",  # all of it in one go, from a program, from a terminal

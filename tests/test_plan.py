@@ -309,7 +309,7 @@ def test_validation_holds_text_encoders_and_vae_and_all_its_pictures(tiny: Plann
     few, many = (tiny(config("quickstart", f"validation.count={n}", "batch_size=1")) for n in (64, 128))
     assert many.phase == "validation"
     parts = many.phases["validation"]
-    assert (parts["text encoders"], parts["VAE"]) == (2 * text, 2 * vae.weights)
+    assert (parts["text encoders"], parts["VAE"]) == (2 * text, 4 * vae.weights)
     assert parts["activations"] == pytest.approx(2 * few.phases["validation"]["activations"], rel=0.01)
     assert parts["activations"] >= vae.decode.highest(128).at(128)
     assert "validation" not in tiny(config("quickstart", "validation.prompts=null")).phases
@@ -611,7 +611,7 @@ def test_encoding_draws_with_the_whole_pipeline(tiny: Planner) -> None:
     teacher = tiny(styled("data.batch_size=64")).encode
     assert list(teacher) == [encoding.SAMPLES]
     parts = teacher[encoding.SAMPLES]
-    assert (parts["UNet"], parts["VAE"]) == (2 * numbers.base, 2 * vae.weights)
+    assert (parts["UNet"], parts["VAE"]) == (2 * numbers.base, 4 * vae.weights)
     assert parts["text encoders"] == (2 + 4) * text
     assert parts["activations"] == round(drawn.highest(128).at(128))
     one = tiny(styled("data.batch_size=64", "data.samples.guidance_scale=1")).encode

@@ -113,3 +113,21 @@ def test_rows_of_brand_join_both_lists() -> None:
     less = results.difference(found, mine["id"], base["id"], "brand_similarity")
     assert less is not None and less["difference"] == 0.5
     assert results.difference(found, base["id"], mine["id"], "brand_similarity") is None
+
+
+def test_what_the_vae_did_not_decode_whole_is_told_and_goes_on_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lcm_kit.export import run as export
+
+    plain, tiny = quality(), quality(decoder="my-tiny (0a1b2c3d)")
+    tiled = {**plain, "settings": {**plain["settings"], "tiling": True}}
+    assert results.decoded(plain) is None
+    assert results.decoded(tiled) == "decoded in tiles, which is not exact"
+    told = results.decoded(tiny)
+    assert told == "previews, decoded by the tiny decoder my-tiny (0a1b2c3d) and not by the base's VAE"
+    monkeypatch.setattr(export.adapter, "is_of_these_weights", lambda run, name: True)
+    for found, wanted in ((plain, plain), (tiny, None)):
+        assert export._measured(tmp_path, "results.json", lambda run, found=found: found) is wanted
+    said = capsys.readouterr().err
+    assert said.count("the card has no figures of") == 1 and "my-tiny (0a1b2c3d)" in said

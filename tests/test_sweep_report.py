@@ -473,3 +473,9 @@ def test_in_chromium(text: str, tmp_path: Path) -> None:
         measured = [float(each) for each in found[order] if each]
         assert measured == sorted(measured, reverse=reverse) and len(measured) > 5
         assert not any(found[order][len(measured) :])  # what was not measured is last
+
+
+def test_a_sweep_names_what_decoded_its_pictures(swept: tuple[Path, dict[str, Any]]) -> None:
+    plain, told = swept[1], "previews, decoded by the tiny decoder my-tiny (0a1b2c3d)"
+    assert "pictures" not in dict(sweep._facts(plain))
+    assert told in dict(sweep._facts({**plain, "decoder": "my-tiny (0a1b2c3d)"}))["pictures"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lcm_kit import console
 from lcm_kit.api.calls import call
 from lcm_kit.api.stages import Place
-from lcm_kit.config.numbers import require_in_range
+from lcm_kit.config.numbers import require_batch_size, require_in_range
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ def sample_images(
     height: int | None = None,
     count: int = 1,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    decoder: Place | None = None,
+    tiling: bool = False,
+    compile: bool = False,
     verbose: bool = False,
 ) -> list[Image]:
     """Draw `count` pictures of each prompt: the first of every prompt, then the second of every one, ...
@@ -45,8 +48,11 @@ def sample_images(
     asset:NAME; by default the run's. What is None of `sampler`, `steps`, `guidance_scale` (diffusers', 1 is
     none) and `weight` is what was measured for the LoRA (`recommended_for`), else what serves its method:
     for LCM lcm, 4, 1 and 1. `width` and `height` in pixels, multiples of 8; the base's own by default, and a
-    square if one is given. Picture i is a function of (seed, i): no batch size changes it. `device` as
-    "cuda:1", `dtype` as "float16": by default CUDA in float16 if there is one, else the CPU in float32.
+    square if one is given. Picture i is a function of (seed, i): no batch size changes it, and where memory
+    runs out fewer are drawn at once. `device` as "cuda:1", `dtype` as "float16": by default CUDA in float16
+    if there is one, else the CPU in float32. `decoder`: the folder of a diffusers AutoencoderTiny, which
+    decodes previews in the VAE's place. `tiling` decodes what is larger than the VAE was made for in tiles,
+    which is not exact. `compile` compiles the UNet: minutes first, then faster pictures on a GPU.
 
     Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
     a form that diffusers loads, before weights are loaded; and for settings that are impossible.
@@ -61,7 +67,8 @@ def sample_images(
         how = drawing(
             wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance_scale,
             weight=weight, negative_prompt=negative_prompt, width=width, height=height, count=count,
-            seed=seed, batch_size=batch_size, device=device, dtype=dtype,
+            seed=seed, batch_size=batch_size, device=device, dtype=dtype, decoder=decoder, tiling=tiling,
+            compile=compile,
         )  # fmt: skip
         with console.working(how.title):
             return list(draw_images(how.base, how.prompts, **how.settings))
@@ -133,6 +140,8 @@ def drawing(
     height: int | None = None,
     count: int = 1,
     dtype: str | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    decoder: Place | None = None,
     **more: Any,
 ) -> Drawing:
     """What `sample_images` and `lcm-kit sample` draw, by their options; `more` is for `draw_images` as it is.
@@ -149,7 +158,8 @@ def drawing(
     from lcm_kit.lora.write import DTYPES
 
     require_in_range(steps=steps, guidance_scale=guidance_scale, weight=weight)
-    require_in_range(count=count, batch_size=more.get("batch_size"), width=width, height=height)
+    require_in_range(count=count, width=width, height=height)
+    require_batch_size(batch_size)
     wanted = [*map(from_command, prompts)]
     found = Base(path=base) if base else _base_of(adapter)
     advice, made_by, given = None, DEFAULT, None if adapter is None else Path(adapter)
@@ -173,7 +183,8 @@ def drawing(
             "revision": found.revision, "variant": found.variant,
             "negative_prompt": None if negative_prompt is None else from_command(negative_prompt),
             "size": None if side is None else (height or side, width or side), "count": count,
-            "dtype": None if dtype is None else getattr(torch, dtype), **more,
+            "dtype": None if dtype is None else getattr(torch, dtype),
+            "batch_size": batch_size, "decoder": None if decoder is None else os.fspath(decoder), **more,
         },
     )  # fmt: skip
 

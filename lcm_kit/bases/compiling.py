@@ -45,16 +45,27 @@ def compile_blocks(
     device = next(unet.parameters()).device
     if not wants(config, device):
         return
-    if backend == "inductor" and (missing := _missing(device)):
-        raise UserError(f"memory.compile needs {missing}, or set it to false")
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
+    if backend == "inductor":
+        require_compiler(device, "memory.compile")
+    allow_graphs()
     blocks = [module for module in unet.modules() if type(module).__name__ in unet._repeated_blocks]
     limit = _Limit(say)
     for block in blocks:
         layer = next((module for module in block.modules() if hasattr(module, "_disable_adapters")), None)
         block.forward = partial(limit.forward, block, layer, _code(type(block), backend))
+
+
+def require_compiler(device: torch.device, key: str) -> None:
+    """Raise `UserError` if what `key` asks for cannot be compiled for `device`."""
+    if missing := _missing(device):
+        raise UserError(f"{key} needs {missing}, or set it to false")
+
+
+def allow_graphs() -> None:
+    """Let dynamo keep as many variants of a function as adapters, guidance and shapes make."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
 
 
 def wants(config: schema.Training | Speed, device: torch.device) -> bool:

@@ -8,10 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from lcm_kit import samplers
-from lcm_kit.config.numbers import in_range
+from lcm_kit.config.numbers import in_range, require_batch_size
 from lcm_kit.errors import UserError
 
 verbs = typer.Typer()
+
+
+def _batch_size(given: str) -> str:
+    return str(require_batch_size(given, "--batch-size"))
 
 
 def _known_sampler(name: str | None) -> str | None:
@@ -91,8 +95,13 @@ def sample(
         int, typer.Option(callback=in_range("count", "--count"), help="Pictures of each prompt.")
     ] = 1,
     batch_size: Annotated[
-        int, typer.Option(callback=in_range("batch_size", "--batch-size"), help="Pictures at once.")
-    ] = 8,
+        str,
+        typer.Option(
+            callback=_batch_size,
+            metavar="N|auto",
+            help="Pictures at once; fewer where memory runs out.",
+        ),
+    ] = "auto",
     device: Annotated[
         str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")
     ] = None,
@@ -100,6 +109,16 @@ def sample(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
     ] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews."),
+    ] = None,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="Decode very large pictures in tiles, which is not exact.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the UNet: minutes first, then faster on a GPU.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Draw pictures and a contact sheet."""
@@ -118,7 +137,8 @@ def sample(
         how = pictures.drawing(
             wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
             weight=weight, negative_prompt=negative, width=width, height=height, count=count, seed=seed,
-            batch_size=batch_size, device=device, dtype=dtype,
+            batch_size=require_batch_size(batch_size), device=device, dtype=dtype, decoder=decoder,
+            tiling=tiling, compile=compile,
         )  # fmt: skip
         with console.working(how.title):
             sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.choices import AdapterSampler
-from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Scale, Seed, Weight, Whole
+from lcm_kit.config.schema import STRICT, BatchSizeOrAuto, Number, Place, Positive, Scale, Seed, Weight, Whole
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,7 +36,10 @@ class Brand:
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
     resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
-    batch_size: BatchSize = 32
+    batch_size: BatchSizeOrAuto = 32
+    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    tiling: bool = False  # as in evaluation/quality
+    compile: bool = False  # as in evaluation/quality
     teacher_steps: Positive = 50  # of the base and of the styled teacher: DDIM
     teacher_guidance: Scale = 5.0
     # null: the sampler, or the steps, of the method which made the adapter

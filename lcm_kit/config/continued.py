@@ -11,6 +11,7 @@ from lcm_kit.config import schema
 FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size", "data.trigger",
+    "data.vae_precision",  # states have a hash of what was encoded
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 # Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)

@@ -27,6 +27,8 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Whole, Field(ge=1, le=10_000_000)]
 NonNegative = Annotated[Whole, Field(ge=0, le=10_000_000)]
 BatchSize = Annotated[Whole, Field(ge=1, le=100_000)]
+# auto: what the device draws well at that size; either way half as many from where memory runs out
+BatchSizeOrAuto = BatchSize | Literal["auto"]
 Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
 Rate = Annotated[Number, Field(gt=0, le=1e9)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
@@ -80,7 +82,11 @@ class Data:
     flip: bool = False  # cache each image's mirror image as well
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
     shard_size: BatchSize = 256  # records a safetensors shard
-    batch_size: BatchSize = 8  # images a VAE pass while encoding
+    # images a VAE pass while encoding, and samples of the teacher at once
+    batch_size: BatchSizeOrAuto = 8
+    # of the VAE while images are encoded. auto: float16, else bfloat16, on a GPU where the first picture
+    # proves it near float32, float32 elsewhere; what a cache was begun in is kept
+    vae_precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
     def _multiple(self) -> Data:

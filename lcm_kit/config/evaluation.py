@@ -12,6 +12,7 @@ from lcm_kit.config.choices import BaseSampler, Structure
 from lcm_kit.config.schema import (
     STRICT,
     BatchSize,
+    BatchSizeOrAuto,
     Memory,
     NonNegative,
     Number,
@@ -37,7 +38,13 @@ class Quality:
     prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     # prompts, taken from the top of the file and repeated with new noise where it is shorter
     count: Positive = 128
-    batch_size: BatchSize = 32
+    # pictures at once: a number, or auto, by device and size; half as many from where memory runs out
+    batch_size: BatchSizeOrAuto = 32
+    # folder of a diffusers AutoencoderTiny that decodes in the VAE's place: previews, whose figures are kept
+    # apart from the VAE's; null: the VAE
+    decoder: Place | None = None
+    tiling: bool = False  # decode what is larger than the VAE was made for in tiles, which is not exact
+    compile: bool = False  # torch.compile of the UNet: minutes at the start, faster pictures on a GPU
     guidance_scale: Scale = 5.0  # of the teacher and of the plain samplers with guidance
     teacher_steps: Positive = 50
     student_steps: tuple[Positive, ...] | None = None  # null: those that the run's method serves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lcm_kit.errors import UserError
 
@@ -37,6 +37,17 @@ def require_in_range(**numbers: float | None) -> None:
     """Raise `UserError` for the first of the numbers, by name, that is out of its range."""
     for number, value in numbers.items():
         in_range(number)(value)
+
+
+def require_batch_size(given: int | str, name: str = "batch_size") -> int | Literal["auto"]:
+    """A number of pictures at once, or "auto". Raises `UserError` for what is neither."""
+    if given == "auto":
+        return "auto"
+    try:
+        number = int(given)
+    except ValueError:
+        raise UserError(f"{name} {given!r} is no number; give one, or auto") from None
+    return int(in_range("batch_size", name)(number))
 
 
 def within(name: str, low: float, high: float, *, above: bool = False) -> Callable[[float | None], Any]:

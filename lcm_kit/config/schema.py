@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from lcm_kit.config.data import (
     STRICT,
     BatchSize,
+    BatchSizeOrAuto,
     Data,
     Fraction,
     NonNegative,
@@ -33,8 +34,8 @@ from lcm_kit.config.methods import AnyMethod
 from lcm_kit.core.methods import LCM
 
 __all__ = [
-    "STRICT", "BatchSize", "Data", "Fraction", "NonNegative", "Number", "Place", "Positive", "Rate",
-    "Samples", "Scale", "Seed", "Weight", "Whole",
+    "STRICT", "BatchSize", "BatchSizeOrAuto", "Data", "Fraction", "NonNegative", "Number", "Place",
+    "Positive", "Rate", "Samples", "Scale", "Seed", "Weight", "Whole",
 ]  # fmt: skip
 
 

@@ -13,7 +13,18 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.choices import AdapterSampler, BaseSampler
-from lcm_kit.config.schema import STRICT, BatchSize, Number, Place, Positive, Rate, Scale, Seed, Weight, Whole
+from lcm_kit.config.schema import (
+    STRICT,
+    BatchSizeOrAuto,
+    Number,
+    Place,
+    Positive,
+    Rate,
+    Scale,
+    Seed,
+    Weight,
+    Whole,
+)
 
 Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
@@ -81,7 +92,10 @@ class GuidanceSweep:
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
     resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
-    batch_size: BatchSize = 32
+    batch_size: BatchSizeOrAuto = 32
+    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    tiling: bool = False  # as in evaluation/quality
+    compile: bool = False  # as in evaluation/quality
     teacher: SweptTeacher = field(default_factory=SweptTeacher)
     student: Annotated[tuple[SweptStudent, ...], Field(min_length=1)] = (SweptStudent(),)
     plain: SweptPlain = field(default_factory=SweptPlain)
@@ -128,7 +142,10 @@ class Compose:
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
     resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
-    batch_size: BatchSize = 32
+    batch_size: BatchSizeOrAuto = 32
+    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    tiling: bool = False  # as in evaluation/quality
+    compile: bool = False  # as in evaluation/quality
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`
     teacher_guidance: Scale = 5.0
     teacher_weight: Weight = 1.0  # of the style in the teacher

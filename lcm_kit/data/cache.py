@@ -21,7 +21,7 @@ from torch import Tensor
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
-from lcm_kit.data import shards
+from lcm_kit.data import shards, vae_precision
 from lcm_kit.data.encoder import CONDITION
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
@@ -57,7 +57,8 @@ class Cache:
             raise UserError(
                 f"there is no finished cache in {str(folder)!r}; run `lcm-kit encode` with this config first"
             )
-        wanted = settings or shards.settings(base, data)
+        precision = vae_precision.known(folder, base, data, found["settings"]) or vae_precision.FULL
+        wanted = settings or shards.settings(base, data, precision)
         changed = shards.differences(found["settings"], wanted)
         if changed:
             raise UserError(

@@ -15,6 +15,9 @@ from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
+from lcm_kit.data import vae_precision
+from lcm_kit.data.vae_precision import FULL
+from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
 
 CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
@@ -34,21 +37,24 @@ def usable_base(config: Training) -> BaseInfo:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The VAE, in float32 (in float16 SDXL's overflows), and the text encoders of a base."""
+    """The VAE, in the precision that is asked for, and the text encoders of a base, in float32."""
 
     family: bases.Code
-    vae: Any  # None where only captions are encoded
+    vae: ProvenVae | None  # None where only captions are encoded
     text: Any
 
     @classmethod
-    def load(cls, base: BaseInfo, device: str, vae: bool = True) -> Encoder:
-        """The VAE, unless captions are all there is to encode, and the text encoders of `base`."""
+    def load(cls, base: BaseInfo, device: str, vae: bool = True, precision: str = FULL) -> Encoder:
+        """The VAE, unless captions are all there is to encode, and the text encoders of `base`.
+
+        `precision`: the VAE's, of `vae_precision`.
+        """
         family = bases.family_of(base)
         text = bases.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):
                 part.to(device)
-        return cls(family, bases.load_vae(base).to(device) if vae else None, text)
+        return cls(family, vae_precision.load(base, precision, device) if vae else None, text)
 
     def empty(self) -> Condition:
         """The condition of an unconditional pass."""

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import bases, sample
+from lcm_kit import sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Framing
 from lcm_kit.bases.tokens import straightened
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
-from lcm_kit.data import shards
+from lcm_kit.data import shards, vae_precision
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
@@ -27,6 +27,7 @@ from lcm_kit.data.progress import EncodeReport, listing
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing, to_pixels, upright_for
+from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
@@ -43,7 +44,13 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
 
     def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
         records, entries, bad = _survey(data, old, bar)
-        made_by, load = shards.settings(base, data), partial(_load, base, data, records)
+        first = next(records[entry.id] for entry in entries)
+        precision = vae_precision.settle(
+            Path(data.cache), base, data, old and old["settings"], sample.placement()["device"],
+            lambda: first.pixels(data.resolution)[None], share,
+        )  # fmt: skip
+        made_by = shards.settings(base, data, precision)
+        load = partial(_load, base, data, records, precision)
         return Contents(base, data, made_by, entries, load, "encoding", bad)
 
     return bring_up_to_date(Path(data.cache), survey, progress, share)
@@ -95,9 +102,16 @@ def _check(record: Record, known: set[str]) -> tuple[str, str]:
     return image, ""
 
 
-def _load(base: BaseInfo, data: Data, records: Mapping[str, Record], missing: bool) -> RowMaker:
-    encoder = Encoder.load(base, sample.placement()["device"], vae=missing)
-    return RowMaker(encoder, partial(encoded, encoder, records, data), _not_finite)
+def _load(
+    base: BaseInfo, data: Data, records: Mapping[str, Record], precision: str, missing: bool
+) -> RowMaker:
+    side, device = data.resolution, sample.placement()["device"]
+    encoder = Encoder.load(base, device, vae=missing, precision=precision)
+    batches = Batches(
+        at_once(data.batch_size, side, side, device), f"encoding a picture of {side} x {side} pixels",
+        "choose a smaller data.resolution, or stop what else uses this device's memory",
+    )  # fmt: skip
+    return RowMaker(encoder, partial(encoded, encoder, records, data, batches), _not_finite)
 
 
 def _not_finite(broken: Sequence[Entry]) -> str:
@@ -106,25 +120,34 @@ def _not_finite(broken: Sequence[Entry]) -> str:
 
 
 def encoded(
-    encoder: Encoder, records: Mapping[str, Record], data: Data, entries: Sequence[Entry]
+    encoder: Encoder, records: Mapping[str, Record], data: Data, batches: Batches, entries: Sequence[Entry]
 ) -> EncodedBatches:
     """The tensors of `entries` in batches, float32 on the CPU: `latents` [n, C, h, w], `embeds` [n, L, D].
 
     SDXL adds `pooled` [n, P] and `time_ids` [n, 6]. Raises `UserError` for an image that is another one now.
     """
-    for batch, pictures in _ahead(entries, records, data):
-        latents = bases.encode_images(encoder.vae, torch.stack([pixels for pixels, _ in pictures]))
-        condition = encoder.condition([entry.caption for entry in batch], [framed for _, framed in pictures])
-        yield {"latents": latents.float().cpu(), **tensors_of(condition)}
+    vae = encoder.vae
+    assert vae is not None  # there are rows to make
+
+    def rows(_: int, some: Sequence[tuple[Entry, Picture]]) -> dict[str, Tensor]:
+        latents = vae.encoded(torch.stack([pixels for _, (pixels, _) in some]))
+        condition = encoder.condition(
+            [entry.caption for entry, _ in some], [framed for _, (_, framed) in some]
+        )
+        return {"latents": latents.cpu(), **tensors_of(condition)}
+
+    planned = at_once(data.batch_size, data.resolution, data.resolution, str(vae.device))
+    for batch, pictures in _ahead(entries, records, data, planned):
+        yield from batches.run(list(zip(batch, pictures, strict=True)), rows)
 
 
 Picture = tuple[Tensor, Framing]  # pixels [3, H, W] and how they were cut
 
 
 def _ahead(
-    entries: Sequence[Entry], records: Mapping[str, Record], data: Data
+    entries: Sequence[Entry], records: Mapping[str, Record], data: Data, size: int
 ) -> Iterator[tuple[Sequence[Entry], list[Picture]]]:
-    """Entries and pictures by batches; threads decode the next while the VAE works on this one."""
+    """Entries and pictures by batches of `size`; threads decode the next while the VAE works on this one."""
 
     def picture(entry: Entry) -> Picture:
         def cut(image: Image.Image) -> Picture:
@@ -144,7 +167,6 @@ def _ahead(
                 "remove it, and run the same command again: finished shards are kept"
             ) from error
 
-    size = data.batch_size
     batches = [entries[first : first + size] for first in range(0, len(entries), size)]
     with ThreadPoolExecutor() as pool:
         coming = [pool.submit(picture, entry) for entry in batches[0]]

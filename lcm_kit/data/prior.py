@@ -13,6 +13,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.config.finetune import Finetune
@@ -22,6 +25,7 @@ from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoding import Advance, make_missing
 from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import EncodeReport, progress_bar
+from lcm_kit.drawing.batches import Batches
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import atomic_write, discard
@@ -37,7 +41,7 @@ def data_of(config: Finetune) -> Data:
     given, made = config.data, str(folder / "pictures")
     return Data(
         path=made, kind="folder", cache=str(folder), resolution=given.resolution,
-        shard_size=given.shard_size, batch_size=given.batch_size,
+        shard_size=given.shard_size, batch_size=given.batch_size, vae_precision=given.vae_precision,
     )  # fmt: skip
 
 
@@ -119,16 +123,23 @@ def _load(
     pipe = sample.pipeline(
         config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
     )
-    return partial(_draw, pipe, config)
+    side = config.data.resolution
+    return partial(_draw, pipe, config, Batches.of_pictures(BATCH, side, side, str(pipe.device)))
 
 
-def _draw(pipe: Any, config: Finetune, batch: Sequence[PriorPicture], advance: Advance) -> None:
+def _draw(
+    pipe: Any, config: Finetune, batches: Batches, batch: Sequence[PriorPicture], advance: Advance
+) -> None:
     """Draw pictures whose numbers follow one another; a caption is written before its picture."""
-    pixels = sample.sample(
-        pipe, [picture.prompt for picture in batch], sampler="ddim", steps=config.prior.steps,
-        guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=batch[0].number,
-        size=config.data.resolution,
-    )  # fmt: skip
+
+    def draw(first: int, prompts: Sequence[str]) -> Tensor:
+        return sample.sample(
+            pipe, prompts, sampler="ddim", steps=config.prior.steps,
+            guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=first,
+            size=config.data.resolution,
+        )  # fmt: skip
+
+    pixels = torch.cat([*batches.run([picture.prompt for picture in batch], draw, batch[0].number)])
     broken = [at for at, drawn in zip(batch, pixels, strict=True) if not drawn.isfinite().all()]
     if broken:
         raise UserError(

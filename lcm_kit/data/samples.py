@@ -29,6 +29,7 @@ from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.transforms import framing
+from lcm_kit.drawing.batches import Batches
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
@@ -102,7 +103,9 @@ def _entries(data: Data) -> list[Entry]:
 def _load(config: Distill, base: BaseInfo, missing: bool) -> RowMaker:
     pipe = teacher_pipeline(config, base) if missing else None  # first: it may be refused
     encoder = Encoder.load(base, sample.placement()["device"], vae=False)
-    return RowMaker(encoder, partial(_drawn, pipe, encoder, config.data), _not_finite)
+    side, device = config.data.resolution, sample.placement()["device"]
+    batches = Batches.of_pictures(config.data.batch_size, side, side, device)
+    return RowMaker(encoder, partial(_drawn, pipe, encoder, config.data, batches), _not_finite)
 
 
 def _not_finite(broken: Sequence[Entry]) -> str:
@@ -125,12 +128,13 @@ def teacher_pipeline(config: Distill, base: BaseInfo) -> Any:
     return pipe
 
 
-def _drawn(pipe: Any, encoder: Encoder, data: Data, entries: Sequence[Entry]) -> EncodedBatches:
-    for first in range(0, len(entries), data.batch_size):
-        yield _draw(pipe, encoder, entries[first : first + data.batch_size], data)
+def _drawn(
+    pipe: Any, encoder: Encoder, data: Data, batches: Batches, entries: Sequence[Entry]
+) -> EncodedBatches:
+    return batches.run(entries, partial(_draw, pipe, encoder, data))
 
 
-def _draw(pipe: Any, encoder: Encoder, entries: Sequence[Entry], data: Data) -> dict[str, Tensor]:
+def _draw(pipe: Any, encoder: Encoder, data: Data, at: int, entries: Sequence[Entry]) -> Mapping[str, Tensor]:
     """Latents and conditions of a batch, by their names in a shard."""
     captions, drawn_by = [entry.caption for entry in entries], data.samples
     latents = sample.latents(

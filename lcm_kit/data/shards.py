@@ -17,6 +17,7 @@ from typing import Any
 from lcm_kit import __version__
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
+from lcm_kit.data.vae_precision import FULL, KEY
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import discard, sha256_bytes
@@ -40,7 +41,8 @@ _NAMES = {
 }
 _AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
 _OTHER = "choose another data.cache, or remove it and run `lcm-kit encode` again: finished shards are kept"
-_MAKING = ("data.resolution", "data.samples.")  # keys of the config that tensors are made by
+# keys of the config that tensors are made by
+_MAKING = ("data.resolution", "data.samples.", KEY)
 _PLACES = ("data.path", "data.regularization")  # keys that are paths of folders, or names
 _BY_ROW = ("prompts",)  # every row has its own
 
@@ -64,18 +66,23 @@ def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
     return {"format": _FORMAT, "family": base.family.name, **parts}
 
 
-def settings(base: BaseInfo, data: Data) -> dict[str, Any]:
-    """All but the records that latents and embeddings depend on, or that says where they come from."""
+def settings(base: BaseInfo, data: Data, precision: str = FULL) -> dict[str, Any]:
+    """All but the records that latents and embeddings depend on, or that says where they come from.
+
+    `precision`: what images are encoded in (`vae_precision.settle`).
+    """
     keys = ("path", "regularization", "resolution", "flip")
     columns = ("split", "image_column", "caption_column")  # in a folder of images they mean nothing
     return {
         **of_base(base, without=("unet", "scheduler")),
         **{f"data.{key}": getattr(data, key) for key in (*keys, *columns)},
+        **({} if precision == FULL else {KEY: precision}),
     }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `settings`, in words."""
+    old, new = ({**side, KEY: side.get(KEY, FULL)} for side in (old, new))
     changed = [key for key, value in new.items() if not _alike(key, old.get(key), value)]
     return [
         _NAMES[key] if key in _NAMES else f"{key} ({old.get(key)!r} there, {new[key]!r} here)"

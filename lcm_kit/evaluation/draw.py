@@ -10,15 +10,20 @@ from functools import partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from lcm_kit import __version__, assets, sample
 from lcm_kit.bases import BaseInfo
+from lcm_kit.config.brand import Brand
+from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
+from lcm_kit.drawing.batches import Batches, at_once
+from lcm_kit.drawing.fused import Fused, fuse
+from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows, kept
@@ -39,16 +44,20 @@ class Samples:
     images_per_prompt: int
     seed: int
     size: int  # pixels
-    batch_size: int
+    batch_size: int | Literal["auto"]
     pictures: int  # prompts of which the first picture is shown
     keep_all: bool = False  # keep every picture, to compare pixels; else only those that are shown
+    how: How = PLAIN
 
     @classmethod
     def of(cls, config: GuidanceSweep | Compose, base: BaseInfo) -> Samples:
         """What `config` asks for, at the base's own size unless it says otherwise."""
         prompts = tuple(islice(assets.prompts(config.prompts), config.count))
         size = config.resolution or base.sample_size * base.factor
-        return cls(prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures)
+        return cls(
+            prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures,
+            how=how_of(config, base),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Samples a cell."""
@@ -75,6 +84,11 @@ class Samples:
         return _of(rows["pictures"], [place[sample] for sample in self.shown]) / 127.5 - 1
 
 
+def how_of(config: Quality | Brand | GuidanceSweep | Compose, base: BaseInfo) -> How:
+    """How `config` has its pictures drawn. Raises `UserError` as `How.of`."""
+    return How.of(base, config.decoder, config.tiling, config.compile)
+
+
 def versions() -> dict[str, str]:
     """Of what draws and measures, by name."""
     return {"lcm_kit": __version__, **{name: version(name) for name in _LIBRARIES}}
@@ -88,31 +102,41 @@ def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
 def inputs(base: BaseInfo, samples: Samples, look: FeatureExtractor, device: str) -> list[Any]:
     """What the rows of all cells follow from besides the adapters, as JSON."""
     asked = [samples.prompts, samples.images_per_prompt, samples.seed, samples.size, samples.batch_size]
-    return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device]
+    return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device, samples.how.facts()]
+
+
+def opened(base: BaseInfo, samples: Samples) -> Any:
+    """The base's pipeline, which draws as `samples` says."""
+    pipe = sample.pipeline(
+        base.path, revision=base.revision, variant=base.variant, how=samples.how, **sample.placement()
+    )
+    samples.how.say(pipe.vae, samples.size, samples.size)
+    return pipe
 
 
 @dataclass
 class Pipes:
-    """The base's pipeline, opened when something is to be drawn, with one adapter or none on it."""
+    """The base's pipeline, opened when something is to be drawn, with one adapter or none in its weights."""
 
     base: BaseInfo
     subjects: dict[str, SweptAdapter]
     samples: Samples  # those that are drawn
     _pipe: Any = field(default=None, init=False)
     _on: tuple[str | None, float] | None = field(default=None, init=False)
+    _fused: Fused = field(default_factory=Fused, init=False)
 
     def get(self, cell: Cell) -> Any:
         """A pipeline for `cell`."""
         if self._pipe is None:
-            self._pipe = sample.pipeline(
-                self.base.path, revision=self.base.revision, variant=self.base.variant, **sample.placement()
-            )
+            self._pipe = opened(self.base, self.samples)
         wanted = (cell.adapter, cell.lora_weight) if cell.adapter else (None, 1.0)
         if self._on != wanted:
+            self._fused.undo()
             if self._on and self._on[0]:
                 self._pipe.unload_lora_weights()
             if cell.adapter:
                 sample.load_adapter(self._pipe, self.subjects[cell.adapter].file, cell.lora_weight)
+                self._fused = fuse(self._pipe)
             self._on = wanted
             warm_up(self._pipe, self.samples)
         return self._pipe
@@ -124,7 +148,12 @@ class Pipes:
 
 def warm_up(pipe: Any, samples: Samples) -> None:
     """Draw once with a new pipeline, so that the clock sees warm code only."""
-    sample.sample(pipe, samples.prompts[:1], sampler="ddim", steps=1, size=samples.size)
+
+    def draw_one(first: int, prompts: Sequence[str]) -> Tensor:
+        return sample.sample(pipe, prompts, sampler="ddim", steps=1, size=samples.size)
+
+    batches = Batches.of_pictures(1, samples.size, samples.size, str(pipe.device))
+    list(batches.run(samples.prompts[:1], draw_one))
 
 
 def draw_all(
@@ -142,6 +171,11 @@ def draw_all(
     JSON. Shows progress and the time left on the first process.
     """
     drawn: dict[C, Rows] = {}
+    if samples.how.decoder is not None:  # apart, so that a preview takes none of the VAE's cells away
+        folder = folder / f"decoder-{samples.how.decoder.sha256[:12]}"
+    batches = Batches.of_pictures(
+        samples.batch_size, samples.size, samples.size, sample.placement()["device"]
+    )
     total = 0  # UNet calls
     columns = (Words("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), Words("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
@@ -151,7 +185,7 @@ def draw_all(
             key = sha256_bytes(json.dumps([made_from(cell), cell.settings()]).encode())[:12]
 
             def make(cell: C = cell) -> list[Rows]:
-                return draw(pipe(cell), cell, samples, look, share, partial(bar.advance, task))
+                return draw(pipe(cell), cell, samples, look, share, batches, partial(bar.advance, task))
 
             drawn[cell] = kept(folder / f"{cell.id}-{key}.safetensors", make, share)
             total += cell.unet_calls * len(samples)
@@ -165,15 +199,20 @@ def draw(
     samples: Samples,
     look: FeatureExtractor,
     share: Share,
+    batches: Batches,
     advance: Callable[[int], None],
 ) -> list[Rows]:
     """This process's batches: all of `look`, `latents` [B, C, h, w], `seconds` and `joules` [B] (of text
     encoder, UNet and VAE, an even share of the batch's; NaN joules where the device does not say), and
     `pictures` [kept, 3, H, W], 8 bits, of those of `samples.kept` that lie in the batch.
+
+    Which process draws what is settled by the size that was planned; where memory runs out, `batches` draws
+    a batch in several.
     """
     texts, kept_pictures, tables = samples.texts, set(samples.kept), []
-    for first in share.of(range(0, len(samples), samples.batch_size)):
-        prompts = texts[first : first + samples.batch_size]
+    planned = at_once(samples.batch_size, samples.size, samples.size, str(pipe.device))
+
+    def rows(first: int, prompts: Sequence[str]) -> Rows:
         started = time.perf_counter()
         with Energy(str(pipe.device)) as energy:
             latents = sample.latents(
@@ -184,14 +223,20 @@ def draw(
         seconds, n = time.perf_counter() - started, len(prompts)
         eight_bit = ((pixels + 1) * 127.5).round().to(torch.uint8)
         joules = float("nan") if energy.joules is None else energy.joules
-        tables.append({
+        return {
             **look(eight_bit / 127.5 - 1, prompts),
             "latents": latents,
             "seconds": torch.full((n,), seconds / n),
             "joules": torch.full((n,), joules / n),
             "pictures": _of(eight_bit, [i - first for i in range(first, first + n) if i in kept_pictures]),
-        })  # fmt: skip
-        advance(cell.unet_calls * n)
+        }
+
+    for first in share.of(range(0, len(samples), planned)):
+        found = []
+        for part in batches.run(texts[first : first + planned], rows, first):
+            found.append(part)
+            advance(cell.unet_calls * len(part["latents"]))
+        tables.append({name: torch.cat([part[name] for part in found]) for name in found[0]})
     return tables
 
 

@@ -13,8 +13,9 @@ from lcm_kit import sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.sweep import Compose
 from lcm_kit.core.methods import MethodInfo
+from lcm_kit.drawing.fused import Fused, fuse
 from lcm_kit.evaluation.cells import Cell
-from lcm_kit.evaluation.draw import Samples, warm_up
+from lcm_kit.evaluation.draw import Samples, opened, warm_up
 from lcm_kit.evaluation.measure import Figures, compare
 from lcm_kit.evaluation.metric_table import METRICS
 from lcm_kit.io.files import atomic_write
@@ -50,27 +51,31 @@ def plan(config: Compose, method: MethodInfo) -> list[Pair]:
 
 @dataclass
 class PairPipes:
-    """The base's pipeline with both adapters loaded, opened when something is to be drawn."""
+    """The base's pipeline with both adapters loaded, opened when something is to be drawn.
+
+    What a cell asks for of them is in the weights, until the next one is asked for.
+    """
 
     base: BaseInfo
     style: Path
     speed: Path
     samples: Samples  # those that are drawn
     _pipe: Any = field(default=None, init=False)
+    _fused: Fused = field(default_factory=Fused, init=False)
 
     def get(self, cell: Pair) -> Any:
         """A pipeline with the weights of `cell`; the acceleration is off for the teacher."""
         if self._pipe is None:
-            self._pipe = sample.pipeline(
-                self.base.path, revision=self.base.revision, variant=self.base.variant, **sample.placement()
-            )
+            self._pipe = opened(self.base, self.samples)
             sample.load_adapter(self._pipe, self.style, name="style")
             sample.load_adapter(self._pipe, self.speed, name="speed")
             warm_up(self._pipe, self.samples)
+        self._fused.undo()
         if cell.adapter is None:
             self._pipe.set_adapters(["style"], [cell.style_weight])
         else:
             self._pipe.set_adapters(["style", "speed"], [cell.style_weight, cell.lora_weight])
+        self._fused = fuse(self._pipe)
         return self._pipe
 
 

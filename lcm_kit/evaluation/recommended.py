@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lcm_kit import console
 from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.errors import UserError
-from lcm_kit.evaluation.results import of_sweep
+from lcm_kit.evaluation.results import decoded, of_sweep
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.lora import metadata, untrusted
 from lcm_kit.lora.diffusers_format import HEADER
@@ -36,6 +36,8 @@ def of_run(run: Path, file: Path) -> Recommended | None:
     if name is None or found is None or found["adapter"] not in (name, None):
         return None
     warnings = tuple(each["sentence"] for each in found["warnings"] if each["adapter"] == name)
+    if told := decoded(results):
+        warnings = (f"It was measured on pictures that are {told}.", *warnings)
     return Recommended(
         found["sentence"], found["sampler"], found["steps"], found["guidance_scale"], found["lora_weight"],
         tuple(found["reasons"]), warnings,

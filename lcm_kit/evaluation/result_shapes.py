@@ -31,7 +31,7 @@ class Settings(TypedDict):
     """The config that it ran with; other keys are the recipe's own."""
 
     seed: int
-    batch_size: int
+    batch_size: int | str  # or "auto"
     confidence: float
     brand: NotRequired[str | None]
     control: NotRequired[str | None]
@@ -40,6 +40,7 @@ class Settings(TypedDict):
     lora_weight: NotRequired[float]
     real: NotRequired[str | None]
     reference_count: NotRequired[int]
+    tiling: NotRequired[bool]
 
 
 class Prompts(TypedDict):
@@ -149,5 +150,6 @@ class Results(TypedDict):
     versions: dict[str, str]
     breaks: NotRequired[dict[str, list[Break]]]
     brand_pictures: NotRequired[list[str | None]]
+    decoder: NotRequired[str | None]  # a tiny one, by name and hash; None: the base's VAE
     brand_own: NotRequired[float | None]  # None: one picture alone
     frechet_floor: NotRequired[float | None]

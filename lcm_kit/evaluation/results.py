@@ -39,6 +39,15 @@ def read(file: Path) -> Results:
     return own_files.read_json(file, Results, again)
 
 
+def decoded(results: Results) -> str | None:
+    """What is said of pictures that a tiny decoder decoded; None where the base's VAE did, whole."""
+    if name := results.get("decoder"):
+        return f"previews, decoded by the tiny decoder {name} and not by the base's VAE"
+    if results["settings"].get("tiling"):
+        return "decoded in tiles, which is not exact"
+    return None
+
+
 def of_run(run: Path) -> Results | None:
     """What `evaluation/quality` found for `run`; None if it did not run, or another evaluation did."""
     return _of(run / FILE, QUALITY)

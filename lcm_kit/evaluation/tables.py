@@ -55,6 +55,7 @@ def results(
     No verdict and no recommendation yet.
     """
     settings = {key: value for key, value in asdict(config).items() if key not in ("recipe", "output")}
+    how = measured[results_of.MAIN].samples.how
     found = {
         "version": results_of.VERSION, "recipe": config.recipe, "name": name,
         "base": {"path": base.path, "revision": base.revision, "variant": base.variant,
@@ -72,6 +73,7 @@ def results(
             _cell(kind, cell, figures, each, config) for kind, each in measured.items()
             for cell, figures in each.figures.items()
         ],
+        "decoder": how.decoder and str(how.decoder),
         "comparisons": comparisons, "verdict": None, "recommended": None,
         "machine": machine(sample.placement()["device"]), "versions": versions(),
     }  # fmt: skip
@@ -161,6 +163,8 @@ _HEADS = {
 
 def show(results: Results) -> None:
     """Print a line a cell, with those metrics that a person looks at first and that any cell has."""
+    if told := results_of.decoded(results):
+        console.say(f"figures of {told}")
     cells = results["cells"]
     heads = {key: head for key, head in _HEADS.items() if any(results_of.figure(cell, key) for cell in cells)}
     table = console.Table(

@@ -103,7 +103,11 @@ def _measured(run: Path, name: str, read: Callable[[Path], Results | None]) -> R
     if not adapter.is_of_these_weights(run, name):
         return None
     try:
-        return read(run)
+        found = read(run)
+        if found and (told := results.decoded(found)):
+            console.say(f"the card has no figures of {run / name}: they are of {told}", err=True)
+            return None
+        return found
     except UserError as error:
         console.say(f"warning: the card has no figures of it: {error}", err=True)
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import (
     Annotated,
     Any,
+    Literal,
     NotRequired,  # typing's own, until Python 3.12, is not pydantic's
 )
 
@@ -101,6 +102,13 @@ class Cache(TypedDict):
     shards: list[Shard]
     skipped: list[Skipped]
     records: list[Record]
+
+
+class VaePrecision(TypedDict):
+    """In which precision a VAE, by its hash, encodes the rows of a cache: vae.json beside the manifest."""
+
+    vae: str
+    precision: Literal["float16", "bfloat16"]
 
 
 # -- <cache>-prior/pictures/drawn.json -----------------------------------------------------------------------

@@ -8,24 +8,29 @@ from lcm_kit.bases import decoded_at_once
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.prior import BATCH
+from lcm_kit.drawing.batches import at_once
 from lcm_kit.plan import work
-from lcm_kit.plan.base_profile import BaseProfile
-from lcm_kit.plan.dry_run import MetaModel, Pictures
+from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
 
 PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
 
 
-def vae_dtype(subject: BaseProfile, dtype: torch.dtype) -> torch.dtype:
-    """Of the VAE of a pipeline in `dtype`: float16 overflows in SDXL's (`sample.pipeline`)."""
-    return torch.float32 if dtype == torch.float16 and subject.pooled else dtype
+def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes of the VAE of a pipeline in `dtype`, and of what it holds while `count` pictures are decoded.
 
-
-def decoding(pictures: Pictures, count: int, resolution: int, dtype: torch.dtype) -> float:
-    """Bytes held while `count` pictures are decoded, as many together as `bases.decode_latents` takes."""
-    together = min(count, decoded_at_once(resolution, resolution))
-    done = (count - together) * 3 * resolution**2 * dtype.itemsize
-    return pictures.decode.highest(together).at(together) + done
+    It begins in float32, with one picture, and goes on in half precision if that proves near; of SDXL's,
+    which says that it overflows in float16, that is not counted on (`lcm_kit.drawing.vae`).
+    """
+    half = dtype if dtype != torch.float16 or not stage.subject.pooled else torch.float32
+    full = stage.pictures(resolution, torch.float32)
+    weights = full.weights * FLOAT
+    if not count:
+        return weights, 0
+    pictures, together = stage.pictures(resolution, half), min(count, decoded_at_once(resolution, resolution))
+    done = (count - together) * 3 * resolution**2 * half.itemsize
+    going_on = pictures.decode.highest(together).at(together) + done
+    return weights, max(going_on, full.decode.highest(1).at(1))
 
 
 def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
@@ -36,7 +41,7 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
         found[PICTURES] = _pictures(config, stage, device)
     if isinstance(config, Distill) and config.data.source != "images":
         guided = work.guided(config.data.samples.guidance_scale)
-        count = min(config.data.batch_size, config.data.samples.count)
+        count = min(_at_once(config, device), config.data.samples.count)
         drawn = _drawn(config, stage, device, count * guided)
         # captions are encoded beside the pipeline, in float32, and its VAE is there without being asked
         found[SAMPLES] = {
@@ -51,8 +56,8 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
 
 
 def _pictures(config: Training, stage: MetaModel, device: str) -> Parts:
-    """Text encoders and VAE in float32."""
-    pictures, batch = stage.pictures(config.data.resolution, torch.float32), config.data.batch_size
+    """Text encoders and VAE in float32, in which the VAE begins where it proves itself in half precision."""
+    pictures, batch = stage.pictures(config.data.resolution, torch.float32), _at_once(config, device)
     return {
         "text encoders": stage.subject.text * FLOAT,
         "VAE": pictures.weights * FLOAT,
@@ -61,21 +66,24 @@ def _pictures(config: Training, stage: MetaModel, device: str) -> Parts:
     }
 
 
+def _at_once(config: Training, device: str) -> int:
+    """Pictures, or samples of the teacher, that `data.batch_size` asks for."""
+    return at_once(config.data.batch_size, config.data.resolution, config.data.resolution, device)
+
+
 def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
     """The whole pipeline: `samples` a pass of the UNet, then so many pictures `decoded` by the VAE."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     subject, weights = stage.subject, stage.weights
-    of_vae = vae_dtype(subject, dtype)
-    pictures = stage.pictures(config.data.resolution, of_vae)
     drawing = stage.drawing(config.data.resolution, dtype).highest(samples).at(samples)
-    decoded_by_vae = decoding(pictures, decoded, config.data.resolution, of_vae) if decoded else 0
+    vae, decoding = decoder(stage, config.data.resolution, decoded, dtype)
     stored = subject.stored
     # while it is loaded, a file of other numbers is there too
     file = weights.base * stored.itemsize if device == "cpu" and stored and stored != dtype else 0
     return {
         "UNet": weights.base * dtype.itemsize,
         "text encoders": subject.text * dtype.itemsize,
-        "VAE": pictures.weights * of_vae.itemsize,
-        "activations": round(max(drawing, decoded_by_vae, file)),
+        "VAE": round(vae),
+        "activations": round(max(drawing, decoding, file)),
         "workspaces": workspace(weights, dtype, device),
     }

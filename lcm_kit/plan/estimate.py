@@ -224,17 +224,15 @@ def _validation(
     count, subject = config.validation.count, stage.subject
     drawn = _drawing(config, stage, dtype) if isinstance(config, Finetune) else dry_run.teacher
     samples = count * work.guided(config.validation.guidance_scale)
-    vae_dtype = encoding.vae_dtype(subject, dtype)
-    pictures = stage.pictures(config.data.resolution, vae_dtype)
     drawing = drawn.highest(samples).at(samples)
-    decoding = encoding.decoding(pictures, count, config.data.resolution, vae_dtype)
+    vae, decoding = encoding.decoder(stage, config.data.resolution, count, dtype)
     # those that are trained are there already; a style's control prompts are encoded beside the pipeline
     each = 0 if rank_of(config) else dtype.itemsize
     each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0
     text = {"text encoders": subject.text * each} if each else {}
     return {
         **text,
-        "VAE": pictures.weights * vae_dtype.itemsize,
+        "VAE": round(vae),
         "activations": round(max(drawing, decoding)),
         "workspaces": workspace(
             stage.weights, dtype, device, expanded=config.memory.quantize != "none"

@@ -182,7 +182,7 @@ def verdict(estimate: Estimate, card: float, tried: Sequence[Option]) -> None:
 
 def _encode_help(estimate: Estimate) -> str:
     # the prior's pictures are drawn by a number of their own
-    can = estimate.config.data.batch_size > 1 and estimate.encode_phase != PRIOR
+    can = estimate.config.data.batch_size != 1 and estimate.encode_phase != PRIOR
     smaller = "set data.batch_size=1, or " if can else ""
     return f"{smaller}encode on the CPU (CUDA_VISIBLE_DEVICES= lcm-kit encode ...)"
 

@@ -18,7 +18,7 @@ from lcm_kit.data.records import Record, pictures
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import verdicts
 from lcm_kit.evaluation.result_shapes import Results
-from lcm_kit.evaluation.results import CONTROL, BrandRow, brand_rows, prompts
+from lcm_kit.evaluation.results import CONTROL, BrandRow, brand_rows, decoded, prompts
 from lcm_kit.evaluation.verdicts import LOST, Brand, forgotten
 from lcm_kit.io.own_shapes import Interval
 from lcm_kit.report.shared import image_uri, number, percent, picture_uri
@@ -46,6 +46,7 @@ def context(run: Path, found: Results, quality: Results | None = None) -> dict[s
         "gauge": gauge(adherence),
         "most": f"{LOST:.0%} of their score" if adherence == "clip" else f"{100 * LOST:g} points",
         "confidence": found["settings"]["confidence"],
+        "decoded": decoded(found),
     }
 
 

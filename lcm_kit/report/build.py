@@ -102,6 +102,7 @@ def _quality(run: Path, results: Results) -> dict[str, Any]:
         "verdict": results["verdict"],
         "n": results_of.count(results),
         "floor": results.get("frechet_floor"),
+        "decoded": results_of.decoded(results),
         "prompts": results_of.prompts(results)["texts"][:_SHOWN],
         "gallery": {name: [rows[cell["id"]] for cell in cells] for name, cells in _gallery(results).items()},
         "folded": _OTHERS,

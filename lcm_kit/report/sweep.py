@@ -297,6 +297,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         *((name, path) for name, path in folders.items() if path),
         ("intervals", f"{settings['confidence']:.0%}, bootstrap over prompts, the same in every cell"),
     ]  # fmt: skip
+    if told := results_of.decoded(results):
+        facts.insert(0, ("pictures", told))
     if cost := settings.get("cost"):
         facts.append(("price", f"{cost['price_per_hour']:g} {cost['currency']} an hour"))
     facts.append(("machine", ", ".join(f"{key} {text}" for key, text in results["machine"].items())))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.folder import save_adapter
+from lcm_kit.bases.out_of_memory import out_of_memory
 from lcm_kit.config import schema
 from lcm_kit.config.continued import bound
 from lcm_kit.config.finetune import Finetune
@@ -30,7 +31,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
 from lcm_kit.training import checkpoints, processes, run_files
 from lcm_kit.training.checkpoints import Origin, State
-from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
 from lcm_kit.training.run_files import lines_of
 from lcm_kit.training.run_folder import write_config

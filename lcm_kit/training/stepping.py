@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from lcm_kit.bases.out_of_memory import out_of_memory
 from lcm_kit.core.flat import clip_grad_norm_, whole
 from lcm_kit.core.sharding import full_tensor
 from lcm_kit.errors import UserError
-from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
 from lcm_kit.training.runtime import any_of, sharded
 

@@ -1,0 +1,48 @@
+"""Pixels as pictures: 8-bit, on a sheet, in a file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from lcm_kit.io.files import atomic_file
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [-1, 1] as 8-bit RGB pictures; values outside are clipped."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """All pictures (of one size) on one white sheet, row by row; nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * (width + gap), k // columns * (height + gap)))
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path, told: Mapping[str, str] | None = None) -> Path:
+    """Write `picture` as PNG, whole or not at all; what is `told` stands in its text by keyword."""
+    text = PngInfo()
+    for keyword, words in (told or {}).items():
+        text.add_itxt(keyword, words)
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True, pnginfo=text)
+    return path
+
+
+def slug(prompt: str, length: int = 48) -> str:
+    """`prompt` as a file name: lower-case ASCII words with dashes, `image` where nothing is left."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:length].rstrip("-") or "image"
