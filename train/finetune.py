@@ -50,6 +50,7 @@ from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import StyleControl
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
+from lcm_kit.training.release import released
 from lcm_kit.training.stopping import leave, stoppable
 from lcm_kit.training.updates import Guard
 from lcm_kit.training.validation import StyleValidation
@@ -87,6 +88,7 @@ def step_randomness(
     return StepRandomness(noise, times, chance < config.caption_dropout)
 
 
+@released
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Finetune) -> Path:
     """Train as `config` says and return the run's folder. Raises `UserError` for what the user can fix."""

@@ -2,7 +2,8 @@
 
 A step's randomness is a function of (seed, step, slot) and its learning rate one of (config, step), so a
 state is the weights and the optimizer's moments. Beside this stand `run_folder.py` (whose folder it is),
-`checkpoints.py` (a state's files), `stepping.py` (a step's gradients) and `stopping.py` (signals).
+`checkpoints.py` (a state's files), `stepping.py` (a step's gradients), `stopping.py` (signals) and
+`release.py` (a run that is over holds nothing).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lcm_kit.config.continued import bound
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
-from lcm_kit.training import checkpoints, processes, run_files
+from lcm_kit.training import checkpoints, processes, release, run_files
 from lcm_kit.training.checkpoints import Origin, State
 from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
@@ -124,11 +125,12 @@ def prepare(accelerator: Accelerator, adapted: AdaptedUNet, *optimizers: Any) ->
     called under autocast.
     """
     if sharded(accelerator):
-        return accelerator.prepare(adapted.unet, *optimizers)
+        model, *rest = accelerator.prepare(adapted.unet, *optimizers)
+        return release.prepared(model), *rest
     prepared = map(accelerator.prepare_optimizer, optimizers)
     if adapted.make_fast():
         return adapted.unet, *prepared
-    return accelerator.prepare_model(adapted.unet, evaluation_mode=True), *prepared
+    return release.prepared(accelerator.prepare_model(adapted.unet, evaluation_mode=True)), *prepared
 
 
 def any_of(accelerator: Accelerator, flag: bool) -> bool:

@@ -19,6 +19,7 @@ from lcm_kit.data.reconstruction import Reconstructions
 from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
+from lcm_kit.training.release import free
 from lcm_kit.workflow import configs, show
 from lcm_kit.workflow.configs import Story
 from lcm_kit.workflow.stages import require_folder, stages_of
@@ -149,6 +150,7 @@ def _tell(story: Story, checked: Checked) -> Path:
         _heading(number, title)
         started = time.perf_counter()
         run()
+        free()  # what one stage held is not beside what the next one loads
         console.say(show.duration(time.perf_counter() - started), err=True, style="dim")
     show.summary(story)
     console.say(f"\nDone in {show.duration(time.perf_counter() - began)}.")
