@@ -44,6 +44,7 @@ class Probe:
     device: str
     weights: str  # real or random
     seconds: float  # of the second step
+    first: float  # of the first, which compiles where `memory.compile` asks
     peak: int | None  # bytes: CUDA's, or resident ones beyond the libraries'; None: the system does not say
     phases: dict[str, int]  # the same in each phase; nothing if the system cannot tell
     micro: int  # samples a forward: fewer than batch_size if memory ran out
@@ -114,10 +115,10 @@ def measure(config: Training, structure: str | None) -> Probe:
     meter = Meter(cuda, 0 if cuda else resident("VmRSS") or 0)
     teacher_lora, _ = style.find(config, found.structure)
     tried = trial.make(config, accelerator, found, found.unet_config, meter, teacher_lora)
-    for _ in range(STEPS):  # the first makes the optimizer's moments, the second works beside them
-        seconds, micro = tried.step()
+    # the first makes the optimizer's moments, beside which the second works; and compiles
+    (first, _), (seconds, micro) = (tried.step() for _ in range(STEPS))
     return Probe(
-        accelerator.device.type, "random" if found.folder is None else "real", seconds, meter.most,
+        accelerator.device.type, "random" if found.folder is None else "real", seconds, first, meter.most,
         meter.peaks, micro, _export(tried, found, Path(config.output)),
     )  # fmt: skip
 

@@ -58,7 +58,8 @@ class Trial:
     config: Training
     accelerator: Any
     adapted: AdaptedUNet
-    unet: Any  # what is called
+    unet: Any  # as accelerate prepared it
+    call: Any  # what is called as the UNet: compiled, where `memory.compile` asks
     lora: list[nn.Parameter]
     ema: list[Tensor]
     optimizer: Any
@@ -77,7 +78,7 @@ class Trial:
         return sum((factor * self._denoising(part) for factor in pictures), torch.zeros(()))
 
     def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.unet(x.to(runtime.dtype(self.accelerator)), t, **condition.kwargs()).sample
+        return self.call(x.to(runtime.dtype(self.accelerator)), t, **condition.kwargs()).sample
 
     def _conditions(self, part: slice) -> tuple[Condition, Condition]:
         """Those of the samples in `part`, and the empty one for as many."""
@@ -105,7 +106,7 @@ class Trial:
         x0 = self.latents[part].to(self.accelerator.device)
         objective, n = Objective.of(config), len(x0)
         roles = Roles(
-            self.adapted, self.unet, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
+            self.adapted, self.call, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
             runtime.dtype(self.accelerator), part=self._part,
         )  # fmt: skip
         times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
@@ -177,5 +178,6 @@ def make(
     condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
     latents = torch.randn(n, found.channels, side, side)
     return Trial(
-        config, accelerator, adapted, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
+        config, accelerator, adapted, unet, memory.compiled(unet, config), lora, ema, optimizer, latents,
+        condition, tables, kind, meter,
     )  # fmt: skip

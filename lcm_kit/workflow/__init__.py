@@ -20,7 +20,7 @@ from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
 from lcm_kit.training.release import free
-from lcm_kit.workflow import configs, show
+from lcm_kit.workflow import configs, needs, show
 from lcm_kit.workflow.configs import Story
 from lcm_kit.workflow.stages import require_folder, stages_of
 
@@ -61,9 +61,9 @@ def finetune(
     the pictures that are held out. `trigger`: the word of the captions that stands for the style
     (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
     distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
-    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and make nothing. A stage that
-    is done already does nothing or continues. Raises `UserError` for a folder that cannot be learned from,
-    and as the stages do.
+    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and what memory each stage
+    needs, and make nothing. A stage that is done already does nothing or continues. Raises `UserError` for a
+    folder that cannot be learned from, and as the stages do.
     """
     _alone()
     place = assets.place(folder)
@@ -77,6 +77,7 @@ def finetune(
     checked = _check(story)
     show.plan(story, checked.pictures)
     if dry_run:
+        needs.tell(story)
         return story.run / "report.html"
     report = _tell(story, checked)
     show.other_way(story, speed)
