@@ -169,7 +169,8 @@ def _preset(config: Training, card: int, option: Option | None) -> str:
     found, typed = option.estimate, option.typed or "as it is"
     if large := found.too_large(card):
         listed = ", ".join(f"{stage.name} {size(stage.size)}" for stage in large)
-        return f"does not fit: {listed}; training alone does, {typed}: {size(found.resident)}"
+        rest = max((stage.size for stage in found.stages if stage not in large), default=0)
+        return f"does not fit: {listed}; the rest does, {typed}: {size(rest)}"
     most, usual = found.evaluate_at(card), max(found.evaluate)
     fits = "fits" if option.fits_unchanged else "does not fit"
     by = f"; evaluate with batch_size={most}" if most < usual else ""
