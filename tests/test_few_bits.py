@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,18 +132,24 @@ def test_under_autocast_the_output_has_the_dtype_of_a_plain_layers(kind: str) ->
     assert gradient.dtype == torch.float32
 
 
-def held(kind: str, *, checkpointing: bool) -> tuple[float, float]:
-    """Bytes that the graph of a student's pass holds, and at the most until its backward is done."""
+def held(kind: str, *, checkpointing: bool, fast: bool = False) -> tuple[float, float]:
+    """Bytes that the graph of a student's pass holds, and at the most until its backward is done.
+
+    `fast`: by our own forward, without autocast.
+    """
     unet = network()
     for p in unet.parameters():
         p.data = p.data.to(BF16)
     memory.place(unet, config(quantize=kind), CPU)
-    AdaptedUNet(unet).add_lora(Adapter(rank=4, alpha=4.0))
+    adapted = AdaptedUNet(unet)
+    adapted.add_lora(Adapter(rank=4, alpha=4.0))
+    assert not fast or adapted.make_fast()
+    modes = [nullcontext, nullcontext] if fast else [partial(torch.autocast, "cpu", BF16), NormsInFull]
     if checkpointing:
 
         def again(block: Any, *args: Any) -> Any:
             def run(*inputs: Any) -> Any:
-                with torch.autocast("cpu", BF16), NormsInFull():
+                with modes[0](), modes[1]():
                     return block(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)
@@ -151,17 +159,20 @@ def held(kind: str, *, checkpointing: bool) -> tuple[float, float]:
     ledger = Ledger(N)
     ledger.ignore([*unet.parameters(), x, text])
     with ledger:
-        with torch.autocast("cpu", BF16), NormsInFull():
+        with modes[0](), modes[1]():
             y = unet(x, torch.full((N,), 500), text).sample
         graph = sum(ledger._sums)
         y.float().square().mean().backward()
     return graph, max(moment.at(N) for moment in largest(ledger.moments))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_activations_are_those_of_the_full_base_which_plan_counts(kind: str, checkpointing: bool) -> None:
+def test_activations_are_those_of_the_full_base_which_plan_counts(
+    kind: str, checkpointing: bool, fast: bool
+) -> None:
     """With the library's own: nf4 holds 1.16 times as much, int8 1.40, with checkpoints 2.2 (measured)."""
-    few, full = held(kind, checkpointing=checkpointing), held("none", checkpointing=checkpointing)
-    assert few[0] == pytest.approx(full[0], rel=0.02)
+    few, full = (held(of, checkpointing=checkpointing, fast=fast) for of in (kind, "none"))
+    assert few[0] == pytest.approx(full[0], rel=0.03)  # the fast path joins fewer layers in few bits
     assert few[1] == pytest.approx(full[1], rel=0.1)

@@ -790,7 +790,8 @@ def test_presets_of_sd15(sd1: MetaModel) -> None:
     for card, option in found.items():
         assert option and option.estimate.fits(card) and option.fits_unchanged
     # what the config's comments say of cards
-    assert found[12] and found[12].estimate.config.batch_size == 16
+    assert found[12] and not found[12].estimate.config.gradient_checkpointing
+    assert found[12].estimate.config.batch_size == 8
 
 
 # -- The command ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from lcm_kit.config.continued import bound
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
-from lcm_kit.training import checkpoints, processes, release, run_files
+from lcm_kit.training import checkpoints, processes, run_files
 from lcm_kit.training.checkpoints import Origin, State
 from lcm_kit.training.out_of_memory import out_of_memory
 from lcm_kit.training.processes import say
@@ -125,12 +125,11 @@ def prepare(accelerator: Accelerator, adapted: AdaptedUNet, *optimizers: Any) ->
     called under autocast.
     """
     if sharded(accelerator):
-        model, *rest = accelerator.prepare(adapted.unet, *optimizers)
-        return release.prepared(model), *rest
+        return accelerator.prepare(adapted.unet, *optimizers)
     prepared = map(accelerator.prepare_optimizer, optimizers)
     if adapted.make_fast():
         return adapted.unet, *prepared
-    return release.prepared(accelerator.prepare_model(adapted.unet, evaluation_mode=True)), *prepared
+    return accelerator.prepare_model(adapted.unet, evaluation_mode=True), *prepared
 
 
 def any_of(accelerator: Accelerator, flag: bool) -> bool:

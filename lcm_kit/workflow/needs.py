@@ -13,7 +13,7 @@ from lcm_kit.plan import advice, base_profile, evaluating, show
 from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.estimate import CARDS, Planner, Stage, room
 from lcm_kit.plan.meter import capacity
-from lcm_kit.plan.sizes import GIB
+from lcm_kit.plan.sizes import GIB, dtype_of
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.text import rank_of
 from lcm_kit.workflow.configs import Story, configs_for
@@ -47,7 +47,8 @@ class Needs:
         base = base_profile.find(story.distill.base)
         style = Planner(MetaModel(base, story.style.adapter, text_rank=rank_of(story.style)), device)
         # the teacher has the style, which is not trained yet: as large as its config makes it
-        names = [n.split(".lora_A.")[0] for n, _ in style.stage.unet.named_parameters() if ".lora_A." in n]
+        unet = style.stage.built(dtype_of(story.style, device)).adapted.unet
+        names = [n.split(".lora_A.")[0] for n, _ in unet.named_parameters() if ".lora_A." in n]
         look = Style(dict.fromkeys(names, story.style.adapter.rank), story.distill.teacher.in_student)
         distil = Planner(MetaModel(base, story.distill.adapter, look), device)
         judged = {}
