@@ -1,7 +1,8 @@
 """When a run is over nothing holds its UNet any more: the next stage needs the memory.
 
-Hooks, layers that know each other and, under autocast, accelerate's bound methods tie a UNet into rings, which
-only Python's collector finds, some time later; until then 4.9 GiB of SDXL stay beside what is loaded next.
+Hooks, layers that know each other and, under autocast, accelerate's bound methods tie a UNet into rings,
+which only Python's collector finds, some time later; until then 4.9 GiB of SDXL stay beside what is loaded
+next.
 """
 
 from __future__ import annotations
