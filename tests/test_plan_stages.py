@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_kit.bases import memory
+from lcm_kit.bases import compiling
 from lcm_kit.config import shipped
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Base, Training
@@ -282,23 +282,17 @@ def test_the_probe_calls_what_memory_compile_asks_for(
 ) -> None:
     calls: list[int] = []
 
-    def compiled(unet: Any, config: Any, **_: Any) -> Any:
-        if not config.memory.compile:
-            return unet
+    def compile_blocks(unet: Any, config: Any) -> None:
+        if compiling.wants(config, torch.device("cpu")):
+            unet.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
 
-        def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            calls.append(len(x))
-            return unet(x, *args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(memory, "compiled", compiled)
+    monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
     given = ("batch_size=2", f"memory.compile={str(on).lower()}", f"output={tmp_path}", "logging.trackers=[]")
     wanted = config("quickstart", *given)
     found = probe.measure(wanted, None)
     # in each step: the teacher with both conditions, the target, the student
     assert calls == ([4, 2, 2] * probe.STEPS if on else [])
-    assert found.first > 0
+    assert found.first > 0 and found.compiled is on
     planner = Planner(MetaModel(base_profile.find(wanted.base), wanted.adapter), "cpu")
     show.probe(found, planner(wanted))
     assert ("the first step, which compiles, took" in capsys.readouterr().out) is on

@@ -234,7 +234,7 @@ def probe(measured: Probe, estimate: Estimate) -> None:
             _compare(phase, count, expected)
     steps = estimate.config.steps
     say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
-    if estimate.config.memory.compile:
+    if measured.compiled:
         say(f"  the first step, which compiles, took {span(measured.first)}")
         say("  what compiled code holds is measured here, and no part of any estimate")
     say(f"  export and reload: all {measured.exported} modules came back as they were")

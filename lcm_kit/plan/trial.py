@@ -15,7 +15,7 @@ from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.adapter.trained_weights import update_ema
-from lcm_kit.bases import memory
+from lcm_kit.bases import compiling, memory
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
@@ -58,8 +58,7 @@ class Trial:
     config: Training
     accelerator: Any
     adapted: AdaptedUNet
-    unet: Any  # as accelerate prepared it
-    call: Any  # what is called as the UNet: compiled, where `memory.compile` asks
+    unet: Any  # what is called; its blocks are compiled, where `memory.compile` asks
     lora: list[nn.Parameter]
     ema: list[Tensor]
     optimizer: Any
@@ -78,7 +77,7 @@ class Trial:
         return sum((factor * self._denoising(part) for factor in pictures), torch.zeros(()))
 
     def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.call(x.to(runtime.dtype(self.accelerator)), t, **condition.kwargs()).sample
+        return self.unet(x.to(runtime.dtype(self.accelerator)), t, **condition.kwargs()).sample
 
     def _conditions(self, part: slice) -> tuple[Condition, Condition]:
         """Those of the samples in `part`, and the empty one for as many."""
@@ -106,8 +105,9 @@ class Trial:
         x0 = self.latents[part].to(self.accelerator.device)
         objective, n = Objective.of(config), len(x0)
         roles = Roles(
-            self.adapted, self.call, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
+            self.adapted, self.unet, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
             runtime.dtype(self.accelerator), part=self._part,
+            padded=compiling.wants(config, x0.device),
         )  # fmt: skip
         times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
         return roles.losses(Given(
@@ -171,6 +171,7 @@ def make(
     unet, optimizer = runtime.prepare(accelerator, adapted, made)
     lora = adapted.parameters()  # other objects, if they were sharded
     ema = flattened(lora) if config.ema else []
+    compiling.compile_blocks(unet, config)
     n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
     side = config.data.resolution // found.structure.factor
     pooled = torch.randn(n, found.pooled) if found.pooled else None
@@ -178,6 +179,5 @@ def make(
     condition = Condition(torch.randn(n, found.tokens, unet_config["cross_attention_dim"]), pooled, time_ids)
     latents = torch.randn(n, found.channels, side, side)
     return Trial(
-        config, accelerator, adapted, unet, memory.compiled(unet, config), lora, ema, optimizer, latents,
-        condition, tables, kind, meter,
+        config, accelerator, adapted, unet, lora, ema, optimizer, latents, condition, tables, kind, meter
     )  # fmt: skip
