@@ -790,7 +790,8 @@ def test_presets_of_sd15(sd1: MetaModel) -> None:
     for card, option in found.items():
         assert option and option.estimate.fits(card) and option.fits_unchanged
     # what the config's comments say of cards
-    assert found[12] and found[12].estimate.config.batch_size == 16
+    assert found[12] and not found[12].estimate.config.gradient_checkpointing
+    assert found[12].estimate.config.batch_size == 8
 
 
 # -- The command ---------------------------------------------------------------------------------------------
@@ -820,7 +821,8 @@ def test_a_card_that_is_too_small_is_exit_code_1_and_advice() -> None:
     assert done.exit_code == 1 and "to make it fit, add: gradient_checkpointing=true" in done.output
     assert plan("quickstart", "batch_size=512", "--device-memory", "80").exit_code == 0
     large = plan("quickstart", "data.batch_size=1024", "--device-memory", "1.5")
-    assert large.exit_code == 0 and "encoding does not fit" in large.output
+    assert large.exit_code == 1 and "encode (pictures) does not fit" in large.output
+    assert "training fits" in large.output and "to make it fit, add: data.batch_size=" in large.output
 
 
 @pytest.mark.usefixtures("kept_stage")
@@ -875,16 +877,12 @@ def test_the_plan_of_a_teacher_that_is_not_trained_yet() -> None:
     assert "encode draws 384 samples of the teacher: 19200 passes of the UNet" in done.output
 
 
-def test_the_last_resort_is_one_that_there_is(tiny: Planner) -> None:
+def test_the_last_resort_is_one_that_there_is() -> None:
     assert show._last_resort(tune()) == "lower data.resolution or lower adapter.rank"
     started = replace(config(), adapter=Adapter(16, 16.0, start="runs/quickstart"))
     assert show._last_resort(started) == (
         "lower data.resolution or lower adapter.rank and start from a LoRA of that rank at most"
     )
-    # the prior's pictures are drawn by eights, whatever data.batch_size is
-    prior = tiny(tune("prior.prompts=asset:general", "data.batch_size=4"))
-    assert prior.encode_phase == encoding.PRIOR and "data.batch_size" not in show._encode_help(prior)
-    assert "data.batch_size=1" in show._encode_help(tiny(styled()))
 
 
 # -- Measured ------------------------------------------------------------------------------------------------

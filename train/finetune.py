@@ -45,13 +45,12 @@ from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
-from lcm_kit.training import run_folder, run_metrics, runtime, stepping
+from lcm_kit.training import release, run_folder, run_metrics, runtime, stepping, updates
 from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import StyleControl
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.stopping import leave, stoppable
-from lcm_kit.training.updates import Guard
 from lcm_kit.training.validation import StyleValidation
 
 
@@ -87,6 +86,7 @@ def step_randomness(
     return StepRandomness(noise, times, chance < config.caption_dropout)
 
 
+@release.released
 @alone("train", lambda config: config.output, needed=False)  # a finished run needs none
 def main(config: Finetune) -> Path:
     """Train as `config` says and return the run's folder. Raises `UserError` for what the user can fix."""
@@ -179,7 +179,7 @@ def main(config: Finetune) -> Path:
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     forward = min(config.batch_size, local_batch)
     passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    guard = Guard(accelerator, config, metrics, optimizer, lora, ema, window, updates=done)
+    guard = updates.Guard(accelerator, config, metrics, optimizer, lora, ema, window, updates=done)
     ahead = Ahead(needed, config.steps, device)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,

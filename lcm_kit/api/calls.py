@@ -22,7 +22,9 @@ def call(verbose: bool, *, models: bool = True) -> Iterator[None]:
             stack.enter_context(console.silent())
         if models:
             from lcm_kit.quiet import quietly
+            from lcm_kit.training.release import free
 
+            free()  # what a call before this one left that ended with an error
             stack.enter_context(quietly())
         try:
             yield

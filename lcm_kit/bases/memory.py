@@ -5,7 +5,7 @@ convolutions only) does not touch, and the LoRA's weights are added later, in fl
 
 With `memory.quantize` the LoRA is trained on top of rounded weights and is then used, as every exported
 LoRA, on the full ones: QLoRA's practice (arXiv:2305.14314). Of a trained UNet (asset:tiny-sd) the output
-moves by 5% with nf4 and 0.1% with int8 (relative, L2, measured on a CPU). On a GPU int8 rounds activations as
+moves by 9% with nf4 and 0.2% with int8 (relative, L2, measured on a CPU). On a GPU int8 rounds activations as
 well; what that adds is not measured. Teacher, target and student share the same rounding.
 """
 
@@ -25,7 +25,7 @@ from lcm_kit.config.evaluation import Speed
 from lcm_kit.errors import UserError, first_line
 
 # Kept in full. The two embeddings are 2% of a UNet's linear weights, but all layers see their output: rounded
-# to nf4 they move tiny-sd's output by 3.6%, as much as all the rest together does (4.8%)
+# to nf4 they move tiny-sd's output by 9%, as much as all the rest together does
 _KEPT = ("time_embedding", "add_embedding")
 _MULTIPLE = 16  # of both widths: what int8 tensor cores take; all widths of real bases are multiples of 64
 LR_FACTOR = "lr_factor"  # of an optimizer's group: its rate divided by optimizer.lr
@@ -95,10 +95,13 @@ def _quantize(unet: Any, kind: str, device: torch.device) -> None:
 def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> Any:
     """`layer` in few bits on `device`, where bitsandbytes rounds; frozen. Takes the weight out of `layer`."""
     bnb = _bitsandbytes(f"memory.quantize {kind}")
+    from lcm_kit.bases import few_bits
+
     shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    new: Any
     if kind == "nf4":
         # with double quantisation: the blocks' scales in 8 bits as well
-        new = bnb.nn.Linear4bit(
+        new = few_bits.Linear4bit(
             *shape, bias=bias, quant_type="nf4", compute_dtype=layer.weight.dtype, device="meta"
         )
         new.weight = bnb.nn.Params4bit(
@@ -109,15 +112,14 @@ def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> Any:
     else:
         # threshold 0: no columns are left out by what a batch holds, so that a sample's output does not hang
         # on its neighbours, the device is not waited for, and torch.compile has nothing to decide
-        new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0, device="meta")
+        new = few_bits.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0, device="meta")
         new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
     new = new.to(device).requires_grad_(False)
     layer.weight = None  # type: ignore[assignment]
     if kind == "int8":
-        new.init_8bit_state()  # else the first forward does, and torch.compile compiles it twice
-    # In train mode a CPU multiplies by the dequantised weight; in eval mode it rounds activations, in float16
-    return new.train(kind == "int8" and device.type == "cpu")
+        new.init_8bit_state()  # its scales, which a forward reads
+    return new.eval()
 
 
 def _probe_layer(kind: str, device: torch.device) -> None:

@@ -57,10 +57,10 @@ def plan(
 ) -> None:
     """Say what a run will need, and what to change if it does not fit; no weights are loaded.
 
-    Exit code 1 if the device's memory is too small.
+    Exit code 1 if the device's memory is too small for a stage: encode, train or evaluate.
     """
     wanted = _training(config, overrides or [])
-    from lcm_kit.plan import advice, show
+    from lcm_kit.plan import advice, meter, show
     from lcm_kit.quiet import quiet
 
     quiet()
@@ -70,7 +70,7 @@ def plan(
     _facts(planned, planner)
     if device == "cuda":
         show.presets(wanted, advice.presets(planner, wanted))
-    memory = device_memory if device_memory is not None else _memory(device)
+    memory = device_memory if device_memory is not None else meter.capacity(device)
     fits = memory is None or planned.fits(memory)
     if memory is not None:
         show.verdict(planned, memory, [] if fits else advice.what_to_change(planner, wanted, memory))
@@ -121,9 +121,9 @@ def _facts(planned: Estimate, planner: Planner) -> None:
 
 def _probe(config: Training, structure: str | None, planner: Planner) -> None:
     from lcm_kit import console
-    from lcm_kit.plan import advice, estimate, probe, show
+    from lcm_kit.plan import advice, estimate, meter, probe, show
 
-    device = "cpu" if _memory("cuda") is None else "cuda"
+    device = "cpu" if meter.capacity("cuda") is None else "cuda"
     here = estimate.Planner(planner.stage, device, show.RETURNING in os.environ)
     expected, free = here(config), _free()
     if device == "cpu" and free is not None and expected.resident > free:
@@ -139,16 +139,6 @@ def _probe(config: Training, structure: str | None, planner: Planner) -> None:
     if measured.weights == "random":  # they come from no file
         here.stage.subject = replace(here.stage.subject, stored=None)
     show.probe(measured, here(config))
-
-
-def _memory(device: str) -> float | None:
-    """GiB of the device that is here; None without one, or if the system does not say."""
-    if device == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30 or None
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
 
 
 def _free() -> int | None:

@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Training
+from lcm_kit.drawing.batches import at_once
+from lcm_kit.plan.encoding import BY_BATCH
 from lcm_kit.plan.estimate import CARDS, Estimate, Planner
 
 Overrides = Mapping[str, Any]
 
 ONE_PICTURE: Overrides = {"validation.count": 1}
+# The last resort: it shows what is unlearned, and holds the text encoders once more for that, in float32
+NO_CONTROL: Overrides = {"validation.control": None}
 CHECKPOINTING: Overrides = {"gradient_checkpointing": True}
 NF4: Overrides = {"memory.quantize": "nf4"}
 ADAM8: Overrides = {"optimizer.name": "adamw8bit"}
@@ -42,7 +47,7 @@ class Option:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changed(config: Training, overrides: Overrides) -> Training:
@@ -57,7 +62,9 @@ def changed(config: Training, overrides: Overrides) -> Training:
 
 
 def changes(config: Training, device: str = "cuda") -> Iterator[Overrides]:
-    """Changes worth a try: those that cost no exactness alone and together, then all, then ever less."""
+    """Changes of training worth a try: those that cost no exactness alone and together, then all, then ever
+    less; last of all, of a style, what is drawn to see what it unlearns.
+    """
     together: dict[str, Any] = {}
     for group in (list(_exact(config)), list(_rounding(config, device))):
         yield from group
@@ -68,6 +75,12 @@ def changes(config: Training, device: str = "cuda") -> Iterator[Overrides]:
     for overrides in _halvings({**_values(config), **together}):
         together = {**together, **overrides}
         yield dict(together)
+    if _controlled(config):
+        yield {**together, **NO_CONTROL}
+
+
+def _controlled(config: Training) -> bool:
+    return isinstance(config, Finetune) and config.validation.control is not None
 
 
 def _values(config: Training) -> dict[str, Any]:
@@ -100,13 +113,34 @@ def _halvings(values: Mapping[str, Any]) -> Iterator[Overrides]:
 
 
 def what_to_change(planner: Planner, config: Training, card: float) -> list[Option]:
-    """The changes that were tried for a card of `card` GiB; the last one fits, or none does."""
-    tried = []
+    """The changes that were tried for a card of `card` GiB; with the last one training fits, or none does.
+
+    What `encode` and `evaluate` need hangs on none of them but on `data.batch_size`, which is tried first.
+    """
+    smaller = _encoding_less(planner, config, card)
+    tried = [Option(smaller, planner(changed(config, smaller)))] if smaller else []
+    if tried and tried[-1].estimate.train_fits(card) or planner(config).train_fits(card):
+        return tried
     for overrides in changes(config, planner.device):
-        tried.append(Option(overrides, planner(changed(config, overrides))))
-        if tried[-1].estimate.fits(card):
+        wanted = {**smaller, **overrides}
+        tried.append(Option(wanted, planner(changed(config, wanted))))
+        if tried[-1].estimate.train_fits(card):
             break
     return tried
+
+
+def _encoding_less(planner: Planner, config: Training, card: float) -> Overrides:
+    """`data.batch_size` for `encode` on a card of `card` GiB; none if it fits, or if that helps nothing."""
+    of = config.data.resolution
+    batch = at_once(config.data.batch_size, of, of, planner.device)
+    if not any(stage.phase in BY_BATCH for stage in planner(config).too_large(card)):
+        return {}
+    while batch > 1:
+        batch //= 2
+        found = planner(changed(config, {"data.batch_size": batch}))
+        if not any(stage.phase in BY_BATCH for stage in found.too_large(card)):
+            return {"data.batch_size": batch}
+    return {}
 
 
 def preset(planner: Planner, config: Training, card: float) -> Option | None:
@@ -114,22 +148,34 @@ def preset(planner: Planner, config: Training, card: float) -> Option | None:
 
     Without checkpointing only if a good batch, and the config's own, fits. Overrides that `config` has
     already are left out. The samples of an optimizer step stay the same; validation draws one picture where
-    several are too many. None if nothing fits.
+    several are too many, and if nothing else helps a style goes without control prompts. None if training
+    fits with nothing; another stage can be too large still (`Estimate.too_large`).
     """
-    samples = config.batch_size * config.accumulation
-    unchanged = planner(config).fits(card)
+    samples, unchanged = config.batch_size * config.accumulation, planner(config).fits(card)
+    smaller = _encoding_less(planner, config, card)
+    found = _for_training(planner, changed(config, smaller), card, samples)
+    if found is None:
+        return None
+    overrides = {**smaller, **found.overrides}
+    new = {key: value for key, value in overrides.items() if _held(config, key) != value}
+    return Option(new, found.estimate, unchanged)
+
+
+def _for_training(planner: Planner, config: Training, card: float, samples: int) -> Option | None:
     plain: Overrides = {"gradient_checkpointing": False, "memory.quantize": "none", "optimizer.name": "adamw"}
-    for level in _LEVELS:
+    tries: list[tuple[Overrides, tuple[Overrides, ...]]] = [(level, ({}, ONE_PICTURE)) for level in _LEVELS]
+    if _controlled(config):
+        tries.append((_LEVELS[-1], ({**ONE_PICTURE, **NO_CONTROL},)))
+    for level, drawn in tries:
         for batch in sorted((n for n in range(1, samples + 1) if samples % n == 0), reverse=True):
             if not level and batch < max(config.batch_size, min(_WELL_USED, samples)):
                 break
             wanted = {"batch_size": batch, "accumulation": samples // batch, **plain, **level}
-            for overrides in (wanted, {**wanted, **ONE_PICTURE}):
+            for overrides in ({**wanted, **less} for less in drawn):
                 estimate = planner(changed(config, overrides))
-                if estimate.fits(card):
-                    new = {key: value for key, value in overrides.items() if _held(config, key) != value}
-                    return Option(new, estimate, unchanged)
-                if estimate.phase != "validation" or config.validation.count == 1:
+                if estimate.train_fits(card):
+                    return Option(overrides, estimate)
+                if estimate.phase != "validation":
                     break
     return None
 

@@ -14,6 +14,7 @@ from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
 
 PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
+BY_BATCH = (PICTURES, SAMPLES)  # as many at once as `data.batch_size` says; the prior's have their own number
 
 
 def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -42,16 +43,16 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
     if isinstance(config, Distill) and config.data.source != "images":
         guided = work.guided(config.data.samples.guidance_scale)
         count = min(_at_once(config, device), config.data.samples.count)
-        drawn = _drawn(config, stage, device, count * guided)
+        pipeline = drawn(config, stage, device, count * guided)
         # captions are encoded beside the pipeline, in float32, and its VAE is there without being asked
         found[SAMPLES] = {
-            **drawn, "teacher's adapters": FLOAT * stage.weights.style,
-            "text encoders": drawn["text encoders"] + FLOAT * stage.subject.text,
+            **pipeline, "teacher's adapters": FLOAT * stage.weights.style,
+            "text encoders": pipeline["text encoders"] + FLOAT * stage.subject.text,
         }  # fmt: skip
     if isinstance(config, Finetune) and prior:
         count = min(BATCH, config.prior.count)
         guided = work.guided(config.prior.guidance_scale)
-        found[PRIOR] = _drawn(config, stage, device, count * guided, decoded=count)
+        found[PRIOR] = drawn(config, stage, device, count * guided, decoded=count)
     return found
 
 
@@ -71,9 +72,14 @@ def _at_once(config: Training, device: str) -> int:
     return at_once(config.data.batch_size, config.data.resolution, config.data.resolution, device)
 
 
-def _drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
+def drawing_dtype(device: str) -> torch.dtype:
+    """Of a pipeline, as `sample.placement`."""
+    return torch.float16 if device == "cuda" else torch.float32
+
+
+def drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
     """The whole pipeline: `samples` a pass of the UNet, then so many pictures `decoded` by the VAE."""
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = drawing_dtype(device)
     subject, weights = stage.subject, stage.weights
     drawing = stage.drawing(config.data.resolution, dtype).highest(samples).at(samples)
     vae, decoding = decoder(stage, config.data.resolution, decoded, dtype)

@@ -14,7 +14,7 @@ import torch
 from lcm_kit.adapter import roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Adapter, Distill, Training
-from lcm_kit.plan import encoding, work
+from lcm_kit.plan import encoding, evaluating, work
 from lcm_kit.plan.dry_run import DryRun, MetaModel, Pass, Weights
 from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes, workspace
 from lcm_kit.plan.text import rank_of
@@ -34,6 +34,24 @@ def room(card: float) -> float:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A process of its own, at its highest moment."""
+
+    verb: str  # of the command line
+    phase: str
+    size: int  # bytes
+
+    @property
+    def name(self) -> str:
+        """As `encode (pictures)`."""
+        return f"{self.verb} ({self.phase})"
+
+    def fits(self, card: float) -> bool:
+        """Whether it fits into a card of `card` GiB, of which `CONTEXT` is taken."""
+        return self.size <= room(card) * GIB
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a config needs on one device."""
 
@@ -44,6 +62,7 @@ class Estimate:
     staying: Parts  # all through the run
     phases: Mapping[str, Parts]  # passing bytes of each phase, by part
     encode: Mapping[str, Parts]  # of `lcm-kit encode`, another process: each of its phases
+    evaluate: Mapping[int, Parts]  # of `lcm-kit evaluate`, another process: by its batch size
     flops: Mapping[str, float]  # of an optimizer step, by part
     gaps: int = 0  # freed bytes that the CPU's allocator keeps while it trains
 
@@ -83,13 +102,36 @@ class Estimate:
         """Bytes at the highest moment of `lcm-kit encode`."""
         return sum(self.encode[self.encode_phase].values())
 
-    def fits(self, card: float) -> bool:
-        """Whether training fits into a card of `card` GiB, of which `CONTEXT` is taken."""
-        return self.resident <= room(card) * GIB
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """`encode` in each of its phases, `train`, and `evaluate`, which can draw one picture at a time."""
+        return (
+            *(Stage("encode", phase, sum(parts.values())) for phase, parts in self.encode.items()),
+            Stage("train", self.phase, self.resident),
+            Stage("evaluate", "batch_size=1", sum(self.evaluate[1].values())),
+        )
 
-    def encode_fits(self, card: float) -> bool:
-        """Whether encoding does."""
-        return self.encode_peak <= room(card) * GIB
+    @property
+    def largest(self) -> Stage:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.size)
+
+    def too_large(self, card: float) -> tuple[Stage, ...]:
+        """The stages that do not fit into a card of `card` GiB."""
+        return tuple(stage for stage in self.stages if not stage.fits(card))
+
+    def fits(self, card: float) -> bool:
+        """Whether every stage fits into a card of `card` GiB."""
+        return not self.too_large(card)
+
+    def train_fits(self, card: float) -> bool:
+        """Whether training alone does."""
+        return all(stage.verb != "train" for stage in self.too_large(card))
+
+    def evaluate_at(self, card: float) -> int:
+        """The largest `batch_size` with which an evaluation fits, up to its default; 0 for none."""
+        limit = room(card) * GIB
+        return max((n for n, parts in self.evaluate.items() if sum(parts.values()) <= limit), default=0)
 
 
 @dataclass
@@ -113,7 +155,8 @@ class Planner:
             phases |= _host(config, stage, dtype, staying)
         return Estimate(
             config, self.device, dtype, stage.weights, staying, phases,
-            encoding.phases(config, stage, self.device), work.flops_of_step(config, dry_run),
+            encoding.phases(config, stage, self.device), evaluating.by_batch(config, stage, self.device),
+            work.flops_of_step(config, dry_run),
             0 if self.device == "cuda" or self.returning else self._gaps(config),
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""The highest memory of this process in each phase of what it does."""
+"""The highest memory of this process in each phase of what it does, and how much there is at all."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def resident(key: str) -> int | None:
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def capacity(device: str) -> float | None:
+    """GiB of the device that is here; None without one, or if the system does not say."""
+    if device == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30 or None
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None

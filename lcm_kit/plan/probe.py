@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lcm_kit import families
+from lcm_kit.bases import compiling
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.schema import Adapter, Logging, Memory, Training
 from lcm_kit.errors import UserError
@@ -44,6 +45,8 @@ class Probe:
     device: str
     weights: str  # real or random
     seconds: float  # of the second step
+    first: float  # of the first, which compiles if blocks are
+    compiled: bool  # whether they are
     peak: int | None  # bytes: CUDA's, or resident ones beyond the libraries'; None: the system does not say
     phases: dict[str, int]  # the same in each phase; nothing if the system cannot tell
     micro: int  # samples a forward: fewer than batch_size if memory ran out
@@ -75,7 +78,8 @@ def run(config: Training, structure: str | None) -> Probe:
 def _warm(config: Training, accelerator: Any) -> None:
     """A step of next to nothing: loads the libraries, whose memory is not the run's."""
     small = replace(
-        config, batch_size=1, accumulation=1, adapter=Adapter(1, 1.0), memory=Memory(tf32=config.memory.tf32),
+        config, batch_size=1, accumulation=1, adapter=Adapter(1, 1.0),
+        memory=Memory(tf32=config.memory.tf32, compile=False),
         data=replace(config.data, resolution=64),
     )  # fmt: skip
     meter = Meter(accelerator.device.type == "cuda")
@@ -114,10 +118,11 @@ def measure(config: Training, structure: str | None) -> Probe:
     meter = Meter(cuda, 0 if cuda else resident("VmRSS") or 0)
     teacher_lora, _ = style.find(config, found.structure)
     tried = trial.make(config, accelerator, found, found.unet_config, meter, teacher_lora)
-    for _ in range(STEPS):  # the first makes the optimizer's moments, the second works beside them
-        seconds, micro = tried.step()
+    # the first makes the optimizer's moments, beside which the second works; and compiles
+    (first, _), (seconds, micro) = (tried.step() for _ in range(STEPS))
     return Probe(
-        accelerator.device.type, "random" if found.folder is None else "real", seconds, meter.most,
+        accelerator.device.type, "random" if found.folder is None else "real", seconds, first,
+        compiling.wants(config, accelerator.device), meter.most,
         meter.peaks, micro, _export(tried, found, Path(config.output)),
     )  # fmt: skip
 

@@ -11,8 +11,8 @@ from lcm_kit.console import Table, say
 from lcm_kit.plan import work
 from lcm_kit.plan.advice import Option
 from lcm_kit.plan.disk import Disk
-from lcm_kit.plan.encoding import PRIOR
-from lcm_kit.plan.estimate import CONTEXT, MARGIN, Estimate, room
+from lcm_kit.plan.encoding import PRIOR, SAMPLES
+from lcm_kit.plan.estimate import CONTEXT, MARGIN, Estimate, Stage, room
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.work import ExtraPasses
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 RETURNING = "MALLOC_MMAP_THRESHOLD_"  # glibc's variable: larger blocks go back to the system when freed
+_SIZES = ("size", "train", "encode")  # columns
+LESS = "lower data.resolution or adapter.rank"  # what helps where nothing that was tried does
 _WHERE = {"cuda": "a GPU", "cpu": "the CPU"}
 
 
@@ -50,7 +52,7 @@ def _table(*columns: str) -> Table:
     """Sizes to the right, the rest to the left."""
     table = Table(box=console.SIMPLE)
     for column in columns:
-        table.add_column(column, justify="right" if column == "size" else "left")
+        table.add_column(column, justify="right" if column in _SIZES else "left")
     return table
 
 
@@ -70,15 +72,18 @@ def facts(
         f"{size(disk.adapters)}"
     )
     _memory(estimate)
-    others = [
-        f"{phase} {size(sum(parts.values()))}"
-        for phase, parts in estimate.encode.items()
-        if phase != estimate.encode_phase
-    ]
-    say(
-        f"lcm-kit encode, a process of its own: {size(estimate.encode_peak)} for {estimate.encode_phase}"
-        + (f"; {', '.join(others)}" if others else "")
-    )
+    stages(estimate.stages, estimate.largest)
+
+
+def stages(found: Sequence[Stage], largest: Stage) -> None:
+    """What each stage needs, the largest named."""
+    say("every stage, one after the other; the largest decides:")
+    table = _table("stage", "at its highest", "size")
+    for stage in found:
+        table.add_row(stage.verb, stage.phase, size(stage.size))
+    table.add_section()
+    table.add_row("largest", largest.verb, size(largest.size))
+    console.show(table)
 
 
 def _computed(estimate: Estimate, asides: Sequence[ExtraPasses], drawn: Sequence[ExtraPasses]) -> None:
@@ -144,47 +149,73 @@ def _last_resort(config: Training) -> str:
 
 def presets(config: Training, found: Mapping[int, Option | None]) -> None:
     """What to add to the command for each card."""
-    last_resort = _last_resort(config)
     say("presets, what to add to the command:")
+    large: dict[str, Stage] = {}
     for card, option in found.items():
-        if option is None:
-            said = f"does not fit; nothing helps but to {last_resort}"
-        else:
-            verdict = "fits" if option.fits_unchanged else "does not fit"
-            said = f"{verdict}; {option.typed or 'as it is'}: {size(option.estimate.peak)}"
-        say(f"{card:>3} GB: {said}")
+        say(f"{card:>3} GB: {_preset(config, card, option)}")
+        large |= {stage.name: stage for stage in (option.estimate.too_large(card) if option else ())}
+    for stage in large.values():
+        say(f"where {stage.name} is too large: {help_for(stage)}")
     say(
-        "(the fewest savings that fit, then the largest batch at the same samples a step; "
-        f"{CONTEXT:g} GiB of a card is left to CUDA and the desktop, {MARGIN:.0%} of the rest stays free)"
+        "(by the largest of all stages; the fewest savings that fit, then the largest batch at the same "
+        f"samples a step; {CONTEXT:g} GiB of a card is left to CUDA and the desktop, {MARGIN:.0%} of the "
+        "rest stays free)"
     )
 
 
+def _preset(config: Training, card: int, option: Option | None) -> str:
+    if option is None:
+        return f"does not fit; nothing helps but to {_last_resort(config)}"
+    found, typed = option.estimate, option.typed or "as it is"
+    if large := found.too_large(card):
+        listed = ", ".join(f"{stage.name} {size(stage.size)}" for stage in large)
+        rest = max((stage.size for stage in found.stages if stage not in large), default=0)
+        return f"does not fit: {listed}; the rest does, {typed}: {size(rest)}"
+    most, usual = found.evaluate_at(card), max(found.evaluate)
+    fits = "fits" if option.fits_unchanged else "does not fit"
+    by = f"; evaluate with batch_size={most}" if most < usual else ""
+    return f"{fits}; {typed}: {size(found.largest.size)} to {found.largest.verb}{by}"
+
+
 def verdict(estimate: Estimate, card: float, tried: Sequence[Option]) -> None:
-    """Whether it fits into `card` GiB and, from what was `tried`, what to change."""
+    """Whether it fits into `card` GiB, stage by stage, and, from what was `tried`, what to change."""
     limit = f"the {room(card):.2f} GiB that a plan may fill of {card:.3g} GiB"
-    if not estimate.encode_fits(card):
-        say(f"encoding does not fit: {size(estimate.encode_peak)} are more than {limit};")
-        say(_encode_help(estimate))
-    if estimate.fits(card):
-        say(f"training fits: {size(estimate.resident)} are within {limit}")
-        return
-    say(f"training does not fit: {size(estimate.resident)} are more than {limit}")
-    table = _table("tried", "size", "fits")
-    for option in tried:
-        fits = "yes" if option.estimate.fits(card) else "no"
-        table.add_row(option.typed, size(option.estimate.resident), fits)
-    console.show(table)
-    if tried and tried[-1].estimate.fits(card):
-        say(f"to make it fit, add: {tried[-1].typed}")
+    large = estimate.too_large(card)
+    left = {stage.name for stage in (tried[-1].estimate if tried else estimate).too_large(card)}
+    for stage in large:
+        if stage.verb != "train":
+            say(f"{stage.name} does not fit: {size(stage.size)} are more than {limit}")
+            say(f"what helps: {help_for(stage)}" if stage.name in left else "what helps is said below")
+    if estimate.train_fits(card):
+        fits = "training fits" if large else "every stage fits"
+        largest = estimate.resident if large else estimate.largest.size
+        say(f"{fits}: {size(largest)} are within {limit}")
     else:
+        say(f"training does not fit: {size(estimate.resident)} are more than {limit}")
+    if not large:
+        return
+    if tried:
+        table = _table("tried", "train", "encode", "fits")
+        for option in tried:
+            found = option.estimate
+            fits = "yes" if found.fits(card) else "no"
+            table.add_row(option.typed, size(found.resident), size(found.encode_peak), fits)
+        console.show(table)
+    if tried and tried[-1].estimate.train_fits(card):
+        say(f"to make it fit, add: {tried[-1].typed}")
+    elif not estimate.train_fits(card):
         say(f"nothing that was tried makes it fit; {_last_resort(estimate.config)}")
 
 
-def _encode_help(estimate: Estimate) -> str:
-    # the prior's pictures are drawn by a number of their own
-    can = estimate.config.data.batch_size != 1 and estimate.encode_phase != PRIOR
-    smaller = "set data.batch_size=1, or " if can else ""
-    return f"{smaller}encode on the CPU (CUDA_VISIBLE_DEVICES= lcm-kit encode ...)"
+def help_for(stage: Stage) -> str:
+    """What to do where `encode` or `evaluate` fits with no batch size."""
+    elsewhere = (
+        f"{stage.verb} on a larger card, or on the CPU (CUDA_VISIBLE_DEVICES= lcm-kit {stage.verb} ...)"
+    )
+    return {
+        PRIOR: f"leave out prior.prompts, or {elsewhere}",
+        SAMPLES: f"set data.source=images, or {elsewhere}",
+    }.get(stage.phase, elsewhere)
 
 
 def probe(measured: Probe, estimate: Estimate) -> None:
@@ -203,6 +234,9 @@ def probe(measured: Probe, estimate: Estimate) -> None:
             _compare(phase, count, expected)
     steps = estimate.config.steps
     say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
+    if measured.compiled:
+        say(f"  the first step, which compiles, took {span(measured.first)}")
+        say("  what compiled code holds is measured here, and no part of any estimate")
     say(f"  export and reload: all {measured.exported} modules came back as they were")
 
 

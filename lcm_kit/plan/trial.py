@@ -15,7 +15,7 @@ from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.adapter.trained_weights import update_ema
-from lcm_kit.bases import memory
+from lcm_kit.bases import compiling, memory
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
@@ -58,7 +58,7 @@ class Trial:
     config: Training
     accelerator: Any
     adapted: AdaptedUNet
-    unet: Any  # what is called
+    unet: Any  # what is called; its blocks are compiled, where `memory.compile` asks
     lora: list[nn.Parameter]
     ema: list[Tensor]
     optimizer: Any
@@ -107,6 +107,7 @@ class Trial:
         roles = Roles(
             self.adapted, self.unet, self.ema, empty[0], self.tables.to(x0.device), self.kind, objective,
             runtime.dtype(self.accelerator), part=self._part,
+            padded=compiling.wants(config, x0.device),
         )  # fmt: skip
         times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
         return roles.losses(Given(
@@ -170,6 +171,7 @@ def make(
     unet, optimizer = runtime.prepare(accelerator, adapted, made)
     lora = adapted.parameters()  # other objects, if they were sharded
     ema = flattened(lora) if config.ema else []
+    compiling.compile_blocks(unet, config)
     n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
     side = config.data.resolution // found.structure.factor
     pooled = torch.randn(n, found.pooled) if found.pooled else None

@@ -2,7 +2,8 @@
 
 A step's randomness is a function of (seed, step, slot) and its learning rate one of (config, step), so a
 state is the weights and the optimizer's moments. Beside this stand `run_folder.py` (whose folder it is),
-`checkpoints.py` (a state's files), `stepping.py` (a step's gradients) and `stopping.py` (signals).
+`checkpoints.py` (a state's files), `stepping.py` (a step's gradients), `stopping.py` (signals) and
+`release.py` (a run that is over holds nothing).
 """
 
 from __future__ import annotations

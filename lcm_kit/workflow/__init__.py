@@ -19,7 +19,8 @@ from lcm_kit.data.reconstruction import Reconstructions
 from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
-from lcm_kit.workflow import configs, show
+from lcm_kit.training.release import free
+from lcm_kit.workflow import configs, needs, show
 from lcm_kit.workflow.configs import Story
 from lcm_kit.workflow.stages import require_folder, stages_of
 
@@ -60,9 +61,9 @@ def finetune(
     the pictures that are held out. `trigger`: the word of the captions that stands for the style
     (`data.trigger`). `speed`: an LCM-LoRA for the base (as `lora_file.adapter_file` takes it), which the
     distillation then starts from beside the style. `overrides`: `style.KEY=VALUE`, `distill.KEY=VALUE` and
-    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and make nothing. A stage that
-    is done already does nothing or continues. Raises `UserError` for a folder that cannot be learned from,
-    and as the stages do.
+    `brand.KEY=VALUE`, of `evaluation/brand`. `dry_run`: check, print the plan and what memory each stage
+    needs, and make nothing. A stage that is done already does nothing or continues. Raises `UserError` for a
+    folder that cannot be learned from, and as the stages do.
     """
     _alone()
     place = assets.place(folder)
@@ -76,6 +77,7 @@ def finetune(
     checked = _check(story)
     show.plan(story, checked.pictures)
     if dry_run:
+        needs.tell(story)
         return story.run / "report.html"
     report = _tell(story, checked)
     show.other_way(story, speed)
@@ -149,6 +151,7 @@ def _tell(story: Story, checked: Checked) -> Path:
         _heading(number, title)
         started = time.perf_counter()
         run()
+        free()  # what one stage held is not beside what the next one loads
         console.say(show.duration(time.perf_counter() - started), err=True, style="dim")
     show.summary(story)
     console.say(f"\nDone in {show.duration(time.perf_counter() - began)}.")
