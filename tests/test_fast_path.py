@@ -197,6 +197,25 @@ def test_a_unet_under_autocast_or_asked_for_more_goes_the_way_of_peft() -> None:
         assert apart(found, expected) < 2e-6 and apart(found, ours()) > 1e-6
 
 
+def test_times_and_sizes_are_not_rounded_and_text_may_be_float32() -> None:
+    """999.25 is 1000 in bfloat16, and a picture 1023 wide 1024."""
+    ours = Trained(True, "sdxl", dtype=torch.bfloat16)
+    seen: dict[str, Tensor] = {}
+    for name in ("time_proj", "add_time_proj"):
+        getattr(ours.adapted.unet, name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0]})
+        )
+    kwargs = ours.condition.kwargs()
+    sizes = torch.tensor([[1023.0, 999, 0, 0, 1023, 999]]).repeat(2, 1)
+    kwargs["added_cond_kwargs"]["time_ids"] = sizes
+    t = torch.tensor([999.25, 7.5])
+    with torch.no_grad():
+        by_name = ours.adapted.unet(sample=ours.latents, timestep=t, **kwargs).sample
+        assert torch.equal(seen["time_proj"], t) and torch.equal(seen["add_time_proj"], sizes.flatten())
+        assert by_name.dtype == torch.bfloat16
+        assert torch.equal(ours.adapted.unet(ours.latents.to(ours.dtype), t, **kwargs).sample, by_name)
+
+
 def test_own_weights_keep_their_way_and_loras_come_before() -> None:
     adapted = AdaptedUNet(Base(speed("tiny"), CPU).unet())
     assert not adapted.make_fast()  # there is none

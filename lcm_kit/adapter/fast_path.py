@@ -71,11 +71,14 @@ class FastPath:
     ) -> tuple[Any, dict[str, Any]]:
         """Show all layers the weights as they are now. What a pass saw stays for what recomputes it.
 
-        What the UNet is given gets its dtype, for which autocast cared before: text encoders that are trained
-        are float32.
+        Latents and text get the UNet's dtype, for which autocast cared before: text encoders that are trained
+        are float32. Times and sizes stay, which half precision would round.
         """
         if not under_autocast(next(unet.parameters()).device):
-            args, kwargs = (_to(each, self._dtype) for each in (tuple(args), kwargs))
+            args = [value if place == 1 else _to(value, self._dtype) for place, value in enumerate(args)]
+            kwargs = {
+                key: value if key == "timestep" else _to(value, self._dtype) for key, value in kwargs.items()
+            }
         for group in self._together:
             group.look()
         for name in self._on():
@@ -86,7 +89,7 @@ class FastPath:
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         if self._text and isinstance(text, Tensor):
             self._text.give(text)
-        return args, kwargs
+        return tuple(args), kwargs
 
     def _after_pass(self, unet: nn.Module, args: Sequence[Any], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -107,9 +110,7 @@ def _channels_last(unet: nn.Module) -> bool:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    """`value`, a tensor or what holds some, with `dtype` in the place of other floating ones."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+    """`value`, a tensor or a dict of some, with `dtype` in the place of other floating ones; sizes stay."""
     if isinstance(value, dict):
-        return {key: _to(item, dtype) for key, item in value.items()}
-    return tuple(_to(item, dtype) for item in value) if isinstance(value, tuple) else value
+        return {key: item if key == "time_ids" else _to(item, dtype) for key, item in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
