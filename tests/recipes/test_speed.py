@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import encode_images
 from lcm_kit.bench import measure, models
+from lcm_kit.bench.counted import Kernels, counted, kept_for_backward
 from lcm_kit.bench.side import Side, scaler
 from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Speed
@@ -203,6 +204,27 @@ def test_resident_memory_sees_what_is_held() -> None:
     assert 0.9 * 2**28 < measure.resident("VmRSS") - before < 1.1 * 2**28
     del held
     assert measure.resident("VmHWM") >= before + 0.9 * 2**28
+
+
+@pytest.mark.parametrize(
+    ("structure", "most"), [("sd1", 4000), pytest.param("sdxl", 11500, marks=pytest.mark.slow)]
+)
+def test_a_whole_step_of_ours_has_few_kernels(speed: ModuleType, structure: Any, most: int) -> None:
+    """From inputs on the device to new weights; through peft it was 9,700 and 27,300."""
+    found = counted(speed.ours, Speed(recipe="evaluation/speed", structure=structure))
+    assert 0.9 * most * (1 if structure == "sd1" else 0.9) < found["kernels_per_step"] <= most
+
+
+def test_kernels_and_kept_bytes_by_hand() -> None:
+    """y = x W, twice: a product each, a sum, and for the backward x once and W, which is there anyway."""
+    x, w = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
+    with kept_for_backward([w]) as kept, Kernels() as kernels:
+        y = (x @ w).view(-1) + (x @ w).flatten()
+    assert dict(kernels.found) == {"mm": 2, "add": 1}
+    assert sum(kept.values()) == 4 * 15
+    with Kernels() as kernels:
+        y.sum().backward()
+    assert kernels.found["mm"] == 2 and kernels.found["t"] == 0
 
 
 # -- The recipe ----------------------------------------------------------------------------------------------
