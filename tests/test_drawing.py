@@ -20,6 +20,7 @@ from lcm_kit import bases, sample
 from lcm_kit.bases.base import inspect_base
 from lcm_kit.drawing import how as how_module
 from lcm_kit.drawing import tiny_decoder
+from lcm_kit.drawing import vae as drawing_vae
 from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.drawing.fused import TOLERANCE, fuse
 from lcm_kit.drawing.how import How
@@ -269,6 +270,27 @@ def test_a_vae_that_is_near_in_float16_goes_on_in_it(vae: Any) -> None:
         found = proven(given)
         assert found.dtype == torch.float32 and proven.__self__.dtype == torch.float16
         assert 0 < relative(found, exact) < 2e-3
+
+
+@pytest.mark.parametrize(("side", "proof"), [(16, (1, 16, 16)), (10, (1, 8, 8)), (4, (1, 4, 4))])
+def test_what_is_computed_both_ways_is_the_middle_of_one_picture(
+    vae: Any, side: int, proof: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole one of 1024 pixels would take 3 GiB in float32. The middle of 16 and of 10 is 8 wide here."""
+    monkeypatch.setattr(drawing_vae, "PROOF", 64 if side != 16 else 1024)
+    seen: list[Tensor] = []
+    decode = bases.decode_latents
+
+    def looking(model: Any, latents: Tensor) -> Tensor:
+        seen.append(latents)
+        return decode(model, latents)
+
+    monkeypatch.setattr(bases, "decode_latents", looking)
+    latents = latents_of(vae)[..., :side, :side]
+    ProvenVae(vae, (torch.float16,)).decoded(latents)
+    (exact, half, rest), first = seen, (side - proof[1]) // 2
+    assert torch.equal(exact, latents[:1, :, first : first + proof[1], first : first + proof[1]])
+    assert torch.equal(half, exact) and torch.equal(rest, latents)
 
 
 def overflowing(vae: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Half precision halves a VAE's memory and is faster on a GPU, if its activations stay below 65504 (float16) and
 its digits suffice (bfloat16). SDXL's own overflow, those of its repaired copies do not, and no configuration
-tells for sure. So the first picture is decoded, or encoded, both ways, and what is not finite or not near
-float32 is not used.
+tells for sure. So the middle of the first picture is decoded, or encoded, both ways, and what is not finite
+or not near float32 is not used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lcm_kit import bases, console
 
 NEAR_PIXELS = 2 / 255  # RMS of decoded pixels in [-1, 1]: a level of an 8-bit picture
 NEAR_LATENTS = 1e-2  # of latents, relative: a tenth of the noise of the least noisy pictures in training
+PROOF = 512  # pixels a side of what is computed both ways: float32 of a larger picture would set the peak
 Run = Callable[[Any, Tensor], Tensor]
 
 
@@ -104,6 +105,8 @@ class ProvenVae(nn.Module):
         return found
 
     def _settle(self, run: Run, given: Tensor, near: Callable[[Tensor, Tensor], bool], done: str) -> None:
+        side = PROOF if done == "encoded" else PROOF // 8
+        given = _middle(given, side)
         exact = run(self.full, given).float()
         if not exact.isfinite().all():
             return  # that is no fault of the precision, and the next picture may tell
@@ -131,6 +134,12 @@ class ProvenVae(nn.Module):
         if not self._told:
             console.say(f"the base's VAE: {what}", err=True)
         self._told = True
+
+
+def _middle(given: Tensor, side: int) -> Tensor:
+    """At most `side` in height and width of [..., H, W]."""
+    top, left = (max(0, (size - side) // 2) for size in given.shape[-2:])
+    return given[..., top : top + side, left : left + side]
 
 
 def _name(dtype: torch.dtype) -> str:

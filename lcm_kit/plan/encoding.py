@@ -9,6 +9,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.data.prior import BATCH
 from lcm_kit.drawing.batches import at_once
+from lcm_kit.drawing.vae import PROOF
 from lcm_kit.plan import work
 from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
@@ -20,8 +21,8 @@ BY_BATCH = (PICTURES, SAMPLES)  # as many at once as `data.batch_size` says; the
 def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes of the VAE of a pipeline in `dtype`, and of what it holds while `count` pictures are decoded.
 
-    It begins in float32, with one picture, and goes on in half precision if that proves near; of SDXL's,
-    which says that it overflows in float16, that is not counted on (`lcm_kit.drawing.vae`).
+    It begins in float32, with a picture's middle, and goes on in half precision if that proves near; of
+    SDXL's, which says that it overflows in float16, that is not counted on (`lcm_kit.drawing.vae`).
     """
     half = dtype if dtype != torch.float16 or not stage.subject.pooled else torch.float32
     full = stage.pictures(resolution, torch.float32)
@@ -31,7 +32,8 @@ def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -
     pictures, together = stage.pictures(resolution, half), min(count, decoded_at_once(resolution, resolution))
     done = (count - together) * 3 * resolution**2 * half.itemsize
     going_on = pictures.decode.highest(together).at(together) + done
-    return weights, max(going_on, full.decode.highest(1).at(1))
+    proof = stage.pictures(min(resolution, PROOF), torch.float32).decode
+    return weights, max(going_on, proof.highest(1).at(1))
 
 
 def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
