@@ -137,6 +137,39 @@ def test_checkpointed_and_split_passes_give_the_same_gradient() -> None:
     assert apart(torch.cat([p.grad.flatten() for p in again.lora]), expected) < 1e-6
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_may_lie_between_a_forward_and_its_backward(checkpointing: bool) -> None:
+    """Two forwards before one backward, as prior preservation has it, about one text, and others without.
+
+    Checkpointing computes the first pass's blocks again after all of them.
+    """
+    ours, pefts = Trained(True), Trained(False)
+    found = []
+    for each in (ours, pefts):
+        if checkpointing:
+            each.adapted.unet.enable_gradient_checkpointing()
+        losses = [each(500).square().mean(), each(300).square().mean()]
+        with torch.no_grad(), each.adapted.teacher():
+            bare = each()
+        with torch.no_grad(), swapped(each.lora, [p.detach() * 2 for p in each.lora]):
+            twice = each()
+        (losses[0] + 2 * losses[1]).backward()
+        found.append((torch.cat([p.grad.flatten() for p in each.lora]), bare, twice))
+    assert all(apart(a, b) < 3e-6 for a, b in zip(*found, strict=True))
+    shared = ours.adapted._fast._shared
+    assert len(shared) == 2 and not any(each.passes for each in shared)  # nothing is kept
+
+
+def test_a_pass_that_fails_or_has_no_backward_keeps_nothing_for_long() -> None:
+    ours = Trained(True)
+    with pytest.raises(RuntimeError):
+        ours.adapted.unet(ours.latents, torch.tensor([1, 2]), ours.condition.embeds[..., :-1])
+    assert not any(each.passes for each in ours.adapted._fast._shared)
+    for _ in range(20):
+        ours()
+    assert {len(each.passes) for each in ours.adapted._fast._shared} == {fast_blocks._MOST_PASSES}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_are_seen_as_they_are_at_each_pass(dtype: torch.dtype) -> None:
     """Those that an optimizer moved, that were loaded, given other storage, or swapped for an average."""

@@ -11,9 +11,9 @@ twice, by gradient checkpointing, does not compute it again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ class Attention:
     Self-attention asks for q, k and v at once; cross-attention is given k and v.
     """
 
-    def __init__(self, before: Any, together: Together | None, given: Shared | None) -> None:
-        """`together`: q, k and v of self-attention; `given`: what k and v of cross-attention are part of."""
-        self.before, self.together, self.given = before, together, given
+    def __init__(self, before: Any, together: Together | None = None) -> None:
+        """`together`: q, k and v of self-attention; None: of cross-attention, to which k and v are given."""
+        self.before, self.together = before, together
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class Attention:
         if context is None:
             on = self.together.on(x) if self.together else None
             return None if on is None or self.together is None else self.together(x, on)[0]
-        if self.given is None or self.given.input is not context:
+        if not any(known is context for known, _ in attn.to_k.given):
             return None
         return attn.to_q(x), attn.to_k(context), attn.to_v(context)
 
@@ -183,30 +183,45 @@ def make_fast_transformer(block: Any) -> bool:
 # -- What many blocks share ----------------------------------------------------------------------------------
 
 
+_MOST_PASSES = 16  # whose backward is to come; those of a backward that never came are let go of
+
+
+class Given(NamedTuple):
+    """What all layers of a `Shared` make of one tensor."""
+
+    input: Tensor
+    outputs: list[Tensor]
+    whose: object  # the pass of the UNet
+
+
 class Shared:
-    """Layers that are asked about one and the same tensor in every pass of the UNet, asked once for all."""
+    """Layers that are asked about one and the same tensor in every pass of the UNet, asked once for all.
+
+    Gradient checkpointing asks again in the backward, when other passes may have been made since. So what was
+    computed in a pass with gradient stays until its backward is done.
+    """
 
     def __init__(self, units: Sequence[Sequence[FastLinear]]) -> None:
         """`units` as of `Together`."""
         self.together = Together(units)
-        self.input: Tensor | None = None
+        self.passes: list[Given] = []
 
-    def give(self, x: Tensor) -> None:
-        """Compute what all layers make of x [..., in], with the LoRAs that are on now."""
-        self.forget()
+    def give(self, x: Tensor, whose: object) -> None:
+        """What all layers make of x [..., in], with the LoRAs that are on now, in the pass `whose`."""
         on = self.together.on(x)
-        if on is None:
-            return
-        self.input = x
-        for unit, outputs in zip(self.together.units, self.together(x, on), strict=True):
-            for layer, output in zip(unit, outputs, strict=True):
-                layer.given = x, output
+        if on is not None:
+            outputs = [output for unit in self.together(x, on) for output in unit]
+            self._keep([*self.passes[1 - _MOST_PASSES :], Given(x, outputs, whose)])
 
-    def forget(self) -> None:
-        """Let go of what was computed."""
-        self.input = None
-        for layer in self.together.layers:
-            layer.given = None
+    def forget(self, whose: object) -> None:
+        """Let go of what was computed in a pass."""
+        self._keep([each for each in self.passes if each.whose is not whose])
+
+    def _keep(self, passes: list[Given]) -> None:
+        self.passes = passes
+        # in each layer, and not asked for here, since torch.compile makes one code of layers that look alike
+        for place, layer in enumerate(self.together.layers):
+            layer.given = tuple((each.input, each.outputs[place]) for each in passes)
 
 
 class _Times(nn.Module):
@@ -232,18 +247,21 @@ class _Times(nn.Module):
 class _TimeOnce(nn.Module):
     """The activation of the time embedding, once for all blocks, and what their projections make of it."""
 
-    def __init__(self, act: nn.Module, shared: Shared) -> None:
+    def __init__(self, act: nn.Module, shared: Shared, whose: Callable[[], object]) -> None:
         super().__init__()
-        self.act, self.shared = act, shared
+        self.act, self.shared, self.whose = act, shared, whose
 
     def forward(self, emb: Tensor) -> Tensor:
         emb = self.act(emb)
-        self.shared.give(emb)
+        self.shared.give(emb, self.whose())
         return emb
 
 
-def time_once(unet: Any) -> Shared | None:
-    """Let the residual blocks of `unet` share the time embedding; None where they do not all do the same."""
+def time_once(unet: Any, whose: Callable[[], object]) -> Shared | None:
+    """Let the residual blocks of `unet` share the time embedding; None where they do not all do the same.
+
+    `whose()`: the pass that is being made.
+    """
     from diffusers.models.embeddings import Timesteps
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -259,7 +277,7 @@ def time_once(unet: Any) -> Shared | None:
     proj = unet.time_proj
     if type(proj) is Timesteps and proj.scale == 1 and proj.num_channels % 2 == 0:
         unet.time_proj = _Times(proj, blocks[0].time_emb_proj.base_layer.weight.device)
-    unet.time_embed_act = _TimeOnce(blocks[0].nonlinearity, shared)
+    unet.time_embed_act = _TimeOnce(blocks[0].nonlinearity, shared, whose)
     for block in blocks:
         block.skip_time_act = True
     return shared
@@ -274,12 +292,12 @@ def join_attention(unet: Any) -> tuple[list[Together], Shared | None]:
     own = [attn for attn in own if fit_together([[attn.to_q, attn.to_k, attn.to_v]])]
     together = [Together([[attn.to_q, attn.to_k, attn.to_v]]) for attn in own]
     for attn, layers in zip(own, together, strict=True):
-        attn.processor = Attention(attn.processor, layers, None)
+        attn.processor = Attention(attn.processor, layers)
     cross = [attn for attn in found if attn.is_cross_attention]
     units = [[attn.to_k, attn.to_v] for attn in cross]
     if not fit_together(units):
         return together, None
     shared = Shared(units)
     for attn in cross:
-        attn.processor = Attention(attn.processor, None, shared)
+        attn.processor = Attention(attn.processor)
     return together, shared

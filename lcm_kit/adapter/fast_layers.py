@@ -53,7 +53,7 @@ def make_fast(layer: Any) -> bool:
     else:
         return False
     layer.__class__ = _subclass(kind, type(layer))  # type: ignore[arg-type]
-    layer.__dict__ |= {"pairs": {}, "given": None}
+    layer.__dict__ |= {"pairs": {}, "given": ()}
     return True
 
 
@@ -65,12 +65,12 @@ def _subclass(kind: Any, of: Any) -> Any:
 class _Fast:
     """What our layers have in common.
 
-    `pairs`: by name of a LoRA what a pass sees of it. `given`: an input and what the layer makes of it, where
+    `pairs`: by name of a LoRA what a pass sees of it. `given`: inputs and what the layer makes of them, where
     that was computed with other layers beforehand. `FastPath` sets both.
     """
 
     pairs: dict[str, Pair]
-    given: tuple[Tensor, Tensor] | None
+    given: Sequence[tuple[Tensor, Tensor]]
     _disable_adapters: bool
     _active_adapter: Sequence[str]
 
@@ -84,8 +84,9 @@ class _Fast:
         return None if None in found else found  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.given is not None and self.given[0] is x:
-            return self.given[1]
+        for known, output in self.given:
+            if known is x:
+                return output
         on = None if args or kwargs else self.on(x)
         if on is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

@@ -7,6 +7,7 @@ kernels (docs/benchmarks.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,14 +36,16 @@ class FastPath:
         for block in list(unet.modules()):
             make_fast_resnet(block)
             make_fast_transformer(block)
-        time = time_once(unet)
+        self._last: dict[str, list[Pair]] = {}  # of each LoRA what the last pass with gradient saw
+        self._pass = object()  # a name for the pass that is being made
+        time = time_once(unet, lambda: self._pass)
         own, self._text = join_attention(unet)
         self._shared = [shared for shared in (time, self._text) if shared]
         self._together = [*own, *(shared.together for shared in self._shared)]
         names = sorted({name for layer in self._layers for name in layer.lora_A})
         self._weights = {name: self._gathered(name) for name in names}
         unet.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        unet.register_forward_hook(self._after_pass)
+        unet.register_forward_hook(self._after_pass, always_call=True)
 
     def _gathered(self, name: str) -> tuple[FlatWeights, list[Callable[[str, Pair], None]]]:
         """The weights of the LoRA `name` in one buffer, and of each of its slots who is shown it."""
@@ -79,22 +82,44 @@ class FastPath:
             kwargs = {
                 key: value if key == "timestep" else _to(value, self._dtype) for key, value in kwargs.items()
             }
+        self._pass = whose = object()
         for group in self._together:
             group.look()
         for name in self._on():
             if name in self._weights:
-                weights, shown = self._weights[name]
-                for show, pair in zip(shown, weights.cast(self._dtype), strict=True):
-                    show(name, pair)
+                pairs = self._weights[name][0].cast(self._dtype, partial(self._forget, whose))
+                self._show(name, pairs)
+                if torch.is_grad_enabled():
+                    self._last[name] = pairs
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         if self._text and isinstance(text, Tensor):
-            self._text.give(text)
+            text = text.view_as(text)  # an object of this pass alone, by which its layers know it
+            if len(args) > 2:
+                args = [*args[:2], text, *args[3:]]
+            else:
+                kwargs = {**kwargs, "encoder_hidden_states": text}
+            self._text.give(text, whose)
         return tuple(args), kwargs
 
     def _after_pass(self, unet: nn.Module, args: Sequence[Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
-            for shared in self._shared:
-                shared.forget()
+        """Forget what no backward will ask for: of a pass without gradient, or that failed.
+
+        After one without gradient, which may have seen an average, layers see again what the last one with
+        gradient saw: gradient checkpointing computes that one's blocks anew.
+        """
+        if output is None or not torch.is_grad_enabled():
+            self._forget(self._pass)
+            for name in self._on():
+                if name in self._last:
+                    self._show(name, self._last[name])
+
+    def _show(self, name: str, pairs: Sequence[Pair]) -> None:
+        for show, pair in zip(self._weights[name][1], pairs, strict=True):
+            show(name, pair)
+
+    def _forget(self, whose: object) -> None:
+        for shared in self._shared:
+            shared.forget(whose)
 
 
 def _have_alike(group: Together, name: str) -> bool:

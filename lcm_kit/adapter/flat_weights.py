@@ -8,7 +8,7 @@ over processes and an EMA find the buffer again (`lcm_kit.core.flat.whole`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +50,13 @@ class FlatWeights:
         # numbers of what a pass sees: of each slot its down and its ups
         self.sizes = [sum(p.numel() for p in side) for side in sides]
 
-    def cast(self, dtype: torch.dtype) -> list[Pair]:
+    def cast(self, dtype: torch.dtype, done: Callable[[], None]) -> list[Pair]:
         """Each slot's pair in `dtype`, with gradient where it is asked for: one kernel, in float32 none.
 
-        They show the parameters' values of this moment.
+        They show the parameters' values of this moment. `done` is called when all that was computed with them
+        has had its backward.
         """
-        seen = iter(_Cast.apply(self, dtype, *self.parameters))
+        seen = iter(_Cast.apply(self, dtype, done, *self.parameters))
         return [Pair(next(seen), [next(seen) for _ in slot.ups], slot.scale) for slot in self.slots]
 
     # -- Layout ----------------------------------------------------------------------------------------------
@@ -105,13 +106,14 @@ class FlatWeights:
 class _Cast(Function):
     @staticmethod
     def forward(
-        ctx: Any, weights: FlatWeights, dtype: torch.dtype, *parameters: Tensor
+        ctx: Any, weights: FlatWeights, dtype: torch.dtype, done: Callable[[], None], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.weights = weights
+        ctx.weights, ctx.done = weights, done
         ctx.set_materialize_grads(False)
         return tuple(weights.pairs(weights.together().to(dtype)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *seen: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.weights.gradients(seen)
+        ctx.done()
+        return None, None, None, *ctx.weights.gradients(seen)
