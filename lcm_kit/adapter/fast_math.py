@@ -76,12 +76,13 @@ def _units(y: Tensor, h: Tensor, ups: Sequence[Tensor]) -> Iterator[tuple[Tensor
 
 
 def _add_up(y: Tensor, h: Tensor, ups: Sequence[Tensor], scale: float) -> None:
-    """y += s B h: one kernel for each unit."""
+    """y += s B h: one kernel for each unit (by `out`, since torch counts no FLOPs of `addmm_`)."""
     for part, low, up in _units(y, h, ups):
         if (n := len(up)) == 1:
-            part.addmm_(low, up[0].t(), alpha=scale)
+            torch.addmm(part, low, up[0].t(), alpha=scale, out=part)
         else:
-            _side_by_side(part, n).baddbmm_(_side_by_side(low, n), up.transpose(1, 2), alpha=scale)
+            wide = _side_by_side(part, n)
+            torch.baddbmm(wide, _side_by_side(low, n), up.transpose(1, 2), alpha=scale, out=wide)
 
 
 def _up_backward(
@@ -186,7 +187,8 @@ class _Convolution(Function):
     ) -> Tensor:  # fmt: skip
         y = F.conv2d(x, weight, bias, *geometry)
         h = F.conv2d(x, down, None, *geometry)
-        y.view(*y.shape[:2], -1).baddbmm_(up.expand(len(y), -1, -1), h.flatten(2), alpha=scale)
+        flat = y.view(*y.shape[:2], -1)
+        torch.baddbmm(flat, up.expand(len(y), -1, -1), h.flatten(2), alpha=scale, out=flat)
         ctx.save_for_backward(x, weight, down, up, h)
         ctx.scale, ctx.geometry = scale, geometry
         return y

@@ -146,8 +146,8 @@ class Teacher:
     adapters: tuple[Lora, ...] = ()
     in_student: bool = False
     regularization: str = Field(default="base", validation_alias=_REGULARIZATION)
-    reuse: int = 1  # steps that one answer of it served
     weight: float = 1.0
+    reuse: int = 1  # steps that one answer of it served
 
 
 @dataclass(frozen=True, config=STRICT)
