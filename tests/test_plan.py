@@ -658,12 +658,13 @@ def test_trained_text_encoders_are_rehearsed(checkpointing: bool, tiny: Planner)
     adapted = AdaptedUNet(unet)
     adapted.add_lora(wanted.adapter)
     text_lora.joined(adapted, text, wanted)
+    assert adapted.make_fast()
     if checkpointing:
         unet.enable_gradient_checkpointing()
     trained, n = adapted.parameters(), 13
     x = torch.randn(n, unet.config.in_channels, 16, 16)
     frozen = [p for e in text.encoders.values() for p in e.parameters()]
-    ledger = Ledger(n, frozenset(p.nbytes for p in trained))
+    ledger = Ledger(n, frozenset(adapted.gradient_bytes()))
     ledger.ignore([*unet.parameters(), *frozen, x])
     with ledger:
         captions = text_lora.Captions.of(["a red ball"] * n, text)
@@ -738,7 +739,7 @@ def test_the_smallest_change_that_fits_comes_first(tiny: Planner) -> None:
     tried = advice.what_to_change(tiny, wanted, card_of(0.8 * before))
     assert [option.typed for option in tried] == ["gradient_checkpointing=true"]
     assert tried[0].estimate.config.gradient_checkpointing and tried[0].estimate.peak < 0.8 * before * GIB
-    card = card_of(0.2 * before)
+    card = card_of(0.3 * before)
     small = advice.what_to_change(tiny, wanted, card)
     assert small[-1].estimate.fits(card) and not any(option.estimate.fits(card) for option in small[:-1])
     assert small[-1].overrides["batch_size"] * small[-1].overrides["accumulation"] == 128
@@ -761,7 +762,7 @@ def test_too_many_validation_pictures_are_what_to_change(tiny: Planner) -> None:
 def test_a_preset_saves_as_little_as_it_can_then_takes_the_largest_batch(tiny: Planner) -> None:
     wanted = config("quickstart", "batch_size=32", "accumulation=4", "validation.count=1")
     planned = tiny(wanted).peak / GIB
-    found = [advice.preset(tiny, wanted, card_of(share * planned)) for share in (6.0, 1.01, 0.8, 0.478)]
+    found = [advice.preset(tiny, wanted, card_of(share * planned)) for share in (6.0, 1.01, 0.8, 0.65)]
     typed = [option.typed if option else "" for option in found]
     assert typed[:2] == ["batch_size=128 accumulation=1", ""]
     assert typed[2] == "gradient_checkpointing=true" and "optimizer.name=adamw8bit" in typed[3]
