@@ -155,6 +155,23 @@ def test_an_answer_of_the_teacher_serves_the_steps_of_its_group_and_no_other() -
         assert rows == ([4, 2, 2] if step in (0, 1, 4, 6) else [2, 2])  # teacher, target, student
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"solver": "heun"}, "teacher.reuse 2 keeps .* set solver to ddim or reuse to 1"),
+        (
+            {"teacher": {"reuse": 2, "weight": 0.0}},
+            "teacher.weight 0 leaves the teacher out, so teacher.reuse",
+        ),
+        ({"teacher": {"reuse": 0}}, "teacher.reuse"),
+    ],
+)
+def test_a_reuse_that_can_not_be_is_a_sentence(keys: dict[str, Any], words: str) -> None:
+    wanted = {"recipe": "train/distill", "output": "x", "teacher": {"reuse": 2}, **keys}
+    with pytest.raises(ValueError, match=words):
+        TypeAdapter(RECIPES["train/distill"]).validate_python(wanted)
+
+
 # -- What is trained: a LoRA beside another one, or the UNet's own weights -----------------------------------
 
 
