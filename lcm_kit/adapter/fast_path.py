@@ -6,6 +6,7 @@ kernels (docs/benchmarks.md).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -87,7 +88,7 @@ class FastPath:
             group.look()
         for name in self._on():
             if name in self._weights:
-                pairs = self._weights[name][0].cast(self._dtype, partial(self._forget, whose))
+                pairs = self._weights[name][0].cast(self._dtype, partial(_forget, weakref.ref(self), whose))
                 self._show(name, pairs)
                 if torch.is_grad_enabled():
                     self._last[name] = pairs
@@ -120,6 +121,13 @@ class FastPath:
     def _forget(self, whose: object) -> None:
         for shared in self._shared:
             shared.forget(whose)
+
+
+def _forget(path: weakref.ref[FastPath], whose: object) -> None:
+    """For autograd's nodes, which the layers hold: a strong one would be a ring that no collector sees."""
+    found = path()
+    if found:
+        found._forget(whose)
 
 
 def _have_alike(group: Together, name: str) -> bool:
