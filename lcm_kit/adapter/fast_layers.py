@@ -128,6 +128,9 @@ class _FastConvolution(_Fast):
         if not on:
             return base(x)
         geometry = list(base.stride), [int(pad) for pad in base.padding], list(base.dilation)
+        rows = len(x) * x.shape[2] * x.shape[3] // (geometry[0][0] * geometry[0][1])
+        if len(on) == 1 and fast_math.merging_pays(rows, base.weight, on[0]):
+            return F.conv2d(x, fast_math.merged(base.weight, on[0]), base.bias, *geometry)
         y = fast_math.convolution(x, base.weight, base.bias, geometry, on[0])
         for pair in on[1:]:
             y = y + fast_math.convolved(x, geometry, pair)
@@ -138,6 +141,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, on: Sequence[Pair]) -
     """Frozen linear layers of one input, as `fast_math.linear`, with any number of LoRAs."""
     if not on:
         return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    if len(on) == 1 and fast_math.merging_pays(rows, weight, on[0]):
+        return F.linear(x, fast_math.merged(weight, on[0]), bias)
     y = fast_math.linear(x, weight, bias, on[0])
     for pair in on[1:]:
         y = fast_math.added(y, x, pair)
