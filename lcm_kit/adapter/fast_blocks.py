@@ -61,8 +61,9 @@ class Attention:
     def _parts(self, attn: Any, x: Tensor, context: Tensor | None) -> Sequence[Tensor] | None:
         """q, k and v; None where they are to be asked for one by one."""
         if context is None:
-            on = self.together.on(x) if self.together else None
-            return None if on is None or self.together is None else self.together(x, on)[0]
+            if self.together is None or (on := self.together.on(x)) is None:
+                return None
+            return self.together(x, on)[0]
         if not any(known is context for known, _ in attn.to_k.given):
             return None
         return attn.to_q(x), attn.to_k(context), attn.to_v(context)
@@ -83,18 +84,16 @@ def _plain(attn: Any) -> bool:
 # -- Residual blocks -----------------------------------------------------------------------------------------
 
 
-def make_fast_resnet(block: Any) -> bool:
-    """Give diffusers' `ResnetBlock2D` a forward that divides nothing by 1; False where it does not fit."""
+def make_fast_resnet(block: Any) -> None:
+    """Give diffusers' `ResnetBlock2D` a forward that divides nothing by 1; nothing to what is none."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    if not (
+    if (
         type(block) is ResnetBlock2D
         and block.upsample is None and block.downsample is None and block.time_embedding_norm == "default"
         and block.output_scale_factor == 1 and block.dropout.p == 0
     ):  # fmt: skip
-        return False
-    block.__class__ = _resnet()
-    return True
+        block.__class__ = _resnet()
 
 
 @lru_cache
@@ -163,13 +162,13 @@ def _geglu() -> type:
     return FastGEGLU
 
 
-def make_fast_transformer(block: Any) -> bool:
-    """Let a `Transformer2DModel` of diffusers keep less for the backward; False where it does not fit."""
+def make_fast_transformer(block: Any) -> None:
+    """Let a `Transformer2DModel` of diffusers keep less for the backward; nothing of what is none."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if type(block) is not Transformer2DModel or not block.transformer_blocks:
-        return False
+        return
 
     for module in block.modules():
         if type(module) is GEGLU:
@@ -177,7 +176,6 @@ def make_fast_transformer(block: Any) -> bool:
     block.transformer_blocks[-1].register_forward_hook(
         lambda module, args, y: y if torch.compiler.is_compiling() else _ContiguousGradient.apply(y)
     )
-    return True
 
 
 # -- What many blocks share ----------------------------------------------------------------------------------

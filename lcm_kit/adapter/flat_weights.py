@@ -38,15 +38,13 @@ class FlatWeights:
         Values are kept; the parameters' storage is left.
         """
         self.slots = slots
-        self.parameters = [
-            p for slot in slots for p in (*slot.downs, *(up for unit in slot.ups for up in unit))
-        ]
+        sides = [side for slot in slots for side in (slot.downs, *slot.ups)]
+        self.parameters = [p for side in sides for p in side]
         self._channels_last = channels_last
         buffer = torch.cat([self._line(p.detach()) for p in self.parameters]).float()
         sizes = [p.numel() for p in self.parameters]
         for p, part in zip(self.parameters, buffer.split(sizes), strict=True):
             p.data = self._shaped(part, p.shape)
-        sides = [side for slot in slots for side in (slot.downs, *slot.ups)]
         # numbers of what a pass sees: of each slot its down and its ups
         self.sizes = [sum(p.numel() for p in side) for side in sides]
 
@@ -76,9 +74,8 @@ class FlatWeights:
 
     def together(self) -> Tensor:
         """All values in one, float32; the buffer itself unless the parameters hold other storage by now."""
-        values = [p.detach() for p in self.parameters]
-        one = whole(values, in_order=True)
-        return torch.cat([self._line(value) for value in values]) if one is None else one
+        one = whole(self.parameters, in_order=True)
+        return torch.cat([self._line(p.detach()) for p in self.parameters]) if one is None else one
 
     def pairs(self, line: Tensor) -> list[Tensor]:
         """The down and the ups of each slot, as `Pair` has them: views of `line`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from lcm_kit import console
@@ -22,9 +23,11 @@ def call(verbose: bool, *, models: bool = True) -> Iterator[None]:
             stack.enter_context(console.silent())
         if models:
             from lcm_kit.quiet import quietly
-            from lcm_kit.training.release import free
 
-            free()  # what a call before this one left that ended with an error
+            if "torch" in sys.modules:
+                from lcm_kit.bases.out_of_memory import free
+
+                free()  # what a call before this one left that ended with an error
             stack.enter_context(quietly())
         try:
             yield

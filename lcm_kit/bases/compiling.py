@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ def compile_blocks(
     limit = _Limit(say)
     for block in blocks:
         layer = next((module for module in block.modules() if hasattr(module, "_disable_adapters")), None)
-        block.forward = partial(limit.forward, block, layer, _code(type(block), backend))
+        kind: Any = type(block)
+        block.forward = partial(limit.forward, block, layer, _code(kind, backend))
 
 
 def require_compiler(device: torch.device, key: str) -> None:
@@ -75,11 +76,10 @@ def wants(config: schema.Training | Speed, device: torch.device) -> bool:
     return config.memory.compile
 
 
-def _code(kind: type, backend: Any, _made: dict[Any, Any] = {}) -> Any:  # noqa: B006
+@cache
+def _code(kind: Any, backend: Any) -> Any:
     """One compiled function for all blocks of a class, so that they share what was compiled."""
-    if (kind, backend) not in _made:
-        _made[kind, backend] = torch.compile(kind.forward, dynamic=False, backend=backend)  # type: ignore[attr-defined]
-    return _made[kind, backend]
+    return torch.compile(kind.forward, dynamic=False, backend=backend)
 
 
 class _Limit:

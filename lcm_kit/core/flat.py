@@ -55,7 +55,7 @@ def _dense(tensor: Tensor) -> bool:
 
 def flattened(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of `tensors`, detached, which lie in one as the originals do, of the same order and strides."""
-    one = whole([tensor.detach() for tensor in tensors])
+    one = whole(tensors)
     if one is None:
         return [tensor.detach().clone() for tensor in tensors]
     begin, copy = one.storage_offset(), one.clone()
@@ -66,8 +66,7 @@ def flattened(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """`first` and `second`, of the same shapes, detached; each as one tensor if both lie so, in one order."""
-    ones = whole([tensor.detach() for tensor in first]), whole([tensor.detach() for tensor in second])
-    a, b = ones
+    a, b = whole(first), whole(second)
     if a is not None and b is not None:
         shift = a.storage_offset() - b.storage_offset()
         if all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -10,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 
 from lcm_kit import console
-from lcm_kit.bases.out_of_memory import out_of_memory
+from lcm_kit.bases.out_of_memory import free, out_of_memory
 from lcm_kit.errors import UserError
 
 T = TypeVar("T")
@@ -72,9 +71,7 @@ class Batches:
             self._halve(len(part), said)  # out of the handler: the exception holds what the passes held
 
     def _halve(self, tried: int, said: str) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free()
         if tried == 1:
             raise UserError(f"memory ran out while {self.doing}, one at a time ({said}); {self.instead}")
         self.size = tried // 2

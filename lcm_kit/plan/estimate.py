@@ -33,6 +33,11 @@ def room(card: float) -> float:
     return (card - CONTEXT) * (1 - MARGIN)
 
 
+def largest_batch(sizes: Mapping[int, int], card: float) -> int:
+    """The largest batch, of which `sizes` has the bytes, that fits into a card of `card` GiB; 0: none."""
+    return max((n for n, size in sizes.items() if size <= room(card) * GIB), default=0)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A process of its own, at its highest moment."""
@@ -130,8 +135,7 @@ class Estimate:
 
     def evaluate_at(self, card: float) -> int:
         """The largest `batch_size` with which an evaluation fits, up to its default; 0 for none."""
-        limit = room(card) * GIB
-        return max((n for n, parts in self.evaluate.items() if sum(parts.values()) <= limit), default=0)
+        return largest_batch({n: sum(parts.values()) for n, parts in self.evaluate.items()}, card)
 
 
 @dataclass

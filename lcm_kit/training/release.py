@@ -8,21 +8,13 @@ next.
 from __future__ import annotations
 
 import functools
-import gc
-import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from lcm_kit.bases.out_of_memory import free
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def free() -> None:
-    """Give back what nothing refers to, to the GPU too: rings of Python's objects, CUDA's cached blocks."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def released(main: Callable[P, T]) -> Callable[P, T]:

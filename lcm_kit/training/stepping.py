@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lcm_kit.bases.out_of_memory import out_of_memory
+from lcm_kit.bases.out_of_memory import free, out_of_memory
 from lcm_kit.core.flat import clip_grad_norm_, whole
 from lcm_kit.core.sharding import full_tensor
 from lcm_kit.errors import UserError
@@ -82,9 +81,7 @@ class Passes:
                 raise
         for p in self.parameters:  # out of the handler: the exception holds what the passes held
             p.grad = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free()
         return None
 
     def _run(self, losses_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ takes the flag `found_inf` as a tensor, by which its kernel leaves weights, mome
 they are, and the average of the weights follows by a factor of 0. Loss, norm and losses are copied into
 pinned memory meanwhile and read when the next step has been given to the GPU: then it is said what was left
 out, and a run that diverged stops, one step late, with nothing of that on its weights. What writes a step's
-figures or weights reads them first (`Guard.settle`). An optimizer without that flag, as on a CPU, where
-reading is free, or in 8 bits, is called or not by what the host has read.
+figures or weights reads them first (`Guard.settle`). An optimizer without that flag, as that in 8 bits, is
+called or not by what the host has read.
 """
 
 from __future__ import annotations

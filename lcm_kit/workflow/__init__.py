@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lcm_kit import assets, console, sample
+from lcm_kit.bases.out_of_memory import free
 from lcm_kit.config.schema import Base
 from lcm_kit.data import reconstruction
 from lcm_kit.data.encoder import usable_base
@@ -19,7 +20,6 @@ from lcm_kit.data.reconstruction import Reconstructions
 from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
-from lcm_kit.training.release import free
 from lcm_kit.workflow import configs, needs, show
 from lcm_kit.workflow.configs import Story
 from lcm_kit.workflow.stages import require_folder, stages_of

@@ -12,9 +12,9 @@ from lcm_kit.config.schema import Training
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.plan import advice, base_profile, evaluating, show
 from lcm_kit.plan.dry_run import MetaModel
-from lcm_kit.plan.estimate import CARDS, Planner, Stage, room
+from lcm_kit.plan.estimate import CARDS, Planner, Stage, largest_batch
 from lcm_kit.plan.meter import capacity
-from lcm_kit.plan.sizes import GIB, dtype_of
+from lcm_kit.plan.sizes import dtype_of
 from lcm_kit.plan.style import Style
 from lcm_kit.plan.text import rank_of
 from lcm_kit.workflow.configs import Story, configs_for
@@ -28,10 +28,6 @@ class Evaluation:
 
     batch_size: int
     by_batch: Mapping[int, int]
-
-    def largest(self, card: float) -> int:
-        """The largest batch that fits into a card of `card` GiB; 0 for none."""
-        return max((n for n, size in self.by_batch.items() if size <= room(card) * GIB), default=0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Needs:
                 continue
             needs = f"{stage.name} needs {show.size(stage.size)}"
             if name in self.evaluations:
-                batch = self.evaluations[name].largest(card)
+                batch = largest_batch(self.evaluations[name].by_batch, card)
                 said.append(f"{needs}: {f'add {name}.batch_size={batch}' if batch else show.help_for(stage)}")
                 continue
             typed, fits = self._change(name, card)

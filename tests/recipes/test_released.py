@@ -13,9 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from lcm_kit import workflow
 from lcm_kit.api.calls import call
+from lcm_kit.bases.out_of_memory import free
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
-from lcm_kit.training.release import free, released
+from lcm_kit.training.release import released
 from tests.recipes import small
 from tests.recipes.test_story import FEW, studio
 from train import distill, finetune
