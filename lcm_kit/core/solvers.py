@@ -17,14 +17,15 @@ Solver = Callable[[Predict, Schedule, Tensor, Tensor, Tensor], Tensor]
 _SMALLEST_ALPHA = 2.0**-12
 
 
-def _ddim(schedule: Schedule, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+def landed(schedule: Schedule, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """Return x_s = alpha_s x0 + sigma_s eps, float32, where (x0, eps) stay the same until s int64 [B]."""
     alpha, sigma = schedule.at(s)
     return alpha * x0 + sigma * eps
 
 
 def ddim(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """First order, one model call: x_s = alpha_s x0 + sigma_s eps (arXiv:2010.02502, eq. 12, no noise)."""
-    return _ddim(schedule, *predict(x, t), s)
+    return landed(schedule, *predict(x, t), s)
 
 
 def heun(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def heun(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor) 
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
     x0, eps = predict(x, t)
-    x0_s, eps_s = predict(_ddim(schedule, x0, eps, s), s)
+    x0_s, eps_s = predict(landed(schedule, x0, eps, s), s)
     v_t, v_s = alpha_t * eps - sigma_t * x0, alpha_s * eps_s - sigma_s * x0_s
     h = torch.atan2(sigma_s, alpha_s) - torch.atan2(sigma_t, alpha_t)
     return x.float() + torch.tan(h / 2) * (v_t + v_s)
@@ -51,7 +52,7 @@ def dpmpp_2s(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, s: Tens
     lam = schedule.alpha.clamp_min(_SMALLEST_ALPHA).log() - schedule.sigma.log()
     mid = _middle(lam, t, s)
     x0, eps = predict(x, t)
-    x0_mid, _ = predict(_ddim(schedule, x0, eps, mid), mid)
+    x0_mid, _ = predict(landed(schedule, x0, eps, mid), mid)
     r = torch.where(t > s, (lam[mid] - lam[t]) / (lam[s] - lam[t]), 1.0).view(-1, 1, 1, 1)
     d = x0 + (x0_mid - x0) / (2 * r)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)

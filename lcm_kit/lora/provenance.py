@@ -103,7 +103,7 @@ class Provenance:
             return None
         read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
         known = read and set(read.samplers) <= set(samplers.for_adapter())
-        return read if known else methods.info(self.method.name)
+        return read if known else methods.info(self.method.name, self.method.constants)
 
     @property
     def student(self) -> MethodInfo:

@@ -56,6 +56,21 @@ class Method(Protocol):
         ...
 
 
+def intervals(
+    schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """0 and the solver grid's `n_grid` points, int64 [n_grid + 1], and `batch` of its intervals, by number.
+
+    Interval i goes from points[i + 1] down to points[i]; all are as likely.
+    """
+    import torch
+
+    from lcm_kit.core.schedule import grid
+
+    points = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, n_grid)])
+    return points, torch.randint(n_grid, (batch,), generator=generator)
+
+
 @dataclass(frozen=True)
 class MethodInfo:
     """What files say of a method, so that a card or a report needs neither its class nor its code."""

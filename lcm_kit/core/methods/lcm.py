@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Le
 
-from lcm_kit.core.methods.base import Times
+from lcm_kit.core.methods.base import Times, intervals
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,7 @@ class LCM:
         """Draw t uniformly from the solver grid; s is the grid point before (0 for the first), end is 0."""
         import torch
 
-        from lcm_kit.core.schedule import grid
-
-        points = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, n_grid)])
-        index = torch.randint(n_grid, (batch,), generator=generator)
+        points, index = intervals(schedule, n_grid, batch, generator)
         return Times(t=points[index + 1], s=points[index], end=torch.zeros_like(index))
 
     def endpoint(

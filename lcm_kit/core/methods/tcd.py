@@ -1,0 +1,48 @@
+"""Trajectory consistency (TCD, arXiv:2402.19159): a point maps to any point before it on its trajectory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lcm_kit.core.methods.base import Method, Times, intervals
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lcm_kit.core.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class TCD(Method):
+    """LCM with a free end. TCDScheduler lands between its timesteps and renews the noise from there."""
+
+    title: ClassVar[str] = "trajectory consistency distillation (TCD)"
+    samplers: ClassVar[tuple[str, ...]] = ("tcd", "ddim", "lcm")
+    steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
+    tags: ClassVar[tuple[str, ...]] = ("tcd",)
+
+    name: Literal["tcd"] = "tcd"
+
+    def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
+        """Draw t uniformly from the solver grid; s is the point before, `end` one of 0 .. s, all as likely.
+
+        Algorithm 1 of arXiv:2402.19159, on the grid's points.
+        """
+        import torch
+
+        points, index = intervals(schedule, n_grid, batch, generator)
+        end = (torch.rand(batch, generator=generator) * (index + 1)).long()
+        return Times(t=points[index + 1], s=points[index], end=points[end])
+
+    def endpoint(
+        self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
+    ) -> Tensor:
+        """Return f(x, t, end) = alpha_end x0 + sigma_end eps, float32 [B, C, h, w]; x exactly where end = t.
+
+        The exponential integrator of first order, arXiv:2402.19159, eq. 15 (k = 1): the step of DDIM.
+        """
+        from lcm_kit.core.solvers import landed
+
+        return landed(schedule, x0, eps, end)
