@@ -27,6 +27,7 @@ from torch import Tensor
 from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.adapter.stages import stage_at
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.bases import compiling
 from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
@@ -34,7 +35,7 @@ from lcm_kit.config.schema import Distill
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.guidance import sample_guidance
 from lcm_kit.core.methods import Method, Times
-from lcm_kit.core.schedule import Schedule, grid_steps
+from lcm_kit.core.schedule import Schedule
 from lcm_kit.core.transfer import sent
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches, draw
@@ -70,7 +71,7 @@ def step_randomness(
     With `teacher.reuse` n the first two are those of the first of n steps.
     """
     first = step - step % config.teacher.reuse
-    n_grid = grid_steps(first, config.steps, config.grid.steps_start, config.grid.steps)
+    n_grid = stage_at(config, first).n_grid
     of = partial(draw, config.seed, first, batch.slots)
     noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
     times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
@@ -109,7 +110,7 @@ def main(config: Distill) -> Path:
     o = config.optimizer
     model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(lora, o, device))
     lora = adapted.parameters()  # other objects, if they were sharded
-    ema = flattened(lora) if config.ema else []
+    ema = flattened(lora) if config.second_set else []
     compiling.compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
@@ -166,7 +167,8 @@ def main(config: Distill) -> Path:
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
     forward = min(config.batch_size, local_batch)
     passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    guard = updates.Guard(accelerator, config, metrics, optimizer, lora, ema, window, updates=done)
+    average = ema if config.ema else []
+    guard = updates.Guard(accelerator, config, metrics, optimizer, lora, average, window, updates=done)
     ahead = Ahead(needed, config.steps, device)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
@@ -176,8 +178,10 @@ def main(config: Distill) -> Path:
         measuring.start(done)
         for step in range(done, config.steps):
             started, done = time.perf_counter(), step + 1
+            stage = stage_at(config, step)
+            roles.begin(step, stage)
             batch, drawn = ahead.at(step)
-            rate = runtime.learning_rate(o, step, config.steps)
+            rate = runtime.learning_rate(o, step - stage.first, stage.steps)
             set_rates(optimizer, rate)
             losses = partial(losses_of, batch, drawn, group=step // reuse if reuse > 1 else None)
             guard.update(done, passes(done, losses), batch.ids)

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
-from lcm_kit.adapter.trained_weights import swapped
+from lcm_kit.adapter.stages import stage_at
+from lcm_kit.adapter.trained_weights import swapped, update_ema
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.methods import imported
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES
-from lcm_kit.core.methods import Method, Times
+from lcm_kit.core.methods import Method, Progressive, Stage, Times
 from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
@@ -45,6 +46,11 @@ class Objective:
     distance: Loss
     teacher_weight: float = 1.0
     by_interval: bool = False  # weighted by 1 / (difference of sigma / alpha between t and s)
+
+    @property
+    def progressive(self) -> Progressive | None:
+        """The method where its teacher is the target too, and changes from stage to stage."""
+        return self.method if isinstance(self.method, Progressive) else None
 
     @classmethod
     def of(cls, config: Distill) -> Objective:
@@ -71,9 +77,12 @@ class Given:
     again: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Roles:
     """One UNet as teacher (nothing that is trained), target (the trained weights' average) and student.
+
+    In progressive distillation teacher and target are one: in the first stage the base under guidance, then
+    the student as the stage before left it, whose weights lie where else their average does.
 
     `call` is the UNet or what is called in its place (compiled, under autocast); `dtype` that of its inputs.
     `empty`: the condition of no caption, [1, ...]. `both`: both teachers, the styled and the base alone, are
@@ -86,7 +95,8 @@ class Roles:
 
     adapted: AdaptedUNet
     call: Any
-    ema: Sequence[Tensor]  # the average, as `AdaptedUNet.parameters` is; none: the target is the student
+    # the average, or what a stage's teacher is, as `AdaptedUNet.parameters`; none: the target is the student
+    ema: Sequence[Tensor]
     empty: Condition
     schedule: Schedule
     kind: str  # of the UNet's output
@@ -96,7 +106,17 @@ class Roles:
     padded: bool = False
     part: Part = field(default=lambda name: nullcontext())
     name: str = TRAINED
+    stage: int = 0  # number of the one that the step is in
     _answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # the teacher's, of one group
+
+    def begin(self, step: int, stage: Stage) -> None:
+        """To be called before optimizer step `step` (from 0), of `stage`: the student of now may teach it.
+
+        It asks for no step before but their weights, so that a run goes on from any state.
+        """
+        self.stage = stage.number
+        if stage.number and step == stage.first:
+            update_ema(self.ema, self._trained, 0.0)
 
     def losses(self, given: Given) -> Tensor:
         """The consistency loss of each sample, float32 [B]; only the student's pass has a gradient.
@@ -106,10 +126,15 @@ class Roles:
         if self.adapted.in_use != self.name:
             raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
         predict, o = partial(predictor, schedule=self.schedule, kind=self.kind), self.objective
+        teacher = predict(partial(self._as_teacher, given))
+        target = predict(partial(self._as_target, given.condition))
+        distance = o.distance
+        if o.progressive:
+            teacher = target = target if self.stage else teacher
+            distance = in_units(distance, o.progressive.unit(self.schedule, given.times))
         found = consistency_loss(
-            method=o.method, solver=o.solver, loss=o.distance, schedule=self.schedule,
-            teacher=predict(partial(self._as_teacher, given)),
-            target=predict(partial(self._as_target, given.condition)),
+            method=o.method, solver=o.solver, loss=distance, schedule=self.schedule, teacher=teacher,
+            target=target,
             student=predict(partial(self._as_student, given.condition)),
             x0=given.x0, noise=given.noise, times=given.times, teacher_weight=o.teacher_weight,
         )  # fmt: skip
@@ -203,12 +228,28 @@ def _rows(own: list[int], n: int, padded: bool) -> list[int]:
     return [*own, *[own[0] if own else 0] * (size - len(own))]
 
 
-def passes(config: Distill) -> dict[str, int]:
-    """How often a step asks each part for a sample, guidance being two: found by letting it."""
+def in_units(distance: Loss, unit: Tensor) -> Loss:
+    """`distance` between what it is given times `unit` [B, 1, 1, 1]."""
+    return lambda a, b: distance(unit * a, unit * b)
+
+
+def passes(config: Distill) -> dict[str, float]:
+    """How often a step asks each part for a sample, in the mean over the run, guidance being two."""
+    if not config.stages:
+        return dict(_passes(config, stage_at(config, config.steps - 1)))
+    counted = {stage: _passes(config, stage) for stage in config.stages}
+    return {
+        name: sum(stage.steps * each[name] for stage, each in counted.items()) / config.steps
+        for name in PARTS
+    }
+
+
+def _passes(config: Distill, stage: Stage) -> dict[str, int]:
+    """How often a step of `stage` asks each part: found by letting it."""
     counted = dict.fromkeys(PARTS, 0)
     objective = Objective.of(config)
     schedule = Schedule.from_config(SD_BETAS)
-    x, grid = torch.ones(1, 1, 1, 1), config.grid.steps
+    x, grid = torch.ones(1, 1, 1, 1), stage.n_grid
 
     def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,6 +259,8 @@ def passes(config: Distill) -> dict[str, int]:
         return predict
 
     teacher, target, student = map(counting, PARTS)
+    if objective.progressive:
+        teacher = target = target if stage.number else teacher
     consistency_loss(
         method=objective.method, solver=objective.solver, loss=objective.distance, schedule=schedule,
         teacher=teacher, target=target, student=student, x0=x, noise=x,

@@ -14,6 +14,7 @@ FREE = (  # keys, or blocks of keys, that may change
     "data.vae_precision",  # states have a hash of what was encoded
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
+IN_STAGES = ("steps",)  # but in a run of stages, whose edges its length moves
 # Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
 DATA = (
     "data.path", "data.cache", "data.regularization", "data.kind", "data.split", "data.image_column",
@@ -42,12 +43,14 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def bound(config: schema.Training) -> dict[str, Any]:
     """By dotted key what of `config` must stay, or is told of where it does not."""
-    return {key: value for key, value in flat(config).items() if not is_free(key)}
+    staged = bool(config.stages)
+    return {key: value for key, value in flat(config).items() if not is_free(key, staged=staged)}
 
 
-def is_free(key: str) -> bool:
-    """Whether a key may have another value than the run was started with."""
-    return key not in FIXED and any(key == name or key.startswith(f"{name}.") for name in FREE)
+def is_free(key: str, *, staged: bool = False) -> bool:
+    """Whether a key may have another value than the run was started with, which may have stages."""
+    held = FIXED + (IN_STAGES if staged else ())
+    return key not in held and any(key == name or key.startswith(f"{name}.") for name in FREE)
 
 
 def fixed(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Guidance is everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w
 from __future__ import annotations
 
 from dataclasses import field
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -31,7 +32,7 @@ from lcm_kit.config.data import (
     Whole,
 )
 from lcm_kit.config.methods import AnyMethod
-from lcm_kit.core.methods import LCM
+from lcm_kit.core.methods import LCM, Progressive, Stage
 
 __all__ = [
     "STRICT", "BatchSize", "BatchSizeOrAuto", "Data", "Fraction", "NonNegative", "Number", "Place",
@@ -236,6 +237,16 @@ class Training:
             raise ValueError(f"optimizer.warmup_steps {warmup} is larger than steps {self.steps}; lower it")
         return self
 
+    @property
+    def second_set(self) -> bool:
+        """Whether the weights that are trained are held a second time: their average, or a teacher's."""
+        return bool(self.ema)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Parts of the run with a teacher and a task of their own; none: it is of one piece."""
+        return ()
+
 
 @dataclass(frozen=True, config=STRICT)
 class Distill(Training):
@@ -273,6 +284,29 @@ class Distill(Training):
                 f"validation.held_out is of images, and data.source is {self.data.source}; set it to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _method(self) -> Distill:
+        for key, why in getattr(self.method, "refuses", {}).items():
+            if attrgetter(key)(self) != attrgetter(key)(Distill(self.recipe, self.output)):
+                raise ValueError(f"{key} has no place in method {self.method.name}: {why}; remove it")
+        warmup = self.optimizer.warmup_steps
+        for stage in (stage for stage in self.stages if stage.steps < warmup):
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} is larger than a stage of {stage.steps} steps, and the "
+                "learning rate begins anew in each; lower it"
+            )
+        return self
+
+    @property
+    def second_set(self) -> bool:
+        """As `Training.second_set`: in stages the teacher is the student as the one before left it."""
+        return bool(self.ema or self.stages)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """As `Training.stages`: those of progressive distillation."""
+        return self.method.stages(self.steps) if isinstance(self.method, Progressive) else ()
 
     def baked_guidance(self) -> Guidance:
         """The lowest and highest guidance_scale that the loss teaches the student to draw with alone.

@@ -43,8 +43,9 @@ def consistency_loss(
     w of the first and 1 - w of the second; what weighs 0 is not computed.
 
     `x0`, `noise`: latents [B, C, h, w]. `target` is the student itself or the EMA of it, never the teacher,
-    which would distil nothing. Only the student's call has a gradient; it comes last, so that the teacher's
-    activations are gone.
+    which would distil nothing; but in progressive distillation it is the teacher, whose second step goes
+    from s to `end` (arXiv:2202.00512, algorithm 2). Only the student's call has a gradient; it comes last,
+    so that the teacher's activations are gone.
     """
     t, s, end = times
     x_t = add_noise(schedule, x0, noise, t)

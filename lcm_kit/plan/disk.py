@@ -36,7 +36,7 @@ def disk(config: Training, planner: Planner) -> Disk:
     numbers += subject.pooled + 6 if subject.pooled else 0
     weights = planner.weights(config)
     lora = FLOAT * sum(weights.lora)
-    state = lora + moment_bytes(config, weights) + (lora if config.ema else 0)
+    state = lora + moment_bytes(config, weights) + (lora if config.second_set else 0)
     found = _pictures(config.data)
     share = config.validation.held_out
     chosen = share or config.validation.control

@@ -202,6 +202,7 @@ def _staying(config: Training, stage: MetaModel, dtype: torch.dtype) -> dict[str
         "LoRA weights": lora,
         "optimizer moments": moment_bytes(config, weights),
         "EMA of the LoRA": lora if config.ema else 0,
+        **({"LoRA of the stage before": lora} if config.stages else {}),
     }
 
 
@@ -260,7 +261,7 @@ def _host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts
     return {
         "loading": {"weights in full": max(0, full - sum(staying.values()))},
         # the LoRA, and once more in the file's form as safetensors builds it and gives it back; the EMA
-        "saving": {"copies of the LoRA": FLOAT * sum(weights.lora) * (4 if config.ema else 3)},
+        "saving": {"copies of the LoRA": FLOAT * sum(weights.lora) * (4 if config.second_set else 3)},
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.adapter.stages import stage_at
 from lcm_kit.adapter.trained_weights import update_ema
 from lcm_kit.bases import compiling, memory
 from lcm_kit.bases.condition import Condition
@@ -109,7 +110,9 @@ class Trial:
             runtime.dtype(self.accelerator), part=self._part,
             padded=compiling.wants(config, x0.device),
         )  # fmt: skip
-        times = objective.method.times(self.tables, config.grid.steps, n, torch.Generator().manual_seed(0))
+        # a stage's first teacher, which is the dearest, on the last one's grid: times cost nothing
+        n_grid = stage_at(config, config.steps - 1).n_grid
+        times = objective.method.times(self.tables, n_grid, n, torch.Generator().manual_seed(0))
         return roles.losses(Given(
             x0, torch.randn(x0.shape).to(x0.device), Times(*times).to(x0.device),
             torch.full((n,), config.guidance.max), condition,
@@ -132,7 +135,7 @@ class Trial:
         middle = self._clock()
         self.meter.start("optimizer step")
         self.optimizer.step()
-        if self.ema:
+        if self.ema and config.ema:
             update_ema(self.ema, self.lora, config.ema)
         self.optimizer.zero_grad()
         left_out = config.batch_size * config.accumulation / len(self.latents)
@@ -170,7 +173,7 @@ def make(
     made = memory.make_optimizer(adapted.add_lora(config.adapter), config.optimizer, device)
     unet, optimizer = runtime.prepare(accelerator, adapted, made)
     lora = adapted.parameters()  # other objects, if they were sharded
-    ema = flattened(lora) if config.ema else []
+    ema = flattened(lora) if config.second_set else []
     compiling.compile_blocks(unet, config)
     n = config.batch_size * min(config.accumulation, _MICRO_BATCHES)
     side = config.data.resolution // found.structure.factor

@@ -65,7 +65,7 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
         found.append(_aside(what, flops, wanted.count * teacher, times * shown * student))
     times += 1  # figures are of the start too
     if held:
-        each = [held * TIMES * times * passes for passes in _of_loss(config)]
+        each = [round(held * TIMES * times * passes) for passes in _of_loss(config)]
         found.append(_aside(f"loss on {held} held-out pictures, {times} times", flops, *each))
     if control:
         each = [control * teacher, times * control * (TIMES if style else 1)]
@@ -73,7 +73,7 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
     return found
 
 
-def _of_loss(config: Training) -> tuple[int, int]:
+def _of_loss(config: Training) -> tuple[float, float]:
     """Passes for the loss of one sample: of the teacher, and of the UNet with the LoRA."""
     if not isinstance(config, Distill):
         return 0, 1

@@ -67,7 +67,8 @@ def write_config(config: schema.Training) -> None:
 def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> list[str]:
     """In words what of `TOLD` is another value now. Raises `UserError` for another change."""
     hashed = any(known.get("base") for known in run_files.manifests(states))
-    old, new = (_kept(keys, hashed) for keys in (_started_with(file, config, states), flat(config)))
+    staged = bool(config.stages)
+    old, new = (_kept(keys, hashed, staged) for keys in (_started_with(file, config, states), flat(config)))
     changed = []
     for key in sorted(new):
         before, now = old.get(key, (None, None)), new[key]
@@ -88,12 +89,12 @@ def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> lis
     return changed
 
 
-def _kept(keys: Mapping[str, Any], base_is_hashed: bool) -> dict[str, tuple[Any, str]]:
+def _kept(keys: Mapping[str, Any], base_is_hashed: bool, staged: bool) -> dict[str, tuple[Any, str]]:
     """What a continued run must keep: by key what must be equal, and how it is written."""
     kept = {
         key: (_essence(key, value), repr(value))
         for key, value in keys.items()
-        if not is_free(key) and key not in BATCH and not (base_is_hashed and key in BASE)
+        if not is_free(key, staged=staged) and key not in BATCH and not (base_is_hashed and key in BASE)
     }
     sizes = [keys.get(key, 1) for key in BATCH]
     return {**kept, " x ".join(BATCH): (math.prod(sizes), " x ".join(map(str, sizes)))}

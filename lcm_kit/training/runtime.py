@@ -77,8 +77,13 @@ def _check_sharing(config: schema.Training, accelerator: Accelerator) -> None:
             f"text_encoder.rank {config.text_encoder.rank} does not work where FSDP shards the weights; set "
             "it to null, or use plain multi-GPU"
         )
-    if sharded(accelerator) and config.ema:
-        raise UserError(f"ema {config.ema} does not work where FSDP shards the weights; set it to 0")
+    if sharded(accelerator) and config.second_set:
+        what, instead = (
+            (f"ema {config.ema}", "set it to 0")
+            if config.ema
+            else ("a method in stages", "use plain multi-GPU")
+        )
+        raise UserError(f"{what} does not work where FSDP shards the weights; {instead}")
 
 
 def _precision(wanted: str, device: str) -> str:

@@ -44,6 +44,9 @@ class Method(Protocol):
     samplers: ClassVar[tuple[str, ...]] = ("lcm",)
     steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)  # that it serves and is judged at, rising
     tags: ClassVar[tuple[str, ...]] = ()  # of its card, as the hub has them
+    # keys of a config, as "grid.steps", that must stay as they are by default, and why: what they would do
+    # has no place in it
+    refuses: ClassVar[Mapping[str, str]] = {}
 
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
         """Draw `batch` intervals on a solver grid of `n_grid` steps with a CPU generator."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Le
 
-from lcm_kit.core.methods.base import Times, intervals
+from lcm_kit.core.methods.base import Method, Times, intervals
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LCM:
+class LCM(Method):
     """The constants are those of diffusers' LCMScheduler; with others its samples would be off."""
 
     title: ClassVar[str] = "latent consistency distillation (LCM)"
