@@ -175,8 +175,10 @@ def _description(structure: Structure, facts: Provenance) -> str:
 
 
 def _method(info: MethodInfo) -> str:
-    """Within a sentence: a name of the kit's, or of another method its title."""
-    return info.name.upper() if info.name in METHODS or info.title == info.name else info.title
+    """Within a sentence: a name of the kit's by its letters, or of another method its title."""
+    letters = info.name.upper()
+    short = info.name in METHODS and letters in info.title
+    return letters if short or info.title == info.name else info.title
 
 
 def _usage_hint(structure: Structure, facts: Provenance) -> str | None:

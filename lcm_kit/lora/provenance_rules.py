@@ -75,7 +75,7 @@ def of_training(
             common,
             method=Method.of(config.method),
             solver=config.solver if config.teacher.weight else None,
-            grid=_same(Grid, config.grid),
+            grid=None if config.stages else _same(Grid, config.grid),  # each stage has one of its own
             loss=_same(Loss, config.loss, min_snr_gamma=None, snr_floor=None, noise_offset=None),
             guidance=_same(Guidance, config.baked_guidance()),
             teacher=_same(Teacher, config.teacher, adapters=tuple(teacher)),

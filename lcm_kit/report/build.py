@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_kit import __version__, assets
 from lcm_kit.adapter import folder as adapter
+from lcm_kit.core.methods import Progressive
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation import verdicts
@@ -212,7 +213,6 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     method = trained.distilled if trained else None
     steps = trained.steps if trained else config["steps"]
     images = config["batch_size"] * config["accumulation"]
-    start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
     looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))
     return {
         "base": config["base"]["path"],
@@ -222,11 +222,19 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
         "training": f"{steps} steps of {images} images a process",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
         "guidance baked in": f"{guidance['min']:g} to {guidance['max']:g}",
-        "solver": f"{config['solver']}, grid of {grid['steps']} steps{start}",
+        "solver": f"{config['solver']}, {_grid(config['method'], grid)}",
         "loss": config["loss"]["name"],
         "learning rate": f"{config['optimizer']['lr']:g}",
         "seed": str(config["seed"]),
     }
+
+
+def _grid(method: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
+    """The solver's grid in words, or the stages of progressive distillation."""
+    if method["name"] == Progressive.name:
+        return f"from {method['start']} steps to {method['finish']}, halved in each stage"
+    start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
+    return f"grid of {grid['steps']} steps{start}"
 
 
 def _seen(data: Mapping[str, Any]) -> dict[str, str]:
