@@ -83,7 +83,7 @@ def main(config: Compose) -> Path:
     )
     sentence = (
         f"Use the style at {chosen.style_weight:g} and the acceleration at {chosen.lora_weight:g}, "
-        f"{config.steps} steps, guidance {config.guidance_scale:g}."
+        f"{config.steps} steps, guidance {chosen.guidance_scale:g}."
     )
     results["recommended"] = {
         "sentence": sentence, "adapter": chosen.adapter, "cell": chosen.id, "sampler": chosen.sampler,

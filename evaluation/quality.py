@@ -6,9 +6,10 @@
 
 The same prompts are drawn from the same noise by the teacher (the base, many steps, guidance), by the base
 under plain samplers at each budget of UNet calls (with guidance, at half the steps, and without), and by the
-student at each number of steps. All of it is plain diffusers with the exported file: what users run. Writes
-`results.json` and `pictures/` into the run's folder. Samples are kept in `evaluation/`, so that a second
-evaluation with the same inputs only measures again. Copy this file and change it.
+student at each number of steps (with guidance where none is baked into it). All of it is plain diffusers with
+the exported file: what users run. Writes `results.json` and `pictures/` into the run's folder. Samples are
+kept in `evaluation/`, so that a second evaluation with the same inputs only measures again. Copy this file
+and change it.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def plan(config: Quality, method: MethodInfo = DEFAULT) -> list[Cell]:
                 cells.append(Cell("plain", None, sampler, calls // 2, config.guidance_scale))
             cells.append(Cell("plain", None, sampler, calls, 1.0))
     steps = method.judged_steps if config.student_steps is None else config.student_steps
-    students = () if config.base else steps
-    return cells + [Cell("student", STUDENT, method.sampler, n, 1.0, config.lora_weight) for n in students]
+    students, scale = () if config.base else steps, method.guidance_beside(config.guidance_scale)
+    return cells + [Cell("student", STUDENT, method.sampler, n, scale, config.lora_weight) for n in students]
 
 
 @alone("evaluation/quality", lambda config: config.run)

@@ -234,7 +234,7 @@ MADE = {
     "speed": replace(
         SPEED, title="speed", step=200, date="2026-01-31T23:59:58+00:00",
         recommended=replace(USE, reasons=("nearest to the teacher",), warnings=("mind the colours",)),
-        control_distance=0.5,
+        control_distance=0.5, guidance_scale=6.0,
     ),
     "look": replace(
         STYLE, title="look", step=80, date="2026-01-01T00:00:00+00:00", held_out_loss=0.25,
@@ -249,7 +249,7 @@ NAMES = [each.name for each in fields(Provenance)]
 MERGED: dict[str, Any] = {
     # of the part that makes it fast
     **{name: getattr(HAS["speed"], name) for name in ("base", "kit_version", "date", "prediction_type")},
-    **{name: getattr(HAS["speed"], name) for name in ("step", "method", "guidance")},
+    **{name: getattr(HAS["speed"], name) for name in ("step", "method", "guidance", "guidance_scale")},
     # of all of them
     "data": Data("ab12", 512, "mix", "ink, lumo"),
     "parents": ("look.safetensors:0.5", "speed.safetensors:1"),

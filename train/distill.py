@@ -4,10 +4,11 @@
     accelerate launch --num_processes 4 -m lcm_kit train configs/distill/tiny_lcm.yaml
 
 One UNet plays three parts (arXiv:2310.04378, 2311.05556). With its LoRA off it is the teacher, which takes
-one ODE step under classifier-free guidance from t to s. With its LoRA on it is the student, which must land
-at the same point from t as from s; the one from s is the target, optionally with an EMA of the LoRA's
-weights. `teacher.weight` below 1 is latent consistency fine-tuning: s is reached with the noise that is in
-x_t already, which needs no teacher; `adapter.start` is then the LCM-LoRA that is tuned.
+one ODE step under classifier-free guidance from t to s (`guidance: 1`: without it, and the student is drawn
+with guidance instead). With its LoRA on it is the student, which must land at the same point from t as from
+s; the one from s is the target, optionally with an EMA of the LoRA's weights. `teacher.weight` below 1 is
+latent consistency fine-tuning: s is reached with the noise that is in x_t already, which needs no teacher;
+`adapter.start` is then the LCM-LoRA that is tuned.
 
 `lcm-kit encode` with the same config comes first: training reads latents and embeddings only. The same
 command continues an interrupted run, bit for bit on a CPU. To try another idea, copy this file and edit it.
@@ -57,27 +58,31 @@ class StepRandomness(NamedTuple):
     noise: Tensor  # [B, C, h, w]
     times: Times  # [B] each
     guidance: Tensor  # [B] guidance_scale
+    dropped: Tensor  # bool [B], on the host: trained on without its caption
 
     def to(self, device: torch.device) -> StepRandomness:
-        """The same on `device`."""
-        return StepRandomness(sent(self.noise, device), self.times.to(device), sent(self.guidance, device))
+        """The same with all but `dropped` on `device`."""
+        guidance = sent(self.guidance, device)
+        return StepRandomness(sent(self.noise, device), self.times.to(device), guidance, self.dropped)
 
 
 def step_randomness(
     config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int
 ) -> StepRandomness:
-    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`.
+    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`,
+    and whether its caption is left out.
 
-    With `teacher.reuse` n the first two are those of the first of n steps.
+    With `teacher.reuse` n all but guidance are those of the first of n steps.
     """
     first = step - step % config.teacher.reuse
     n_grid = stage_at(config, first).n_grid
     of = partial(draw, config.seed, first, batch.slots)
     noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
     times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
+    dropped = of("dropout", lambda g: torch.rand((), generator=g)) < config.caption_dropout
     of = partial(draw, config.seed, step, batch.slots)
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
-    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten())
+    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped)
 
 
 @release.released
@@ -132,15 +137,16 @@ def main(config: Distill) -> Path:
     local_batch, reuse = origin.batch // origin.world, config.teacher.reuse
     places = accelerator.process_index, accelerator.num_processes
     batches = Batches(trained, local_batch, config.seed, *places, sources.mix_of(trained, config.data))
+    empty = cache.empty()
 
     def needed(step: int) -> tuple[Batch, StepRandomness]:
         batch = batches.at(step // reuse)
         drawn = step_randomness(config, objective.method, schedule, batch, step)
-        return batch.to(device), drawn.to(device)
+        return batch.without_captions(drawn.dropped, empty).to(device), drawn.to(device)
 
     # -- The three parts that one UNet plays, and the loss between them --------------------------------------
     roles = Roles(
-        adapted, model, ema, cache.empty().to(device, dtype), schedule, base.prediction_type, objective,
+        adapted, model, ema, empty.to(device, dtype), schedule, base.prediction_type, objective,
         dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
         padded=compiling.wants(config, device),
     )  # fmt: skip

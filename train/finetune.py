@@ -16,7 +16,6 @@ command continues an interrupted run, bit for bit on a CPU. To try another idea,
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,8 +143,7 @@ def main(config: Finetune) -> Path:
     def drawn_from(source: Batches, step: int, whose: str) -> tuple[Batch, StepRandomness]:
         batch = source.at(step)
         drawn = step_randomness(config, schedule.steps, batch, step, whose)
-        heard = replace(batch, condition=batch.condition.replaced(drawn.dropped, empty))
-        return heard.to(device), drawn.to(device)
+        return batch.without_captions(drawn.dropped, empty).to(device), drawn.to(device)
 
     def needed(step: int) -> list[tuple[float, Batch, StepRandomness]]:
         parts = [(1.0, *drawn_from(batches, step, ""))]

@@ -33,8 +33,7 @@ from lcm_kit.core.transfer import sent
 
 Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
 Rows = slice | Tensor  # of a batch: all, or an index int64 on its device
-ROWS = {"teacher": 2, "target": 1, "student": 1}  # of the UNet's batch for a sample: guidance takes two
-PARTS = tuple(ROWS)
+PARTS = ("teacher", "target", "student")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class Objective:
     distance: Loss
     teacher_weight: float = 1.0
     by_interval: bool = False  # weighted by 1 / (difference of sigma / alpha between t and s)
+    guided: bool = (
+        True  # whether the teacher's answer is; without guidance it is asked with the caption alone
+    )
 
     @property
     def progressive(self) -> Progressive | None:
@@ -59,8 +61,13 @@ class Objective:
         method = imported(config.method)
         return cls(
             method, SOLVERS[config.solver], lambda a, b: distance(a, b, c), config.teacher.weight,
-            config.loss.weighting == "interval",
+            config.loss.weighting == "interval", config.guidance.max > 1,
         )  # fmt: skip
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Of the UNet's batch for a sample, by part: guidance takes two."""
+        return {"teacher": 2 if self.guided else 1, "target": 1, "student": 1}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Given:
     x0: Tensor  # latents [B, C, h, w]
     noise: Tensor  # as x0
     times: Times  # [B] each
-    guidance: Tensor  # the teacher's guidance_scale [B]
+    guidance: Tensor  # the teacher's guidance_scale [B]; 1 where the objective is not `guided`
     condition: Condition  # of B captions
     bases: Sequence[bool] = ()  # for each sample whether the base alone teaches it; none: its style does too
     # which samples these are, where the teacher is asked for the same ones again: (group, first of the part)
@@ -143,7 +150,7 @@ class Roles:
         return found
 
     def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """Its raw output under guidance; a sample each of the base alone where `bases` says so.
+        """Its raw output under guidance, if any; a sample each of the base alone where `bases` says so.
 
         Guidance is linear in what the teacher says, so that an answer serves another guidance as well
         (`Given.again`).
@@ -156,18 +163,22 @@ class Roles:
                 if any(group != given.again[0] for group, _ in self._answers):
                     self._answers.clear()
                 self._answers[given.again] = answer
+            if not self.objective.guided:
+                return answer[:, 0].float()  # as `guide` to 1 has it
             return guide(answer[:, 0], answer[:, 1], given.guidance)
 
     def _unguided(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
-        """[B, 2, C, h, w]: its raw output without a caption, and with it."""
+        """[B, 2, C, h, w]: its raw output without a caption, and with it; [B, 1, ...] the latter alone."""
+        asked = self.objective.rows["teacher"]
 
         def ask(rows: Rows, styled: bool) -> Tensor:
             named, x_t, times = given.condition[rows], x[rows], t[rows]
             n = len(x_t)
-            conditions = Condition.cat([self.empty.expand(n).sized_as(named), named])
+            if asked == 2:
+                named = Condition.cat([self.empty.expand(n).sized_as(named), named])
             with self.adapted.teacher(styled=styled):
-                output = self._output(x_t.repeat(2, 1, 1, 1), times.repeat(2), conditions)
-            return output.unflatten(0, (2, n)).transpose(0, 1)
+                output = self._output(x_t.repeat(asked, 1, 1, 1), times.repeat(asked), named)
+            return output.unflatten(0, (asked, n)).transpose(0, 1)
 
         bases = given.bases or [False] * len(x)
         return route_by_teacher(ask, bases, x.device, always=self.both, padded=self.padded)
@@ -253,7 +264,7 @@ def _passes(config: Distill, stage: Stage) -> dict[str, int]:
 
     def counting(name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            counted[name] += ROWS[name]
+            counted[name] += objective.rows[name]
             return x, x
 
         return predict

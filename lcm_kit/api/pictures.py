@@ -47,12 +47,13 @@ def sample_images(
     `adapter`: a LoRA file or a run; None draws with the base. `base`: a diffusers folder, a hub id or
     asset:NAME; by default the run's. What is None of `sampler`, `steps`, `guidance_scale` (diffusers', 1 is
     none) and `weight` is what was measured for the LoRA (`recommended_for`), else what serves its method:
-    for LCM lcm, 4, 1 and 1. `width` and `height` in pixels, multiples of 8; the base's own by default, and a
-    square if one is given. Picture i is a function of (seed, i): no batch size changes it, and where memory
-    runs out fewer are drawn at once. `device` as "cuda:1", `dtype` as "float16": by default CUDA in float16
-    if there is one, else the CPU in float32. `decoder`: the folder of a diffusers AutoencoderTiny, which
-    decodes previews in the VAE's place. `tiling` decodes what is larger than the VAE was made for in tiles,
-    which is not exact. `compile` compiles the UNet: minutes first, then faster pictures on a GPU.
+    for LCM lcm, 4, 1 and 1; `guidance_scale` above 1 where no guidance is baked in. `width` and `height` in
+    pixels, multiples of 8; the base's own by default, and a square if one is given. Picture i is a function
+    of (seed, i): no batch size changes it, and where memory runs out fewer are drawn at once. `device` as
+    "cuda:1", `dtype` as "float16": by default CUDA in float16 if there is one, else the CPU in float32.
+    `decoder`: the folder of a diffusers AutoencoderTiny, which decodes previews in the VAE's place. `tiling`
+    decodes what is larger than the VAE was made for in tiles, which is not exact. `compile` compiles the
+    UNet: minutes first, then faster pictures on a GPU.
 
     Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
     a form that diffusers loads, before weights are loaded; and for settings that are impossible.
@@ -173,6 +174,8 @@ def drawing(
     )
     if advice and advice.steps:
         console.say(f"{given}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
+    if negative_prompt is not None and given is not None and use.guidance_scale <= 1:
+        raise UserError(_no_negative(given, made_by.guidance_scale))
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be drawn in; choose one of {', '.join(DTYPES)}")
     return Drawing(
@@ -187,6 +190,18 @@ def drawing(
             "batch_size": batch_size, "decoder": None if decoder is None else os.fspath(decoder), **more,
         },
     )  # fmt: skip
+
+
+def _no_negative(adapter: Path, usual: float | None) -> str:
+    """What is wrong with a negative prompt at guidance_scale 1; `usual`: `MethodInfo.guidance_scale`."""
+    if usual is None:
+        way = "give one above 1 (up to about 2 where guidance is baked in, to which it adds)"
+    else:
+        way = f"give one above 1, as {max(usual, 2):g}: no guidance is baked in"
+    return (
+        f"a negative prompt does nothing at guidance_scale 1, which {adapter} is drawn at; {way}, or leave "
+        "it out"
+    )
 
 
 def _require_a_pair(adapter: Path, base: Base) -> Path:

@@ -59,8 +59,8 @@ def sample(
         float | None,
         typer.Option(
             callback=in_range("guidance_scale", "--guidance"),
-            help="guidance_scale; 1 is none, and right for an adapter.",
-            show_default="recommended, else 1.0",
+            help="guidance_scale; 1 is none, and right for an adapter with guidance baked in.",
+            show_default="recommended, else as it was trained for",
         ),
     ] = None,
     sampler: Annotated[

@@ -45,7 +45,8 @@ class Brand:
     # null: the sampler, or the steps, of the method which made the adapter
     sampler: AdapterSampler | None = None
     steps: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    guidance_scale: Scale = 1.0  # of the adapter
+    # of the adapter; null: 1, or the teacher's where no guidance is baked in
+    guidance_scale: Scale | None = None
     lora_weight: Weight = 1.0
     features: Place = "asset:probe"  # as in a guidance sweep
     text_features: Place | None = None

@@ -45,7 +45,7 @@ class Quality:
     decoder: Place | None = None
     tiling: bool = False  # decode what is larger than the VAE was made for in tiles, which is not exact
     compile: bool = False  # torch.compile of the UNet: minutes at the start, faster pictures on a GPU
-    guidance_scale: Scale = 5.0  # of the teacher and of the plain samplers with guidance
+    guidance_scale: Scale = 5.0  # of teacher, plain samplers with guidance, and a student with none baked in
     teacher_steps: Positive = 50
     student_steps: tuple[Positive, ...] | None = None  # null: those that the run's method serves
     # budgets of the plain samplers; guidance costs two calls a step

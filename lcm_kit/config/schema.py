@@ -7,7 +7,7 @@ Guidance is everywhere diffusers' `guidance_scale` (1 = none); the LCM paper's w
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -31,8 +31,8 @@ from lcm_kit.config.data import (
     Weight,
     Whole,
 )
-from lcm_kit.config.methods import AnyMethod
-from lcm_kit.core.methods import LCM, Progressive, Stage
+from lcm_kit.config.methods import AnyMethod, info_of
+from lcm_kit.core.methods import LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
     "STRICT", "BatchSize", "BatchSizeOrAuto", "Data", "Fraction", "NonNegative", "Number", "Place",
@@ -132,7 +132,11 @@ class Grid:
 
 @dataclass(frozen=True, config=STRICT)
 class Guidance:
-    """The teacher's guidance_scale: uniform in [min, max] for each sample, baked into the student."""
+    """The teacher's guidance_scale: uniform in [min, max] for each sample, baked into the student.
+
+    A number alone is both. 1 bakes none in: the student is drawn with guidance and negative prompts, as its
+    teacher is, and the teacher is asked once instead of twice.
+    """
 
     min: Scale = 3.0
     max: Scale = 8.0
@@ -142,6 +146,11 @@ class Guidance:
         if self.min > self.max:
             raise ValueError(f"min {self.min} is larger than max {self.max}; swap them")
         return self
+
+
+def _both(given: Any) -> Any:
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    return {"min": given, "max": given} if number else given
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -259,7 +268,9 @@ class Distill(Training):
     method: AnyMethod = field(default_factory=LCM)
     solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
     grid: Grid = field(default_factory=Grid)
-    guidance: Guidance = field(default_factory=Guidance)
+    guidance: Annotated[Guidance, BeforeValidator(_both)] = field(default_factory=Guidance)
+    # share of captions that are replaced by the empty one, which guidance is drawn away from: for guidance 1
+    caption_dropout: Fraction = 0.0
     loss: Loss = field(default_factory=Loss)
 
     @model_validator(mode="after")
@@ -278,6 +289,16 @@ class Distill(Training):
             raise ValueError(
                 f"teacher.reuse {self.teacher.reuse} keeps the teacher's answer at one point, and solver "
                 f"{self.solver} asks it at a second one that guidance moves; set solver to ddim or reuse to 1"
+            )
+        if self.caption_dropout and self.student_guidance is None:
+            baked = self.baked_guidance()
+            if self.teacher.weight:
+                why = f"guidance of {baked.min:g} to {baked.max:g} is baked into this one; set guidance to 1"
+            else:
+                why = "without a teacher (teacher.weight 0) this one is drawn without guidance"
+            raise ValueError(
+                f"caption_dropout {self.caption_dropout:g} is for a student that is drawn with guidance, and "
+                f"{why}, or caption_dropout to 0"
             )
         if self.validation.held_out and self.data.source != "images":
             raise ValueError(
@@ -319,3 +340,16 @@ class Distill(Training):
             scales += [1.0] if self.data.source != "teacher" else []
             scales += [self.data.samples.guidance_scale] if self.data.source != "images" else []
         return Guidance(min(scales), max(scales))
+
+    @property
+    def student_guidance(self) -> float | None:
+        """The guidance_scale that the student is drawn with, as validation does; None: 1, it is baked in.
+
+        A student of the data alone is drawn without guidance too: pictures have none.
+        """
+        keeps = self.teacher.weight > 0 and self.baked_guidance().max == 1
+        return self.validation.guidance_scale if keeps else None
+
+    def student(self) -> MethodInfo:
+        """How what it distils is drawn. Raises `UserError` as `methods.imported`."""
+        return replace(info_of(self.method), guidance_scale=self.student_guidance)

@@ -53,7 +53,8 @@ class SweptStudent:
     # null: the sampler, or the steps, of the adapter's own method
     samplers: Annotated[tuple[AdapterSampler, ...], Field(min_length=1)] | None = None
     steps: Some | None = None
-    guidance_scales: Scales = (1.0, 1.25, 1.5, 2.0, 3.0)
+    # null: 1 and 1.5, or the teacher's where no guidance is baked into the adapter
+    guidance_scales: Scales | None = None
     lora_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (1.0,)
 
 
@@ -151,7 +152,7 @@ class Compose:
     teacher_weight: Weight = 1.0  # of the style in the teacher
     sampler: AdapterSampler | None = None  # null: that of the method which made `speed`
     steps: Positive = 4
-    guidance_scale: Scale = 1.0
+    guidance_scale: Scale | None = None  # null: 1, or the teacher's where none is baked into `speed`
     style_weights: Weights = (0.8, 1.0, 1.1, 1.2, 1.4)
     speed_weights: Weights = (0.6, 0.8, 1.0, 1.2)
     features: Place = "asset:probe"  # as in a guidance sweep

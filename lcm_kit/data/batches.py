@@ -77,6 +77,10 @@ class Batch:
         """The same batch on `device`; the host does not wait for it (`transfer.sent`)."""
         return replace(self, latents=sent(self.latents, device), condition=self.condition.to(device))
 
+    def without_captions(self, dropped: Tensor, empty: Condition) -> Batch:
+        """The same with the text of `empty` (B = 1) where `dropped` bool [B], on the host, is true."""
+        return replace(self, condition=self.condition.replaced(dropped, empty)) if dropped.any() else self
+
 
 class Mix(NamedTuple):
     """Two sources in one list of records, each with its own epochs."""

@@ -33,8 +33,9 @@ def plan(config: Brand, method: MethodInfo) -> list[Cell]:
     if config.style is not None:
         cells.append(Cell("teacher", STYLE, "ddim", config.teacher_steps, config.teacher_guidance))
     sampler = config.sampler or method.sampler
+    scale = config.guidance_scale or method.guidance_beside(config.teacher_guidance)
     return cells + [
-        Cell("student", ADAPTER, sampler, n, config.guidance_scale, config.lora_weight)
+        Cell("student", ADAPTER, sampler, n, scale, config.lora_weight)
         for n in dict.fromkeys(config.steps or method.judged_steps)
     ]
 

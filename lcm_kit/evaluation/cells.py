@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lcm_kit import sample, samplers
 from lcm_kit.config.sweep import GuidanceSweep, SweptPlain, SweptStudent, SweptTeacher
 from lcm_kit.core.methods import MethodInfo, usual
 
 Kind = Literal["teacher", "student", "plain"]
+_BEYOND = (1.0, 1.5)  # guidance_scale of a student into which guidance is baked
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ def plan(config: GuidanceSweep, adapters: Mapping[str, MethodInfo]) -> list[Cell
     The base alone is drawn with the adapters' own sampler too, once: what an adapter changes is seen by that.
     """
     cells = [*teachers(config.teacher), *_plain(config.plain)]
-    cells += [_untrained(config.student[0], method) for method in adapters.values()]
-    for name, method in adapters.items():
-        cells += [cell for grid in config.student for cell in _students(grid, name, method)]
+    grids = {
+        name: [_of_method(grid, method, config) for grid in config.student]
+        for name, method in adapters.items()
+    }
+    cells += [_untrained(grids[name][0]) for name in adapters]
+    for name in adapters:
+        cells += [cell for grid in grids[name] for cell in _students(grid, name)]
     return list(dict.fromkeys(cells))
 
 
@@ -79,13 +84,27 @@ def _plain(config: SweptPlain) -> Iterator[Cell]:
             yield Cell("plain", None, sampler, steps, scale)
 
 
-def _untrained(grid: SweptStudent, method: MethodInfo) -> Cell:
-    sampler, steps = (grid.samplers or (method.sampler,))[0], usual(grid.steps or method.judged_steps)
-    return Cell("plain", None, sampler, steps, min(grid.guidance_scales))
+class _Grid(NamedTuple):
+    """A `SweptStudent` in which nothing is left to the method."""
+
+    samplers: tuple[str, ...]
+    lora_weights: tuple[float, ...]
+    steps: tuple[int, ...]
+    guidance_scales: tuple[float, ...]
 
 
-def _students(grid: SweptStudent, name: str, method: MethodInfo) -> Iterator[Cell]:
-    samplers, numbers = grid.samplers or (method.sampler,), grid.steps or method.judged_steps
-    order = product(samplers, grid.lora_weights, numbers, grid.guidance_scales)
-    for sampler, weight, steps, scale in order:
+def _of_method(grid: SweptStudent, method: MethodInfo, config: GuidanceSweep) -> _Grid:
+    baked = method.guidance_scale is None
+    scales = grid.guidance_scales or (_BEYOND if baked else config.teacher.guidance_scales)
+    return _Grid(
+        grid.samplers or (method.sampler,), grid.lora_weights, grid.steps or method.judged_steps, scales
+    )
+
+
+def _untrained(grid: _Grid) -> Cell:
+    return Cell("plain", None, grid.samplers[0], usual(grid.steps), min(grid.guidance_scales))
+
+
+def _students(grid: _Grid, name: str) -> Iterator[Cell]:
+    for sampler, weight, steps, scale in product(*grid):
         yield Cell("student", name, sampler, steps, scale, weight)

@@ -24,8 +24,8 @@ def differences(pairs: Iterable[Pair], confidence: float) -> list[Comparison]:
 
 
 def comparisons(sweep: Sweep) -> list[Comparison]:
-    """Adapters at the same settings, and each adapter's cell without guidance of its own against the best
-    plain sampler at the same number of UNet calls.
+    """Adapters at the same settings, and each adapter's cell at its usual guidance against the best plain
+    sampler at the same number of UNet calls.
     """
     pairs = (((a.id, sweep.cells[a]), (b.id, sweep.cells[b])) for a, b in _pairs(sweep))
     return differences(pairs, sweep.confidence)
@@ -46,6 +46,7 @@ def _pairs(sweep: Sweep) -> Iterator[tuple[Cell, Cell]]:
                 and names.index(str(cell.adapter)) < names.index(str(other.adapter))
             ):
                 yield cell, other
-        plain = best_plain(sweep, cell.unet_calls) if cell.guidance_scale == 1 else None
+        usual = cell.guidance_scale == sweep.usual_guidance(str(cell.adapter))
+        plain = best_plain(sweep, cell.unet_calls) if usual else None
         if plain is not None:
             yield cell, plain

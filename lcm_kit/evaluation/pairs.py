@@ -42,8 +42,9 @@ def plan(config: Compose, method: MethodInfo) -> list[Pair]:
         style_weight=config.teacher_weight,
     )  # fmt: skip
     sampler = config.sampler or method.sampler
+    scale = config.guidance_scale or method.guidance_beside(config.teacher_guidance)
     pairs = [
-        Pair("student", "pair", sampler, config.steps, config.guidance_scale, speed, style_weight=style)
+        Pair("student", "pair", sampler, config.steps, scale, speed, style_weight=style)
         for style, speed in product(config.style_weights, config.speed_weights)
     ]
     return [teacher, *dict.fromkeys(pairs)]

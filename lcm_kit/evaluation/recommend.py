@@ -75,6 +75,11 @@ class Sweep:
         """The cells of an adapter."""
         return [cell for cell in self.cells if cell.adapter == name]
 
+    def usual_guidance(self, name: str) -> float:
+        """An adapter's guidance_scale beside the teacher: 1, or the teacher's where none is baked in."""
+        method = next(subject.method for subject in self.subjects if subject.name == name)
+        return method.guidance_beside(self.reference.guidance_scale)
+
     @property
     def quality(self) -> str:
         """The metric that cells are chosen by: prompts where they are read, else the style of the samples."""
@@ -149,9 +154,10 @@ def _as_good(sweep: Sweep, cell: Cell, best: Cell) -> bool:
 
 def words(cell: Cell, sweep: Sweep) -> str:
     """The settings in words, with the adapter's name where there are several."""
-    guided = (
-        "no guidance beyond what is baked in" if cell.guidance_scale == 1 else "a second UNet call a step"
-    )
+    guided = "a second UNet call a step"
+    if cell.guidance_scale == 1:
+        baked = sweep.usual_guidance(str(cell.adapter)) == 1
+        guided = "no guidance beyond what is baked in" if baked else "no guidance"
     who = f"{cell.adapter} with " if len(sweep.subjects) > 1 else ""
     return (
         f"{who}{_steps(cell.steps)} of {title_of(cell.sampler)}, guidance_scale {cell.guidance_scale:g} "
@@ -278,20 +284,21 @@ def _against_plain(sweep: Sweep, name: str) -> Objection | None:
 
 
 def breaks(sweep: Sweep, name: str) -> list[dict[str, Any]]:
-    """For each sampler, weight and number of steps: the least guidance_scale above 1 that hurts, and how.
+    """For each sampler, weight and number of steps: the least guidance_scale that hurts, and how.
 
     It hurts where prompts are followed less, beyond the interval of the paired difference, or where colours
-    are stronger or more clipped than at 1 by `BREAKS`.
+    are stronger or more clipped by `BREAKS`, than at the usual guidance, above which it is looked for.
     """
-    found = []
+    found, usual = [], sweep.usual_guidance(name)
     groups = dict.fromkeys((cell.sampler, cell.lora_weight, cell.steps) for cell in sweep.of(name))
     for sampler, weight, steps in groups:
         row = sorted(
             (c for c in sweep.of(name) if (c.sampler, c.lora_weight, c.steps) == (sampler, weight, steps)),
             key=lambda cell: cell.guidance_scale,
         )
-        start = next((cell for cell in row if cell.guidance_scale == 1), None)
-        hurt = next(((c, why) for c in row if start and c != start and (why := _hurt(sweep, start, c))), None)
+        start = next((cell for cell in row if cell.guidance_scale == usual), None)
+        above = [cell for cell in row if start and cell.guidance_scale > usual]
+        hurt = next(((c, why) for c in above if start and (why := _hurt(sweep, start, c))), None)
         if hurt is not None:
             scale, why = hurt[0].guidance_scale, hurt[1]
             sentence = f"{title_of(sampler)}, {_steps(steps)}: from guidance_scale {scale:g} on {why}"

@@ -90,7 +90,9 @@ class Settings(NamedTuple):
 
 def settings(use: Recommended | None, method: MethodInfo = DEFAULT, **asked: Any) -> Settings:
     """What was asked for, by name; where that is None what `use` recommends, else what serves `method`."""
-    known: dict[str, Any] = {"sampler": method.sampler, "steps": method.usual_steps}
+    known: dict[str, Any] = {
+        "sampler": method.sampler, "steps": method.usual_steps, "guidance_scale": method.usual_guidance,
+    }  # fmt: skip
     if use and use.steps:
         known = {"sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale}
         known["lora_weight"] = use.lora_weight

@@ -114,6 +114,8 @@ def write(
         steps=facts.student.usual_steps,
         tried=_tried(facts.student),
         guidance=_baked(facts.guidance),
+        cfg=facts.student.usual_guidance,
+        guided=facts.student.guidance_scale is not None,
         base=_base(facts.base.path, structure),
         structure=structure,
         kind=structure.generation.title,
@@ -199,8 +201,8 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _baked(guidance: Guidance | None) -> dict[str, str] | None:
-    """The guidance in both conventions, `guidance_scale` and the LCM paper's w; None where there is none."""
-    if guidance is None:
+    """What is baked in, as `guidance_scale` and as the LCM paper's w; None where that is nothing."""
+    if guidance is None or guidance.max <= 1:
         return None
     ends = [guidance.min, guidance.max]
     return {"scale": _range(ends), "w": _range(float(paper_w(end)) for end in ends)}

@@ -199,8 +199,10 @@ def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
         return None
     hint = (
         f"Sampler {_samplers(info)}, {info.usual_steps} steps{_range(info, ' ({} to {})')}, guidance_scale / "
-        f"CFG 1.0{_baked(facts.guidance)}. LoRA strength 1.0."
+        f"CFG {info.usual_guidance:.1f}{_baked(facts.guidance)}. LoRA strength 1.0."
     )
+    if info.guidance_scale is not None:
+        hint += " Negative prompts work."
     if structure.prediction_type == "v_prediction" and info.sampler == "lcm":
         zsnr = "on" if structure.zero_terminal_snr else "off"
         hint += (
@@ -253,7 +255,7 @@ def _own(facts: Provenance) -> dict[str, str]:
             kit_version=facts.kit_version,
             parents=json.dumps(facts.parents) if facts.parents else None,
             sampling_steps=(_range(info, "{}-{}") or info.usual_steps) if info and fast else None,
-            sampling_guidance_scale="1" if fast else None,
+            sampling_guidance_scale=f"{info.usual_guidance:g}" if info and fast else None,
         )
         | _measured(facts.recommended)
     )

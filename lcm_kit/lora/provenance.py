@@ -78,6 +78,7 @@ class Provenance:
     grid: Grid | None = None
     loss: Loss | None = None
     guidance: Guidance | None = None
+    guidance_scale: float | None = None  # that its student is drawn with; None: 1, since it is baked in
     teacher: Teacher | None = None
     start: tuple[Lora, ...] = ()  # that training started as the sum of
     text_encoder: TextEncoder | None = None
@@ -102,8 +103,9 @@ class Provenance:
         if self.method.name is None:
             return None
         read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
-        known = read and set(read.samplers) <= set(samplers.for_adapter())
-        return read if known else methods.info(self.method.name, self.method.constants)
+        known = read if read and set(read.samplers) <= set(samplers.for_adapter()) else None
+        found = known or methods.info(self.method.name, self.method.constants)
+        return replace(found, guidance_scale=self.guidance_scale)
 
     @property
     def student(self) -> MethodInfo:

@@ -78,6 +78,8 @@ def of_training(
             grid=None if config.stages else _same(Grid, config.grid),  # each stage has one of its own
             loss=_same(Loss, config.loss, min_snr_gamma=None, snr_floor=None, noise_offset=None),
             guidance=_same(Guidance, config.baked_guidance()),
+            guidance_scale=config.student_guidance,
+            caption_dropout=config.caption_dropout or None,
             teacher=_same(Teacher, config.teacher, adapters=tuple(teacher)),
             start=tuple(start),
         )
@@ -150,4 +152,4 @@ def merged(parts: Sequence[Part], title: str) -> Provenance:
     )
 
 
-_OF_THE_LEAD = ("base", "kit_version", "date", "prediction_type", "guidance")
+_OF_THE_LEAD = ("base", "kit_version", "date", "prediction_type", "guidance", "guidance_scale")

@@ -14,8 +14,6 @@ from typing import Any, TypeVar, cast
 from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.core.methods import MethodInfo
-
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _REGULARIZATION = AliasChoices("regularization", "regularisation")  # as it was written once
 T = TypeVar("T")
@@ -99,7 +97,7 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_OF_METHOD = tuple(each.name for each in fields(MethodInfo))
+_OF_METHOD = tuple(each.name for each in fields(Method) if each.name != "constants")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -223,7 +223,7 @@ def _phases(
         }  # fmt: skip
 
     found: dict[str, Parts] = {}
-    rows = roles.ROWS["teacher"] * batch
+    rows = roles.Objective.of(config).rows["teacher"] * batch if isinstance(config, Distill) else batch
     if isinstance(config, Distill) and roles.passes(config)["teacher"]:
         found["teacher pass"] = parts(dry_run.teacher.highest(rows), rows)
     held = dry_run.student.highest(batch, gradients=True)
@@ -268,9 +268,10 @@ def _host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts
 def _validation(
     config: Training, dry_run: DryRun, stage: MetaModel, dtype: torch.dtype, device: str
 ) -> Parts:
-    """All pictures at once, with guidance: drawn by the teacher, in fine-tuning with the LoRA; decoded."""
+    """All pictures at once, with guidance: drawn by the teacher, a guided student or a style; decoded."""
     count, subject = config.validation.count, stage.subject
-    drawn = _drawing(config, stage, dtype) if isinstance(config, Finetune) else dry_run.teacher
+    with_lora = isinstance(config, Finetune) or work.student_guidance(config) > 1
+    drawn = _drawing(config, stage, dtype) if with_lora else dry_run.teacher
     samples = count * work.guided(config.validation.guidance_scale)
     drawing = drawn.highest(samples).at(samples)
     vae, decoding = encoding.decoder(stage, config.data.resolution, count, dtype)

@@ -32,6 +32,13 @@ def guided(guidance_scale: float) -> int:
     return 2 if guidance_scale > 1 else 1
 
 
+def student_guidance(config: Training) -> float:
+    """The guidance_scale that what is trained is drawn with while it trains."""
+    if isinstance(config, Distill):
+        return validation.student_of(config).usual_guidance
+    return config.validation.guidance_scale
+
+
 def flops_of_step(config: Training, dry_run: DryRun) -> dict[str, float]:
     """FLOPs of an optimizer step on one process, in the mean, by part; no part for what is left out."""
     samples = config.batch_size * config.accumulation
@@ -54,10 +61,12 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
     """
     wanted, style = config.validation, isinstance(config, Finetune)
     times = sum(validation.due(wanted, step, config.steps) for step in range(1, config.steps + 1))
-    guidance = guided(wanted.guidance_scale)
-    teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guidance
-    drawn = validation.student_steps(validation.student_of(config))
-    student = validation.STYLE_STEPS * guidance if style else sum(drawn)
+    teacher = (validation.STYLE_STEPS if style else validation.TEACHER_STEPS) * guided(wanted.guidance_scale)
+    drawn, each_step = (
+        validation.student_steps(validation.student_of(config)),
+        guided(student_guidance(config)),
+    )
+    student = (validation.STYLE_STEPS if style else sum(drawn)) * each_step
     control, found = wanted.control_count if wanted.control else 0, []
     if wanted.prompts is not None:
         shown = wanted.count + min(control, validation.CONTROL_ROWS)
@@ -68,7 +77,7 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
         each = [round(held * TIMES * times * passes) for passes in _of_loss(config)]
         found.append(_aside(f"loss on {held} held-out pictures, {times} times", flops, *each))
     if control:
-        each = [control * teacher, times * control * (TIMES if style else 1)]
+        each = [control * teacher, times * control * (TIMES if style else each_step)]
         found.append(_aside(f"{control} control prompts, {times} times", flops, *each))
     return found
 

@@ -14,13 +14,14 @@ from lcm_kit.errors import UserError
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation import verdicts
 from lcm_kit.evaluation.result_shapes import Cell, Results
+from lcm_kit.evaluation.results import BrandRow
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_write
 from lcm_kit.io.locks import sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.samplers import title_of
+from lcm_kit.samplers import sampler_of, title_of
 from lcm_kit.training.run_files import config_of, metrics_of
 
 _SHOWN = 8  # pictures a row
@@ -221,7 +222,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
         **_seen(config["data"]),
         "training": f"{steps} steps of {images} images a process",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
-        "guidance baked in": f"{guidance['min']:g} to {guidance['max']:g}",
+        "guidance baked in": _baked(guidance["min"], guidance["max"]),
         "solver": f"{config['solver']}, {_grid(config['method'], grid)}",
         "loss": config["loss"]["name"],
         "learning rate": f"{config['optimizer']['lr']:g}",
@@ -235,6 +236,10 @@ def _grid(method: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
         return f"from {method['start']} steps to {method['finish']}, halved in each stage"
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
     return f"grid of {grid['steps']} steps{start}"
+
+
+def _baked(low: float, high: float) -> str:
+    return "none" if high <= 1 else f"{low:g} to {high:g}"
 
 
 def _seen(data: Mapping[str, Any]) -> dict[str, str]:
@@ -252,15 +257,15 @@ def _style_export(run: Path) -> str | None:
 
 
 _SNIPPET = """import torch
-from diffusers import AutoPipelineForText2Image, LCMScheduler
+from diffusers import AutoPipelineForText2Image, {scheduler}
 
 base = {base}
 lora = {lora}
 pipe = AutoPipelineForText2Image.from_pretrained(base, dtype=torch.float32)
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})
 pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
 
-image = pipe({prompt}, num_inference_steps={steps}, guidance_scale=1.0).images[0]
+image = pipe({prompt}, {call}).images[0]
 image.save("picture.png")"""
 
 
@@ -270,16 +275,19 @@ def _use(run: Path, look: Results | None, quality: Results | None) -> dict[str, 
     assert chosen is not None  # the page needs one of them
     student = verdicts.brand_headline(look).adapter if look else verdicts.quality_headline(chosen).student
     prompt = results_of.prompts(chosen)["texts"][0]
-    return {
-        "steps": student["steps"], "snippet": snippet(run, chosen["base"]["path"], prompt, student["steps"])
-    }  # fmt: skip
+    return {"use": student, "snippet": snippet(run, chosen["base"]["path"], prompt, student)}
 
 
-def snippet(run: Path, base: str, prompt: str, steps: int) -> str:
-    """A Python program that draws with the exported file and plain diffusers."""
+def snippet(run: Path, base: str, prompt: str, use: Cell | BrandRow) -> str:
+    """A Python program that draws as `use` was, with the exported file and plain diffusers."""
+    sampler = sampler_of(use["sampler"])
+    spacing = sampler.settings.get("timestep_spacing")
+    more = {**sampler.call, "num_inference_steps": use["steps"], "guidance_scale": use["guidance_scale"]}
     return _SNIPPET.format(
+        scheduler=sampler.scheduler,
+        settings=f", timestep_spacing={json.dumps(spacing)}" if spacing else "",
+        call=", ".join(f"{key}={value}" for key, value in more.items()),
         base=json.dumps(assets.resolve(base)),
         lora=json.dumps(str((run / "export").resolve())),
         prompt=json.dumps(prompt, ensure_ascii=False),
-        steps=steps,
     )

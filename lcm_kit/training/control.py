@@ -65,7 +65,8 @@ class Control(Fixed):
     def distance(self, adapted: AdaptedUNet) -> float:
         """`control_distance` of what is trained on `adapted`, which is left as it was."""
         pipe = self.pipe(adapted)
-        return rms(self.latents(pipe, self.method.sampler, 1, 1.0), self.teacher(adapted, pipe))
+        drawn = self.latents(pipe, self.method.sampler, 1, self.method.usual_guidance)
+        return rms(drawn, self.teacher(adapted, pipe))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from torch import Tensor
 from lcm_kit import assets, sample
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
-from lcm_kit.config.methods import info_of
 from lcm_kit.console import working
 from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.io import own_files
@@ -41,7 +40,7 @@ def rms(a: Tensor, b: Tensor) -> float:
 
 def student_of(config: schema.Training) -> MethodInfo:
     """How what `config` distils is drawn; a style LoRA, which has no method, is drawn as its base."""
-    return info_of(config.method) if isinstance(config, schema.Distill) else DEFAULT
+    return config.student() if isinstance(config, schema.Distill) else DEFAULT
 
 
 def student_steps(method: MethodInfo) -> tuple[int, ...]:
@@ -164,10 +163,12 @@ class Validation(Fixed):
     ) -> dict[str, Tensor]:
         """Latents by heading, of the first `rows` prompts of `of`: teacher, student at `student_steps`.
 
-        The distance is that between the first two.
+        The distance is that between the first two. Both have guidance where none is baked into the student.
         """
-        sampler = self.method.sampler
-        drawn = {f"student {n}": of.latents(pipe, sampler, n, 1.0, rows) for n in student_steps(self.method)}
+        sampler, scale = self.method.sampler, self.method.usual_guidance
+        drawn = {
+            f"student {n}": of.latents(pipe, sampler, n, scale, rows) for n in student_steps(self.method)
+        }
         return {f"teacher {TEACHER_STEPS}": of.teacher(adapted, pipe, rows), **drawn}
 
     def _pictures(self, pipe: Any, columns: Mapping[str, Tensor]) -> dict[str, list[Image.Image]]:

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 from lcm_kit import console
-from lcm_kit.config.methods import info_of
 from lcm_kit.config.schema import Training
 from lcm_kit.data import prior
 from lcm_kit.evaluation import results, verdicts
@@ -103,11 +102,11 @@ def summary(story: Story) -> None:
 
 def _few_steps(story: Story) -> str:
     """`LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work`."""
-    method = info_of(story.distill.method)
+    method = story.distill.student()
     more = [n for n in method.judged_steps if n > 1]
     works = f"; {min(more)} to {max(more)} steps work" if len(more) > 1 else ""
     name = sampler_of(method.sampler).name_in_apps
-    return f"{name} sampler, {method.usual_steps} steps, CFG 1, weight 1{works}"
+    return f"{name} sampler, {method.usual_steps} steps, CFG {method.usual_guidance:g}, weight 1{works}"
 
 
 def other_way(story: Story, speed: str | None) -> None:
@@ -140,11 +139,10 @@ def _brand(run: Path, quality: Results | None) -> list[str]:
 
 
 def quality_table(found: Results) -> None:
-    """Print the base at its full steps, and at 4 UNet calls the best plain sampler and the adapter."""
-    plain = verdicts.best_plain(found, 4)
-    students = results.cells_of(found["cells"], "student")
-    chosen = [results.reference(found), *([plain] if plain else [])]
-    chosen += [cell for cell in students if cell["unet_calls"] == 4][:1]
+    """Print the base at its full steps, and near 4 UNet calls the adapter and the best plain sampler."""
+    head = verdicts.quality_headline(found) if verdicts.has_student(found) else None
+    plain = head.plain if head else verdicts.best_plain(found, 4)
+    chosen = [results.reference(found), *([plain] if plain else []), *([head.student] if head else [])]
     columns = ("", "UNet calls", "right attributes", "Fréchet distance", "seconds an image")
     table = console.Table(*columns, box=None, pad_edge=False)
     names = {"teacher": "base", "student": "your adapter"}

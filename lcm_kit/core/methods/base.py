@@ -83,6 +83,8 @@ class MethodInfo:
     samplers: tuple[str, ...] = ()  # none: nothing is known of how its student draws
     steps: tuple[int, ...] = ()
     tags: tuple[str, ...] = ()
+    # that its student is drawn with, by the config that trained it; None: 1, since guidance is baked in
+    guidance_scale: float | None = None
 
     @classmethod
     def of(cls, method: Method | type[Method], name: str) -> MethodInfo:
@@ -115,6 +117,15 @@ class MethodInfo:
     def usual_steps(self) -> int:
         """How many steps to begin with."""
         return usual(self.judged_steps)
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance_scale to begin with."""
+        return 1.0 if self.guidance_scale is None else self.guidance_scale
+
+    def guidance_beside(self, teacher: float) -> float:
+        """The guidance_scale of its student beside a teacher at `teacher`: 1 where it is baked in."""
+        return 1.0 if self.guidance_scale is None else teacher
 
 
 def _entries(given: object) -> tuple[Any, ...] | None:
