@@ -24,7 +24,7 @@ from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES
 from lcm_kit.core.methods import Method, Times
-from lcm_kit.core.prediction import predictor
+from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
 from lcm_kit.core.step import Loss, consistency_loss
@@ -105,17 +105,33 @@ class Roles:
         """
         if self.adapted.in_use != self.name:
             raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
-        predict, o = partial(predictor, schedule=self.schedule, kind=self.kind), self.objective
+        o = self.objective
         found = consistency_loss(
             method=o.method, solver=o.solver, loss=o.distance, schedule=self.schedule,
-            teacher=predict(partial(self._as_teacher, given)),
-            target=predict(partial(self._as_target, given.condition)),
-            student=predict(partial(self._as_student, given.condition)),
-            x0=given.x0, noise=given.noise, times=given.times, teacher_weight=o.teacher_weight,
+            teacher=self.teacher(given), target=self.predict(partial(self._as_target, given.condition)),
+            student=self.student(given), x0=given.x0, noise=given.noise, times=given.times,
+            teacher_weight=o.teacher_weight,
         )  # fmt: skip
         if o.by_interval:
             found = found * interval_weight(self.schedule, given.times.t, given.times.s)
         return found
+
+    def teacher(self, given: Given) -> Predict:
+        """The guided teacher of the samples `given`."""
+        return self.predict(partial(self._as_teacher, given))
+
+    def student(self, given: Given) -> Predict:
+        """The UNet with what is in use on it."""
+        return self.predict(partial(self.output, "student", given.condition))
+
+    def predict(self, model: Model) -> Predict:
+        """What (x0, eps) the raw output of `model` stands for."""
+        return predictor(model, self.schedule, self.kind)
+
+    def output(self, part: str, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
+        """The raw output of the UNet as it is, in a pass of the name `part`."""
+        with self.part(part):
+            return self._output(x, t, condition)
 
     def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
         """Its raw output under guidance; a sample each of the base alone where `bases` says so.
@@ -154,10 +170,6 @@ class Roles:
     @cached_property
     def _trained(self) -> list[Parameter]:
         return self.adapted.parameters(self.name)
-
-    def _as_student(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
-        with self.part("student"):
-            return self._output(x, t, condition)
 
     def _output(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.call(x.to(self.dtype), t, **condition.kwargs()).sample

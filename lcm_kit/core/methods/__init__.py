@@ -7,11 +7,12 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from lcm_kit.core.methods.base import Method, MethodInfo, Times, usual
+from lcm_kit.core.methods.dmd import DMD
 from lcm_kit.core.methods.lcm import LCM
 from lcm_kit.core.methods.pcm import PCM
 from lcm_kit.core.methods.tcd import TCD
 
-METHODS: dict[str, type[Method]] = {LCM.name: LCM, TCD.name: TCD, PCM.name: PCM}
+METHODS: dict[str, type[Method]] = {LCM.name: LCM, TCD.name: TCD, PCM.name: PCM, DMD.name: DMD}
 DEFAULT = MethodInfo.of(LCM(), LCM.name)  # of a config, and of a LoRA that does not say how it was made
 
 
@@ -34,4 +35,4 @@ def info(name: str | None, constants: Mapping[str, Any] | None = None) -> Method
         return plain
 
 
-__all__ = ["DEFAULT", "LCM", "METHODS", "PCM", "TCD", "Method", "MethodInfo", "Times", "info", "usual"]
+__all__ = ["DEFAULT", "DMD", "LCM", "METHODS", "PCM", "TCD", "Method", "MethodInfo", "Times", "info", "usual"]

@@ -44,6 +44,7 @@ class Method(Protocol):
     samplers: ClassVar[tuple[str, ...]] = ("lcm",)
     steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)  # that it serves and is judged at, rising
     tags: ClassVar[tuple[str, ...]] = ()  # of its card, as the hub has them
+    needs_pictures: ClassVar[bool] = True  # whether it reads latents of pictures, and not prompts alone
 
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
         """Draw `batch` intervals on a solver grid of `n_grid` steps with a CPU generator."""
