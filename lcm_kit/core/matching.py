@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.core.prediction import Predict
-from lcm_kit.core.schedule import Schedule, add_noise, grid
+from lcm_kit.core.schedule import Schedule, add_noise, grid, trailing
 from lcm_kit.core.solvers import landed
 from lcm_kit.core.step import Loss, diffusion_loss
 from lcm_kit.core.transfer import sent
@@ -51,7 +51,7 @@ def timesteps(schedule: Schedule, sampler: str, n: int) -> list[int]:
     "ddim": trailing timesteps, n of all T. "lcm" and "tcd": n of the 50 that a consistency model knows.
     """
     if sampler == "ddim":
-        return grid(schedule.steps, n).flip(0).tolist()
+        return trailing(schedule.steps, n).flip(0).tolist()
     points = grid(schedule.steps, LCM_POINTS).flip(0).tolist()
     return [points[i * LCM_POINTS // n] for i in range(n)]
 
