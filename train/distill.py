@@ -20,69 +20,34 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lcm_kit import bases
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
+from lcm_kit.adapter.matching import FAKE
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.adapter.stages import stage_at
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.bases import compiling
-from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
+from lcm_kit.bases.memory import load_unet, make_optimizer
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.flat import flattened
-from lcm_kit.core.guidance import sample_guidance
-from lcm_kit.core.methods import Method, Times
+from lcm_kit.core.methods import DMD, Times
 from lcm_kit.core.schedule import Schedule
-from lcm_kit.core.transfer import sent
 from lcm_kit.data import sources
-from lcm_kit.data.batches import Batch, Batches, draw
+from lcm_kit.data.batches import Batch, Batches
 from lcm_kit.data.split import taught_by_plain_base
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
-from lcm_kit.training import release, run_folder, run_metrics, runtime, stepping, updates
+from lcm_kit.training import release, run_folder, run_metrics, runtime, stepping, turns
 from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import Control
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
+from lcm_kit.training.randomness import StepRandomness, step_randomness
 from lcm_kit.training.stopping import leave, stoppable
 from lcm_kit.training.validation import Validation
-
-
-class StepRandomness(NamedTuple):
-    """The randomness of one step for the samples of this process, each from its own (seed, step, slot)."""
-
-    noise: Tensor  # [B, C, h, w]
-    times: Times  # [B] each
-    guidance: Tensor  # [B] guidance_scale
-    dropped: Tensor  # bool [B], on the host: trained on without its caption
-
-    def to(self, device: torch.device) -> StepRandomness:
-        """The same with all but `dropped` on `device`."""
-        guidance = sent(self.guidance, device)
-        return StepRandomness(sent(self.noise, device), self.times.to(device), guidance, self.dropped)
-
-
-def step_randomness(
-    config: Distill, method: Method, schedule: Schedule, batch: Batch, step: int
-) -> StepRandomness:
-    """Draw noise, an interval of this step's solver grid and a guidance scale for every sample of `batch`,
-    and whether its caption is left out.
-
-    With `teacher.reuse` n all but guidance are those of the first of n steps.
-    """
-    first = step - step % config.teacher.reuse
-    n_grid = stage_at(config, first).n_grid
-    of = partial(draw, config.seed, first, batch.slots)
-    noise = of("noise", lambda g: torch.randn(batch.latents.shape[1:], generator=g))
-    times = of("times", lambda g: torch.cat(method.times(schedule, n_grid, 1, g)))
-    dropped = of("dropout", lambda g: torch.rand((), generator=g)) < config.caption_dropout
-    of = partial(draw, config.seed, step, batch.slots)
-    guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
-    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped)
 
 
 @release.released
@@ -108,14 +73,17 @@ def main(config: Distill) -> Path:
 
     # -- Adapters: the teacher's, then the one that is trained; everything else is frozen --------------------
     styles = add_teacher_adapters(adapted, config.teacher, base)
-    lora = adapted.add_lora(config.adapter, seed=config.seed)
+    adapted.add_lora(config.adapter, seed=config.seed)
     start = start_from(adapted, config.adapter, base)
+    if isinstance(objective.method, DMD):
+        adapted.add_lora(config.adapter, name=FAKE, seed=config.seed, on_teacher=True)
 
-    # -- Optimizer -------------------------------------------------------------------------------------------
+    # -- Optimizers: one of each LoRA that is trained --------------------------------------------------------
     o = config.optimizer
-    model, optimizer = runtime.prepare(accelerator, adapted, make_optimizer(lora, o, device))
-    lora = adapted.parameters()  # other objects, if they were sharded
-    ema = flattened(lora) if config.second_set else []
+    made = [make_optimizer(adapted.parameters(name), o, device) for name in adapted.trained]
+    model, *made = runtime.prepare(accelerator, adapted, *made)
+    optimizers = dict(zip(adapted.trained, made, strict=True))
+    ema = flattened(adapted.parameters()) if config.second_set else []  # other objects, if they were sharded
     compiling.compile_blocks(model, config, partial(say, accelerator))
 
     # -- Resume: a run keeps what one step sees, however many processes there are now ------------------------
@@ -124,7 +92,7 @@ def main(config: Distill) -> Path:
         accelerator, config, unet=base.hash_of("unet"), data=cache.fingerprint, teacher=files,
         base=base.base_hash,
     )  # fmt: skip
-    saver = runtime.Saver(accelerator, config, origin, adapted, {TRAINED: ema}, {TRAINED: optimizer})
+    saver = runtime.Saver(accelerator, config, origin, adapted, {TRAINED: ema}, optimizers)
     done, window = 0, []
     if state:
         saver.restore(state)
@@ -144,26 +112,26 @@ def main(config: Distill) -> Path:
         drawn = step_randomness(config, objective.method, schedule, batch, step)
         return batch.without_captions(drawn.dropped, empty).to(device), drawn.to(device)
 
-    # -- The three parts that one UNet plays, and the loss between them --------------------------------------
+    # -- The parts that one UNet plays, and the losses between them ------------------------------------------
     roles = Roles(
         adapted, model, ema, empty.to(device, dtype), schedule, base.prediction_type, objective,
         dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
         padded=compiling.wants(config, device),
     )  # fmt: skip
 
-    def losses_of(batch: Batch, drawn: StepRandomness, part: slice, group: int | None = None) -> Tensor:
-        return roles.losses(Given(
+    def given(batch: Batch, drawn: StepRandomness, part: slice, group: int | None = None) -> Given:
+        return Given(
             batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
             drawn.guidance[part], batch.condition[part].to(dtype=dtype),
             taught_by_plain_base(config, batch.ids[part]),
             None if group is None else (group, part.start),
-        ))  # fmt: skip
+        )  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
         final = replace(config, grid=replace(config.grid, steps_start=None))
         drawn = step_randomness(final, objective.method, schedule, batch, -1)
-        return losses_of(batch.to(device), drawn.to(device), slice(None))
+        return roles.losses(given(batch.to(device), drawn.to(device), slice(None)))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(adapted)
@@ -171,10 +139,8 @@ def main(config: Distill) -> Path:
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------
-    forward = min(config.batch_size, local_batch)
-    passes = stepping.Passes(accelerator, model, lora, local_batch, forward, o.grad_clip)
-    average = ema if config.ema else []
-    guard = updates.Guard(accelerator, config, metrics, optimizer, lora, average, window, updates=done)
+    learning = turns.Turns.of(accelerator, roles, config, optimizers, metrics, local_batch, done, window)
+    guard = learning.student.guard
     ahead = Ahead(needed, config.steps, device)
     with (
         run_metrics.progress(accelerator, done, config.steps) as advance,
@@ -188,10 +154,8 @@ def main(config: Distill) -> Path:
             roles.begin(step, stage)
             batch, drawn = ahead.at(step)
             rate = runtime.learning_rate(o, step - stage.first, stage.steps)
-            set_rates(optimizer, rate)
-            losses = partial(losses_of, batch, drawn, group=step // reuse if reuse > 1 else None)
-            guard.update(done, passes(done, losses), batch.ids)
-            optimizer.zero_grad()
+            rows = partial(given, batch, drawn, group=step // reuse if reuse > 1 else None)
+            learning.step(done, rate, rows, drawn.turns, batch.ids)
             ahead.prepare(done)
 
             last = done == config.steps
@@ -199,10 +163,10 @@ def main(config: Distill) -> Path:
             logged = last or done % config.logging.every == 0
             saved = last or done % config.checkpoint.every == 0 or stop != 0
             if logged or saved or measuring.due(done):
-                guard.settle()
+                learning.settle()
             speed = advance(guard.last.loss, origin.batch, time.perf_counter() - started)
             if logged and guard.window:
-                told = {"lr": rate, "images_per_second": speed}
+                told = {"lr": rate, "images_per_second": speed, **learning.figures()}
                 metrics.log(done, loss=guard.mean(), grad_norm=guard.last.norm, **told)
             if not stop:
                 measuring.after(done)

@@ -40,6 +40,7 @@ class AdaptedUNet:
         self.text_encoders: dict[str, Any] = {}  # those that were joined, by part, as `text_encoder`
         self.in_use: str | None = None  # name of what is trained and in use; None: nothing is trained
         self._trained: dict[str, Kind] = {}
+        self._on_teacher: set[str] = set()  # names of what is trained on top of the teacher's LoRA
         self._style_in_student = False
         # Kept, because walking all of SD1.5's modules in every step would cost more than flipping 278 flags.
         self._layers: list[Any] = []
@@ -48,10 +49,13 @@ class AdaptedUNet:
 
     # -- What hangs on it ------------------------------------------------------------------------------------
 
-    def add_lora(self, config: schema.Adapter, *, name: str = TRAINED, seed: int = 0) -> list[Parameter]:
+    def add_lora(
+        self, config: schema.Adapter, *, name: str = TRAINED, seed: int = 0, on_teacher: bool = False
+    ) -> list[Parameter]:
         """Add a LoRA of `config` that is trained under `name`, and return its parameters.
 
-        They are float32 master weights whatever the base's dtype: in bfloat16 most updates at a usual
+        `on_teacher`: where it is in use the teacher's LoRA is on too, whether or not the student has it. They
+        are float32 master weights whatever the base's dtype: in bfloat16 most updates at a usual
         learning rate are lost in rounding. B starts at zero, so the output is the base's at first; A is drawn
         from `seed`, and the global random state is left as it was. Raises `ValueError` if the name is taken.
         """
@@ -63,6 +67,8 @@ class AdaptedUNet:
         targets = lora_targets(config.targets)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
         _inject(self.unet, lora, name, seed)
+        if on_teacher:
+            self._on_teacher.add(name)
         return self._train(name, Lora(name))
 
     def train_own_weights(self, *, name: str = TRAINED) -> list[Parameter]:
@@ -197,7 +203,8 @@ class AdaptedUNet:
 
     def _loras_of(self, name: str | None) -> list[str]:
         """Peft's names of what is on where `name` is in use."""
-        return [*([STYLE] if self._style_in_student or name is None else []), *([name] if name else [])]
+        as_teacher = self._style_in_student or name is None or name in self._on_teacher
+        return [*([STYLE] if as_teacher else []), *([name] if name else [])]
 
     def _turn_on(self, loras: Sequence[str]) -> None:
         self._on = loras

@@ -25,7 +25,7 @@ from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES
 from lcm_kit.core.methods import Method, Progressive, Stage, Times
-from lcm_kit.core.prediction import predictor
+from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
 from lcm_kit.core.step import Loss, consistency_loss
@@ -132,22 +132,37 @@ class Roles:
         """
         if self.adapted.in_use != self.name:
             raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
-        predict, o = partial(predictor, schedule=self.schedule, kind=self.kind), self.objective
-        teacher = predict(partial(self._as_teacher, given))
-        target = predict(partial(self._as_target, given.condition))
-        distance = o.distance
+        o = self.objective
+        teacher, distance = self.teacher(given), o.distance
+        target = self.predict(partial(self._as_target, given.condition))
         if o.progressive:
             teacher = target = target if self.stage else teacher
             distance = in_units(distance, o.progressive.unit(self.schedule, given.times))
         found = consistency_loss(
             method=o.method, solver=o.solver, loss=distance, schedule=self.schedule, teacher=teacher,
-            target=target,
-            student=predict(partial(self._as_student, given.condition)),
-            x0=given.x0, noise=given.noise, times=given.times, teacher_weight=o.teacher_weight,
+            target=target, student=self.student(given), x0=given.x0, noise=given.noise, times=given.times,
+            teacher_weight=o.teacher_weight,
         )  # fmt: skip
         if o.by_interval:
             found = found * interval_weight(self.schedule, given.times.t, given.times.s)
         return found
+
+    def teacher(self, given: Given) -> Predict:
+        """The guided teacher of the samples `given`."""
+        return self.predict(partial(self._as_teacher, given))
+
+    def student(self, given: Given) -> Predict:
+        """The UNet with what is in use on it."""
+        return self.predict(partial(self.output, "student", given.condition))
+
+    def predict(self, model: Model) -> Predict:
+        """What (x0, eps) the raw output of `model` stands for."""
+        return predictor(model, self.schedule, self.kind)
+
+    def output(self, part: str, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
+        """The raw output of the UNet as it is, in a pass of the name `part`."""
+        with self.part(part):
+            return self._output(x, t, condition)
 
     def _as_teacher(self, given: Given, x: Tensor, t: Tensor) -> Tensor:
         """Its raw output under guidance, if any; a sample each of the base alone where `bases` says so.
@@ -190,10 +205,6 @@ class Roles:
     @cached_property
     def _trained(self) -> list[Parameter]:
         return self.adapted.parameters(self.name)
-
-    def _as_student(self, condition: Condition, x: Tensor, t: Tensor) -> Tensor:
-        with self.part("student"):
-            return self._output(x, t, condition)
 
     def _output(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.call(x.to(self.dtype), t, **condition.kwargs()).sample

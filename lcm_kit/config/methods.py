@@ -22,7 +22,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lcm_kit.config.data import STRICT, Place
 from lcm_kit.config.mistakes import by_name, explain
-from lcm_kit.core.methods import DEFAULT, LCM, METHODS, PCM, TCD, Method, MethodInfo, Progressive
+from lcm_kit.core.methods import DEFAULT, DMD, LCM, METHODS, PCM, TCD, Method, MethodInfo, Progressive
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.samplers import for_adapter
@@ -215,6 +215,7 @@ AnyMethod = Annotated[
     | Annotated[TCD, PlainValidator(_strictly(TCD)), Tag("tcd")]
     | Annotated[PCM, PlainValidator(_strictly(PCM)), Tag("pcm")]
     | Annotated[Progressive, PlainValidator(_strictly(Progressive)), Tag("progressive")]
+    | Annotated[DMD, PlainValidator(_strictly(DMD)), Tag("dmd")]
     | Annotated[Custom, PlainValidator(_custom), Tag("custom")],
     by_name(LCM.name),
 ]

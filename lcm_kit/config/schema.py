@@ -32,11 +32,12 @@ from lcm_kit.config.data import (
     Whole,
 )
 from lcm_kit.config.methods import AnyMethod, info_of
+from lcm_kit.config.on_the_way import Checkpoint, Logging, Validation
 from lcm_kit.core.methods import LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
-    "STRICT", "BatchSize", "BatchSizeOrAuto", "Data", "Fraction", "NonNegative", "Number", "Place",
-    "Positive", "Rate", "Samples", "Scale", "Seed", "Weight", "Whole",
+    "STRICT", "BatchSize", "BatchSizeOrAuto", "Checkpoint", "Data", "Fraction", "Logging", "NonNegative",
+    "Number", "Place", "Positive", "Rate", "Samples", "Scale", "Seed", "Validation", "Weight", "Whole",
 ]  # fmt: skip
 
 
@@ -178,39 +179,6 @@ class Optimizer:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
     grad_clip: Rate = 1.0  # L2 norm over all LoRA weights
-
-
-@dataclass(frozen=True, config=STRICT)
-class Validation:
-    """What is drawn and measured while it trains: teacher beside student, from the same noise every time."""
-
-    every: NonNegative = 0  # steps; 0: only at the end
-    prompts: Place | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
-    count: Positive = 4
-    guidance_scale: Scale = 5.0  # of the teacher's sample
-    seed: Seed = 1234
-    # prompts that do not name the style, to notice when they are forgotten: text file or asset; null: off
-    control: Place | None = None
-    control_count: Positive = 8
-    # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
-    # them, and 0: none
-    held_out: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
-
-
-@dataclass(frozen=True, config=STRICT)
-class Checkpoint:
-    """Training state on disk."""
-
-    every: Positive = 500  # steps; the last step is always saved
-    keep: Positive = 2  # newest states kept
-
-
-@dataclass(frozen=True, config=STRICT)
-class Logging:
-    """metrics.jsonl is always written; trackers are accelerate's, by name."""
-
-    every: Positive = 10  # steps
-    trackers: tuple[str, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -130,6 +130,17 @@ def grid(steps: int, n: int) -> Tensor:
     return torch.arange(1, n + 1) * steps // n - 1
 
 
+def trailing(steps: int, n: int) -> Tensor:
+    """Return where the n steps of a sampler with trailing timesteps begin, int64 [n], ascending to steps - 1.
+
+    As diffusers' schedulers round them, 332, 666, 999 for (1000, 3), where `grid` has whole parts of `steps`.
+    Raises UserError unless 1 <= n <= steps.
+    """
+    if n < 1 or n > steps:
+        raise UserError(f"{n} steps of a sampler are impossible on {steps} timesteps; give 1 to {steps}")
+    return torch.tensor([round(steps - i * steps / n) - 1 for i in range(n)][::-1])
+
+
 def interval_weight(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
     """Return 1 / (rho_t - rho_s), float32 [B], rho = sigma / alpha, for t > s int64 [B].
 

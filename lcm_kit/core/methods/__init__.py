@@ -7,12 +7,13 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from lcm_kit.core.methods.base import Method, MethodInfo, Times, usual
+from lcm_kit.core.methods.dmd import DMD
 from lcm_kit.core.methods.lcm import LCM
 from lcm_kit.core.methods.pcm import PCM
 from lcm_kit.core.methods.progressive import Progressive, Stage
 from lcm_kit.core.methods.tcd import TCD
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (LCM, TCD, PCM, Progressive)}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (LCM, TCD, PCM, Progressive, DMD)}
 DEFAULT = MethodInfo.of(LCM(), LCM.name)  # of a config, and of a LoRA that does not say how it was made
 
 
@@ -36,6 +37,6 @@ def info(name: str | None, constants: Mapping[str, Any] | None = None) -> Method
 
 
 __all__ = [
-    "DEFAULT", "LCM", "METHODS", "PCM", "TCD", "Method", "MethodInfo", "Progressive", "Stage", "Times",
+    "DEFAULT", "DMD", "LCM", "METHODS", "PCM", "TCD", "Method", "MethodInfo", "Progressive", "Stage", "Times",
     "info", "usual",
 ]  # fmt: skip

@@ -47,6 +47,7 @@ class Method(Protocol):
     # keys of a config, as "grid.steps", that must stay as they are by default, and why: what they would do
     # has no place in it
     refuses: ClassVar[Mapping[str, str]] = {}
+    needs_pictures: ClassVar[bool] = True  # whether it reads latents of pictures, and not prompts alone
 
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
         """Draw `batch` intervals on a solver grid of `n_grid` steps with a CPU generator."""

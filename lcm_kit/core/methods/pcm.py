@@ -44,9 +44,9 @@ class PCM(Method):
         """
         import torch
 
-        from lcm_kit.core.schedule import grid
+        from lcm_kit.core.schedule import grid, trailing
 
-        edges = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, self.phases)])
+        edges = torch.cat([torch.zeros(1, dtype=torch.int64), trailing(schedule.steps, self.phases)])
         points = torch.unique(torch.cat([edges, grid(schedule.steps, n_grid)]))
         index = torch.randint(len(points) - 1, (batch,), generator=generator)
         s = points[index]

@@ -1,0 +1,68 @@
+"""The parts that one UNet plays where distributions are matched, and the two losses between them.
+
+With the adapter on the UNet is the student, with the fake score's LoRA on the fake score, with neither and
+under guidance the real one: one UNet in memory. `core.matching` is the algorithm; here is who is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lcm_kit.adapter.roles import Given, Roles
+from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_loss, timesteps, walk
+from lcm_kit.core.methods import DMD
+from lcm_kit.core.prediction import Predict
+
+FAKE = "fake"  # the name of the fake score among what is trained
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Distribution matching with the UNet of `roles`, on which a LoRA is trained under `FAKE` too."""
+
+    roles: Roles
+    method: DMD
+
+    def losses(self, given: Given, draws: Draws) -> Tensor:
+        """The student's loss of each sample, float32 [B], with gradient in the adapter, which is in use.
+
+        `given`: conditions, guidance, and what the consistency loss is of, if there is one.
+        """
+        roles = self.roles
+        x0 = self._sample(given, draws)
+
+        def fake(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            with roles.adapted.using(FAKE):
+                return self._fake(given)(x, t)
+
+        moved = matching_gradient(roles.teacher(given), fake, roles.schedule, x0.detach(), draws)
+        found = matching_loss(x0, moved)
+        if self.method.consistency:
+            found = found + self.method.consistency * roles.losses(given)
+        return found
+
+    def fake_losses(self, given: Given, draws: Draws) -> Tensor:
+        """The fake score's loss of each sample, float32 [B], with gradient in its LoRA, which is in use.
+
+        The samples are the student's as it is now, drawn without gradient.
+        """
+        with torch.no_grad(), self.roles.adapted.using(self.roles.name):
+            x0 = self._sample(given, draws)
+        return fake_loss(
+            self._fake(given), self.roles.schedule, x0, draws, lambda a, b: LOSSES["l2"](a, b, 0.0)
+        )
+
+    def _sample(self, given: Given, draws: Draws) -> Tensor:
+        """The student's x0 at one step of its own trajectory, [B, C, h, w]; what came before has no graph."""
+        schedule, student = self.roles.schedule, self.roles.student(given)
+        points = timesteps(schedule, self.method.sampler, draws.steps)
+        x0, _ = student(*walk(student, schedule, points, draws, renew=self.method.sampler == "lcm"))
+        return x0
+
+    def _fake(self, given: Given) -> Predict:
+        return self.roles.predict(partial(self.roles.output, "fake", given.condition))

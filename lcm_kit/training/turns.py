@@ -1,0 +1,118 @@
+"""What is trained in a step, one after the other: the adapter, and before it what it is taught by, if it is.
+
+A consistency method trains the adapter alone. Where distributions are matched the fake score has its turns
+first, so that it knows the student as it is (two time scales, arXiv:2405.14867, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.matching import FAKE, Matching
+from lcm_kit.adapter.roles import Given, Roles
+from lcm_kit.bases.memory import set_rates
+from lcm_kit.config import schema
+from lcm_kit.core.matching import Draws
+from lcm_kit.core.methods import DMD
+from lcm_kit.training.run_metrics import Metrics
+from lcm_kit.training.stepping import Passes
+from lcm_kit.training.updates import Guard
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One thing that is trained on the UNet: its gradients, their update, its average."""
+
+    name: str
+    adapted: AdaptedUNet
+    passes: Passes
+    guard: Guard
+
+    def turn(self, number: int, rate: float, losses: Callable[[slice], Tensor], ids: Sequence[str]) -> None:
+        """Its part of step `number` (from 1), at the learning rate `rate`: as `Passes` and `Guard.update`."""
+        set_rates(self.guard.optimizer, rate)
+        with self.adapted.using(self.name):
+            made = self.passes(number, losses)
+        self.guard.update(number, made, ids)
+        self.guard.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What `roles` and, where distributions are matched, a fake score learn in a step."""
+
+    roles: Roles
+    student: Learner
+    fake: Learner | None = None
+    fake_rate: float = 0.0  # its learning rate, the same to the end: it follows what moves
+
+    @classmethod
+    def of(
+        cls,
+        accelerator: Accelerator,
+        roles: Roles,
+        config: schema.Distill,
+        optimizers: Mapping[str, Any],
+        metrics: Metrics,
+        share: int,
+        done: int,
+        window: list[float],
+    ) -> Turns:
+        """For `share` samples a step on this process, after `done` steps, whose losses since the last line
+        are `window`. `optimizers`: by name of what is trained.
+        """
+        method, adapted = roles.objective.method, roles.adapted
+
+        def learner(name: str, **of: Any) -> Learner:
+            weights, optimizer = adapted.parameters(name), optimizers[name]
+            micro, clip = min(config.batch_size, share), config.optimizer.grad_clip
+            passes = Passes(accelerator, roles.call, weights, share, micro, clip)
+            guard = Guard(accelerator, config, metrics, optimizer, weights, updates=done, **of)
+            return Learner(name, adapted, passes, guard)
+
+        student = learner(roles.name, ema=roles.ema if config.ema else (), window=window)
+        if not isinstance(method, DMD):
+            return cls(roles, student)
+        return cls(roles, student, learner(FAKE), config.optimizer.lr * method.fake_lr)
+
+    def step(
+        self,
+        number: int,
+        rate: float,
+        given: Callable[[slice], Given],
+        draws: Sequence[Draws],
+        ids: Sequence[str],
+    ) -> None:
+        """All turns of step `number` (from 1), whose samples `given` has by part; `draws` as `drawn_at`."""
+        method = self.roles.objective.method
+        if self.fake is None or not isinstance(method, DMD):
+            self.student.turn(number, rate, lambda part: self.roles.losses(given(part)), ids)
+            return
+        matching = Matching(self.roles, method)
+        for each in draws[:-1]:
+            losses = partial(_of_parts, matching.fake_losses, given, each)
+            self.fake.turn(number, self.fake_rate, losses, ids)
+        self.student.turn(number, rate, partial(_of_parts, matching.losses, given, draws[-1]), ids)
+
+    def settle(self) -> None:
+        """Wait until the last updates are known, as `Guard.settle`."""
+        for each in (self.student, self.fake):
+            if each:
+                each.guard.settle()
+
+    def figures(self) -> dict[str, float]:
+        """Of the last step, besides the student's own: the fake score's loss."""
+        return {"fake_loss": self.fake.guard.last.loss} if self.fake else {}
+
+
+def _of_parts(
+    losses: Callable[[Given, Draws], Tensor], given: Callable[[slice], Given], draws: Draws, part: slice
+) -> Tensor:
+    return losses(given(part), draws.of(part))
