@@ -102,7 +102,7 @@ class Provenance:
         if self.method.name is None:
             return None
         read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
-        known = read and set(read.samplers) <= set(samplers.for_adapter())
+        known = read and all(map(samplers.serves_adapter, read.samplers))
         return read if known else methods.info(self.method.name, self.method.constants)
 
     @property
