@@ -29,7 +29,7 @@ from lcm_kit.data.reconstruction import psnr
 from lcm_kit.evaluation import results
 from lcm_kit.evaluation.result_shapes import Cell
 from lcm_kit.io.files import atomic_write
-from lcm_kit.samplers import SAMPLERS
+from lcm_kit.samplers import title_of
 from lcm_kit.tiny import world
 from lcm_kit.tiny.probe import load_probe
 from tools.brand_looks import LOOKS, pictures
@@ -57,7 +57,7 @@ def rows(runs: list[Path]) -> list[dict[str, Any]]:
 
 def line(cell: Cell, samples: int) -> str:
     """One line of the table."""
-    name = f"{SAMPLERS[cell['sampler']].title}, {cell['steps']} steps"
+    name = f"{title_of(cell['sampler'])}, {cell['steps']} steps"
     setting = (name, f"{cell['guidance_scale']:g}", str(cell["unet_calls"]), str(samples))
     figures = (format(results.value(cell, key) or 0.0, how) for key, how in FIGURES.items())
     return "| " + " | ".join((*setting, *figures)) + " |"

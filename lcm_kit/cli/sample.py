@@ -19,9 +19,7 @@ def _batch_size(given: str) -> str:
 
 
 def _known_sampler(name: str | None) -> str | None:
-    if name is not None:
-        samplers.sampler_of(name)
-    return name
+    return name if name is None else samplers.spelled(name)
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -70,7 +68,7 @@ def sample(
             "--solver",
             callback=_known_sampler,
             metavar="|".join(samplers.names()),
-            help=f"{', '.join(samplers.for_adapter())} for an adapter.",
+            help=f"{', '.join(samplers.for_adapter())} for an adapter; tcd:0.5 is TCD with a gamma of 0.5.",
             show_default="recommended, else its method's",
         ),
     ] = None,

@@ -30,7 +30,17 @@ class OneOf:
         return value
 
 
-AdapterSampler = Annotated[str, OneOf(samplers.for_adapter)]
-BaseSampler = Annotated[str, OneOf(samplers.for_base)]
+@dataclass(frozen=True)
+class OneSampler(OneOf):
+    """One of `names()`, or one of them with a gamma, as `tcd:0.5`, in the one spelling that results have."""
+
+    def _check(self, value: str) -> str:
+        if value.partition(":")[0] not in self.names():
+            return super()._check(value)
+        return samplers.spelled(value)  # its `UserError` is a sentence for the key already
+
+
+AdapterSampler = Annotated[str, OneSampler(samplers.for_adapter)]
+BaseSampler = Annotated[str, OneSampler(samplers.for_base)]
 # Of the random weights of a benchmark: a generation, or the embedded base
 Structure = Annotated[str, OneOf(lambda: [*(each.name for each in families.unpruned()), "tiny"])]

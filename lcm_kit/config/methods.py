@@ -25,7 +25,7 @@ from lcm_kit.config.mistakes import by_name, explain
 from lcm_kit.core.methods import DEFAULT, DMD, LCM, METHODS, PCM, TCD, Method, MethodInfo, Progressive
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import sha256_bytes
-from lcm_kit.samplers import for_adapter
+from lcm_kit.samplers import for_adapter, serves_adapter
 
 IMPORTS = "imports"  # of a validation's context: whether a file that the config names may be imported
 _MOST_STEPS = 50  # that diffusers' LCMScheduler takes
@@ -121,7 +121,7 @@ def _lacking(made: Any) -> str | None:
         return "has not both functions of a method, times and endpoint (docs/extending/method.md)"
     if not _text(title) or title in [kind.title for kind in METHODS.values()]:
         return "has no title of its own, which cards and reports call it by; give it one, in words"
-    if not _listed(samplers, lambda each: each in for_adapter()):
+    if not _listed(samplers, lambda each: isinstance(each, str) and serves_adapter(each)):
         return f"must say its samplers, one or more of {', '.join(for_adapter())}, as {DEFAULT.samplers}"
     if not _listed(steps, lambda each: type(each) is int and 0 < each <= _MOST_STEPS):
         return f"must say the steps that it serves, whole numbers from 1 to {_MOST_STEPS}, as {DEFAULT.steps}"

@@ -31,7 +31,8 @@ class Cell:
         """The cell as a file name, such as `quickstart-lcm-4-g1.5-w1`."""
         weight = f"-w{self.lora_weight:g}" if self.adapter else ""
         who = self.adapter or self.kind
-        return f"{who}-{self.sampler}-{self.steps}-g{self.guidance_scale:g}{weight}"
+        sampler = samplers.in_file_name(self.sampler)
+        return f"{who}-{sampler}-{self.steps}-g{self.guidance_scale:g}{weight}"
 
     @property
     def unet_calls(self) -> int:

@@ -19,6 +19,7 @@ from lcm_kit.evaluation.draw import Samples, opened, warm_up
 from lcm_kit.evaluation.measure import Figures, compare
 from lcm_kit.evaluation.metric_table import METRICS
 from lcm_kit.io.files import atomic_write
+from lcm_kit.samplers import in_file_name
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Pair(Cell):
         """The cell as a file name."""
         who = "styled" if self.kind == "teacher" else "pair"
         weights = f"-style{self.style_weight:g}" + (f"-speed{self.lora_weight:g}" if self.adapter else "")
-        return f"{who}-{self.sampler}-{self.steps}-g{self.guidance_scale:g}{weights}"
+        sampler = in_file_name(self.sampler)
+        return f"{who}-{sampler}-{self.steps}-g{self.guidance_scale:g}{weights}"
 
 
 def plan(config: Compose, method: MethodInfo) -> list[Pair]:

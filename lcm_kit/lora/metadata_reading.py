@@ -116,7 +116,8 @@ def _recommended(own: Mapping[str, str]) -> Recommended | None:
     if "recommended" not in own:  # what else it says of sampling holds for the method in general
         return None
     if (
-        sampler not in samplers.for_adapter()
+        sampler is None
+        or not samplers.serves_adapter(sampler)
         or not steps
         or steps > 1000
         or scale is None

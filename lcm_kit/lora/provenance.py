@@ -103,7 +103,7 @@ class Provenance:
         if self.method.name is None:
             return None
         read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
-        known = read if read and set(read.samplers) <= set(samplers.for_adapter()) else None
+        known = read if read and all(map(samplers.serves_adapter, read.samplers)) else None
         found = known or methods.info(self.method.name, self.method.constants)
         return replace(found, guidance_scale=self.guidance_scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, Literal
 
@@ -16,23 +16,44 @@ from lcm_kit.evaluation.results import cells_of, value
 _STUDENT = (("#D55E00", "o"), ("#CC79A7", "v"), ("#E69F00", "D"))
 _GUIDED = (("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "P"), ("#E69F00", "X"))
 _PLAIN = (("#56B4E9", "s"), ("#7A7A7A", "^"), ("#F0E442", "P"), ("#000000", "X"))
+_MORE = ("<", ">", "p", "h", "d", "*", "H", "8", "1", "2", "3", "4")  # markers of samplers that it lacks
 Style = tuple[str, str, str, str]  # title, colour, marker, dash
 
 
-def styles() -> dict[tuple[str, str, bool], Style]:
-    """How lines look, by their rows' name, sampler and whether there is guidance, in the legend's order."""
-    bases, students = samplers.for_base(), samplers.for_adapter()
+def styles(cells: Sequence[Cell] = ()) -> dict[tuple[str, str, bool], Style]:
+    """How lines look, by their rows' name, sampler and whether there is guidance, in the legend's order.
 
+    Those of the table, and behind them those that `cells` have besides, as `tcd:0.5`: the look of a line does
+    not depend on which others are drawn, as long as they are the table's.
+    """
+    bases, students = samplers.for_base(), samplers.for_adapter()
+    none: list[str] = []
     blocks = (
         ("student", False, students, _STUDENT, "student ({})", "-"),
+        ("student", True, none, _STUDENT, "student ({}), guidance", "-."),
         ("plain", True, bases, _GUIDED, "{}, guidance", "--"),
         ("plain", False, bases, _PLAIN, "{}, none", ":"),
     )
     return {
         (name, sampler, guided): (words.format(samplers.title_of(sampler)), colour, marker, dash)
         for name, guided, known, marks, words, dash in blocks
-        for sampler, (colour, marker) in zip(known, cycle(marks), strict=False)
+        for sampler, colour, marker in _looks(known, _drawn(cells, name, guided), marks)
     }
+
+
+def _drawn(cells: Sequence[Cell], kind: str, guided: bool) -> list[str]:
+    found = (cell for cell in cells_of(cells, kind) if (cell["guidance_scale"] > 1) == guided)
+    return sorted({cell["sampler"] for cell in found})
+
+
+def _looks(
+    known: Sequence[str], drawn: Sequence[str], marks: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, str, str]]:
+    """Each sampler with its colour and marker: no two of them have both alike."""
+    yield from ((name, *mark) for name, mark in zip(known, cycle(marks), strict=False))
+    others = (name for name in drawn if name not in known)
+    for name, (colour, _), marker in zip(others, cycle(marks), cycle(_MORE)):
+        yield name, colour, marker
 
 
 def figure(
@@ -63,7 +84,7 @@ def by_calls(cells: Sequence[Cell], key: str, label: str, floor: float | None = 
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     drawn, axes = figure()
-    for (kind, *how), (title, colour, marker, dash) in styles().items():
+    for (kind, *how), (title, colour, marker, dash) in styles(cells).items():
         line = [
             cell for cell in cells_of(cells, kind)
             if [cell["sampler"], cell["guidance_scale"] > 1] == how

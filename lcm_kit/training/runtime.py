@@ -80,8 +80,8 @@ def _check_sharing(config: schema.Training, accelerator: Accelerator) -> None:
         )
     if sharded(accelerator) and isinstance(config, schema.Distill) and isinstance(config.method, DMD):
         raise UserError(
-            f"method {config.method.name} trains two LoRAs in turn, which does not work where FSDP shards the "
-            "weights; use plain multi-GPU"
+            f"method {config.method.name} trains two LoRAs in turn, which does not work where FSDP shards "
+            "the weights; use plain multi-GPU"
         )
     if sharded(accelerator) and config.second_set:
         what, instead = (

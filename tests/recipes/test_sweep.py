@@ -261,6 +261,29 @@ def test_a_broken_adapter_is_flagged(
     assert warning["kind"] in kind and said in warning["sentence"]
 
 
+def test_a_gamma_is_swept_like_a_sampler(lora: Lora, tmp_path: Path) -> None:
+    """Without renewed noise pictures compare with the teacher's one by one, else they do not."""
+    file = save(lora, tmp_path / "weak.safetensors")
+    student = [{"samplers": ["tcd:0", "tcd:0.6"], "steps": [2], "guidance_scales": [1.0]}]
+    found = run(configure([file], tmp_path / "out", student=student))
+    cells = {cell["sampler"]: cell for cell in found["cells"] if cell["kind"] == "student"}
+    assert {name: cell["id"] for name, cell in cells.items()} == {
+        "tcd:0": "weak-tcd0-2-g1-w1", "tcd:0.6": "weak-tcd0.6-2-g1-w1",
+    }  # fmt: skip
+    assert not [path for path in (tmp_path / "out").rglob("*") if ":" in path.name]
+    assert cells["tcd:0.6"]["metrics"]["latent_distance"] is None
+    pipe = sample.pipeline("asset:tiny-sd")
+    texts = [prompt for prompt in found["prompts"]["main"]["texts"] for _ in range(2)]
+
+    def draw(**settings: Any) -> torch.Tensor:
+        return torch.cat([sample.latents(pipe, texts[k : k + 4], first=k, **settings) for k in (0, 4)])
+
+    teacher = draw(sampler="ddim", steps=4, guidance_scale=3.0)
+    sample.load_adapter(pipe, file)
+    distance = float(rms(draw(sampler="tcd:0", steps=2), teacher).mean())
+    assert cells["tcd:0"]["metrics"]["latent_distance"]["value"] == pytest.approx(distance, rel=1e-5)
+
+
 # -- Mistakes ------------------------------------------------------------------------------------------------
 
 
