@@ -29,7 +29,7 @@ from unittest import mock
 
 from lcm_kit.config import shipped
 from lcm_kit.config.load import load
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.schema import Training
 from lcm_kit.data import sources
 from lcm_kit.errors import UserError
 from lcm_kit.io.locks import held
@@ -45,7 +45,7 @@ FAILED = "failed"  # as DONE
 _POLL = 10.0  # seconds until another process's work is looked at again
 
 
-def config_of(plan: Plan, output: Path, name: str, seed: int) -> Distill:
+def config_of(plan: Plan, output: Path, name: str, seed: int) -> Training:
     """The training of a cell: the entry's config with the study's overrides on top.
 
     Raises `UserError` for an entry that trains nothing, and as `load`.
@@ -55,8 +55,8 @@ def config_of(plan: Plan, output: Path, name: str, seed: int) -> Distill:
         raise UserError(f"entry {name} is drawn from {entry.drawn_from} and trains nothing")
     path = shipped.config_path(entry.config)
     plain = load(path, _words(entry.set))
-    if not isinstance(plain, Distill):
-        raise UserError(f"entry {name}: {entry.config} is no distillation; give a config of configs/distill")
+    if not isinstance(plain, Training):
+        raise UserError(f"entry {name}: {entry.config} trains nothing; give a config of configs/distill")
     ours: dict[str, Any] = {
         "output": str(output / f"{name}-{seed}" / "run"),
         "seed": seed,
@@ -71,7 +71,7 @@ def config_of(plan: Plan, output: Path, name: str, seed: int) -> Distill:
             raise UserError(f"entry {name} starts as {entry.start}-{seed}, which is not done")
         ours["adapter.start"] = [{"path": str(ends[-1])}]
     loaded = load(path, [*_words(entry.set), *_words(ours)])
-    assert isinstance(loaded, Distill)
+    assert isinstance(loaded, Training)
     return loaded
 
 

@@ -28,13 +28,18 @@ STEPS = (1, 2, 4, 8)
 BAR_STEPS = 4  # plain LCM's quality at so many steps is what the time is taken to
 BARS = {"prompt_adherence": True, "frechet_real": False}  # whether more is better
 HEADS = {
-    "prompt_adherence": "right, %", "frechet_real": "Fréchet", "kernel_real": "kernel",
+    "prompt_adherence": "right, %", "frechet_real": "Fréchet", "kernel_real": "kernel x 1000",
     "saturation": "colour", "sharpness": "sharpness", "diversity": "diversity",
     "effective_guidance": "effective guidance", "unsaid": "grey, %",
     "obeyed": "gone with the negative prompt, %", "object_kept": "objects right with it, %",
 }  # fmt: skip
 TABLE = tuple(HEADS)[:7]
 SHEET_STEPS = (1, 2, 4)
+PICTURES = """
+
+![Right pictures and Fréchet distance against seconds of training, a line a method](images/methods.png)
+
+![Pictures of the teacher and of all methods at 1, 2 and 4 steps, a row a prompt](images/methods-sheet.png)"""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _SIDE, _TOP = 66, 56  # of the sheet, pixels
 
@@ -46,8 +51,9 @@ def text(key: str, found: tuple[float, float, float], share: bool = True) -> str
         if share:
             low, high = max(low, 0.0), min(high, 100.0)
         return f"{value:.1f} ({low:.1f} to {high:.1f})"
-    digits = {"frechet_real": 3, "kernel_real": 4, "effective_guidance": 1}.get(key, 2)
-    return f"{found[0]:.{digits}f} ({found[1]:.{digits}f} to {found[2]:.{digits}f})"
+    digits = {"frechet_real": 3, "effective_guidance": 1}.get(key, 2)
+    value, low, high = (1000 * each if key == "kernel_real" else each for each in found)
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def figure(study: Study, rows: Sequence[Measured], key: str) -> str:
@@ -131,10 +137,10 @@ def time_to(study: Study, entry: str, key: str, of: str = "seconds") -> tuple[Re
 
 def _when(found: tuple[Reached | None, list[float]], seeds: int) -> str:
     middle, each = found
-    words = "not reached" if middle is None else f"{'at most ' * middle.at_most}{middle.at:.0f}"
+    words = "never" if middle is None else f"{'at most ' * middle.at_most}{middle.at:.0f}"
     if seeds > 1 and each:
-        missing = "" if len(each) == seeds else f", {seeds - len(each)} of {seeds} seeds never"
-        words += f" (seeds: {min(each):.0f} to {max(each):.0f}{missing})"
+        missing = "" if len(each) == seeds else f"; {seeds - len(each)} of {seeds} never"
+        words += f" ({min(each):.0f} to {max(each):.0f}{missing})"
     return words
 
 
@@ -148,7 +154,7 @@ def table(study: Study, plan: Plan, steps: int) -> str:
     for name, entry in plan.entries.items():
         if rows := study.final(name, steps):
             lines.append([entry.label, *(figure(study, rows, key) for key in TABLE)])
-    return narrow(("method", *(HEADS[key] for key in TABLE)), lines, (1, 2, 3), (4, 5, 6, 7))
+    return narrow(("method", *(HEADS[key] for key in TABLE)), lines, (1, 2, 3), (4, 5), (6, 7))
 
 
 def _teachers(study: Study, key: str) -> str:
@@ -172,7 +178,7 @@ def beside(study: Study, plan: Plan, other: str, steps: int) -> str:
                 ]
                 lines.append([entry.label, *cells])
     columns = range(1, 1 + len(keys))
-    return narrow(("method", *(HEADS[key] for key in keys)), lines, columns[:3], columns[3:])
+    return narrow(("method", *(HEADS[key] for key in keys)), lines, columns[:3], columns[3:5], columns[5:])
 
 
 def times(study: Study, plan: Plan) -> str:
@@ -193,7 +199,7 @@ def times(study: Study, plan: Plan) -> str:
         "method", "right: s", "Fréchet: s", "right: pictures", "Fréchet: pictures",
         "times as fast as LCM's whole training", "s a step", "s in all", "peak memory, MiB",
     )  # fmt: skip
-    return narrow(heads, lines, (1, 2, 5), (3, 4), (6, 7, 8))
+    return narrow(heads, lines, (1, 2), (3, 4), (5, 6, 7, 8))
 
 
 def _cost(study: Study, name: str) -> tuple[float, float, float] | None:
@@ -227,7 +233,7 @@ def negatives(study: Study, plan: Plan) -> str:
             if any("unsaid" in row.figures for row in rows):
                 label_ = f"{label}, {steps} step{'s' * (steps > 1)}"
                 lines.append([label_, *(figure(study, rows, key) for key in keys)])
-    return narrow(("method", *(HEADS[key] for key in keys)), lines, (1, 2, 3))
+    return narrow(("method", *(HEADS[key] for key in keys)), lines, (1, 2), (3,))
 
 
 # -- Files ---------------------------------------------------------------------------------------------------
@@ -341,7 +347,7 @@ def write(study: Study, plan: Plan, output: Path, docs: Path) -> None:
         write_csv(study, file)
     plot(study, plan, docs / "images" / "methods.png")
     sheet(plan, output, docs / "images" / "methods-sheet.png")
-    found, file = page(study, plan), docs / "methods.md"
+    found, file = page(study, plan) + PICTURES, docs / "methods.md"
     if file.is_file():
         marks = r"(<!-- tables -->\n).*?(<!-- end of tables -->)"
         before = file.read_text(encoding="utf-8")
