@@ -202,13 +202,15 @@ class Studio:
         return name
 
     def students(self, name: str, entry: Entry) -> list[Cell]:
-        """The cells of a state: at each number of steps of the entry, or that its method serves.
+        """The cells of a state: one for each number of steps.
 
-        By its sampler, or the one of the method that the file names.
+        What the entry leaves open says the method that the file names: steps, sampler, and guidance, which is
+        the teacher's where none is baked in.
         """
         method = self.subjects[name].method
         sampler, steps = entry.sampler or method.sampler, entry.steps or method.judged_steps
-        return [Cell("student", name, sampler, n, entry.guidance) for n in steps]
+        guidance = entry.guidance or method.guidance_beside(self.plan.teacher.guidance)
+        return [Cell("student", name, sampler, n, guidance) for n in steps]
 
     def draw_point(self, folder: Path, run: Path, state: Path, entry: Entry, end: bool) -> None:
         """Draw a state: the curve's prompts, or where the training ends all sets."""
@@ -217,7 +219,7 @@ class Studio:
             if end:
                 self.rows(MAIN, cell)
                 self.rows(SPREAD, cell)
-                if entry.guidance > 1:
+                if cell.guidance_scale > 1:
                     self.negative_rows(cell)
             elif cell.steps in self.plan.curve.steps:
                 self.rows(CURVE, cell)

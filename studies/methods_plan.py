@@ -28,7 +28,7 @@ class Entry:
     set: dict[str, Any] = field(default_factory=dict)
     steps: tuple[Positive, ...] | None = None  # drawn at; None: what the method serves
     sampler: str | None = None  # None: the method's own
-    guidance: Scale = 1.0  # of its pictures
+    guidance: Scale | None = None  # of its pictures; None: the teacher's where none is baked in, else 1
     start: str | None = None
     drawn_from: str | None = None
 

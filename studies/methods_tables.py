@@ -150,7 +150,9 @@ def _when(found: tuple[Reached | None, list[float]], seeds: int) -> str:
 def table(study: Study, plan: Plan, steps: int) -> str:
     """Markdown tables of all entries at `steps`, the teacher first."""
     teacher = study.final(TEACHER)
-    lines = [["teacher, 50 steps", *(_teachers(study, key) for key in TABLE)]] if teacher else []
+    lines = (
+        [[f"teacher, {teacher[0].steps} steps", *(_teachers(study, key) for key in TABLE)]] if teacher else []
+    )
     for name, entry in plan.entries.items():
         if rows := study.final(name, steps):
             lines.append([entry.label, *(figure(study, rows, key) for key in TABLE)])
@@ -165,7 +167,7 @@ def _teachers(study: Study, key: str) -> str:
 
 
 def beside(study: Study, plan: Plan, other: str, steps: int) -> str:
-    """Markdown tables of every entry less `other` at `steps`, paired."""
+    """Markdown tables of every entry less `other` at `steps`, paired; nothing where there is no other."""
     keys = [key for key in TABLE if not (other == TEACHER and key == "effective_guidance")]
     lines = []
     for name, entry in plan.entries.items():
@@ -177,6 +179,8 @@ def beside(study: Study, plan: Plan, other: str, steps: int) -> str:
                     for key, each in zip(keys, pairs, strict=True)
                 ]
                 lines.append([entry.label, *cells])
+    if not lines:
+        return ""
     columns = range(1, 1 + len(keys))
     return narrow(("method", *(HEADS[key] for key in keys)), lines, columns[:3], columns[3:5], columns[5:])
 
@@ -332,7 +336,7 @@ def page(study: Study, plan: Plan) -> str:
         if any(study.final(name, steps) for name in plan.entries):
             parts += [f"### {words}", table(study, plan, steps)]
             for other, label in ((PLAIN, "plain LCM"), (TEACHER, "the teacher")):
-                if "|\n| " in (found := beside(study, plan, other, steps)):
+                if found := beside(study, plan, other, steps):
                     parts += [f"Less {label}, {words}:", found]
     parts += ["### Of the way from plain LCM to the teacher", ways(study, plan)]
     parts += [f"### Time to plain LCM's final quality at {BAR_STEPS} steps", times(study, plan)]

@@ -185,6 +185,14 @@ def test_one_seed_is_marked() -> None:
     assert "88.0 (88.0 to 88.0)* |" in tables.page(Study(rows, study().costs, study().bounds), PLAN)
 
 
+def test_without_another_entry_there_is_nothing_beside_plain_lcm() -> None:
+    found = study()
+    rows = [each for each in found.rows if each.entry != "tcd"]
+    text = tables.page(Study(rows, found.costs, found.bounds), PLAN)
+    assert "Less plain LCM" not in text and "Less the teacher, 4 steps" in text and "TCD" not in text
+    assert "Less plain LCM" in tables.page(found, PLAN)
+
+
 def test_the_table_of_all(tmp_path: Path) -> None:
     tables.write_csv(study(), tmp_path / "results.csv")
     lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
@@ -234,8 +242,8 @@ teacher: {steps: 2, guidance: 5.0, guidances: [1.0, 5.0]}
 entries:
   lcm: {label: LCM, config: distill/tiny_quick, steps: [1, 4],
         set: {steps: 4, batch_size: 2, optimizer.warmup_steps: 0}}
-  guided: {label: guided, config: distill/tiny_quick, start: lcm, guidance: 5.0, steps: [1],
-           set: {steps: 2, batch_size: 2, optimizer.warmup_steps: 0, guidance.min: 1.0, guidance.max: 1.0}}
+  guided: {label: guided, config: distill/tiny_quick, start: lcm, steps: [1],
+           set: {steps: 2, batch_size: 2, optimizer.warmup_steps: 0, guidance: 1.0}}
   by-ddim: {label: by DDIM, drawn_from: lcm, sampler: ddim, steps: [4]}
 """
 
