@@ -32,7 +32,7 @@ from lcm_kit.adapter.stages import stage_at
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.bases import compiling
 from lcm_kit.bases.memory import load_unet, make_optimizer, set_rates
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.schema import Distill, Loss
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.guidance import sample_guidance
 from lcm_kit.core.methods import Method, Times
@@ -59,11 +59,12 @@ class StepRandomness(NamedTuple):
     times: Times  # [B] each
     guidance: Tensor  # [B] guidance_scale
     dropped: Tensor  # bool [B], on the host: trained on without its caption
+    intervals: int  # of this step's solver grid
 
     def to(self, device: torch.device) -> StepRandomness:
         """The same with all but `dropped` on `device`."""
-        guidance = sent(self.guidance, device)
-        return StepRandomness(sent(self.noise, device), self.times.to(device), guidance, self.dropped)
+        there = sent(self.noise, device), self.times.to(device), sent(self.guidance, device)
+        return StepRandomness(*there, self.dropped, self.intervals)
 
 
 def step_randomness(
@@ -82,7 +83,7 @@ def step_randomness(
     dropped = of("dropout", lambda g: torch.rand((), generator=g)) < config.caption_dropout
     of = partial(draw, config.seed, step, batch.slots)
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
-    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped)
+    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped, n_grid)
 
 
 @release.released
@@ -156,12 +157,12 @@ def main(config: Distill) -> Path:
             batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
             drawn.guidance[part], batch.condition[part].to(dtype=dtype),
             taught_by_plain_base(config, batch.ids[part]),
-            None if group is None else (group, part.start),
+            None if group is None else (group, part.start), drawn.intervals,
         ))  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
-        final = replace(config, grid=replace(config.grid, steps_start=None))
+        final = replace(config, grid=replace(config.grid, steps_start=None), loss=Loss())  # draws ask no loss
         drawn = step_randomness(final, objective.method, schedule, batch, -1)
         return losses_of(batch.to(device), drawn.to(device), slice(None))
 
