@@ -98,7 +98,7 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "adapter.rank: 'many' is not allowed; it must be a whole number of at least 1 and at most 1024",
             "adapter.rnk: unknown key; did you mean `rank`?",
             "guidance: min 9.0 is larger than max 3.0; swap them",
-            "loss.name: 'hubber' is not allowed; it must be one of huber, huber_norm, l2; "
+            "loss.name: 'hubber' is not allowed; it must be one of huber, huber_norm, cauchy, l2; "
             "did you mean `huber`?",
             "optimizer.betas.1: missing; it must be a number of at least 0 and less than 1",
             "validation: null is not allowed; it must be a block of keys "

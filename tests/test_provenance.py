@@ -83,6 +83,12 @@ def test_a_distillation_says_all_of_it() -> None:
         guidance=Guidance(1.0, 6.0), teacher=Teacher((LOOK,), True, "adapters", 0.5), start=(FAST,),
         data=Data("ab12", 512, "mix", "lumo"),
     ) == SPEED  # fmt: skip
+    drawn = schema.Grid(40, 10, "shifted", shift=2.0)
+    robust = replace(DISTILL, grid=drawn, loss=schema.Loss("cauchy", 0.03, adaptive=True))
+    made = of_training(robust, Inspected(), "ab12", 300)
+    assert made.grid == Grid(40, 10, "shifted", shift=2.0)
+    assert made.loss == Loss("cauchy", 0.03, "none", adaptive=True)
+    assert from_json(made.to_json()) == made
     alone = replace(DISTILL, teacher=schema.Teacher(weight=0.0), solver="ddim", guidance=schema.Guidance())
     made = of_training(alone, Inspected(), "ab12", 300)
     assert made.solver is None and from_json(made.to_json()).teacher == Teacher(weight=0.0)

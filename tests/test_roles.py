@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,6 +120,39 @@ def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
     rho = np.sqrt(1 / np.cumprod(1 - beta) - 1)
     wanted = 1 / (rho[[999, 499]] - rho[[979, 479]])
     assert (losses("interval") / losses("none")).numpy() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_distance_that_adapts_is_of_the_grid_that_is_given() -> None:
+    """c log(1 + r^2 / (2 c^2)), c = 0.02 (16 / 4)^1.15 on a grid of 4 of 16; r from the squared distance."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    adapted = AdaptedUNet(torch.nn.Linear(1, 1))
+    adapted.train_own_weights()
+    g = torch.Generator().manual_seed(0)
+    given = Given(
+        torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
+        Times(torch.tensor([999, 499]), torch.tensor([749, 249]), torch.zeros(2, dtype=torch.long)),
+        torch.tensor([2.0, 5.0]), Condition(torch.randn(2, 3, 5, generator=g)),
+    )  # fmt: skip
+
+    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+
+    def losses(intervals: int | None, **loss: Any) -> np.ndarray:
+        keys = {
+            "recipe": "train/distill",
+            "output": "x",
+            "loss": loss,
+            "grid": {"steps": 16, "steps_start": 4},
+        }
+        objective = Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
+        empty, schedule = Condition(torch.zeros(1, 3, 5)), Schedule.from_config(betas)
+        roles = Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32)
+        return roles.losses(replace(given, intervals=intervals)).detach().numpy()
+
+    square = losses(4, name="l2").astype(np.float64)
+    for intervals, c in ((4, 0.02 * 4**1.15), (16, 0.02), (None, 0.02)):
+        found = losses(intervals, name="cauchy", c=0.02, adaptive=True)
+        assert found == pytest.approx(c * np.log(1 + square / (2 * c**2)), rel=1e-4)
 
 
 def test_an_answer_of_the_teacher_serves_the_steps_of_its_group_and_no_other() -> None:

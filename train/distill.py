@@ -31,7 +31,7 @@ from lcm_kit.adapter.stages import stage_at
 from lcm_kit.adapter.styles import add_teacher_adapters, start_from
 from lcm_kit.bases import compiling
 from lcm_kit.bases.memory import load_unet, make_optimizer
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.schema import Distill, Loss
 from lcm_kit.core.flat import flattened
 from lcm_kit.core.methods import DMD, Times
 from lcm_kit.core.schedule import Schedule
@@ -124,12 +124,12 @@ def main(config: Distill) -> Path:
             batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
             drawn.guidance[part], batch.condition[part].to(dtype=dtype),
             taught_by_plain_base(config, batch.ids[part]),
-            None if group is None else (group, part.start),
+            None if group is None else (group, part.start), drawn.intervals,
         )  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
     def held_out_losses(batch: Batch) -> Tensor:
-        final = replace(config, grid=replace(config.grid, steps_start=None))
+        final = replace(config, grid=replace(config.grid, steps_start=None), loss=Loss())  # draws ask no loss
         drawn = step_randomness(final, objective.method, schedule, batch, -1)
         return roles.losses(given(batch.to(device), drawn.to(device), slice(None)))
 

@@ -23,12 +23,13 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.config.methods import imported
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
-from lcm_kit.core.losses import LOSSES
+from lcm_kit.core.losses import LOSSES, adapted_c
 from lcm_kit.core.methods import Method, Progressive, Stage, Times
 from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
 from lcm_kit.core.step import Loss, consistency_loss
+from lcm_kit.core.timesteps import lognormal, reweighed, shifted
 from lcm_kit.core.transfer import sent
 
 Part = Callable[[str], AbstractContextManager[Any]]  # name of a part of a step -> what is open around it
@@ -48,6 +49,7 @@ class Objective:
     guided: bool = (
         True  # whether the teacher's answer is; without guidance it is asked with the caption alone
     )
+    on_grid: Callable[[int], Loss] | None = None  # the distance on a grid of so many intervals, if it adapts
 
     @property
     def progressive(self) -> Progressive | None:
@@ -57,17 +59,31 @@ class Objective:
     @classmethod
     def of(cls, config: Distill) -> Objective:
         """What `config` asks for."""
-        distance, c = LOSSES[config.loss.name], config.loss.c
-        method = imported(config.method)
+        distance, c, last = LOSSES[config.loss.name], config.loss.c, config.grid.steps
         return cls(
-            method, SOLVERS[config.solver], lambda a, b: distance(a, b, c), config.teacher.weight,
+            drawing(config), SOLVERS[config.solver], lambda a, b: distance(a, b, c), config.teacher.weight,
             config.loss.weighting == "interval", config.guidance.max > 1,
+            (lambda n: lambda a, b: distance(a, b, adapted_c(c, n, last))) if config.loss.adaptive else None,
         )  # fmt: skip
 
     @property
     def rows(self) -> dict[str, int]:
         """Of the UNet's batch for a sample, by part: guidance takes two."""
         return {"teacher": 2 if self.guided else 1, "target": 1, "student": 1}
+
+    def distance_on(self, intervals: int | None) -> Loss:
+        """The distance on a grid of so many intervals; None: on the last one."""
+        return self.distance if self.on_grid is None or intervals is None else self.on_grid(intervals)
+
+
+def drawing(config: Distill) -> Method:
+    """The method of `config`, which draws its intervals as `grid.sampling` says."""
+    method, g = imported(config.method), config.grid
+    if g.sampling == "lognormal":
+        return reweighed(method, partial(lognormal, mean=g.log_mean, std=g.log_std))
+    if g.sampling == "shifted":
+        return reweighed(method, partial(shifted, shift=g.shift))
+    return method
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Given:
     bases: Sequence[bool] = ()  # for each sample whether the base alone teaches it; none: its style does too
     # which samples these are, where the teacher is asked for the same ones again: (group, first of the part)
     again: tuple[int, int] | None = None
+    intervals: int | None = None  # of the grid that the times are of; None: of the last one
 
 
 @dataclass(eq=False)
@@ -133,7 +150,7 @@ class Roles:
         if self.adapted.in_use != self.name:
             raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
         o = self.objective
-        teacher, distance = self.teacher(given), o.distance
+        teacher, distance = self.teacher(given), o.distance_on(given.intervals)
         target = self.predict(partial(self._as_target, given.condition))
         if o.progressive:
             teacher = target = target if self.stage else teacher

@@ -32,12 +32,14 @@ from lcm_kit.config.data import (
     Whole,
 )
 from lcm_kit.config.methods import AnyMethod, info_of
+from lcm_kit.config.objective import Grid, Guidance, Loss, both
 from lcm_kit.config.on_the_way import Checkpoint, Logging, Validation
 from lcm_kit.core.methods import LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
-    "STRICT", "BatchSize", "BatchSizeOrAuto", "Checkpoint", "Data", "Fraction", "Logging", "NonNegative",
-    "Number", "Place", "Positive", "Rate", "Samples", "Scale", "Seed", "Validation", "Weight", "Whole",
+    "STRICT", "BatchSize", "BatchSizeOrAuto", "Checkpoint", "Data", "Fraction", "Grid", "Guidance", "Logging",
+    "Loss", "NonNegative", "Number", "Place", "Positive", "Rate", "Samples", "Scale", "Seed", "Validation",
+    "Weight", "Whole",
 ]  # fmt: skip
 
 
@@ -113,59 +115,6 @@ class Memory:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Grid:
-    """The solver's grid over the base's timesteps: `steps` intervals; `steps_start`: coarse to fine.
-
-    The grid doubles from `steps_start` to `steps` in equal parts of the run (as the discretisation curriculum
-    of improved consistency training, arXiv:2310.14189): the boundary condition propagates one grid
-    interval per update, so a coarse grid learns fast and a fine one learns exactly.
-    """
-
-    steps: Annotated[Whole, Field(ge=2, le=1000)] = 50
-    steps_start: Annotated[Whole, Field(ge=2, le=1000)] | None = None  # null: `steps` throughout
-
-    @model_validator(mode="after")
-    def _order(self) -> Grid:
-        if self.steps_start is not None and self.steps_start > self.steps:
-            raise ValueError(f"steps_start {self.steps_start} is larger than steps {self.steps}; lower it")
-        return self
-
-
-@dataclass(frozen=True, config=STRICT)
-class Guidance:
-    """The teacher's guidance_scale: uniform in [min, max] for each sample, baked into the student.
-
-    A number alone is both. 1 bakes none in: the student is drawn with guidance and negative prompts, as its
-    teacher is, and the teacher is asked once instead of twice.
-    """
-
-    min: Scale = 3.0
-    max: Scale = 8.0
-
-    @model_validator(mode="after")
-    def _order(self) -> Guidance:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is larger than max {self.max}; swap them")
-        return self
-
-
-def _both(given: Any) -> Any:
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    return {"min": given, "max": given} if number else given
-
-
-@dataclass(frozen=True, config=STRICT)
-class Loss:
-    """Distance between the student's endpoint and its target."""
-
-    # huber: of each element; huber_norm: of a sample's RMS difference, as improved consistency training
-    name: Literal["huber", "huber_norm", "l2"] = "huber"
-    c: Rate = 0.001  # pseudo-Huber constant: sqrt(d^2 + c^2) - c; unused by l2
-    # interval: 1 / (difference of sigma / alpha between t and s), improved consistency training's weight
-    weighting: Literal["none", "interval"] = "none"
-
-
-@dataclass(frozen=True, config=STRICT)
 class Optimizer:
     """AdamW on the LoRA weights (float32)."""
 
@@ -236,7 +185,7 @@ class Distill(Training):
     method: AnyMethod = field(default_factory=LCM)
     solver: Literal["ddim", "dpmpp_2s", "heun"] = "ddim"
     grid: Grid = field(default_factory=Grid)
-    guidance: Annotated[Guidance, BeforeValidator(_both)] = field(default_factory=Guidance)
+    guidance: Annotated[Guidance, BeforeValidator(both)] = field(default_factory=Guidance)
     # share of captions that are replaced by the empty one, which guidance is drawn away from: for guidance 1
     caption_dropout: Fraction = 0.0
     loss: Loss = field(default_factory=Loss)
@@ -279,6 +228,11 @@ class Distill(Training):
         for key, why in getattr(self.method, "refuses", {}).items():
             if attrgetter(key)(self) != attrgetter(key)(Distill(self.recipe, self.output)):
                 raise ValueError(f"{key} has no place in method {self.method.name}: {why}; remove it")
+        if self.loss.adaptive and self.grid.steps_start in (None, self.grid.steps):
+            raise ValueError(
+                "loss.adaptive has no effect on a grid that stays the same; set grid.steps_start below "
+                "grid.steps, or loss.adaptive to false"
+            )
         warmup = self.optimizer.warmup_steps
         for stage in (stage for stage in self.stages if stage.steps < warmup):
             raise ValueError(

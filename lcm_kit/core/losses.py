@@ -33,4 +33,27 @@ def l2(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a.float() - b.float()) ** 2).flatten(1).mean(1)
 
 
-LOSSES: dict[str, Distance] = {"huber": huber, "huber_norm": huber_norm, "l2": l2}
+def cauchy(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """Cauchy distance of whole samples [B]: c log(1 + r^2 / (2 c^2)) with r the RMS of a - b.
+
+    That of arXiv:2502.01441 times c, so that it is pseudo-Huber's r^2 / (2 c) near zero, and its slope is at
+    most 1 / sqrt(2) (at r = sqrt(2) c) whatever c is, where Huber's is at most 1: a learning rate or a clip
+    of gradients that suits the one suits the other. Far out it is 2 c log(r) and a constant: the pull of an
+    outlier fades as 2 c / r.
+    """
+    square = ((a.float() - b.float()) ** 2).flatten(1).mean(1)
+    return c * torch.log1p(square / (2 * c**2))
+
+
+def adapted_c(c: float, intervals: int, last: int) -> float:
+    """The constant on a grid of `intervals`, where it is `c` on the last one: c (last / intervals)^1.15.
+
+    What a student and its target differ by falls with the length of an interval, and the constant has to fall
+    with it, or all differences become small ones: the adaptive scaling c of arXiv:2502.01441, whose authors'
+    code has exp(-1.15 log(intervals) - 0.85) on the RMS of latents of standard deviation 0.5.
+    """
+    return float(c * (last / intervals) ** ADAPTED)
+
+
+ADAPTED = 1.15  # power by which the constant falls with the number of intervals
+LOSSES: dict[str, Distance] = {"huber": huber, "huber_norm": huber_norm, "cauchy": cauchy, "l2": l2}

@@ -51,10 +51,16 @@ class Schedule:
         """True if a timestep is pure noise (alpha = 0), where an epsilon prediction says nothing of x0."""
         return bool((self.alpha == 0).any())
 
+    @cached_property
+    def log_noise(self) -> Tensor:
+        """log(sigma / alpha), float64 [T] on the CPU wherever the tables are; infinite for pure noise."""
+        return torch.log(self.sigma.cpu().double() / self.alpha.cpu().double())
+
     def to(self, device: torch.device | str) -> Schedule:
         """Return the schedule with its tables on `device`."""
         moved = Schedule(self.alpha.to(device), self.sigma.to(device))
-        vars(moved)["zero_terminal_snr"] = self.zero_terminal_snr  # no step is to ask the device for it
+        for known in ("zero_terminal_snr", "log_noise"):  # no step is to ask the device for them
+            vars(moved)[known] = getattr(self, known)
         return moved
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:

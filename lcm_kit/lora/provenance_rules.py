@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar, cast
 
 from lcm_kit import __version__
+from lcm_kit.config import objective
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.families import Family
@@ -75,23 +76,36 @@ def of_training(
             common,
             method=Method.of(config.method),
             solver=config.solver if config.teacher.weight else None,
-            grid=None if config.stages else _same(Grid, config.grid),  # each stage has one of its own
-            loss=_same(Loss, config.loss, min_snr_gamma=None, snr_floor=None, noise_offset=None),
+            grid=None if config.stages else _grid(config.grid),  # each stage has one of its own
+            loss=_same(
+                Loss, config.loss, min_snr_gamma=None, snr_floor=None, noise_offset=None,
+                adaptive=config.loss.adaptive or None,
+            ),
             guidance=_same(Guidance, config.baked_guidance()),
             guidance_scale=config.student_guidance,
             caption_dropout=config.caption_dropout or None,
             teacher=_same(Teacher, config.teacher, adapters=tuple(teacher)),
             start=tuple(start),
-        )
+        )  # fmt: skip
     if isinstance(config, Finetune):
         return replace(
             common,
-            loss=_same(Loss, config.loss, name=None, c=None, weighting=None),
+            loss=_same(Loss, config.loss, name=None, c=None, weighting=None, adaptive=None),
             text_encoder=_same(TextEncoder, config.text_encoder),
             prior=_same(Prior, config.prior),
             caption_dropout=config.caption_dropout,
         )
     return common
+
+
+def _grid(grid: objective.Grid) -> Grid:
+    """With the keys of its sampling alone; of the uniform one nothing, as in files from before the others."""
+    own = objective.SAMPLING_KEYS.get(grid.sampling, ())
+    told = {
+        name: getattr(grid, name) if name in own else None
+        for name in sum(objective.SAMPLING_KEYS.values(), ())
+    }
+    return _same(Grid, grid, sampling=grid.sampling if own else None, **told)
 
 
 def _same(kind: type[T], settings: Any, **known: Any) -> T:

@@ -106,6 +106,10 @@ class Grid:
 
     steps: int
     steps_start: int | None = None
+    sampling: str | None = None  # None: uniform
+    log_mean: float | None = None
+    log_std: float | None = None
+    shift: float | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,6 +119,7 @@ class Loss:
     name: str | None = None
     c: float | None = None
     weighting: str | None = None
+    adaptive: bool | None = None
     min_snr_gamma: float | None = None
     snr_floor: float | None = None
     noise_offset: float | None = None

@@ -214,6 +214,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     method = trained.distilled if trained else None
     steps = trained.steps if trained else config["steps"]
     images = config["batch_size"] * config["accumulation"]
+    adaptive = ", adaptive c" if config["loss"].get("adaptive") else ""
     looks = ", ".join(each["path"] for each in config.get("teacher", {}).get("adapters", ()))
     return {
         "base": config["base"]["path"],
@@ -224,7 +225,7 @@ def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {lora['targets']} layers",
         "guidance baked in": _baked(guidance["min"], guidance["max"]),
         "solver": f"{config['solver']}, {_grid(config['method'], grid)}",
-        "loss": config["loss"]["name"],
+        "loss": config["loss"]["name"] + adaptive,
         "learning rate": f"{config['optimizer']['lr']:g}",
         "seed": str(config["seed"]),
     }
@@ -235,7 +236,8 @@ def _grid(method: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
     if method["name"] == Progressive.name:
         return f"from {method['start']} steps to {method['finish']}, halved in each stage"
     start = f", from {grid['steps_start']} upwards" if grid["steps_start"] else ""
-    return f"grid of {grid['steps']} steps{start}"
+    sampling = grid.get("sampling", "uniform")  # runs of before there were others have no such key
+    return f"grid of {grid['steps']} steps{start}" + ("" if sampling == "uniform" else f", t {sampling}")
 
 
 def _baked(low: float, high: float) -> str:

@@ -28,13 +28,14 @@ class StepRandomness(NamedTuple):
     times: Times  # [B] each
     guidance: Tensor  # [B] guidance_scale
     dropped: Tensor  # bool [B], on the host: trained on without its caption
+    intervals: int  # of this step's solver grid
     turns: tuple[Draws, ...]  # where distributions are matched: the fake score's, then the student's
 
     def to(self, device: torch.device) -> StepRandomness:
         """The same with all but `dropped` on `device`."""
-        guidance = sent(self.guidance, device)
+        there = sent(self.noise, device), self.times.to(device), sent(self.guidance, device)
         turns = tuple(each.to(device) for each in self.turns)
-        return StepRandomness(sent(self.noise, device), self.times.to(device), guidance, self.dropped, turns)
+        return StepRandomness(*there, self.dropped, self.intervals, turns)
 
 
 def step_randomness(
@@ -54,7 +55,7 @@ def step_randomness(
     of = partial(draw, config.seed, step, batch.slots)
     guidance = of("guidance", lambda g: sample_guidance(1, config.guidance.min, config.guidance.max, g))
     turns = turns_of(config, schedule, batch.latents.shape[1:], step, batch.slots)
-    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped, turns)
+    return StepRandomness(noise, Times(*times.unbind(1)), guidance.flatten(), dropped, n_grid, turns)
 
 
 def turns_of(

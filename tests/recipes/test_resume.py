@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from lcm_kit.adapter.roles import Given, Roles
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Distill
+from lcm_kit.core.schedule import grid_steps
 from lcm_kit.data.images import encode
 from lcm_kit.errors import UserError
 from lcm_kit.io import locks
@@ -127,6 +129,39 @@ def interrupted(config: Distill, monkeypatch: pytest.MonkeyPatch, at: int = 5) -
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "step_randomness", stop)
         distill.main(config)
+
+
+def test_a_constant_and_a_choice_of_t_that_depend_on_the_step_continue(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cauchy's adapted c and lognormal t are those of the step, whatever ran before: bit for bit."""
+    robust = {
+        **SETTINGS,
+        "loss": {"name": "cauchy", "c": 0.03, "adaptive": True},
+        "grid": {"steps": 20, "steps_start": 5, "sampling": "lognormal"},
+    }
+    losses = Roles.losses
+    seen: list[int | None] = []
+
+    def look(self: Roles, given: Given) -> torch.Tensor:
+        seen.append(given.intervals)
+        return losses(self, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Roles, "losses", look)
+        distill.main(configure(distill_keys, tmp_path / "once", **robust))
+    assert seen == [grid_steps(step, 7, 5, 20) for step in range(7)] == [5, 5, 5, 10, 10, 20, 20]
+    steady = {**robust, "loss": {"name": "cauchy", "c": 0.03}}
+    distill.main(configure(distill_keys, tmp_path / "steady", **steady))
+    even = {**robust, "grid": {"steps": 20, "steps_start": 5}}
+    distill.main(configure(distill_keys, tmp_path / "even", **even))
+    twice = configure(distill_keys, tmp_path / "twice", **robust)
+    interrupted(twice, monkeypatch)
+    distill.main(twice)
+    assert_same(tmp_path / "twice", tmp_path / "once")
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+    files = [tmp_path / name / "adapter/lora.safetensors" for name in ("once", "steady", "even")]
+    assert len({file.read_bytes() for file in files}) == 3  # both keys have an effect
 
 
 def test_what_is_known_by_its_contents_may_move(

@@ -19,6 +19,10 @@ STEPS = 4
 DISTILL: dict[str, Keys] = {
     "plain": {"ema": 0.9, "accumulation": 2},
     "by every plug": {"solver": "dpmpp_2s", "loss": {"name": "huber_norm", "weighting": "interval"}},
+    "by a share of time": {
+        "loss": {"name": "cauchy", "adaptive": True},
+        "grid": {"steps": 20, "steps_start": 5, "sampling": "lognormal"},
+    },
     "of data": {"teacher": {"weight": 0.5}, "gradient_checkpointing": True},
 }
 FINETUNE: dict[str, Keys] = {

@@ -48,6 +48,7 @@ class Progressive(Method):
         "solver": "its steps are DDIM's",
         "grid": "each stage has a grid of its own",
         "loss.weighting": "its weight is method.weighting",
+        "loss.adaptive": "c would follow grid.steps, which it has not",
         "teacher.weight": "its teacher takes both steps",
         "teacher.reuse": "its teacher's second step begins where guidance moved the first",
         "validation.held_out": "losses of different stages do not compare",
