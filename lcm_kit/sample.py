@@ -181,6 +181,7 @@ class CallSettings(TypedDict):
     num_inference_steps: int
     guidance_scale: float
     eta: NotRequired[float]  # of tcd alone
+    timesteps: NotRequired[list[int]]  # of lcm:TIMESTEP alone
 
 
 def call_settings(sampler: str, steps: int, guidance_scale: float) -> CallSettings:

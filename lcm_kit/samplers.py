@@ -5,17 +5,51 @@ step of the ODE within distillation. Configs, the command line, sweeps, reports,
 names, titles and what a sampler is good for from `SAMPLERS`. Nothing heavy is imported: `scheduler` is the
 name of a class.
 
-A sampler that renews a share of the noise is called with it: `tcd:0.5` is TCD with a gamma of 0.5, and `tcd`
-has its entry's own. What stands behind the colon is read here alone.
+A name may say one setting behind a colon, which is read here alone: `tcd:0.5` is TCD with a gamma of 0.5, and
+`tcd` has its entry's own; `lcm:399` is one step of LCM that tells the UNet timestep 399 of its pure noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lcm_kit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a sampler's name may say behind a colon, and what follows from it."""
+
+    what: str  # within a sentence that says what it must be
+    read: Callable[[str], float | None]  # None for a text that is none
+    told: str  # at the end of a title, with the value
+    changes: Callable[[Any], dict[str, Any]]  # of the entry, by field
+
+
+def _gamma(text: str) -> float | None:
+    try:
+        gamma = float(text)
+    except ValueError:
+        return None
+    return abs(gamma) if 0 <= gamma <= 1 else None  # a NaN is neither; -0 is 0
+
+
+def _timestep(text: str) -> float | None:
+    """One of the 50 that LCMScheduler knows."""
+    timestep = int(text) if text.isascii() and text.isdigit() else 0
+    return timestep if timestep < 1000 and (timestep + 1) % 20 == 0 else None
+
+
+GAMMA = Option(
+    "a gamma from 0 (no noise renewed) to 1, as tcd:0.5", _gamma, ", gamma {:g}",
+    lambda gamma: {"call": {"eta": gamma}, "stochastic": gamma > 0},
+)  # fmt: skip
+TIMESTEP = Option(
+    "one of its timesteps, 19 to 999, as lcm:399", _timestep, ", one step at timestep {:g}",
+    lambda timestep: {"call": {"timesteps": [timestep]}, "most_steps": 1},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +64,7 @@ class Sampler:
     settings: Mapping[str, Any]  # of its configuration
     app_title: str | None = None  # on cards and in metadata, as apps call it; None: as `title`
     call: Mapping[str, Any] = field(default_factory=dict)  # what the pipeline's call takes besides
-    gamma: str | None = None  # the key of `call` that a name may set, as tcd:0.5: the noise renewed, 0 to 1
+    option: Option | None = None  # what its name may say behind a colon
     stochastic: bool = False  # it draws fresh noise on its way, from two steps on
     most_steps: int = 1000
     for_adapter: bool = False  # a few-step adapter may be drawn, swept and recommended with it
@@ -46,11 +80,12 @@ class Sampler:
 # is their best at few steps. LCM and TCD choose among 50 timesteps, the distilled ones. None clips latents.
 SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(
-        "LCM", "LCMScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True
+        "LCM", "LCMScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True,
+        option=TIMESTEP,
     ),
     "tcd": Sampler(
         "TCD", "TCDScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True,
-        call={"eta": 0.3}, gamma="eta",  # its authors' choice and diffusers' word (arXiv:2402.19159)
+        call={"eta": 0.3}, option=GAMMA,  # its authors' choice and diffusers' word (arXiv:2402.19159)
     ),
     "ddim": Sampler(
         "DDIM", "DDIMScheduler",
@@ -84,39 +119,31 @@ def for_base() -> list[str]:
 
 
 def sampler_of(name: str) -> Sampler:
-    """The sampler called `name`, which may say a gamma: `tcd:0.5`. Raises `UserError` for what is none."""
+    """The sampler called `name`, which may say its option. Raises `UserError` for what is none."""
     plain, colon, given = name.partition(":")
     if plain not in SAMPLERS:
         raise UserError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     entry = SAMPLERS[plain]
     if not colon:
         return entry
-    if entry.gamma is None:
-        able = ", ".join(other for other, each in SAMPLERS.items() if each.gamma)
-        raise UserError(f"sampler {name!r}: {plain} has no gamma, the share of noise renewed; {able} has")
-    gamma = _gamma(given)
-    if gamma is None:
-        raise UserError(f"sampler {name!r}: gamma is a number from 0 (no noise renewed) to 1, as {plain}:0.5")
-    told = f", gamma {gamma:g}"
+    if entry.option is None:
+        able = " and ".join(f"{other}:..." for other, each in SAMPLERS.items() if each.option)
+        raise UserError(f"sampler {name!r}: {plain} takes no setting behind a colon; only {able} do")
+    value = entry.option.read(given)
+    if value is None:
+        raise UserError(f"sampler {name!r}: behind the colon stands {entry.option.what}")
+    told = entry.option.told.format(value)
     return replace(
         entry, title=entry.title + told, app_title=entry.app_title and entry.app_title + told,
-        call={**entry.call, entry.gamma: gamma}, stochastic=entry.stochastic and gamma > 0,
+        **entry.option.changes(value),
     )  # fmt: skip
 
 
-def _gamma(text: str) -> float | None:
-    try:
-        gamma = float(text)
-    except ValueError:
-        return None
-    return abs(gamma) if 0 <= gamma <= 1 else None  # a NaN is neither; -0 is 0
-
-
 def spelled(name: str) -> str:
-    """`name` as configs and results have it: one spelling for each gamma. Raises as `sampler_of`."""
-    sampler_of(name)
+    """`name` as configs and results have it: one spelling for each setting. Raises as `sampler_of`."""
+    option = sampler_of(name).option
     plain, colon, given = name.partition(":")
-    return f"{plain}:{_gamma(given):g}" if colon else name
+    return f"{plain}:{option.read(given):g}" if colon and option else name
 
 
 def serves_adapter(name: str) -> bool:

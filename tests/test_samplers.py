@@ -34,14 +34,19 @@ from tests.loras import random_lora
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+GAMMA = "behind the colon stands a gamma from 0 (no noise renewed) to 1, as tcd:0.5"
+TIMESTEP = "behind the colon stands one of its timesteps, 19 to 999, as lcm:399"
 REFUSED = {
-    "tcd:2": "sampler 'tcd:2': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "tcd:-0.1": "sampler 'tcd:-0.1': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "tcd:nan": "sampler 'tcd:nan': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "tcd:x": "sampler 'tcd:x': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "tcd:": "sampler 'tcd:': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "tcd:0.5:0.5": "sampler 'tcd:0.5:0.5': gamma is a number from 0 (no noise renewed) to 1, as tcd:0.5",
-    "lcm:0.5": "sampler 'lcm:0.5': lcm has no gamma, the share of noise renewed; tcd has",
+    "tcd:2": f"sampler 'tcd:2': {GAMMA}",
+    "tcd:-0.1": f"sampler 'tcd:-0.1': {GAMMA}",
+    "tcd:nan": f"sampler 'tcd:nan': {GAMMA}",
+    "tcd:x": f"sampler 'tcd:x': {GAMMA}",
+    "tcd:": f"sampler 'tcd:': {GAMMA}",
+    "tcd:0.5:0.5": f"sampler 'tcd:0.5:0.5': {GAMMA}",
+    "lcm:0.5": f"sampler 'lcm:0.5': {TIMESTEP}",
+    "lcm:400": f"sampler 'lcm:400': {TIMESTEP}",
+    "lcm:1019": f"sampler 'lcm:1019': {TIMESTEP}",
+    "ddim:0.5": "sampler 'ddim:0.5': ddim takes no setting behind a colon; only lcm:... and tcd:... do",
     "heun:0.5": "sampler 'heun:0.5' is unknown; choose one of lcm, tcd, ddim, dpmpp_2m",
 }
 # -- The name ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcm_kit.adapter.roles import Given, Roles
 from lcm_kit.core.losses import LOSSES
-from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_loss, timesteps, walk
+from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_loss, walk
 from lcm_kit.core.methods import DMD
 from lcm_kit.core.prediction import Predict
 
@@ -60,7 +60,7 @@ class Matching:
     def _sample(self, given: Given, draws: Draws) -> Tensor:
         """The student's x0 at one step of its own trajectory, [B, C, h, w]; what came before has no graph."""
         schedule, student = self.roles.schedule, self.roles.student(given)
-        points = timesteps(schedule, self.method.sampler, draws.steps)
+        points = self.method.points(schedule, draws.steps)
         x0, _ = student(*walk(student, schedule, points, draws, renew=self.method.sampler == "lcm"))
         return x0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_kit import bases
+from lcm_kit import bases, sample
 from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.matching import FAKE, Matching
 from lcm_kit.adapter.roles import Given, Objective, Roles
@@ -155,6 +155,8 @@ class Small:
     def straight(self, name: str) -> Tensor:
         draws, b = self.draws, len(self.draws.noise)
         points = timesteps(self.schedule, self.method.sampler, draws.steps)
+        if self.method.conditioning_timestep:
+            points = [self.method.conditioning_timestep]
         x, renew = draws.noise, self.method.sampler == "lcm"
         for i in range(draws.step + 1):
             t = torch.full((b,), points[i])
@@ -210,6 +212,32 @@ def test_a_turns_gradient_is_that_of_the_formulas(
     for a, b in zip(found, wanted, strict=True):
         assert b is not None
         torch.testing.assert_close(a, b, atol=2e-6 + 2e-4 * float(b.abs().max()), rtol=1e-3)
+
+
+def test_one_step_may_be_told_another_timestep(
+    distill_keys: dict[str, Any],
+) -> None:
+    method = DMD(steps=(1,), conditioning_timestep=399)
+    mine, theirs = (Small(distill_keys, method, fast=fast, place=0) for fast in (True, False))
+    found = mine.gradient(TRAINED)
+    theirs.straight(TRAINED).backward()
+    for a, p in zip(found, theirs.adapted.parameters(TRAINED), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(a, p.grad, atol=2e-6 + 2e-4 * float(p.grad.abs().max()), rtol=1e-3)
+
+
+def test_what_the_one_step_learned_is_what_diffusers_draws(distill_keys: dict[str, Any]) -> None:
+    method = DMD(steps=(1,), conditioning_timestep=399)
+    mine = Small(distill_keys, method, fast=False, place=0)
+    with torch.no_grad(), mine.adapted.using(TRAINED):
+        wanted = Matching(mine.roles, method)._sample(mine.given, mine.draws)
+        pipe = sample.pipeline(distill_keys["base"]["path"], unet=mine.adapted.unet)
+        scheduler = sample.scheduler(method.samplers[0], pipe.scheduler.config)
+        settings = sample.call_settings(method.samplers[0], 1, 1.0)
+        scheduler.set_timesteps(timesteps=settings["timesteps"])
+        raw = mine.adapted.unet(mine.draws.noise, scheduler.timesteps[0], **mine.named.kwargs()).sample
+        found = scheduler.step(raw, scheduler.timesteps[0], mine.draws.noise).denoised
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_consistency_loss_stays_on_at_its_weight(distill_keys: dict[str, Any]) -> None:

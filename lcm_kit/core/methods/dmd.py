@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Len
 
 from lcm_kit.core.methods.lcm import LCM
+
+if TYPE_CHECKING:
+    from lcm_kit.core.schedule import Schedule
 
 Steps = Annotated[tuple[Annotated[int, Ge(1), Le(50)], ...], Len(1, 10)]
 
@@ -28,6 +31,10 @@ class DMD(LCM):
     # ddim: the steps follow one another without new noise (TDM, arXiv:2503.06674), which keeps what differs
     # between pictures of one prompt; lcm: noise is renewed after each, as the LCM sampler does (DMD2)
     sampler: Literal["ddim", "lcm"] = "ddim"
+    # the timestep that the UNet is told of pure noise, for steps: [1] alone; null: the last, which is noise's
+    # own. There a base that predicts epsilon makes its picture by a difference of nearly equal numbers, which is
+    # noisy; at 399 it does not (arXiv:2405.14867, appendix). Only diffusers draws so, by `timesteps=[399]`
+    conditioning_timestep: Annotated[int, Ge(19), Le(999)] | None = None
     # updates of the fake score for one of the student, and its learning rate, which stays, over optimizer.lr
     fake_updates: Annotated[int, Ge(1), Le(100)] = 1
     fake_lr: Annotated[float, Gt(0), Le(1e9)] = 1.0
@@ -38,6 +45,17 @@ class DMD(LCM):
         """Raise `ValueError` for steps that do not rise."""
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps {list(self.steps)} do not rise; write {sorted(set(self.steps))}")
+        if self.conditioning_timestep is not None:
+            if self.steps != (1,):
+                raise ValueError(
+                    f"conditioning_timestep is of one step alone, and steps are {list(self.steps)}; write "
+                    "steps: [1]"
+                )
+            if (self.conditioning_timestep + 1) % 20:
+                raise ValueError(
+                    f"conditioning_timestep {self.conditioning_timestep} is none that LCMScheduler knows; give "
+                    "19, 39, ... or 999, as 399"
+                )
 
     @property
     def needs_pictures(self) -> bool:  # type: ignore[override]
@@ -55,4 +73,14 @@ class DMD(LCM):
     @property
     def samplers(self) -> tuple[str, ...]:  # type: ignore[override]
         """What draws its student: it was trained on the trajectory of the first."""
+        if self.conditioning_timestep is not None:
+            return (f"lcm:{self.conditioning_timestep}",)
         return ("lcm", "tcd") if self.sampler == "lcm" else ("ddim",)
+
+    def points(self, schedule: Schedule, n: int) -> list[int]:
+        """The timesteps of the student's n steps, falling."""
+        from lcm_kit.core.matching import timesteps
+
+        if self.conditioning_timestep is not None:
+            return [self.conditioning_timestep]
+        return timesteps(schedule, self.sampler, n)
