@@ -32,8 +32,8 @@ class DMD(LCM):
     # between pictures of one prompt; lcm: noise is renewed after each, as the LCM sampler does (DMD2)
     sampler: Literal["ddim", "lcm"] = "ddim"
     # the timestep that the UNet is told of pure noise, for steps: [1] alone; null: the last, which is noise's
-    # own. There a base that predicts epsilon makes its picture by a difference of nearly equal numbers, which is
-    # noisy; at 399 it does not (arXiv:2405.14867, appendix). Only diffusers draws so, by `timesteps=[399]`
+    # own. There a base that predicts epsilon makes its picture as a small difference of large numbers, which
+    # is noisy; at 399 it does not (DMD2 does so on SDXL). Only diffusers draws so, by `timesteps=[399]`
     conditioning_timestep: Annotated[int, Ge(19), Le(999)] | None = None
     # updates of the fake score for one of the student, and its learning rate, which stays, over optimizer.lr
     fake_updates: Annotated[int, Ge(1), Le(100)] = 1
@@ -53,8 +53,8 @@ class DMD(LCM):
                 )
             if (self.conditioning_timestep + 1) % 20:
                 raise ValueError(
-                    f"conditioning_timestep {self.conditioning_timestep} is none that LCMScheduler knows; give "
-                    "19, 39, ... or 999, as 399"
+                    f"conditioning_timestep {self.conditioning_timestep} is none that LCMScheduler knows; "
+                    "give 19, 39, ... or 999, as 399"
                 )
 
     @property
