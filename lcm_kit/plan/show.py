@@ -234,6 +234,8 @@ def probe(measured: Probe, estimate: Estimate) -> None:
             _compare(phase, count, expected)
     steps = estimate.config.steps
     say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
+    if estimate.config.stages:
+        say("  of the first stage, whose teacher is asked most: steps of later ones are shorter")
     if measured.compiled:
         say(f"  the first step, which compiles, took {span(measured.first)}")
         say("  what compiled code holds is measured here, and no part of any estimate")
