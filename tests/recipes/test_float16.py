@@ -179,3 +179,32 @@ def test_a_step_without_a_number_is_skipped_and_halves_the_scale(
     assert all(same(slots, moments[1][index]) for index, slots in moments[0].items()) and moments[0]
     assert after.scaler["scale"] == before.scaler["scale"] / 2
     assert not same(after.lora, later.lora) and all(t.isfinite().all() for t in later.lora.values())
+
+
+def test_the_fake_score_and_the_student_share_the_scale(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has an optimizer of its own: an overflow leaves its update out, and halves the scale of both."""
+    settings = {**SETTINGS, "ema": 0.0, "method": {"name": "dmd"}, "non_finite": "stop"}
+    expected = distill.main(configure(distill_keys, tmp_path / "straight", **settings))
+    found = states(expected)
+    scales = [state.scaler["scale"] for state in found if state.scaler]
+    assert len(scales) == STEPS and scales[0] < SCALER["init_scale"] and min(scales) < max(scales)
+    for name in ("", "fake/"):
+        mine = {key: t for key, t in found[-1].lora.items() if key.startswith("fake/") == bool(name)}
+        ups = [t for key, t in mine.items() if "lora_B" in key]
+        assert ups and all(t.dtype == torch.float32 and float(t.abs().max()) > 1e-4 for t in ups)
+
+    config, draw = configure(distill_keys, tmp_path / "stopped", **settings), distill.step_randomness
+
+    def stop(*args: Any) -> Any:
+        if args[-1] == 5:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "step_randomness", stop)
+        distill.main(config)
+    distill.main(config)
+    assert contents(tmp_path / "stopped") == contents(expected)
+    assert timeless(tmp_path / "stopped") == timeless(expected)

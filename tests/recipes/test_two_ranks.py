@@ -114,6 +114,20 @@ def test_sharded_processes_ask_both_teachers_though_one_has_rows_of_one(
 
 
 @pytest.mark.slow  # processes that import torch anew
+def test_two_ranks_match_distributions_as_one_process_does(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are at the same place of the same trajectory, each with samples of its own."""
+    keys = {**SETTINGS, "method": {"name": "dmd", "fake_updates": 2}, "ema": 0.0}
+    config = configure(distill_keys, tmp_path / "two", batch_size=2, **keys)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    launch(RANK, tmp_path, tmp_path / "config.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **keys))
+    assert difference(tmp_path / "two", one) < 1e-4
+
+
+@pytest.mark.slow  # processes that import torch anew
 def test_two_ranks_equal_one_process_with_twice_the_batch(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
