@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ import torch
 from PIL import Image
 
 from lcm_kit import sample, samplers
+from lcm_kit.api import pictures
+from lcm_kit.api.calls import call
 from lcm_kit.core.methods import METHODS
 from lcm_kit.evaluation.recommended import Settings, misfit
 from lcm_kit.export import card, in_apps
 from lcm_kit.lora import metadata
 from lcm_kit.lora.provenance import Method, Provenance, Recommended
 from lcm_kit.lora.structure import Structure, known, of_base
+from lcm_kit.lora.write import write
+from lcm_kit.workflow import show
 from tests.cards import BOTH, facts, hollow, save, section, snippets, tables
 from tests.loras import random_lora
 
@@ -141,6 +146,45 @@ def test_another_number_of_steps_is_said() -> None:
         "and end where it was not trained to"
     )
     assert misfit(Settings("ddim", 8), pcm) is None and misfit(Settings("lcm", 3), lcm) is None
+
+
+def test_another_number_is_drawn_and_said_in_a_line(
+    sd_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = sd_base("epsilon")
+    structure = of_base(str(base))
+    path = tmp_path / "phased.safetensors"
+    write(path, random_lora(structure, ranks=(4,)), structure, "diffusers", "float32", told(PCM))
+
+    def drawn(**asked: Any) -> tuple[Any, str]:
+        with call(verbose=True):
+            how = pictures.drawing(["a fox"], adapter=path, base=str(base), **asked)
+        return how.settings, said()
+
+    def said() -> str:
+        return "".join(capsys.readouterr()).replace("\n", " ")
+
+    settings, line = drawn()
+    assert (settings["sampler"], settings["steps"], "no other number" in line) == ("ddim", 8, False)
+    settings, line = drawn(steps=4)
+    assert settings["steps"] == 4  # no error
+    assert f"{path}: phased consistency distillation (PCM) made it for 8 steps" in line
+    pipe = sample.pipeline(str(base))
+    assert pictures.load_into(pipe, path, steps=2, verbose=True)["num_inference_steps"] == 2
+    assert "made it for 8 steps and no other number: with 2" in said()
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_the_end_of_a_story_names_the_sampler_of_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(method: Method) -> str:
+        monkeypatch.setattr(show, "info_of", lambda _: told(method).student)
+        return show._few_steps(SimpleNamespace(distill=SimpleNamespace(method=None)))
+
+    assert few(LCM) == "LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work"
+    assert few(PCM) == (
+        "DDIM, trailing timesteps sampler, 8 steps, CFG 1, weight 1; no other number of steps. In ComfyUI, "
+        "A1111 and Forge: Euler, scheduler / schedule type Simple"
+    )
 
 
 def test_every_method_of_the_kit_is_told_for_each_app(tmp_path: Path) -> None:
