@@ -21,10 +21,12 @@ from lcm_kit import sample, samplers
 from lcm_kit.api import pictures
 from lcm_kit.api.calls import call
 from lcm_kit.core.methods import METHODS
+from lcm_kit.core.methods.dmd import DMD
 from lcm_kit.evaluation.recommended import Settings, misfit
 from lcm_kit.export import card, in_apps
 from lcm_kit.lora import metadata
-from lcm_kit.lora.provenance import Method, Provenance, Recommended
+from lcm_kit.lora.metadata_reading import provenance_from_header
+from lcm_kit.lora.provenance import Method, Provenance, Recommended, from_json
 from lcm_kit.lora.structure import Structure, known, of_base
 from lcm_kit.lora.write import write
 from lcm_kit.workflow import show
@@ -175,16 +177,34 @@ def test_another_number_is_drawn_and_said_in_a_line(
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
 
 
-def test_the_end_of_a_story_names_the_sampler_of_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_story_names_the_sampler_of_its_method() -> None:
     def few(method: Method) -> str:
-        monkeypatch.setattr(show, "info_of", lambda _: told(method).student)
-        return show._few_steps(SimpleNamespace(distill=SimpleNamespace(method=None)))
+        return show._few_steps(SimpleNamespace(distill=SimpleNamespace(student=lambda: told(method).student)))
 
     assert few(LCM) == "LCM sampler, 4 steps, CFG 1, weight 1; 2 to 8 steps work"
     assert few(PCM) == (
         "DDIM, trailing timesteps sampler, 8 steps, CFG 1, weight 1; no other number of steps. In ComfyUI, "
         "A1111 and Forge: Euler, scheduler / schedule type Simple"
     )
+
+
+def test_one_step_at_a_timestep_of_its_own_is_diffusers_alone(tmp_path: Path) -> None:
+    """How the method was set is read back, its steps too, which are a key of its config."""
+    made = Method.of(DMD(steps=(1,), conditioning_timestep=399))
+    facts_of = from_json(told(made).to_json())
+    assert (facts_of.student.sampler, facts_of.student.only_steps) == ("lcm:399", 1)
+    header = metadata.build(hollow(known("sd1")), known("sd1"), told(made))
+    assert provenance_from_header(header, "house").student == told(made).student == facts_of.student
+    assert header["modelspec.usage_hint"].endswith(
+        "Only diffusers draws so, with timesteps=[399] in the pipeline's call."
+    )
+    assert "Simple" not in header["modelspec.usage_hint"] and ", 1 step (no" in header["modelspec.usage_hint"]
+    written = page(tmp_path, method=made)
+    assert "num_inference_steps=1, guidance_scale=1.0, timesteps=[399])" in snippets(written)[0]
+    for app in ("ComfyUI", "A1111 and Forge", "InvokeAI"):
+        assert "3. **Not supported.** This LoRA draws in one step in which the UNet is told timestep 399" in (
+            section(written, app)
+        )
 
 
 def test_every_method_of_the_kit_is_told_for_each_app(tmp_path: Path) -> None:
