@@ -48,7 +48,10 @@ GAMMA = Option(
 )  # fmt: skip
 TIMESTEP = Option(
     "one of its timesteps, 19 to 999, as lcm:399", _timestep, ", one step at timestep {:g}",
-    lambda timestep: {"call": {"timesteps": [timestep]}, "most_steps": 1},
+    lambda timestep: {
+        "call": {"timesteps": [timestep]}, "most_steps": 1, "schedule": None,
+        "instead": f"Only diffusers draws so, with timesteps=[{timestep}] in the pipeline's call.",
+    },
 )  # fmt: skip
 
 
@@ -63,6 +66,8 @@ class Sampler:
     scheduler: str  # class in diffusers
     settings: Mapping[str, Any]  # of its configuration
     app_title: str | None = None  # on cards and in metadata, as apps call it; None: as `title`
+    schedule: str | None = None  # the scheduler / schedule type that goes with it in apps
+    instead: str | None = None  # a sentence on apps that call it something else, or lack it
     call: Mapping[str, Any] = field(default_factory=dict)  # what the pipeline's call takes besides
     option: Option | None = None  # what its name may say behind a colon
     stochastic: bool = False  # it draws fresh noise on its way, from two steps on
@@ -80,17 +85,19 @@ class Sampler:
 # is their best at few steps. LCM and TCD choose among 50 timesteps, the distilled ones. None clips latents.
 SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(
-        "LCM", "LCMScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True,
-        option=TIMESTEP,
+        "LCM", "LCMScheduler", {"clip_sample": False}, schedule="Simple", stochastic=True, most_steps=50,
+        for_adapter=True, option=TIMESTEP,
     ),
     "tcd": Sampler(
         "TCD", "TCDScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True,
+        instead="In apps without TCD: Euler a (without new noise Euler), scheduler / schedule type Simple.",
         call={"eta": 0.3}, option=GAMMA,  # its authors' choice and diffusers' word (arXiv:2402.19159)
     ),
     "ddim": Sampler(
         "DDIM", "DDIMScheduler",
         {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False},
         app_title="DDIM, trailing timesteps", for_adapter=True, for_base=True,
+        instead="In ComfyUI, A1111 and Forge: Euler, scheduler / schedule type Simple.",
     ),
     "dpmpp_2m": Sampler(
         "DPM-Solver++ 2M", "DPMSolverMultistepScheduler",

@@ -186,7 +186,8 @@ def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> N
     assert built["lcm_kit.sampling_guidance_scale"] == "1.5"
     assert built["modelspec.usage_hint"] == (
         "Sampler TCD, 2 steps, guidance_scale / CFG 1.5: the guidance of 4.0 to 6.0 is baked in. LoRA "
-        "strength 0.8. Chosen by measurement."
+        "strength 0.8. Chosen by measurement. In apps without TCD: Euler a (without new noise Euler), "
+        "scheduler / schedule type Simple."
     )
     assert provenance_from_header(built, "brand").recommended == use
     for key, value in (("sampler", "rm -rf"), ("sampling_steps", "1e9"), ("sampling_guidance_scale", "nan")):

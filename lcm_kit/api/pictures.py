@@ -98,7 +98,7 @@ def load_into(
         image = pipe("a fox in a boat", **settings).images[0]
     """
     from lcm_kit import sample
-    from lcm_kit.evaluation.recommended import method_of, of_adapter, settings
+    from lcm_kit.evaluation.recommended import method_of, misfit, of_adapter, settings
     from lcm_kit.lora import structure
     from lcm_kit.lora.convert import require_diffusers
     from lcm_kit.lora.locate import adapter_file
@@ -112,6 +112,8 @@ def load_into(
             of_adapter(Path(adapter), file), method_of(file), sampler=sampler, steps=steps,
             guidance_scale=guidance_scale, lora_weight=weight,
         )  # fmt: skip
+        if said := misfit(use, method_of(file)):
+            console.say(f"{adapter}: {said}")
         chosen = sample.scheduler(use.sampler, pipe.scheduler.config)
         sample.load_adapter(pipe, file, use.lora_weight, name=name)
         pipe.scheduler = chosen
@@ -154,7 +156,7 @@ def drawing(
 
     from lcm_kit.config.schema import Base
     from lcm_kit.core.methods import DEFAULT
-    from lcm_kit.evaluation.recommended import method_of, of_adapter, settings
+    from lcm_kit.evaluation.recommended import method_of, misfit, of_adapter, settings
     from lcm_kit.io.written import from_command
     from lcm_kit.lora.write import DTYPES
 
@@ -174,6 +176,8 @@ def drawing(
     )
     if advice and advice.steps:
         console.say(f"{given}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
+    if given is not None and (said := misfit(use, made_by)):
+        console.say(f"{given}: {said}")
     if negative_prompt is not None and given is not None and use.guidance_scale <= 1:
         raise UserError(_no_negative(given, made_by.guidance_scale))
     if dtype is not None and dtype not in DTYPES:

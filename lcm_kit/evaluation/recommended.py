@@ -88,6 +88,17 @@ class Settings(NamedTuple):
         return f"{how}, LoRA weight {self.lora_weight:g}"
 
 
+def misfit(use: Settings, method: MethodInfo) -> str | None:
+    """What is to be said where a LoRA is drawn in another number of steps than the one that it serves."""
+    if method.only_steps in (None, use.steps):
+        return None
+    n = method.only_steps
+    return (
+        f"{method.title} made it for {n} step{'s'[: n != 1]} and no other number: with {use.steps} they "
+        "begin and end where it was not trained to"
+    )
+
+
 def settings(use: Recommended | None, method: MethodInfo = DEFAULT, **asked: Any) -> Settings:
     """What was asked for, by name; where that is None what `use` recommends, else what serves `method`."""
     known: dict[str, Any] = {

@@ -1,21 +1,14 @@
 """The model card: `README.md` beside the exported files, for whoever gets them without the kit.
 
-Where a file goes and what to set was read in the apps' own code, in the versions of `apps.VERSIONS`;
-docs/lora-files.md has the table, `tests/test_app_samplers.py` the numbers. ComfyUI: the mode `lcm` of
-`comfy_extras/nodes_model_advanced.py` derives from `EPS` and keeps 50 of 1000 sigmas, of which the scheduler
-`simple` (`comfy/samplers.py`) takes those of diffusers' `LCMScheduler`; `nodes.py` names the nodes. A1111 and
-Forge: `LCMCompVisDenoiser` of `modules/sd_samplers_lcm.py` keeps the same 50; A1111's takes every output for
-epsilon, Forge's asks the model's own predictor, which `backend/loader.py` sets up. InvokeAI draws with
-diffusers' `LCMScheduler` and the base's scheduler config (`invocations/denoise_latents.py`).
+Where a file goes was read in the apps' own code, and what to set there too (`in_apps`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +16,6 @@ from PIL import Image
 
 from lcm_kit import samplers
 from lcm_kit.core.guidance import paper_w
-from lcm_kit.core.methods import MethodInfo
 from lcm_kit.evaluation import verdicts
 from lcm_kit.evaluation.result_shapes import Cell, Results
 from lcm_kit.evaluation.results import (
@@ -36,12 +28,12 @@ from lcm_kit.evaluation.results import (
     reference,
     value,
 )
+from lcm_kit.export import in_apps
 from lcm_kit.export.markdown import code, literal, text
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_write
 from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.lora.layers import Lora, layer_group
-from lcm_kit.lora.metadata_reading import sampler_name
 from lcm_kit.lora.structure import Structure
 from lcm_kit.report import brand as look
 from lcm_kit.report.brand import interval
@@ -92,7 +84,7 @@ def write(
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters.update(text=text, code=code, literal=literal, number=number)
-    names = {style: Path(file).name for style, file in files.items()}
+    names, use = {style: Path(file).name for style, file in files.items()}, in_apps.use_of(facts)
     drawn = evaluation(results)
     compared = drawn and (drawn["head"].teacher, drawn["head"].student)
     asked = _sheet(folder / SHEET, drawn, compared, pictures_from) if drawn else []
@@ -107,12 +99,10 @@ def write(
         facts=facts,
         fast=facts.method.name is not None,
         method=facts.distilled.title if facts.distilled else None,
-        sampler=facts.student.sampler,
-        sampler_name=samplers.sampler_of(facts.student.sampler).name_in_apps,
-        recommended_sampler=sampler_name(facts.recommended) if facts.recommended else "",
-        scheduler=_scheduler(facts.student.sampler),
-        steps=facts.student.usual_steps,
-        tried=_tried(facts.student),
+        use=use,
+        steps=use.steps,
+        renews=not samplers.deterministic(facts.student.sampler, 2),
+        student_sampler=samplers.title_of(facts.student.sampler),
         guidance=_baked(facts.guidance),
         cfg=facts.student.usual_guidance,
         guided=facts.student.guidance_scale is not None,
@@ -180,32 +170,12 @@ def _tags(structure: Structure, facts: Provenance) -> list[str]:
     return ["text-to-image", structure.family.hub_tag, "lora", *fast, "diffusers"]
 
 
-def _scheduler(sampler: str) -> tuple[str, str]:
-    """diffusers' class for a sampler, and what it is told besides the base's own settings."""
-    entry = samplers.sampler_of(sampler)
-    spacing = entry.settings.get("timestep_spacing")
-    return entry.scheduler, f", timestep_spacing={json.dumps(spacing)}" if spacing else ""
-
-
-def _tried(method: MethodInfo) -> str | None:
-    """Which numbers of steps are worth a trial: `2 to 8`; None where there is one alone."""
-    several = [n for n in method.judged_steps if n > 1]
-    return _range(several) if len(several) > 1 else None
-
-
-def _range(values: Iterable[float]) -> str:
-    """`4`, or `4 to 6` where the values differ."""
-    values = list(values)
-    ends = [f"{end:g}" for end in (min(values), max(values))]
-    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
-
-
 def _baked(guidance: Guidance | None) -> dict[str, str] | None:
     """What is baked in, as `guidance_scale` and as the LCM paper's w; None where that is nothing."""
     if guidance is None or guidance.max <= 1:
         return None
     ends = [guidance.min, guidance.max]
-    return {"scale": _range(ends), "w": _range(float(paper_w(end)) for end in ends)}
+    return {"scale": in_apps.spread(ends), "w": in_apps.spread(float(paper_w(end)) for end in ends)}
 
 
 def _layers(lora: Lora) -> dict[str, Any]:
@@ -220,8 +190,8 @@ def _layers(lora: Lora) -> dict[str, Any]:
         total = sum(within.values()) or blocks[part]
         parts[_PARTS[part]] = f"{_count(total, 'module')}" + (f" ({detail})" if detail else "")
     return {
-        "rank": _range(layer.rank for layer in lora.layers.values()),
-        "alpha": _range(layer.alpha for layer in lora.layers.values()),
+        "rank": in_apps.spread(layer.rank for layer in lora.layers.values()),
+        "alpha": in_apps.spread(layer.alpha for layer in lora.layers.values()),
         "modules": len(lora.layers),
         "parameters": _millions(lora.parameters),
         "parts": parts,

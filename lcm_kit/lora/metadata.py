@@ -188,6 +188,7 @@ def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
             f"Sampler {sampler_name(use)}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
             f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
             + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
+            + _instead(use.sampler)
         )
     info = facts.distilled
     if info is None:
@@ -198,25 +199,39 @@ def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
     if not info.samplers:
         return None
     hint = (
-        f"Sampler {_samplers(info)}, {info.usual_steps} steps{_range(info, ' ({} to {})')}, guidance_scale / "
+        f"Sampler {_samplers(info)}, {_steps(info)}, guidance_scale / "
         f"CFG {info.usual_guidance:.1f}{_baked(facts.guidance)}. LoRA strength 1.0."
     )
     if info.guidance_scale is not None:
         hint += " Negative prompts work."
-    if structure.prediction_type == "v_prediction" and info.sampler == "lcm":
+    if structure.prediction_type == "v_prediction":
         zsnr = "on" if structure.zero_terminal_snr else "off"
+        lcm = "; A1111's LCM sampler is for epsilon bases only, Forge's is not" * (info.sampler == "lcm")
         hint += (
             " The base predicts v: in ComfyUI add ModelSamplingDiscrete with sampling v_prediction and zsnr "
-            f"{zsnr}; A1111's LCM sampler is for epsilon bases only, Forge's is not."
+            f"{zsnr}{lcm}."
         )
-    return hint
+    return hint + _instead(info.sampler)
+
+
+def _instead(sampler: str | None) -> str:
+    found = samplers.sampler_of(sampler).instead if sampler else None
+    return f" {found}" if found else ""
+
+
+def _steps(info: MethodInfo) -> str:
+    """`4 steps (1 to 8)`, or `4 steps (no other number)` where a method serves one alone."""
+    one = " (no other number)" if info.only_steps else ""
+    n = info.usual_steps
+    return f"{n} step{'s'[: n != 1]}{_range(info, ' ({} to {})')}{one}"
 
 
 def _samplers(info: MethodInfo) -> str:
     """`LCM (TCD also works), scheduler / schedule type Simple`."""
     first, *others = (samplers.sampler_of(name).name_in_apps for name in info.samplers)
     also = f" ({' and '.join(others)} also {'works' if len(others) == 1 else 'work'})" if others else ""
-    return f"{first}{also}{', scheduler / schedule type Simple' if info.sampler == 'lcm' else ''}"
+    schedule = samplers.sampler_of(info.sampler).schedule
+    return f"{first}{also}{f', scheduler / schedule type {schedule}' if schedule else ''}"
 
 
 def _range(info: MethodInfo, form: str) -> str:

@@ -104,7 +104,8 @@ class Provenance:
             return None
         read = None if self.method.name in methods.METHODS else MethodInfo.read(asdict(self.method))
         known = read if read and all(map(samplers.serves_adapter, read.samplers)) else None
-        found = known or methods.info(self.method.name, self.method.constants)
+        said = {"steps": self.method.steps} if self.method.steps else {}  # of some methods that is a key
+        found = known or methods.info(self.method.name, {**said, **self.method.constants})
         return replace(found, guidance_scale=self.guidance_scale)
 
     @property

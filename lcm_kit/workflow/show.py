@@ -105,8 +105,11 @@ def _few_steps(story: Story) -> str:
     method = story.distill.student()
     more = [n for n in method.judged_steps if n > 1]
     works = f"; {min(more)} to {max(more)} steps work" if len(more) > 1 else ""
-    name = sampler_of(method.sampler).name_in_apps
-    return f"{name} sampler, {method.usual_steps} steps, CFG {method.usual_guidance:g}, weight 1{works}"
+    works += "; no other number of steps" if method.only_steps else ""
+    sampler = sampler_of(method.sampler)
+    apps = f". {sampler.instead.rstrip('.')}" if sampler.instead else ""
+    how = f"{method.usual_steps} steps, CFG {method.usual_guidance:g}, weight 1"
+    return f"{sampler.name_in_apps} sampler, {how}{works}{apps}"
 
 
 def other_way(story: Story, speed: str | None) -> None:

@@ -115,6 +115,11 @@ class MethodInfo:
         return self.steps or Method.steps
 
     @property
+    def only_steps(self) -> int | None:
+        """The one number of steps that its student serves, as PCM's phases; None where it has more."""
+        return self.steps[0] if len(self.steps) == 1 else None
+
+    @property
     def usual_steps(self) -> int:
         """How many steps to begin with."""
         return usual(self.judged_steps)
