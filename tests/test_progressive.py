@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from lcm_kit.config.load import RECIPES
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.methods import Progressive, Stage, Times
 from lcm_kit.core.prediction import KINDS, predictor
-from lcm_kit.core.schedule import Schedule, add_noise, grid
+from lcm_kit.core.schedule import Schedule, add_noise, trailing
 from lcm_kit.core.solvers import ddim
 from lcm_kit.training.runtime import learning_rate
 from tests.gaussians import ALL, BRAND, SD, guided_flow
@@ -196,11 +197,18 @@ def test_a_student_that_is_there_has_no_loss() -> None:
 # -- Stages --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_grid", [1, 2, 4, 8, 16])
+def timesteps(n: int) -> list[int]:
+    """0, and those of diffusers' DDIMScheduler with trailing spacing, ascending."""
+    scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
+    scheduler.set_timesteps(n)
+    return [0, *sorted(scheduler.timesteps.tolist())]
+
+
+@pytest.mark.parametrize("n_grid", [1, 2, 3, 4, 8, 16])
 def test_a_step_of_the_student_is_two_of_its_teacher(n_grid: int) -> None:
-    """On the grids from which DDIM's trailing timesteps are drawn; all of the student's steps are trained."""
+    """Between the timesteps of diffusers' DDIM; all of the student's steps are trained."""
     times = Progressive().times(SCHEDULE, n_grid, 4000, torch.Generator().manual_seed(0))
-    own, twice = ([0, *grid(1000, n).tolist()] for n in (n_grid, 2 * n_grid))
+    own, twice = timesteps(n_grid), timesteps(2 * n_grid)
     wanted = [(own[i + 1], twice[2 * i + 1], own[i]) for i in range(n_grid)]
     drawn = list(zip(*(time.tolist() for time in times), strict=True))
     assert set(drawn) == set(wanted) and twice[::2] == own
@@ -367,7 +375,7 @@ def error(student: Any, steps: int) -> float:
     predict = predictor(student, SCHEDULE, "v_prediction")
     g, t = torch.Generator().manual_seed(1), torch.full((1024,), 999)
     start = add_noise(SCHEDULE, BRAND.draw(1024, g), torch.randn(1024, 2, 1, 1, generator=g), t)
-    points, x = [0, *grid(1000, steps).tolist()], start
+    points, x = [0, *trailing(1000, steps).tolist()], start
     for i in reversed(range(steps)):
         x = ddim(predict, SCHEDULE, x, torch.full_like(t, points[i + 1]), torch.full_like(t, points[i]))
     return float((x - guided_flow(SCHEDULE, start, t, GUIDANCE)).square().mean().sqrt())

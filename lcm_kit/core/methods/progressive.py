@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le
 
-from lcm_kit.core.methods.base import Method, Times, intervals
+from lcm_kit.core.methods.base import Method, Times
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +108,16 @@ class Progressive(Method):
     def times(self, schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator) -> Times:
         """Draw one of the student's `n_grid` steps, t to `end`; s is where its teacher's first step ends.
 
-        That is the point between them on the grid of twice as many. The last step ends at 0.
+        That is the point between them among the timesteps of a sampler with twice as many. The last step ends
+        at 0.
         """
-        from lcm_kit.core.schedule import grid
+        import torch
 
-        points, index = intervals(schedule, n_grid, batch, generator)
-        return Times(t=points[index + 1], s=grid(schedule.steps, 2 * n_grid)[2 * index], end=points[index])
+        from lcm_kit.core.schedule import trailing
+
+        points = torch.cat([torch.zeros(1, dtype=torch.int64), trailing(schedule.steps, 2 * n_grid)])
+        index = 2 * torch.randint(n_grid, (batch,), generator=generator)
+        return Times(t=points[index + 2], s=points[index + 1], end=points[index])
 
     def endpoint(
         self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
