@@ -115,8 +115,11 @@ def objective(**changes: Any) -> Objective:
     return Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
 
 
+GRIDDED = [name for name, kind in METHODS.items() if "grid" not in getattr(kind, "refuses", {})]
+
+
 @pytest.mark.parametrize("name", sorted(CHOICES))
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", GRIDDED)
 def test_every_method_draws_its_intervals_by_their_shares(method: str, name: str) -> None:
     keys, share = CHOICES[name]
     edges = [249, 499, 749] if method == "pcm" else []  # and its phases', which are points too
@@ -215,6 +218,14 @@ def test_the_schedule_tells_its_noise_on_the_host_wherever_it_is() -> None:
             "loss.adaptive has no effect on a grid that stays the same",
         ),
         ({"loss": {"adaptive": True, "name": "l2"}}, "adaptive is of c, which l2 has not"),
+        (
+            {"method": {"name": "progressive"}, "grid": {"sampling": "shifted"}},
+            "grid has no place in method progressive",
+        ),
+        (
+            {"method": {"name": "progressive"}, "loss": {"adaptive": True}},
+            "loss.adaptive has no place in method progressive",
+        ),
     ],
 )
 def test_a_key_without_effect_is_refused(changes: dict[str, Any], sentence: str) -> None:
