@@ -98,7 +98,7 @@ def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) ->
 def while_encoding(config: Training, flops: Mapping[str, float]) -> list[ExtraPasses]:
     """What is drawn to be trained on."""
     found = []
-    if isinstance(config, Distill) and config.data.source != "images":
+    if isinstance(config, Distill) and config.data.has_samples:
         s = config.data.samples
         passes = s.count * s.steps * guided(s.guidance_scale)
         found.append(ExtraPasses(f"{s.count} samples of the teacher", passes, passes * flops["teacher"]))

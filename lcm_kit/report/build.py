@@ -245,12 +245,14 @@ def _baked(low: float, high: float) -> str:
 
 
 def _seen(data: Mapping[str, Any]) -> dict[str, str]:
-    """What was trained on: images, the teacher's own samples, or both."""
+    """What was trained on: images, the teacher's own samples, both, or prompts alone."""
     source = data.get("source", "images")
-    images = {"images": data["path"]} if source != "teacher" else {}
-    samples = {"the teacher's samples for": data["samples"]["prompts"]} if source != "images" else {}
-    trigger = {"trigger": data["trigger"]} if data.get("trigger") else {}
-    return {**images, **samples, **trigger}
+    seen = {"images": data["path"]} if source in ("images", "mix") else {}
+    if source in ("teacher", "mix"):
+        seen["the teacher's samples for"] = data["samples"]["prompts"]
+    if source == "prompts":
+        seen["prompts, without pictures"] = data["samples"]["prompts"]
+    return {**seen, **({"trigger": data["trigger"]} if data.get("trigger") else {})}
 
 
 def _style_export(run: Path) -> str | None:
