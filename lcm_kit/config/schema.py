@@ -207,16 +207,6 @@ class Distill(Training):
                 f"teacher.reuse {self.teacher.reuse} keeps the teacher's answer at one point, and solver "
                 f"{self.solver} asks it at a second one that guidance moves; set solver to ddim or reuse to 1"
             )
-        if self.caption_dropout and self.student_guidance is None:
-            baked = self.baked_guidance()
-            if self.teacher.weight:
-                why = f"guidance of {baked.min:g} to {baked.max:g} is baked into this one; set guidance to 1"
-            else:
-                why = "without a teacher (teacher.weight 0) this one is drawn without guidance"
-            raise ValueError(
-                f"caption_dropout {self.caption_dropout:g} is for a student that is drawn with guidance, and "
-                f"{why}, or caption_dropout to 0"
-            )
         if self.data.source == "prompts" and needs_pictures(self.method):
             raise ValueError(
                 f"data.source prompts has no pictures, and method {self.method.name} learns from some; set "
@@ -226,6 +216,16 @@ class Distill(Training):
             raise ValueError(
                 f"teacher.weight {self.teacher.weight:g} goes back to pictures with the noise that is in "
                 "them, and with data.source prompts there are none; set it to 1"
+            )
+        if self.caption_dropout and self.student_guidance is None:
+            baked = self.baked_guidance()
+            if self.teacher.weight:
+                why = f"guidance of {baked.min:g} to {baked.max:g} is baked into this one; set guidance to 1"
+            else:
+                why = "without a teacher (teacher.weight 0) this one is drawn without guidance"
+            raise ValueError(
+                f"caption_dropout {self.caption_dropout:g} is for a student that is drawn with guidance, and "
+                f"{why}, or caption_dropout to 0"
             )
         if self.validation.held_out and self.data.source != "images":
             raise ValueError(

@@ -275,3 +275,11 @@ def test_check_and_plan(config: Callable[..., Distill], tmp_path: Path) -> None:
     assert disk.disk(made, planner).records is None
     with pytest.raises(UserError, match="there is no such file"):
         check(made)
+
+
+def test_distribution_matching_needs_none(distill_keys: Keys, tmp_path: Path) -> None:
+    keys = {"data": {"source": "prompts"}, "method": {"name": "dmd"}}
+    assert configure(distill_keys, tmp_path, **keys).data.source == "prompts"
+    keys["method"]["consistency"] = 0.5  # but a consistency loss beside it does
+    with pytest.raises(ValueError, match="has no pictures, and method dmd learns from some"):
+        configure(distill_keys, tmp_path, **keys)
