@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lcm_kit.training.overtraining import CONTROL, TOLERANCE, Measured, of_tables, verdict
+from lcm_kit.training.overtraining import CONTROL, TOLERANCE, Measured, fallen, of_tables, verdict
 
 Table = dict[int, float]
 LIMIT = 1 + TOLERANCE["control_loss"]
@@ -107,6 +107,21 @@ def test_the_figures_of_either_recipe_are_found_by_name() -> None:
     assert of_tables(tables, "train/distill") == Measured({0: 1.0}, {0: 3.0}, "train/distill")
     assert of_tables(tables, "train/finetune") == Measured({0: 1.0}, {})
     assert of_tables({"control_loss": {0: 3.0}}, "train/finetune").control == {0: 3.0}
+
+
+def test_a_collapse_is_told_once_a_crossing() -> None:
+    """By value: below 0.7. Step 0 is no training's doing, and what comes later is not known yet."""
+    table = {0: 0.1, 10: 0.7, 20: 0.699, 30: 0.1, 40: 0.8, 50: 0.2}
+    measured = Measured(diversity=table, recipe="train/distill")
+    assert [step for step in table if fallen(measured, step)] == [20, 50]
+    assert [step for step in (0, 5) if fallen(Measured(diversity={0: 0.1, 5: 0.2}), step)] == [5]
+    assert fallen(measured, 60) == []  # memory ran out: nothing was measured
+    (sentence,) = fallen(measured, 50)
+    assert sentence.startswith("warning: at step 50 the pictures of one prompt are only 0.2 times as diff")
+    assert_said(verdict(measured, 0), ["at step 50 .* only 0.2 times .* is collapsing; what helps"])
+    assert_said(verdict(measured, 20), ["at step 20 .* only 0.7 times"])  # the result's, not the last one's
+    assert verdict(measured, 40) == [] == verdict(measured, 45)
+    assert measured.candidates(table) == []  # it chooses no weights
 
 
 # -- The words -----------------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ def test_adapter_json_is_read_back_whole(tmp_path: Path, made: Provenance) -> No
     assert (found.lora_config, found.text_lora_config) == (PEFT, texts)  # with what peft alone knows
     assert found.measured == {
         "step": 70, "held_out_loss": 0.5, "control_loss": None, "control_distance": 0.25,
+        "diversity": None,
     }  # fmt: skip
 
 
@@ -268,7 +269,7 @@ MERGED: dict[str, Any] = {
     # what only a training has: each part says its own
     **{name: None for name in ("recipe", "steps", "adapter", "solver", "grid", "loss", "teacher", "prior")},
     **{name: None for name in ("text_encoder", "caption_dropout", "held_out_loss", "control_loss")},
-    "control_distance": None, "start": (),
+    "control_distance": None, "diversity": None, "start": (),
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import release, run_folder, run_metrics, runtime, stepping, turns
 from lcm_kit.training.ahead import Ahead
 from lcm_kit.training.control import Control
+from lcm_kit.training.diversity import Diversity
 from lcm_kit.training.held_out import BestCheckpoint, HeldOut
 from lcm_kit.training.processes import say
 from lcm_kit.training.randomness import StepRandomness, step_randomness
@@ -65,7 +66,7 @@ def main(config: Distill) -> Path:
     base = bases.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     cache = sources.open_cache(config, base)
     trained, kept = sources.split_off(config, cache)
-    control = Control.prepare(config, base.base_hash)
+    control, diversity = (kind.prepare(config, base.base_hash) for kind in (Control, Diversity))
     validation = Validation.prepare(config, base.base_hash, control)
     schedule = Schedule.from_config(base.scheduler_config).to(device)
     objective = Objective.of(config)
@@ -127,14 +128,14 @@ def main(config: Distill) -> Path:
             None if group is None else (group, part.start), drawn.intervals,
         )  # fmt: skip
 
-    # -- Measuring: held-out pictures, on the final grid with draws of no step, and control prompts ----------
+    # -- Measuring: held-out pictures, on the final grid with draws of no step; control; diversity -----------
     def held_out_losses(batch: Batch) -> Tensor:
         final = replace(config, grid=replace(config.grid, steps_start=None), loss=Loss())  # draws ask no loss
         drawn = step_randomness(final, objective.method, schedule, batch, -1)
         return roles.losses(given(batch.to(device), drawn.to(device), slice(None)))
 
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
-    measures = held_out.measures(held_out_losses) | control.measures(adapted)
+    measures = held_out.measures(held_out_losses) | control.measures(adapted) | diversity.measures(adapted)
     tell = partial(of_training, config, base, cache.fingerprint, teacher=styles, start=start)
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation)
 

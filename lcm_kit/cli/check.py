@@ -99,11 +99,12 @@ def _adapters_of(config: GuidanceSweep | Compose | Brand) -> tuple[str, ...]:
 
 
 def _trains(config: Training) -> list[Callable[[], str]]:
-    source = config.data.source
+    data = config.data
     prompts = [config.validation.prompts, config.validation.control]
     looks = [lambda: _base(config.base)]
-    looks += [lambda: _data(config.data), lambda: _tokens(config)] if source != "teacher" else []
-    looks += [lambda: _samples(config.data)] if source != "images" else []
+    looks += [lambda: _data(data), lambda: _tokens(config)] if data.has_images else []
+    looks += [lambda: _samples(data)] if data.has_samples else []
+    looks += [lambda: _alone(data)] if data.source == "prompts" else []
     if isinstance(config, Finetune):
         prompts.append(config.prior.prompts)
     elif isinstance(config, Distill) and (config.teacher.adapters or config.adapter.start):
@@ -212,6 +213,10 @@ def _samples(data: Data) -> str:
     from lcm_kit.data.samples import prompts_of
 
     return f"samples: {len(prompts_of(data))} of the teacher's, for {data.samples.prompts}"
+
+
+def _alone(data: Data) -> str:
+    return f"data: {_prompts(data.samples.prompts)}, trained on without pictures"
 
 
 def _adapters(config: Distill) -> str:

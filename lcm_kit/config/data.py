@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -57,9 +57,10 @@ class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
     path: Place = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
-    # images: those of `path`; teacher: its own samples, no images needed; mix: both (train/distill only)
-    source: Literal["images", "teacher", "mix"] = "images"
-    samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher
+    # images: those of `path`; train/distill only: teacher: its own samples, no images needed; mix: both;
+    # prompts: those of `samples` alone, each once, for a method that makes its pictures itself (`dmd`)
+    source: Literal["images", "teacher", "mix", "prompts"] = "images"
+    samples: Samples = field(default_factory=Samples)  # cached in `cache`/teacher, prompts in `cache`/prompts
     # folder of general pictures with captions, added to the images: a narrow set alone narrows what the
     # adapter can still draw (docs/training.md)
     regularization: Place | None = None
@@ -93,11 +94,33 @@ class Data:
         if self.resolution % 8:
             near = self.resolution // 8 * 8
             raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
-        if self.flip and self.source == "teacher":
-            raise ValueError("flip mirrors images, and with source teacher there are none; remove it")
+        if self.flip and not self.has_images:
+            raise ValueError(f"flip mirrors images, and with source {self.source} there are none; remove it")
         if self.regularization_share is not None and (self.regularization is None or self.source != "images"):
             raise ValueError(
                 "regularization_share divides the batches between images and regularization; give "
                 "regularization, and source images, or remove it"
             )
+        if self.source == "prompts":
+            self._refuse_beside_prompts()
         return self
+
+    def _refuse_beside_prompts(self) -> None:
+        drawn = [name.name for name in fields(Samples) if name.name != "prompts"]
+        unused = {f"samples.{key}": getattr(self.samples, key) != getattr(Samples(), key) for key in drawn}
+        unused |= {key: getattr(self, key) is not None for key in ("regularization", "leave_out")}
+        for key in (key for key, given in unused.items() if given):
+            raise ValueError(
+                f"source prompts takes the prompts of samples.prompts alone, each once, so {key} has no "
+                "effect; remove it"
+            )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether images of `path` are trained on."""
+        return self.source in ("images", "mix")
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the teacher draws what is trained on, or some of it."""
+        return self.source in ("teacher", "mix")

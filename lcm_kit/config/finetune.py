@@ -110,6 +110,10 @@ class Finetune(Training):
             raise ValueError(f"data.source {self.data.source} is for train/distill; a style is in images")
         if self.data.leave_out is not None:
             raise ValueError("data.leave_out is for train/distill, which has validation.held_out; remove it")
+        if self.validation.diversity:
+            raise ValueError(
+                "validation.diversity is for train/distill, which draws in few steps; set it to 0"
+            )
         if self.adapter.start:
             raise ValueError("adapter.start is for train/distill; remove it")
         return self

@@ -58,6 +58,11 @@ def info_of(method: Method | Custom) -> MethodInfo:
     return MethodInfo.of(imported(method), getattr(method, "name", DEFAULT.name))
 
 
+def needs_pictures(method: Method | Custom) -> bool:
+    """Whether `method` learns from pictures; false where that is in a file that was not imported."""
+    return _is_method(method) and getattr(method, "needs_pictures", Method.needs_pictures)
+
+
 def _is_method(given: Any) -> bool:
     """Whether it has both functions, written by somebody."""
     return all(
@@ -125,6 +130,8 @@ def _lacking(made: Any) -> str | None:
         return f"must say its samplers, one or more of {', '.join(for_adapter())}, as {DEFAULT.samplers}"
     if not _listed(steps, lambda each: type(each) is int and 0 < each <= _MOST_STEPS):
         return f"must say the steps that it serves, whole numbers from 1 to {_MOST_STEPS}, as {DEFAULT.steps}"
+    if not isinstance(needed := getattr(made, "needs_pictures", True), bool):
+        return f"must say with true or false whether it needs_pictures, not with {needed!r:.50}"
     if not isinstance(tags, tuple) or not all(map(_text, tags)):
         return f"must say its tags, a tuple of texts, as {DEFAULT.tags} or ()"
     return None

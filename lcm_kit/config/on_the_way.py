@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lcm_kit.config.data import STRICT, NonNegative, Number, Place, Positive, Scale, Seed
+from lcm_kit.config.data import STRICT, NonNegative, Number, Place, Positive, Scale, Seed, Whole
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,6 +25,15 @@ class Validation:
     # share of the images of data.path that are kept out of training, to measure the loss on; at least one of
     # them, and 0: none
     held_out: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
+    # prompts of `prompts` of which four pictures each are drawn, to notice when a method draws them ever more
+    # alike (train/distill only); 0: off
+    diversity: Annotated[Whole, Field(ge=0, le=1000)] = 0
+
+    @model_validator(mode="after")
+    def _drawn_of(self) -> Validation:
+        if self.diversity and self.prompts is None:
+            raise ValueError("diversity is of the pictures of prompts, and these are null; set it to 0")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -31,7 +31,7 @@ from lcm_kit.config.data import (
     Weight,
     Whole,
 )
-from lcm_kit.config.methods import AnyMethod, info_of
+from lcm_kit.config.methods import AnyMethod, info_of, needs_pictures
 from lcm_kit.config.objective import Grid, Guidance, Loss, both
 from lcm_kit.config.on_the_way import Checkpoint, Logging, Validation
 from lcm_kit.core.methods import LCM, MethodInfo, Progressive, Stage
@@ -207,6 +207,16 @@ class Distill(Training):
                 f"teacher.reuse {self.teacher.reuse} keeps the teacher's answer at one point, and solver "
                 f"{self.solver} asks it at a second one that guidance moves; set solver to ddim or reuse to 1"
             )
+        if self.data.source == "prompts" and needs_pictures(self.method):
+            raise ValueError(
+                f"data.source prompts has no pictures, and method {self.method.name} learns from some; set "
+                "data.source to images or teacher, or take a method that makes its own"
+            )
+        if self.data.source == "prompts" and self.teacher.weight < 1:
+            raise ValueError(
+                f"teacher.weight {self.teacher.weight:g} goes back to pictures with the noise that is in "
+                "them, and with data.source prompts there are none; set it to 1"
+            )
         if self.caption_dropout and self.student_guidance is None:
             baked = self.baked_guidance()
             if self.teacher.weight:
@@ -259,8 +269,8 @@ class Distill(Training):
         """
         scales = [self.guidance.min, self.guidance.max] if self.teacher.weight else []
         if self.teacher.weight < 1:
-            scales += [1.0] if self.data.source != "teacher" else []
-            scales += [self.data.samples.guidance_scale] if self.data.source != "images" else []
+            scales += [1.0] if self.data.has_images else []
+            scales += [self.data.samples.guidance_scale] if self.data.has_samples else []
         return Guidance(min(scales), max(scales))
 
     @property

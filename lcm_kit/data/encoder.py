@@ -16,6 +16,7 @@ from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import vae_precision
+from lcm_kit.data.transforms import framing
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
@@ -63,6 +64,11 @@ class Encoder:
     def condition(self, captions: Sequence[str], framings: Sequence[Framing]) -> Condition:
         """The conditions of captions, and of how their pictures were cut."""
         return replace(self.family.encode_text(self.text, captions), time_ids=self.family.sizes(framings))
+
+    def of_whole_pictures(self, captions: Sequence[str], resolution: int) -> dict[str, Tensor]:
+        """`tensors_of` the conditions of pictures that are drawn, `resolution` pixels a side, nothing cut."""
+        whole = framing((resolution, resolution), resolution)
+        return tensors_of(self.condition(captions, [whole] * len(captions)))
 
 
 def tensors_of(condition: Condition) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The one loop of `encode`: what is missing is made part by part, each is written whole, the manifest last.
 
-`images.py`, `samples.py` and `prior.py` say which rows there are and what computes them. What is there
-already, which process makes what, the bar and the order of writing are decided here. A part tells by itself
-whether it is done: a run that was stopped, killed or refused by a full disk keeps those that it finished.
+`images.py`, `samples.py`, `prompts.py` and `prior.py` say which rows there are and what computes them. What
+is there already, which process makes what, the bar and the order of writing are decided here. A part tells by
+itself whether it is done: a run that was stopped, killed or refused by a full disk keeps those that it made.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class RowMaker:
 
     encoder: Encoder
     batches: Callable[[Sequence[Entry]], EncodedBatches]
-    not_finite: Callable[[Sequence[Entry]], str]  # the sentence for rows whose latents are not
+    not_finite: Callable[[Sequence[Entry]], str]  # the sentence for rows that are not
+    computed: str = "latents"  # the tensor by which a row is found to be so
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,14 @@ def _load(folder: Path, contents: Contents, mine: Sequence[Shard]) -> Callable[[
 def write_shard(folder: Path, maker: RowMaker, shard: Shard, advance: Advance) -> None:
     """Compute and write one shard: whole, or not at all.
 
-    Raises `UserError` if latents are not finite: from such a row nothing can be learned.
+    Raises `UserError` if rows are not finite: from such a row nothing can be learned.
     """
     made: list[Mapping[str, Tensor]] = []
     first = 0
     for batch in maker.batches(shard.entries):
         entries = shard.entries[first : first + len(batch["latents"])]
-        broken = [entry for entry, z in zip(entries, batch["latents"], strict=True) if not z.isfinite().all()]
+        rows = zip(entries, batch[maker.computed], strict=True)
+        broken = [entry for entry, row in rows if not row.isfinite().all()]
         if broken:
             raise UserError(maker.not_finite(broken))
         made.append(batch)

@@ -6,7 +6,6 @@ a cache like that of images. Sample i is a function of what draws it, its prompt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -23,12 +22,11 @@ from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
-from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
+from lcm_kit.data.encoder import Encoder, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
-from lcm_kit.data.transforms import framing
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
@@ -57,7 +55,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     return {
         **shards.of_base(base, without=("vae",)),
         "teacher.adapters": [{"sha256": entry.sha256, "weight": entry.weight} for entry in adapters],
-        "prompts": sha256_bytes(json.dumps(prompts_of(config.data)).encode()),
+        "prompts": shards.hash_of(prompts_of(config.data)),
         **{f"data.samples.{name}": getattr(made_by, key) for name, key in _DRAWN_BY.items()},
         "data.resolution": config.data.resolution,
     }
@@ -142,5 +140,4 @@ def _draw(pipe: Any, encoder: Encoder, data: Data, at: int, entries: Sequence[En
         guidance_scale=drawn_by.guidance_scale, seed=drawn_by.seed, size=data.resolution,
         first=int(entries[0].id.rpartition("/")[2]),
     )  # fmt: skip
-    whole = framing((data.resolution, data.resolution), data.resolution)
-    return {"latents": latents, **tensors_of(encoder.condition(captions, [whole] * len(captions)))}
+    return {"latents": latents, **encoder.of_whole_pictures(captions, data.resolution)}

@@ -24,6 +24,7 @@ from lcm_kit.io.files import discard, sha256_bytes
 
 MANIFEST = "manifest.json"
 EMPTY = "empty.safetensors"
+PROMPTS = "prompts/"  # begins the id of a row that is a prompt without a picture
 _FORMAT = 1  # raise it when the same inputs would give another cache
 _NAMES = {
     "family": "the family of the base",
@@ -37,6 +38,7 @@ _NAMES = {
     "unet": "the UNet of the base",
     "scheduler": "the scheduler of the base",
     "prompts": "the prompts of data.samples, or how many",
+    "latents": "the shape of the base's latents",
     "teacher.adapters": "the teacher's adapters",
 }
 _AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
@@ -64,6 +66,11 @@ def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
     if base.family.zeros_when_empty:
         parts["zeros_when_empty"] = base.zeros_when_empty
     return {"format": _FORMAT, "family": base.family.name, **parts}
+
+
+def hash_of(prompts: Sequence[str]) -> str:
+    """The setting `prompts` of a cache that is made from these."""
+    return sha256_bytes(json.dumps(list(prompts)).encode())
 
 
 def settings(base: BaseInfo, data: Data, precision: str = FULL) -> dict[str, Any]:
@@ -98,15 +105,16 @@ def _alike(key: str, old: Any, new: Any) -> bool:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two manifests, in words: settings, then images and captions by number."""
+    """What differs between two manifests, in words: settings, then rows by number."""
     words = differences(old["settings"], new["settings"])
     before, after = ({row["id"]: row for row in side["records"]} for side in (old, new))
     both = before.keys() & after.keys()
+    row, text = ("prompt",) * 2 if all(id.startswith(PROMPTS) for id in after) else ("image", "caption")
     counts = {
-        "image changed": sum(before[id]["image"] != after[id]["image"] for id in both),
-        "caption changed": sum(before[id]["text"] != after[id]["text"] for id in both),
-        "image added": len(after.keys() - before.keys()),
-        "image removed": len(before.keys() - after.keys()),
+        f"{row} changed": sum(before[id]["image"] != after[id]["image"] for id in both),
+        f"{text} changed": sum(before[id]["text"] != after[id]["text"] for id in both),
+        f"{row} added": len(after.keys() - before.keys()),
+        f"{row} removed": len(before.keys() - after.keys()),
     }
     for what, count in counts.items():
         noun, verb = what.split()

@@ -1,4 +1,4 @@
-"""What a distillation is trained on: images, the teacher's samples, or both; encoded and opened alike."""
+"""What is distilled on: images, the teacher's samples, both, or prompts; encoded and opened alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
-from lcm_kit.data import images, prior, samples
+from lcm_kit.data import images, prior, prompts, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.progress import EncodeReport
@@ -33,17 +33,19 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
 
     Raises `UserError` as each of them does; for what the later ones lack before the first, which takes hours.
     """
-    source, done = config.data.source, []
+    data, done = config.data, []
     beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
     if beside:
         prior.require_prompts(beside)
     with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
-        if source == "mix":
+        if data.source == "mix":
             samples.require_inputs(_distill(config))
-        if source != "teacher":
+        if data.has_images:
             done.append(images.encode(config, progress, share))
-        if source != "images":
+        if data.has_samples:
             done.append(samples.encode(_distill(config), progress, share))
+        if data.source == "prompts":
+            done.append(prompts.encode(_distill(config), progress, share))
     if beside:
         done.append(prior.encode(beside, progress, share))
     return done
@@ -59,6 +61,8 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache | MixedCache:
     data = config.data
     if data.source == "teacher":
         return samples.open_cache(config, base)
+    if data.source == "prompts":
+        return prompts.open_cache(config, base)
     of_images = Cache.open(Path(data.cache), base=base, data=data)
     if data.source == "images":
         return of_images
@@ -74,7 +78,7 @@ def split_off(config: Distill, cache: Cache | MixedCache) -> tuple[Cache | Mixed
     of_images = cache.images if isinstance(cache, MixedCache) else cache
     assert isinstance(of_images, Cache)  # as `open_cache` gives it
     left_out: Set[str] = frozenset()
-    if config.data.leave_out is not None and config.data.source != "teacher":
+    if config.data.leave_out is not None and config.data.has_images:
         left_out = chosen(own_images(of_images), *held_out_of(config.data.leave_out))
     if not config.validation.held_out and not left_out:
         return cache, Rows(of_images, ())

@@ -88,6 +88,7 @@ class Provenance:
     held_out_loss: float | None = None  # of the weights, as in metrics.jsonl
     control_loss: float | None = None
     control_distance: float | None = None
+    diversity: float | None = None
     recommended: Recommended | None = None  # by a guidance sweep of these weights
     parents: tuple[str, ...] = ()  # the files that it was merged or converted from, in words
     parts: tuple[Part, ...] = ()  # of a merged file: all of them, with what is known of each
@@ -133,7 +134,7 @@ class Provenance:
         return cast(dict[str, Any], _plain(self))
 
 
-_MEASURED = ("step", "held_out_loss", "control_loss", "control_distance")
+_MEASURED = ("step", "held_out_loss", "control_loss", "control_distance", "diversity")
 
 
 class LoraConfig(TypedDict):

@@ -180,7 +180,7 @@ class Data:
 
     fingerprint: str | None = None
     resolution: int | None = None  # pixels along one side
-    source: str | None = None  # images, teacher, mix
+    source: str | None = None  # images, teacher, mix, prompts
     trigger: str | None = None  # what prompts say to get the style
 
 

@@ -48,15 +48,28 @@ def disk(config: Training, planner: Planner) -> Disk:
 
 
 def _records(config: Training, pictures: tuple[int, int] | None) -> int | None:
-    """Rows of all caches: pictures and mirror images, the teacher's samples, the prior's pictures."""
+    """Rows of all caches: pictures, mirror images, the teacher's samples, the prior's pictures, prompts."""
     data, drawn = config.data, 0
-    if data.source != "images":
+    if data.source == "prompts":
+        return _prompts(data)
+    if data.has_samples:
         drawn += data.samples.count
     if isinstance(config, Finetune) and config.prior.prompts is not None:
         drawn += config.prior.count
-    if data.source == "teacher":
+    if not data.has_images:
         return drawn
     return None if pictures is None else drawn + sum(pictures) * (2 if data.flip else 1)
+
+
+def _prompts(data: Data) -> int | None:
+    """Prompts of `data.samples.prompts`; None where they are not here."""
+    from lcm_kit.data.records import prompts
+    from lcm_kit.errors import UserError
+
+    try:
+        return len(prompts(data.samples.prompts))
+    except UserError:
+        return None
 
 
 def _pictures(data: Data) -> tuple[int, int] | None:
@@ -64,7 +77,7 @@ def _pictures(data: Data) -> tuple[int, int] | None:
     from lcm_kit.data.records import open_records
     from lcm_kit.errors import UserError
 
-    if data.source == "teacher":
+    if not data.has_images:
         return None
     local = data.path.startswith(("asset:", "/", ".", "~")) or data.kind == "folder"
     try:

@@ -15,6 +15,7 @@ from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.sizes import FLOAT, Parts, allowance, workspace
 
 PICTURES, SAMPLES, PRIOR = "pictures", "the teacher's samples", "the prior's pictures"
+PROMPTS = "prompts"
 BY_BATCH = (PICTURES, SAMPLES)  # as many at once as `data.batch_size` says; the prior's have their own number
 
 
@@ -40,9 +41,11 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
     """Bytes of each phase by part. Pictures are encoded in float32, samples drawn as `sample.placement`."""
     found: dict[str, Parts] = {}
     prior = isinstance(config, Finetune) and config.prior.prompts is not None
-    if config.data.source != "teacher":
+    if config.data.source == "prompts":  # a pass of a few captions is little beside the encoders
+        found[PROMPTS] = {"text encoders": stage.subject.text * FLOAT, "workspaces": allowance(device)}
+    if config.data.has_images:
         found[PICTURES] = _pictures(config, stage, device)
-    if isinstance(config, Distill) and config.data.source != "images":
+    if isinstance(config, Distill) and config.data.has_samples:
         guided = work.guided(config.data.samples.guidance_scale)
         count = min(_at_once(config, device), config.data.samples.count)
         pipeline = drawn(config, stage, device, count * guided)

@@ -10,6 +10,7 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.plan.dry_run import DryRun
 from lcm_kit.training import validation
+from lcm_kit.training.diversity import PICTURES
 from lcm_kit.training.held_out import TIMES
 
 
@@ -79,6 +80,11 @@ def while_training(config: Training, flops: Mapping[str, float], held: int | Non
     if control:
         each = [control * teacher, times * control * (TIMES if style else each_step)]
         found.append(_aside(f"{control} control prompts, {times} times", flops, *each))
+    if wanted.diversity:
+        count = wanted.diversity * PICTURES
+        few = validation.student_of(config).usual_steps
+        what = f"{PICTURES} pictures of {wanted.diversity} prompts for diversity, {times} times"
+        found.append(_aside(what, flops, count * teacher, times * count * few))
     return found
 
 
@@ -98,7 +104,7 @@ def _aside(what: str, flops: Mapping[str, float], teacher: int, student: int) ->
 def while_encoding(config: Training, flops: Mapping[str, float]) -> list[ExtraPasses]:
     """What is drawn to be trained on."""
     found = []
-    if isinstance(config, Distill) and config.data.source != "images":
+    if isinstance(config, Distill) and config.data.has_samples:
         s = config.data.samples
         passes = s.count * s.steps * guided(s.guidance_scale)
         found.append(ExtraPasses(f"{s.count} samples of the teacher", passes, passes * flops["teacher"]))

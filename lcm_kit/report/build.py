@@ -22,6 +22,7 @@ from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.samplers import sampler_of, title_of
+from lcm_kit.training.overtraining import COLLAPSED, DIVERSITY
 from lcm_kit.training.run_files import config_of, metrics_of
 
 _SHOWN = 8  # pictures a row
@@ -184,6 +185,7 @@ def _plots(results: Results | None, metrics: Sequence[Mapping[str, float]]) -> d
         "loss": plots.curve(metrics, "loss", "consistency loss", log=True),
         "one_step": plots.curve(metrics, "one_step_distance", "one-step distance to the teacher"),
         "control": style.control_curve(metrics, style.figures(metrics, "train/distill")),
+        "diversity": plots.curve(metrics, DIVERSITY, "diversity over the teacher's", level=COLLAPSED),
     }
     return {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in drawn.items()}
 
@@ -245,12 +247,14 @@ def _baked(low: float, high: float) -> str:
 
 
 def _seen(data: Mapping[str, Any]) -> dict[str, str]:
-    """What was trained on: images, the teacher's own samples, or both."""
+    """What was trained on: images, the teacher's own samples, both, or prompts alone."""
     source = data.get("source", "images")
-    images = {"images": data["path"]} if source != "teacher" else {}
-    samples = {"the teacher's samples for": data["samples"]["prompts"]} if source != "images" else {}
-    trigger = {"trigger": data["trigger"]} if data.get("trigger") else {}
-    return {**images, **samples, **trigger}
+    seen = {"images": data["path"]} if source in ("images", "mix") else {}
+    if source in ("teacher", "mix"):
+        seen["the teacher's samples for"] = data["samples"]["prompts"]
+    if source == "prompts":
+        seen["prompts, without pictures"] = data["samples"]["prompts"]
+    return {**seen, **({"trigger": data["trigger"]} if data.get("trigger") else {})}
 
 
 def _style_export(run: Path) -> str | None:

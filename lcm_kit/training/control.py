@@ -24,8 +24,7 @@ from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.text import Captions, TextLora
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config import schema
-from lcm_kit.data.encoder import Encoder, tensors_of
-from lcm_kit.data.transforms import framing
+from lcm_kit.data.encoder import Encoder
 from lcm_kit.errors import UserError
 from lcm_kit.training.held_out import HeldOut, LossesAt, Measures
 from lcm_kit.training.validation import STYLE_STEPS, Fixed, rms, student_of
@@ -95,9 +94,8 @@ class StyleControl(Control):
         """As `Fixed.draw`, and the conditions that the UNet is told of the prompts."""
         base = bases.inspect_base(self.base.path, revision=self.base.revision, variant=self.base.variant)
         encoder = Encoder.load(base, str(pipe.device), vae=False)
-        whole = framing((self.resolution, self.resolution), self.resolution)
-        condition = encoder.condition(self.prompts, [whole] * len(self.prompts))
-        return {**super().draw(adapted, pipe), **tensors_of(condition)}
+        conditions = encoder.of_whole_pictures(self.prompts, self.resolution)
+        return {**super().draw(adapted, pipe), **conditions}
 
     def pictures(self, adapted: AdaptedUNet, text: TextLora | None = None) -> Drawn:
         """What the base draws: made once, then read from the run's folder.

@@ -1,8 +1,8 @@
 """What is measured while a LoRA trains, besides its own loss, and the weights that are the result.
 
-Held-out pictures of the style tell over-training, control prompts tell forgetting (`overtraining.py` has the
-rule and the words). Noise and times are the same in every measurement, so that two differ by the weights
-alone.
+Held-out pictures of the style tell over-training, control prompts tell forgetting, pictures of one prompt
+collapse (`overtraining.py` has the rule and the words). Noise and times are the same in every measurement, so
+that two differ by the weights alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lcm_kit.data.batches import Batch, Samples, draw
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_folder, discard
 from lcm_kit.lora import provenance
-from lcm_kit.training.overtraining import HELD_OUT_LOSS, Measured, of_tables, verdict
+from lcm_kit.training.overtraining import DIVERSITY, HELD_OUT_LOSS, Measured, fallen, of_tables, verdict
 from lcm_kit.training.processes import say
 from lcm_kit.training.run_metrics import Metrics
 from lcm_kit.training.runtime import Saver, main_does, validate
@@ -39,7 +39,7 @@ LossesAt = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 LossesOf = Callable[[Batch], Tensor]
 """A batch -> losses [n]."""
 Measures = dict[str, Callable[[], float]]
-"""Figures of the weights as they are, by name: `HELD_OUT_LOSS`, a key of `TOLERANCE`, or both."""
+"""Figures of the weights as they are, by name: of `HELD_OUT_LOSS`, `DIVERSITY`, the keys of `TOLERANCE`."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,12 @@ class BestCheckpoint:
         """Write the run's adapter: what the rule keeps, or the weights of now if nothing was measured."""
         measured, facts = self._measured(), self.facts(steps)
         kept = measured.best(self._steps())
-        if not kept:
+        if kept:
+            main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
+        else:
+            last = measured.diversity.get(steps)
             with self.weights():
-                self.saver.adapter(facts.of_weights(steps, {}))
-            return
-        main_does(self.saver.accelerator, lambda: self._copy(kept, facts))
+                self.saver.adapter(facts.of_weights(steps, {} if last is None else {DIVERSITY: last}))
         for sentence in verdict(measured, kept):
             say(self.saver.accelerator, f"{self.saver.run}: {sentence}")
 
@@ -144,12 +145,15 @@ class BestCheckpoint:
             for name, measure in self.measures.items():
                 found |= validate(self.saver.accelerator, measure, name)
             found = {name: value for name, value in found.items() if math.isfinite(value)}
-            wanted = self._measured(step, found).candidates([*self._steps(), step])
+            measured = self._measured(step, found)
+            wanted = measured.candidates([*self._steps(), step])
             if step in wanted:  # before the figures are logged: where they are, the weights are
                 facts = self.facts(step).of_weights(step, found)
                 self.saver.adapter(facts, f"{BEST}/step-{step:06d}")
         self.metrics.log(step, **found)
         main_does(self.saver.accelerator, lambda: self._forget(lambda each: each not in wanted))
+        for sentence in fallen(measured, step) if step < self.config.steps else ():  # `finish` says the last
+            say(self.saver.accelerator, f"{self.saver.run}: {sentence}")
 
     def _measured(self, step: int = 0, found: Mapping[str, float] | None = None) -> Measured:
         """The figures until now, and those `found` after `step`: the same on every process."""

@@ -1,4 +1,4 @@
-"""Over-training and forgetting: which of the measured weights are kept, and what the figures say, in words.
+"""Over-training, forgetting, collapse: which measured weights are kept, and what the figures say, in words.
 
 Two figures tell on a run, both measured with the same noise every time: the loss on held-out pictures of
 the style, which falls, and rises again when the trained ones are learned by heart; and one on control
@@ -7,7 +7,8 @@ prompts, which do not name the style, that rises when they are forgotten.
 The rule. A step passes if its control figure is at most the tolerance above the lowest one that was measured,
 step 0 included. Of the steps that pass, the one with the lowest held-out loss is kept; where no picture is
 held out, the last one. If none passes, the least degraded is kept. Without control prompts all pass; where
-nothing is measured, the last weights are the result.
+nothing is measured, the last weights are the result. Diversity chooses nothing, it is told: a method that
+collapses does not come back, and its earlier steps are not yet fit to be a result.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-HELD_OUT_LOSS = "held_out_loss"  # in metrics.jsonl and adapter.json
+HELD_OUT_LOSS, DIVERSITY = "held_out_loss", "diversity"  # in metrics.jsonl and adapter.json
 OVERTRAINED = 0.02  # a last loss this share above the lowest is told as over-training
 CONTROL = {"train/finetune": "control_loss", "train/distill": "control_distance"}  # its name, by the recipe
 # By that name: the share above the lowest that still passes, as measured on tiny-sd
 # (docs/finetuning.md, docs/training.md). The loss may double, since a style that shows in every picture
 # raises it too.
 TOLERANCE = {"control_loss": 1.0, "control_distance": 0.12}
+# Of the teacher's diversity, below which a method is told to collapse. A distillation should keep 0.9; a few
+# prompts' pictures leave some hundredths to chance, and a warning that comes for nothing is not read
+COLLAPSED = 0.7
 HELP = {
     "control_loss": "prior.prompts, fewer steps, a lower optimizer.lr",
     "control_distance": "data.regularization, a higher teacher.weight, fewer steps, a lower optimizer.lr",
@@ -36,6 +40,7 @@ class Measured:
     held_out: Mapping[int, float] = field(default_factory=dict)
     control: Mapping[int, float] = field(default_factory=dict)
     recipe: str = "train/finetune"
+    diversity: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def control_name(self) -> str:
@@ -82,12 +87,22 @@ class Measured:
 
 def of_tables(tables: Mapping[str, Mapping[int, float]], recipe: str) -> Measured:
     """The figures of a run from tables by name, of which those of other names are passed over."""
-    return Measured(tables.get(HELD_OUT_LOSS, {}), tables.get(CONTROL[recipe], {}), recipe)
+    held_out, control, diversity = (tables.get(n, {}) for n in (HELD_OUT_LOSS, CONTROL[recipe], DIVERSITY))
+    return Measured(held_out, control, recipe, diversity)
 
 
 def verdict(measured: Measured, kept: int) -> list[str]:
     """Sentences on the figures of a run, the weights of step `kept` being the result; often none."""
-    return _on_held_out(measured, kept) + _on_control(measured, kept)
+    return _on_held_out(measured, kept) + _on_control(measured, kept) + _on_diversity(measured, kept)
+
+
+def fallen(measured: Measured, step: int) -> list[str]:
+    """What is to be said at once, after `step`: a sentence where diversity was not below its level before."""
+    trained = {at: ratio for at, ratio in measured.diversity.items() if 0 < at <= step}
+    before = max((at for at in trained if at < step), default=None)
+    if trained.get(step, 1.0) >= COLLAPSED or (before is not None and trained[before] < COLLAPSED):
+        return []
+    return [_collapsing(step, trained[step])]
 
 
 def _on_held_out(measured: Measured, kept: int) -> list[str]:
@@ -129,3 +144,18 @@ def _on_control(measured: Measured, kept: int) -> list[str]:
         f"{TOLERANCE[name]:.0%} since step {since}, so what the pictures lack is being forgotten; adapter/ "
         f"holds step {kept}{which}. What helps: {HELP[name]}"
     ]
+
+
+def _on_diversity(measured: Measured, kept: int) -> list[str]:
+    """What is to be said where the result draws too much alike; 0 kept: the last step is the result."""
+    found = measured.diversity
+    step = kept or max(found, default=0)
+    return [_collapsing(step, found[step])] if step and found.get(step, 1.0) < COLLAPSED else []
+
+
+def _collapsing(step: int, ratio: float) -> str:
+    return (
+        f"warning: at step {step} the pictures of one prompt are only {ratio:.2g} times as different from "
+        "each other as the teacher's: the method is collapsing; what helps: a lower optimizer.lr, a start "
+        "from a consistency-distilled LoRA (adapter.start), more different prompts, fewer steps"
+    )

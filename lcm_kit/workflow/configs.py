@@ -181,7 +181,7 @@ def _distill(name: str, output: Path, told: Mapping[str, Any], given: Overrides)
 
 def _without_held_out(distill: Distill, style: Finetune) -> Distill:
     """Without the pictures that the style holds out: the evaluation is then of what no training has seen."""
-    seen = not style.validation.held_out or distill.data.source == "teacher"
+    seen = not style.validation.held_out or not distill.data.has_images
     return replace(distill, data=replace(distill.data, leave_out=None if seen else style.output))
 
 
@@ -190,7 +190,7 @@ def _with_general(distill: Distill, style: Finetune) -> Distill:
 
     The base alone teaches these, so that prompts which do not name the style still draw as before.
     """
-    if style.prior.prompts is None or distill.data.regularization or distill.data.source == "teacher":
+    if style.prior.prompts is None or distill.data.regularization or not distill.data.has_images:
         return distill
     return replace(distill, data=replace(distill.data, regularization=prior.data_of(style).path))
 

@@ -62,7 +62,8 @@ def _seen(story: Story) -> str:
     samples = f"{data.samples.count:,} samples of the styled base"
     general = f" and {_general(story)}" if data.regularization else ""
     images = f"the pictures{general}"
-    return {"images": images, "teacher": samples, "mix": f"{images} and {samples}"}[data.source]
+    mix, prompts = f"{images} and {samples}", f"the prompts of {data.samples.prompts}, no pictures"
+    return {"images": images, "teacher": samples, "mix": mix, "prompts": prompts}[data.source]
 
 
 def _general(story: Story) -> str:
