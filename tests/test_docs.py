@@ -138,7 +138,8 @@ def dotted(value: object, above: str = "") -> Iterator[str]:
         "- **`output`** (required; text): the run's folder",
         "- **`data.regularization_share`** (default `null`; number, more than 0, less than 1, or null): "
         "share of the batches that these have; null: in proportion to their number",
-        "- **`data.samples`** ([Samples](#train-distill-data-samples-samples)): cached in `cache`/teacher",
+        "- **`data.samples`** ([Samples](#train-distill-data-samples-samples)): cached in `cache`/teacher, "
+        "prompts in `cache`/prompts",
         "- **`adapter.start[].weight`** (default `1.0`; number, at least -1,000, at most 1,000)",
         "- **`precision`** (default `auto`; `auto` or `float32` or `float16` or `bfloat16`): "
         "of the UNet; auto: float32 on CPU, else float16",

@@ -76,7 +76,7 @@ def main(config: Distill) -> Path:
     styles = add_teacher_adapters(adapted, config.teacher, base)
     adapted.add_lora(config.adapter, seed=config.seed)
     start = start_from(adapted, config.adapter, base)
-    if isinstance(objective.method, DMD):
+    if isinstance(config.method, DMD):
         adapted.add_lora(config.adapter, name=FAKE, seed=config.seed, on_teacher=True)
 
     # -- Optimizers: one of each LoRA that is trained --------------------------------------------------------

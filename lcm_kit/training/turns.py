@@ -50,6 +50,7 @@ class Turns:
 
     roles: Roles
     student: Learner
+    matching: Matching | None = None  # with what follows, where distributions are matched
     fake: Learner | None = None
     fake_rate: float = 0.0  # its learning rate, the same to the end: it follows what moves
 
@@ -68,7 +69,7 @@ class Turns:
         """For `share` samples a step on this process, after `done` steps, whose losses since the last line
         are `window`. `optimizers`: by name of what is trained.
         """
-        method, adapted = roles.objective.method, roles.adapted
+        method, adapted = config.method, roles.adapted
 
         def learner(name: str, **of: Any) -> Learner:
             weights, optimizer = adapted.parameters(name), optimizers[name]
@@ -80,7 +81,8 @@ class Turns:
         student = learner(roles.name, ema=roles.ema if config.ema else (), window=window)
         if not isinstance(method, DMD):
             return cls(roles, student)
-        return cls(roles, student, learner(FAKE), config.optimizer.lr * method.fake_lr)
+        rate = config.optimizer.lr * method.fake_lr
+        return cls(roles, student, Matching(roles, method), learner(FAKE), rate)
 
     def step(
         self,
@@ -90,16 +92,18 @@ class Turns:
         draws: Sequence[Draws],
         ids: Sequence[str],
     ) -> None:
-        """All turns of step `number` (from 1), whose samples `given` has by part; `draws` as `drawn_at`."""
-        method = self.roles.objective.method
-        if self.fake is None or not isinstance(method, DMD):
+        """All turns of step `number` (from 1), whose samples `given` has by part.
+
+        `draws`: `randomness.turns_of`.
+        """
+        if self.fake is None or self.matching is None:
             self.student.turn(number, rate, lambda part: self.roles.losses(given(part)), ids)
             return
-        matching = Matching(self.roles, method)
         for each in draws[:-1]:
-            losses = partial(_of_parts, matching.fake_losses, given, each)
+            losses = partial(_of_parts, self.matching.fake_losses, given, each)
             self.fake.turn(number, self.fake_rate, losses, ids)
-        self.student.turn(number, rate, partial(_of_parts, matching.losses, given, draws[-1]), ids)
+        losses = partial(_of_parts, self.matching.losses, given, draws[-1])
+        self.student.turn(number, rate, losses, ids)
 
     def settle(self) -> None:
         """Wait until the last updates are known, as `Guard.settle`."""

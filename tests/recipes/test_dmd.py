@@ -100,6 +100,18 @@ def test_the_fake_score_learns_at_its_own_rate(
     assert rates[TRAINED][1] == 1e-2 and rates[TRAINED][0] == 0.5e-2  # the warm-up
 
 
+def test_the_fake_score_learns_where_t_is_chosen_by_another_distribution_too(
+    distill_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {"method": {"name": "dmd", "consistency": 0.5}, "grid": {"sampling": "lognormal"}, "steps": 1}
+    distill.main(configure(distill_keys, tmp_path, **keys))
+    folder = checkpoints.newest(tmp_path)
+    assert folder is not None
+    state = checkpoints.read(folder)
+    assert set(state.optimizers) == {TRAINED, FAKE}
+    assert any(state.lora[key].any() for key in state.lora if key.startswith(f"{FAKE}/") and "lora_B" in key)
+
+
 # -- One step in a straight line -----------------------------------------------------------------------------
 
 
