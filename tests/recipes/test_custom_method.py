@@ -26,7 +26,7 @@ from lcm_kit.config.brand import Brand
 from lcm_kit.config.load import dump, load
 from lcm_kit.config.methods import AnyMethod, Custom, imported
 from lcm_kit.config.sweep import Compose, GuidanceSweep, SweptStudent
-from lcm_kit.core.methods import DEFAULT, LCM, METHODS, MethodInfo
+from lcm_kit.core.methods import DEFAULT, METHODS, MethodInfo
 from lcm_kit.core.schedule import SD_BETAS, Schedule, add_noise
 from lcm_kit.core.solvers import SOLVERS
 from lcm_kit.core.step import consistency_loss
@@ -426,7 +426,10 @@ def test_what_is_no_method_info_is_none(said: Any) -> None:
 def test_the_union_has_every_method_of_the_kit() -> None:
     members = get_args(get_args(AnyMethod)[0])
     tags = [meta.tag for member in members for meta in get_args(member) if isinstance(meta, Tag)]
-    assert tags == [*METHODS, "custom"] and [get_args(member)[0] for member in members] == [LCM, Custom]
+    assert tags == [*METHODS, "custom"] and [get_args(member)[0] for member in members] == [
+        *METHODS.values(),
+        Custom,
+    ]
 
 
 def test_a_config_is_read_without_torch() -> None:
