@@ -46,7 +46,10 @@ class PCM(Method):
 
         from lcm_kit.core.schedule import grid
 
-        edges = torch.cat([torch.zeros(1, dtype=torch.int64), grid(schedule.steps, self.phases)])
+        n = self.phases
+        length = schedule.steps - (schedule.steps - schedule.steps / n)  # with the rounding of DDIM's own
+        below = schedule.steps - length * torch.arange(n - 1, -1, -1, dtype=torch.float64)
+        edges = torch.cat([torch.zeros(1, dtype=torch.int64), below.round().long() - 1])
         points = torch.unique(torch.cat([edges, grid(schedule.steps, n_grid)]))
         index = torch.randint(len(points) - 1, (batch,), generator=generator)
         s = points[index]
