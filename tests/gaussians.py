@@ -83,7 +83,7 @@ def guided_v(x: Tensor, alpha: Tensor, sigma: Tensor, guidance_scale: float) -> 
 def guided_flow(
     schedule: Schedule, x: Tensor, t: Tensor, guidance_scale: float, s: Tensor | None = None, fine: int = 80
 ) -> Tensor:
-    """The guided ODE dx/dphi = v, (cos, sin) phi = (alpha, sigma), from t to s or 0: Runge-Kutta in float64."""
+    """The guided ODE dx/dphi = v, (cos, sin) phi = (alpha, sigma), from t to s, float64 Runge-Kutta."""
     phi_t, phi_s = (
         torch.atan2(schedule.sigma[time], schedule.alpha[time]).double()[:, None]
         for time in (t, torch.zeros_like(t) if s is None else s)

@@ -1,4 +1,4 @@
-"""TCD and PCM: against derivations from their papers, at exact ends, and as diffusers' schedulers draw them."""
+"""TCD and PCM: against derivations from their papers, at exact ends, and drawn by diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -407,7 +407,7 @@ def beside(student: Predict, wanted: dict[tuple[int, int], Tensor]) -> list[floa
 
 @GUIDANCE
 def test_tcd_learns_the_best_ends_that_one_answer_allows(scale: float, solver: str) -> None:
-    """And how far these are from the truth: 0.26 and 0.31 from pure noise to a picture, less for near ends."""
+    """And how far that is from the truth: 0.26 and 0.31 from pure noise to a picture, less for near ends."""
     wanted = compromise(scale)
     found = beside(distil(scale, solver, method=TCD()), wanted)
     assert max(found) < BOUND, dict(zip(ENDS, found, strict=True))
