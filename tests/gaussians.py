@@ -80,10 +80,15 @@ def guided_v(x: Tensor, alpha: Tensor, sigma: Tensor, guidance_scale: float) -> 
     return uncond + guidance_scale * (BRAND.v(x, alpha, sigma) - uncond)
 
 
-def guided_flow(schedule: Schedule, x: Tensor, t: Tensor, guidance_scale: float, fine: int = 80) -> Tensor:
-    """The guided ODE dx/dphi = v, (cos, sin) phi = (alpha, sigma), from t to 0: Runge-Kutta in float64."""
-    y, phi = x[..., 0, 0].double(), torch.atan2(schedule.sigma[t], schedule.alpha[t]).double()[:, None]
-    h = (torch.atan2(schedule.sigma[0], schedule.alpha[0]).double() - phi) / fine
+def guided_flow(
+    schedule: Schedule, x: Tensor, t: Tensor, guidance_scale: float, s: Tensor | None = None, fine: int = 80
+) -> Tensor:
+    """The guided ODE dx/dphi = v, (cos, sin) phi = (alpha, sigma), from t to s, float64 Runge-Kutta."""
+    phi_t, phi_s = (
+        torch.atan2(schedule.sigma[time], schedule.alpha[time]).double()[:, None]
+        for time in (t, torch.zeros_like(t) if s is None else s)
+    )
+    y, phi, h = x[..., 0, 0].double(), phi_t, (phi_s - phi_t) / fine
 
     def slope(y: Tensor, phi: Tensor) -> Tensor:
         return guided_v(y, phi.cos(), phi.sin(), guidance_scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES
-from lcm_kit.core.methods import LCM
+from lcm_kit.core.methods import LCM, Method
 from lcm_kit.core.prediction import Predict, predictor
 from lcm_kit.core.schedule import Schedule, add_noise, grid_steps, interval_weight
 from lcm_kit.core.solvers import SOLVERS
@@ -49,6 +49,7 @@ def distil(
     guidance_scale: float,
     solver: str,
     *,
+    method: Method | None = None,
     wrong_target: bool = False,
     teacher_weight: float = 1.0,
     distance: Loss = L2,
@@ -61,7 +62,7 @@ def distil(
     """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    network, method = Correction(), LCM()
+    network, method = Correction(), method or LCM()
     scales = torch.full((BATCH,), guidance_scale)
     student = predictor(lambda x, t: velocity(BRAND, x, t) + network(x, t), SCHEDULE, "v_prediction")
     teacher = predictor(

@@ -144,7 +144,9 @@ def trailing(steps: int, n: int) -> Tensor:
     """
     if n < 1 or n > steps:
         raise UserError(f"{n} steps of a sampler are impossible on {steps} timesteps; give 1 to {steps}")
-    return torch.tensor([round(steps - i * steps / n) - 1 for i in range(n)][::-1])
+    length = steps - (steps - steps / n)  # with the rounding of a range of floats, which theirs is
+    begin = steps - length * torch.arange(n - 1, -1, -1, dtype=torch.float64)
+    return begin.round().long() - 1
 
 
 def interval_weight(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
