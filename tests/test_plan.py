@@ -40,6 +40,7 @@ from lcm_kit.plan import (
     disk,
     encoding,
     estimate,
+    phases,
     probe,
     show,
     sizes,
@@ -332,7 +333,7 @@ def test_a_cpu_maps_the_file_of_the_weights(tiny: Planner) -> None:
     here = Planner(tiny.stage, "cpu")
     assert tiny.stage.subject.stored == torch.float16
     assert here(config()).staying["base weights"] == 4 * numbers.base
-    loading = estimate._host(config(), tiny.stage, torch.float32, {})["loading"]
+    loading = phases.on_the_host(config(), tiny.stage, torch.float32, {})["loading"]
     assert sum(loading.values()) == 6 * numbers.base
     # stored as it is used: quantised layers come on top of a file that stays mapped
     stage = copy(tiny.stage)

@@ -10,6 +10,7 @@ The base's text encoders can have LoRAs that are trained with the UNet's, as one
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -295,7 +296,9 @@ def _inject(model: Any, config: Any, name: str, seed: int) -> None:
 
     if name in getattr(model, "peft_config", {}):
         raise ValueError(f"the model has an adapter {name!r} already; add a LoRA to one that has none")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft warns of a second LoRA on one model, which is what is wanted here
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, name)
     model._hf_peft_config_loaded = True  # diffusers' and transformers' own flag, as after their `add_adapter`

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lcm_kit.adapter.roles import Given, Roles
+from lcm_kit.adapter import roles as consistency
+from lcm_kit.adapter.roles import Given, Objective, Roles
+from lcm_kit.config.schema import Distill
 from lcm_kit.core.losses import LOSSES
 from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_loss, walk
 from lcm_kit.core.methods import DMD
@@ -66,3 +68,29 @@ class Matching:
 
     def _fake(self, given: Given) -> Predict:
         return self.roles.predict(partial(self.roles.output, "fake", given.condition))
+
+
+def place_in_the_mean(method: DMD) -> float:
+    """How many steps of its trajectory come before the one that a turn teaches, in the mean.
+
+    Each of `method.steps` is drawn as often, and in it each step.
+    """
+    return sum((n - 1) / 2 for n in method.steps) / len(method.steps)
+
+
+def passes(config: Distill, method: DMD) -> dict[str, float]:
+    """How often a step asks each part for a sample, in the mean over the trajectories, guidance being two.
+
+    As `roles.passes`, its consistency loss with it, where "student" is what has a gradient. "trajectory": the
+    student without, in all turns; "fake score": its answers to the student's turn; "fake score, trained":
+    forward and backward.
+    """
+    found, place, updates = consistency.passes(config), place_in_the_mean(method), method.fake_updates
+    return {
+        "teacher": found["teacher"] + Objective.of(config).rows["teacher"],
+        "target": found["target"],
+        "student": found["student"] + 1,
+        "trajectory": place + updates * (place + 1),  # a fake score's turn takes the sample from there too
+        "fake score": 1,
+        "fake score, trained": updates,
+    }

@@ -24,7 +24,7 @@ from lcm_kit.config.methods import imported
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES, adapted_c
-from lcm_kit.core.methods import Method, Progressive, Stage, Times
+from lcm_kit.core.methods import DMD, Method, Progressive, Stage, Times
 from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
@@ -273,7 +273,11 @@ def in_units(distance: Loss, unit: Tensor) -> Loss:
 
 
 def passes(config: Distill) -> dict[str, float]:
-    """How often a step asks each part for a sample, in the mean over the run, guidance being two."""
+    """How often a step's consistency loss asks each part for a sample, in the mean over the run, guidance
+    being two: never where there is none (`matching.passes` has what else a step asks for).
+    """
+    if isinstance(config.method, DMD) and not config.method.consistency:
+        return dict.fromkeys(PARTS, 0)
     if not config.stages:
         return dict(_passes(config, stage_at(config, config.steps - 1)))
     counted = {stage: _passes(config, stage) for stage in config.stages}

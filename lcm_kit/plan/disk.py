@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.data.records import GENERAL
+from lcm_kit.plan import work
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.sizes import FLOAT, moment_bytes
 
@@ -36,7 +37,8 @@ def disk(config: Training, planner: Planner) -> Disk:
     numbers += subject.pooled + 6 if subject.pooled else 0
     weights = planner.weights(config)
     lora = FLOAT * sum(weights.lora)
-    state = lora + moment_bytes(config, weights) + (lora if config.second_set else 0)
+    trained = 2 if work.matched(config) else 1  # LoRAs, each with its moments
+    state = trained * (lora + moment_bytes(config, weights)) + (lora if config.second_set else 0)
     found = _pictures(config.data)
     share = config.validation.held_out
     chosen = share or config.validation.control

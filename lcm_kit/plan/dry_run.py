@@ -5,7 +5,6 @@ It gives FLOPs (a multiply-add counts as two) and the bytes that each pass holds
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
+from lcm_kit.adapter.matching import FAKE
 from lcm_kit.bases import memory
 from lcm_kit.config.schema import Adapter
 from lcm_kit.lora.structure import empty_unet
@@ -59,8 +59,10 @@ class DryRun:
     """
 
     teacher: Pass  # of one sample: guidance asks for two
-    student: Pass  # forward and backward; with prior preservation two forwards, and one backward through both
+    # forward and backward; or two forwards and one backward through both, as `MetaModel.rehearse`
+    student: Pass
     forward: float  # FLOPs of the student's forwards alone; of the target's
+    graph: Held  # what the first of them leaves for the backward
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class MetaModel:
     adapter: Adapter
     style: Style | None = None
     text_rank: int | None = None  # of the text encoders' LoRA; None: captions are encoded beforehand
+    fake: bool = False  # whether a fake score's LoRA is trained beside it
     _kept: dict[Any, Any] = field(default_factory=dict)
     _built: dict[torch.dtype, Built] = field(default_factory=dict)
 
@@ -128,38 +131,57 @@ class MetaModel:
         bare = list(adapted.unet.parameters())
         for p in bare:
             p.data = p.data.to(dtype)
-        with torch.device("meta"), warnings.catch_warnings():
-            # there are two adapters, as there should
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        with torch.device("meta"):
             put_on(adapted, self.style)
             style = sum(p.numel() for n, p in adapted.unet.named_parameters() if ".lora_" in n)
             lora = adapted.add_lora(self.adapter)
+            if self.fake:
+                adapted.add_lora(self.adapter, name=FAKE, on_teacher=True)
             adapted.make_fast()
         return Built(adapted, bare, lora, style)
 
     def rehearse(
-        self, resolution: int, dtype: torch.dtype, *, checkpointing: bool, pair: bool = False
+        self,
+        resolution: int,
+        dtype: torch.dtype,
+        *,
+        checkpointing: bool,
+        pair: bool = False,
+        fake: bool = False,
     ) -> DryRun:
         """The passes at `resolution` pixels with the frozen weights in `dtype`.
 
-        `pair`: a sample of the base's own beside each one, as prior preservation has it.
+        `pair`: two forwards and one backward through both, as prior preservation has it, and distribution
+        matching with a consistency loss. `fake`: the fake score in the student's place.
         """
-        key = (resolution, dtype, checkpointing, pair)
+        fake = fake and self._fake_differs
+        key = (resolution, dtype, checkpointing, pair, fake)
         if key not in self._kept:
             unet = self.built(dtype).adapted.unet
             if checkpointing:
                 unet.enable_gradient_checkpointing(checkpoint)
             else:
                 unet.disable_gradient_checkpointing()
-            self._kept[key] = self._pass(resolution, dtype, 2 if pair else 1, checkpointing=checkpointing)
+            with self.built(dtype).adapted.using(FAKE) if fake else nullcontext():
+                forwards = 2 if pair else 1
+                self._kept[key] = self._pass(resolution, dtype, forwards, checkpointing=checkpointing)
         return DryRun(self.drawing(resolution, dtype), *self._kept[key])
 
-    def drawing(self, resolution: int, dtype: torch.dtype, *, lora: bool = False) -> Pass:
-        """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained."""
-        key = (resolution, dtype, lora)
+    @property
+    def _fake_differs(self) -> bool:
+        """Whether the fake score's passes differ from the student's: it has the teacher's style always."""
+        return self.style is not None and not self.style.in_student
+
+    def drawing(self, resolution: int, dtype: torch.dtype, *, lora: bool = False, fake: bool = False) -> Pass:
+        """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained,
+        which is the student, or `fake`.
+        """
+        fake = fake and self._fake_differs
+        key = (resolution, dtype, lora, fake)
         if key not in self._kept:
-            teacher = self.built(dtype).adapted.teacher
-            with torch.no_grad(), nullcontext() if lora else teacher():
+            adapted = self.built(dtype).adapted
+            on = adapted.using(FAKE) if fake else nullcontext()
+            with torch.no_grad(), on if lora else adapted.teacher():
                 self._kept[key] = self._pass(resolution, dtype)[0]
         return self._kept[key]
 
@@ -171,8 +193,8 @@ class MetaModel:
 
     def _pass(
         self, resolution: int, dtype: torch.dtype, forwards: int = 1, *, checkpointing: bool = False
-    ) -> tuple[Pass, float]:
-        """One pass of n samples, and the FLOPs of its forwards alone, of one sample."""
+    ) -> tuple[Pass, float, Held]:
+        """One pass of n samples, FLOPs of its forwards alone, of one sample, and what the first leaves."""
         side, built = resolution // self.subject.structure.factor, self.built(dtype)
         unet, gradients = built.adapted.unet, built.adapted.gradient_bytes()
         ranks = [self.adapter.rank, *(self.style.ranks.values() if self.style else ())]
@@ -185,7 +207,8 @@ class MetaModel:
         if self.text:
             ledger.ignore(self.text.parameters())
         with ledger:
-            outputs = []
+            outputs: list[Tensor] = []
+            left: Held | None = None
             for _ in range(forwards):
                 if self.text and torch.is_grad_enabled():
                     encoded = self.text.encode(n, checkpointing=checkpointing)
@@ -195,6 +218,7 @@ class MetaModel:
                     del encoded
                 with Kernels():
                     outputs.append(unet(**inputs).sample.float())
+                left = left or ledger.held()
             forward = ledger.flops
             if torch.is_grad_enabled():
                 loss = torch.stack([output.square().mean() for output in outputs]).sum()
@@ -202,7 +226,8 @@ class MetaModel:
                 torch.autograd.backward(loss)
         for p in [*built.lora, *(self.text.lora if self.text else ())]:
             p.grad = None
-        return Pass(ledger.flops / n, largest(ledger.moments)), forward / n
+        assert left is not None
+        return Pass(ledger.flops / n, largest(ledger.moments)), forward / n, left
 
     def _inputs(self, n: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
         def empty(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Bytes by part and by phase. The peak is that of the highest phase: the phases' passing bytes never meet.
 
-Passing bytes are the dry run's; what stays is counted in closed form (`sizes.py`). The model of kernels'
-own workspaces and that of the CPU's allocator are the only parts that are measured (docs/plan.md).
+Passing bytes are the dry run's (`phases.py`); what stays is counted in closed form (`sizes.py`). The model of
+kernels' own workspaces and that of the CPU's allocator are the only parts that are measured (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lcm_kit.adapter import roles
-from lcm_kit.config.finetune import Finetune
-from lcm_kit.config.schema import Adapter, Distill, Training
-from lcm_kit.plan import encoding, evaluating, work
-from lcm_kit.plan.dry_run import DryRun, MetaModel, Pass, Weights
-from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes, workspace
+from lcm_kit.config.schema import Adapter, Training
+from lcm_kit.plan import encoding, evaluating, phases, work
+from lcm_kit.plan.dry_run import DryRun, MetaModel, Weights
+from lcm_kit.plan.sizes import FLOAT, GIB, Parts, base_bytes, dtype_of, moment_bytes
 from lcm_kit.plan.text import rank_of
-from lcm_kit.plan.tracker import Held
 
 CONTEXT = 1.0  # GiB that CUDA's context, its libraries and the desktop take, or Python and its libraries
 MARGIN = 0.1  # of what is left of a card: for gaps between blocks, and for the estimate's own error
@@ -154,22 +151,23 @@ class Planner:
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
-        phases = _phases(config, dry_run, stage, dtype, self.device)
+        fake = self.rehearse(config, fake=True) if work.matched(config) else None
+        passing = phases.of_training(config, dry_run, fake, stage, dtype, self.device)
         if self.device == "cpu":
-            phases |= _host(config, stage, dtype, staying)
+            passing |= phases.on_the_host(config, stage, dtype, staying)
         return Estimate(
-            config, self.device, dtype, stage.weights, staying, phases,
+            config, self.device, dtype, stage.weights, staying, passing,
             encoding.phases(config, stage, self.device), evaluating.by_batch(config, stage, self.device),
-            work.flops_of_step(config, dry_run),
+            work.flops_of_step(config, dry_run, fake),
             0 if self.device == "cuda" or self.returning else self._gaps(config),
         )  # fmt: skip
 
-    def rehearse(self, config: Training, *, checkpointing: bool | None = None) -> DryRun:
-        """The passes of a step; `checkpointing` in place of the config's."""
+    def rehearse(self, config: Training, *, checkpointing: bool | None = None, fake: bool = False) -> DryRun:
+        """The passes of a step, or those of the `fake` score; `checkpointing` in place of the config's."""
         return self.stage_of(config).rehearse(
             config.data.resolution, dtype_of(config, self.device),
             checkpointing=config.gradient_checkpointing if checkpointing is None else checkpointing,
-            pair=work.pairs(config),
+            pair=not fake and work.graphs(config) == 2, fake=fake,
         )  # fmt: skip
 
     def _gaps(self, config: Training) -> int:
@@ -178,9 +176,10 @@ class Planner:
 
     def stage_of(self, config: Training) -> MetaModel:
         """The stage; another one where what is trained is of another size."""
-        wanted = (*_size(config.adapter), rank_of(config))
-        if wanted != (*_size(self.stage.adapter), self.stage.text_rank):
-            self.stage = MetaModel(self.stage.subject, config.adapter, self.stage.style, rank_of(config))
+        here, fake = self.stage, work.matched(config) is not None
+        wanted = (*_size(config.adapter), rank_of(config), fake)
+        if wanted != (*_size(here.adapter), here.text_rank, here.fake):
+            self.stage = MetaModel(here.subject, config.adapter, here.style, rank_of(config), fake)
         return self.stage
 
     def weights(self, config: Training) -> Weights:
@@ -194,96 +193,15 @@ def _size(adapter: Adapter) -> tuple[int, str]:
 
 def _staying(config: Training, stage: MetaModel, dtype: torch.dtype) -> dict[str, int]:
     weights = stage.weights
-    lora = FLOAT * sum(weights.lora)
+    lora, moments = FLOAT * sum(weights.lora), moment_bytes(config, weights)
+    fake = work.matched(config) is not None
     return {
         "base weights": base_bytes(config, weights, dtype),
         **({"text encoders": FLOAT * stage.subject.text} if rank_of(config) else {}),
         "teacher's adapters": FLOAT * weights.style,
         "LoRA weights": lora,
-        "optimizer moments": moment_bytes(config, weights),
+        **({"fake score's LoRA": lora} if fake else {}),
+        "optimizer moments": moments * (2 if fake else 1),
         "EMA of the LoRA": lora if config.ema else 0,
         **({"LoRA of the stage before": lora} if config.stages else {}),
     }
-
-
-def _phases(
-    config: Training, dry_run: DryRun, stage: MetaModel, dtype: torch.dtype, device: str
-) -> dict[str, Parts]:
-    """What passes: activations, gradients, conditions, workspaces."""
-    batch, alone, weights = config.batch_size, config.accumulation == 1, stage.weights
-    lora, quantized = FLOAT * sum(weights.lora), config.memory.quantize != "none"
-    workspaces = workspace(weights, dtype, device, expanded=quantized)
-
-    def parts(held: Held, samples: int) -> dict[str, int]:
-        # with accumulation the gradients of the micro-batches before are there besides
-        return {
-            "gradients": round(held.gradients) + (0 if alone else lora),
-            "activations": round(held.at(samples, gradients=False)),
-            "conditions": _conditions(config, stage, dtype, device, samples), "workspaces": workspaces,
-        }  # fmt: skip
-
-    found: dict[str, Parts] = {}
-    rows = roles.Objective.of(config).rows["teacher"] * batch if isinstance(config, Distill) else batch
-    if isinstance(config, Distill) and roles.passes(config)["teacher"]:
-        found["teacher pass"] = parts(dry_run.teacher.highest(rows), rows)
-    held = dry_run.student.highest(batch, gradients=True)
-    found["student pass"] = parts(held, batch)
-    found["optimizer step"] = {"gradients": lora}  # fused AdamW makes no copies
-    if config.validation.held_out:
-        guided = "teacher pass" in found
-        plain, samples = (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype), batch)
-        held_at = round(plain.highest(samples).at(samples))
-        found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
-    if config.validation.prompts is not None or config.validation.control is not None:
-        found["validation"] = _validation(config, dry_run, stage, dtype, device)
-    return found
-
-
-def _conditions(config: Training, stage: MetaModel, dtype: torch.dtype, device: str, samples: int) -> int:
-    """Embeddings of the captions: those of a pass, and on a CPU those of the whole step's batch."""
-    subject, pair = stage.subject, 2 if work.pairs(config) else 1
-    numbers = subject.tokens * subject.structure.width + subject.pooled
-    size = samples * pair * numbers * dtype.itemsize
-    if device == "cpu":
-        size += FLOAT * config.batch_size * config.accumulation * pair * numbers
-    return size
-
-
-def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype) -> Pass:
-    return stage.drawing(config.data.resolution, dtype, lora=True)
-
-
-def _host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
-    """What costs the machine's memory and none of a GPU's: loading the base, copies of what is saved."""
-    weights, stored = stage.weights, stage.subject.stored
-    # all layers before the first is in few bits, and the file, if its numbers are others
-    full = weights.base * (dtype.itemsize + (stored.itemsize if stored and stored != dtype else 0))
-    return {
-        "loading": {"weights in full": max(0, full - sum(staying.values()))},
-        # the LoRA, and once more in the file's form as safetensors builds it and gives it back; the EMA
-        "saving": {"copies of the LoRA": FLOAT * sum(weights.lora) * (4 if config.second_set else 3)},
-    }
-
-
-def _validation(
-    config: Training, dry_run: DryRun, stage: MetaModel, dtype: torch.dtype, device: str
-) -> Parts:
-    """All pictures at once, with guidance: drawn by the teacher, a guided student or a style; decoded."""
-    count, subject = config.validation.count, stage.subject
-    with_lora = isinstance(config, Finetune) or work.student_guidance(config) > 1
-    drawn = _drawing(config, stage, dtype) if with_lora else dry_run.teacher
-    samples = count * work.guided(config.validation.guidance_scale)
-    drawing = drawn.highest(samples).at(samples)
-    vae, decoding = encoding.decoder(stage, config.data.resolution, count, dtype)
-    # those that are trained are there already; a style's control prompts are encoded beside the pipeline
-    each = 0 if rank_of(config) else dtype.itemsize
-    each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0
-    text = {"text encoders": subject.text * each} if each else {}
-    return {
-        **text,
-        "VAE": round(vae),
-        "activations": round(max(drawing, decoding)),
-        "workspaces": workspace(
-            stage.weights, dtype, device, expanded=config.memory.quantize != "none"
-        ),
-    }  # fmt: skip

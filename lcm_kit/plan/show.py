@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lcm_kit import console
+from lcm_kit.adapter.matching import place_in_the_mean
 from lcm_kit.config.schema import Training
 from lcm_kit.console import Table, say
 from lcm_kit.plan import work
@@ -13,6 +14,7 @@ from lcm_kit.plan.advice import Option
 from lcm_kit.plan.disk import Disk
 from lcm_kit.plan.encoding import PRIOR, SAMPLES
 from lcm_kit.plan.estimate import CONTEXT, MARGIN, Estimate, Stage, room
+from lcm_kit.plan.phases import FAKE_TURN, STUDENT_TURN
 from lcm_kit.plan.sizes import GIB
 from lcm_kit.plan.work import ExtraPasses
 
@@ -61,10 +63,11 @@ def facts(
 ) -> None:
     """Parameters, FLOPs of a step and of what else is drawn, disk; memory by part and by phase."""
     weights, lora = estimate.weights, sum(estimate.weights.lora)
+    beside = ", and as many of the fake score's" if work.matched(estimate.config) else ""
     styled = f", {weights.style / 1e6:.2f}M of the teacher's adapters" if weights.style else ""
     say(
-        f"parameters: {weights.base / 1e6:.1f}M of the UNet{styled}, frozen; {lora / 1e6:.2f}M of the LoRA, "
-        "trained"
+        f"parameters: {weights.base / 1e6:.1f}M of the UNet{styled}, frozen; {lora / 1e6:.2f}M of the LoRA"
+        f"{beside}, trained"
     )
     _computed(estimate, asides, drawn)
     say(
@@ -236,6 +239,9 @@ def probe(measured: Probe, estimate: Estimate) -> None:
     say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
     if estimate.config.stages:
         say("  of the first stage, whose teacher is asked most: steps of later ones are shorter")
+    if method := work.matched(estimate.config):
+        tried, mean = work.place_on_trial(method), place_in_the_mean(method)
+        say(f"  steps of a trajectory before the one that is taught: {tried} here, {mean:g} in the mean")
     if measured.compiled:
         say(f"  the first step, which compiles, took {span(measured.first)}")
         say("  what compiled code holds is measured here, and no part of any estimate")
@@ -244,7 +250,7 @@ def probe(measured: Probe, estimate: Estimate) -> None:
 
 def _expected(estimate: Estimate) -> int:
     """The highest of the phases that a probe goes through."""
-    probed = ("loading", "teacher pass", "student pass", "optimizer step")
+    probed = ("loading", "teacher pass", "student pass", FAKE_TURN, STUDENT_TURN, "optimizer step")
     passing = max(estimate.passing(phase) for phase in probed if phase in estimate.phases)
     return sum(estimate.staying.values()) + passing + estimate.gaps
 

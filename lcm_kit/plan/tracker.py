@@ -91,7 +91,11 @@ class Ledger(TorchDispatchMode):
         kind = self._kind(size)
         self._live[key] = (kind, weakref.ref(storage, lambda _: self._free(key, size)))
         self._sums[kind] += size
-        self.moments.append(Held(self._sums[0] / self.batch, self._sums[1], self._sums[2]))
+        self.moments.append(self.held())
+
+    def held(self) -> Held:
+        """What is there now."""
+        return Held(self._sums[0] / self.batch, self._sums[1], self._sums[2])
 
     def _kind(self, size: int) -> int:
         """0: a sample's, 1: fixed, 2: a gradient."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lcm_kit.adapter import roles
+from lcm_kit.adapter import matching, roles
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
+from lcm_kit.core.methods import DMD
 from lcm_kit.plan.dry_run import DryRun
 from lcm_kit.training import validation
 from lcm_kit.training.diversity import PICTURES
@@ -28,6 +29,22 @@ def pairs(config: Training) -> bool:
     return isinstance(config, Finetune) and config.prior.prompts is not None
 
 
+def matched(config: Training) -> DMD | None:
+    """The method, where it trains a fake score beside the student."""
+    return config.method if isinstance(config, Distill) and isinstance(config.method, DMD) else None
+
+
+def place_on_trial(method: DMD) -> int:
+    """The step of the longest trajectory that a probe tries: with as many before it as come in the mean."""
+    return min(round(matching.place_in_the_mean(method)), method.steps[-1] - 1)
+
+
+def graphs(config: Training) -> int:
+    """Forwards of what is trained that one backward goes through."""
+    method = matched(config)
+    return 2 if pairs(config) or (method and method.consistency) else 1
+
+
 def guided(guidance_scale: float) -> int:
     """Passes of the UNet for one step of one picture."""
     return 2 if guidance_scale > 1 else 1
@@ -40,11 +57,25 @@ def student_guidance(config: Training) -> float:
     return config.validation.guidance_scale
 
 
-def flops_of_step(config: Training, dry_run: DryRun) -> dict[str, float]:
-    """FLOPs of an optimizer step on one process, in the mean, by part; no part for what is left out."""
-    samples = config.batch_size * config.accumulation
+def flops_of_step(config: Training, dry_run: DryRun, fake: DryRun | None) -> dict[str, float]:
+    """FLOPs of an optimizer step on one process, in the mean, by part; no part for what is left out.
+
+    `fake`: the fake score's passes, where there is one.
+    """
+    samples, method = config.batch_size * config.accumulation, matched(config)
     found: dict[str, float] = {}
-    if isinstance(config, Distill):
+    if fake and method and isinstance(config, Distill):
+        asked, one = matching.passes(config, method), dry_run.forward / graphs(config)
+        trained = asked["fake score, trained"]
+        found = {
+            "trajectory": asked["trajectory"] * one * samples,
+            "teacher": asked["teacher"] * dry_run.teacher.flops * samples,
+            "fake score forward": (asked["fake score"] + trained) * fake.forward * samples,
+            "fake score backward": trained * (fake.student.flops - fake.forward) * samples,
+        }
+        if asked["target"]:
+            found["target"] = asked["target"] * one * samples
+    elif isinstance(config, Distill):
         teacher, student = _of_loss(config)
         if teacher:
             found["teacher"] = teacher * dry_run.teacher.flops * samples / config.teacher.reuse
@@ -117,4 +148,4 @@ def while_encoding(config: Training, flops: Mapping[str, float]) -> list[ExtraPa
 
 def of_forwards(config: Training, dry_run: DryRun) -> dict[str, float]:
     """FLOPs of a pass of one sample without and with the LoRA that is trained."""
-    return {"teacher": dry_run.teacher.flops, "student": dry_run.forward / (2 if pairs(config) else 1)}
+    return {"teacher": dry_run.teacher.flops, "student": dry_run.forward / graphs(config)}
