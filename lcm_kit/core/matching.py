@@ -9,6 +9,7 @@ real score is the guided teacher, the fake one a network that is trained on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,13 +66,13 @@ def walk(
     gradient: each step is taught alone, from what those before it give when somebody draws (DMD2, section
     4.5).
     """
-    x, at = draws.noise.float(), draws.t.new_tensor
+    x, at = draws.noise.float(), partial(torch.full_like, draws.t)  # a fill, which no host waits for
     with torch.no_grad():
         for i in range(draws.step):
-            t, s = (at(points[j]).expand(len(x)) for j in (i, i + 1))
+            t, s = at(points[i]), at(points[i + 1])
             x0, eps = student(x, t)
             x = add_noise(schedule, x0, draws.renewed[:, i], s) if renew else landed(schedule, x0, eps, s)
-    return x, at(points[draws.step]).expand(len(x))
+    return x, at(points[draws.step])
 
 
 def matching_gradient(real: Predict, fake: Predict, schedule: Schedule, x0: Tensor, draws: Draws) -> Tensor:
