@@ -61,7 +61,7 @@ def config_of(plan: Plan, output: Path, name: str, seed: int) -> Training:
         "output": str(output / f"{name}-{seed}" / "run"),
         "seed": seed,
         "data.cache": str(output / "cache" / Path(plain.data.cache).name),
-        "validation.prompts": None, "validation.every": 0,
+        "validation.prompts": None, "validation.every": 0, "validation.diversity": 0,
         "checkpoint.every": plan.every(plain.steps), "checkpoint.keep": 1000,
         "logging.trackers": [],
     }  # fmt: skip
