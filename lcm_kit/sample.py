@@ -107,13 +107,19 @@ def pipeline(
     return pipe
 
 
+# What diffusers warns of and we want: (module, how it begins). Of every LoRA without text encoder weights
+# that it has none, and of `lcm:399` that its step does not begin at the last timestep
+_UNET_ONLY = "loaders.lora_base", "No LoRA keys associated to CLIPTextModel"
+_OWN_TIMESTEP = "schedulers.scheduling_lcm", "The first timestep on the custom timestep schedule"
+
+
 @contextlib.contextmanager
-def _expecting_unet_only() -> Iterator[None]:
-    """Mute what diffusers says of every LoRA without text encoder weights: that it has none (safe)."""
-    logger = logging.getLogger("diffusers.loaders.lora_base")
+def _expecting(module: str, beginning: str) -> Iterator[None]:
+    """Mute one warning of diffusers."""
+    logger = logging.getLogger(f"diffusers.{module}")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No LoRA keys associated to CLIPTextModel")
+        return not record.getMessage().startswith(beginning)
 
     logger.addFilter(keep)
     try:
@@ -129,7 +135,7 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
     """
     file = adapter_file(adapter)
     try:
-        with _expecting_unet_only():
+        with _expecting(*_UNET_ONLY):
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
@@ -220,11 +226,12 @@ def latents(
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     pipe.scheduler = scheduler(sampler, own.config)
     try:
-        drawn = pipe(
-            list(prompts), generator=streams, height=height, width=width, output_type="latent",
-            latents=noise.to(pipe.device, pipe.unet.dtype),
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-            **call_settings(sampler, steps, guidance_scale),
+        with _expecting(*_OWN_TIMESTEP):
+            drawn = pipe(
+                list(prompts), generator=streams, height=height, width=width, output_type="latent",
+                latents=noise.to(pipe.device, pipe.unet.dtype),
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+                **call_settings(sampler, steps, guidance_scale),
         ).images  # fmt: skip
     finally:
         pipe.scheduler = own

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -250,6 +251,25 @@ def test_what_the_one_step_learned_is_what_diffusers_draws(distill_keys: dict[st
         raw = mine.adapted.unet(mine.draws.noise, scheduler.timesteps[0], **mine.named.kwargs()).sample
         found = scheduler.step(raw, scheduler.timesteps[0], mine.draws.noise).denoised
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_picture_of_one_step_at_a_timestep_of_its_own(
+    distill_keys: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = sample.pipeline(distill_keys["base"]["path"])
+    diffusers.utils.logging.enable_propagation()
+    try:
+        drawn = sample.latents(pipe, ["picture a"], sampler="lcm:399", steps=1, seed=5)
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not caplog.records  # diffusers warns of such timesteps, which are what is wanted
+    schedule, t = Schedule.from_config(pipe.scheduler.config), torch.tensor([399])
+    noise = torch.randn(drawn.shape[1:], generator=sample.generators(5, 0, 1)[0])[None]
+    with torch.no_grad():
+        text = pipe.encode_prompt("picture a", "cpu", 1, False)[0]
+        raw = pipe.unet(noise, t, text).sample
+    x0, _ = to_x0_eps(schedule, pipe.scheduler.config.prediction_type, raw, noise, t)
+    torch.testing.assert_close(drawn, x0, atol=1e-4, rtol=1e-4)
 
 
 def test_the_consistency_loss_stays_on_at_its_weight(distill_keys: dict[str, Any]) -> None:
