@@ -45,7 +45,7 @@ def test_every_stage_draws_the_student_as_it_was_trained(
     plain = sample.latents
 
     def watched(pipe: Any, prompts: Any, **how: Any) -> torch.Tensor:
-        drawn.append((how["sampler"], how["steps"], how["guidance_scale"]))
+        drawn.append((how["sampler"], how["steps"], how.get("guidance_scale", 1.0)))
         return plain(pipe, prompts, **how)
 
     monkeypatch.setattr(sample, "latents", watched)
