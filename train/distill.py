@@ -77,7 +77,7 @@ def main(config: Distill) -> Path:
     adapted.add_lora(config.adapter, seed=config.seed)
     start = start_from(adapted, config.adapter, base)
     if isinstance(config.method, DMD):
-        adapted.add_lora(config.adapter, name=FAKE, seed=config.seed, on_teacher=True)
+        adapted.add_lora(config.adapter, name=FAKE, seed=config.seed + 1, on_teacher=True)
 
     # -- Optimizers: one of each LoRA that is trained --------------------------------------------------------
     o = config.optimizer

@@ -316,8 +316,13 @@ def test_a_samples_randomness_is_the_same_in_any_split(distill_keys: dict[str, A
             mine = a.of(slice(2 * k, 2 * k + 2))
             assert (mine.steps, mine.step) == (b.steps, b.step)
             assert all(torch.equal(x, y) for x, y in zip(mine[2:], b[2:], strict=True))
-    noises = [each.noise[i] for each in whole for i in range(6)]
+    *before, last = whole
+    noises = [each.noise[i] for each in before for i in range(6)]
+    noises += [each.diffused[i] for each in whole for i in range(6)]
     assert all(not torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
+    # the fake score has just seen the pictures that the student then learns by
+    assert (last.steps, last.step) == (before[-1].steps, before[-1].step)
+    assert torch.equal(last.noise, before[-1].noise) and torch.equal(last.renewed, before[-1].renewed)
 
 
 def test_all_steps_of_all_trajectories_are_taught(distill_keys: dict[str, Any]) -> None:
