@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,3 +264,15 @@ def replaced_hash(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "manifest", lambda folder: {"files": {}})
         yield
+
+
+def test_nobody_is_warned_of_a_second_lora() -> None:
+    """peft warns of each that it puts beside another; and what it else warns of is still heard."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        adapted = AdaptedUNet(unet())
+        for name in NAMES:
+            adapted.add_lora(CONFIG, name=name)
+        warnings.warn("another", UserWarning, stacklevel=1)
+    said = [str(each.message) for each in heard]
+    assert "another" in said and not any("peft_config" in each for each in said)
