@@ -270,7 +270,7 @@ def test_every_case_is_a_config_that_the_kit_takes(tmp_path: Path) -> None:
         for small in (False, True):
             setting = replace(setting, rehearsed=small)
             if each.base:
-                config = load_config(gpu_bases.STRUCTURES[each.base][1], gpu_bases.given(setting))
+                config = load_config(setting.config, gpu_bases.given(setting))
             elif each.name.startswith("pair"):
                 config = load_config("evaluation/speed_sd15", setting.overrides(gpu_work.SMALL_PAIR))
             elif each.name.startswith("tiny"):

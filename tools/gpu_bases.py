@@ -20,6 +20,11 @@ PLAIN = (
 SMALL = ("data.resolution=64", "batch_size=2", "adapter.rank=4", "steps=4")
 
 
+def config_of(case: str, base: str) -> str:
+    """What a case trains: the base's config, or where its name ends so that of distribution matching."""
+    return f"distill/{base}_dmd" if case.endswith("-dmd") else STRUCTURES[base][1]
+
+
 @dataclass(frozen=True)
 class Setting:
     """Which case it is, and where."""
@@ -39,6 +44,11 @@ class Setting:
     def place(self) -> Path:
         """Of a base of random weights, its pictures and its cache: cases share it."""
         return self.work / self.base
+
+    @property
+    def config(self) -> str:
+        """Of a case that trains."""
+        return config_of(self.name, self.base)
 
     def overrides(self, small: tuple[str, ...]) -> list[str]:
         """The case's own, and in a rehearsal `small`; a CPU trains in no float16."""

@@ -52,6 +52,7 @@ CASES = [
     case("plan", 60, usual=True, cpu=True),
     case("tiny-bfloat16", 60, "", *TINY, "precision=bfloat16", EAGER),
     case("sd15-checkpointing", 60, "sd15", *SD15, EAGER, "batch_size=12", "gradient_checkpointing=true"),
+    case("sd15-dmd", 90, "sd15", *SD15, EAGER),
     case("sd15-large", 75, "sd15", *SD15, EAGER, "batch_size=24"),
     case("sd15-bfloat16", 50, "sd15", *SD15, EAGER, "precision=bfloat16"),
     case("sd15-nf4", 75, "sd15", *SD15, EAGER, *FEW_BITS, **BNB),
@@ -61,6 +62,7 @@ CASES = [
     case("sdxl-float16", 75, "sdxl", *SDXL, EAGER, "precision=float16"),
     case("sdxl-nf4", 120, "sdxl", *SDXL, EAGER, *FEW_BITS, "batch_size=1", "adapter.rank=32", **BNB),
     case("sdxl-int8", 120, "sdxl", *SDXL, EAGER, "memory.quantize=int8", **BNB),
+    case("sdxl-dmd", 150, "sdxl", *SDXL, EAGER, "batch_size=2"),
     case("sample-sdxl", 75, "sdxl"),
     case("pair-sd15-compiled", 240, "", *PAIR, "structure=sd1", "resolution=512", "batch_size=8", COMPILED),
     case(

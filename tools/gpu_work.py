@@ -22,6 +22,7 @@ from tools.gpu_bases import (
     SHARD,
     STRUCTURES,
     Setting,
+    config_of,
     given,
     make_base,
     on_cuda,
@@ -52,6 +53,7 @@ class Steps:
         self.tell, self.samples, self.warmup = tell, samples, warmup
         self.started = time.perf_counter()
         self.optimizer: Any = None
+        self.others: list[Any] = []  # that were seen before it: of a fake score, or tried out by the kit
         self.marks: list[Any] = []  # the last end that was turned into seconds, and those after it
         self.seconds: list[float] = []
 
@@ -59,7 +61,10 @@ class Steps:
         """The hook of `torch.optim`: the end of a step."""
         import torch
 
-        if optimizer is not self.optimizer:  # the kit tries 8-bit ones out first
+        if any(optimizer is other for other in self.others):
+            return
+        if optimizer is not self.optimizer:  # a step ends with the one that begins last
+            self.others.append(self.optimizer)
             self.optimizer, self.marks, self.seconds = optimizer, [], []
         if on_cuda():
             mark = torch.cuda.Event(enable_timing=True)
@@ -149,7 +154,7 @@ def train(setting: Setting, tell: Tell) -> None:
     """Samples a second of `lcm-kit train` on the cache that `encode` made; its memory at the highest."""
     import lcm_kit
 
-    config = STRUCTURES[setting.base][1]
+    config = setting.config
     words = given(setting)
     loaded = lcm_kit.load_config(config, words)
     words.append(f"checkpoint.every={loaded.steps}")
@@ -243,7 +248,7 @@ def plan(setting: Setting, tell: Tell) -> None:
     planners: dict[str, Any] = {}
     for line in setting.keys:
         name, base, *words = json.loads(line)
-        loaded = load(shipped.config_path(STRUCTURES[base][1]), words)
+        loaded = load(shipped.config_path(config_of(name, base)), words)
         assert isinstance(loaded, Training)
         if base not in planners:
             found = base_profile.find(loaded.base, None if setting.rehearsed else STRUCTURES[base][0])
