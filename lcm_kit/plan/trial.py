@@ -105,7 +105,7 @@ class Trial:
         roles = Roles(
             self.adapted, self.unet, self.ema, empty, self.tables.to(device), self.kind,
             Objective.of(config), dtype, padded=compiling.wants(config, device),
-            **({} if matched else {"part": self._part}),
+            part=self._unseen if matched else self._part,  # their turns are watched as wholes
         )  # fmt: skip
         turns = Turns.of(
             self.accelerator, roles, config, self.optimizers, self._metrics, share=n, done=0, window=[]
@@ -186,6 +186,9 @@ class Trial:
         self.meter.start(f"{name} pass")  # until the next begins, the student's until gradients are clipped
         return nullcontext()
 
+    def _unseen(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def _watched(self, learner: Learner, phase: str | None) -> Learner:
         """The same, watched; random weights that give no number stop no trial."""
         guard = replace(learner.guard, config=replace(self.config, non_finite="skip"))
@@ -197,8 +200,8 @@ class Trial:
         """One optimizer step: its seconds with all of its micro-batches, and samples a forward."""
         config = self.config
         if not self._learning:
-            distilling = isinstance(config, Distill)
-            self._learning.append(self._turns(config) if distilling else self._learner())
+            made = self._turns(config) if isinstance(config, Distill) else self._learner()
+            self._learning.append(made)
         learning, rate, ids = self._learning[0], config.optimizer.lr, ["random"] * len(self.latents)
         start = _clock(self.accelerator)
         if isinstance(learning, Turns):
