@@ -241,7 +241,7 @@ MADE = {
     "speed": replace(
         SPEED, title="speed", step=200, date="2026-01-31T23:59:58+00:00",
         recommended=replace(USE, reasons=("nearest to the teacher",), warnings=("mind the colours",)),
-        control_distance=0.5, guidance_scale=6.0,
+        control_distance=0.5, diversity=0.9, guidance_scale=6.0,
     ),
     "look": replace(
         STYLE, title="look", step=80, date="2026-01-01T00:00:00+00:00", held_out_loss=0.25,

@@ -52,7 +52,7 @@ def test_a_file_on_disk_comes_before_a_shipped_name(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("text", "guess"), [("quickstat", "quickstart"), ("distill/tiny", "distill/tiny_lcm")]
+    ("text", "guess"), [("quickstat", "quickstart"), ("distill/tiny_lc", "distill/tiny_lcm")]
 )
 def test_a_near_miss_is_guessed(text: str, guess: str) -> None:
     with pytest.raises(UserError, match=f"{text}.*did you mean `configs/{guess}.yaml`"):

@@ -137,10 +137,12 @@ def _on_control(measured: Measured, kept: int) -> list[str]:
     good = max(filter(measured.passes, steps), default=0)
     since = next(step for step in steps if step > good)
     best, last = min(control, key=control.__getitem__), steps[-1]
+    # at 0 the student is the teacher, as the base is of its own one step
+    more = f"{control[last] / control[best] - 1:.0%} higher" if control[best] else "higher"
     which = {0: ", the least degraded", kept: ", the last one measured before that"}.get(good, "")
     return [
-        f"warning: control prompts degrade: {name} is {control[last] / control[best] - 1:.0%} higher at step "
-        f"{last} ({control[last]:.4g}) than at step {best} ({control[best]:.4g}), and more than "
+        f"warning: control prompts degrade: {name} is {more} at step {last} "
+        f"({control[last]:.4g}) than at step {best} ({control[best]:.4g}), and more than "
         f"{TOLERANCE[name]:.0%} since step {since}, so what the pictures lack is being forgotten; adapter/ "
         f"holds step {kept}{which}. What helps: {HELP[name]}"
     ]
