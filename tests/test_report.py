@@ -176,9 +176,11 @@ def test_a_base_that_nothing_can_read(run: Path) -> None:
 
 def test_the_snippet_is_a_program(run: Path) -> None:
     found = json.loads((run / "results.json").read_text())
-    text = snippet(run, found["base"]["path"], found["prompts"]["main"]["texts"][0], 4)
+    use: Any = {"sampler": "tcd:0.5", "steps": 4, "guidance_scale": 1.5}
+    text = snippet(run, found["base"]["path"], found["prompts"]["main"]["texts"][0], use)
     compile(text, "snippet", "exec")
-    assert f"pipe({json.dumps(EVIL)}, num_inference_steps=4, guidance_scale=1.0)" in text
+    assert "TCDScheduler.from_config(pipe.scheduler.config, clip_sample=False)" in text
+    assert f"pipe({json.dumps(EVIL)}, eta=0.5, num_inference_steps=4, guidance_scale=1.5)" in text
     assert str((run / "export").resolve()) in text
 
 

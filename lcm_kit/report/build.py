@@ -287,11 +287,10 @@ def _use(run: Path, look: Results | None, quality: Results | None) -> dict[str, 
 def snippet(run: Path, base: str, prompt: str, use: Cell | BrandRow) -> str:
     """A Python program that draws as `use` was, with the exported file and plain diffusers."""
     sampler = sampler_of(use["sampler"])
-    spacing = sampler.settings.get("timestep_spacing")
     more = {**sampler.call, "num_inference_steps": use["steps"], "guidance_scale": use["guidance_scale"]}
     return _SNIPPET.format(
         scheduler=sampler.scheduler,
-        settings=f", timestep_spacing={json.dumps(spacing)}" if spacing else "",
+        settings="".join(f", {key}={value!r}" for key, value in sampler.settings.items()),
         call=", ".join(f"{key}={value}" for key, value in more.items()),
         base=json.dumps(assets.resolve(base)),
         lora=json.dumps(str((run / "export").resolve())),
