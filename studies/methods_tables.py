@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+import textwrap
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -42,6 +43,7 @@ PICTURES = """
 ![Pictures of the teacher and of all methods at 1, 2 and 4 steps, a row a prompt](images/methods-sheet.png)"""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _SIDE, _TOP = 66, 56  # of the sheet, pixels
+_LETTERS = 11  # of a heading, that fit above a picture
 
 
 def text(key: str, found: tuple[float, float, float], share: bool = True) -> str:
@@ -300,8 +302,11 @@ def plot(study: Study, plan: Plan, file: Path) -> None:
         if column == 0:
             axes.set_ylabel({"frechet_real": "Fréchet distance to real pictures"}.get(key, HEADS[key]))
         axes.grid(alpha=0.3)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    lines: dict[str, Any] = {}  # a method may be in one column alone
+    for panel in panels.flat:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, handle)
+    canvas.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=9)
     canvas.savefig(file, dpi=110, metadata={"Software": None})
 
 
@@ -317,7 +322,7 @@ def sheet(plan: Plan, output: Path, file: Path) -> None:
         run = output / f"{entry.drawn_from or name}-{plan.seeds[0]}" / "run"
         subject = studio.subject(folder, run, folders(run)[-1])
         for cell in (cell for cell in studio.students(subject, entry) if cell.steps in SHEET_STEPS):
-            words = f"{entry.label.replace(', ', chr(10)).replace(' guidance', chr(10) + 'guidance')}"
+            words = textwrap.fill(entry.label, _LETTERS)
             columns[f"{words}\n{cell.steps}"] = studio.rows(MAIN, cell)["pictures"][:shown]
     canvas = Image.new("RGB", (_SIDE * len(columns), _TOP + _SIDE * shown), "white")
     pen = ImageDraw.Draw(canvas)
