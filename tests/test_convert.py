@@ -153,7 +153,8 @@ def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path
     assert done.exit_code == 0, done.output
     assert told("both_kohya") == (replace(use, part="speed.safetensors", lora_weight=1.0), "lumo")
     header = inspect(tmp_path / "both_kohya.safetensors").metadata
-    assert header["modelspec.usage_hint"].endswith("LoRA strength 1. Measured for speed.safetensors alone.")
+    told_of = header["modelspec.usage_hint"]
+    assert "LoRA strength 1. Measured for speed.safetensors alone." in told_of and "Euler a" in told_of
     assert of_adapter(*[tmp_path / "both_kohya.safetensors"] * 2) == told("both_kohya")[0]
 
 

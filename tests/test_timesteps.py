@@ -115,7 +115,7 @@ def objective(**changes: Any) -> Objective:
     return Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
 
 
-GRIDDED = [name for name, kind in METHODS.items() if "grid" not in getattr(kind, "refuses", {})]
+GRIDDED = [name for name, kind in METHODS.items() if "grid" not in kind().refuses]
 
 
 @pytest.mark.parametrize("name", sorted(CHOICES))

@@ -99,7 +99,10 @@ def test_the_files_say_how_it_is_drawn(straight: Path, tmp_path: Path) -> None:
     files = export_run(straight, output=tmp_path / "export")
     card = (tmp_path / "export/README.md").read_text()
     assert "| method | progressive distillation |" in card and "progressive-distillation" in card
-    assert "| sampler | DDIM, trailing timesteps |\n| steps | 2 |" in card
+    assert (
+        "| sampler | DDIM, trailing timesteps |\n| steps | 2, what it was made for, and no other number |"
+        in card
+    )
     assert "num_inference_steps=2, guidance_scale=1.0" in card and "| guidance baked in | 2 to 6 |" in card
     wanted = MethodInfo("progressive", Progressive.title, ("ddim",), (2,), Progressive.tags)
     for file in files.values():

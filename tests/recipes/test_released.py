@@ -16,6 +16,7 @@ from lcm_kit.api.calls import call
 from lcm_kit.bases.out_of_memory import free
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
+from lcm_kit.training import turns
 from lcm_kit.training.release import released
 from tests.recipes import small
 from tests.recipes.test_story import FEW, studio
@@ -79,14 +80,14 @@ def test_nor_that_of_a_run_that_failed(
 ) -> None:  # fmt: skip
     """In the middle of a step, after an optimizer step: whatever begins next begins without it."""
 
-    class Failing(distill.stepping.Passes):  # type: ignore[misc]
+    class Failing(turns.Passes):
         def __call__(self, step: int, *args: Any) -> Any:
             made = super().__call__(step, *args)
             if step == 2:
                 raise UserError("the second step fails")
             return made
 
-    monkeypatch.setattr(distill.stepping, "Passes", Failing)
+    monkeypatch.setattr(turns, "Passes", Failing)
     said = ""
     try:
         distill.main(small.configure(distill_keys, tmp_path / "run", precision=precision))
