@@ -152,7 +152,10 @@ def judge(adapted: AdaptedUNet) -> None:
     with adapted.teacher():
         teacher = figures(50, 5.0)
     print("| who | right | frechet | sharpness | diversity |\n| --- | --- | --- | --- | --- |")
-    for name, found in (("teacher", teacher), *((f"{n} steps", figures(n, 1.0)) for n in (1, 2, 4))):
+    for name, found in (
+        ("teacher", teacher),
+        *((f"{n} step{'s' * (n > 1)}", figures(n, 1.0)) for n in (1, 2, 4)),
+    ):
         ratios = (found[key] / teacher[key] for key in ("sharpness", "diversity"))
         print(f"| {name} | {found['right']:.1f}% | {found['frechet']:.3f} |", *(f"{r:.2f} |" for r in ratios))
 
