@@ -110,6 +110,15 @@ SAMPLERS: dict[str, Sampler] = {
 }  # fmt: skip
 
 
+def keywords(settings: Mapping[str, Any]) -> str:
+    """`settings`, or a call's, as they stand in a program: `, clip_sample=False, ...` each behind a comma."""
+    return "".join(f", {key}={_literal(value)}" for key, value in settings.items())
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
 def names() -> list[str]:
     """Of all samplers, in the table's order."""
     return list(SAMPLERS)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 import time
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,10 +28,9 @@ from lcm_kit.config import shipped
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.flat import clip_grad_norm_
-from lcm_kit.core.matching import timesteps
-from lcm_kit.core.prediction import to_x0_eps
+from lcm_kit.core.matching import Draws, timesteps, walk
+from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import Schedule, add_noise
-from lcm_kit.core.solvers import landed
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batches
 from lcm_kit.evaluation.draw import repeated
@@ -44,6 +42,7 @@ from lcm_kit.evaluation.results import QUALITY
 from lcm_kit.quiet import quiet
 from lcm_kit.tiny import world
 from lcm_kit.training import runtime
+from lcm_kit.training.diversity import spread
 
 PROMPTS, SPREAD, AT_ONCE = 160, (8, 8), 32  # drawn; prompts and pictures of each for the diversity
 NOISE = 5, 700  # least and most timestep at which features are compared
@@ -93,7 +92,8 @@ def train(config: Distill, adapted: AdaptedUNet, schedule: Schedule, kind: str, 
     features, prompts = Features(adapted), config.batch_size // 2
     batches = Batches(cache, prompts, config.seed)
     g = torch.Generator().manual_seed(config.seed)
-    numbers: tuple[int, ...] = config.method.steps  # type: ignore[union-attr]
+    assert config.matching is not None
+    numbers = config.matching.steps
     for step in range(config.steps):
         batch = batches.at(step)
         twice = Condition.cat([batch.condition] * 2)
@@ -101,19 +101,14 @@ def train(config: Distill, adapted: AdaptedUNet, schedule: Schedule, kind: str, 
         points, place = timesteps(schedule, "ddim", n), int(torch.randint(n, (1,), generator=g))
         x = torch.randn(2 * prompts, *batch.latents.shape[1:], generator=g)
 
-        def says(x: Tensor, t: int, twice: Condition = twice) -> tuple[Tensor, Tensor]:
-            times = torch.full((len(x),), t)
-            return to_x0_eps(schedule, kind, adapted.unet(x, times, **twice.kwargs()).sample, x, times)
-
-        with torch.no_grad():
-            for t, s in list(pairwise(points))[:place]:
-                x = landed(schedule, *says(x, t), torch.full((len(x),), s))
-        x0, _ = says(x, points[place])
         t = torch.randint(*NOISE, (prompts,), generator=g)
-        noise = torch.randn(3 * prompts, *x0.shape[1:], generator=g).split([2 * prompts, prompts])
+        noise = torch.randn(3 * prompts, *x.shape[1:], generator=g).split([2 * prompts, prompts])
+        student = predictor(lambda x, t, c=twice: adapted.unet(x, t, **c.kwargs()).sample, schedule, kind)
+        draws = Draws(n, place, x, x[:, None], t.repeat(2), noise[0])
+        x0, _ = student(*walk(student, schedule, points, draws, renew=False))
         with torch.no_grad():
             real = features(add_noise(schedule, batch.latents, noise[1], t), t, batch.condition)
-        energy(features(add_noise(schedule, x0, noise[0], t.repeat(2)), t.repeat(2), twice), real).backward()
+        energy(features(add_noise(schedule, x0, noise[0], draws.t), draws.t, twice), real).backward()
         clip_grad_norm_(weights, config.optimizer.grad_clip)
         set_rates(optimizer, runtime.learning_rate(config.optimizer, step, config.steps))
         optimizer.step()
@@ -141,12 +136,11 @@ def judge(adapted: AdaptedUNet) -> None:
 
         pixels = torch.cat([sample.decode(pipe, part) for part in draw(prompts, 0).split(AT_ONCE)])
         parts = [look(pixels[i : i + AT_ONCE], prompts[i : i + AT_ONCE]) for i in range(0, PROMPTS, AT_ONCE)]
-        spread = draw(same, 1).view(*SPREAD, -1)
         return {
             "right": 100 * float(torch.cat([part["adherence"] for part in parts]).mean()),
             "frechet": frechet(torch.cat([part["features"] for part in parts]), real),
             "sharpness": float(laplacian_energy(pixels).mean()),
-            "diversity": float(torch.cdist(spread, spread).sum() / (SPREAD[0] * SPREAD[1] * (SPREAD[1] - 1))),
+            "diversity": float(spread(draw(same, 1), SPREAD[1])),
         }
 
     with adapted.teacher():

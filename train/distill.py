@@ -33,7 +33,7 @@ from lcm_kit.bases import compiling
 from lcm_kit.bases.memory import load_unet, make_optimizer
 from lcm_kit.config.schema import Distill, Loss
 from lcm_kit.core.flat import flattened
-from lcm_kit.core.methods import DMD, Times
+from lcm_kit.core.methods import Times
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches
@@ -76,7 +76,7 @@ def main(config: Distill) -> Path:
     styles = add_teacher_adapters(adapted, config.teacher, base)
     adapted.add_lora(config.adapter, seed=config.seed)
     start = start_from(adapted, config.adapter, base)
-    if isinstance(config.method, DMD):
+    if config.matching:
         adapted.add_lora(config.adapter, name=FAKE, seed=config.seed + 1, on_teacher=True)
 
     # -- Optimizers: one of each LoRA that is trained --------------------------------------------------------

@@ -24,7 +24,7 @@ from lcm_kit.config.methods import imported
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.losses import LOSSES, adapted_c
-from lcm_kit.core.methods import DMD, Method, Progressive, Stage, Times
+from lcm_kit.core.methods import Method, Progressive, Stage, Times
 from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
@@ -46,9 +46,7 @@ class Objective:
     distance: Loss
     teacher_weight: float = 1.0
     by_interval: bool = False  # weighted by 1 / (difference of sigma / alpha between t and s)
-    guided: bool = (
-        True  # whether the teacher's answer is; without guidance it is asked with the caption alone
-    )
+    guided: bool = True  # whether the teacher's answer is; else it is asked with the caption alone
     on_grid: Callable[[int], Loss] | None = None  # the distance on a grid of so many intervals, if it adapts
 
     @property
@@ -276,7 +274,7 @@ def passes(config: Distill) -> dict[str, float]:
     """How often a step's consistency loss asks each part for a sample, in the mean over the run, guidance
     being two: never where there is none (`matching.passes` has what else a step asks for).
     """
-    if isinstance(config.method, DMD) and not config.method.consistency:
+    if config.matching and not config.matching.consistency:
         return dict.fromkeys(PARTS, 0)
     if not config.stages:
         return dict(_passes(config, stage_at(config, config.steps - 1)))

@@ -34,7 +34,7 @@ from lcm_kit.config.data import (
 from lcm_kit.config.methods import AnyMethod, info_of, needs_pictures
 from lcm_kit.config.objective import Grid, Guidance, Loss, both
 from lcm_kit.config.on_the_way import Checkpoint, Logging, Validation
-from lcm_kit.core.methods import LCM, MethodInfo, Progressive, Stage
+from lcm_kit.core.methods import DMD, LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
     "STRICT", "BatchSize", "BatchSizeOrAuto", "Checkpoint", "Data", "Fraction", "Grid", "Guidance", "Logging",
@@ -173,6 +173,11 @@ class Training:
         """Parts of the run with a teacher and a task of their own; none: it is of one piece."""
         return ()
 
+    @property
+    def matching(self) -> DMD | None:
+        """The method, where it trains a fake score beside the student."""
+        return None
+
 
 @dataclass(frozen=True, config=STRICT)
 class Distill(Training):
@@ -260,6 +265,11 @@ class Distill(Training):
     def stages(self) -> tuple[Stage, ...]:
         """As `Training.stages`: those of progressive distillation."""
         return self.method.stages(self.steps) if isinstance(self.method, Progressive) else ()
+
+    @property
+    def matching(self) -> DMD | None:
+        """As `Training.matching`."""
+        return self.method if isinstance(self.method, DMD) else None
 
     def baked_guidance(self) -> Guidance:
         """The lowest and highest guidance_scale that the loss teaches the student to draw with alone.

@@ -24,9 +24,8 @@ No app but diffusers asks the UNet of pure noise at another timestep than the no
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from lcm_kit import samplers
 from lcm_kit.lora.provenance import Provenance
@@ -59,8 +58,9 @@ def use_of(facts: Provenance) -> Use:
     gamma, (timestep,) = entry.call.get("eta"), entry.call.get("timesteps", [None])
     several = [n for n in method.judged_steps if n > 1]
     return Use(
-        sampler.partition(":")[0], entry.name_in_apps, steps, entry.scheduler, _keywords(entry.settings),
-        _keywords(entry.call), gamma, None if gamma is None else ancestral_eta(gamma, steps), timestep,
+        sampler.partition(":")[0], entry.name_in_apps, steps, entry.scheduler,
+        samplers.keywords(entry.settings), samplers.keywords(entry.call), gamma,
+        None if gamma is None else ancestral_eta(gamma, steps), timestep,
         spread(several) if len(several) > 1 else None,
         None if measured or method.only_steps is None else _why_only(facts),
     )  # fmt: skip
@@ -68,11 +68,6 @@ def use_of(facts: Provenance) -> Use:
 
 def _why_only(facts: Provenance) -> str:
     return "one for each of its phases" if "phases" in facts.method.constants else "what it was made for"
-
-
-def _keywords(settings: Mapping[str, Any]) -> str:
-    words = {key: json.dumps(value).replace("true", "True") for key, value in settings.items()}
-    return "".join(f", {key}={value.replace('false', 'False')}" for key, value in words.items())
 
 
 def spread(values: Iterable[float]) -> str:
@@ -89,11 +84,11 @@ def ancestral_eta(gamma: float, steps: int) -> float:
     again to that of t', b; Euler a down to sqrt(b^2 - up^2) with up = eta b sqrt(a^2 - b^2) / a. So each step
     has an eta of its own, and an app one for all: their mean, at most 1. One step renews nothing: then 0.
     """
-    from lcm_kit.core.schedule import SD_BETAS, Schedule
+    from lcm_kit.core.schedule import SD_BETAS, Schedule, trailing
 
     schedule = Schedule.from_config(SD_BETAS)
     noise = (schedule.sigma / schedule.alpha).double().tolist()
-    times = [999 - k * 1000 // steps for k in range(steps)]
+    times = trailing(schedule.steps, steps).flip(0).tolist()
     found = []
     for t, after in zip(times, times[1:], strict=False):
         down = noise[int((1 - gamma) * after)] / noise[after]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.data.records import GENERAL
-from lcm_kit.plan import work
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.sizes import FLOAT, moment_bytes
 
@@ -37,7 +36,7 @@ def disk(config: Training, planner: Planner) -> Disk:
     numbers += subject.pooled + 6 if subject.pooled else 0
     weights = planner.weights(config)
     lora = FLOAT * sum(weights.lora)
-    trained = 2 if work.matched(config) else 1  # LoRAs, each with its moments
+    trained = 2 if config.matching else 1  # LoRAs, each with its moments
     state = trained * (lora + moment_bytes(config, weights)) + (lora if config.second_set else 0)
     found = _pictures(config.data)
     share = config.validation.held_out

@@ -151,7 +151,7 @@ class Planner:
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
-        fake = self.rehearse(config, fake=True) if work.matched(config) else None
+        fake = self.rehearse(config, fake=True) if config.matching else None
         passing = phases.of_training(config, dry_run, fake, stage, dtype, self.device)
         if self.device == "cpu":
             passing |= phases.on_the_host(config, stage, dtype, staying)
@@ -176,7 +176,7 @@ class Planner:
 
     def stage_of(self, config: Training) -> MetaModel:
         """The stage; another one where what is trained is of another size."""
-        here, fake = self.stage, work.matched(config) is not None
+        here, fake = self.stage, config.matching is not None
         wanted = (*_size(config.adapter), rank_of(config), fake)
         if wanted != (*_size(here.adapter), here.text_rank, here.fake):
             self.stage = MetaModel(here.subject, config.adapter, here.style, rank_of(config), fake)
@@ -194,7 +194,7 @@ def _size(adapter: Adapter) -> tuple[int, str]:
 def _staying(config: Training, stage: MetaModel, dtype: torch.dtype) -> dict[str, int]:
     weights = stage.weights
     lora, moments = FLOAT * sum(weights.lora), moment_bytes(config, weights)
-    fake = work.matched(config) is not None
+    fake = config.matching is not None
     return {
         "base weights": base_bytes(config, weights, dtype),
         **({"text encoders": FLOAT * stage.subject.text} if rank_of(config) else {}),

@@ -98,7 +98,7 @@ def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype) -> Pass:
 
 def on_the_host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
     """What costs the machine's memory and none of a GPU's: loading the base, copies of what is saved."""
-    weights, stored, loras = stage.weights, stage.subject.stored, 2 if work.matched(config) else 1
+    weights, stored, loras = stage.weights, stage.subject.stored, 2 if config.matching else 1
     # all layers before the first is in few bits, and the file, if its numbers are others
     full = weights.base * (dtype.itemsize + (stored.itemsize if stored and stored != dtype else 0))
     return {

@@ -63,7 +63,7 @@ def facts(
 ) -> None:
     """Parameters, FLOPs of a step and of what else is drawn, disk; memory by part and by phase."""
     weights, lora = estimate.weights, sum(estimate.weights.lora)
-    beside = ", and as many of the fake score's" if work.matched(estimate.config) else ""
+    beside = ", and as many of the fake score's" if estimate.config.matching else ""
     styled = f", {weights.style / 1e6:.2f}M of the teacher's adapters" if weights.style else ""
     say(
         f"parameters: {weights.base / 1e6:.1f}M of the UNet{styled}, frozen; {lora / 1e6:.2f}M of the LoRA"
@@ -239,7 +239,7 @@ def probe(measured: Probe, estimate: Estimate) -> None:
     say(f"  {measured.seconds:.2f} s a step: {span(measured.seconds * steps)} for {steps} steps")
     if estimate.config.stages:
         say("  of the first stage, whose teacher is asked most: steps of later ones are shorter")
-    if method := work.matched(estimate.config):
+    if method := estimate.config.matching:
         tried, mean = work.place_on_trial(method), place_in_the_mean(method)
         say(f"  steps of a trajectory before the one that is taught: {tried} here, {mean:g} in the mean")
     if measured.compiled:

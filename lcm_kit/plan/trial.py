@@ -100,7 +100,7 @@ class Trial:
     def _turns(self, config: Distill) -> Turns:
         """What is trained in a step, as the recipe has it."""
         device, dtype = self.accelerator.device, runtime.dtype(self.accelerator)
-        matched = work.matched(config)
+        matched = config.matching
         empty, n = self.condition[0].to(device, dtype), len(self.latents)
         roles = Roles(
             self.adapted, self.unet, self.ema, empty, self.tables.to(device), self.kind,
@@ -206,7 +206,7 @@ class Trial:
         start = _clock(self.accelerator)
         if isinstance(learning, Turns):
             assert isinstance(config, Distill)
-            method = work.matched(config)
+            method = config.matching
             given = partial(self._given, config)
             learning.step(0, rate, given, self._draws(method) if method else (), ids)
             learning.settle()
@@ -254,7 +254,7 @@ def make(
     adapted = AdaptedUNet(unet)
     put_on(adapted, teacher_lora)
     adapted.add_lora(config.adapter)
-    if work.matched(config):
+    if config.matching:
         adapted.add_lora(config.adapter, name=FAKE, on_teacher=True)
     made = [
         memory.make_optimizer(adapted.parameters(name), config.optimizer, device) for name in adapted.trained

@@ -29,11 +29,6 @@ def pairs(config: Training) -> bool:
     return isinstance(config, Finetune) and config.prior.prompts is not None
 
 
-def matched(config: Training) -> DMD | None:
-    """The method, where it trains a fake score beside the student."""
-    return config.method if isinstance(config, Distill) and isinstance(config.method, DMD) else None
-
-
 def place_on_trial(method: DMD) -> int:
     """The step of the longest trajectory that a probe tries: with as many before it as come in the mean."""
     return min(round(matching.place_in_the_mean(method)), method.steps[-1] - 1)
@@ -41,7 +36,7 @@ def place_on_trial(method: DMD) -> int:
 
 def graphs(config: Training) -> int:
     """Forwards of what is trained that one backward goes through."""
-    method = matched(config)
+    method = config.matching
     return 2 if pairs(config) or (method and method.consistency) else 1
 
 
@@ -62,7 +57,7 @@ def flops_of_step(config: Training, dry_run: DryRun, fake: DryRun | None) -> dic
 
     `fake`: the fake score's passes, where there is one.
     """
-    samples, method = config.batch_size * config.accumulation, matched(config)
+    samples, method = config.batch_size * config.accumulation, config.matching
     found: dict[str, float] = {}
     if fake and method and isinstance(config, Distill):
         asked, one = matching.passes(config, method), dry_run.forward / graphs(config)

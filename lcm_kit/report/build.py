@@ -21,7 +21,7 @@ from lcm_kit.io.locks import sweep
 from lcm_kit.report import brand, plots, style
 from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
-from lcm_kit.samplers import sampler_of, title_of
+from lcm_kit.samplers import keywords, sampler_of, title_of
 from lcm_kit.training.overtraining import COLLAPSED, DIVERSITY
 from lcm_kit.training.run_files import config_of, metrics_of
 
@@ -271,7 +271,7 @@ pipe = AutoPipelineForText2Image.from_pretrained(base, dtype=torch.float32)
 pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{settings})
 pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
 
-image = pipe({prompt}, {call}).images[0]
+image = pipe({prompt}{call}).images[0]
 image.save("picture.png")"""
 
 
@@ -290,8 +290,8 @@ def snippet(run: Path, base: str, prompt: str, use: Cell | BrandRow) -> str:
     more = {**sampler.call, "num_inference_steps": use["steps"], "guidance_scale": use["guidance_scale"]}
     return _SNIPPET.format(
         scheduler=sampler.scheduler,
-        settings="".join(f", {key}={value!r}" for key, value in sampler.settings.items()),
-        call=", ".join(f"{key}={value}" for key, value in more.items()),
+        settings=keywords(sampler.settings),
+        call=keywords(more),
         base=json.dumps(assets.resolve(base)),
         lora=json.dumps(str((run / "export").resolve())),
         prompt=json.dumps(prompt, ensure_ascii=False),

@@ -13,7 +13,7 @@ from lcm_kit.adapter.stages import stage_at
 from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import sample_guidance
 from lcm_kit.core.matching import DIFFUSED, Draws
-from lcm_kit.core.methods import DMD, Method, Times
+from lcm_kit.core.methods import Method, Times
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.core.transfer import sent
 from lcm_kit.data.batches import Batch, draw, generator_at
@@ -66,8 +66,8 @@ def turns_of(
     `shape`: of a latent. The trajectory's number of steps and the place in it are the same for all samples
     and processes: they are drawn from (seed, step, turn), all else from the sample's own slot too.
     """
-    method = config.method
-    if not isinstance(method, DMD):
+    method = config.matching
+    if method is None:
         return ()
     low, high = (round(share * schedule.steps) for share in DIFFUSED)
 

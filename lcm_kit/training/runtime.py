@@ -28,7 +28,6 @@ from lcm_kit.bases.out_of_memory import out_of_memory
 from lcm_kit.config import schema
 from lcm_kit.config.continued import bound
 from lcm_kit.config.finetune import Finetune
-from lcm_kit.core.methods import DMD
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
 from lcm_kit.training import checkpoints, processes, run_files
@@ -78,9 +77,9 @@ def _check_sharing(config: schema.Training, accelerator: Accelerator) -> None:
             f"text_encoder.rank {config.text_encoder.rank} does not work where FSDP shards the weights; set "
             "it to null, or use plain multi-GPU"
         )
-    if sharded(accelerator) and isinstance(config, schema.Distill) and isinstance(config.method, DMD):
+    if sharded(accelerator) and config.matching:
         raise UserError(
-            f"method {config.method.name} trains two LoRAs in turn, which does not work where FSDP shards "
+            f"method {config.matching.name} trains two LoRAs in turn, which does not work where FSDP shards "
             "the weights; use plain multi-GPU"
         )
     if sharded(accelerator) and config.second_set:

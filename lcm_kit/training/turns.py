@@ -20,7 +20,6 @@ from lcm_kit.adapter.roles import Given, Roles
 from lcm_kit.bases.memory import set_rates
 from lcm_kit.config import schema
 from lcm_kit.core.matching import Draws
-from lcm_kit.core.methods import DMD
 from lcm_kit.training.run_metrics import Metrics
 from lcm_kit.training.stepping import Passes
 from lcm_kit.training.updates import Guard
@@ -34,10 +33,11 @@ class Learner:
     adapted: AdaptedUNet
     passes: Passes
     guard: Guard
+    rate: float | None = None  # its own learning rate, the same to the end; None: the run's
 
     def turn(self, number: int, rate: float, losses: Callable[[slice], Tensor], ids: Sequence[str]) -> None:
-        """Its part of step `number` (from 1), at the learning rate `rate`: as `Passes` and `Guard.update`."""
-        set_rates(self.guard.optimizer, rate)
+        """Its part of step `number` (from 1), as `Passes` and `Guard.update`; `rate`: the run's there."""
+        set_rates(self.guard.optimizer, rate if self.rate is None else self.rate)
         with self.adapted.using(self.name):
             made = self.passes(number, losses)
         self.guard.update(number, made, ids)
@@ -52,7 +52,6 @@ class Turns:
     student: Learner
     matching: Matching | None = None  # with what follows, where distributions are matched
     fake: Learner | None = None
-    fake_rate: float = 0.0  # its learning rate, the same to the end: it follows what moves
 
     @classmethod
     def of(
@@ -69,20 +68,20 @@ class Turns:
         """For `share` samples a step on this process, after `done` steps, whose losses since the last line
         are `window`. `optimizers`: by name of what is trained.
         """
-        method, adapted = config.method, roles.adapted
+        method, adapted = config.matching, roles.adapted
 
-        def learner(name: str, **of: Any) -> Learner:
+        def learner(name: str, rate: float | None = None, **of: Any) -> Learner:
             weights, optimizer = adapted.parameters(name), optimizers[name]
             micro, clip = min(config.batch_size, share), config.optimizer.grad_clip
             passes = Passes(accelerator, roles.call, weights, share, micro, clip)
             guard = Guard(accelerator, config, metrics, optimizer, weights, updates=done, **of)
-            return Learner(name, adapted, passes, guard)
+            return Learner(name, adapted, passes, guard, rate)
 
         student = learner(roles.name, ema=roles.ema if config.ema else (), window=window)
-        if not isinstance(method, DMD):
+        if method is None:
             return cls(roles, student)
         rate = config.optimizer.lr * method.fake_lr
-        return cls(roles, student, Matching(roles, method), learner(FAKE), rate)
+        return cls(roles, student, Matching(roles, method), learner(FAKE, rate))
 
     def step(
         self,
@@ -101,7 +100,7 @@ class Turns:
             return
         for each in draws[:-1]:
             losses = partial(_of_parts, self.matching.fake_losses, given, each)
-            self.fake.turn(number, self.fake_rate, losses, ids)
+            self.fake.turn(number, rate, losses, ids)
         losses = partial(_of_parts, self.matching.losses, given, draws[-1])
         self.student.turn(number, rate, losses, ids)
 

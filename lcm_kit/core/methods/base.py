@@ -60,6 +60,21 @@ class Method(Protocol):
         ...
 
 
+class Landing(Method, Protocol):
+    """A method whose consistency function is the step of DDIM: constant (x0, eps), to any `end`."""
+
+    def endpoint(
+        self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
+    ) -> Tensor:
+        """Return alpha_end x0 + sigma_end eps, float32 [B, C, h, w]; x exactly where end = t.
+
+        For eps and v alike, since both are (x0, eps) here.
+        """
+        from lcm_kit.core.solvers import landed
+
+        return landed(schedule, x0, eps, end)
+
+
 def intervals(
     schedule: Schedule, n_grid: int, batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from lcm_kit.core.methods.base import Method, Times
+from lcm_kit.core.methods.base import Landing, Times
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lcm_kit.core.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class PCM(Method):
+class PCM(Landing):
     """As many phases as the steps that it serves: DDIM with trailing timesteps goes from edge to edge.
 
-    No step renews noise, so that a picture follows from its first noise, and errors do not pass an edge.
+    No step renews noise, so that a picture follows from its first noise, and errors do not pass an edge. The
+    endpoint is arXiv:2405.18407, eq. 9.
     """
 
     title: ClassVar[str] = "phased consistency distillation (PCM)"
@@ -51,14 +51,3 @@ class PCM(Method):
         index = torch.randint(len(points) - 1, (batch,), generator=generator)
         s = points[index]
         return Times(t=points[index + 1], s=s, end=edges[torch.searchsorted(edges, s, right=True) - 1])
-
-    def endpoint(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
-    ) -> Tensor:
-        """Return f(x, t) = alpha_end x0 + sigma_end eps, float32 [B, C, h, w]; x exactly where end = t.
-
-        arXiv:2405.18407, eq. 9: DDIM's step to the edge, for eps and v alike, since both are (x0, eps) here.
-        """
-        from lcm_kit.core.solvers import landed
-
-        return landed(schedule, x0, eps, end)

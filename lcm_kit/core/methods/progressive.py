@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le
 
-from lcm_kit.core.methods.base import Method, Times
+from lcm_kit.core.methods.base import Landing, Times
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Progressive(Method):
+class Progressive(Landing):
     """From `start` steps to `finish`, halved in each stage; the first teacher is the base with guidance.
 
     After that stage the teacher is the student as the stage before left it, in which guidance is by then
@@ -118,14 +118,6 @@ class Progressive(Method):
         points = torch.cat([torch.zeros(1, dtype=torch.int64), trailing(schedule.steps, 2 * n_grid)])
         index = 2 * torch.randint(n_grid, (batch,), generator=generator)
         return Times(t=points[index + 2], s=points[index + 1], end=points[index])
-
-    def endpoint(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
-    ) -> Tensor:
-        """Return alpha_end x0 + sigma_end eps, float32 [B, C, h, w]: a step of DDIM to `end`."""
-        from lcm_kit.core.solvers import landed
-
-        return landed(schedule, x0, eps, end)
 
     def unit(self, schedule: Schedule, times: Times) -> Tensor:
         """Return what to multiply both ends of a step by, so that a squared difference has the weight.

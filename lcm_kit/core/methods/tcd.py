@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lcm_kit.core.methods.base import Method, Times, intervals
+from lcm_kit.core.methods.base import Landing, Times, intervals
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lcm_kit.core.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class TCD(Method):
-    """LCM with a free end. TCDScheduler lands between its timesteps and renews the noise from there."""
+class TCD(Landing):
+    """LCM with a free end. TCDScheduler lands between its timesteps and renews the noise from there.
+
+    The endpoint is the exponential integrator of first order (arXiv:2402.19159, eq. 15, k = 1).
+    """
 
     title: ClassVar[str] = "trajectory consistency distillation (TCD)"
     samplers: ClassVar[tuple[str, ...]] = ("tcd", "ddim", "lcm")
@@ -35,14 +37,3 @@ class TCD(Method):
         points, index = intervals(schedule, n_grid, batch, generator)
         end = (torch.rand(batch, generator=generator) * (index + 1)).long()
         return Times(t=points[index + 1], s=points[index], end=points[end])
-
-    def endpoint(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, eps: Tensor, t: Tensor, end: Tensor
-    ) -> Tensor:
-        """Return f(x, t, end) = alpha_end x0 + sigma_end eps, float32 [B, C, h, w]; x exactly where end = t.
-
-        The exponential integrator of first order, arXiv:2402.19159, eq. 15 (k = 1): the step of DDIM.
-        """
-        from lcm_kit.core.solvers import landed
-
-        return landed(schedule, x0, eps, end)
