@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from lcm_kit.config.schema import Adapter
 from lcm_kit.core.methods import Times
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data.split import taught_by_plain_base
+from tests.small_roles import distill, line, linear_roles, two_samples
 
 X = torch.arange(12.0).view(4, 3)
 
@@ -96,57 +96,22 @@ def test_whose_the_general_pictures_are(teacher: dict[str, Any], general: bool) 
 
 def test_the_interval_weighs_each_sample_by_its_closed_form() -> None:
     """1 / (rho_t - rho_s), rho = sigma / alpha, from the betas in float64; nothing else differs."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    schedule, config = Schedule.from_config(betas), TypeAdapter(RECIPES["train/distill"])
-    adapted = AdaptedUNet(torch.nn.Linear(1, 1))  # which nobody asks: `call` stands for it
-    adapted.train_own_weights()
-    g = torch.Generator().manual_seed(0)
-    given = Given(
-        torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
-        Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long)),
-        torch.tensor([2.0, 5.0]), Condition(torch.randn(2, 3, 5, generator=g)),
-    )  # fmt: skip
-
-    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
-
-    def losses(weighting: str) -> torch.Tensor:
-        keys = {"recipe": "train/distill", "output": "x", "loss": {"weighting": weighting}}
-        objective = Objective.of(config.validate_python(keys))
-        empty = Condition(torch.zeros(1, 3, 5))
-        return Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32).losses(given)
+    found, given = {}, two_samples()
+    for weighting in ("interval", "none"):
+        found[weighting] = linear_roles(distill(loss={"weighting": weighting})).losses(given)
 
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     rho = np.sqrt(1 / np.cumprod(1 - beta) - 1)
     wanted = 1 / (rho[[999, 499]] - rho[[979, 479]])
-    assert (losses("interval") / losses("none")).numpy() == pytest.approx(wanted, rel=1e-4)
+    assert (found["interval"] / found["none"]).numpy() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_distance_that_adapts_is_of_the_grid_that_is_given() -> None:
     """c log(1 + r^2 / (2 c^2)), c = 0.02 (16 / 4)^1.15 on a grid of 4 of 16; r from the squared distance."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    adapted = AdaptedUNet(torch.nn.Linear(1, 1))
-    adapted.train_own_weights()
-    g = torch.Generator().manual_seed(0)
-    given = Given(
-        torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
-        Times(torch.tensor([999, 499]), torch.tensor([749, 249]), torch.zeros(2, dtype=torch.long)),
-        torch.tensor([2.0, 5.0]), Condition(torch.randn(2, 3, 5, generator=g)),
-    )  # fmt: skip
-
-    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+    given = two_samples(s=(749, 249))
 
     def losses(intervals: int | None, **loss: Any) -> np.ndarray:
-        keys = {
-            "recipe": "train/distill",
-            "output": "x",
-            "loss": loss,
-            "grid": {"steps": 16, "steps_start": 4},
-        }
-        objective = Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
-        empty, schedule = Condition(torch.zeros(1, 3, 5)), Schedule.from_config(betas)
-        roles = Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32)
+        roles = linear_roles(distill(loss=loss, grid={"steps": 16, "steps_start": 4}))
         return roles.losses(replace(given, intervals=intervals)).detach().numpy()
 
     square = losses(4, name="l2").astype(np.float64)
@@ -157,29 +122,18 @@ def test_a_distance_that_adapts_is_of_the_grid_that_is_given() -> None:
 
 def test_an_answer_of_the_teacher_serves_the_steps_of_its_group_and_no_other() -> None:
     """Losses are those of a teacher that is asked each time; it is asked once for each part of a group."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    adapted = AdaptedUNet(torch.nn.Linear(1, 1))
-    adapted.train_own_weights()
     rows: list[int] = []
 
-    def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+    def call(x: torch.Tensor, *args: Any, **text: Any) -> Any:
         rows.append(len(x))
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+        return line(x, *args, **text)
 
     def roles() -> Roles:
-        keys = {"recipe": "train/distill", "output": "x", "teacher": {"reuse": 2}}
-        objective = Objective.of(TypeAdapter(RECIPES["train/distill"]).validate_python(keys))
-        empty, schedule = Condition(torch.zeros(1, 3, 5)), Schedule.from_config(betas)
-        return Roles(adapted, call, [], empty, schedule, "epsilon", objective, torch.float32)
+        return linear_roles(distill(teacher={"reuse": 2}), call)
 
     def of(group: int, first: int, scale: float, *, again: bool) -> Given:
-        g = torch.Generator().manual_seed(10 * group + first)
-        return Given(
-            torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
-            Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long)),
-            torch.tensor([scale, scale + 1]), Condition(torch.randn(2, 3, 5, generator=g)),
-            again=(group, first) if again else None,
-        )  # fmt: skip
+        asked = (group, first) if again else None
+        return two_samples(scales=(scale, scale + 1), seed=10 * group + first, again=asked)
 
     mine, order = roles(), [(0, 0), (0, 2), (0, 0), (0, 2), (1, 0), (1, 0), (0, 0)]
     for step, (group, first) in enumerate(order):

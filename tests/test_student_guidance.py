@@ -9,19 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 from lcm_kit.adapter import roles
-from lcm_kit.adapter.adapted_unet import AdaptedUNet
-from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config import shipped
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
-from lcm_kit.config.load import RECIPES, load
-from lcm_kit.config.schema import Distill
+from lcm_kit.config.load import load
 from lcm_kit.config.sweep import Compose, GuidanceSweep, SweptStudent
-from lcm_kit.core.methods import DEFAULT, PCM, MethodInfo, Times
+from lcm_kit.core.methods import DEFAULT, PCM, MethodInfo
 from lcm_kit.core.schedule import SD_BETAS, Schedule
 from lcm_kit.data.batches import Batch
 from lcm_kit.errors import UserError
@@ -37,15 +33,11 @@ from lcm_kit.lora.structure import known
 from lcm_kit.plan import work
 from lcm_kit.training.validation import student_of
 from tests.cards import BOTH, facts, hollow, section, snippets, tables
+from tests.small_roles import distill, line, linear_roles, two_samples
 from tests.test_recommend import figures, spread, student, sweep
 
 SCHEDULE = Schedule.from_config(SD_BETAS)
 GUIDED = replace(DEFAULT, guidance_scale=6.0)  # drawn with 6 by its own validation
-
-
-def distill(**keys: Any) -> Distill:
-    given = {"recipe": "train/distill", "output": "x", **keys}
-    return TypeAdapter(RECIPES["train/distill"]).validate_python(given)
 
 
 # -- The key -------------------------------------------------------------------------------------------------
@@ -108,19 +100,10 @@ def asked(
 
     def call(x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
         conditions.append(Condition(encoder_hidden_states))
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+        return line(x, t, encoder_hidden_states)
 
-    adapted = AdaptedUNet(torch.nn.Linear(1, 1))  # which nobody asks: `call` stands for it
-    adapted.train_own_weights()
-    g = torch.Generator().manual_seed(0)
-    given = Given(
-        torch.randn(2, 4, 2, 2, generator=g), torch.randn(2, 4, 2, 2, generator=g),
-        Times(torch.tensor([999, 499]), torch.tensor([979, 479]), torch.zeros(2, dtype=torch.long)),
-        torch.tensor(scales), Condition(torch.randn(2, 3, 5, generator=g)), again=(0, 0) if again else None,
-    )  # fmt: skip
-    objective = Objective.of(distill(guidance=guidance, teacher={"reuse": 2 if again else 1}))
-    empty = Condition(torch.zeros(1, 3, 5))
-    mine = Roles(adapted, call, [], empty, SCHEDULE, "epsilon", objective, torch.float32)
+    given = two_samples(scales=scales, again=(0, 0) if again else None)
+    mine = linear_roles(distill(guidance=guidance, teacher={"reuse": 2 if again else 1}), call)
     losses = torch.stack([mine.losses(given) for _ in range(2 if again else 1)])
     return losses, conditions, [len(each) for each in conditions]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from pydantic import TypeAdapter
 
 from lcm_kit.config.load import RECIPES
 from lcm_kit.data.images import encode
+from lcm_kit.share import Share
 from lcm_kit.training import held_out, validation
+from train import distill
 
 TEMPLATE: dict[str, Any] = {
     "recipe": "train/distill",
@@ -83,3 +86,37 @@ def draw_little(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kind, "teacher_steps", 1)
     for name, value in (("TEACHER_STEPS", 1), ("STYLE_STEPS", 1), ("STUDENT_COLUMNS", 1)):
         patch.setattr(validation, name, value)
+
+
+def interrupted(config: Any, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:
+    """Distil until amid step `at` (from 0), when the process ends."""
+    step_randomness = distill.step_randomness
+
+    def stop(*given: Any) -> Any:
+        if given[-1] == at:
+            raise KeyboardInterrupt
+        return step_randomness(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "step_randomness", stop)
+        distill.main(config)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of the states, moments and scaler among them, and of the adapter."""
+    found = [*run.glob("state/*/*"), *run.glob("adapter/*")]
+    return {file.relative_to(run).as_posix(): file.read_bytes() for file in found}
+
+
+def assert_shards_are_shared(encode: Callable[[Share], object], folder: Path, into: Path) -> None:
+    """Of two processes each makes every other shard of `folder`, the first the rest too; all are alike."""
+    kept: dict[str, list[str]] = {}
+    for name, share in {"all": Share(), "second": Share(1, 2), "first": Share(0, 2)}.items():
+        encode(share)
+        folder.rename(into / name)
+        kept[name] = sorted(path.name for path in (into / name).iterdir())
+    assert kept["second"] == ["shard-00000.safetensors", "shard-00002.safetensors"]
+    assert kept["first"] == sorted({*kept["all"]} - {*kept["second"]})
+    for name in ("first", "second"):
+        for file in (into / name).glob("*.safetensors"):
+            assert file.read_bytes() == (into / "all" / file.name).read_bytes()

@@ -16,7 +16,6 @@ from lcm_kit.adapter.adapted_unet import TRAINED, AdaptedUNet
 from lcm_kit.adapter.matching import FAKE, Matching
 from lcm_kit.adapter.roles import Given, Objective, Roles
 from lcm_kit.bases.condition import Condition
-from lcm_kit.config.schema import Distill
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.matching import Draws, timesteps
 from lcm_kit.core.methods import DMD, Times
@@ -24,7 +23,7 @@ from lcm_kit.core.prediction import from_x0_eps, to_x0_eps
 from lcm_kit.core.schedule import Schedule, add_noise
 from lcm_kit.core.solvers import landed
 from lcm_kit.training import checkpoints, randomness, turns
-from tests.recipes.small import configure
+from tests.recipes.small import configure, contents, interrupted
 from train import distill
 
 SETTINGS: dict[str, Any] = {
@@ -41,27 +40,12 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the states and of the adapter, and the metrics without what a clock says."""
-    found = [*run.glob("state/*/*"), *run.glob("adapter/*")]
-    return {file.relative_to(run).as_posix(): file.read_bytes() for file in found}
-
-
 def test_a_run_that_was_stopped_goes_on_bit_for_bit_with_two_optimizers(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = distill.main(configure(distill_keys, tmp_path / "straight", **SETTINGS))
     config = configure(distill_keys, tmp_path / "stopped", **SETTINGS)
-    real = randomness.turns_of
-
-    def stop(config: Distill, schedule: Any, shape: Any, step: int, slots: range) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(config, schedule, shape, step, slots)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(randomness, "turns_of", stop)
-        distill.main(config)
+    interrupted(config, monkeypatch, at=5)
     torch.manual_seed(99)
     stopped = distill.main(config)
     assert contents(stopped) == contents(straight)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from lcm_kit.training import checkpoints, run_files, runtime
-from tests.recipes.small import configure
+from tests.recipes.small import configure, contents, interrupted
 from train import distill
 
 # Gradients of the small base overflow at first and fit after some halvings; the scale grows after three
@@ -97,12 +97,6 @@ def timeless(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in other} for line in lines(run)]
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the states, moments and scaler among them, and of the adapter."""
-    found = [*run.glob("state/*/*"), *run.glob("adapter/*")]
-    return {file.relative_to(run).as_posix(): file.read_bytes() for file in found}
-
-
 def test_the_scale_is_found_by_updates_that_are_left_out(
     runs: dict[str, Path], distill_keys: dict[str, Any]
 ) -> None:
@@ -149,16 +143,8 @@ def test_a_run_that_was_stopped_is_the_straight_one_bit_for_bit(
     at: int, runs: dict[str, Path], distill_keys: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    config, draw = configure(distill_keys, tmp_path, **SETTINGS), distill.step_randomness
-
-    def stop(*args: Any) -> Any:
-        if args[-1] == at:
-            raise KeyboardInterrupt
-        return draw(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "step_randomness", stop)
-        distill.main(config)
+    config = configure(distill_keys, tmp_path, **SETTINGS)
+    interrupted(config, monkeypatch, at)
     assert len(run_files.folders(tmp_path)) == at
     torch.manual_seed(12345)  # another process has another global random state
     distill.main(config)
@@ -195,16 +181,8 @@ def test_the_fake_score_and_the_student_share_the_scale(
         ups = [t for key, t in mine.items() if "lora_B" in key]
         assert ups and all(t.dtype == torch.float32 and float(t.abs().max()) > 1e-4 for t in ups)
 
-    config, draw = configure(distill_keys, tmp_path / "stopped", **settings), distill.step_randomness
-
-    def stop(*args: Any) -> Any:
-        if args[-1] == 5:
-            raise KeyboardInterrupt
-        return draw(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "step_randomness", stop)
-        distill.main(config)
+    config = configure(distill_keys, tmp_path / "stopped", **settings)
+    interrupted(config, monkeypatch, at=5)
     distill.main(config)
     assert contents(tmp_path / "stopped") == contents(expected)
     assert timeless(tmp_path / "stopped") == timeless(expected)

@@ -21,7 +21,7 @@ from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.report import build
 from lcm_kit.training import runtime
 from lcm_kit.training.run_files import config_of
-from tests.recipes.small import configure, launch
+from tests.recipes.small import configure, interrupted, launch
 from train import distill
 
 METHOD = {"name": "progressive", "start": 8, "finish": 2}
@@ -70,16 +70,8 @@ def test_the_rate_begins_anew(straight: Path) -> None:
 def test_a_run_that_was_killed_around_an_edge_goes_on_bit_for_bit(
     distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    config, step_randomness = configure(distill_keys, tmp_path, **SETTINGS), distill.step_randomness
-
-    def stop(*given: Any) -> Any:
-        if given[-1] == at:
-            raise KeyboardInterrupt
-        return step_randomness(*given)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "step_randomness", stop)
-        distill.main(config)
+    config = configure(distill_keys, tmp_path, **SETTINGS)
+    interrupted(config, monkeypatch, at)
     assert max(int(path.name[-6:]) for path in (tmp_path / "state").iterdir()) == at
     distill.main(config)
     for file in sorted(straight.glob("state/*/*")) + sorted(straight.glob("adapter/*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from lcm_kit.plan import base_profile, disk, encoding, work
 from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.report.build import _seen
-from lcm_kit.share import Share
 from lcm_kit.training.run_files import config_of
-from tests.recipes.small import configure
+from tests.recipes.small import assert_shards_are_shared, configure
 from train import distill
 
 Keys = dict[str, Any]
@@ -165,17 +165,8 @@ def test_it_continues_and_a_second_run_does_nothing(
 
 def test_processes_share_the_shards(config: Callable[..., Distill], tmp_path: Path) -> None:
     made = config()
-    folder = prompts.folder_of(made.data)
-    kept: dict[str, list[str]] = {}
-    for name, share in {"all": Share(), "second": Share(1, 2), "first": Share(0, 2)}.items():
-        prompts.encode(made, progress=False, share=share)
-        folder.rename(tmp_path / name)
-        kept[name] = sorted(path.name for path in (tmp_path / name).iterdir())
-    assert kept["second"] == ["shard-00000.safetensors", "shard-00002.safetensors"]
-    assert kept["first"] == sorted({*kept["all"]} - {*kept["second"]})
-    for name in ("first", "second"):
-        for file in (tmp_path / name).glob("*.safetensors"):
-            assert file.read_bytes() == (tmp_path / "all" / file.name).read_bytes()
+    encode = partial(prompts.encode, made, False)
+    assert_shards_are_shared(encode, prompts.folder_of(made.data), tmp_path)
 
 
 def test_changed_prompts_are_refused_in_words(config: Callable[..., Distill], tmp_path: Path) -> None:

@@ -19,13 +19,12 @@ import torch
 
 from lcm_kit.adapter.roles import Given, Roles
 from lcm_kit.config.load import dump
-from lcm_kit.config.schema import Distill
 from lcm_kit.core.schedule import grid_steps
 from lcm_kit.data.images import encode
 from lcm_kit.errors import UserError
 from lcm_kit.io import locks
 from lcm_kit.training import checkpoints, run_files
-from tests.recipes.small import configure, environment
+from tests.recipes.small import configure, contents, environment, interrupted
 from train import distill
 
 SETTINGS: dict[str, Any] = {
@@ -90,16 +89,7 @@ def test_a_run_stopped_by_an_exception_continues(
     distill_keys: dict[str, Any], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(distill_keys, tmp_path, **SETTINGS)
-    step_randomness = distill.step_randomness
-
-    def stop(config: Distill, method: Any, schedule: Any, batch: Any, step: int) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return step_randomness(config, method, schedule, batch, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "step_randomness", stop)
-        distill.main(config)
+    interrupted(config, monkeypatch, at=5)
     state = newest(tmp_path)
     assert state is not None and state.step == 4 and len(state.window) == 1
     with pytest.raises(UserError, match=r"started with ema 0\.5 and the config says 0\.0"):
@@ -107,28 +97,8 @@ def test_a_run_stopped_by_an_exception_continues(
     torch.manual_seed(12345)  # another process has another global random state
     distill.main(config)
     assert_same(tmp_path, straight)
-    assert contents(tmp_path) == contents(straight)  # manifests and pickled moments too
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the states and of the adapter."""
-    found = [*run.glob("state/*/*"), *run.glob("adapter/*")]
-    assert len(found) == 2 * 4 + 2  # two states
-    return {file.relative_to(run).as_posix(): file.read_bytes() for file in found}
-
-
-def interrupted(config: Distill, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:
-    """Train until amid step `at` (from 0), when the process ends."""
-    step_randomness = distill.step_randomness
-
-    def stop(config: Distill, method: Any, schedule: Any, batch: Any, step: int) -> Any:
-        if step == at:
-            raise KeyboardInterrupt
-        return step_randomness(config, method, schedule, batch, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "step_randomness", stop)
-        distill.main(config)
+    whole = contents(straight)
+    assert contents(tmp_path) == whole and len(whole) == 2 * 4 + 2  # manifests and pickled moments too
 
 
 def test_a_constant_and_a_choice_of_t_that_depend_on_the_step_continue(
@@ -159,7 +129,8 @@ def test_a_constant_and_a_choice_of_t_that_depend_on_the_step_continue(
     interrupted(twice, monkeypatch)
     distill.main(twice)
     assert_same(tmp_path / "twice", tmp_path / "once")
-    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+    whole = contents(tmp_path / "once")
+    assert contents(tmp_path / "twice") == whole and len(whole) == 2 * 4 + 2
     files = [tmp_path / name / "adapter/lora.safetensors" for name in ("once", "steady", "even")]
     assert len({file.read_bytes() for file in files}) == 3  # both keys have an effect
 

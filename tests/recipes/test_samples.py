@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ from lcm_kit.data.sources import MixedCache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.lora import structure
-from lcm_kit.share import Share
 from tests import broken
 from tests.loras import fuse, lcm_modules, random_lora
-from tests.recipes.small import configure
+from tests.recipes.small import assert_shards_are_shared, configure
 from train import distill
 
 Keys = dict[str, Any]
@@ -132,17 +132,8 @@ def test_it_continues_and_a_second_run_does_nothing(
 
 def test_processes_share_the_shards_and_draw_the_same(config: Callable[..., Distill], tmp_path: Path) -> None:
     made = config()
-    folder = samples.folder_of(made.data)
-    kept: dict[str, list[str]] = {}
-    for name, share in {"all": Share(), "second": Share(1, 2), "first": Share(0, 2)}.items():
-        samples.encode(made, progress=False, share=share)
-        folder.rename(tmp_path / name)
-        kept[name] = sorted(path.name for path in (tmp_path / name).iterdir())
-    assert kept["second"] == ["shard-00000.safetensors", "shard-00002.safetensors"]
-    assert kept["first"] == sorted({*kept["all"]} - {*kept["second"]})
-    for name in ("first", "second"):
-        for file in (tmp_path / name).glob("*.safetensors"):
-            assert file.read_bytes() == (tmp_path / "all" / file.name).read_bytes()
+    encode = partial(samples.encode, made, False)
+    assert_shards_are_shared(encode, samples.folder_of(made.data), tmp_path)
 
 
 def test_prompts_that_the_base_reads_in_part_are_named(
