@@ -42,8 +42,8 @@ PICTURES = """
 
 ![Pictures of the teacher and of all methods at 1, 2 and 4 steps, a row a prompt](images/methods-sheet.png)"""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-_SIDE, _TOP = 66, 56  # of the sheet, pixels
-_LETTERS = 11  # of a heading, that fit above a picture
+_SIDE, _TOP = 66, 66  # of the sheet, pixels
+_LETTERS = 12  # of a heading, that fit above a picture
 
 
 def text(key: str, found: tuple[float, float, float], share: bool = True) -> str:
