@@ -97,10 +97,13 @@ class Step:
         return Draws(steps, step, start, renewed, t, noise)
 
     def turn(self, name: str, draws: Draws) -> None:
+        """Of the fake score, which walks; or of the student, from where that has left it."""
         losses = self.matching.losses if name == TRAINED else self.matching.fake_losses
         with self.adapted.using(name):
             with Kernels() if self.device == "meta" else nullcontext():
-                loss = losses(self.given, draws).mean()
+                if name == FAKE:
+                    self.arrived = self.matching.arrived(self.given, draws)
+                loss = losses(self.given, draws, self.arrived).mean()
             loss.backward()
         for p in self.adapted.parameters(name):
             p.grad = None
@@ -116,7 +119,7 @@ def test_flops_of_a_step_are_those_of_the_real_one_in_the_mean(
     """Torch's own counter, at every place of a trajectory, as often as each is drawn."""
     wanted = config("method.steps=[2]", "method.fake_updates=3", "precision=bfloat16", "batch_size=1",
                     "accumulation=2", *overrides)  # fmt: skip
-    step, counted = Step(wanted, torch.bfloat16, 1), {TRAINED: 0.0, FAKE: 0.0}
+    step, counted = Step(wanted, torch.bfloat16, 1), {FAKE: 0.0, TRAINED: 0.0}
     for place in (0, 1):
         for name in counted:
             with FlopCounterMode(display=False) as counter:
@@ -148,7 +151,7 @@ def test_passes_of_a_step(weight: float, guidance: float) -> None:
     rows, more = (2 if guidance > 1 else 1), (1 if weight else 0)
     assert roles.passes(wanted) == {"teacher": rows * more, "target": more, "student": more}
     assert matching.passes(wanted, wanted.method) == {
-        "teacher": rows * (1 + more), "target": more, "student": 1 + more, "trajectory": 0.5 + 3 * 1.5,
+        "teacher": rows * (1 + more), "target": more, "student": 1 + more, "trajectory": 3 * 1.5,
         "fake score": 1, "fake score, trained": 3,
     }  # fmt: skip
 

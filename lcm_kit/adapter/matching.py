@@ -20,6 +20,7 @@ from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_
 from lcm_kit.core.methods import DMD
 from lcm_kit.core.prediction import Predict
 
+Arrived = tuple[Tensor, Tensor]  # x [B, C, h, w] and t int64 [B] of `walk`
 FAKE = "fake"  # the name of the fake score among what is trained
 
 
@@ -30,13 +31,23 @@ class Matching:
     roles: Roles
     method: DMD
 
-    def losses(self, given: Given, draws: Draws) -> Tensor:
+    def arrived(self, given: Given, draws: Draws) -> Arrived:
+        """x and t where the student's own trajectories are at the step that is taught, without graph.
+
+        It serves all turns of the same trajectories until the student is updated.
+        """
+        schedule, student = self.roles.schedule, self.roles.student(given)
+        points = self.method.points(schedule, draws.steps)
+        with self.roles.adapted.using(self.roles.name):
+            return walk(student, schedule, points, draws, renew=self.method.sampler == "lcm")
+
+    def losses(self, given: Given, draws: Draws, arrived: Arrived) -> Tensor:
         """The student's loss of each sample, float32 [B], with gradient in the adapter, which is in use.
 
         `given`: conditions, guidance, and what the consistency loss is of, if there is one.
         """
         roles = self.roles
-        x0 = self._sample(given, draws)
+        x0 = roles.student(given)(*arrived)[0]
 
         def fake(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             with roles.adapted.using(FAKE):
@@ -48,23 +59,16 @@ class Matching:
             found = found + self.method.consistency * roles.losses(given)
         return found
 
-    def fake_losses(self, given: Given, draws: Draws) -> Tensor:
+    def fake_losses(self, given: Given, draws: Draws, arrived: Arrived) -> Tensor:
         """The fake score's loss of each sample, float32 [B], with gradient in its LoRA, which is in use.
 
         The samples are the student's as it is now, drawn without gradient.
         """
         with torch.no_grad(), self.roles.adapted.using(self.roles.name):
-            x0 = self._sample(given, draws)
+            x0 = self.roles.student(given)(*arrived)[0]
         return fake_loss(
             self._fake(given), self.roles.schedule, x0, draws, lambda a, b: LOSSES["l2"](a, b, 0.0)
         )
-
-    def _sample(self, given: Given, draws: Draws) -> Tensor:
-        """The student's x0 at one step of its own trajectory, [B, C, h, w]; what came before has no graph."""
-        schedule, student = self.roles.schedule, self.roles.student(given)
-        points = self.method.points(schedule, draws.steps)
-        x0, _ = student(*walk(student, schedule, points, draws, renew=self.method.sampler == "lcm"))
-        return x0
 
     def _fake(self, given: Given) -> Predict:
         return self.roles.predict(partial(self.roles.output, "fake", given.condition))
@@ -82,15 +86,15 @@ def passes(config: Distill, method: DMD) -> dict[str, float]:
     """How often a step asks each part for a sample, in the mean over the trajectories, guidance being two.
 
     As `roles.passes`, its consistency loss with it, where "student" is what has a gradient. "trajectory": the
-    student without, in all turns; "fake score": its answers to the student's turn; "fake score, trained":
-    forward and backward.
+    student without, in the fake score's turns; "fake score": its answers to the student's turn; "fake
+    score, trained": forward and backward.
     """
     found, place, updates = consistency.passes(config), place_in_the_mean(method), method.fake_updates
     return {
         "teacher": found["teacher"] + Objective.of(config).rows["teacher"],
         "target": found["target"],
         "student": found["student"] + 1,
-        "trajectory": place + updates * (place + 1),  # a fake score's turn takes the sample from there too
+        "trajectory": updates * (place + 1),  # and the sample; the student's turn is where the last one is
         "fake score": 1,
         "fake score, trained": updates,
     }

@@ -32,7 +32,7 @@ class Draws(NamedTuple):
     steps: int  # n, of the trajectory
     step: int  # k, of which the x0 is the sample: 0 is the first, from pure noise
     noise: Tensor  # that the trajectory starts from, [B, C, h, w]
-    renewed: Tensor  # noise of its later steps, [B, k, C, h, w]; not used where none is renewed
+    renewed: Tensor  # noise of its later steps, [B, k, C, h, w]; [B, 0, ...] where none is
     t: Tensor  # to which the sample is diffused, int64 [B]
     diffused: Tensor  # with this noise, [B, C, h, w]
 

@@ -49,6 +49,10 @@ class BaseProfile:
         """C of a latent."""
         return int(self.unet_config.get("in_channels", _LATENT))
 
+    def latent(self, resolution: int) -> int:
+        """Numbers of a square picture's latent, of so many pixels a side."""
+        return self.channels * (resolution // self.structure.factor) ** 2
+
     @property
     def text(self) -> int:
         """Weights of the text encoders: embeddings, matrices, biases, two norms a layer and a last one."""

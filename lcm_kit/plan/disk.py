@@ -31,8 +31,7 @@ class Disk:
 def disk(config: Training, planner: Planner) -> Disk:
     """What `encode` and `train` will write."""
     subject = planner.stage.subject
-    side = config.data.resolution // subject.structure.factor
-    numbers = subject.channels * side * side + subject.tokens * subject.structure.width
+    numbers = subject.latent(config.data.resolution) + subject.tokens * subject.structure.width
     numbers += subject.pooled + 6 if subject.pooled else 0
     weights = planner.weights(config)
     lora = FLOAT * sum(weights.lora)

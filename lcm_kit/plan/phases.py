@@ -44,8 +44,10 @@ def of_training(
     rows = roles.Objective.of(config).rows["teacher"] * batch if isinstance(config, Distill) else batch
     held = dry_run.student.highest(batch, gradients=True)
     if fake:
-        # what a pass saw of a LoRA in half precision stays until that LoRA's next pass with gradient
+        # what a pass saw of a LoRA in half precision stays until that LoRA's next pass with gradient, and
+        # where the trajectories have arrived until the turns are over
         seen = 0 if dtype == torch.float32 else sum(weights.lora) * dtype.itemsize
+        seen += FLOAT * config.accumulation * batch * stage.subject.latent(config.data.resolution)
         trained = fake.student.highest(batch, gradients=True)
         found[FAKE_TURN] = parts(_besides(trained, seen), batch)
         # what the student's pass keeps for its backward is there while the teacher and the fake score answer

@@ -77,8 +77,9 @@ def turns_of(
         common = generator_at(config.seed, step, _NO_SLOT, f"trajectory {path}")
         steps = method.steps[int(torch.randint(len(method.steps), (1,), generator=common))]
         place = int(torch.randint(steps, (1,), generator=common))
+        renewed = place if method.sampler == "lcm" else 0
         of = partial(draw, config.seed, step, slots)
-        start = of(f"start {path}", lambda g: torch.randn(place + 1, *shape, generator=g))
+        start = of(f"start {path}", lambda g: torch.randn(1 + renewed, *shape, generator=g))
         t = of(f"diffused to {turn}", lambda g: torch.randint(low, high + 1, (1,), generator=g))
         noise = of(f"diffused {turn}", lambda g: torch.randn(*shape, generator=g))
         return Draws(steps, place, start[:, 0], start[:, 1:], t[:, 0], noise)

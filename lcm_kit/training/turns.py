@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
-from lcm_kit.adapter.matching import FAKE, Matching
+from lcm_kit.adapter.matching import FAKE, Arrived, Matching
 from lcm_kit.adapter.roles import Given, Roles
 from lcm_kit.bases.memory import set_rates
 from lcm_kit.config import schema
@@ -98,11 +97,32 @@ class Turns:
         if self.fake is None or self.matching is None:
             self.student.turn(number, rate, lambda part: self.roles.losses(given(part)), ids)
             return
+        arrived: dict[tuple[int, int], Arrived] = {}  # by part of the samples
         for each in draws[:-1]:
-            losses = partial(_of_parts, self.matching.fake_losses, given, each)
-            self.fake.turn(number, rate, losses, ids)
-        losses = partial(_of_parts, self.matching.losses, given, draws[-1])
+            arrived.clear()
+            self.fake.turn(number, rate, self._of_parts(self.matching.fake_losses, given, each, arrived), ids)
+        # of the very trajectories that the fake score has just learned by
+        losses = self._of_parts(self.matching.losses, given, draws[-1], arrived)
         self.student.turn(number, rate, losses, ids)
+
+    def _of_parts(
+        self,
+        losses: Callable[[Given, Draws, Arrived], Tensor],
+        given: Callable[[slice], Given],
+        draws: Draws,
+        arrived: dict[tuple[int, int], Arrived],
+    ) -> Callable[[slice], Tensor]:
+        """`losses` of a part of the samples, which walks where none of the same part has before it."""
+        assert self.matching is not None
+        walk = self.matching.arrived
+
+        def of(part: slice) -> Tensor:
+            own, drawn, key = given(part), draws.of(part), (part.start, part.stop)
+            if key not in arrived:
+                arrived[key] = walk(own, drawn)
+            return losses(own, drawn, arrived[key])
+
+        return of
 
     def settle(self) -> None:
         """Wait until the last updates are known, as `Guard.settle`."""
@@ -116,9 +136,3 @@ class Turns:
             return {}
         self.fake.guard.window.clear()  # no mean is told: it would hang on where a run was stopped
         return {"fake_loss": self.fake.guard.last.loss}
-
-
-def _of_parts(
-    losses: Callable[[Given, Draws], Tensor], given: Callable[[slice], Given], draws: Draws, part: slice
-) -> Tensor:
-    return losses(given(part), draws.of(part))

@@ -85,6 +85,32 @@ def test_the_fake_score_learns_at_its_own_rate(
     assert rates[TRAINED][1] == 1e-2 and rates[TRAINED][0] == 0.5e-2  # the warm-up
 
 
+def test_a_turn_is_where_its_own_trajectory_leads_and_the_students_walks_no_second_time(
+    distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked, walk = [], Matching.arrived
+
+    def counted(self: Matching, given: Given, draws: Draws) -> tuple[Tensor, Tensor]:
+        walked.append(len(draws.noise))
+        return walk(self, given, draws)
+
+    def checked(name: str) -> Any:
+        losses = getattr(Matching, name)
+
+        def check(self: Matching, given: Given, draws: Draws, arrived: tuple[Tensor, Tensor]) -> Tensor:
+            assert all(torch.equal(a, b) for a, b in zip(arrived, walk(self, given, draws), strict=True))
+            return losses(self, given, draws, arrived)
+
+        return check
+
+    monkeypatch.setattr(Matching, "arrived", counted)
+    for name in ("losses", "fake_losses"):
+        monkeypatch.setattr(Matching, name, checked(name))
+    keys = {**SETTINGS, "steps": 3, "batch_size": 2, "accumulation": 2}
+    distill.main(configure(distill_keys, tmp_path, **keys))
+    assert walked == [2] * 3 * 2 * 2  # of 3 steps 2 turns of the fake score, of each two micro-batches
+
+
 def test_the_fake_score_learns_where_t_is_chosen_by_another_distribution_too(
     distill_keys: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -139,7 +165,7 @@ class Small:
         matching = Matching(self.roles, self.method)
         losses = matching.losses if name == TRAINED else matching.fake_losses
         with self.adapted.using(name):
-            losses(self.given, self.draws).mean().backward()
+            losses(self.given, self.draws, matching.arrived(self.given, self.draws)).mean().backward()
         assert all(p.grad is None for p in self.adapted.parameters(FAKE if name == TRAINED else TRAINED))
         return [p.grad for p in self.adapted.parameters(name) if p.grad is not None]
 
@@ -227,7 +253,8 @@ def test_what_the_one_step_learned_is_what_diffusers_draws(distill_keys: dict[st
     method = DMD(steps=(1,), conditioning_timestep=399)
     mine = Small(distill_keys, method, fast=False, place=0)
     with torch.no_grad(), mine.adapted.using(TRAINED):
-        wanted = Matching(mine.roles, method)._sample(mine.given, mine.draws)
+        arrived = Matching(mine.roles, method).arrived(mine.given, mine.draws)
+        wanted, _ = mine.roles.student(mine.given)(*arrived)
         pipe = sample.pipeline(distill_keys["base"]["path"], unet=mine.adapted.unet)
         scheduler = sample.scheduler(method.samplers[0], pipe.scheduler.config)
         settings = sample.call_settings(method.samplers[0], 1, 1.0)
@@ -259,8 +286,11 @@ def test_a_picture_of_one_step_at_a_timestep_of_its_own(
 def test_the_consistency_loss_stays_on_at_its_weight(distill_keys: dict[str, Any]) -> None:
     both, alone = (Small(distill_keys, DMD(steps=(2,), consistency=c), fast=True) for c in (0.7, 0.0))
     with torch.no_grad():
-        matched = Matching(alone.roles, alone.method).losses(alone.given, alone.draws)
-        found = Matching(both.roles, both.method).losses(both.given, both.draws)
+        matched, found = (
+            matching.losses(one.given, one.draws, matching.arrived(one.given, one.draws))
+            for one in (alone, both)
+            if (matching := Matching(one.roles, one.method))
+        )
         torch.testing.assert_close(found, matched + 0.7 * alone.roles.losses(alone.given))
 
 
