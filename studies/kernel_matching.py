@@ -6,7 +6,7 @@ The student draws two pictures of a prompt, a and b, whose data set has one, y. 
 is the maximum mean discrepancy of the kernel -|a - b| (arXiv:1207.6076), is E|a - y| + E|b - y| - E|a - b|,
 place by place in what the down blocks and the middle of the base make of them at a noise level t. Its
 gradient goes through the UNet into the student; there is no fake score, and no teacher under guidance.
-Otherwise as `distill/tiny_dmd`: the same trajectories, rank, learning rate and prompts. Prints right
+Otherwise as the entry `dmd` of `studies/methods.yaml`: the same trajectories, rank, learning rate and prompts. Prints right
 attributes, Frechet distance, sharpness and diversity over the teacher's at 1, 2 and 4 steps of DDIM on 160
 held-out prompts, and the processor seconds of training (docs/methods.md).
 """
@@ -157,8 +157,9 @@ def judge(adapted: AdaptedUNet) -> None:
 def main() -> None:
     """Train, then judge."""
     quiet()
-    steps = [f"steps={word}" for word in sys.argv[1:]]
-    config = load(shipped.find("distill/tiny_dmd"), [*steps, "data.cache=cache/tiny_quick"])
+    steps = f"steps={sys.argv[1] if sys.argv[1:] else 100}"
+    small = "adapter.rank=16", "adapter.alpha=16", "data.cache=cache/tiny_quick"
+    config = load(shipped.find("distill/tiny_dmd"), [steps, *small])
     assert isinstance(config, Distill)
     sources.encode(config)
     base = bases.inspect_base(config.base.path)
