@@ -1,8 +1,8 @@
 """Print the tables of docs/results.md and docs/finetuning.md, and draw the pictures of the README.
 
-    lcm-kit encode distill/tiny_quick && lcm-kit train distill/tiny_quick && lcm-kit export runs/tiny_quick
-    lcm-kit evaluate evaluation/quality run=runs/tiny_quick
-    python tools/readme_figures.py runs/tiny_quick    # more runs add their students to the table
+    lcm-kit encode distill/tiny_dmd && lcm-kit train distill/tiny_dmd && lcm-kit export runs/tiny_dmd
+    lcm-kit evaluate evaluation/quality run=runs/tiny_dmd
+    python tools/readme_figures.py runs/tiny_dmd    # more runs add their students to the table
     lcm-kit quickstart && python tools/readme_figures.py runs/quickstart
 
 Tables go to standard output. docs/headline.png: one row a prompt, the teacher, the plain sampler with most
