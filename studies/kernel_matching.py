@@ -6,9 +6,9 @@ The student draws two pictures of a prompt, a and b, whose data set has one, y. 
 is the maximum mean discrepancy of the kernel -|a - b| (arXiv:1207.6076), is E|a - y| + E|b - y| - E|a - b|,
 place by place in what the down blocks and the middle of the base make of them at a noise level t. Its
 gradient goes through the UNet into the student; there is no fake score, and no teacher under guidance.
-Otherwise as the entry `dmd` of `studies/methods.yaml`: the same trajectories, rank, learning rate and prompts. Prints right
-attributes, Frechet distance, sharpness and diversity over the teacher's at 1, 2 and 4 steps of DDIM on 160
-held-out prompts, and the processor seconds of training (docs/methods.md).
+Otherwise as the entry `dmd` of `studies/methods.yaml`: the same trajectories, rank, learning rate and
+prompts. Prints right attributes, Frechet distance, sharpness and diversity over the teacher's at 1, 2 and 4
+steps of DDIM on 160 held-out prompts, and the processor seconds of training (docs/methods.md).
 """
 
 from __future__ import annotations
