@@ -26,7 +26,7 @@ class DMD(LCM):
     title: ClassVar[str] = "distribution matching distillation (DMD2)"
     tags: ClassVar[tuple[str, ...]] = ("dmd2",)
     name: Literal["dmd"] = "dmd"  # type: ignore[assignment]
-    # numbers of steps that the student is trained to draw in, all as often; one alone is learned better
+    # numbers of steps that the student is trained to draw in, all as often
     steps: Steps = (1, 2, 4)  # type: ignore[misc]
     # ddim: the steps follow one another without new noise (TDM, arXiv:2503.06674), which keeps what differs
     # between pictures of one prompt; lcm: noise is renewed after each, as the LCM sampler does (DMD2)
