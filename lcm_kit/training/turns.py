@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -94,35 +95,23 @@ class Turns:
 
         `draws`: `randomness.turns_of`.
         """
-        if self.fake is None or self.matching is None:
+        fake, matching = self.fake, self.matching
+        if fake is None or matching is None:
             self.student.turn(number, rate, lambda part: self.roles.losses(given(part)), ids)
             return
         arrived: dict[tuple[int, int], Arrived] = {}  # by part of the samples
+
+        def of(losses: Callable[[Given, Draws, Arrived], Tensor], drawn: Draws, part: slice) -> Tensor:
+            own, mine, key = given(part), drawn.of(part), (part.start, part.stop)
+            if key not in arrived:
+                arrived[key] = matching.arrived(own, mine)
+            return losses(own, mine, arrived[key])
+
         for each in draws[:-1]:
             arrived.clear()
-            self.fake.turn(number, rate, self._of_parts(self.matching.fake_losses, given, each, arrived), ids)
+            fake.turn(number, rate, partial(of, matching.fake_losses, each), ids)
         # of the very trajectories that the fake score has just learned by
-        losses = self._of_parts(self.matching.losses, given, draws[-1], arrived)
-        self.student.turn(number, rate, losses, ids)
-
-    def _of_parts(
-        self,
-        losses: Callable[[Given, Draws, Arrived], Tensor],
-        given: Callable[[slice], Given],
-        draws: Draws,
-        arrived: dict[tuple[int, int], Arrived],
-    ) -> Callable[[slice], Tensor]:
-        """`losses` of a part of the samples, which walks where none of the same part has before it."""
-        assert self.matching is not None
-        walk = self.matching.arrived
-
-        def of(part: slice) -> Tensor:
-            own, drawn, key = given(part), draws.of(part), (part.start, part.stop)
-            if key not in arrived:
-                arrived[key] = walk(own, drawn)
-            return losses(own, drawn, arrived[key])
-
-        return of
+        self.student.turn(number, rate, partial(of, matching.losses, draws[-1]), ids)
 
     def settle(self) -> None:
         """Wait until the last updates are known, as `Guard.settle`."""
