@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
 from lcm_kit.data.batches import Batches, Mix, draw, generator_at
+from lcm_kit.data.order import Run
 
 
 @dataclass
@@ -17,10 +19,19 @@ class Rows:
 
     ids: list[str] = field(default_factory=lambda: [f"r{i}" for i in range(10)])
 
+    several = False
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(len(self.ids))]
+
     def latents(self, index: list[int]) -> Tensor:
         return torch.tensor(index, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 2, 2)
 
-    def condition(self, index: list[int]) -> Condition:
+    def weights(self, index: list[int]) -> None:
+        return None
+
+    def condition(self, index: list[int], chances: Sequence[float] | None = None) -> Condition:
         return Condition(torch.tensor(index, dtype=torch.float32)[:, None, None].expand(-1, 3, 5))
 
 

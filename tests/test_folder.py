@@ -21,7 +21,7 @@ from lcm_kit.data import near_duplicates as near
 from lcm_kit.data.folder import FolderCheck, _amount, check_data, check_folder
 from lcm_kit.data.folder_pictures import _lost, look
 from lcm_kit.data.records import Record, decode
-from lcm_kit.data.transforms import to_square
+from lcm_kit.data.transforms import square, to_shape
 from lcm_kit.errors import UserError
 
 BRAND = sorted((Path(near.__file__).parents[1] / "assets" / "brand").glob("*.png"))
@@ -263,7 +263,7 @@ def test_sizes(folder: Path, size: tuple[int, int], expected: tuple[str, str] | 
 def test_the_share_that_is_lost_is_what_the_crop_takes() -> None:
     """Count the columns that are left of a picture in which each has its own colour."""
     wide = Image.fromarray(np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (100, 1, 3)))
-    left = np.unique(np.asarray(to_square(wide, 100))[0, :, 0])
+    left = np.unique(np.asarray(to_shape(wide, square(wide.size, 100)))[0, :, 0])
     seen = look(Record("a", "", lambda: saved(wide, "PNG")))
     assert _lost(seen) == pytest.approx(1 - len(left) / 250) == 0.6
 

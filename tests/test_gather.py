@@ -16,6 +16,7 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.data import cache as module
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.shards import Entry
 from lcm_kit.data.sources import MixedCache
 from lcm_kit.data.split import Rows
 
@@ -53,7 +54,7 @@ def build(folder: Path, seed: int, sizes: tuple[int, ...] = SIZES) -> tuple[Cach
     files = [load_file(folder / shard["file"]) for shard in told]
     ids = [f"{folder.name}/{i}" for i in range(sum(sizes))]
     whole = {name: torch.cat([file[name] for file in files]) for name in NAMES}
-    return Cache(folder, ids, ids, ids, told, ""), whole  # type: ignore[arg-type]
+    return Cache(folder, [Entry(id, id, id, id) for id in ids], told, ""), whole  # type: ignore[arg-type]
 
 
 def assert_rows(source: Any, whole: dict[str, Tensor], index: list[int]) -> None:

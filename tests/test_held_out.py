@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
+from lcm_kit.data.order import Run
 from lcm_kit.data.split import Rows
 from lcm_kit.training.held_out import HeldOut
 
@@ -17,11 +18,15 @@ class Pictures:
     """Picture i is full of i, its text too."""
 
     ids = ("a", "b", "c")
+    runs = (Run(3),)
+
+    def weights(self, index: list[int]) -> None:
+        return None
 
     def latents(self, index: list[int]) -> Tensor:
         return torch.tensor(index).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
 
-    def condition(self, index: list[int]) -> Condition:
+    def condition(self, index: list[int], chances: None = None) -> Condition:
         return Condition(torch.tensor(index).float().view(-1, 1, 1))
 
 
@@ -30,7 +35,9 @@ def test_every_picture_is_measured_at_every_time_and_no_batch_size_matters() -> 
     found = []
     for size in (1, 5, 24, 100):
 
-        def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor, size: int = size) -> Tensor:
+        def losses_at(
+            x0: Tensor, condition: Condition, noise: Tensor, t: Tensor, _: None, size: int = size
+        ) -> Tensor:
             assert torch.equal(x0[:, 0, 0, 0], condition.embeds.flatten())
             assert not torch.is_grad_enabled() and len(t) <= size
             seen.setdefault(size, []).extend(zip(x0[:, 0, 0, 0].tolist(), t.tolist(), noise, strict=True))

@@ -20,7 +20,9 @@ def cache(own: int, general: int = 0, mirrored: bool = False) -> Any:
     if mirrored:
         ids = [name for id in ids for name in (id, f"{id} (mirrored)")]
         images = [image for image in images for _ in range(2)]
-    return SimpleNamespace(ids=ids, images=images, latents=torch.tensor, condition=list)
+    return SimpleNamespace(
+        ids=ids, images=images, latents=torch.tensor, condition=lambda index, chances: index
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))

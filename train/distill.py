@@ -125,7 +125,7 @@ def main(config: Distill) -> Path:
             batch.latents[part], drawn.noise[part], Times(*(time[part] for time in drawn.times)),
             drawn.guidance[part], batch.condition[part].to(dtype=dtype),
             taught_by_plain_base(config, batch.ids[part]),
-            None if group is None else (group, part.start), drawn.intervals,
+            None if group is None else (group, part.start), drawn.intervals, batch.weights_of(part),
         )  # fmt: skip
 
     # -- Measuring: held-out pictures, on the final grid with draws of no step; control; diversity -----------

@@ -35,7 +35,7 @@ from lcm_kit.core.flat import flattened
 from lcm_kit.core.losses import l2
 from lcm_kit.core.prediction import predictor
 from lcm_kit.core.schedule import Schedule
-from lcm_kit.core.step import diffusion_loss, snr_weight
+from lcm_kit.core.step import diffusion_loss, snr_weight, weighed
 from lcm_kit.core.transfer import sent
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
@@ -152,19 +152,20 @@ def main(config: Finetune) -> Path:
         return parts
 
     # -- Loss: of the raw output against what it should be, as it weighs at its time -------------------------
-    def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor) -> Tensor:
+    def losses_at(x0: Tensor, condition: Condition, noise: Tensor, t: Tensor, cells: Tensor | None) -> Tensor:
         told, t = condition.to(device, dtype).kwargs(), t.to(device)
+        cells = None if cells is None else cells.to(device)
         student = predictor(lambda x, t: model(x.to(dtype), t, **told).sample, schedule, kind)
         return weight[t] * diffusion_loss(
-            kind=kind, loss=lambda a, b: l2(a, b, 0.0), schedule=schedule, student=student,
-            x0=x0.to(device), noise=noise.to(device), t=t,
+            kind=kind, loss=weighed(lambda a, b: l2(a, b, 0.0), cells), schedule=schedule,
+            student=student, x0=x0.to(device), noise=noise.to(device), t=t,
         )  # fmt: skip
 
     def losses_of(parts: list[tuple[float, Batch, StepRandomness]], part: slice) -> Tensor:
         losses = torch.zeros((), device=device)
         for factor, batch, drawn in parts:
             given = batch.latents[part], batch.condition[part], drawn.noise[part], drawn.t[part]
-            losses = losses + factor * losses_at(*given)
+            losses = losses + factor * losses_at(*given, batch.weights_of(part))
         return losses
 
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------

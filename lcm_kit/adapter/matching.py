@@ -19,6 +19,7 @@ from lcm_kit.core.losses import LOSSES
 from lcm_kit.core.matching import Draws, fake_loss, matching_gradient, matching_loss, walk
 from lcm_kit.core.methods import DMD
 from lcm_kit.core.prediction import Predict
+from lcm_kit.core.step import weighed
 
 Arrived = tuple[Tensor, Tensor]  # x [B, C, h, w] and t int64 [B] of `walk`
 FAKE = "fake"  # the name of the fake score among what is trained
@@ -54,7 +55,7 @@ class Matching:
                 return self._fake(given)(x, t)
 
         moved = matching_gradient(roles.teacher(given), fake, roles.schedule, x0.detach(), draws)
-        found = matching_loss(x0, moved)
+        found = matching_loss(x0, moved, given.weights)
         if self.method.consistency:
             found = found + self.method.consistency * roles.losses(given)
         return found
@@ -66,9 +67,8 @@ class Matching:
         """
         with torch.no_grad(), self.roles.adapted.using(self.roles.name):
             x0 = self.roles.student(given)(*arrived)[0]
-        return fake_loss(
-            self._fake(given), self.roles.schedule, x0, draws, lambda a, b: LOSSES["l2"](a, b, 0.0)
-        )
+        square = weighed(lambda a, b: LOSSES["l2"](a, b, 0.0), given.weights)
+        return fake_loss(self._fake(given), self.roles.schedule, x0, draws, square)
 
     def _fake(self, given: Given) -> Predict:
         return self.roles.predict(partial(self.roles.output, "fake", given.condition))

@@ -28,7 +28,7 @@ from lcm_kit.core.methods import Method, Progressive, Stage, Times
 from lcm_kit.core.prediction import Model, Predict, predictor
 from lcm_kit.core.schedule import SD_BETAS, Schedule, interval_weight
 from lcm_kit.core.solvers import SOLVERS, Solver
-from lcm_kit.core.step import Loss, consistency_loss
+from lcm_kit.core.step import Loss, consistency_loss, scaled, weighed
 from lcm_kit.core.timesteps import lognormal, reweighed, shifted
 from lcm_kit.core.transfer import sent
 
@@ -97,6 +97,7 @@ class Given:
     # which samples these are, where the teacher is asked for the same ones again: (group, first of the part)
     again: tuple[int, int] | None = None
     intervals: int | None = None  # of the grid that the times are of; None: of the last one
+    weights: Tensor | None = None  # how much each cell of the latents counts, [B, 1, h, w]; None: all alike
 
 
 @dataclass(eq=False)
@@ -148,11 +149,11 @@ class Roles:
         if self.adapted.in_use != self.name:
             raise ValueError(f"{self.adapted.in_use!r} is in use on the UNet, not {self.name!r}")
         o = self.objective
-        teacher, distance = self.teacher(given), o.distance_on(given.intervals)
+        teacher, distance = self.teacher(given), weighed(o.distance_on(given.intervals), given.weights)
         target = self.predict(partial(self._as_target, given.condition))
         if o.progressive:
             teacher = target = target if self.stage else teacher
-            distance = in_units(distance, o.progressive.unit(self.schedule, given.times))
+            distance = scaled(distance, o.progressive.unit(self.schedule, given.times))
         found = consistency_loss(
             method=o.method, solver=o.solver, loss=distance, schedule=self.schedule, teacher=teacher,
             target=target, student=self.student(given), x0=given.x0, noise=given.noise, times=given.times,
@@ -263,11 +264,6 @@ def _rows(own: list[int], n: int, padded: bool) -> list[int]:
     if padded:
         size = next(some for quarter in (1, 2, 3, 4) if (some := -(-quarter * n // 4)) >= size)
     return [*own, *[own[0] if own else 0] * (size - len(own))]
-
-
-def in_units(distance: Loss, unit: Tensor) -> Loss:
-    """`distance` between what it is given times `unit` [B, 1, 1, 1]."""
-    return lambda a, b: distance(unit * a, unit * b)
 
 
 def passes(config: Distill) -> dict[str, float]:

@@ -66,6 +66,7 @@ class BaseInfo:
     sample_size: int  # the UNet's own latent size; sample_size * factor pixels
     scaling_factor: float
     shift_factor: float
+    multiple: int  # pixels that both sides of a picture are best a multiple of: its UNet halves latents
     width: int  # D of the text embeddings
     family: Family
     zeros_when_empty: bool = False  # the empty condition is zeros, not the encoded ""
@@ -199,6 +200,7 @@ def _describe(contents: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any
         latent_channels=vae.latent_channels,
         factor=2 ** (len(vae.block_out_channels) - 1),
         sample_size=unet.sample_size,
+        multiple=2 ** (len(vae.block_out_channels) + len(unet.block_out_channels) - 2),
         scaling_factor=vae.scaling_factor or 0.18215,
         shift_factor=vae.shift_factor or 0.0,
         width=sum(encoder.hidden_size for encoder in text),

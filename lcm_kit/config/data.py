@@ -53,6 +53,56 @@ class Samples:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Shapes:
+    """What becomes of pictures of different shapes: the same area for all, or the square in their middle."""
+
+    # buckets: each picture is cut to the shape of about `resolution` squared pixels that is nearest to its
+    # own, and a batch is of one shape; square: the largest square of each
+    kind: Literal["buckets", "square"] = "buckets"
+    # pixels that widths and heights are multiples of; null: what the base's UNet halves without a remainder,
+    # 64 for Stable Diffusion (8 fits pictures more closely, and is half a percent of the area off at most)
+    multiple: Annotated[Whole, Field(ge=4, le=512)] | None = None
+    longest: Annotated[Number, Field(ge=1, le=16)] = 4.0  # times as long as wide that a bucket is at most
+    # what is kept of what lies outside of the shape: the middle; subject: where the picture's mask is, or
+    # else what stands out of its ground; random: a place that each picture has to itself
+    crop: Literal["center", "subject", "random"] = "center"
+    crops: Annotated[Whole, Field(ge=1, le=64)] = 1  # rows of a picture, each with its own random crop
+    # pictures with fewer pixels than their shape. upscale: made larger, which `encode` counts; keep: a shape
+    # of their own pixels; drop: left out, which it names
+    small: Literal["upscale", "keep", "drop"] = "upscale"
+
+    @model_validator(mode="after")
+    def _effect(self) -> Shapes:
+        if self.crops > 1 and self.crop != "random":
+            raise ValueError(
+                f"crops {self.crops} with crop {self.crop} are the same picture again; set crop to random, "
+                "or crops to 1"
+            )
+        if self.kind == "square":
+            for key, given in (("multiple", self.multiple), ("longest", self.longest != 4.0)):
+                if given:
+                    raise ValueError(f"{key} is of buckets and has no effect on kind square; remove it")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Masks:
+    """What counts in a picture: how much the loss weighs each part of it."""
+
+    # files: NAME.mask.png beside NAME.png, white where it counts; alpha: those, and where there is none the
+    # picture's own transparency; none: all counts alike
+    source: Literal["files", "alpha", "none"] = "files"
+    # weight of what is black or transparent, of 1 for what is white or opaque
+    background: Annotated[Number, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _effect(self) -> Masks:
+        if self.source == "none" and self.background:
+            raise ValueError("background weighs what masks leave out, and source none has none; remove it")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
@@ -78,8 +128,10 @@ class Data:
     image_column: str = "image"  # datasets only
     caption_column: str = "text"  # datasets only
     cache: Place = "cache/brand"  # folder that `encode` writes and `train` reads
-    # pixels, a multiple of 8: shorter side resized, then centre crop
+    # pixels, a multiple of 8: the side of a square; other shapes have about as many pixels (`shapes`)
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
+    shapes: Shapes = field(default_factory=Shapes)
+    masks: Masks = field(default_factory=Masks)
     flip: bool = False  # cache each image's mirror image as well
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
     shard_size: BatchSize = 256  # records a safetensors shard

@@ -18,7 +18,7 @@ from torch import Tensor
 from lcm_kit.core.prediction import Predict
 from lcm_kit.core.schedule import Schedule, add_noise, grid, trailing
 from lcm_kit.core.solvers import landed
-from lcm_kit.core.step import Loss, diffusion_loss
+from lcm_kit.core.step import Loss, diffusion_loss, weighed
 from lcm_kit.core.transfer import sent
 
 LCM_POINTS = 50  # that diffusers' LCMScheduler and TCDScheduler choose their timesteps among
@@ -89,14 +89,14 @@ def matching_gradient(real: Predict, fake: Predict, schedule: Schedule, x0: Tens
         return (is_now - wanted) / size
 
 
-def matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
+def matching_loss(x0: Tensor, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the loss of each sample, float32 [B], whose gradient in x0 is `gradient` over its elements.
 
     Its value is half the mean square of `gradient`: how far the two distributions are apart, as the scores
-    see it. `x0` is the student's, with its graph.
+    see it. `x0` is the student's, with its graph; `weights` as in `step.weighed`.
     """
     moved = (x0 - gradient).detach()
-    return 0.5 * ((x0 - moved) ** 2).flatten(1).mean(1)
+    return 0.5 * weighed(lambda a, b: ((a - b) ** 2).flatten(1).mean(1), weights)(x0, moved)
 
 
 def fake_loss(fake: Predict, schedule: Schedule, x0: Tensor, draws: Draws, loss: Loss) -> Tensor:

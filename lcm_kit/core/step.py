@@ -20,6 +20,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(a [B, C, h, w], b [B, C, h, w]) -> float32 [B]."""
 
 
+def scaled(loss: Loss, unit: Tensor) -> Loss:
+    """`loss` between what it is given times `unit`, [B, 1, 1, 1] or [B, 1, h, w]."""
+    return lambda a, b: loss(unit * a, unit * b)
+
+
+def weighed(loss: Loss, weights: Tensor | None) -> Loss:
+    """`loss` where each cell of the latents counts as `weights` [B, 1, h, w] says; None: all alike.
+
+    A cell's difference is scaled by the root of its weight, so that its square weighs that much whatever
+    distance is made of it: at 1 nothing changes, and at 0 the cell has no part in it and no gradient. The
+    mean is over all cells still: what half of a sample is masked out weighs half.
+    """
+    return loss if weights is None else scaled(loss, weights.sqrt())
+
+
 def consistency_loss(
     *,
     method: Method,

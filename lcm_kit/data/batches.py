@@ -2,15 +2,15 @@
 
 A slot is a sample's place in the global batch, over all processes. Two processes with n samples each hold
 the slots 0..n-1 and n..2n-1; together they see what one process with 2n samples sees, with the same noise.
+All of a global batch have one shape.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
 from lcm_kit.core.transfer import sent
+from lcm_kit.data.order import Order, Run, Turns, seed_of
 
 
 class Samples(Protocol):
@@ -27,22 +28,27 @@ class Samples(Protocol):
     def ids(self) -> list[str]:
         """Names of the records, in order."""
 
+    @property
+    def runs(self) -> Sequence[Run]:
+        """All rows in order, by shape."""
+
+    @property
+    def several(self) -> bool:
+        """Whether any row has several captions."""
+
     def latents(self, index: list[int]) -> Tensor:
-        """Latents [n, C, h, w] of the records at `index`."""
+        """Latents [n, C, h, w] of the records at `index`, which have one shape."""
 
-    def condition(self, index: list[int]) -> Condition:
-        """Conditions of the records at `index`."""
+    def weights(self, index: list[int]) -> Tensor | None:
+        """How much each of their cells counts, [n, 1, h, w]; None: all alike."""
 
-
-def _seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    def condition(self, index: list[int], chances: Sequence[float] | None = None) -> Condition:
+        """Their conditions; `chances`: for each a number from 0 to 1 that says which of its captions."""
 
 
 def generator_at(seed: int, step: int, slot: int, purpose: str) -> torch.Generator:
     """The generator (CPU) of one sample's randomness for one purpose, as "noise", "times" or "guidance"."""
-    return torch.Generator().manual_seed(_seed(seed, step, slot, purpose))
+    return torch.Generator().manual_seed(seed_of(seed, step, slot, purpose))
 
 
 def draw(
@@ -50,18 +56,6 @@ def draw(
 ) -> Tensor:
     """`f` of each slot's own generator, stacked: [n, ...] for n slots."""
     return torch.stack([f(generator_at(seed, step, slot, purpose)) for slot in slots])
-
-
-@lru_cache(maxsize=4)  # two epochs within a batch, of each source of a mix
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits n records: int64 [n], a function of (n, seed, epoch)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(_seed(seed, epoch, "epoch")))
-
-
-def _nth(n: int, seed: int, place: int) -> int:
-    """The record at `place` of the epochs of n records, one after the other."""
-    epoch, place = divmod(place, n)
-    return int(permutation(n, seed, epoch)[place])
 
 
 @dataclass(frozen=True)
@@ -72,10 +66,17 @@ class Batch:
     condition: Condition  # B conditions, float32
     ids: list[str]
     slots: range  # places in the global batch, for `generator_at` and `draw`
+    weights: Tensor | None = None  # [B, 1, h, w] how much each cell of the latents counts; None: all alike
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the host does not wait for it (`transfer.sent`)."""
-        return replace(self, latents=sent(self.latents, device), condition=self.condition.to(device))
+        weights = None if self.weights is None else sent(self.weights, device)
+        latents, condition = sent(self.latents, device), self.condition.to(device)
+        return replace(self, latents=latents, condition=condition, weights=weights)
+
+    def weights_of(self, part: slice) -> Tensor | None:
+        """`weights` of some of its samples."""
+        return None if self.weights is None else self.weights[part]
 
     def without_captions(self, dropped: Tensor, empty: Condition) -> Batch:
         """The same with the text of `empty` (B = 1) where `dropped` bool [B], on the host, is true."""
@@ -89,9 +90,30 @@ class Mix(NamedTuple):
     share: Fraction  # of the places of a batch that the second has, 0 to 1
 
 
+class _Source(NamedTuple):
+    """Rows that have epochs of their own."""
+
+    runs: tuple[tuple[int, Run], ...]  # each with its first row
+    seed: int
+    share: Fraction  # of all batches
+
+    @property
+    def rows(self) -> int:
+        return sum(run.rows * run.repeats for _, run in self.runs)
+
+    def of(self, shape: tuple[int, ...]) -> Order:
+        """Its rows of one shape."""
+        own = [(first, run) for first, run in self.runs if run.shape == shape]
+        return Order(tuple((first, run.rows) for first, run in own for _ in range(run.repeats)), self.seed)
+
+
 @dataclass(frozen=True)
 class Batches:
-    """An endless sequence of batches. Epoch follows epoch without a gap, within a batch too."""
+    """An endless sequence of batches of one shape each.
+
+    Where all rows have one shape, epoch follows epoch without a gap, within a batch too. Where there are
+    several, each has its own epochs, and batches are shared out by the number of rows (`order.Turns`).
+    """
 
     cache: Samples
     batch_size: int  # on each process
@@ -103,21 +125,65 @@ class Batches:
     def index(self, step: int) -> list[int]:
         """The records of `step` (it counts forwards, from 0) on this process, one for each slot.
 
-        Of a mix, any run of n places in a row has n times the share of the second source, to within one.
+        Of a mix of one shape, any run of n places in a row has n times the share of the second source, to
+        within one; of several shapes whole batches are of one source.
         """
+        if self._turns is not None:
+            group, number = self._turns.at(step)
+            first = number * self.batch_size * self.world
+            return [self._groups[group].at(first + slot) for slot in self.slots]
         first = step * self.batch_size * self.world
         return [self._record(first + slot) for slot in self.slots]
 
     def _record(self, place: int) -> int:
-        """The record at `place` of the endless sequence."""
-        n = len(self.cache.ids)
-        if self.mix is None:
-            return _nth(n, self.seed, place)
-        size, share = self.mix
+        """The record at `place` of the endless sequence, where all have one shape."""
+        if len(self._groups) == 1:
+            return self._groups[0].at(place)
+        share = self._sources[1].share
         before, after = int(place * share), int((place + 1) * share)  # of the second source
-        if after == before:
-            return _nth(size, self.seed, place - before)
-        return size + _nth(n - size, _seed(self.seed, "second source"), before)
+        return self._groups[0].at(place - before) if after == before else self._groups[1].at(before)
+
+    @cached_property
+    def _sources(self) -> list[_Source]:
+        runs, first = [], 0
+        for run in self.cache.runs:
+            if self.mix is not None and first < self.mix.first < first + run.rows:
+                of_first = self.mix.first - first
+                runs += [(first, run._replace(rows=of_first))]
+                runs += [(self.mix.first, run._replace(rows=run.rows - of_first))]
+            else:
+                runs.append((first, run))
+            first += run.rows
+        if self.mix is None:
+            return [_Source(tuple(runs), self.seed, Fraction(1))]
+        size, share = self.mix
+        one, other = (tuple(run for run in runs if (run[0] < size) == own) for own in (True, False))
+        second = _Source(other, seed_of(self.seed, "second source"), share)
+        return [_Source(one, self.seed, 1 - share), second]
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return sorted({run.shape for run in self.cache.runs if run.rows})
+
+    @cached_property
+    def _groups(self) -> list[Order]:
+        """The rows of each source and shape."""
+        found = [source.of(shape) for source in self._sources for shape in self._shapes]
+        return [order for order in found if order.rows]
+
+    @cached_property
+    def _turns(self) -> Turns | None:
+        """Whose turn it is; None where all rows have one shape."""
+        if len(self._shapes) == 1:
+            return None
+        total = sum(source.rows for source in self._sources)
+        demands = [
+            total * source.share * order.rows / source.rows
+            for source in self._sources
+            for order in map(source.of, self._shapes)
+            if order.rows
+        ]
+        return Turns(tuple(demands), self.batch_size * self.world, self.seed)
 
     @property
     def slots(self) -> range:
@@ -126,6 +192,11 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of `step`."""
-        index = self.index(step)
+        index, chances = self.index(step), None
+        if self.cache.several:
+            chances = draw(
+                self.seed, step, self.slots, "caption", lambda g: torch.rand((), generator=g)
+            ).tolist()
         ids = [self.cache.ids[i] for i in index]
-        return Batch(self.cache.latents(index), self.cache.condition(index), ids, self.slots)
+        condition = self.cache.condition(index, chances)
+        return Batch(self.cache.latents(index), condition, ids, self.slots, self.cache.weights(index))

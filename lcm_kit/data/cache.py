@@ -6,10 +6,10 @@ Training then needs neither the VAE nor the text encoder. The folder's format is
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import accumulate
+from functools import cache, cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
 from lcm_kit.data import shards, vae_precision
 from lcm_kit.data.encoder import CONDITION
+from lcm_kit.data.masks import WHOLE
+from lcm_kit.data.order import Run
+from lcm_kit.data.shards import Entry
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
@@ -36,9 +39,7 @@ class Cache:
     """
 
     folder: Path
-    ids: list[str]
-    captions: list[str]
-    images: list[str]  # hash of each row's image file: the same for a picture and its mirror image
+    _entries: list[Entry] = field(repr=False)
     _shards: list[own_shapes.Shard] = field(repr=False)
     _empty_content: str = field(repr=False)  # content hash of the empty condition's file
 
@@ -68,10 +69,44 @@ class Cache:
         for shard in found["shards"]:  # by their headers; their tensors are looked at when they are opened
             if own_files.made_from(folder / shard["file"]) != shard["content"]:
                 shards.require_intact(folder / shard["file"], shard["content"])
-        rows = found["records"]
-        ids = [row["id"] + " (mirrored)" * row["mirrored"] for row in rows]
-        captions, images = ([row[key] for row in rows] for key in ("caption", "image"))
-        return Cache(folder, ids, captions, images, found["shards"], shards.content_hash(wanted))
+        entries = [Entry.of(row) for row in found["records"]]
+        return Cache(folder, entries, found["shards"], shards.content_hash(wanted))
+
+    @cached_property  # asked for each sample of each step
+    def ids(self) -> list[str]:
+        """Names of the rows, in order."""
+        return [entry.name for entry in self._entries]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The first caption of each row."""
+        return [entry.caption for entry in self._entries]
+
+    @cached_property
+    def images(self) -> list[str]:
+        """Hash of each row's image file: the same for a picture and its mirror image."""
+        return [entry.image for entry in self._entries]
+
+    @cached_property
+    def repeats(self) -> list[int]:
+        """How often an epoch sees each row."""
+        return [entry.repeats for entry in self._entries]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The rows, in order, by shape: those of one shard are a run or more."""
+        found, first = [], 0
+        for shard in self._shards:
+            shape = tuple(shard.get("size", ()))
+            for times, same in groupby(self.repeats[first : first + shard["rows"]]):
+                found.append(Run(len(list(same)), shape, times))
+            first += shard["rows"]
+        return found
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether any row has several captions."""
+        return any(entry.captions for entry in self._entries)
 
     @property
     def fingerprint(self) -> str:
@@ -83,40 +118,127 @@ class Cache:
         return len(self.ids)
 
     def latents(self, index: int | Sequence[int]) -> Tensor:
-        """Latents [n, C, h, w], float32, of the rows at `index` (one row: n = 1)."""
-        return self._rows("latents", index)
+        """Latents [n, C, h, w], float32, of the rows at `index` (one row: n = 1), which have one shape."""
+        return self._gathered(index, lambda shard, rows: {"latents": shard["latents"].index_select(0, rows)})[
+            "latents"
+        ]
 
-    def condition(self, index: int | Sequence[int]) -> Condition:
-        """The conditions of the rows at `index`, float32."""
-        first = _mapped(self.folder / self._shards[0]["file"], self._shards[0]["content"])
-        held = [name for name in CONDITION if name in first]
-        return Condition(**{name: self._rows(name, index) for name in held})
+    def condition(self, index: int | Sequence[int], chances: Sequence[float] | None = None) -> Condition:
+        """The conditions of the rows at `index`, float32.
+
+        `chances`: for each a number from 0 to 1 that says which of its captions, by their weights; none: the
+        first.
+        """
+        wanted = [index] if isinstance(index, int) else index
+        given = [0.0] * len(wanted) if chances is None else chances
+
+        def of(shard: Mapping[str, Tensor], rows: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
+            texts = rows
+            if "captions" in shard:
+                texts = _chosen(shard, rows, [given[place] for place in places], first=chances is None)
+            at = {"time_ids": rows, "embeds": texts, "pooled": texts}
+            return {name: shard[name].index_select(0, at[name]) for name in CONDITION if name in shard}
+
+        return Condition(**self._gathered_at(wanted, of))
+
+    def weights(self, index: int | Sequence[int]) -> Tensor | None:
+        """How much each cell of the latents at `index` counts, float32 [n, 1, h, w]; None: all alike."""
+
+        def of(shard: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+            if "weights" in shard:
+                return {"weights": shard["weights"].index_select(0, rows)}
+            shape = len(rows), 1, *shard["latents"].shape[2:]
+            return {"weights": torch.full(shape, WHOLE, dtype=torch.uint8)}
+
+        if not self.weighted:
+            return None
+        found = self._gathered(index, of)["weights"]
+        return None if bool((found == WHOLE).all()) else found.float() / WHOLE
+
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether any row has a mask."""
+        return any(entry.weights for entry in self._entries)
+
+    def caption(self, row: int, chance: float | None = None) -> str:
+        """The caption of a row that `condition` has the embeddings of."""
+        entry = self._entries[row]
+        if chance is None or not entry.captions:
+            return entry.caption
+        shares = torch.tensor([weight for _, weight in entry.captions])
+        return entry.captions[int(_places(shares, torch.tensor([len(shares)]), [chance])[0])][0]
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times, float32; without sizes (`Condition.sized_as`)."""
         shards.require_intact(self.folder / shards.EMPTY, self._empty_content)
         return Condition(**load_file(self.folder / shards.EMPTY)).expand(n)
 
-    def _rows(self, name: str, index: int | Sequence[int]) -> Tensor:
-        """The rows at `index`, in that order: one gather from each shard that has some of them."""
-        starts = [0, *accumulate(shard["rows"] for shard in self._shards)]
-        places: dict[int, list[tuple[int, int]]] = {}  # by shard: where a row goes, and its place there
+    def _gathered(
+        self, index: int | Sequence[int], of: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         wanted = [index] if isinstance(index, int) else index
+        return self._gathered_at(wanted, lambda shard, rows, _: of(shard, rows))
+
+    def _gathered_at(
+        self,
+        wanted: Sequence[int],
+        of: Callable[[Mapping[str, Tensor], Tensor, Sequence[int]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """What `of(tensors, rows, places)` takes of each shard that has some of the rows, in their order.
+
+        One gather from each; `places`: where in `wanted` the rows are.
+        """
+        places: dict[int, list[tuple[int, int]]] = {}  # by shard: where a row goes, and its place there
         for place, i in enumerate(wanted):
-            number = bisect_right(starts, i) - 1
-            places.setdefault(number, []).append((place, i - starts[number]))
+            number = bisect_right(self._starts, i) - 1
+            places.setdefault(number, []).append((place, i - self._starts[number]))
         parts = []
         for number, found in places.items():
             shard = self._shards[number]
-            rows = _mapped(self.folder / shard["file"], shard["content"])[name]
-            parts.append(rows.index_select(0, torch.tensor([row for _, row in found])))
+            tensors = _mapped(self.folder / shard["file"], shard["content"])
+            rows = torch.tensor([row for _, row in found])
+            parts.append(of(tensors, rows, [place for place, _ in found]))
         if len(parts) == 1:
             return parts[0]
-        order = [place for found in places.values() for place, _ in found]
-        whole = parts[0].new_empty(len(wanted), *parts[0].shape[1:])
-        for part, into in zip(parts, torch.tensor(order).split([len(part) for part in parts]), strict=True):
-            whole.index_copy_(0, into, part)
-        return whole
+        order = torch.tensor([place for found in places.values() for place, _ in found])
+        into = order.split([len(found) for found in places.values()])
+        return {name: _placed([part[name] for part in parts], into, len(wanted)) for name in parts[0]}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(shard["rows"] for shard in self._shards)]
+
+
+def _placed(parts: Sequence[Tensor], into: Sequence[Tensor], n: int) -> Tensor:
+    """The rows of all `parts` in one tensor of `n`, each at its place `into`."""
+    whole = parts[0].new_empty(n, *parts[0].shape[1:])
+    for part, places in zip(parts, into, strict=True):
+        whole.index_copy_(0, places, part)
+    return whole
+
+
+def _chosen(
+    shard: Mapping[str, Tensor], rows: Tensor, chances: Sequence[float], *, first: bool = False
+) -> Tensor:
+    """Where in a shard's texts the caption of each of `rows` is: int64 [n]; `first`: the first of each."""
+    counts = shard["captions"]
+    starts = torch.cat([torch.zeros(1, dtype=counts.dtype), counts.cumsum(0)])[rows]
+    if first:
+        return starts
+    own = counts[rows]
+    of_rows = [
+        shard["caption_weights"][s : s + n] for s, n in zip(starts.tolist(), own.tolist(), strict=True)
+    ]
+    return starts + _places(torch.cat(of_rows), own, chances)
+
+
+def _places(weights: Tensor, counts: Tensor, chances: Sequence[float]) -> Tensor:
+    """Which of its captions each row has: `weights` of all, one row's after the other; `chances` 0 to 1."""
+    found = []
+    for own, chance in zip(weights.split(counts.tolist()), chances, strict=True):
+        edges = own.double().cumsum(0) / own.double().sum()
+        found.append(min(int(torch.searchsorted(edges, chance, right=True)), len(own) - 1))
+    return torch.tensor(found)
 
 
 @cache  # of a shard that is used once an address: a run that looked at one again would read for minutes

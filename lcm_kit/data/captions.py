@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from lcm_kit.adapter.text import Captions, TextLora
@@ -18,11 +18,13 @@ class LiveCache(Cache):
 
     text: TextLora
 
-    def condition(self, index: int | Sequence[int]) -> Captions:
-        """The captions of the rows at `index`; encoded by their `kwargs`."""
+    def condition(self, index: int | Sequence[int], chances: Sequence[float] | None = None) -> Captions:
+        """The captions of the rows at `index`, as `Cache.condition`; encoded by their `kwargs`."""
         rows = [index] if isinstance(index, int) else index
         cached = super().condition(rows)
-        return Captions.of([self.captions[row] for row in rows], self.text, cached.time_ids)
+        given: Sequence[float | None] = [None] * len(rows) if chances is None else chances
+        told = [self.caption(row, chance) for row, chance in zip(rows, given, strict=True)]
+        return Captions.of(told, self.text, cached.time_ids)
 
     def empty(self, n: int = 1) -> Captions:
         """The unconditional pass, n times, as the trained text encoders have it."""
@@ -31,4 +33,6 @@ class LiveCache(Cache):
 
 def live(cache: Found, text: TextLora | None) -> Found:
     """`cache` with its captions encoded by `text`; as it is where there is no `text`, or no cache."""
-    return cache if text is None or cache is None else LiveCache(**vars(cache), text=text)
+    if text is None or cache is None:
+        return cache
+    return LiveCache(**{key.name: getattr(cache, key.name) for key in fields(Cache)}, text=text)

@@ -16,7 +16,6 @@ from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import vae_precision
-from lcm_kit.data.transforms import framing
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
@@ -67,7 +66,7 @@ class Encoder:
 
     def of_whole_pictures(self, captions: Sequence[str], resolution: int) -> dict[str, Tensor]:
         """`tensors_of` the conditions of pictures that are drawn, `resolution` pixels a side, nothing cut."""
-        whole = framing((resolution, resolution), resolution)
+        whole = Framing((resolution, resolution), (0, 0), (resolution, resolution))
         return tensors_of(self.condition(captions, [whole] * len(captions)))
 
 

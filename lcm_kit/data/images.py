@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,18 +15,19 @@ from torch import Tensor
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Framing
-from lcm_kit.bases.tokens import straightened
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
-from lcm_kit.data import shards, vae_precision
-from lcm_kit.data.caption_files import Bad
+from lcm_kit.data import masks, shards, vae_precision
+from lcm_kit.data.buckets import cut
+from lcm_kit.data.crops import placed
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
-from lcm_kit.data.image_files import of_image, try_to_read
-from lcm_kit.data.progress import EncodeReport, listing
-from lcm_kit.data.records import Record, open_records
+from lcm_kit.data.image_files import of_image
+from lcm_kit.data.progress import EncodeReport
+from lcm_kit.data.records import Record
 from lcm_kit.data.shards import Entry
-from lcm_kit.data.transforms import framing, to_pixels, upright_for
+from lcm_kit.data.survey import survey
+from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
@@ -42,64 +43,19 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
     """
     base, data = usable_base(config), config.data
 
-    def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
-        records, entries, bad = _survey(data, old, bar)
-        first = next(records[entry.id] for entry in entries)
+    def surveyed(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
+        known = {row["image"] for row in old["records"]} if old else set()
+        found = survey(base, data, known, bar)
+        first = found.records[found.entries[0].id]
         precision = vae_precision.settle(
             Path(data.cache), base, data, old and old["settings"], sample.placement()["device"],
             lambda: first.pixels(data.resolution)[None], share,
         )  # fmt: skip
         made_by = shards.settings(base, data, precision)
-        load = partial(_load, base, data, records, precision)
-        return Contents(base, data, made_by, entries, load, "encoding", bad)
+        load = partial(_load, base, data, found.records, precision)
+        return Contents(base, data, made_by, found.entries, load, "encoding", found.bad)
 
-    return bring_up_to_date(Path(data.cache), survey, progress, share)
-
-
-def _survey(
-    data: Data, old: Mapping[str, Any] | None, bar: Progress
-) -> tuple[dict[str, Record], list[Entry], list[Bad]]:
-    """Hash every record, and try every image that the old cache does not know."""
-    good, bad = open_records(data)
-    total = len(good) + len(bad)
-    known = {row["image"] for row in old["records"]} if old else set()
-    pool = ThreadPoolExecutor()
-    try:
-        checks = [pool.submit(_check, record, known) for record in good]
-        found = [check.result() for check in bar.track(checks, description="checking")]
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
-    bad += [(record.id, reason) for record, (_, reason) in zip(good, found, strict=True) if reason]
-    if bad and not data.skip_bad:
-        raise UserError(
-            f"{len(bad)} of {total} records of {data.path!r} cannot be used; fix them, or leave them out "
-            "with data.skip_bad=true:",
-            listing(bad),
-        )
-    if len(bad) == total:
-        raise UserError(f"no record of {data.path!r} can be used; fix the first of them:", listing(bad))
-    sides = (False, True) if data.flip else (False,)
-    entries = [
-        Entry(record.id, record.caption, image, sha256_bytes(straightened(record.caption).encode()), mirrored)
-        for record, (image, reason) in zip(good, found, strict=True)
-        if not reason
-        for mirrored in sides
-    ]
-    return {record.id: record for record in good}, entries, bad
-
-
-def _check(record: Record, known: set[str]) -> tuple[str, str]:
-    """The hash of a record's image, and why it cannot be read ("" if it can)."""
-    try:
-        content = record.read()
-        image = sha256_bytes(content)
-        if image not in known:
-            try_to_read(content)
-    except UserError as error:
-        return "", str(error)
-    except OSError as error:
-        return "", f"unreadable image: {error.strerror or error}"
-    return image, ""
+    return bring_up_to_date(Path(data.cache), surveyed, progress, share)
 
 
 def _load(
@@ -119,47 +75,78 @@ def _not_finite(broken: Sequence[Entry]) -> str:
     return f"the VAE gives latents that are not finite for {names}; remove these images"
 
 
+class Picture(NamedTuple):
+    """What is encoded of a picture."""
+
+    pixels: Tensor  # [3, H, W]
+    framed: Framing
+    weights: Tensor | None  # uint8 [1, h, w] of its latent's cells; None: all are whole
+
+
 def encoded(
     encoder: Encoder, records: Mapping[str, Record], data: Data, batches: Batches, entries: Sequence[Entry]
 ) -> EncodedBatches:
-    """The tensors of `entries` in batches, float32 on the CPU: `latents` [n, C, h, w], `embeds` [n, L, D].
+    """The tensors of `entries`, all of one shape, in batches on the CPU: `shards.TENSORS`.
 
-    SDXL adds `pooled` [n, P] and `time_ids` [n, 6]. Raises `UserError` for an image that is another one now.
+    Raises `UserError` for an image that is another one now.
     """
     vae = encoder.vae
     assert vae is not None  # there are rows to make
+    weighted, several = any(entry.weights for entry in entries), any(entry.captions for entry in entries)
 
     def rows(_: int, some: Sequence[tuple[Entry, Picture]]) -> dict[str, Tensor]:
-        latents = vae.encoded(torch.stack([pixels for _, (pixels, _) in some]))
-        condition = encoder.condition(
-            [entry.caption for entry, _ in some], [framed for _, (_, framed) in some]
-        )
-        return {"latents": latents.cpu(), **tensors_of(condition)}
+        made = {"latents": vae.encoded(torch.stack([picture.pixels for _, picture in some])).cpu()}
+        if weighted:
+            whole = torch.full((1, *made["latents"].shape[2:]), masks.WHOLE, dtype=torch.uint8)
+            each = (whole if picture.weights is None else picture.weights for _, picture in some)
+            made["weights"] = torch.stack(list(each))
+        framings = [picture.framed for _, picture in some]
+        texts = [entry.captions or ((entry.caption, 1.0),) for entry, _ in some]
+        made |= tensors_of(encoder.condition([text for row in texts for text, _ in row], framings))
+        if several:
+            made["captions"] = torch.tensor([len(row) for row in texts])
+            made["caption_weights"] = torch.tensor([weight for row in texts for _, weight in row])
+        return made
 
-    planned = at_once(data.batch_size, data.resolution, data.resolution, str(vae.device))
-    for batch, pictures in _ahead(entries, records, data, planned):
+    width, height = entries[0].size or (data.resolution,) * 2
+    planned = at_once(data.batch_size, height, width, str(vae.device))
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    for batch, pictures in _ahead(entries, records, data, planned, factor):
         yield from batches.run(list(zip(batch, pictures, strict=True)), rows)
 
 
-Picture = tuple[Tensor, Framing]  # pixels [3, H, W] and how they were cut
+def _picture(entry: Entry, record: Record, data: Data, factor: int) -> Picture:
+    """A record's picture, cut as `entry` says. Raises `UserError` if it is another file now."""
+    content = record.read()
+    if sha256_bytes(content) != entry.image:
+        raise UserError("it is another file now")
+    mask_file = record.mask() if record.mask is not None and entry.weights else None
+    if mask_file is not None and not entry.weights.startswith(sha256_bytes(mask_file)):
+        raise UserError("its mask is another file now")
+    target = entry.size or (data.resolution, data.resolution)
+
+    def shaped(image: Image.Image) -> Picture:
+        image, whole = upright_for(image, max(target))
+        mask = None
+        if entry.weights:
+            mask = masks.of_alpha(image) if mask_file is None else masks.read(mask_file)
+        how = placed(entry.crop, cut(whole, target), image, mask, entry.image)
+        weights = None
+        if mask is not None:
+            weights = masks.cells(mask, how, factor, data.masks.background, entry.mirrored)
+        return Picture(to_pixels(image, how, entry.mirrored), how.framing(entry.mirrored), weights)
+
+    return of_image(content, shaped)
 
 
 def _ahead(
-    entries: Sequence[Entry], records: Mapping[str, Record], data: Data, size: int
+    entries: Sequence[Entry], records: Mapping[str, Record], data: Data, size: int, factor: int
 ) -> Iterator[tuple[Sequence[Entry], list[Picture]]]:
     """Entries and pictures by batches of `size`; threads decode the next while the VAE works on this one."""
 
     def picture(entry: Entry) -> Picture:
-        def cut(image: Image.Image) -> Picture:
-            image, whole = upright_for(image, data.resolution)
-            framed = framing(whole, data.resolution, entry.mirrored)
-            return to_pixels(image, data.resolution, entry.mirrored, whole), framed
-
         try:
-            content = records[entry.id].read()
-            if sha256_bytes(content) != entry.image:
-                raise UserError("it is another file now")
-            return of_image(content, cut)
+            return _picture(entry, records[entry.id], data, factor)
         except (UserError, OSError) as error:  # it could be read when `encode` began
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise UserError(

@@ -21,17 +21,17 @@ from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
-from lcm_kit.data.transforms import to_pixels, upright_for
+from lcm_kit.data.shards import GENERAL
+from lcm_kit.data.transforms import square, to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.written import tidied
 
-# Begins the id of a picture of data.regularization. Ids are in caches and choose what is held out: it stays
-GENERAL = "regularisation/"
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
 _ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
 # Addresses of what is here or in the hub's cache; a stranger's table must not make the kit call on a server
 _INSIDE = ("zip://", "tar://", "gzip://", "file://", "hf://")
+MASK = ".mask"  # ends the name, before its own ending, of the file that says what counts in a picture
 _PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
 
 
@@ -42,19 +42,20 @@ class Record:
     id: str  # path within the folder, or row of the data set
     caption: str
     read: Callable[[], bytes]  # the image file's content
+    mask: Callable[[], bytes] | None = None  # the content of the file that says what counts in it
 
     def load(self) -> Image.Image:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
 
     def pixels(self, resolution: int) -> Tensor:
-        """The picture cut square, as `to_pixels`, without the whole of a very large one. Raises as `load`."""
+        """The square in its middle, without the whole of a very large picture. Raises as `load`."""
 
-        def cut(image: Image.Image) -> Tensor:
+        def squared(image: Image.Image) -> Tensor:
             image, whole = upright_for(image, resolution)
-            return to_pixels(image, resolution, whole=whole)
+            return to_pixels(image, square(whole, resolution))
 
-        return of_image(self.read(), cut)
+        return of_image(self.read(), squared)
 
 
 @dataclass
@@ -163,7 +164,7 @@ def pictures(folder: Path, name: str) -> list[Record]:
     Raises `UserError` if there is no such folder, or no image in it.
     """
     files = files_of(folder) if folder.is_dir() else Files(folder)
-    found = _pictures(files)
+    found = sorted({*_pictures(files)} - {*_masks(files).values()})
     if not found:
         raise UserError(f"{name}: there is no such folder or no image in it; check the path")
     return [Record(path, "", files.found[path].read) for path in found]
@@ -233,13 +234,27 @@ def _is_picture(files: Files, name: str) -> bool:
 
 def _listed(files: Files, column: str) -> Listing:
     """Every picture with its caption or what is wrong with it, and what is left out."""
-    captions, found = captions_of(files, column), _pictures(files)
+    captions, found, of = captions_of(files, column), _pictures(files), _masks(files)
+    found = [name for name in found if name not in of.values()]
     items: dict[str, Record | Bad] = dict(_named_only(captions, found))
     items |= {name: (name, reason) for name, reason in files.bad}
     for name in found:
         caption, reason = captions.of(name)
-        items[name] = (name, reason) if reason else Record(name, caption, files.found[name].read)
-    return Listing([items[name] for name in sorted(items)], _left_out(files, captions, set(found)))
+        mask = of.get(same(_without_ending(name)))
+        told = None if mask is None else files.found[mask].read
+        items[name] = (name, reason) if reason else Record(name, caption, files.found[name].read, told)
+    used = {of[stem] for stem in {same(_without_ending(name)) for name in found} & of.keys()}
+    return Listing([items[name] for name in sorted(items)], _left_out(files, captions, {*found, *used}))
+
+
+def _without_ending(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _masks(files: Files) -> dict[str, str]:
+    """Files that say what counts in a picture, by the picture's path without its ending."""
+    stems = {name: _without_ending(name) for name in _pictures(files)}
+    return {same(stem.removesuffix(MASK)): name for name, stem in stems.items() if stem.endswith(MASK)}
 
 
 def _named_only(captions: Captions, found: list[str]) -> Iterator[tuple[str, Bad]]:

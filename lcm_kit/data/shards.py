@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from lcm_kit.io.files import discard, sha256_bytes
 MANIFEST = "manifest.json"
 EMPTY = "empty.safetensors"
 PROMPTS = "prompts/"  # begins the id of a row that is a prompt without a picture
+# Begins the id of a picture of data.regularization. Ids are in caches and choose what is held out: it stays
+GENERAL = "regularisation/"
+MIRRORED = " (mirrored)"  # ends the name of a mirror image
+_ALWAYS = ("id", "caption", "image", "text", "mirrored")  # keys that every row of a manifest has
 _FORMAT = 1  # raise it when the same inputs would give another cache
 _NAMES = {
     "family": "the family of the base",
@@ -51,13 +55,51 @@ _BY_ROW = ("prompts",)  # every row has its own
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the cache."""
+    """One row of the cache. What most rows do not have is in no manifest, and in no hash."""
 
     id: str
-    caption: str
+    caption: str  # the first, where there are several
     image: str  # SHA-256 of the image file; of a teacher's sample, the place of its noise
     text: str  # SHA-256 of the caption
     mirrored: bool = False
+    size: tuple[int, int] | None = None  # width, height in pixels; None: the square of data.resolution
+    crop: str = ""  # what says where it was cropped, and which of several it is; "": in the middle
+    weights: str = ""  # what the weights of its cells are made from; "": all are 1
+    captions: tuple[tuple[str, float], ...] = ()  # several, each with its weight
+    repeats: int = 1  # times an epoch that it is seen
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Entry:
+        """The entry that `row` keeps; what a later kit says besides is passed over."""
+        known = {key.name: row[key.name] for key in fields(cls) if key.name in row}
+        if "size" in known:
+            known["size"] = tuple(known["size"])
+        if "captions" in known:
+            known["captions"] = tuple((text, weight) for text, weight in known["captions"])
+        return cls(**known)
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other rows, in batches."""
+        number = self.crop.partition(" ")[2]
+        return self.id + f" (crop {number})" * bool(number) + MIRRORED * self.mirrored
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        usual = {key.name: key.default for key in fields(self)}
+        given = {key: value for key, value in vars(self).items() if value != usual[key] or key in _ALWAYS}
+        if self.size:
+            given["size"] = list(self.size)
+        if self.captions:
+            given["captions"] = [[text, weight] for text, weight in self.captions]
+        return given
+
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """All that its tensors are made from, besides the settings."""
+        given = {key: getattr(self, key) for key in ("size", "crop", "weights") if getattr(self, key)}
+        return self.image, self.text, self.mirrored, *([given] if given else [])
 
 
 def of_base(base: BaseInfo, *, without: Sequence[str]) -> dict[str, Any]:
@@ -110,9 +152,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = ({row["id"]: row for row in side["records"]} for side in (old, new))
     both = before.keys() & after.keys()
     row, text = ("prompt",) * 2 if all(id.startswith(PROMPTS) for id in after) else ("image", "caption")
+    cuts = sum(any(before[id].get(key) != after[id].get(key) for key in ("size", "crop")) for id in both)
     counts = {
         f"{row} changed": sum(before[id]["image"] != after[id]["image"] for id in both),
         f"{text} changed": sum(before[id]["text"] != after[id]["text"] for id in both),
+        "mask changed": sum(before[id].get("weights") != after[id].get("weights") for id in both),
         f"{row} added": len(after.keys() - before.keys()),
         f"{row} removed": len(before.keys() - after.keys()),
     }
@@ -120,6 +164,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         noun, verb = what.split()
         if count:
             words.append(f"{count} {noun}{'s' * (count > 1)} {verb}")
+    if cuts:
+        words.append(f"{cuts} {row}{'s' * (cuts > 1)} cut otherwise")
     if old["skipped"] != new["skipped"]:
         words.append("other records left out")
     if not words and old["shards"] != new["shards"]:
@@ -139,6 +185,14 @@ class Shard:
         """Rows."""
         return len(self.entries)
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        size = self.entries[0].size
+        return {"file": self.file, "content": self.content, "rows": len(self)} | (
+            {} if size is None else {"size": size}
+        )
+
 
 def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
     """Hash of all that the tensors of `entries` are made from."""
@@ -148,13 +202,20 @@ def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> 
         for key, value in settings.items()
         if (key in _NAMES or key.startswith(_MAKING)) and key not in _BY_ROW
     }
-    rows = [(entry.image, entry.text, entry.mirrored) for entry in entries]
+    rows = [entry.origin for entry in entries]
     return sha256_bytes(json.dumps([made_by, rows], sort_keys=True).encode())
 
 
 def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> list[Shard]:
-    """Entries in shards of `size` rows, in order."""
-    parts = [entries[first : first + size] for first in range(0, len(entries), size)]
+    """Entries in shards of `size` rows, each of one shape and one source, and in order.
+
+    Those of `data.regularization` come last, squares of the resolution before other shapes.
+    """
+    groups: dict[tuple[bool, tuple[int, int]], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.id.startswith(GENERAL), entry.size or (0, 0)), []).append(entry)
+    by_shape = [groups[key] for key in sorted(groups)]
+    parts = [rows[first : first + size] for rows in by_shape for first in range(0, len(rows), size)]
     return [
         Shard(f"shard-{number:05d}.safetensors", content_hash(settings, part), part)
         for number, part in enumerate(parts)
@@ -199,9 +260,9 @@ def manifest(
         "base": {**origin, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
         "data": asdict(data),
         "versions": {"lcm-kit": __version__, **dict(_versions())},
-        "shards": [{"file": s.file, "content": s.content, "rows": len(s.entries)} for s in shards],
+        "shards": [shard.row for shard in shards],
         "skipped": [{"id": id, "reason": reason} for id, reason in skipped],
-        "records": [asdict(entry) for shard in shards for entry in shard.entries],
+        "records": [entry.row for shard in shards for entry in shard.entries],
     }
 
 

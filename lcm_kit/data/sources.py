@@ -19,8 +19,9 @@ from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import images, prior, prompts, samples
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.order import Run
 from lcm_kit.data.progress import EncodeReport
-from lcm_kit.data.records import GENERAL
+from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.split import Rows, chosen, own_images, split
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
@@ -138,15 +139,43 @@ class MixedCache:
         assert isinstance(self.images, Cache)
         return sha256_bytes(f"{self.images.fingerprint} {self.samples.fingerprint}".encode())
 
+    @property
+    def runs(self) -> list[Run]:
+        """The rows, in order, by shape."""
+        return [*self.images.runs, *self.samples.runs]
+
+    @property
+    def several(self) -> bool:
+        """Whether any row has several captions."""
+        return self.images.several
+
     def latents(self, index: Sequence[int]) -> Tensor:
-        """Latents [n, C, h, w], float32, of the rows at `index`."""
+        """Latents [n, C, h, w], float32, of the rows at `index`, which have one shape."""
         parts, order = self._shared(index)
         return torch.cat([source.latents(rows) for source, rows in parts])[order]
 
-    def condition(self, index: Sequence[int]) -> Condition:
-        """The conditions of the rows at `index`, float32."""
+    def weights(self, index: Sequence[int]) -> Tensor | None:
+        """How much their cells count, as `Cache.weights`."""
         parts, order = self._shared(index)
-        return Condition.cat([source.condition(rows) for source, rows in parts])[order]
+        found = [source.weights(rows) for source, rows in parts]
+        if all(weights is None for weights in found):
+            return None
+        shape = next(weights for weights in found if weights is not None).shape[1:]
+        whole = [torch.ones(len(rows), *shape) for _, rows in parts]
+        return torch.cat([own if w is None else w for own, w in zip(whole, found, strict=True)])[order]
+
+    def condition(self, index: Sequence[int], chances: Sequence[float] | None = None) -> Condition:
+        """The conditions of the rows at `index`, float32, as `Cache.condition`."""
+        parts, order = self._shared(index)
+        given = chances or [0.0] * len(index)
+        sorted_ = [given[place] for place in torch.tensor(order).argsort().tolist()]
+        found, first = [], 0
+        for source, rows in parts:
+            found.append(
+                source.condition(rows, None if chances is None else sorted_[first : first + len(rows)])
+            )
+            first += len(rows)
+        return Condition.cat(found)[order]
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Distill
-from lcm_kit.data.records import GENERAL
+from lcm_kit.data.order import Run
+from lcm_kit.data.shards import GENERAL, MIRRORED
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
 if TYPE_CHECKING:
     from lcm_kit.data.cache import Cache
-
-MIRRORED = " (mirrored)"  # ends the id of a mirror image
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,31 @@ class Rows:
         """Names of the records, in order."""
         return [self.cache.ids[row] for row in self.rows]
 
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The rows, in order, by shape."""
+        places = [(run.shape, run.repeats) for run in self.cache.runs for _ in range(run.rows)]
+        return [
+            Run(len(list(same)), shape, repeats)
+            for (shape, repeats), same in groupby(places[row] for row in self.rows)
+        ]
+
+    @property
+    def several(self) -> bool:
+        """Whether any row has several captions."""
+        return self.cache.several
+
     def latents(self, index: Sequence[int]) -> Tensor:
-        """Latents [n, C, h, w], float32, of the rows at `index` among these."""
+        """Latents [n, C, h, w], float32, of the rows at `index` among these, which have one shape."""
         return self.cache.latents([self.rows[i] for i in index])
 
-    def condition(self, index: Sequence[int]) -> Condition:
-        """Conditions, float32, of the rows at `index` among these."""
-        return self.cache.condition([self.rows[i] for i in index])
+    def weights(self, index: Sequence[int]) -> Tensor | None:
+        """How much their cells count, as `Cache.weights`."""
+        return self.cache.weights([self.rows[i] for i in index])
+
+    def condition(self, index: Sequence[int], chances: Sequence[float] | None = None) -> Condition:
+        """Conditions, float32, of the rows at `index` among these, as `Cache.condition`."""
+        return self.cache.condition([self.rows[i] for i in index], chances)
 
 
 def chosen(images: Set[str], share: float, seed: int) -> set[str]:

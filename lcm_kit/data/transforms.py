@@ -1,4 +1,4 @@
-"""From image files to pixels: upright, on white where transparent, 8-bit RGB, square, in [-1, 1]."""
+"""From image files to pixels: upright, on white where transparent, 8-bit RGB, cut to a shape, in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lcm_kit.bases.condition import Framing
+from lcm_kit.data.buckets import Cut, Size, cut
 
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _WHOLE = 64_000_000  # pixels, 256 MB in RGB: a larger picture is made narrower in strips of rows
@@ -26,8 +26,8 @@ def upright(image: Image.Image) -> Image.Image:
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
-def upright_for(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """`upright`, and the size that the whole picture has so, for `to_pixels` at `resolution`.
+def upright_for(image: Image.Image, resolution: int) -> tuple[Image.Image, Size]:
+    """`upright`, and the size that the whole picture has so, to be cut to about `resolution` pixels a side.
 
     A JPEG of more than `_WHOLE` pixels is reduced while it is decoded: its own format can do that.
     """
@@ -38,6 +38,14 @@ def upright_for(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple
     if image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE:
         whole = whole[1], whole[0]
     return upright(image), whole
+
+
+def upright_size(image: Image.Image, content: bytes) -> Size:
+    """(width, height) of an opened picture as it is seen, from its header; `content`: the file's."""
+    if image.format == "PNG" and b"eXIf" in content:
+        image.load()  # it may stand behind the pixels
+    turned = image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE
+    return (image.height, image.width) if turned else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,38 +60,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def framing(size: tuple[int, int], resolution: int, mirrored: bool = False) -> Framing:
-    """How `to_pixels` cuts its square from a picture of `size` (width, height), and where that lies.
-
-    The corner is that of the picture as it is seen: of the mirror image if `mirrored`.
-    """
-    width, height = _resized(size, resolution)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    if mirrored:
-        left = width - resolution - left
-    return Framing((size[1], size[0]), (top, left), (resolution, resolution))
+def square(size: Size, resolution: int) -> Cut:
+    """How the largest square is cut from the middle of a picture of `size`."""
+    return cut(size, (resolution, resolution))
 
 
-def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) with the shorter side at `resolution`."""
-    short = min(size)
-    width, height = (max(resolution, round(side * resolution / short)) for side in size)
-    return width, height
+def to_shape(image: Image.Image, how: Cut) -> Image.Image:
+    """The picture resized (LANCZOS) and cropped as `how` says: RGB.
 
-
-def to_square(image: Image.Image, resolution: int, whole: tuple[int, int] | None = None) -> Image.Image:
-    """The shorter side resized to `resolution` (LANCZOS), then the centre cropped to a square: RGB.
-
-    `image` may have any mode. One so long that it would be enormous when resized is cropped first. `whole`:
-    the size of the picture of which `image` was decoded at a fraction (`upright_for`).
+    `image` may have any mode, and be decoded at a fraction of the size that `how` is of (`upright_for`). One
+    so long that it would be enormous when resized is cropped first.
     """
     image = upright(image)
-    size = whole or image.size
-    top, left = framing(size, resolution).corner
-    width, height = _resized(size, resolution)
+    (width, height), (left, top) = how.resized, how.corner
     if width * height > _RESIZED:
-        return _cropped_first(image, resolution)
-    return resized(image, (width, height)).crop((left, top, left + resolution, top + resolution))
+        return _cropped_first(image, how)
+    return resized(image, (width, height)).crop((left, top, left + how.target[0], top + how.target[1]))
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -104,32 +96,28 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return narrow.resize(size, Image.Resampling.LANCZOS)
 
 
-def _cropped_first(image: Image.Image, resolution: int) -> Image.Image:
-    """The square of a picture that is far longer than wide or far wider than long."""
-    scale = min(image.size) / resolution
-    corner = [scale * ((side - resolution) // 2) for side in _resized(image.size, resolution)]
+def _cropped_first(image: Image.Image, how: Cut) -> Image.Image:
+    """The shape of a picture that is far longer than wide or far wider than long."""
+    scale = min(old / new for old, new in zip(image.size, how.resized, strict=True))
+    sides = [scale * each for each in how.target]  # of the crop, in the picture's own pixels
     margin = _REACH * max(scale, 1) + 1
-    wanted = [min(begin, side - min(image.size)) for begin, side in zip(corner, image.size, strict=True)]
+    spare = [max(0.0, side - own) for side, own in zip(image.size, sides, strict=True)]
+    wanted = [min(scale * corner, most) for corner, most in zip(how.corner, spare, strict=True)]
     begins = [max(0, floor(begin - margin)) for begin in wanted]
     ends = [
-        min(side, ceil(begin + min(image.size) + margin))
-        for begin, side in zip(wanted, image.size, strict=True)
+        min(side, ceil(begin + own + margin))
+        for begin, side, own in zip(wanted, image.size, sides, strict=True)
     ]
     part = to_rgb(image.crop((begins[0], begins[1], ends[0], ends[1])))
     left, top = (begin - first for begin, first in zip(wanted, begins, strict=True))
-    box = (left, top, left + min(image.size), top + min(image.size))
-    return part.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    box = (left, top, min(left + sides[0], part.width), min(top + sides[1], part.height))
+    return part.resize(how.target, Image.Resampling.LANCZOS, box=box)
 
 
-def to_pixels(
-    image: Image.Image, resolution: int, mirrored: bool = False, whole: tuple[int, int] | None = None
-) -> Tensor:
-    """An image, or its mirror image, as pixels [3, resolution, resolution], float32 in [-1, 1].
-
-    `whole` as in `to_square`.
-    """
-    square = to_square(image, resolution, whole)
+def to_pixels(image: Image.Image, how: Cut, mirrored: bool = False) -> Tensor:
+    """An image, or its mirror image, cut as `how` says: pixels [3, height, width], float32 in [-1, 1]."""
+    shaped = to_shape(image, how)
     if mirrored:
-        square = ImageOps.mirror(square)
-    array = np.array(square, dtype=np.float32)
+        shaped = ImageOps.mirror(shaped)
+    array = np.array(shaped, dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1

@@ -76,6 +76,8 @@ class Family:
     zeros_when_empty: bool = False  # model_index.json may ask for zeros in place of the empty caption
     vae_overflows: bool = False  # its VAE may not compute in float16: as force_upcast says
     latent_statistics: bool = False  # its pipeline applies latents_mean and latents_std of the VAE
+    # (width, height) in pixels of what its bases were trained on, by the side of the square; () is unknown
+    shapes: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @property
     def text_parts(self) -> tuple[str, ...]:

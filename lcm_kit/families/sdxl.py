@@ -15,6 +15,15 @@ from lcm_kit.families.kinds import (
     Generation,
 )
 
+# Shorter side: longer sides of the shapes that SDXL was trained on, lying and standing (arXiv:2307.01952,
+# appendix I)
+_TRAINED_ON = {
+    512: (2048, 1984, 1920, 1856), 576: (1792, 1728, 1664), 640: (1600, 1536), 704: (1472, 1408, 1344),
+    768: (1344, 1280), 832: (1216, 1152), 896: (1152, 1088), 960: (1088, 1024),
+}  # fmt: skip
+_LYING = tuple((long, short) for short, sides in _TRAINED_ON.items() for long in sides)
+_STANDING = tuple((short, long) for long, short in _LYING)
+
 XL = Family(
     name="sdxl",
     title="SDXL",
@@ -31,6 +40,7 @@ XL = Family(
     zeros_when_empty=True,
     vae_overflows=True,
     latent_statistics=True,
+    shapes={1024: (*_STANDING, (1024, 1024), *_LYING)},
 )
 SDXL = Generation(
     name="sdxl",

@@ -76,6 +76,7 @@ class Shard(TypedDict):
     file: str
     content: str
     rows: int
+    size: NotRequired[list[int]]  # width, height in pixels; without: the square of data.resolution
 
 
 class Skipped(TypedDict):
@@ -93,6 +94,11 @@ class Record(TypedDict):
     image: str
     text: str
     mirrored: bool
+    size: NotRequired[list[int]]
+    crop: NotRequired[str]
+    weights: NotRequired[str]
+    captions: NotRequired[list[list[Any]]]  # several, each with its weight
+    repeats: NotRequired[int]
 
 
 class Cache(TypedDict):

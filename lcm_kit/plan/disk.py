@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Data, Training
-from lcm_kit.data.records import GENERAL
+from lcm_kit.data.shards import GENERAL
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.plan.sizes import FLOAT, moment_bytes
 

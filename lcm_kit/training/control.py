@@ -25,6 +25,7 @@ from lcm_kit.adapter.text import Captions, TextLora
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config import schema
 from lcm_kit.data.encoder import Encoder
+from lcm_kit.data.order import Run
 from lcm_kit.errors import UserError
 from lcm_kit.training.held_out import HeldOut, LossesAt, Measures
 from lcm_kit.training.validation import STYLE_STEPS, Fixed, rms, student_of
@@ -76,12 +77,22 @@ class Drawn:
     all_latents: Tensor  # [n, C, h, w] float32
     all_conditions: Condition
 
+    several: ClassVar[bool] = False
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of one shape."""
+        return [Run(len(self.ids))]
+
     def latents(self, index: Sequence[int]) -> Tensor:
         """Latents [n, C, h, w] at `index`."""
         return self.all_latents[list(index)]
 
-    def condition(self, index: Sequence[int]) -> Condition:
-        """Conditions at `index`."""
+    def weights(self, index: Sequence[int]) -> None:
+        """All cells count alike."""
+
+    def condition(self, index: Sequence[int], chances: Sequence[float] | None = None) -> Condition:
+        """Conditions at `index`; each has one caption."""
         return self.all_conditions[list(index)]
 
 

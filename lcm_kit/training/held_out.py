@@ -8,10 +8,11 @@ that two differ by the weights alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,8 +34,9 @@ from lcm_kit.training.validation import Validation, due
 TIMES = 8  # timesteps at which each picture is measured, in the middles of as many equal parts
 BEST = "best"  # folder of the run: a folder for each step whose weights are or may yet be the result
 
-LossesAt = Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
-"""(x0 [n, C, h, w], n conditions, noise [n, C, h, w], t int64 [n]) -> losses [n]."""
+LossesAt = Callable[[Tensor, Condition, Tensor, Tensor, Tensor | None], Tensor]
+"""(x0 [n, C, h, w], n conditions, noise [n, C, h, w], t int64 [n], weights of cells [n, 1, h, w] or None:
+all alike) -> losses [n]."""
 
 LossesOf = Callable[[Batch], Tensor]
 """A batch -> losses [n]."""
@@ -66,21 +68,29 @@ class HeldOut:
             places = [(2 * (slot % TIMES) + 1) * self.timesteps // (2 * TIMES) for slot in batch.slots]
             shape = batch.latents.shape[1:]
             noise = draw(self.seed, 0, batch.slots, "held out", lambda g: torch.randn(shape, generator=g))
-            return losses_at(batch.latents, batch.condition, noise, torch.tensor(places))
+            return losses_at(batch.latents, batch.condition, noise, torch.tensor(places), batch.weights)
 
         return self.mean(losses_of)
 
     @torch.no_grad()
     def mean(self, losses_of: LossesOf) -> float:
         """The mean of `losses_of`, which draws for itself: slot k of a batch is picture k // TIMES."""
-        total, count = 0.0, len(self.pictures.ids) * TIMES
-        for first in range(0, count, self.batch_size):
-            slots = range(first, min(first + self.batch_size, count))
+        total = 0.0
+        for slots in self._batches():
             places = [slot // TIMES for slot in slots]
             latents, condition = self.pictures.latents(places), self.pictures.condition(places)
-            ids = [self.pictures.ids[place] for place in places]
-            total += float(losses_of(Batch(latents, condition, ids, slots)).sum())
-        return total / count
+            ids, weights = [self.pictures.ids[place] for place in places], self.pictures.weights(places)
+            total += float(losses_of(Batch(latents, condition, ids, slots, weights)).sum())
+        return total / (len(self.pictures.ids) * TIMES)
+
+    def _batches(self) -> Iterator[range]:
+        """Places one after the other, each batch of one shape."""
+        first = 0
+        for _, runs in groupby(self.pictures.runs, key=lambda run: run.shape):
+            last = first + TIMES * sum(run.rows for run in runs)
+            for begin in range(first, last, self.batch_size):
+                yield range(begin, min(begin + self.batch_size, last))
+            first = last
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from lcm_kit import assets, sample
 from lcm_kit.config import shipped
 from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
-from lcm_kit.data.transforms import to_pixels
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import brand, results, verdicts
 from lcm_kit.evaluation.metrics.features import extractor
@@ -39,7 +38,7 @@ def configure(**keys: Any) -> Brand:
 
 def features_of(asset: str) -> torch.Tensor:
     found = records.pictures(Path(assets.resolve(asset)), asset)
-    pixels = torch.stack([to_pixels(record.load(), 64) for record in found])
+    pixels = torch.stack([record.pixels(64) for record in found])
     return extractor("asset:probe", "cpu").images(pixels)
 
 

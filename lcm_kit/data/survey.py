@@ -1,0 +1,143 @@
+"""What is to be encoded: every record looked at once, by its header where its content is known already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.tokens import straightened
+from lcm_kit.config.schema import Data
+from lcm_kit.console import Progress
+from lcm_kit.data import masks
+from lcm_kit.data.buckets import Cut, Shaper, Size, cut
+from lcm_kit.data.caption_files import Bad
+from lcm_kit.data.image_files import of_image, try_to_read
+from lcm_kit.data.progress import listing
+from lcm_kit.data.records import Record, open_records
+from lcm_kit.data.shards import Entry
+from lcm_kit.data.transforms import upright_size
+from lcm_kit.errors import UserError
+from lcm_kit.io.files import sha256_bytes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found of a record's picture."""
+
+    image: str  # SHA-256 of the file
+    cut: Cut  # in the middle: where else it is cropped is known when its pixels are
+    weights: str = ""  # `Entry.weights`
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The records of a source that can be encoded, in order, and the others with the reason."""
+
+    records: dict[str, Record]
+    seen: dict[str, Seen]
+    entries: list[Entry] = field(repr=False)
+    bad: list[Bad]
+
+
+def survey(
+    base: BaseInfo,
+    data: Data,
+    known: set[str],
+    bar: Progress,
+    records: tuple[list[Record], list[Bad]] | None = None,
+) -> Survey:
+    """Look at every record of `data`, or at `records`: hash its image, and decode it unless it is `known`.
+
+    Raises `UserError` if none can be used, and, unless `data.skip_bad`, if any cannot: it names them all.
+    A picture that `data.shapes.small` drops is among the bad ones and stops nothing.
+    """
+    good, bad = open_records(data) if records is None else records
+    total = len(good) + len(bad)
+    shaper = Shaper.of(base, data)
+    pool = ThreadPoolExecutor()
+    try:
+        checks = [pool.submit(_look, record, data, shaper, known) for record in good]
+        found = [check.result() for check in bar.track(checks, description="checking")]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
+    each = list(zip(good, found, strict=True))
+    dropped = [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)]
+    bad = [*bad, *((record.id, look) for record, look in each if isinstance(look, str))]
+    if bad and not data.skip_bad:
+        raise UserError(
+            f"{len(bad)} of {total} records of {data.path!r} cannot be used; fix them, or leave them out "
+            "with data.skip_bad=true:",
+            listing(bad),
+        )
+    bad += dropped
+    if len(bad) == total:
+        raise UserError(f"no record of {data.path!r} can be used; fix the first of them:", listing(bad))
+    seen = {record.id: look for record, look in each if isinstance(look, Seen)}
+    kept = {record.id: record for record in good if record.id in seen}
+    entries = [entry for id, record in kept.items() for entry in _entries(record, seen[id], data, shaper)]
+    return Survey(kept, seen, entries, bad)
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """A picture that is left out as the config says."""
+
+    reason: str
+
+
+def _look(record: Record, data: Data, shaper: Shaper, known: set[str]) -> Seen | _Dropped | str:
+    """What was found of a record's image, or why it cannot be read."""
+    try:
+        content = record.read()
+        image = sha256_bytes(content)
+        if image not in known:
+            try_to_read(content)
+        size, transparent = of_image(content, lambda opened: _header(opened, content))
+        weights = _weights(record, data, size, transparent)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"unreadable image: {error.strerror or error}"
+    try:
+        return Seen(image, cut(size, shaper.target(size)), weights)
+    except UserError as error:
+        return _Dropped(str(error))
+
+
+def _header(image: Image.Image, content: bytes) -> tuple[Size, bool]:
+    return upright_size(image, content), image.has_transparency_data
+
+
+def _weights(record: Record, data: Data, size: Size, transparent: bool) -> str:
+    """What the weights of the picture's cells are made from; "" where all of it counts alike."""
+    source, background = data.masks.source, data.masks.background
+    if source == "none":
+        return ""
+    if record.mask is not None:
+        content = record.mask()
+        masks.require_fit(content, size)
+        return f"{sha256_bytes(content)} {background:g}"
+    return f"{masks.ALPHA} {background:g}" if source == "alpha" and transparent else ""
+
+
+def _entries(record: Record, seen: Seen, data: Data, shaper: Shaper) -> Iterator[Entry]:
+    target, square = seen.cut.target, (data.resolution, data.resolution)
+    size = None if target == square else target
+    whole = seen.cut.resized == target
+    crops: Sequence[str] = [""]
+    if data.shapes.crop == "random":
+        many = range(1, data.shapes.crops + 1)
+        crops = [f"random {k}" for k in many] if data.shapes.crops > 1 else ["random"]
+    elif data.shapes.crop == "subject":
+        crops = ["subject"]
+    text = sha256_bytes(straightened(record.caption).encode())
+    for crop in crops:
+        for mirrored in (False, True) if data.flip else (False,):
+            yield Entry(
+                record.id, record.caption, seen.image, text, mirrored,
+                size, "" if whole and len(crops) == 1 else crop, seen.weights,
+            )  # fmt: skip
