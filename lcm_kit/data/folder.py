@@ -18,7 +18,8 @@ from lcm_kit.config.schema import Data
 from lcm_kit.data import folder_captions, folder_pictures
 from lcm_kit.data.findings import Finding, Weight, few, number
 from lcm_kit.data.folder_pictures import Look
-from lcm_kit.data.records import Bad, LeftOut, Record, left_out_of, list_source
+from lcm_kit.data.left_out import LeftOut
+from lcm_kit.data.records import Bad, Record, left_out_of, list_source
 from lcm_kit.errors import UserError
 
 _LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
@@ -92,7 +93,7 @@ def _of(weight: str, findings: Iterable[Finding]) -> Iterator[str]:
 def _uncaptioned(folder: Path, bad: Sequence[Bad]) -> list[Record]:
     """The images without a usable caption: they are looked at too, so that all is said at once."""
     # a name of a table that no file system holds is an error of pathlib's, and no file here
-    return [Record(id, "", (folder / id).read_bytes) for id, _ in bad if os.path.isfile(folder / id)]
+    return [Record(id, (), (folder / id).read_bytes) for id, _ in bad if os.path.isfile(folder / id)]
 
 
 def _look(records: Sequence[Record]) -> tuple[list[Look], list[Bad]]:
