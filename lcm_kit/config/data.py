@@ -87,7 +87,7 @@ class Captions:
         return self
 
     @property
-    def as_written(self) -> Captions:
+    def unshuffled(self) -> Captions:
         """The same without other orders of tags."""
         return replace(self, shuffle_tags=0, keep_tokens=0, keep_separator=None)
 
