@@ -112,7 +112,7 @@ def test_check_and_encode_agree_on_what_can_be_read(format: str, options: dict[s
     verdicts = set()
     for share in (0, 0.02, 0.3, 0.7, 0.95, 0.999, 1):
         cut = content[: int(share * len(content))]
-        can = [readable(partial(decode, cut)), readable(partial(look, Record("a", "", lambda cut=cut: cut)))]
+        can = [readable(partial(decode, cut)), readable(partial(look, Record("a", (), lambda cut=cut: cut)))]
         assert can[0] == can[1], share
         verdicts.add(can[0])
     assert verdicts == {True, False}
@@ -147,7 +147,7 @@ def test_what_is_looked_at_is_what_encode_sees(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = saved(picture(3, (1600, 1100)), "JPEG", exif=exif)
-    seen, whole = look(Record("a.jpg", "", lambda: content)), decode(content)
+    seen, whole = look(Record("a.jpg", (), lambda: content)), decode(content)
     assert seen.size == whole.size == ((1600, 1100) if orientation < 5 else (1100, 1600))
     assert np.abs(seen.small - near.thumbnail(whole)).mean() < 1
 
@@ -264,7 +264,7 @@ def test_the_share_that_is_lost_is_what_the_crop_takes() -> None:
     """Count the columns that are left of a picture in which each has its own colour."""
     wide = Image.fromarray(np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (100, 1, 3)))
     left = np.unique(np.asarray(to_shape(wide, square(wide.size, 100)))[0, :, 0])
-    seen = look(Record("a", "", lambda: saved(wide, "PNG")))
+    seen = look(Record("a", (), lambda: saved(wide, "PNG")))
     assert _lost(seen) == pytest.approx(1 - len(left) / 250) == 0.6
 
 
@@ -438,7 +438,7 @@ def test_captions_that_cannot_be_used(folder: Path, content: bytes | None, expec
 
 def test_metadata_that_names_what_is_not_there_or_is_no_text(folder: Path) -> None:
     (folder / "05.txt").unlink()
-    rows = [{"file_name": "05.png", "text": ["x"]}, {"file_name": "gone.png", "text": "a thing"}]
+    rows = [{"file_name": "05.png", "text": 3}, {"file_name": "gone.png", "text": "a thing"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = check(folder)
     assert [each.split(";")[0] for each in found.errors] == [

@@ -355,12 +355,12 @@ def test_a_very_large_jpeg_is_reduced_while_it_is_decoded(
     exif[0x0112] = orientation
     file = io.BytesIO()
     Image.linear_gradient("L").rotate(30).resize((701, 503)).convert("RGB").save(file, "JPEG", exif=exif)
-    whole = Record("a.jpg", "", file.getvalue).pixels(32)
+    whole = Record("a.jpg", (), file.getvalue).pixels(32)
     monkeypatch.setattr(transforms, "_WHOLE", 1000)
     with Image.open(file) as image:
         reduced, size = transforms.upright_for(image, 32)
         assert min(reduced.size) == 252 and size == ((701, 503) if orientation < 5 else (503, 701))
-    assert float((Record("a.jpg", "", file.getvalue).pixels(32) - whole).abs().mean()) < 0.01
+    assert float((Record("a.jpg", (), file.getvalue).pixels(32) - whole).abs().mean()) < 0.01
 
 
 def test_formats_that_are_copied_whole_have_a_bound_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_bad_captions_come_with_their_reason(tmp_path: Path):
     rows = [
         {"file_name": "gone.png", "text": "x"},
         {"file_name": "null.png"},
-        {"file_name": "list.png", "text": ["x"]},
+        {"file_name": "list.png", "text": ["x", 3]},
     ]
     _save(tmp_path / "null.png")
     _save(tmp_path / "list.png")
@@ -63,7 +63,7 @@ def test_bad_captions_come_with_their_reason(tmp_path: Path):
         "empty.png": "empty caption",
         "none.png": "no caption: there is neither none.txt nor a line for it in metadata.jsonl",
         "null.png": "no caption",
-        "list.png": "caption is not text but list",
+        "list.png": "caption is not text but int (of a list of 2)",
         "gone.png": "is named in metadata.jsonl, but there is no such image",
     }
 

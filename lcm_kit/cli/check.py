@@ -6,6 +6,7 @@ Loads no weights and downloads nothing, but for a folder's `--base`, whose VAE i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def _base(base: Base) -> str:
 def _data(data: Data) -> str:
     if _on_the_hub(data.path) and data.kind != "folder":
         return f"data: {data.path} on the hub, not looked at"
-    from lcm_kit.data.folder import check_data
+    from lcm_kit.data.folder import check_data, reading
     from lcm_kit.data.records import open_records
 
     records, bad = open_records(data)
@@ -149,9 +150,8 @@ def _data(data: Data) -> str:
     there = f"data: {data.path}, {len(records)} images with captions" + (
         f", {len(bad)} left out" if bad else ""
     )
-    rest = (
-        looked.remarks if looked else [f"note: more than {_LOOKED_AT} images are not opened by this check."]
-    )
+    unopened = f"note: more than {_LOOKED_AT} images are not opened by this check."
+    rest = looked.remarks if looked else [*reading(data), unopened]
     return "\n".join([there, *(f"  {line}" for line in rest)])
 
 
@@ -165,10 +165,11 @@ def _tokens(config: Training) -> str:
         if _on_the_hub(config.base.path) or (_on_the_hub(config.data.path) and config.data.kind != "folder"):
             return ""
         base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
-        records, _ = open_records(config.data)
+        records, _ = open_records(replace(config.data, captions=config.data.captions.unshuffled))
     except UserError:  # it is said of the base, or of the data
         return ""
-    cut, most = too_long(base, {record.id: record.caption for record in records})
+    told = [(record.id, k, text) for record in records for k, (text, _) in enumerate(record.captions, 1)]
+    cut, most = too_long(base, {f"{id} (caption {k})" if k > 1 else id: text for id, k, text in told})
     if not cut:
         return ""
     named = few([f"{id} ({count})" for id, count in cut.items()])

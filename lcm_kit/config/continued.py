@@ -19,6 +19,8 @@ IN_STAGES = ("steps",)  # but in a run of stages, whose edges its length moves
 DATA = (
     "data.path", "data.cache", "data.regularization", "data.kind", "data.split", "data.image_column",
     "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
+    "data.captions.layout", "data.captions.lines", "data.captions.shuffle_tags", "data.captions.keep_tokens",
+    "data.captions.keep_separator", "data.captions.trigger_in_front",
 )  # fmt: skip
 BASE = ("base.path", "base.revision", "base.variant")  # states of this kit have a hash of all of it
 CODE = ("method.path",)  # of a method of the user's own: method.sha256 stays, and which class of the file

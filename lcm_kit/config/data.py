@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -103,6 +103,46 @@ class Masks:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Captions:
+    """How the captions of pictures are read, and what is made of them before they are encoded."""
+
+    # what the names of subfolders say. kohya: `10_subject name` is 10 times each picture an epoch, and
+    # `subject name` the caption of those that have none; plain: nothing; auto: kohya where every subfolder
+    # with pictures is named so, by numbers up to 200 that neither count on (1_, 2_, ...) nor begin with 0
+    layout: Literal["auto", "kohya", "plain"] = "auto"
+    # a caption of several lines. joined: one caption; first: its first line; each: as many captions, of which
+    # every step draws one, and so are the lines of a table that name one picture
+    lines: Literal["joined", "first", "each"] = "joined"
+    # other orders of a caption's tags (the parts between commas) that are encoded too; every step draws one
+    shuffle_tags: Annotated[Whole, Field(ge=0, le=100)] = 0
+    keep_tokens: Annotated[Whole, Field(ge=0, le=1000)] = 0  # tags that stay in front, with the trigger's
+    # where a caption has it, the tags before it stay in front, those after a second one at the end, and
+    # keep_tokens does not count, as in kohya's trainer, whose users write `|||`; null: none
+    keep_separator: Annotated[str, Field(max_length=20)] | None = None
+    trigger_in_front: bool = False  # put data.trigger before each caption of `path` that lacks it
+
+    @model_validator(mode="after")
+    def _effect(self) -> Captions:
+        for key in ("keep_tokens", "keep_separator"):
+            if getattr(self, key) and not self.shuffle_tags:
+                raise ValueError(
+                    f"{key} says which tags stay where they are while the others are shuffled, and "
+                    "shuffle_tags is 0; set it to 1 or more, or remove it"
+                )
+        if self.keep_separator and ("," in self.keep_separator or not self.keep_separator.strip()):
+            raise ValueError(
+                f"keep_separator {self.keep_separator!r} cannot be told from what separates tags; take a "
+                "sign that no tag has, as `|||`"
+            )
+        return self
+
+    @property
+    def unshuffled(self) -> Captions:
+        """The same without other orders of tags."""
+        return replace(self, shuffle_tags=0, keep_tokens=0, keep_separator=None)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
@@ -122,6 +162,7 @@ class Data:
     # the word or phrase of the captions that stands for the style: `check` wants it in each of them, and the
     # exported file, its card and the report name it; null: none
     trigger: Annotated[str, Field(max_length=200)] | None = None
+    captions: Captions = field(default_factory=Captions)  # how they are read, and shuffled
     # auto: a folder of images if there is one, else `datasets`
     kind: Literal["auto", "folder", "datasets"] = "auto"
     split: str = "train"  # datasets only
@@ -155,6 +196,23 @@ class Data:
             )
         if self.source == "prompts":
             self._refuse_beside_prompts()
+        return self
+
+    @model_validator(mode="after")
+    def _of_captions(self) -> Data:
+        if self.captions.trigger_in_front and self.trigger is None:
+            raise ValueError(
+                "captions.trigger_in_front puts trigger before captions; give trigger, or remove it"
+            )
+        if self.captions != Captions() and not self.has_images:
+            raise ValueError(
+                f"captions says how those of pictures are read, and with source {self.source} there are "
+                "none; remove it"
+            )
+        if self.captions.layout == "kohya" and self.kind == "datasets":
+            raise ValueError(
+                "captions.layout kohya is of folders of pictures, and kind is datasets; remove one of them"
+            )
         return self
 
     def _refuse_beside_prompts(self) -> None:

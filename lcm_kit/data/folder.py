@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
-from lcm_kit.data import folder_captions, folder_pictures
+from lcm_kit.data import folder_captions, folder_pictures, folder_reading
 from lcm_kit.data.findings import Finding, Weight, few, number
 from lcm_kit.data.folder_pictures import Look
-from lcm_kit.data.records import Bad, LeftOut, Record, left_out_of, list_source
+from lcm_kit.data.left_out import LeftOut
+from lcm_kit.data.records import Bad, Listing, Record, left_out_of, list_source
 from lcm_kit.errors import UserError
 
 _LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
@@ -68,15 +69,30 @@ def check_data(data: Data) -> FolderCheck:
     return _check(data, data.resolution, data.trigger, estimate=False)
 
 
+def reading(data: Data) -> tuple[str, ...]:
+    """What is to be said of how the captions were read, without opening an image, as `FolderCheck.remarks`.
+
+    Raises `UserError` as `check_data`.
+    """
+    found = folder_reading.findings(_as_written(data), data)
+    return tuple(f"{finding.weight}: {finding.sentence}" for finding in found)
+
+
+def _as_written(data: Data) -> Listing:
+    how = replace(data.captions.unshuffled, trigger_in_front=False)
+    return list_source(replace(data, captions=how))
+
+
 def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = True) -> FolderCheck:
-    listing = list_source(data)
+    listing = _as_written(data)
     good, bad = listing.good, listing.bad
     folder = place(data.path)
     looks, broken = _look(good + _uncaptioned(folder, bad))
     usable = {record.id for record in good} - {id for id, _ in broken}
     findings = [
         *_stopping(broken, bad, data.skip_bad and bool(usable)),
-        *folder_captions.findings({r.id: r.caption for r in good}, trigger, estimate=estimate),
+        *folder_reading.findings(listing, data),
+        *folder_captions.findings(folder_reading.texts_of(listing, data), trigger, estimate=estimate),
         *_amount(looks),
         *_left_out(listing.left_out),
         *folder_pictures.findings(looks, resolution),
@@ -92,7 +108,7 @@ def _of(weight: str, findings: Iterable[Finding]) -> Iterator[str]:
 def _uncaptioned(folder: Path, bad: Sequence[Bad]) -> list[Record]:
     """The images without a usable caption: they are looked at too, so that all is said at once."""
     # a name of a table that no file system holds is an error of pathlib's, and no file here
-    return [Record(id, "", (folder / id).read_bytes) for id, _ in bad if os.path.isfile(folder / id)]
+    return [Record(id, (), (folder / id).read_bytes) for id, _ in bad if os.path.isfile(folder / id)]
 
 
 def _look(records: Sequence[Record]) -> tuple[list[Look], list[Bad]]:

@@ -6,7 +6,7 @@ in `cache.py`. Images are opened later: `Record.load` finds out whether one can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,32 +17,42 @@ from torch import Tensor
 
 from lcm_kit import assets
 from lcm_kit.assets import place
+from lcm_kit.config.data import Captions as HowCaptions
 from lcm_kit.config.schema import Data
-from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
+from lcm_kit.data import caption_texts
+from lcm_kit.data.caption_files import ENDINGS, Bad, Captions, captions_of
+from lcm_kit.data.caption_tables import COLUMN, TABLES, same
+from lcm_kit.data.caption_tags import prepared
+from lcm_kit.data.caption_texts import Caption
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
+from lcm_kit.data.kohya_folders import Layout, layout_of
+from lcm_kit.data.left_out import PROMPTS, LeftOut, left_out
 from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.transforms import square, to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.io.written import tidied
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
-_ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
 # Addresses of what is here or in the hub's cache; a stranger's table must not make the kit call on a server
 _INSIDE = ("zip://", "tar://", "gzip://", "file://", "hf://")
 MASK = ".mask"  # ends the name, before its own ending, of the file that says what counts in a picture
-_PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
 
 
 @dataclass(frozen=True)
 class Record:
-    """An image and its caption."""
+    """An image and its captions, of which each step draws one."""
 
     id: str  # path within the folder, or row of the data set
-    caption: str
+    captions: tuple[Caption, ...]
     read: Callable[[], bytes]  # the image file's content
+    repeats: int = 1  # times that an epoch has it
     mask: Callable[[], bytes] | None = None  # the content of the file that says what counts in it
+
+    @property
+    def caption(self) -> str:
+        """The first caption: that by which the picture is named where one is enough."""
+        return self.captions[0].text if self.captions else ""
 
     def load(self) -> Image.Image:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
@@ -58,24 +68,15 @@ class Record:
         return of_image(self.read(), squared)
 
 
-@dataclass
-class LeftOut:
-    """What lies in a folder and is not trained on, by path."""
-
-    pictures: list[str] = field(default_factory=list)  # of a kind that is not read
-    captions: list[str] = field(default_factory=list)  # without a picture
-    written: list[str] = field(default_factory=list)  # folders that this kit wrote
-    linked_twice: list[str] = field(default_factory=list)  # links to folders that are read already
-    unlike: list[str] = field(default_factory=list)  # pictures of which a second caption says otherwise
-    others: list[str] = field(default_factory=list)  # all other files
-
-
 @dataclass(frozen=True)
 class Listing:
     """What a source holds, in a fixed order."""
 
     items: list[Record | Bad]
     left_out: LeftOut = field(default_factory=LeftOut)
+    several_lines: Sequence[str] = ()  # caption files, and lines of tables, that have several
+    layout: Layout = field(default_factory=Layout)
+    named: Sequence[str] = ()  # pictures whose caption is their folder's name
 
     @property
     def good(self) -> list[Record]:
@@ -98,7 +99,7 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
     items = found.items
     if data.regularization is not None:
         name = f"data.regularization {data.regularization!r}"
-        general = _folder(place(data.regularization), name).items
+        general = _folder(place(data.regularization), name, data.captions).items
         if not general:
             raise UserError(f"{name} holds no image; give another folder")
         items = items + [_below(GENERAL.rstrip("/"), item) for item in general]
@@ -112,12 +113,17 @@ def list_source(data: Data) -> Listing:
     files = None if data.kind == "datasets" else _own_files(path, data)
     if files is not None:
         _refuse_without_effect(data)
-        found = _listed(files, data.caption_column)
+        found = _listed(files, data.caption_column, data.captions, data.trigger)
     elif data.kind == "folder":
         raise UserError(f"{name}: there is no such folder; check the path")
     else:
         if data.kind == "auto" and path.is_dir() and not _holds_dataset(path):
             raise UserError(f"{name} holds no image; put images and their captions there")
+        if data.captions.layout == "kohya":
+            raise UserError(
+                f"data.captions.layout kohya has no effect on {data.path!r}, which is no folder of images; "
+                "remove it"
+            )
         found = Listing(list(_datasets(path, data)))
     if not found.items:
         if path.is_dir() and _holds_dataset(path):
@@ -167,7 +173,7 @@ def pictures(folder: Path, name: str) -> list[Record]:
     found = sorted({*_pictures(files)} - {*_masks(files).values()})
     if not found:
         raise UserError(f"{name}: there is no such folder or no image in it; check the path")
-    return [Record(path, "", files.found[path].read) for path in found]
+    return [Record(path, (), files.found[path].read) for path in found]
 
 
 def prompts(text: str) -> list[str]:
@@ -176,7 +182,7 @@ def prompts(text: str) -> list[str]:
     Raises `UserError` if there is none.
     """
     folder = place(text)
-    if not folder.is_dir() or (folder / _PROMPTS).is_file():
+    if not folder.is_dir() or (folder / PROMPTS).is_file():
         return assets.prompts(text)
     found = [record.caption for record in _folder(folder, text).good]
     if not found:
@@ -190,7 +196,7 @@ def left_out_of(folder: Path) -> LeftOut:
         return LeftOut()
     files = files_of(folder)
     try:
-        return _listed(files, COLUMN).left_out
+        return _listed(files, COLUMN, HowCaptions()).left_out
     except UserError:  # of its tables: that was said already
         return LeftOut(pictures=sorted(n for n in files.found if PurePosixPath(n).suffix.lower() in UNREAD))
 
@@ -208,11 +214,11 @@ def _holds_dataset(folder: Path) -> bool:
 # --- folders ---
 
 
-def _folder(folder: Path, name: str) -> Listing:
-    """The pictures and captions of a folder, or of a zip file."""
+def _folder(folder: Path, name: str, how: HowCaptions | None = None) -> Listing:
+    """The pictures and captions of a folder, or of a zip file; no trigger is put before these."""
     if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".zip"):
         raise UserError(f"{name}: there is no such folder; check the path")
-    return _listed(files_of(folder), COLUMN)
+    return _listed(files_of(folder), COLUMN, how or HowCaptions())
 
 
 def _pictures(files: Files) -> list[str]:
@@ -232,19 +238,32 @@ def _is_picture(files: Files, name: str) -> bool:
         return False
 
 
-def _listed(files: Files, column: str) -> Listing:
-    """Every picture with its caption or what is wrong with it, and what is left out."""
-    captions, found, of = captions_of(files, column), _pictures(files), _masks(files)
-    found = [name for name in found if name not in of.values()]
+def _listed(files: Files, column: str, how: HowCaptions, trigger: str | None = None) -> Listing:
+    """Every picture with its captions or what is wrong with it, and what is left out."""
+    captions, masks = captions_of(files, column, how.lines), _masks(files)
+    found = [name for name in _pictures(files) if name not in masks.values()]
+    layout = layout_of(found, how.layout)
     items: dict[str, Record | Bad] = dict(_named_only(captions, found))
     items |= {name: (name, reason) for name, reason in files.bad}
     for name in found:
-        caption, reason = captions.of(name)
-        mask = of.get(same(_without_ending(name)))
-        told = None if mask is None else files.found[mask].read
-        items[name] = (name, reason) if reason else Record(name, caption, files.found[name].read, told)
-    used = {of[stem] for stem in {same(_without_ending(name)) for name in found} & of.keys()}
-    return Listing([items[name] for name in sorted(items)], _left_out(files, captions, {*found, *used}))
+        its = layout.classes.get(name)
+        told, reason = captions.of(name, its.name if its else None)
+        if reason := layout.faults.get(name) or reason:
+            items[name] = (name, reason)
+            continue
+        told, repeats = prepared(told, how, trigger), its.repeats if its else 1
+        mask = masks.get(same(_without_ending(name)))
+        its_mask = None if mask is None else files.found[mask].read
+        items[name] = Record(name, told, files.found[name].read, repeats, its_mask)
+    stems = {same(_without_ending(name)) for name in found}
+    used = {name for stem, name in masks.items() if stem in stems}
+    return Listing(
+        [items[name] for name in sorted(items)],
+        left_out(files, captions, {*found, *used}),
+        captions.several,
+        layout,
+        captions.otherwise,
+    )
 
 
 def _without_ending(name: str) -> str:
@@ -263,24 +282,6 @@ def _named_only(captions: Captions, found: list[str]) -> Iterator[tuple[str, Bad
         if name not in there:
             table = lines[0].where.partition(",")[0]
             yield name, (name, f"is named in {table}, but there is no such image")
-
-
-def _left_out(files: Files, captions: Captions, found: set[str]) -> LeftOut:
-    def meant(name: str) -> bool:
-        path = PurePosixPath(name.lower())
-        return path.stem not in _ABOUT and path.name not in (*TABLES, _PROMPTS)
-
-    unused = [name for name in captions.files_beside if name not in captions.used and meant(name)]
-    rest = [name for name in files.found.keys() - found - set(captions.files_beside) if meant(name)]
-    unread = [name for name in rest if PurePosixPath(name).suffix.lower() in UNREAD]
-    return LeftOut(
-        pictures=sorted(unread),
-        captions=sorted(unused),
-        written=files.written,
-        linked_twice=files.linked_twice,
-        unlike=captions.unlike,
-        others=sorted(set(rest) - set(unread)),
-    )
 
 
 # --- data sets ---
@@ -318,13 +319,9 @@ def _datasets(path: Path, data: Data) -> Iterator[Record | Bad]:
         data.image_column, datasets.Image(decode=False)
     )
     for row, given in enumerate(rows[data.caption_column]):
-        caption, reason = tidied(given)
-        id = f"row {row}"
-        yield (
-            (id, reason)
-            if reason
-            else Record(id, caption, partial(_read_row, images, row, data.image_column))
-        )
+        told, reason = caption_texts.read(given, data.captions.lines)
+        id, read = f"row {row}", partial(_read_row, images, row, data.image_column)
+        yield (id, reason) if reason else Record(id, prepared(told, data.captions, data.trigger), read)
 
 
 def _read_row(images: Any, row: int, column: str) -> bytes:

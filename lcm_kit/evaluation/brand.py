@@ -10,6 +10,7 @@ from torch import Tensor
 from lcm_kit import assets, sample
 from lcm_kit.adapter.folder import read_provenance
 from lcm_kit.config.brand import Brand
+from lcm_kit.config.data import Captions
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data
@@ -61,24 +62,35 @@ def require_one_file(run: str) -> None:
 
 def prompts_and_pictures(config: Brand) -> tuple[tuple[str, ...], list[records.Record | None]]:
     """The prompts of the style, `config.count` of them, and the brand's picture of each if there is one."""
-    found, _ = records.open_records(Data(path=config.brand, kind="folder"))
+    trained = _trained_on(config)
+    how = trained.data.captions if trained else Captions()
+    found, _ = records.open_records(
+        Data(
+            path=config.brand, kind="folder", captions=how, trigger=trained.data.trigger if trained else None
+        )
+    )
     if config.prompts is not None:
         wanted = repeated(records.prompts(config.prompts), config.count)
     else:
-        held = _held_out(config, found)
+        held = _held_out(trained, found) if trained else []
         wanted = repeated([record.caption for record in held or found], config.count)
     by_caption = {record.caption: record for record in found}
     return wanted, [by_caption.get(prompt) for prompt in wanted[: config.pictures]]
 
 
-def _held_out(config: Brand, found: Sequence[records.Record]) -> list[records.Record]:
-    """The pictures that the style's run held out, if it was trained on these."""
+def _trained_on(config: Brand) -> Finetune | None:
+    """What the style was trained with, if it was on these pictures."""
     file = Path(config.style or "") / "config.yaml"
     if config.style is None or not file.is_file():
-        return []
+        return None
     trained = load(file)
     if not isinstance(trained, Finetune) or assets.resolve(trained.data.path) != assets.resolve(config.brand):
-        return []
+        return None
+    return trained
+
+
+def _held_out(trained: Finetune, found: Sequence[records.Record]) -> list[records.Record]:
+    """The pictures that the style's run held out."""
     content = {record.id: sha256_bytes(record.read()) for record in found}
     held = split.chosen(set(content.values()), trained.validation.held_out, trained.seed)
     return [record for record in found if content[record.id] in held]

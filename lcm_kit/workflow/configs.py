@@ -37,9 +37,11 @@ _OWN = (
     "teacher.in_student",
 )
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
-_SHARED = ("path", "kind", "resolution", "skip_bad", "trigger")  # of `data`, by both trainings
+_SHARED = ("path", "kind", "resolution", "skip_bad", "trigger", "captions")  # of `data`, by both trainings
 _GENERAL = 100  # pictures that the base draws of everyday things
-_SEEN = ("path", "regularization", "resolution", "flip", "kind", "shard_size", "skip_bad")
+_SEEN = (
+    "path", "regularization", "resolution", "flip", "kind", "shard_size", "skip_bad", "trigger", "captions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,10 @@ def _with_general(distill: Distill, style: Finetune) -> Distill:
 def _style(name: str, distill: Distill, told: Mapping[str, Any], given: Overrides) -> Finetune:
     """The style's config, on the distillation's pictures; one cache for both if they read the same."""
     base, data = asdict(distill.base), distill.data
+    shared = {key: asdict(data)[key] for key in _SHARED}
     told = {
         **told, **{f"base.{key}": value for key, value in base.items()},
-        **{f"data.{key}": getattr(data, key) for key in _SHARED},
+        **{f"data.{key}": value for key, value in shared.items()},
         "data.cache": f"{data.cache}-style", "output": str(Path(distill.output) / STYLE),
     }  # fmt: skip
     config = _load(name, told, own := given.of("style"))

@@ -33,7 +33,9 @@ NAMES = st.sampled_from(
 )
 VALUES = st.one_of(text, text, anything)
 ROWS = st.dictionaries(
-    st.sampled_from(("file_name", "text", "caption", "prompt", "image")), st.one_of(NAMES, VALUES), max_size=4
+    st.sampled_from(("file_name", "text", "caption", "prompt", "image", "tags", "weight")),
+    st.one_of(NAMES, VALUES),
+    max_size=4,
 )
 NAMED = st.fixed_dictionaries({"file_name": st.one_of(NAMES, text), "text": VALUES})
 JSONL = st.lists(st.one_of(NAMED, NAMED, ROWS, anything), max_size=4)
@@ -63,7 +65,19 @@ TABLES = st.one_of(
     st.tuples(st.just("metadata.jsonl"), mutations('{"file_name": "a.png", "text": "a fox"}\n' * 2)),
     st.tuples(st.just("metadata.csv"), JSONL.map(_table)),
     st.tuples(st.just("metadata.csv"), mutations('file_name,text\na.png,"a fox"\nb.png,a cat\n')),
-    st.tuples(st.sampled_from(("metadata.csv", "c/metadata.jsonl")), st.one_of(text, st.just("[" * 100_000))),
+    st.tuples(st.sampled_from(("metadata.json", "a.json", "c/d.png.json")), JSONL.map(json.dumps)),
+    st.tuples(
+        st.sampled_from(("metadata.json", "a.json", "c/meta_cap.json")),
+        st.one_of(
+            st.dictionaries(st.one_of(NAMES, text), st.one_of(ROWS, anything), max_size=3).map(json.dumps),
+            mutations('{"a": {"caption": "a fox", "tags": "red"}, "b.png": {"tags": ["old"]}}'),
+            ROWS.map(json.dumps),
+        ),
+    ),
+    st.tuples(
+        st.sampled_from(("metadata.csv", "c/metadata.jsonl", "metadata.json", "metadata.parquet")),
+        st.one_of(text, st.just("[" * 100_000)),
+    ),
 )
 # A name that a file system takes
 FILES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20).filter(
@@ -80,20 +94,26 @@ def _folder(place: Path, files: dict[str, bytes]) -> Path:
     return place
 
 
-def _check(place: Path) -> None:
+def _check(place: Path, lines: str = "joined") -> None:
     """Each picture has a caption that can be used or a reason, and what is said of them can be shown."""
-    found = answer(lambda: records.open_records(Data(path=str(place), kind="folder")), str(place))
+    found = answer(
+        lambda: records.open_records(Data(path=str(place), kind="folder", captions={"lines": lines})),
+        str(place),
+    )
     if not isinstance(found, UserError):
         good, bad = found
         assert {"a.png", "b.png", "c/d.png"} <= {record.id for record in good} | {id for id, _ in bad}
         for record in good:
-            assert 0 < len(record.caption) <= LONGEST and record.caption == " ".join(record.caption.split())
-            assert not any(unicodedata.category(sign) in ("Cc", "Cs") for sign in record.caption)
+            assert record.captions and all(weight > 0 for _, weight in record.captions)
+            for caption, _ in record.captions:
+                assert 0 < len(caption) <= LONGEST and caption == " ".join(caption.split())
+                assert not any(unicodedata.category(sign) in ("Cc", "Cs") for sign in caption)
         for id, reason in bad:
             assert len(reason) < 500
             check_sentence(str(UserError(f"{id}: {reason}")))
     said = folder.check_folder(str(place), resolution=64)
-    assert said.errors if isinstance(found, UserError) else bool(said.errors) == bool(bad)
+    if lines == "joined":
+        assert said.errors if isinstance(found, UserError) else bool(said.errors) == bool(bad)
     for sentence in (*said.errors, *said.warnings, *said.notes):
         check_sentence(str(UserError(sentence)))
 
@@ -113,6 +133,7 @@ def test_any_captions(place: Path, given: tuple[bytes, bytes, bytes, list[tuple[
 )  # fmt: skip
 def test_any_tables(place: Path, tables: list[tuple[str, str]]) -> None:
     _check(_folder(place / "x", {name: said.encode("utf-8", "surrogatepass") for name, said in tables}))
+    _check(place / "x", "each")
 
 
 @fuzz(
