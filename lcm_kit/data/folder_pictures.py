@@ -199,7 +199,7 @@ def _copies(looks: Sequence[Look]) -> Iterator[Finding]:
             f"{_several(exact)} the same file more than once: {groups(exact)}; each counts again in "
             "training, so keep one.",
         )
-    first = {look.id for ids in same.values() for look in looks if look.id == ids[0]}
+    first = {ids[0] for ids in same.values()}
     shown = [look for look in looks if look.id in first and not look.blank]
     near = near_duplicates([look.small for look in shown])
     for found, what, act in (

@@ -10,27 +10,31 @@ copy may have been cropped to; the cosines of a window are those of the whole, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lcm_kit.data.hash_index import HashIndex, packed
+
 Array = NDArray[np.float32]
-Thumbnail = Array  # [3, _SIDE, _SIDE], 0 to 255
+Thumbnail = NDArray[np.uint8]  # [3, _SIDE, _SIDE]
+Groups = NDArray[np.intp]  # of each place the number of its group
 Window = tuple[float, float, float, float]  # left, top, right, bottom: 0 to 1 of the picture
 
 _SIDE = 64  # pixels of a thumbnail
 _HASHED = 8  # cosines a direction in the hash
 _COMPARED = 24  # cosines a direction that are compared in colour
-_BITS = _HASHED * _HASHED - 1  # of the hash
 _FAR = 12  # bits: pairs no further apart are compared
 _SAME = 0.97  # correlation from which two pictures are one
 _MARGINS = (0.0, 0.05, 0.1)  # of a side that a copy may have been cropped by
 _HOPELESS = 0.9  # correlation of the coarse comparison below which no fitting helps
+_AT_ONCE = 256  # pictures whose copies threads look for before these are compared
 _ROUNDS = 4  # moves of a window a step
 _WAYS = (  # left, top, right, bottom: one side; all, as a shift; all, as a zoom
     (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (1, 1, -1, -1),
@@ -49,9 +53,13 @@ class Copies:
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:
-    """The whole RGB picture, squeezed to a small square, float32 [3, 64, 64], 0 to 255."""
+    """The whole RGB picture, squeezed to a small square, [3, 64, 64]: 12 kB, for there may be many."""
     small = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(small, dtype=np.float32).transpose(2, 0, 1)
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def _real(picture: Thumbnail) -> Array:
+    return picture.astype(np.float32)
 
 
 @lru_cache(maxsize=4096)
@@ -73,7 +81,7 @@ def hashes(picture: Thumbnail, margins: tuple[float, ...] = (0.0,)) -> Array:
 
     A bit says whether a cosine of the luminance is above their median; the constant is left out.
     """
-    grey = np.tensordot(_LUMINANCE, picture, axes=1)
+    grey = np.tensordot(_LUMINANCE, _real(picture), axes=1)
     stretches = _stretches(margins)
     found = np.tensordot(stretches @ grey, stretches, axes=([2], [2]))  # [a, k, b, l]
     flat = found.transpose(0, 2, 1, 3).reshape(-1, _HASHED * _HASHED)[:, 1:]
@@ -94,7 +102,7 @@ def _windows(margins: Sequence[float]) -> list[Window]:
 def outline(picture: Thumbnail, window: Window = _WHOLE) -> Array:
     """What is compared of a window: its lowest cosines in colour, without common brightness, of length 1."""
     left, top, right, bottom = window
-    found = cosines(top, bottom, _COMPARED) @ picture @ cosines(left, right, _COMPARED).T
+    found = cosines(top, bottom, _COMPARED) @ _real(picture) @ cosines(left, right, _COMPARED).T
     return _normal(np.asarray(found[None], dtype=np.float32))[0]
 
 
@@ -108,20 +116,9 @@ def _normal(found: Array) -> Array:
 def coarse(picture: Thumbnail, margins: tuple[float, ...] = (0.0,)) -> Array:
     """`outline` by the cosines of the hash alone, of every window with these margins: [windows, 192]."""
     stretches = _stretches(margins)
-    down = np.tensordot(stretches, picture, axes=([2], [1]))  # [a, k, channel, x]
+    down = np.tensordot(stretches, _real(picture), axes=([2], [1]))  # [a, k, channel, x]
     found: Array = np.tensordot(down, stretches, axes=([3], [2]))  # [a, k, channel, b, l]
     return _normal(found.transpose(0, 3, 2, 1, 4).reshape(-1, 3, _HASHED, _HASHED))
-
-
-def likeness(copy: Thumbnail, picture: Thumbnail) -> float:
-    """The correlation of `copy` with that window of `picture` that fits it best, -1 to 1; 1: the same.
-
-    The best of the windows with `_MARGINS` first, by few cosines; then that is fitted in ever smaller steps.
-    """
-    fits = coarse(picture, _MARGINS) @ coarse(copy)[0]
-    if fits.max() < _HOPELESS:
-        return float(fits.max())
-    return _fitted(outline(copy), picture, _windows(_MARGINS)[int(fits.argmax())])
 
 
 def _fitted(copy: Array, picture: Thumbnail, window: Window) -> float:
@@ -148,31 +145,74 @@ def _around(window: Window, step: float) -> list[Window]:
 
 
 def near_duplicates(pictures: Sequence[Thumbnail]) -> Copies:
-    """Which of the pictures show the same, as they are or mirrored. Time grows by the square of their number.
+    """Which of the pictures show the same, as they are or mirrored. A pair that is alike is not mirrored.
 
-    A pair that is alike as it is, as symmetric subjects are, is not called mirrored.
+    The index (`hash_index`) spares comparing all with all; of pictures that all have nearly the same hash it
+    spares nothing. It and `coarse` take 1 kB a picture and direction.
     """
-    turned = [picture[:, :, ::-1] for picture in pictures]
-    alike = _groups(pictures, pictures, [{place} for place in range(len(pictures))])
-    mirrored = _groups(pictures, turned, alike)
+    count = len(pictures)
+    proposals = _Proposals(pictures)
+    alike, mirrored = np.arange(count), np.arange(count)  # the group that each is in, by any number
+    turned: list[tuple[int, int, int]] = []  # once all that are alike are known
+    for place, likely in proposals.all(alike):
+        for copy, window in likely:
+            if copy >= count:
+                turned.append((place, copy, window))
+            elif alike[place] != alike[copy] and proposals.same(place, copy, window):
+                _join(alike, place, copy)
+    for place, copy, window in turned:
+        groups = (alike, mirrored)
+        apart = all(group[place] != group[copy - count] for group in groups)
+        if apart and proposals.same(place, copy, window):
+            _join(mirrored, place, copy - count)
     return Copies(_several(alike), _several(mirrored))
 
 
-def _groups(
-    pictures: Sequence[Thumbnail], copies: Sequence[Thumbnail], known: list[set[int]]
-) -> list[set[int]]:
-    """For each place the group that it is in; pairs that are in one of `known` are not compared."""
-    groups = [{place} for place in range(len(pictures))]
-    hashed = np.concatenate([hashes(copy) for copy in copies]) if copies else np.empty((0, _BITS), np.float32)
-    for i, picture in enumerate(pictures):
-        apart = (_BITS - hashes(picture, _MARGINS) @ hashed.T).min(axis=0) / 2
-        for j in map(int, np.flatnonzero(apart <= _FAR)):
-            if j not in known[i] | groups[i] and likeness(copies[j], picture) >= _SAME:
-                groups[i] |= groups[j]
-                for k in groups[i]:
-                    groups[k] = groups[i]
-    return groups
+class _Proposals:
+    """Pairs that are worth fitting: a picture, a copy (as it is, or mirrored: `count` further), a window."""
+
+    def __init__(self, pictures: Sequence[Thumbnail]) -> None:
+        self._copies = [*pictures, *(picture[:, :, ::-1] for picture in pictures)]
+        self._count = len(pictures)
+        hashed = np.empty(len(self._copies), np.uint64)
+        self._coarse = np.empty((len(self._copies), 3 * _HASHED * _HASHED), np.float32)
+        for place, copy in enumerate(self._copies):
+            hashed[place], self._coarse[place] = packed(hashes(copy))[0], coarse(copy)[0]
+        self._index = HashIndex(hashed, _FAR)
+
+    def all(self, known: Groups) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Each place with its copies and their windows, by threads; without pairs that are in one group.
+
+        `known` may grow meanwhile.
+        """
+        with ThreadPoolExecutor() as pool:
+            for first in range(0, self._count, _AT_ONCE):
+                some = range(first, min(first + _AT_ONCE, self._count))
+                yield from zip(some, pool.map(partial(self._of, known), some), strict=True)
+
+    def _of(self, known: Groups, place: int) -> list[tuple[int, int]]:
+        """Copies whose hash is near that of a window, each with the window that fits best by few cosines."""
+        picture = self._copies[place]
+        near = self._index.near_any(packed(hashes(picture, _MARGINS)))
+        near = near[known[near % self._count] != known[place]]
+        if not len(near):
+            return []
+        fits = coarse(picture, _MARGINS) @ self._coarse[near].T
+        hopeful = np.flatnonzero(fits.max(axis=0) >= _HOPELESS)
+        return list(zip(near[hopeful].tolist(), fits[:, hopeful].argmax(axis=0).tolist(), strict=True))
+
+    def same(self, place: int, copy: int, window: int) -> bool:
+        """Whether the copy shows what the picture does, in a window that is fitted in ever smaller steps."""
+        fit = _fitted(outline(self._copies[copy]), self._copies[place], _windows(_MARGINS)[window])
+        return fit >= _SAME
 
 
-def _several(groups: Sequence[set[int]]) -> list[tuple[int, ...]]:
-    return sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
+def _join(groups: Groups, one: int, other: int) -> None:
+    groups[groups == groups[other]] = groups[one]
+
+
+def _several(groups: Groups) -> list[tuple[int, ...]]:
+    """The groups of more than one, each in ascending order."""
+    order = np.argsort(groups, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    return sorted(tuple(part.tolist()) for part in parts if len(part) > 1)
