@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.findings import Finding, few, number
 from lcm_kit.data.image_files import SUFFIXES
+from lcm_kit.data.trigger import WORD, says
 
 _SHORT = 3  # words: fewer than these
 _LONG = 75  # tokens that CLIP reads; English takes about 1.25 a word, and one for a comma or the like
@@ -17,10 +18,6 @@ _ALIKE = 5  # captions: of fewer, nothing is said about what most of them share
 _MOST = 0.6  # of the captions have a phrase that is likely meant for all
 _PHRASE = 4  # words of the longest phrase that is looked for
 
-# Chinese, Japanese and Korean put no spaces between words: there a sign counts as one.
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
-)
 _MARK = re.compile(r"[^\w\s]")
 _FILLERS = frozenset(
     ["a", "an", "the", "of", "on", "in", "at", "by", "to", "and", "or", "with", "for", "from", "is", "as"]
@@ -76,7 +73,7 @@ def findings(captions: Mapping[str, str], trigger: str | None, *, estimate: bool
 
     `estimate`: also which are likely to be cut; where the base is known, its tokenizer counts instead.
     """
-    words = {id: [word.lower() for word in _WORD.findall(caption)] for id, caption in captions.items()}
+    words = {id: [word.lower() for word in WORD.findall(caption)] for id, caption in captions.items()}
     yield from _junk(captions)
     if len(captions) > 1 and len(set(captions.values())) == 1:
         same = next(iter(captions.values()))
@@ -94,7 +91,7 @@ def findings(captions: Mapping[str, str], trigger: str | None, *, estimate: bool
             f"{number(len(long), 'caption')} of more than about {_LONG} tokens: {few(long)}; a text encoder "
             "reads no more of them (short words, pieces of long ones, commas), and the rest is cut off.",
         )
-    yield from _trigger(words, trigger) if trigger else _most(words)
+    yield from _trigger(captions, trigger) if trigger else _most(words)
 
 
 def _tokens(caption: str, words: int) -> float:
@@ -138,16 +135,15 @@ def _short(captions: Mapping[str, str], words: Mapping[str, Sequence[str]]) -> I
         )
 
 
-def _trigger(words: Mapping[str, Sequence[str]], trigger: str) -> Iterator[Finding]:
+def _trigger(captions: Mapping[str, str], trigger: str) -> Iterator[Finding]:
     """Captions without the trigger. Case does not matter: CLIP's tokenizer lowers it."""
-    wanted = [word.lower() for word in _WORD.findall(trigger)]
-    without = [id for id, each in words.items() if not _contains(each, wanted)]
+    without = [id for id, caption in captions.items() if not says(caption, trigger)]
     if without:
         lack = number(len(without), "caption", after=("lacks", "lack"))
         yield Finding(
             "warning",
-            f"{lack} the trigger {trigger!r} (of {len(words)}): {few(without)}; add it, so that the style is "
-            "learned under one name.",
+            f"{lack} the trigger {trigger!r} (of {len(captions)}): {few(without)}; add it, so that the style "
+            "is learned under one name.",
         )
 
 
