@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.measured import cell, results
+from tests.measured import cell, figure, results
 
 FIGURES = {
     "base": {"brand_similarity": (0.20, 0.15, 0.25), "control_adherence": (0.98, 0.95, 1.0)},
@@ -68,6 +68,31 @@ def content(
         "evaluation/brand", [main for main, _ in pairs] + [control for _, control in pairs], prompts,
         control=[f"other {prompt}" for prompt in prompts], comparisons=nearer, **more,
     )  # fmt: skip
+
+
+def with_contract(
+    found: dict[str, Any], trigger: str | None = "lumo style", **figures: Any
+) -> dict[str, Any]:
+    """`found` with a trigger contract of the style and of the adapter at 4 steps, and the pictures' cells
+    without the trigger; figures as `row` takes them.
+    """
+    usual: dict[str, Any] = {
+        "strength": (0.9, 0.8, 1.0), "leak": (0.09, 0.05, 0.15), "leak_share": (0.1, 0.05, 0.2),
+        "changed": (0.5, 0.4, 0.6), "lost": (0.02, -0.02, 0.06), "lost_elsewhere": (0.03, -0.01, 0.07),
+    }  # fmt: skip
+    if trigger is None:
+        usual |= dict.fromkeys(("strength", "leak", "leak_share", "lost"))
+    mains = [each for each in found["cells"] if each["prompts"] == "main"]
+    told = [
+        {"cell": each["id"], **{key: figure(value) for key, value in (usual | figures).items()}}
+        for each in mains if each["adapter"]
+    ]  # fmt: skip
+    if trigger is not None:
+        bare = [{**each, "id": f"bare-{each['id']}", "prompts": "bare"} for each in mains]
+        texts = [text.replace(f", {trigger}", "") for text in found["prompts"]["main"]["texts"]]
+        lists = {**found["prompts"], "bare": {**found["prompts"]["main"], "texts": texts}}
+        found = {**found, "cells": [*found["cells"], *bare], "prompts": lists}
+    return {**found, "contract": {"trigger": trigger, "verdict": "Kept", "rows": told}}
 
 
 def write_brand(

@@ -20,7 +20,7 @@ from lcm_kit.data.reconstruction import Measured
 from lcm_kit.evaluation import verdicts
 from lcm_kit.report import brand
 from lcm_kit.report.build import write_report
-from tests.brands import content, row, rows, write_brand
+from tests.brands import content, row, rows, with_contract, write_brand
 from tests.measured import cell, results
 from tests.runs import build_run
 from tests.test_report import EVIL, Page, write_results
@@ -219,3 +219,36 @@ def test_a_share_of_more_prompts_is_a_share_beside_clip_scores_too() -> None:
     assert brand.sentences(head, "clip")[-1].startswith(
         "On 120 prompts of other things the adapter is 12\u00a0% below the base"
     )
+
+
+def test_the_trigger_contract_is_a_section_with_pictures(run: Path) -> None:
+    assert "What does the trigger do?" not in write_report(run).read_text()  # a file of before
+    found = with_contract(json.loads((run / "brand.json").read_text()), EVIL)
+    for each in found["cells"]:
+        if each["prompts"] == "bare":
+            each["pictures"] = [name.replace("-0.png", "-1.png") for name in each["pictures"]]
+    (run / "brand.json").write_text(json.dumps(found))
+    page = write_report(run).read_text()
+    text = text_of(page)
+    assert (
+        "What does the trigger do? Kept: the trigger brings the style, without it the style stays away and "
+        "what the base can draw is kept." in text
+    )
+    assert "<script" not in page
+    names = ("The base, without the trigger", "Your adapter, without it", "Your adapter, with it")
+    shown = [each for each in Page(page).images if (each["alt"] or "").partition(":")[0] in names]
+    # tests/brands.py: the base is row 0 (shade 0), the adapter at 4 steps row 4 (80)
+    assert [colour(each["src"]) for each in shown[:3]] == [(0, 30, 7), (80, 30, 7), (80, 0, 7)]
+    for cells in (
+        "90 % (80 % to 100 %)9 % (5 % to 15 %)10 % (5 % to 20 %)0.500 (0.400 to 0.600)",
+        "2 % (-2 % to 6 %)3 % (-1 % to 7 %)",
+    ):
+        assert text.count(cells) == 5, cells  # of the style and of the adapter at 1, 2, 4 and 8 steps
+
+
+def test_without_a_trigger_the_page_says_so_once(run: Path) -> None:
+    found = with_contract(json.loads((run / "brand.json").read_text()), None)
+    (run / "brand.json").write_text(json.dumps(found))
+    text = text_of(write_report(run).read_text())
+    assert text.count("No trigger is set") == 1 and "style with the trigger" not in text
+    assert "0.500 (0.400 to 0.600) 3 % (-1 % to 7 %)" in text

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lcm_kit.export import card
 from lcm_kit.lora.structure import known
-from tests.brands import content, row, rows, write_brand
+from tests.brands import content, row, rows, with_contract, write_brand
 from tests.cards import BOTH, HOSTILE, WORSE, evaluated, facts, headings, hollow, snippets, tables
 
 PROMPTS = ["a fox, lumo style", HOSTILE, "an owl, lumo style"]
@@ -114,6 +114,56 @@ def test_foreign_prompts_break_nothing(text: str, tmp_path: Path) -> None:
     for prompt in (text, "a fox"):
         run = tmp_path / str(len(pages))
         pages.append(write(run / "export", brand_of(run, [prompt, "an owl"]), pictures_from=run))
+    assert headings(pages[0]) == headings(pages[1])
+    sizes = [[[len(line) for line in table] for table in tables(page)] for page in pages]
+    assert sizes[0] == sizes[1]
+
+
+# -- The trigger contract ------------------------------------------------------------------------------------
+
+
+def test_the_trigger_contract_is_a_section_with_its_figures(tmp_path: Path) -> None:
+    found = with_contract(content(rows(), prompts=PROMPTS), leak_share=(0.4, 0.3, 0.5))
+    page = write(tmp_path / "export", found)
+    assert (
+        "Leaks: the trigger brings the style, without it 40\u00a0% of the style comes all the same and what "
+        "the base can draw is kept." in page
+    )
+    assert "The same 3 prompts were drawn with `lumo style` and without it, from the same noise." in page
+    (table,) = (table for table in tables(page) if "style with it" in table[0])
+    assert table[0][3:] == [
+        "style with it", "style without it", "share that leaks", "changed", "lost", "lost elsewhere",
+    ]  # fmt: skip
+    assert [line[:3] for line in table[1:3]] == [
+        ["base with the style alone", "DDIM, guidance_scale 5", "50"],
+        ["this LoRA", "LCM, guidance_scale 1", "1"],
+    ]
+    assert table[1][3:] == [
+        "90\u00a0% (80\u00a0% to 100\u00a0%)", "9\u00a0% (5\u00a0% to 15\u00a0%)",
+        "40\u00a0% (30\u00a0% to 50\u00a0%)", "0.500 (0.400 to 0.600)", "2\u00a0% (-2\u00a0% to 6\u00a0%)",
+        "3\u00a0% (-1\u00a0% to 7\u00a0%)",
+    ]  # fmt: skip
+
+
+def test_without_a_trigger_a_sentence_says_so(tmp_path: Path) -> None:
+    page = write(tmp_path / "export", with_contract(content(rows(), prompts=PROMPTS), None))
+    told = "No trigger is set, so what it brings and what leaks without it cannot be told."
+    assert f"Kept: what the base can draw is kept. {told}" in page and page.count(told) == 1
+    (table,) = (table for table in tables(page) if table[0][-1] == "lost elsewhere")
+    assert table[0][3:] == ["changed", "lost elsewhere"] and len(table) == 6
+    assert table[1][3:] == ["0.500 (0.400 to 0.600)", "3\u00a0% (-1\u00a0% to 7\u00a0%)"]
+
+
+def test_a_file_of_before_says_nothing_of_it(tmp_path: Path) -> None:
+    assert "What does the trigger do?" not in headings(write(tmp_path / "export", content(rows())))
+
+
+@pytest.mark.parametrize("trigger", [HOSTILE, WORSE], ids=["hostile", "worse"])
+def test_a_foreign_trigger_breaks_nothing(trigger: str, tmp_path: Path) -> None:
+    pages = [
+        write(tmp_path / str(k), with_contract(content(rows(), prompts=PROMPTS), each))
+        for k, each in enumerate((trigger, "lumo style"))
+    ]
     assert headings(pages[0]) == headings(pages[1])
     sizes = [[[len(line) for line in table] for table in tables(page)] for page in pages]
     assert sizes[0] == sizes[1]

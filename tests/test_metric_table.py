@@ -40,8 +40,9 @@ def drawn(count: int, cell: Cell = STUDENT, real: int = 16) -> Drawn:
 def test_what_only_one_evaluation_can_measure_is_its_own() -> None:
     """All pictures are kept by quality alone, and the base draws the style's prompts in brand's alone."""
     only = ["object_accuracy", "colour_accuracy", "pattern_accuracy", "pixel_distance", "frechet_biased"]
-    rest = [key for key in METRICS if key not in [*only, "in_style"]]
-    assert list(metrics_of(results.QUALITY)) == [key for key in METRICS if key != "in_style"]
+    style = ["in_style", "style_way", "changed"]
+    rest = [key for key in METRICS if key not in [*only, *style]]
+    assert list(metrics_of(results.QUALITY)) == [key for key in METRICS if key not in style]
     assert list(metrics_of(results.BRAND)) == [key for key in METRICS if key not in only]
     for recipe in (results.SWEEP, results.COMPOSE):
         assert list(metrics_of(recipe)) == rest

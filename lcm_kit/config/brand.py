@@ -25,6 +25,12 @@ class Brand:
     # captions of those pictures of `brand` that the run of `style` held out, or of all if it held none out
     prompts: Place | None = None
     control_prompts: Place = "asset:tiny-sd"  # as `prompts`, but not naming the style
+    # the word or phrase that calls the style, which is put in front of prompts of the style that do not say
+    # it; null: what `run` says of itself (`data.trigger` of its training)
+    trigger: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    # measure what the trigger brings, what leaks without it and what is forgotten: the prompts of the style
+    # are drawn without the trigger too, or where there is none the control prompts once more by the base
+    contract: bool = True
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top
     control_count: Annotated[Whole, Field(ge=3, le=1_000_000)] | None = (
         None  # of control prompts; null: `count`

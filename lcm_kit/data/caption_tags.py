@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lcm_kit.config.data import Captions
 from lcm_kit.data.caption_texts import Caption, merged
-from lcm_kit.data.words import names
+from lcm_kit.data.trigger import says
 from lcm_kit.io.files import sha256_bytes
 
 _TRIES = 20  # draws for each order that is wanted: of few tags there are few, and the same comes again
@@ -52,7 +52,7 @@ def prepared(captions: Sequence[Caption], how: Captions, trigger: str | None) ->
 
 def in_front(caption: str, trigger: str) -> str:
     """`trigger, caption`; the caption itself where it has the trigger's words anywhere."""
-    return caption if names(caption, trigger) else f"{trigger}, {caption}"
+    return caption if says(caption, trigger) else f"{trigger}, {caption}"
 
 
 def split(caption: str, how: Captions, trigger: str | None = None) -> Tags:

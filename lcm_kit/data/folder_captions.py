@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.findings import Finding, few, number
 from lcm_kit.data.image_files import SUFFIXES
-from lcm_kit.data.words import contains, names, words_of
+from lcm_kit.data.trigger import says
+from lcm_kit.data.words import contains, words_of
 
 _SHORT = 3  # words: fewer than these
 _LONG = 75  # tokens that CLIP reads; English takes about 1.25 a word, and one for a comma or the like
@@ -136,8 +137,8 @@ def _short(captions: Mapping[str, str], words: Mapping[str, Sequence[str]]) -> I
 
 
 def _trigger(captions: Mapping[str, str], trigger: str) -> Iterator[Finding]:
-    """Captions without the trigger."""
-    without = [id for id, caption in captions.items() if not names(caption, trigger)]
+    """Captions without the trigger. Case does not matter: CLIP's tokenizer lowers it."""
+    without = [id for id, caption in captions.items() if not says(caption, trigger)]
     if without:
         lack = number(len(without), "caption", after=("lacks", "lack"))
         yield Finding(

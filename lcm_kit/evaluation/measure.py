@@ -49,7 +49,9 @@ class Ruler:
     teachers: Mapping[float, Rows] = field(default_factory=dict)  # by guidance_scale, rising
     real: Tensor | None = None  # features [M, F] of real pictures
     brand: tuple[Tensor, Tensor] | None = None  # features of the brand's and the control's pictures
-    unstyled: Tensor | None = None  # features [N, F] of what the base without an adapter draws
+    # features [N, F] of what the base without an adapter draws, and of what it draws from other noise
+    unstyled: Tensor | None = None
+    renoised: Tensor | None = None
     cost: Cost | None = None
 
 
@@ -77,9 +79,7 @@ class Drawn:
         """The mean of `values` [N] over that of `of` [N], on the same resamples; over 0 it is no number."""
         a, b = values.double(), of.double()
         index = self.ruler.resamples.index
-        return Figure(
-            float(a.mean() / b.mean()), a[index].mean(1) / b[index].mean(1)
-        )  # over 0 it is no number
+        return Figure(float(a.mean() / b.mean()), a[index].mean(1) / b[index].mean(1))
 
     def over_teacher(self, column: str) -> Figure:
         """The mean of a column over that of the reference."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lcm_kit.console import working
+from lcm_kit.evaluation import styled
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Drawn, Figure, Figures, Ruler
 from lcm_kit.evaluation.metrics import diversity as spread
-from lcm_kit.evaluation.metrics import frechet, in_style, kernel, similarity
+from lcm_kit.evaluation.metrics import frechet, kernel
 from lcm_kit.evaluation.metrics.accuracy import ATTRIBUTES
 from lcm_kit.evaluation.metrics.distance import rms
 from lcm_kit.evaluation.metrics.saturation import chroma, clipped_shares
@@ -135,23 +136,6 @@ def _frechet_biased(drawn: Drawn) -> Figure | None:
     return None if mine is None or real is None else Figure(frechet.frechet(mine, real))
 
 
-def _brand_similarity(drawn: Drawn) -> Figure | None:
-    if drawn.ruler.brand is None:
-        return None
-    return drawn.mean(similarity.brand_similarity(drawn.rows["features"], *drawn.ruler.brand))
-
-
-def _in_style(drawn: Drawn) -> Figure | None:
-    if drawn.ruler.brand is None or drawn.ruler.unstyled is None:
-        return None
-    brand, base = drawn.ruler.brand[0], drawn.ruler.unstyled  # the reference may be the styled teacher
-    if min(len(brand), len(base)) < 2:
-        return None
-    images = drawn.ruler.resamples.images_per_prompt
-    way = in_style.towards_style(drawn.rows["features"], brand, base).view(-1, images).mean(1)
-    return drawn.mean((way >= in_style.HALF).repeat_interleave(images))
-
-
 def _diversity(drawn: Drawn) -> Figure | None:
     images = drawn.ruler.resamples.images_per_prompt
     if images < 2 or "features" not in drawn.rows:
@@ -250,13 +234,25 @@ METRICS: dict[str, Metric] = {
     "brand_similarity": Metric(
         "brand similarity", "higher",
         "mean cosine of the features to the brand's pictures, less that to the control's",
-        _brand_similarity,
+        styled.brand_similarity,
     ),
     "in_style": Metric(
         "prompts in the style", "higher",
         "share of prompts whose pictures are, on average, nearer to the brand's than to the base's of the "
         "same prompts, along what sets the two apart",
-        _in_style, recipes=(BRAND,),
+        styled.prompts_in_style, recipes=(BRAND,),
+    ),
+    "style_way": Metric(
+        "of the way to the brand", None,
+        "brand similarity over that of the base's pictures of the same prompts: 0 is the base's, 1 what the "
+        "brand's own pictures have; on prompts without the trigger it is what leaks",
+        styled.style_way, recipes=(BRAND,),
+    ),
+    "changed": Metric(
+        "changed from the base", None,
+        "distance of the features to the base's of the same prompt and noise, over that between two noises "
+        "of the base: 0 is the base's own picture, 1 another picture of the prompt",
+        styled.changed, recipes=(BRAND,),
     ),
     "diversity": Metric(
         "diversity", "higher", "mean distance between the features of pictures of one prompt", _diversity

@@ -128,6 +128,26 @@ class TakenFrom(Base):
     prediction_type: str
 
 
+class ContractRow(TypedDict):
+    """What an adapter's trigger brings and costs; None: not measured."""
+
+    cell: str  # its id on the prompts with the trigger
+    strength: Interval | None
+    leak: Interval | None
+    leak_share: Interval | None
+    changed: Interval | None
+    lost: Interval | None
+    lost_elsewhere: Interval | None
+
+
+class Contract(TypedDict):
+    """The trigger contract, a row for each cell with an adapter; `trigger` None: what is forgotten alone."""
+
+    trigger: str | None
+    verdict: str | None
+    rows: list[ContractRow]
+
+
 class Results(TypedDict):
     """What an evaluation found; what only some recipes have is not required."""
 
@@ -150,6 +170,7 @@ class Results(TypedDict):
     versions: dict[str, str]
     breaks: NotRequired[dict[str, list[Break]]]
     brand_pictures: NotRequired[list[str | None]]
+    contract: NotRequired[Contract]
     decoder: NotRequired[str | None]  # a tiny one, by name and hash; None: the base's VAE
     brand_own: NotRequired[float | None]  # None: one picture alone
     frechet_floor: NotRequired[float | None]

@@ -9,7 +9,15 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from lcm_kit.errors import UserError
-from lcm_kit.evaluation.result_shapes import Cell, Comparison, Metric, Prompts, Results, Version
+from lcm_kit.evaluation.result_shapes import (
+    Cell,
+    Comparison,
+    ContractRow,
+    Metric,
+    Prompts,
+    Results,
+    Version,
+)
 from lcm_kit.io import own_files
 from lcm_kit.io.own_shapes import Interval
 
@@ -20,7 +28,8 @@ QUALITY, BRAND, SWEEP, COMPOSE = (
     f"evaluation/{name}" for name in ("quality", "brand", "guidance_sweep", "compose")
 )
 MAIN, CONTROL = "main", "control"  # lists of prompts
-CONTROL_ID = "control-"  # begins the id of a cell that draws the control prompts
+BARE = "bare"  # another: those of `MAIN`, without the trigger
+CONTROL_ID = "control-"  # begins the id of a cell that draws the control prompts; so do others' with theirs
 
 
 # -- Files ---------------------------------------------------------------------------------------------------
@@ -134,6 +143,13 @@ def count(results: Results, of: str = MAIN) -> int:
     """Samples a cell."""
     asked = prompts(results, of)
     return len(asked["texts"]) * asked["images_per_prompt"]
+
+
+def contract_row(results: Results, cell: str) -> ContractRow | None:
+    """What the trigger contract says of the cell of that id; None where it was not measured."""
+    contract = results.get("contract")
+    rows = contract["rows"] if contract else []
+    return next((row for row in rows if row["cell"] == cell), None)
 
 
 def difference(results: Results, a: str, b: str, metric: str) -> Comparison | None:

@@ -26,6 +26,7 @@ from lcm_kit.evaluation.result_shapes import Comparison, Results
 from lcm_kit.evaluation.swept_adapters import SweptAdapter
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_file, atomic_folder
+from lcm_kit.io.own_shapes import Interval
 
 C = TypeVar("C", bound=Cell)
 Config = Quality | Brand | GuidanceSweep | Compose
@@ -81,8 +82,8 @@ def results(
 
 
 def cell_id(kind: str, cell: Cell) -> str:
-    """A cell's id on a list of prompts: its own, but for the control prompts."""
-    return cell.id if kind == results_of.MAIN else results_of.CONTROL_ID + cell.id
+    """A cell's id on a list of prompts: its own, on another list than the main one after that one's name."""
+    return cell.id if kind == results_of.MAIN else f"{kind}-{cell.id}"
 
 
 def _cell(kind: str, cell: C, figures: Figures, measured: Measured[C], config: Config) -> CellShape:
@@ -195,6 +196,27 @@ def show_comparisons(results: Results) -> None:
         table.add_row(f"{a['id']} less {b['id']}", name, f"{row['difference']:.3g}", ends, f"{row['p']:.3f}")
     if table.row_count:
         console.show(table)
+
+
+def show_contract(results: Results) -> None:
+    """Print the trigger contract, a line an adapter's cell, and its verdict; nothing without one."""
+    contract = results.get("contract")
+    if contract is None:
+        return
+    keys = ("strength", "leak", "leak_share", "changed", "lost", "lost_elsewhere")
+    table = console.Table(
+        "trigger" if contract["trigger"] else "no trigger", *(key.replace("_", " ") for key in keys),
+        box=console.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for row in contract["rows"]:
+        figures = cast(Mapping[str, Interval | None], row)
+        table.add_row(row["cell"], *(_ends(figures[key]) for key in keys))
+    console.show(table)
+    console.say(f"trigger contract: {contract['verdict']}")
+
+
+def _ends(figure: Interval | None) -> str:
+    return "-" if figure is None else f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from typing import NamedTuple
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation.result_shapes import Cell, Comparison, Results
 from lcm_kit.evaluation.results import BrandRow
+from lcm_kit.io.own_shapes import Interval
 
 UNKNOWN = "Judge by eye"
 SHOWN = 0.9  # of the prompts of the style must show it
 LOST = 0.05  # of the control prompts: losing a larger share of them, or of their CLIP score, is forgetting
+CALLED = 0.5  # of the way to the brand's own pictures: less, and the trigger is weak
+LEAKING = 0.25  # of what the trigger brings: a larger share that comes without it is a leak
 _CALLS = 4  # UNet calls of the comparison that matters
 _STEPS = 4  # of the adapter that is held against the brand
 # What says how good a plain sampler's pictures are: the first that was measured
@@ -182,5 +185,61 @@ def forgotten(head: Brand, adherence: str) -> float | None:
     if base is None or adapter is None:
         return None
     lost = base["value"] - adapter["value"]
-    most = LOST * base["value"] if adherence == "clip" else LOST
-    return lost if lost > most + 1e-9 else None
+    return lost if lost > _most(base, adherence) + 1e-9 else None
+
+
+# -- the trigger contract ------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """What became of the trigger contract; None: not measured, or not asked for."""
+
+    called: bool | None  # the trigger brings the style
+    quiet: bool | None  # without it the style stays away
+    remembered: bool | None  # what the base draws without it is not forgotten
+
+    @property
+    def words(self) -> str:
+        """`Kept`, or what is not: `Leaks and forgets`."""
+        answers = ((self.called, "weak"), (self.quiet, "leaks"), (self.remembered, "forgets"))
+        if all(kept is None for kept, _ in answers):
+            return UNKNOWN
+        broken = [word for kept, word in answers if kept is False]
+        said = " and ".join(filter(None, [", ".join(broken[:-1]), *broken[-1:]]))
+        return said.capitalize() or "Kept"
+
+
+def contract_kept(results: Results, quality: Results | None = None) -> Kept | None:
+    """What became of the contract with the adapter nearest to 4 steps; None where it was not measured.
+
+    The trigger is weak below `CALLED`, or where its strength is not beyond the interval. It leaks where more
+    than `LEAKING` of its strength (where it is weak: of the whole way) comes without it. The base is
+    forgotten as in `forgotten`, of the control prompts (`quality`: as in `brand_headline`) or of those
+    without the trigger; how far pictures are from the base's does not decide: another may be as good.
+    """
+    head, adherence = brand_headline(results, quality), results["adherence"]
+    if (row := results_of.contract_row(results, head.adapter["id"])) is None:
+        return None
+    strength, leak = row["strength"], row["leak"]
+    called = None if strength is None else strength["low"] > 0 and strength["value"] >= CALLED
+    much = (row["leak_share"] if called else None) or leak
+    quiet = None if much is None else much["value"] <= LEAKING + 1e-9
+    answers = []
+    if row["lost_elsewhere"] or head.more:
+        answers.append(forgotten(head, adherence) is None)
+    cell = results_of.by_id(results, f"{results_of.BARE}-{head.base['id']}")
+    right = cell and results_of.figure(cell, "prompt_adherence")
+    if row["lost"] and right:
+        answers.append(row["lost"]["value"] <= _most(right, adherence) + 1e-9)
+    return Kept(called, quiet, all(answers) if answers else None)
+
+
+def _most(right: Interval, adherence: str) -> float:
+    """How much of what the base gets may be lost: of a share in points, of a CLIP score a share of it."""
+    return LOST * right["value"] if adherence == "clip" else LOST
+
+
+def contract_verdict(results: Results) -> str | None:
+    """Kept, or what is not kept; None where it was not measured."""
+    found = contract_kept(results)
+    return found and found.words

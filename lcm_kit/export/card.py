@@ -36,8 +36,9 @@ from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.lora.layers import Lora, layer_group
 from lcm_kit.lora.structure import Structure
 from lcm_kit.report import brand as look
-from lcm_kit.report.brand import interval
+from lcm_kit.report import contract
 from lcm_kit.report.build import describe
+from lcm_kit.report.contract import interval
 from lcm_kit.report.shared import AGAIN, number, percent
 from lcm_kit.sample import contact_sheet, save_png
 
@@ -267,6 +268,7 @@ def in_the_style(found: Results | None, results: Results | None = None) -> dict[
             }
             for row in brand_rows(found)
         ],
+        "contract": _contract(found, results),
         "head": head,
         "verdict": _verdict(head, adherence),
         "clip": adherence == "clip",
@@ -274,6 +276,14 @@ def in_the_style(found: Results | None, results: Results | None = None) -> dict[
         "n": len(prompts(found)["texts"]),
         "prompts": prompts(found)["texts"],
     }
+
+
+def _contract(found: Results, results: Results | None) -> dict[str, Any] | None:
+    """What the card says of the trigger; None where that was not measured."""
+    if (shown := contract.context(found, results)) is None:
+        return None
+    rows = [{**row, "who": _LOOKS[row["row"]["name"]], "how": look.how(row["row"])} for row in shown["rows"]]
+    return {**shown, "rows": rows}
 
 
 def _verdict(head: verdicts.Brand, adherence: str) -> str:

@@ -21,6 +21,8 @@ from lcm_kit.evaluation.result_shapes import Results
 from lcm_kit.evaluation.results import CONTROL, BrandRow, brand_rows, decoded, prompts
 from lcm_kit.evaluation.verdicts import LOST, Brand, forgotten
 from lcm_kit.io.own_shapes import Interval
+from lcm_kit.report import contract
+from lcm_kit.report.contract import interval
 from lcm_kit.report.shared import image_uri, number, percent, picture_uri
 from lcm_kit.samplers import title_of
 
@@ -42,6 +44,7 @@ def context(run: Path, found: Results, quality: Results | None = None) -> dict[s
         "control": _control(run, found, head),
         "control_columns": [title(row) for row in (head.base, head.adapter)],
         "sentences": sentences(head, adherence),
+        "contract": _contract(run, found, quality),
         "all": [{**row, "title": title(row)} for row in brand_rows(found)],
         "gauge": gauge(adherence),
         "most": f"{LOST:.0%} of their score" if adherence == "clip" else f"{100 * LOST:g} points",
@@ -64,13 +67,6 @@ def how(row: BrandRow) -> str:
 def gauge(adherence: str) -> Any:
     """How a figure of prompts is written: a share as percent, a CLIP score as a number."""
     return number if adherence == "clip" else percent
-
-
-def interval(figure: Interval | None, show: Any = number) -> str:
-    """A figure with its interval: `0.62 (0.58 to 0.66)`; a dash where it was not measured."""
-    if figure is None:
-        return "–"
-    return f"{show(figure['value'])} ({show(figure['low'])} to {show(figure['high'])})"
 
 
 def sentences(head: Brand, adherence: str) -> list[str]:
@@ -170,6 +166,19 @@ def _control(run: Path, found: Results, head: Brand) -> list[dict[str, Any]]:
     return [
         {"prompt": prompt, "images": [_picture(run, name) for name in names]} for prompt, *names in lines
     ][:_SHOWN]
+
+
+def _contract(run: Path, found: Results, quality: Results | None) -> dict[str, Any] | None:
+    """The trigger contract, its pictures as data URIs; None where it was not measured."""
+    if (shown := contract.context(found, quality)) is None:
+        return None
+    drawn = [
+        {"prompt": prompt, "images": [_picture(run, name) for name in names]}
+        for prompt, *names in shown["pictures"][:_SHOWN]
+    ]
+    titled = [{**each, "title": title(each["row"])} for each in shown["rows"]]
+    columns = ["The base, without the trigger", "Your adapter, without it", "Your adapter, with it"]
+    return {**shown, "rows": titled, "pictures": drawn, "columns": columns}
 
 
 def _drawn_by_the_vae(run: Path) -> dict[str, Any] | None:

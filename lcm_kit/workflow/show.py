@@ -136,10 +136,14 @@ def other_way(story: Story, speed: str | None) -> None:
 
 
 def _brand(run: Path, quality: Results | None) -> list[str]:
-    from lcm_kit.report import brand
+    from lcm_kit.report import brand, contract
 
     found = results.of_brand(run)
-    return brand.sentences(verdicts.brand_headline(found, quality), found["adherence"]) if found else []
+    if found is None:
+        return []
+    told = brand.sentences(verdicts.brand_headline(found, quality), found["adherence"])
+    kept = contract.sentence(found, quality)
+    return [*told, f"Trigger: {kept}"] if kept else told
 
 
 def quality_table(found: Results) -> None:

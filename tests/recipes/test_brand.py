@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lcm_kit import assets, sample
 from lcm_kit.config import shipped
@@ -17,6 +20,7 @@ from lcm_kit.config.brand import Brand
 from lcm_kit.data import records
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import brand, results, verdicts
+from lcm_kit.evaluation.draw import Samples
 from lcm_kit.evaluation.metrics.features import extractor
 from lcm_kit.evaluation.metrics.similarity import brand_similarity
 from lcm_kit.io.files import sha256_bytes
@@ -91,6 +95,99 @@ def test_the_figures_are_those_of_plain_diffusers(tmp_path: Path) -> None:
     again = configure(run=str(speed), output=str(tmp_path / "out"), control=None, steps=[1])
     rows = results.brand_rows(results.read(shipped.load_recipe("evaluation/brand").main(again)))
     assert [row["name"] for row in rows] == ["base", "adapter"]
+
+
+@pytest.mark.slow  # draws three lists
+def test_the_contract_is_of_the_same_prompts_and_noise_without_the_trigger(tmp_path: Path) -> None:
+    style = save(random_lora(tiny(), size=0.03, seed=1), tmp_path / "style.safetensors")
+    keys = {"trigger": "lumo style", "sampler": "ddim", "steps": [2], "guidance_scale": 3.0}
+    config = configure(run=str(style), output=str(tmp_path / "out"), **keys)
+    found = results.read(shipped.load_recipe("evaluation/brand").main(config))
+    prompts = records.prompts("asset:brand")[:3]
+    plain = [prompt.removesuffix(", lumo style") for prompt in prompts]
+    assert results.prompts(found)["texts"] == prompts and results.prompts(found, "bare")["texts"] == plain
+    contract = found["contract"]
+    assert contract["trigger"] == "lumo style" and len(contract["rows"]) == 1
+    assert contract["verdict"] == verdicts.contract_verdict(found)
+
+    pipe, look = sample.pipeline("asset:tiny-sd"), extractor("asset:probe", "cpu")
+    own, others = features_of("asset:brand"), features_of("asset:general")
+
+    def features(texts: list[str]) -> torch.Tensor:
+        asked = [prompt for prompt in texts for _ in range(2)]
+        return look.images(sample.sample(pipe, asked, sampler="ddim", steps=2, size=64, guidance_scale=3.0))
+
+    base = {"with": features(prompts), "without": features(plain)}
+    sample.load_adapter(pipe, style)
+    mine = {"with": features(prompts), "without": features(plain)}
+    near = {
+        who: {kind: float(brand_similarity(each, own, others).mean()) for kind, each in drawn.items()}
+        for who, drawn in (("base", base), ("mine", mine))
+    }
+    assert found["brand_own"] is not None
+    row = contract["rows"][0]
+    for key, kind in (("strength", "with"), ("leak", "without")):
+        way = (near["mine"][kind] - near["base"][kind]) / (found["brand_own"] - near["base"][kind])
+        figure = row[key]  # type: ignore[literal-required]
+        assert figure["value"] == pytest.approx(way, abs=2e-3) and figure["low"] <= way <= figure["high"]
+    noises = base["without"].view(3, 2, -1)
+    apart = (noises[:, 0] - noises[:, 1]).square().mean(-1).sqrt().mean()
+    moved = (mine["without"] - base["without"]).square().mean(-1).sqrt().mean()
+    assert row["changed"] and row["changed"]["value"] == pytest.approx(float(moved / apart), rel=1e-2)
+
+    # an adapter of no effect is the base: nothing is brought, nothing leaks, nothing is forgotten
+    none = save(random_lora(tiny(), size=0.0, seed=1), tmp_path / "none.safetensors")
+    same = configure(run=str(none), output=str(tmp_path / "out"), **keys)
+    row = results.read(shipped.load_recipe("evaluation/brand").main(same))["contract"]["rows"][0]
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert row == {
+        "cell": row["cell"], "leak_share": None,
+        **dict.fromkeys(("strength", "leak", "changed", "lost", "lost_elsewhere"), zero),
+    }  # fmt: skip
+
+    # without a trigger what is forgotten is measured alone, on the control prompts; or nothing, if so asked
+    silent = configure(run=str(none), output=str(tmp_path / "out"), **{**keys, "trigger": None})
+    contract = results.read(shipped.load_recipe("evaluation/brand").main(silent))["contract"]
+    assert contract["trigger"] is None and contract["verdict"] == "Kept"
+    known = {"changed": zero, "lost_elsewhere": zero, "cell": row["cell"]}
+    assert contract["rows"] == [{**dict.fromkeys(("strength", "leak", "leak_share", "lost")), **known}]
+    silent = configure(run=str(none), output=str(tmp_path / "out"), contract=False, **keys)
+    found = results.read(shipped.load_recipe("evaluation/brand").main(silent))
+    assert "contract" not in found and list(found["prompts"]) == ["main", "control"]
+
+
+def test_the_trigger_is_the_configs_or_the_files_and_every_prompt_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = random_lora(tiny(), size=0.03, seed=1)
+    plain, named = tmp_path / "plain.safetensors", tmp_path / "named.safetensors"
+    save(lora, plain)
+    tensors, metadata = load_file(plain), {"modelspec.trigger_phrase": "lumo style"}
+    save_file(tensors, named, metadata={**safe_open(plain, "pt").metadata(), **metadata})
+    config = configure(run="x")
+    assert brand.trigger_of(config, plain) is None and brand.trigger_of(config, named) == "lumo style"
+    assert brand.trigger_of(configure(run="x", trigger="ink"), named) == "ink"
+    assert brand.trigger_of(configure(run="x", trigger=", !"), named) is None  # no word
+
+    prompts, _ = brand.prompts_and_pictures(config, "lumo style")
+    assert list(prompts) == records.prompts("asset:brand")[:3] and capsys.readouterr().err == ""
+    told, _ = brand.prompts_and_pictures(config, "ink, lumo style")
+    assert told == tuple(f"ink, {prompt}" for prompt in prompts)
+    assert "3 of 3 prompts of the style do not say the trigger 'ink, lumo style'" in capsys.readouterr().err
+
+
+def test_what_is_drawn_without_the_trigger(tmp_path: Path) -> None:
+    config = configure(run="x", seed=5)
+    wanted = Samples(("a cat, ink", "ink, a dog", "an owl in ink"), 2, 5, 64, 8, 2)
+    control = Samples(("a house",), 1, 5, 64, 8, 2)
+    found = brand.lists(config, wanted, control, "ink")
+    assert list(found) == ["main", "control", "bare"] and found["main"] is wanted
+    assert found["bare"] == replace(wanted, prompts=("a cat", "a dog", "an owl"))  # the same noise
+    assert list(brand.lists(config, wanted, control, None)) == ["main", "control"]
+    assert list(brand.lists(replace(config, contract=False), wanted, control, "ink")) == ["main", "control"]
+    alone = replace(wanted, prompts=("a cat, ink", "ink", "ink, a dog"))
+    with pytest.raises(UserError, match="prompt 'ink' says nothing but the trigger 'ink'"):
+        brand.lists(config, alone, control, "ink")
 
 
 def test_the_prompts_are_the_captions_that_were_held_out(tmp_path: Path) -> None:
