@@ -19,10 +19,13 @@ from lcm_kit import assets
 from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import COLUMN, ENDINGS, TABLES, Bad, Captions, captions_of, same
+from lcm_kit.data.cells import content_of
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
+from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.io.urls import shown
 from lcm_kit.io.written import tidied
 
 # Begins the id of a picture of data.regularization. Ids are in caches and choose what is held out: it stays
@@ -30,8 +33,6 @@ GENERAL = "regularisation/"
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
 _ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
-# Addresses of what is here or in the hub's cache; a stranger's table must not make the kit call on a server
-_INSIDE = ("zip://", "tar://", "gzip://", "file://", "hf://")
 _PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
 
 
@@ -107,7 +108,11 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
 
 def list_source(data: Data) -> Listing:
     """What `data.path` holds, without `data.regularization`. Raises `UserError` as `open_records`."""
-    path, name = place(data.path), f"data.path {data.path!r}"
+    path, name = place(data.path), f"data.path {shown(data.path)!r}"
+    if is_stream(data):
+        raise UserError(
+            f"{name} is read as a stream (docs/scale.md), which cannot be listed; give a folder here"
+        )
     files = None if data.kind == "datasets" else _own_files(path, data)
     if files is not None:
         _refuse_without_effect(data)
@@ -313,15 +318,4 @@ def _datasets(path: Path, data: Data) -> Iterator[Record | Bad]:
 
 
 def _read_row(images: Any, row: int, column: str) -> bytes:
-    import fsspec
-
-    cell = images[row][column]
-    if cell is None:
-        raise UserError("no image in this row")
-    if cell["bytes"] is not None:
-        return cell["bytes"]
-    place = str(cell["path"])
-    if "://" in place and not place.startswith(_INSIDE):
-        raise UserError(f"an address in place of an image, {place!r}; download the images first")
-    with fsspec.open(place, "rb") as handle:  # also zip://a.png::/folder/pictures.zip
-        return handle.read()
+    return content_of(images[row][column])
