@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from lcm_kit.errors import UserError, first_line
 
@@ -66,10 +65,11 @@ def shown(url: str) -> str:
     """`url` without a user, a password, and the query of a web address: signed ones let anybody in."""
     if not is_url(url):
         return url
-    parts = urlsplit(url)
-    web = parts.scheme in ("http", "https")
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, place, parts.path, "" if web else parts.query, parts.fragment))
+    scheme, _, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    if scheme in ("http", "https"):
+        path = path.partition("?")[0]
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
 
 
 def at(url: str) -> At:
