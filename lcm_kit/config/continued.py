@@ -12,13 +12,15 @@ FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size", "data.trigger",
     "data.vae_precision",  # states have a hash of what was encoded
+    "data.local_cache", "data.local_cache_gb",
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 IN_STAGES = ("steps",)  # but in a run of stages, whose edges its length moves
 # Where the data lie and how they are read: states have a hash of what was read (`checkpoints.Origin`)
 DATA = (
-    "data.path", "data.cache", "data.regularization", "data.kind", "data.split", "data.image_column",
-    "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts", "prior.prompts",
+    "data.path", "data.cache", "data.regularization", "data.kind", "data.streaming", "data.split",
+    "data.image_column", "data.caption_column", "data.skip_bad", "data.shard_size", "data.samples.prompts",
+    "prior.prompts",
     "data.captions.layout", "data.captions.lines", "data.captions.shuffle_tags", "data.captions.keep_tokens",
     "data.captions.keep_separator", "data.captions.trigger_in_front",
 )  # fmt: skip

@@ -146,7 +146,10 @@ class Captions:
 class Data:
     """What is trained on, and where its latents and embeddings are cached."""
 
-    path: Place = "asset:brand"  # image folder, `datasets` data set (local or hub id), or asset:NAME
+    # image folder, `datasets` data set (local or hub id), asset:NAME; or tar and parquet files, read as
+    # streams: a file, a folder of them, an address (s3://, gs://, hf://, https://), or a pattern of these
+    # with `*` or {000..123} (docs/scale.md)
+    path: Place = "asset:brand"
     # images: those of `path`; train/distill only: teacher: its own samples, no images needed; mix: both;
     # prompts: those of `samples` alone, each once, for a method that makes its pictures itself (`dmd`)
     source: Literal["images", "teacher", "mix", "prompts"] = "images"
@@ -163,12 +166,19 @@ class Data:
     # exported file, its card and the report name it; null: none
     trigger: Annotated[str, Field(max_length=200)] | None = None
     captions: Captions = field(default_factory=Captions)  # how they are read, and shuffled
-    # auto: a folder of images if there is one, else `datasets`
-    kind: Literal["auto", "folder", "datasets"] = "auto"
+    # auto: a folder of images if there is one, streams of tar or parquet files where `path` is an address, a
+    # pattern or a tar file, else `datasets`
+    kind: Literal["auto", "folder", "datasets", "webdataset", "parquet"] = "auto"
+    streaming: bool = False  # with `datasets`: rows as they come, nothing downloaded whole, no listing
     split: str = "train"  # datasets only
-    image_column: str = "image"  # datasets only
-    caption_column: str = "text"  # datasets only
+    image_column: str = "image"  # datasets and parquet; of webdataset the ending of the image, as hr.jpg
+    # datasets, parquet, tables of a folder; of webdataset the ending of the caption's file or a key in .json
+    caption_column: str = "text"
     cache: Place = "cache/brand"  # folder that `encode` writes and `train` reads
+    # where `cache` is an address: folder of this machine for copies of its files, and the most that they
+    # take, in GB of 10^9 bytes; null: $XDG_CACHE_HOME/lcm-kit/shards
+    local_cache: Place | None = None
+    local_cache_gb: Annotated[Number, Field(gt=0, le=1e6)] = 50.0
     # pixels, a multiple of 8: the side of a square; other shapes have about as many pixels (`shapes`)
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
     shapes: Shapes = field(default_factory=Shapes)
@@ -196,6 +206,7 @@ class Data:
             )
         if self.source == "prompts":
             self._refuse_beside_prompts()
+        self._refuse_without_effect()
         return self
 
     @model_validator(mode="after")
@@ -214,6 +225,18 @@ class Data:
                 "captions.layout kohya is of folders of pictures, and kind is datasets; remove one of them"
             )
         return self
+
+    def _refuse_without_effect(self) -> None:
+        if self.streaming and self.kind not in ("auto", "datasets"):
+            what = "reads a folder" if self.kind == "folder" else "streams anyway"
+            raise ValueError(
+                f"streaming is how `datasets` reads, and kind {self.kind} {what}; remove one of them"
+            )
+        if "://" not in self.cache and (self.local_cache is not None or self.local_cache_gb != 50.0):
+            raise ValueError(
+                f"local_cache is for copies of a cache at an address, and cache {self.cache!r} is a folder; "
+                "remove it"
+            )
 
     def _refuse_beside_prompts(self) -> None:
         drawn = [name.name for name in fields(Samples) if name.name != "prompts"]

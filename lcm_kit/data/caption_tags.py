@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lcm_kit.config.data import Captions
-from lcm_kit.data.caption_texts import Caption, merged
+from lcm_kit.config.data import Captions, Data
+from lcm_kit.data.caption_texts import Caption, Read, merged, read
 from lcm_kit.data.trigger import says
 from lcm_kit.io.files import sha256_bytes
 
@@ -48,6 +48,12 @@ def prepared(captions: Sequence[Caption], how: Captions, trigger: str | None) ->
         return tuple(captions)
     each = [_in_orders(caption, how, trigger) for caption in captions]
     return merged([*(orders[0] for orders in each), *(one for orders in each for one in orders[1:])])
+
+
+def of_cell(given: Any, data: Data) -> Read:
+    """The captions of what a table, a stream or a data set has for a picture, as they are encoded."""
+    told, reason = read(given, data.captions.lines)
+    return prepared(told, data.captions, data.trigger), reason
 
 
 def in_front(caption: str, trigger: str) -> str:

@@ -19,23 +19,23 @@ from lcm_kit import assets
 from lcm_kit.assets import place
 from lcm_kit.config.data import Captions as HowCaptions
 from lcm_kit.config.schema import Data
-from lcm_kit.data import caption_texts
 from lcm_kit.data.caption_files import ENDINGS, Bad, Captions, captions_of
 from lcm_kit.data.caption_tables import COLUMN, TABLES, same
-from lcm_kit.data.caption_tags import prepared
+from lcm_kit.data.caption_tags import of_cell, prepared
 from lcm_kit.data.caption_texts import Caption
+from lcm_kit.data.cells import content_of
 from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
 from lcm_kit.data.kohya_folders import Layout, layout_of
 from lcm_kit.data.left_out import PROMPTS, LeftOut, left_out
 from lcm_kit.data.shards import GENERAL
+from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.data.transforms import square, to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.io.urls import shown
 
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` writes
 _DATASET = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar")
-# Addresses of what is here or in the hub's cache; a stranger's table must not make the kit call on a server
-_INSIDE = ("zip://", "tar://", "gzip://", "file://", "hf://")
 MASK = ".mask"  # ends the name, before its own ending, of the file that says what counts in a picture
 
 
@@ -109,7 +109,11 @@ def open_records(data: Data) -> tuple[list[Record], list[Bad]]:
 
 def list_source(data: Data) -> Listing:
     """What `data.path` holds, without `data.regularization`. Raises `UserError` as `open_records`."""
-    path, name = place(data.path), f"data.path {data.path!r}"
+    path, name = place(data.path), f"data.path {shown(data.path)!r}"
+    if is_stream(data):
+        raise UserError(
+            f"{name} is read as a stream (docs/scale.md), which cannot be listed; give a folder here"
+        )
     files = None if data.kind == "datasets" else _own_files(path, data)
     if files is not None:
         _refuse_without_effect(data)
@@ -319,21 +323,10 @@ def _datasets(path: Path, data: Data) -> Iterator[Record | Bad]:
         data.image_column, datasets.Image(decode=False)
     )
     for row, given in enumerate(rows[data.caption_column]):
-        told, reason = caption_texts.read(given, data.captions.lines)
+        told, reason = of_cell(given, data)
         id, read = f"row {row}", partial(_read_row, images, row, data.image_column)
-        yield (id, reason) if reason else Record(id, prepared(told, data.captions, data.trigger), read)
+        yield (id, reason) if reason else Record(id, told, read)
 
 
 def _read_row(images: Any, row: int, column: str) -> bytes:
-    import fsspec
-
-    cell = images[row][column]
-    if cell is None:
-        raise UserError("no image in this row")
-    if cell["bytes"] is not None:
-        return cell["bytes"]
-    place = str(cell["path"])
-    if "://" in place and not place.startswith(_INSIDE):
-        raise UserError(f"an address in place of an image, {place!r}; download the images first")
-    with fsspec.open(place, "rb") as handle:  # also zip://a.png::/folder/pictures.zip
-        return handle.read()
+    return content_of(images[row][column])

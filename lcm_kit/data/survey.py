@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,10 +135,13 @@ def _entries(record: Record, seen: Seen, data: Data, shaper: Shaper) -> Iterator
         crops = [f"random {k}" for k in many] if data.shapes.crops > 1 else ["random"]
     elif data.shapes.crop == "subject":
         crops = ["subject"]
-    text = sha256_bytes(straightened(record.caption).encode())
+    captions = tuple((caption.text, caption.weight) for caption in record.captions)
+    read = [(straightened(text), weight) for text, weight in captions]  # what tokenizers see of them
+    text = read[0][0] if len(read) == 1 else json.dumps(read)
     for crop in crops:
         for mirrored in (False, True) if data.flip else (False,):
             yield Entry(
-                record.id, record.caption, seen.image, text, mirrored,
+                record.id, record.caption, seen.image, sha256_bytes(text.encode()), mirrored,
                 size, "" if whole and len(crops) == 1 else crop, seen.weights,
+                captions if len(captions) > 1 else (), record.repeats,
             )  # fmt: skip

@@ -65,6 +65,27 @@ def held(folder: Path, work: str, *, needed: bool = True) -> Iterator[None]:
         _remove(made)
 
 
+@contextlib.contextmanager
+def turn(file: Path) -> Iterator[None]:
+    """Wait for the lock `file`, which stays where it is, and hold it while the block runs.
+
+    Where the file system has no locks the block runs without. Raises `UserError` if nothing can be written
+    there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        _without(file.parent, error, needed=True)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sweep(folder: Path, *, deep: bool = True) -> None:
     """Remove what processes that were killed left half-written in `folder`, and if `deep` below it.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import xxhash
@@ -40,7 +40,7 @@ class Damaged(UserError):
     reason = ""
 
 
-def damaged(path: Path, why: str | BaseException, again: str) -> Damaged:
+def damaged(path: Path | str, why: str | BaseException, again: str) -> Damaged:
     """That `path` is not as it was written, why, and what to do."""
     reason = first_line(why) if isinstance(why, BaseException) else why
     found = Damaged(f"{path} is damaged ({reason}); {again}")
@@ -80,7 +80,16 @@ def read_json(path: Path, shape: type[T], again: str) -> T:
     Raises `Damaged` if it is not of that shape or not what was written; `again` says what makes it anew.
     Raises `UserError` where another kit wrote what a dataclass has no field for.
     """
-    return _of_shape(path, _object(path, read_text(path, again), again), shape, again)
+    return parse_json(path, read_text(path, again), shape, again)
+
+
+def parse_json(path: Path | str, text: str | bytes, shape: type[T], again: str) -> T:
+    """As `read_json`, of what a file holds, wherever it lies: `path` names it. Raises as that."""
+    try:
+        text = text if isinstance(text, str) else text.decode()
+    except UnicodeDecodeError as error:
+        raise damaged(path, "it is not text in UTF-8", again) from error
+    return _of_shape(path, _object(path, text, again), shape, again)
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -110,7 +119,7 @@ def read_lines(path: Path, shape: type[T], again: str) -> list[T]:
     return found
 
 
-def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any]:
+def _object(path: Path | str, text: str, again: str, place: str = "") -> dict[str, Any]:
     """A JSON object without its hash, which it is held against."""
     try:
         found = json.loads(text)
@@ -124,7 +133,7 @@ def _object(path: Path, text: str, again: str, place: str = "") -> dict[str, Any
     return found
 
 
-def _of_shape(path: Path, found: Mapping[str, Any], shape: type[T], again: str, place: str = "") -> T:
+def _of_shape(path: Path | str, found: Mapping[str, Any], shape: type[T], again: str, place: str = "") -> T:
     check = _validator(cast(Any, shape))
     try:
         if is_dataclass(shape):
@@ -151,7 +160,7 @@ def unknown_keys(error: ValidationError) -> list[str]:
     ]
 
 
-def _refuse_another_kits(path: Path, found: Mapping[str, Any], error: ValidationError) -> None:
+def _refuse_another_kits(path: Path | str, found: Mapping[str, Any], error: ValidationError) -> None:
     """Raise `UserError` for keys that the kit that wrote them may know, and this one does not."""
     unknown, theirs = unknown_keys(error), found.get("kit_version")
     if unknown and isinstance(theirs, str) and theirs != __version__:
@@ -198,6 +207,33 @@ def made_from(path: Path) -> str | None:
 def hash_of(path: Path) -> str | None:
     """The hash of its tensors that a file of ours carries; None if it carries none."""
     return _said(path)[1]
+
+
+class Said(NamedTuple):
+    """What the header of a file of tensors says of it."""
+
+    made_from: str | None
+    length: int  # bytes of the whole file
+
+
+def header_length(head: bytes) -> int:
+    """How many bytes of a file of tensors its header takes, by its first eight; 0 if these are no begin."""
+    return 8 + int.from_bytes(head[:8], "little") if len(head) >= 8 else 0
+
+
+def said_in_head(head: bytes) -> Said | None:
+    """What a file that begins with `head` says of itself; None if there is less than its header, or none."""
+    length = header_length(head)
+    if not 8 < length <= len(head):
+        return None
+    try:
+        header = json.loads(head[8:length])
+        entry = header.pop("__metadata__", {}).get(_ENTRY, "")
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        content, found, _ = entry.partition(" ")
+        return Said(content if found else None, length + max(ends, default=0))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return None
 
 
 def is_whole(path: Path) -> bool:
