@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcm_kit.bases.base import BaseInfo
+from lcm_kit.bases.chunks import slices
 from lcm_kit.bases.source import read_json
+from lcm_kit.bases.texts import comma_of
 from lcm_kit.errors import UserError, first_line
 
 _QUOTES = {"'": "\u02bc\u2018\u2019\u201a\u201b", '"': "\u201c\u201d\u201e\u201f"}
@@ -48,8 +50,8 @@ def load_tokenizer(base: BaseInfo, part: str) -> Any:
     return tokenizer
 
 
-def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int], int]:
-    """The captions that are cut, by id with their number of tokens, and how many tokens are read at most.
+def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tuple[dict[str, int], int]:
+    """The captions that do not fit into `chunks` chunks, by id with all their tokens; and the tokens of one.
 
     By every tokenizer of the base; no weights are loaded.
     """
@@ -59,11 +61,19 @@ def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int
         if not part.startswith("tokenizer"):
             continue
         tokenizer = load_tokenizer(base, part)
-        most = tokenizer.model_max_length - 2  # its start and end
+        most, comma = tokenizer.model_max_length - 2, comma_of(tokenizer)  # without its start and end
         least = min(least or most, most)
         if captions:
             # by what is behind it: the tokenizer itself would warn of every long one
             rows = [row.ids for row in tokenizer.backend_tokenizer.encode_batch(list(captions.values()))]
-            counts = {id: len(row) - 2 for id, row in zip(captions, rows, strict=True)}
-            cut |= {id: max(n, cut.get(id, 0)) for id, n in counts.items() if n > most}
+            for id, row in zip(captions, rows, strict=True):
+                if len(slices(row[1:-1], most, comma, chunks + 1)) > chunks:
+                    cut[id] = max(len(row) - 2, cut.get(id, 0))
     return cut, least
+
+
+def room(tokens: int, chunks: int = 1) -> str:
+    """What `too_long` captions have more tokens than, in words: `tokens` is that of a chunk."""
+    if chunks == 1:
+        return f"the {tokens} that the base reads"
+    return f"fit into {chunks} chunks of {tokens} (data.chunks)"

@@ -169,6 +169,9 @@ class Data:
     image_column: str = "image"  # datasets only
     caption_column: str = "text"  # datasets only
     cache: Place = "cache/brand"  # folder that `encode` writes and `train` reads
+    # captions of more tokens than a text encoder reads (75) are read in up to so many chunks, as A1111 reads
+    # them, and cut behind; 1: cut where diffusers' pipelines cut
+    chunks: Annotated[Whole, Field(ge=1, le=8)] = 3
     # pixels, a multiple of 8: the side of a square; other shapes have about as many pixels (`shapes`)
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
     shapes: Shapes = field(default_factory=Shapes)
