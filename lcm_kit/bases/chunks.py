@@ -14,7 +14,6 @@ NEAR = 20  # tokens in which a comma is looked for; A1111's default
 # The numbers of chunks that captions are trained with: their least common multiple is 24, that of 1 to 8 is
 # 840 (`condition.joined`). So 5 and 7 get an empty one more, as A1111 gives the shorter of two texts
 ROUND = (1, 2, 3, 4, 6, 8)
-MOST = ROUND[-1]
 
 
 def slices(tokens: Sequence[int], size: int, comma: int | None, most: int | None = None) -> list[slice]:

@@ -42,15 +42,15 @@ class Encoder:
     family: bases.Code
     vae: ProvenVae | None  # None where only captions are encoded
     text: Any
-    chunks: int = 1  # of a caption, at most
+    chunks: int | None = 1  # of a caption, at most; None: all that it takes
 
     @classmethod
     def load(
-        cls, base: BaseInfo, device: str, vae: bool = True, precision: str = FULL, chunks: int = 1
+        cls, base: BaseInfo, device: str, vae: bool = True, precision: str = FULL, chunks: int | None = 1
     ) -> Encoder:
         """The VAE, unless captions are all there is to encode, and the text encoders of `base`.
 
-        `precision`: the VAE's, of `vae_precision`; `chunks`: `data.chunks`.
+        `precision`: the VAE's, of `vae_precision`; `chunks`: as of `encode_text`.
         """
         family = bases.family_of(base)
         text = bases.load_text(base)
