@@ -165,6 +165,20 @@ def test_a_caption_is_the_same_whatever_stands_beside_it(sd_base: Callable[..., 
         )
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
+def test_a_caption_is_what_its_text_and_its_count_make_it(sd_base: Callable[..., Path], most: int) -> None:
+    """So a cache whose rows have both in their hashes keeps those that another limit leaves as they are."""
+    base = bases.inspect_base(str(sd_base()))
+    text, captions = bases.load_text(base), ["", "a red fox", LONG[:30], LONG, f"{LONG}, {LONG}"]
+    found = bases.counts(base, captions, most)
+    assert found == [min(n, most) for n in (1, 1, 2, 5, 10)]
+    assert bases.counts(base, [], most) == []
+    for caption, count in zip(captions, found, strict=True):
+        embeds = sd.encode_text(text, [caption], most).embeds
+        assert embeds.shape[1] == LENGTH * chunks.rounded(count)
+        assert torch.equal(embeds, sd.encode_text(text, [caption], count).embeds)
+
+
 def test_captions_that_are_encoded_live_have_the_same_chunks(sd_base: Callable[..., Path]) -> None:
     text = bases.load_text(bases.inspect_base(str(sd_base())))
     live = TextLora(sd, text, {}, chunks=2)

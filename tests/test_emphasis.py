@@ -98,12 +98,17 @@ def test_what_is_read_and_what_is_not_is_said() -> None:
 
 
 def text_with_a_mean(base: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Text encoders whose last norms have biases, as trained ones do: without, the mean is rounding alone."""
+    """Text encoders whose last norms are as if trained, so that each text has a mean of its own.
+
+    Without a weight and a bias the mean is rounding alone.
+    """
+    g = torch.Generator().manual_seed(3)
     text = bases.load_text(bases.inspect_base(str(base)), dtype)
     for encoder in (part for part in text if isinstance(part, torch.nn.Module)):
         for name, module in encoder.named_modules():
             if name.endswith(("final_layer_norm", "layer_norm2")):
                 module.bias.fill_(0.2)
+                module.weight.copy_(torch.randn(len(module.weight), generator=g))
             if name.endswith("mlp.fc2"):
                 module.bias.fill_(0.1)
     return text
@@ -121,9 +126,12 @@ def test_embeddings_are_multiplied_and_keep_their_mean(sd_base: Callable[..., Pa
     """A token a letter: "ab " is at places 1 and 2, "cd" at 3 and 4, behind the start at 0."""
     text = text_with_a_mean(sd_base())
     (plain,) = sd.encode_text(text, ["ab cd ef"]).embeds
-    found = sd.encode_text(text, [read("ab (cd:1.5) ef"), "ab cd ef"]).embeds
+    (other,) = sd.encode_text(text, ["x"]).embeds
+    found = sd.encode_text(text, [read("ab (cd:1.5) ef"), "ab cd ef", "x", read("(x:2)")]).embeds
+    assert abs(float(other.mean() - plain.mean())) > 0.01
     torch.testing.assert_close(found[0], by_hand(plain, {3: 1.5, 4: 1.5}), rtol=1e-4, atol=1e-5)
-    assert torch.equal(found[1], plain)  # its neighbour is as it was
+    torch.testing.assert_close(found[3], by_hand(other, {1: 2.0}), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[1], plain) and torch.equal(found[2], other)  # their neighbours are as they were
     assert float(found[0].mean()) == pytest.approx(float(plain.mean()), rel=1e-3)
     assert (found[0] - plain).abs().max() > 0.1 and abs(float(plain.mean())) > 0.05
 

@@ -6,7 +6,7 @@ transformers 4). transformers 5 leaves them curly, and each costs two tokens tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lcm_kit.bases.base import BaseInfo
@@ -56,20 +56,35 @@ def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tu
     By every tokenizer of the base; no weights are loaded.
     """
     cut: dict[str, int] = {}
-    least = 0
-    for part in base.parts:
-        if not part.startswith("tokenizer"):
-            continue
+    sizes = []
+    for size, comma, rows in _rows(base, list(captions.values())):
+        sizes.append(size)
+        for id, row in zip(captions, rows, strict=True):
+            if len(slices(row, size, comma, chunks + 1)) > chunks:
+                cut[id] = max(len(row), cut.get(id, 0))
+    return cut, min(sizes)
+
+
+def counts(base: BaseInfo, captions: Sequence[str], chunks: int) -> list[int]:
+    """In how many chunks each caption is read, at most `chunks`; no weights are loaded.
+
+    What encoders make of a caption hangs on this number besides its text, and on nothing else of `chunks`;
+    it is then stored as `chunks.rounded` of it.
+    """
+    found = [
+        [len(slices(row, size, comma, chunks)) for row in rows] for size, comma, rows in _rows(base, captions)
+    ]
+    return [max(each) for each in zip(*found, strict=True)]
+
+
+def _rows(base: BaseInfo, captions: Sequence[str]) -> Iterator[tuple[int, int | None, list[list[int]]]]:
+    """Of each tokenizer of the base: the tokens of a chunk, a comma, and all tokens of each caption."""
+    for part in base.family.tokenizers:
         tokenizer = load_tokenizer(base, part)
-        most, comma = tokenizer.model_max_length - 2, comma_of(tokenizer)  # without its start and end
-        least = min(least or most, most)
-        if captions:
-            # by what is behind it: the tokenizer itself would warn of every long one
-            rows = [row.ids for row in tokenizer.backend_tokenizer.encode_batch(list(captions.values()))]
-            for id, row in zip(captions, rows, strict=True):
-                if len(slices(row[1:-1], most, comma, chunks + 1)) > chunks:
-                    cut[id] = max(len(row) - 2, cut.get(id, 0))
-    return cut, least
+        # by what is behind it: the tokenizer itself would warn of every long one
+        rows = tokenizer.backend_tokenizer.encode_batch(list(captions)) if captions else []
+        # without its start and end
+        yield tokenizer.model_max_length - 2, comma_of(tokenizer), [row.ids[1:-1] for row in rows]
 
 
 def room(tokens: int, chunks: int = 1) -> str:
