@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import bases
+from lcm_kit import bases, console
+from lcm_kit.bases.emphasis import Prompt, notes, read
 from lcm_kit.drawing.batches import AUTO, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
+from lcm_kit.drawing.prompts import told
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.locks import sweep
@@ -199,7 +201,7 @@ def call_settings(sampler: str, steps: int, guidance_scale: float) -> CallSettin
 @torch.no_grad()
 def latents(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     sampler: str,
     steps: int,
@@ -207,14 +209,17 @@ def latents(
     seed: int = 0,
     first: int = 0,
     size: int | tuple[int, int] | None = None,
-    negative_prompt: str | None = None,
+    negative_prompt: Prompt | None = None,
+    chunks: int | None = None,
 ) -> Tensor:
     """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k).
 
-    `size`, of a side or (height, width) in pixels, is the UNet's own by default. `negative_prompt` stands in
-    the place of the empty one, which guidance leads away from; with none (1) it does nothing. LCM's renewed
-    noise follows the same generators, so it too is a function of (seed, index). `pipe` is left as it was.
-    Returns float32 on the CPU. Raises `UserError` for an unknown sampler, impossible steps or guidance.
+    Prompts are plain text, or what `emphasis.read` made of them, in as many as `chunks` chunks of tokens,
+    None: all that they take (`drawing.prompts`). `size`, of a side or (height, width) in pixels, is the
+    UNet's own by default. `negative_prompt` stands in the place of the empty one, which guidance leads away
+    from; with none (1) it does nothing. LCM's renewed noise follows the same generators, so it too is a
+    function of (seed, index). `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError` for
+    an unknown sampler, impossible steps or guidance.
     """
     _check(sampler, steps, guidance_scale)
     own = pipe.scheduler
@@ -224,18 +229,19 @@ def latents(
     shape = (pipe.unet.config.in_channels, *sides)
     streams = generators(seed, first, len(prompts))
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+    drawn = torch.empty_like(noise)
     pipe.scheduler = scheduler(sampler, own.config)
     try:
         with _expecting(*_OWN_TIMESTEP):
-            drawn = pipe(
-                list(prompts), generator=streams, height=height, width=width, output_type="latent",
-                latents=noise.to(pipe.device, pipe.unet.dtype),
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-                **call_settings(sampler, steps, guidance_scale),
-        ).images  # fmt: skip
+            for rows, asked in told(pipe, prompts, negative_prompt, guidance_scale > 1, chunks):
+                drawn[rows] = pipe(
+                    **asked, generator=[streams[row] for row in rows], height=height, width=width,
+                    output_type="latent", latents=noise[rows].to(pipe.device, pipe.unet.dtype),
+                    **call_settings(sampler, steps, guidance_scale),
+                ).images.float().cpu()  # fmt: skip
     finally:
         pipe.scheduler = own
-    return drawn.float().cpu()
+    return drawn
 
 
 @torch.no_grad()
@@ -246,7 +252,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     return pixels.float().cpu().clamp(-1, 1)
 
 
-def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> Tensor:
+def sample(pipe: Any, prompts: Sequence[Prompt], **settings: Any) -> Tensor:
     """Draw one batch as pixels [B, 3, H, W] in [-1, 1]; `settings` are those of `latents`."""
     return decode(pipe, latents(pipe, prompts, **settings))
 
@@ -264,6 +270,7 @@ def draw_images(
     revision: str | None = None,
     variant: str | None = None,
     negative_prompt: str | None = None,
+    emphasis: bool | None = None,
     size: tuple[int, int] | None = None,
     count: int = 1,
     batch_size: int | Literal["auto"] = AUTO,
@@ -275,11 +282,12 @@ def draw_images(
 ) -> Iterator[Image.Image]:
     """Draw `count` pictures of each prompt with a base: the first of every prompt, then the second, ...
 
-    `adapter` is a run's folder or a `.safetensors` file; `size` (height, width) in pixels, the base's own by
-    default. The first picture of each prompt is the same whatever `count` and `batch_size` are; where memory
-    runs out fewer are drawn at once, and that is said. The adapter is fused into the weights where that is
-    exact enough (`fused.fuse`). `device` and `dtype` are by `placement`; `decoder`, `tiling` and `compile` as
-    in `How`. Raises `UserError` for everything that the caller can correct, before the first picture.
+    `adapter` is a run's folder or a `.safetensors` file; `emphasis`: whether brackets are weights,
+    `emphasis.read`; `size` (height, width) in pixels, the base's own by default. The first picture of each
+    prompt is the same whatever `count` and `batch_size` are; where memory runs out fewer are drawn at once,
+    and that is said. The adapter is fused into the weights where that is exact enough (`fused.fuse`).
+    `device` and `dtype` are by `placement`; `decoder`, `tiling` and `compile` as in `How`. Raises
+    `UserError` for everything that the caller can correct, before the first picture.
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
@@ -288,6 +296,10 @@ def draw_images(
         raise UserError(
             "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
         )
+    wanted = [read(prompt, emphasis) for prompt in prompts]
+    against = None if negative_prompt is None else read(negative_prompt, emphasis)
+    for note in notes([*prompts, negative_prompt or ""], emphasis):
+        console.say(note, err=True)
     file = None if adapter is None else adapter_file(adapter)
     where = placement(device, dtype)
     if size is not None and any(side % 8 for side in size):
@@ -300,14 +312,14 @@ def draw_images(
     height, width = size or (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
     how.say(pipe.vae, height, width)
 
-    def draw(first: int, batch: Sequence[str]) -> Tensor:
+    def draw(first: int, batch: Sequence[Prompt]) -> Tensor:
         return sample(
             pipe, batch, sampler=sampler, steps=steps, guidance_scale=guidance_scale, seed=seed, first=first,
-            size=size, negative_prompt=negative_prompt,
+            size=size, negative_prompt=against,
         )  # fmt: skip
 
     batches = Batches.of_pictures(batch_size, height, width, where["device"])
-    for images in batches.run(list(prompts) * count, draw):
+    for images in batches.run(wanted * count, draw):
         yield from to_pil(images)
 
 

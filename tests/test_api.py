@@ -290,6 +290,7 @@ def test_the_command_line_and_a_program_draw_the_same(monkeypatch: pytest.Monkey
     ((given, more),) = seen
     assert given == ("b", ["a cat"]) and {**more, "dtype": torch.float16} == {
         **how.settings, "batch_size": "auto", "device": None, "tiling": False, "compile": False,
+        "emphasis": None,
     }  # fmt: skip
 
 

@@ -257,8 +257,8 @@ def test_sample_passes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert calls[0][1] == {
         "adapter": tmp_path / "run", "steps": 2, "guidance_scale": 1.0,
         "seed": 5, "lora_weight": 0.8, "sampler": "lcm", "revision": None, "variant": "fp16",
-        "negative_prompt": None, "size": None, "count": 1, "batch_size": "auto", "device": None,
-        "dtype": None, "decoder": None, "tiling": False, "compile": False,
+        "negative_prompt": None, "emphasis": None, "size": None, "count": 1, "batch_size": "auto",
+        "device": None, "dtype": None, "decoder": None, "tiling": False, "compile": False,
     }  # fmt: skip
     cli("sample", "--prompt", "one", "--base", "other", "--adapter", tmp_path / "run")
     cli("sample", "--prompt", "one")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_kit import bases, families, sample
-from lcm_kit.bases import inspect_base
+from lcm_kit.bases import inspect_base, sd
 from lcm_kit.bases.checkpoint import contents_of
 from lcm_kit.config import schema
 from lcm_kit.data.encoder import Encoder
@@ -107,6 +107,16 @@ def test_it_is_drawn_by_its_own_pipeline(base: Path) -> None:
         guidance_scale=3.0, latents=noise, output_type="latent",
     ).images  # fmt: skip
     found = sample.latents(pipe, CAPTIONS[:1], sampler="ddim", steps=2, guidance_scale=3.0, seed=1)
+    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-5)
+    long = ["a red fox jumps, and a blue one too"]  # two chunks of this base's 22 tokens
+    text = sd.Text(pipe.tokenizer, pipe.text_encoder)
+    encode = bases.code_of(families.FAMILIES["skip"]).encode_text
+    assert encode(text, long, None).embeds.shape == (1, 2 * 24, 32)
+    wanted = own(
+        prompt_embeds=encode(text, long, None).embeds, negative_prompt_embeds=embeds[1:].repeat(1, 2, 1),
+        num_inference_steps=2, guidance_scale=3.0, latents=noise, output_type="latent",
+    ).images  # fmt: skip
+    found = sample.latents(pipe, long, sampler="ddim", steps=2, guidance_scale=3.0, seed=1)
     torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-5)
 
 

@@ -371,9 +371,13 @@ def test_the_cosines_of_a_window_are_those_of_the_cropped_picture() -> None:
         ("DSC01234 on the table", "1 caption holds a file name, number or address: 00.png"),
         ("our_logo-final.png on a wall", "1 caption holds a file name, number or address: 00.png"),
         ("picture 4 of a dsc player from 1984", None),
-        (" ".join(["word"] * 60), None),
-        (" ".join(["word"] * 61), "1 caption of more than about 75 tokens: 00.png"),
-        (", ".join(["tag"] * 43), "1 caption of more than about 75 tokens: 00.png"),  # 43 words, 42 commas
+        (" ".join(["word"] * 180), None),
+        (
+            " ".join(["word"] * 181),
+            "1 caption of more than about 225 tokens: 00.png; a text encoder reads 3 times 75",
+        ),
+        (", ".join(["tag"] * 100), None),
+        (", ".join(["tag"] * 101), "1 caption of more than about 225 tokens: 00.png"),  # with 100 commas
     ],
 )
 def test_captions(folder: Path, caption: str, expected: str | None) -> None:
@@ -382,7 +386,7 @@ def test_captions(folder: Path, caption: str, expected: str | None) -> None:
         assert check(folder) == FolderCheck(20, (), (), ())
     else:
         weight, sentence = only(check(folder))
-        assert weight == ("note" if "75" in expected else "warning") and sentence.startswith(expected)
+        assert weight == ("note" if "225" in expected else "warning") and sentence.startswith(expected)
 
 
 def test_captions_that_are_all_the_same(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from lcm_kit import bases, sample
+from lcm_kit.bases.texts import chunks_of
 from lcm_kit.bases.tokens import straightened, too_long
 from lcm_kit.cli.check import check
 from lcm_kit.config import schema
@@ -66,11 +67,35 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
     cut, most = too_long(base, {"a": "short", "b": "tag, " * 43 + "end"})
     wanted = len(tokenizer("tag, " * 43 + "end", truncation=False).input_ids) - 2
     assert cut == {"b": wanted} and wanted > most
-    words = f"1 caption has more tokens than the {most} that the base reads, and the rest is cut off: 1.png"
-    words += f" ({wanted})"
-    assert any(words in line for line in check(config))
+    cut_off = f"and the rest is cut off: 1.png ({wanted})."
+    for chunks, words in (
+        (1, f"1 caption has more tokens than the {most} that the base reads, {cut_off}"),
+        (3, f"1 caption has more tokens than fit into 3 chunks of {most} (data.chunks), {cut_off}"),
+        (8, ""),
+    ):
+        said = [line for line in check(replace(config, data=replace(config.data, chunks=chunks)))]
+        told = [line.strip() for line in said if "cut off" in line]
+        assert told == ([f"warning: {words}"] if words else []), chunks
     images.encode(config, progress=False)
     assert f"the longest that of 1.png with {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
+def test_what_is_said_to_be_cut_is_what_is_cut(chunks: int) -> None:
+    """Longer by a word at a time, with and without commas: the first that is named is the first to lose."""
+    base = bases.inspect_base("asset:tiny-sd")
+    text = bases.load_text(base)
+    for words in (["cat"] * 250, ["cat,"] * 125):
+        said, _ = too_long(base, {str(n): " ".join(words[:n]) for n in range(1, len(words))}, chunks)
+        first = min(map(int, said))
+        held = [
+            sum(len(c.ids) for c in chunks_of(text, " ".join(words[:n]), chunks)) for n in (first - 1, first)
+        ]
+        tokens = [
+            len(text.tokenizer(" ".join(words[:n]), verbose=False).input_ids) - 2 for n in (first - 1, first)
+        ]
+        assert held[0] == tokens[0] and held[1] < tokens[1] == said[str(first)]
+        assert set(map(int, said)) == set(range(first, len(words)))
 
 
 def test_a_cache_of_curly_quotes_is_one_of_straight_ones(config: schema.Training) -> None:

@@ -28,6 +28,7 @@ class TextLora:
     family: Any  # module of lcm_kit.bases
     text: Any  # its Text
     encoders: dict[str, Any]  # by part, the same objects
+    chunks: int = 1  # of a caption, at most
 
     def encode(self, captions: Sequence[str | None]) -> Condition:
         """The conditions of B captions, float32, without sizes; None is guidance's unconditional pass.
@@ -35,7 +36,8 @@ class TextLora:
         Every caption goes through the encoders, also one that is left out: all processes then have
         gradients of the same weights.
         """
-        condition: Condition = self.family.encode_text(self.text, [caption or "" for caption in captions])
+        told = [caption or "" for caption in captions]
+        condition: Condition = self.family.encode_text(self.text, told, self.chunks)
         left_out = torch.tensor([caption is None for caption in captions])
         if not left_out.any():
             return condition
@@ -102,7 +104,7 @@ def load(base: BaseInfo, config: Finetune, device: torch.device) -> TextLora | N
         alpha = float(wanted.rank) if wanted.alpha is None else wanted.alpha
         add_text_lora(encoder, modules, wanted.rank, alpha, seed=config.seed + k)
         encoders[part] = encoder
-    return TextLora(family, text, encoders)
+    return TextLora(family, text, encoders, config.data.chunks)
 
 
 def _checkpointed(encoder: Any) -> None:

@@ -30,6 +30,7 @@ def sample_images(
     guidance_scale: float | None = None,
     weight: float | None = None,
     negative_prompt: str | None = None,
+    emphasis: bool | None = None,
     width: int | None = None,
     height: int | None = None,
     count: int = 1,
@@ -53,7 +54,9 @@ def sample_images(
     "cuda:1", `dtype` as "float16": by default CUDA in float16 if there is one, else the CPU in float32.
     `decoder`: the folder of a diffusers AutoencoderTiny, which decodes previews in the VAE's place. `tiling`
     decodes what is larger than the VAE was made for in tiles, which is not exact. `compile` compiles the
-    UNet: minutes first, then faster pictures on a GPU.
+    UNet: minutes first, then faster pictures on a GPU. Prompts may be of any length. `emphasis`: True reads
+    `(more)`, `[less]` and `(word:1.2)` in them as apps do, False draws them as they stand, None reads those
+    that have a weight's number or an escaped bracket.
 
     Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
     a form that diffusers loads, before weights are loaded; and for settings that are impossible.
@@ -67,9 +70,9 @@ def sample_images(
 
         how = drawing(
             wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance_scale,
-            weight=weight, negative_prompt=negative_prompt, width=width, height=height, count=count,
-            seed=seed, batch_size=batch_size, device=device, dtype=dtype, decoder=decoder, tiling=tiling,
-            compile=compile,
+            weight=weight, negative_prompt=negative_prompt, emphasis=emphasis, width=width, height=height,
+            count=count, seed=seed, batch_size=batch_size, device=device, dtype=dtype, decoder=decoder,
+            tiling=tiling, compile=compile,
         )  # fmt: skip
         with console.working(how.title):
             return list(draw_images(how.base, how.prompts, **how.settings))

@@ -28,13 +28,14 @@ from lcm_kit.bases.base import (
     weight_files,
 )  # fmt: skip
 from lcm_kit.bases.condition import Condition, Framing
-from lcm_kit.bases.tokens import load_tokenizer, too_long
+from lcm_kit.bases.emphasis import Prompt
+from lcm_kit.bases.tokens import counts, load_tokenizer, room, too_long
 from lcm_kit.families import Family
 
 __all__ = [
-    "BaseInfo", "Code", "Parts", "code_of", "decode_latents", "decoded_at_once", "encode_images", "family_of",
-    "inspect_base", "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae",
-    "lora_targets", "require_fit", "too_long", "weight_files",
+    "BaseInfo", "Code", "Parts", "code_of", "counts", "decode_latents", "decoded_at_once", "encode_images",
+    "family_of", "inspect_base", "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae",
+    "lora_targets", "require_fit", "room", "too_long", "weight_files",
 ]  # fmt: skip
 
 
@@ -44,8 +45,11 @@ class Code(Protocol):
     def text_of(self, tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty: bool) -> Any:
         """A named tuple of tokenizers and text encoders, given in the order of the family's parts."""
 
-    def encode_text(self, text: Any, captions: Sequence[str]) -> Condition:
-        """The condition of B captions, without sizes, as the family's pipeline makes it."""
+    def encode_text(self, text: Any, captions: Sequence[Prompt], chunks: int | None = 1) -> Condition:
+        """The condition of B captions, without sizes: of each chunk as the family's pipeline makes it.
+
+        Of up to `chunks` chunks (`texts.in_chunks`); None: of all that they take.
+        """
 
     def empty_condition(self, text: Any, n: int) -> Condition:
         """The condition of classifier-free guidance's unconditional pass, n times."""

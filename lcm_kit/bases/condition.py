@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,11 +23,26 @@ class Framing(NamedTuple):
     target: tuple[int, int]  # the square
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Embeddings [n, L, D] of several texts as one [sum n, M, D]: M is the least common multiple of the L.
+
+    Each text is repeated as a whole, which cross-attention does not see: every key and value is there as
+    often as the others of its text, so that the weights of a softmax over them add up to the same.
+    """
+    length = math.lcm(*(tensor.shape[1] for tensor in tensors))
+    return torch.cat([_repeated(tensor, length) for tensor in tensors])
+
+
+def _repeated(tensor: Tensor, length: int) -> Tensor:
+    own = tensor.shape[1]
+    return tensor if own == length else tensor.repeat(1, length // own, 1)
+
+
 @dataclass(frozen=True)
 class Condition:
     """The conditions of B samples. All tensors share the batch dimension."""
 
-    embeds: Tensor  # [B, L, D]
+    embeds: Tensor  # [B, L, D]; L is that of a chunk of text times the number of chunks
     pooled: Tensor | None = None  # [B, P], SDXL
     time_ids: Tensor | None = None  # [B, 6], SDXL: original size, crop corner, target size in pixels
 
@@ -61,7 +77,10 @@ class Condition:
         return self if other.time_ids is None else replace(self, time_ids=other.time_ids)
 
     def replaced(self, chosen: Tensor, other: Condition) -> Condition:
-        """The text of `other` (B = 1) where `chosen` bool [B] is true; sizes stay those of each sample."""
+        """The text of `other` (B = 1) where `chosen` bool [B] is true; sizes stay those of each sample.
+
+        Texts of other lengths are repeated as in `joined`.
+        """
 
         def pick(own: Tensor, new: Tensor) -> Tensor:
             return torch.where(sent(chosen, own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
@@ -69,17 +88,19 @@ class Condition:
         pooled = self.pooled
         if pooled is not None and other.pooled is not None:
             pooled = pick(pooled, other.pooled)
-        return replace(self, embeds=pick(self.embeds, other.embeds), pooled=pooled)
+        length = math.lcm(self.embeds.shape[1], other.embeds.shape[1])
+        embeds = pick(_repeated(self.embeds, length), _repeated(other.embeds, length))
+        return replace(self, embeds=embeds, pooled=pooled)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """The samples of all `conditions`, in order."""
+        """The samples of all `conditions`, in order; texts of several lengths as `joined` has them."""
 
         def join(name: str) -> Tensor | None:
             parts = [getattr(condition, name) for condition in conditions]
             return None if parts[0] is None else torch.cat(parts)
 
-        return Condition(torch.cat([c.embeds for c in conditions]), join("pooled"), join("time_ids"))
+        return Condition(joined([c.embeds for c in conditions]), join("pooled"), join("time_ids"))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         pooled = None if self.pooled is None else change(self.pooled)

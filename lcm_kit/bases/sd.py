@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from lcm_kit.bases.base import text_layers
 from lcm_kit.bases.condition import Condition
-from lcm_kit.core.transfer import sent
+from lcm_kit.bases.emphasis import Prompt
+from lcm_kit.bases.texts import Tokens, in_chunks
 
 
 class Text(NamedTuple):
@@ -24,34 +23,19 @@ def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty
     return Text(tokenizers[0], encoders[0])
 
 
-class Tokens(NamedTuple):
-    """What an encoder takes: ids [B, L], and a mask where its configuration asks for one."""
+def encode_text(text: Text, captions: Sequence[Prompt], chunks: int | None = 1) -> Condition:
+    """The condition of B captions: embeds [B, k L, D], the text encoder's last hidden state of each chunk.
 
-    ids: Tensor
-    mask: Tensor | None
-
-
-def tokenize(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tokens:
-    """Captions as tokens on the encoder's device, padded to L and cut there."""
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    tokens = tokenizer(
-        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    masked = getattr(encoder.config, "use_attention_mask", False)
-    return Tokens(
-        sent(tokens.input_ids, encoder.device),
-        sent(tokens.attention_mask, encoder.device) if masked else None,
-    )
-
-
-def encode_text(text: Text, captions: Sequence[str]) -> Condition:
-    """The condition of B captions: embeds [B, L, D], the text encoder's last hidden state.
-
-    Captions longer than L tokens are cut there, as in StableDiffusionPipeline. They have a gradient where a
-    weight of the encoder has (`lcm_kit.adapter.text`); none of `bases.load_text`'s has.
+    Of up to `chunks` chunks of L tokens (`texts.in_chunks`), beyond which they are cut; by default as
+    StableDiffusionPipeline cuts them. They have a gradient where a weight of the encoder has
+    (`lcm_kit.adapter.text`); none of `bases.load_text`'s has.
     """
-    ids, mask = tokenize(text.tokenizer, text.text_encoder, captions)
-    return Condition(text.text_encoder(ids, attention_mask=mask)[0])
+
+    def encode(tokens: Sequence[Tokens]) -> Condition:
+        (own,) = tokens
+        return Condition(own.weighted(text.text_encoder(own.ids, attention_mask=own.mask)[0]))
+
+    return in_chunks([(text.tokenizer, text.text_encoder)], captions, chunks, encode)
 
 
 def empty_condition(text: Text, n: int) -> Condition:

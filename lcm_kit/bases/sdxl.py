@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lcm_kit.bases.base import text_layers
 from lcm_kit.bases.condition import Condition, Framing
-from lcm_kit.bases.sd import tokenize
+from lcm_kit.bases.emphasis import Prompt
+from lcm_kit.bases.texts import Tokens, in_chunks
 
 
 class Text(NamedTuple):
@@ -32,19 +33,22 @@ def text_of(tokenizers: Sequence[Any], encoders: Sequence[Any], zeros_when_empty
     return Text(tokenizers[0], encoders[0], tokenizers[1], encoders[1], zeros_when_empty)
 
 
-def encode_text(text: Text, captions: Sequence[str]) -> Condition:
-    """The condition of B captions: embeds [B, L, D1 + D2], pooled [B, P]; without sizes.
+def encode_text(text: Text, captions: Sequence[Prompt], chunks: int | None = 1) -> Condition:
+    """The condition of B captions: embeds [B, k L, D1 + D2], pooled [B, P] of the first chunk; without sizes.
 
-    Captions longer than L tokens are cut there. As StableDiffusionXLPipeline.encode_prompt, clip_skip unset;
-    with a gradient as `sd.encode_text`.
+    Of up to `chunks` chunks, as `sd.encode_text`; by default as StableDiffusionXLPipeline.encode_prompt,
+    clip_skip unset.
     """
-    pairs = ((text.tokenizer, text.text_encoder), (text.tokenizer_2, text.text_encoder_2))
-    states = []
-    for tokenizer, encoder in pairs:
-        ids, _ = tokenize(tokenizer, encoder, captions)
-        output = encoder(ids, output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-    return Condition(torch.cat(states, dim=-1), output.text_embeds)
+
+    def encode(tokens: Sequence[Tokens]) -> Condition:
+        first, second = tokens
+        states = text.text_encoder(first.ids, output_hidden_states=True).hidden_states[-2]
+        output = text.text_encoder_2(second.ids, output_hidden_states=True)
+        both = [first.weighted(states), second.weighted(output.hidden_states[-2])]
+        return Condition(torch.cat(both, dim=-1), output.text_embeds)
+
+    readers = ((text.tokenizer, text.text_encoder), (text.tokenizer_2, text.text_encoder_2))
+    return in_chunks(readers, captions, chunks, encode)
 
 
 def empty_condition(text: Text, n: int) -> Condition:

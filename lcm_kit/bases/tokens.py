@@ -6,11 +6,13 @@ transformers 4). transformers 5 leaves them curly, and each costs two tokens tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lcm_kit.bases.base import BaseInfo
+from lcm_kit.bases.chunks import slices
 from lcm_kit.bases.source import read_json
+from lcm_kit.bases.texts import comma_of
 from lcm_kit.errors import UserError, first_line
 
 _QUOTES = {"'": "\u02bc\u2018\u2019\u201a\u201b", '"': "\u201c\u201d\u201e\u201f"}
@@ -48,22 +50,45 @@ def load_tokenizer(base: BaseInfo, part: str) -> Any:
     return tokenizer
 
 
-def too_long(base: BaseInfo, captions: Mapping[str, str]) -> tuple[dict[str, int], int]:
-    """The captions that are cut, by id with their number of tokens, and how many tokens are read at most.
+def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tuple[dict[str, int], int]:
+    """The captions that do not fit into `chunks` chunks, by id with all their tokens; and the tokens of one.
 
     By every tokenizer of the base; no weights are loaded.
     """
     cut: dict[str, int] = {}
-    least = 0
-    for part in base.parts:
-        if not part.startswith("tokenizer"):
-            continue
+    sizes = []
+    for size, comma, rows in _rows(base, list(captions.values())):
+        sizes.append(size)
+        for id, row in zip(captions, rows, strict=True):
+            if len(slices(row, size, comma, chunks + 1)) > chunks:
+                cut[id] = max(len(row), cut.get(id, 0))
+    return cut, min(sizes)
+
+
+def counts(base: BaseInfo, captions: Sequence[str], chunks: int) -> list[int]:
+    """In how many chunks each caption is read, at most `chunks`; no weights are loaded.
+
+    What encoders make of a caption hangs on this number besides its text, and on nothing else of `chunks`;
+    it is then stored as `chunks.rounded` of it.
+    """
+    found = [
+        [len(slices(row, size, comma, chunks)) for row in rows] for size, comma, rows in _rows(base, captions)
+    ]
+    return [max(each) for each in zip(*found, strict=True)]
+
+
+def _rows(base: BaseInfo, captions: Sequence[str]) -> Iterator[tuple[int, int | None, list[list[int]]]]:
+    """Of each tokenizer of the base: the tokens of a chunk, a comma, and all tokens of each caption."""
+    for part in base.family.tokenizers:
         tokenizer = load_tokenizer(base, part)
-        most = tokenizer.model_max_length - 2  # its start and end
-        least = min(least or most, most)
-        if captions:
-            # by what is behind it: the tokenizer itself would warn of every long one
-            rows = [row.ids for row in tokenizer.backend_tokenizer.encode_batch(list(captions.values()))]
-            counts = {id: len(row) - 2 for id, row in zip(captions, rows, strict=True)}
-            cut |= {id: max(n, cut.get(id, 0)) for id, n in counts.items() if n > most}
-    return cut, least
+        # by what is behind it: the tokenizer itself would warn of every long one
+        rows = tokenizer.backend_tokenizer.encode_batch(list(captions)) if captions else []
+        # without its start and end
+        yield tokenizer.model_max_length - 2, comma_of(tokenizer), [row.ids[1:-1] for row in rows]
+
+
+def room(tokens: int, chunks: int = 1) -> str:
+    """What `too_long` captions have more tokens than, in words: `tokens` is that of a chunk."""
+    if chunks == 1:
+        return f"the {tokens} that the base reads"
+    return f"fit into {chunks} chunks of {tokens} (data.chunks)"

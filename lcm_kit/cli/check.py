@@ -157,7 +157,7 @@ def _data(data: Data) -> str:
 
 def _tokens(config: Training) -> str:
     """Captions that the base's text encoders would not read to their end, counted by its own tokenizers."""
-    from lcm_kit.bases import inspect_base, too_long
+    from lcm_kit.bases import inspect_base, room, too_long
     from lcm_kit.data.findings import few, number
     from lcm_kit.data.records import open_records
 
@@ -168,15 +168,15 @@ def _tokens(config: Training) -> str:
         records, _ = open_records(replace(config.data, captions=config.data.captions.unshuffled))
     except UserError:  # it is said of the base, or of the data
         return ""
+    chunks = config.data.chunks
     told = [(record.id, k, text) for record in records for k, (text, _) in enumerate(record.captions, 1)]
-    cut, most = too_long(base, {f"{id} (caption {k})" if k > 1 else id: text for id, k, text in told})
+    named_by = {f"{id} (caption {k})" if k > 1 else id: text for id, k, text in told}
+    cut, most = too_long(base, named_by, chunks)
     if not cut:
         return ""
     named = few([f"{id} ({count})" for id, count in cut.items()])
     has = number(len(cut), "caption", after=("has", "have"))
-    return (
-        f"  warning: {has} more tokens than the {most} that the base reads, and the rest is cut off: {named}."
-    )
+    return f"  warning: {has} more tokens than {room(most, chunks)}, and the rest is cut off: {named}."
 
 
 def _on_the_hub(path: str) -> bool:

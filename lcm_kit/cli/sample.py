@@ -75,6 +75,14 @@ def sample(
     negative: Annotated[
         str | None, typer.Option(help="What guidance leads away from; it takes a --guidance above 1.")
     ] = None,
+    emphasis: Annotated[
+        bool | None,
+        typer.Option(
+            "--emphasis/--no-emphasis",
+            help="Read brackets as apps do: (more), [less], (word:1.2).",
+            show_default="where a prompt has such a number",
+        ),
+    ] = None,
     width: Annotated[
         int | None,
         typer.Option(
@@ -134,9 +142,9 @@ def sample(
 
         how = pictures.drawing(
             wanted, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
-            weight=weight, negative_prompt=negative, width=width, height=height, count=count, seed=seed,
-            batch_size=require_batch_size(batch_size), device=device, dtype=dtype, decoder=decoder,
-            tiling=tiling, compile=compile,
+            weight=weight, negative_prompt=negative, emphasis=emphasis, width=width, height=height,
+            count=count, seed=seed, batch_size=require_batch_size(batch_size), device=device, dtype=dtype,
+            decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
         with console.working(how.title):
             sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)

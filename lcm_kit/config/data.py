@@ -179,6 +179,9 @@ class Data:
     # take, in GB of 10^9 bytes; null: $XDG_CACHE_HOME/lcm-kit/shards
     local_cache: Place | None = None
     local_cache_gb: Annotated[Number, Field(gt=0, le=1e6)] = 50.0
+    # captions of more tokens than a text encoder reads (75) are read in up to so many chunks, as A1111 reads
+    # them, and cut behind; 1: cut where diffusers' pipelines cut
+    chunks: Annotated[Whole, Field(ge=1, le=8)] = 3
     # pixels, a multiple of 8: the side of a square; other shapes have about as many pixels (`shapes`)
     resolution: Annotated[Whole, Field(ge=8, le=4096)] = 64
     shapes: Shapes = field(default_factory=Shapes)

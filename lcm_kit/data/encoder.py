@@ -42,27 +42,34 @@ class Encoder:
     family: bases.Code
     vae: ProvenVae | None  # None where only captions are encoded
     text: Any
+    chunks: int | None = 1  # of a caption, at most; None: all that it takes
 
     @classmethod
-    def load(cls, base: BaseInfo, device: str, vae: bool = True, precision: str = FULL) -> Encoder:
+    def load(
+        cls, base: BaseInfo, device: str, vae: bool = True, precision: str = FULL, chunks: int | None = 1
+    ) -> Encoder:
         """The VAE, unless captions are all there is to encode, and the text encoders of `base`.
 
-        `precision`: the VAE's, of `vae_precision`.
+        `precision`: the VAE's, of `vae_precision`; `chunks`: as of `encode_text`.
         """
         family = bases.family_of(base)
         text = bases.load_text(base)
         for part in text:
             if isinstance(part, torch.nn.Module):
                 part.to(device)
-        return cls(family, vae_precision.load(base, precision, device) if vae else None, text)
+        return cls(family, vae_precision.load(base, precision, device) if vae else None, text, chunks)
 
     def empty(self) -> Condition:
         """The condition of an unconditional pass."""
         return self.family.empty_condition(self.text, 1)
 
     def condition(self, captions: Sequence[str], framings: Sequence[Framing]) -> Condition:
-        """The conditions of captions, and of how their pictures were cut."""
-        return replace(self.family.encode_text(self.text, captions), time_ids=self.family.sizes(framings))
+        """The conditions of captions, and of how their pictures were cut.
+
+        Of several lengths they are joined (`condition.joined`): each repeated as a whole to the same one.
+        """
+        told = self.family.encode_text(self.text, captions, self.chunks)
+        return replace(told, time_ids=self.family.sizes(framings))
 
     def of_whole_pictures(self, captions: Sequence[str], resolution: int) -> dict[str, Tensor]:
         """`tensors_of` the conditions of pictures that are drawn, `resolution` pixels a side, nothing cut."""

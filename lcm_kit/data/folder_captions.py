@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from lcm_kit.config.data import Data
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.findings import Finding, few, number
 from lcm_kit.data.image_files import SUFFIXES
@@ -14,7 +15,10 @@ from lcm_kit.data.trigger import says
 from lcm_kit.data.words import contains, words_of
 
 _SHORT = 3  # words: fewer than these
-_LONG = 75  # tokens that CLIP reads; English takes about 1.25 a word, and one for a comma or the like
+_CHUNK = (
+    75  # tokens that CLIP reads at once; English takes about 1.25 a word, and one for a comma or the like
+)
+_LONG = _CHUNK * Data.chunks
 _ALIKE = 5  # captions: of fewer, nothing is said about what most of them share
 _MOST = 0.6  # of the captions have a phrase that is likely meant for all
 _PHRASE = 4  # words of the longest phrase that is looked for
@@ -90,7 +94,8 @@ def findings(captions: Mapping[str, str], trigger: str | None, *, estimate: bool
         yield Finding(
             "note",
             f"{number(len(long), 'caption')} of more than about {_LONG} tokens: {few(long)}; a text encoder "
-            "reads no more of them (short words, pieces of long ones, commas), and the rest is cut off.",
+            f"reads {Data.chunks} times {_CHUNK} of them, unless data.chunks says otherwise (short words, "
+            "pieces of long ones, commas), and the rest is cut off.",
         )
     yield from _trigger(captions, trigger) if trigger else _most(words)
 

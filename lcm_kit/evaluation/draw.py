@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lcm_kit import __version__, assets, sample
-from lcm_kit.bases import BaseInfo
+from lcm_kit.bases import BaseInfo, emphasis
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.sweep import Compose, GuidanceSweep
-from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words
+from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words, say
 from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.drawing.fused import Fused, fuse
 from lcm_kit.drawing.how import PLAIN, How
@@ -111,6 +111,8 @@ def opened(base: BaseInfo, samples: Samples) -> Any:
         base.path, revision=base.revision, variant=base.variant, how=samples.how, **sample.placement()
     )
     samples.how.say(pipe.vae, samples.size, samples.size)
+    for note in emphasis.notes(samples.prompts):
+        say(note, err=True)
     return pipe
 
 
@@ -150,7 +152,8 @@ def warm_up(pipe: Any, samples: Samples) -> None:
     """Draw once with a new pipeline, so that the clock sees warm code only."""
 
     def draw_one(first: int, prompts: Sequence[str]) -> Tensor:
-        return sample.sample(pipe, prompts, sampler="ddim", steps=1, size=samples.size)
+        told = [emphasis.read(prompt) for prompt in prompts]
+        return sample.sample(pipe, told, sampler="ddim", steps=1, size=samples.size)
 
     batches = Batches.of_pictures(1, samples.size, samples.size, str(pipe.device))
     list(batches.run(samples.prompts[:1], draw_one))
@@ -213,10 +216,11 @@ def draw(
     planned = at_once(samples.batch_size, samples.size, samples.size, str(pipe.device))
 
     def rows(first: int, prompts: Sequence[str]) -> Rows:
+        told = [emphasis.read(prompt) for prompt in prompts]
         started = time.perf_counter()
         with Energy(str(pipe.device)) as energy:
             latents = sample.latents(
-                pipe, prompts, sampler=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
+                pipe, told, sampler=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
                 seed=samples.seed, first=first, size=samples.size,
             )  # fmt: skip
             pixels = sample.decode(pipe, latents)
@@ -224,7 +228,7 @@ def draw(
         eight_bit = ((pixels + 1) * 127.5).round().to(torch.uint8)
         joules = float("nan") if energy.joules is None else energy.joules
         return {
-            **look(eight_bit / 127.5 - 1, prompts),
+            **look(eight_bit / 127.5 - 1, [emphasis.words(prompt) for prompt in told]),
             "latents": latents,
             "seconds": torch.full((n,), seconds / n),
             "joules": torch.full((n,), joules / n),

@@ -104,7 +104,7 @@ class StyleControl(Control):
     def draw(self, adapted: AdaptedUNet, pipe: Any) -> dict[str, Tensor]:
         """As `Fixed.draw`, and the conditions that the UNet is told of the prompts."""
         base = bases.inspect_base(self.base.path, revision=self.base.revision, variant=self.base.variant)
-        encoder = Encoder.load(base, str(pipe.device), vae=False)
+        encoder = Encoder.load(base, str(pipe.device), vae=False, chunks=None)  # as they are drawn
         conditions = encoder.of_whole_pictures(self.prompts, self.resolution)
         return {**super().draw(adapted, pipe), **conditions}
 

@@ -1,0 +1,97 @@
+"""What a diffusers pipeline is told of prompts: their text, or embeddings where it would cut or misread it.
+
+A pipeline cuts a prompt behind 75 tokens and knows no weights. Prompts with neither more nor weights go to it
+as they are; of the others it gets the embeddings of all chunks (`bases.texts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_kit import bases, families
+from lcm_kit.bases import Prompt
+from lcm_kit.bases.condition import Condition, joined
+from lcm_kit.bases.texts import chunks_of
+
+
+class Told(NamedTuple):
+    """What a pipeline's call takes for some prompts of a batch."""
+
+    rows: list[int]  # which prompts these are
+    keywords: dict[str, Any]
+
+
+def told(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    negative: Prompt | None,
+    guided: bool,
+    chunks: int | None,
+) -> Iterator[Told]:
+    """Each of `prompts` once, those together that a pipeline can draw at once: as text, or of one length.
+
+    So no picture hangs on how long the other prompts are. `negative` stands in the place of the empty prompt
+    where `guided`. `chunks`: how many are read at most, as in `encode_text`; None: all.
+    """
+    there = [name for name, part in pipe.components.items() if part is not None]
+    family = families.by_pipeline(type(pipe).__name__, there)
+    readers = [
+        (getattr(pipe, own), getattr(pipe, part))
+        for own, part in zip(family.tokenizers, family.text_parts, strict=True)
+    ]
+
+    def length(prompt: Prompt) -> int:
+        """In chunks; 0: a pipeline reads it as it is."""
+        count = max(len(chunks_of(reader, prompt, chunks)) for reader in readers)
+        return 0 if isinstance(prompt, str) and count == 1 else count
+
+    plain = not guided or negative is None or length(negative) == 0
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(length(prompt) if plain else max(length(prompt), 1), []).append(row)
+    for count, rows in groups.items():
+        some = [prompts[row] for row in rows]
+        if count == 0:
+            words = None if negative is None else [negative] * len(rows)
+            yield Told(rows, {"prompt": some, "negative_prompt": words})
+        else:
+            yield Told(rows, _embedded(pipe, family, some, negative if guided else None, guided, chunks))
+
+
+@torch.no_grad()
+def _embedded(
+    pipe: Any,
+    family: families.Family,
+    prompts: Sequence[Prompt],
+    negative: Prompt | None,
+    guided: bool,
+    chunks: int | None,
+) -> dict[str, Tensor]:
+    code = bases.code_of(family)
+    text = code.text_of(
+        [getattr(pipe, part) for part in family.tokenizers],
+        [getattr(pipe, part) for part in family.text_parts],
+        bool(pipe.config.get("force_zeros_for_empty_prompt")),
+    )
+    asked = code.encode_text(text, prompts, chunks)
+    if not guided:
+        return _keywords(asked)
+    n = len(prompts)
+    if negative is None:
+        other = code.empty_condition(text, n)
+    else:
+        other = code.encode_text(text, [negative], chunks).expand(n)
+    both = joined([asked.embeds, other.embeds])  # of one length, as pipelines want them
+    return {
+        **_keywords(Condition(both[:n], asked.pooled)),
+        **{f"negative_{name}": own for name, own in _keywords(Condition(both[n:], other.pooled)).items()},
+    }
+
+
+def _keywords(condition: Condition) -> dict[str, Tensor]:
+    pooled = {} if condition.pooled is None else {"pooled_prompt_embeds": condition.pooled}
+    return {"prompt_embeds": condition.embeds, **pooled}
