@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lcm_kit import bases
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.bases.condition import Condition, Framing
+from lcm_kit.bases.tokens import counts, straightened
 from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
@@ -19,6 +21,7 @@ from lcm_kit.data import vae_precision
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
+from lcm_kit.io.files import sha256_bytes
 
 CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
 
@@ -75,6 +78,22 @@ class Encoder:
         """`tensors_of` the conditions of pictures that are drawn, `resolution` pixels a side, nothing cut."""
         whole = Framing((resolution, resolution), (0, 0), (resolution, resolution))
         return tensors_of(self.condition(captions, [whole] * len(captions)))
+
+
+def hashes_of(base: BaseInfo, texts: Sequence[Sequence[tuple[str, float]]], chunks: int) -> list[str]:
+    """What each row's embeddings are made from besides the base: its captions, their weights, their chunks.
+
+    Of one caption of one chunk that is the hash of its text.
+    """
+    each = [[straightened(text) for text, _ in row] for row in texts]  # what tokenizers see of it
+    counted = iter(counts(base, [text for row in each for text in row], chunks))
+    found = []
+    for row, told in zip(texts, each, strict=True):
+        lengths = [next(counted) for _ in told]
+        plain = len(told) == 1 and lengths == [1]
+        whole = told[0] if plain else json.dumps([told, [weight for _, weight in row], lengths])
+        found.append(sha256_bytes(whole.encode()))
+    return found
 
 
 def tensors_of(condition: Condition) -> dict[str, Tensor]:

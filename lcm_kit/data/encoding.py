@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from lcm_kit import bases, console
@@ -105,7 +104,7 @@ def bring_up_to_date(
         missing = shards.missing(folder, [shards.empty(contents.settings), *planned])
         rows = [entry for shard in missing for entry in shard.entries]
         if share.first:
-            _say_what_is_cut(contents.base, rows)
+            say_what_is_cut(contents.base, contents.data, rows)
         make_missing(folder, missing, partial(_load, folder, contents), contents.doing, share, bar)
     new = shards.manifest(contents.base, contents.data, planned, contents.skipped, contents.settings)
     changes = [] if old is None else shards.changes(old, new)
@@ -123,12 +122,13 @@ def bring_up_to_date(
     return report
 
 
-def _say_what_is_cut(base: BaseInfo, entries: Sequence[Entry]) -> None:
-    cut, most = bases.too_long(base, {entry.id: entry.caption for entry in entries})
+def say_what_is_cut(base: BaseInfo, data: Data, entries: Sequence[Entry]) -> None:
+    """Warn of captions that are longer than what is read of them."""
+    cut, most = bases.too_long(base, {entry.id: entry.caption for entry in entries}, data.chunks)
     if cut:
         longest = max(cut, key=lambda id: cut[id])
         console.say(
-            f"warning: captions with more than the {most} tokens that the base reads, the rest is cut off: "
+            f"warning: captions with more tokens than {bases.room(most, data.chunks)}, the rest is cut off: "
             f"{len(cut)}, the longest that of {longest} with {cut[longest]}",
             err=True,
         )
@@ -147,20 +147,27 @@ def _load(folder: Path, contents: Contents, mine: Sequence[Shard]) -> Callable[[
 
 
 def write_shard(folder: Path, maker: RowMaker, shard: Shard, advance: Advance) -> None:
-    """Compute and write one shard: whole, or not at all.
+    """Compute and write one shard: whole, or not at all. Raises `UserError` as `computed`."""
+    made = []
+    for entries, batch in computed(maker, shard.entries):
+        made.append(batch)
+        advance(len(entries))
+    own_files.write_tensors(folder / shard.file, shards.gathered(made), shard.content)
+
+
+def computed(
+    maker: RowMaker, entries: Sequence[Entry]
+) -> Iterator[tuple[Sequence[Entry], Mapping[str, Tensor]]]:
+    """Entries, all of one shape, and their tensors, batch by batch.
 
     Raises `UserError` if rows are not finite: from such a row nothing can be learned.
     """
-    made: list[Mapping[str, Tensor]] = []
     first = 0
-    for batch in maker.batches(shard.entries):
-        entries = shard.entries[first : first + len(batch["latents"])]
-        rows = zip(entries, batch[maker.computed], strict=True)
+    for batch in maker.batches(entries):
+        some = entries[first : first + len(batch["latents"])]
+        rows = zip(some, batch[maker.computed], strict=True)
         broken = [entry for entry, row in rows if not row.isfinite().all()]
         if broken:
             raise UserError(maker.not_finite(broken))
-        made.append(batch)
-        first += len(entries)
-        advance(len(entries))
-    tensors = {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
-    own_files.write_tensors(folder / shard.file, tensors, shard.content)
+        yield some, batch
+        first += len(some)

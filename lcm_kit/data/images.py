@@ -62,7 +62,7 @@ def _load(
     base: BaseInfo, data: Data, records: Mapping[str, Record], precision: str, missing: bool
 ) -> RowMaker:
     side, device = data.resolution, sample.placement()["device"]
-    encoder = Encoder.load(base, device, vae=missing, precision=precision)
+    encoder = Encoder.load(base, device, vae=missing, precision=precision, chunks=data.chunks)
     batches = Batches(
         at_once(data.batch_size, side, side, device), f"encoding a picture of {side} x {side} pixels",
         "choose a smaller data.resolution, or stop what else uses this device's memory",
@@ -86,24 +86,23 @@ class Picture(NamedTuple):
 def encoded(
     encoder: Encoder, records: Mapping[str, Record], data: Data, batches: Batches, entries: Sequence[Entry]
 ) -> EncodedBatches:
-    """The tensors of `entries`, all of one shape, in batches on the CPU: `shards.TENSORS`.
+    """The tensors of `entries`, all of one shape, in batches on the CPU, as `shards.gathered` has them.
 
     Raises `UserError` for an image that is another one now.
     """
     vae = encoder.vae
     assert vae is not None  # there are rows to make
-    weighted, several = any(entry.weights for entry in entries), any(entry.captions for entry in entries)
 
     def rows(_: int, some: Sequence[tuple[Entry, Picture]]) -> dict[str, Tensor]:
         made = {"latents": vae.encoded(torch.stack([picture.pixels for _, picture in some])).cpu()}
-        if weighted:
+        if any(picture.weights is not None for _, picture in some):
             whole = torch.full((1, *made["latents"].shape[2:]), masks.WHOLE, dtype=torch.uint8)
             each = (whole if picture.weights is None else picture.weights for _, picture in some)
             made["weights"] = torch.stack(list(each))
         framings = [picture.framed for _, picture in some]
         texts = [entry.captions or ((entry.caption, 1.0),) for entry, _ in some]
         made |= tensors_of(encoder.condition([text for row in texts for text, _ in row], framings))
-        if several:
+        if any(entry.captions for entry, _ in some):
             made["captions"] = torch.tensor([len(row) for row in texts])
             made["caption_weights"] = torch.tensor([weight for row in texts for _, weight in row])
         return made

@@ -16,18 +16,16 @@ from torch import Tensor
 
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo
-from lcm_kit.bases.tokens import straightened
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
-from lcm_kit.data.encoder import Encoder, usable_base
+from lcm_kit.data.encoder import Encoder, hashes_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
 from lcm_kit.drawing.batches import Batches
-from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
 AT_ONCE = 8  # prompts a pass of the text encoders
@@ -66,7 +64,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
 
     def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
         load = partial(_load, data, base)
-        return Contents(base, data, settings(config, base), _entries(data), load, "encoding")
+        return Contents(base, data, settings(config, base), _entries(data, base), load, "encoding")
 
     return bring_up_to_date(folder_of(data), survey, progress, share, what="prompts")
 
@@ -76,16 +74,18 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
     return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
 
 
-def _entries(data: Data) -> list[Entry]:
+def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a prompt: a prompt that is asked for again has noise of its own in any case."""
+    found = prompts(data.samples.prompts)
+    texts = hashes_of(base, [((prompt, 1.0),) for prompt in found], data.chunks)
     return [
-        Entry(f"{shards.PROMPTS}{i:05d}", prompt, "", sha256_bytes(straightened(prompt).encode()))
-        for i, prompt in enumerate(prompts(data.samples.prompts))
+        Entry(f"{shards.PROMPTS}{i:05d}", prompt, "", text)
+        for i, (prompt, text) in enumerate(zip(found, texts, strict=True))
     ]
 
 
 def _load(data: Data, base: BaseInfo, missing: bool) -> RowMaker:
-    encoder = Encoder.load(base, sample.placement()["device"], vae=False)
+    encoder = Encoder.load(base, sample.placement()["device"], vae=False, chunks=data.chunks)
     batches = Batches(AT_ONCE, "encoding a prompt", "stop what else uses this device's memory")
     return RowMaker(encoder, partial(_encoded, encoder, base, data, batches), _not_finite, "embeds")
 

@@ -22,15 +22,15 @@ from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
-from lcm_kit.data.encoder import Encoder, usable_base
+from lcm_kit.data.encoder import Encoder, hashes_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import prompts
 from lcm_kit.data.shards import Entry
 from lcm_kit.drawing.batches import Batches
-from lcm_kit.io.files import sha256_bytes
 from lcm_kit.share import ALONE, Share
 
+_ALL = 1000  # chunks of a prompt that are read: what is drawn is not cut
 # By its name in the manifest, which the hashes of shards are made from: a sampler was called solver once
 _DRAWN_BY = {"solver": "sampler", "steps": "steps", "guidance_scale": "guidance_scale", "seed": "seed"}
 
@@ -70,7 +70,7 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
 
     def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
         made_by, load = settings(config, base), partial(_load, config, base)
-        return Contents(base, data, made_by, _entries(data), load, "drawing")
+        return Contents(base, data, made_by, _entries(data, base), load, "drawing")
 
     return bring_up_to_date(
         folder_of(data), survey, progress, share, what="samples of the teacher", done="drawn"
@@ -90,17 +90,19 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
     return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
 
 
-def _entries(data: Data) -> list[Entry]:
+def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a sample; the place of its noise stands for an image file."""
+    prompts = prompts_of(data)
+    texts = hashes_of(base, [((prompt, 1.0),) for prompt in prompts], _ALL)
     return [
-        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", sha256_bytes(prompt.encode()))
-        for i, prompt in enumerate(prompts_of(data))
+        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text)
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
 
 
 def _load(config: Distill, base: BaseInfo, missing: bool) -> RowMaker:
     pipe = teacher_pipeline(config, base) if missing else None  # first: it may be refused
-    encoder = Encoder.load(base, sample.placement()["device"], vae=False)
+    encoder = Encoder.load(base, sample.placement()["device"], vae=False, chunks=None)
     side, device = config.data.resolution, sample.placement()["device"]
     batches = Batches.of_pictures(config.data.batch_size, side, side, device)
     return RowMaker(encoder, partial(_drawn, pipe, encoder, config.data, batches), _not_finite)

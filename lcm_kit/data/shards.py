@@ -14,9 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lcm_kit import __version__
 from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.condition import joined
 from lcm_kit.config.schema import Data
+from lcm_kit.data.masks import WHOLE
 from lcm_kit.data.vae_precision import FULL, KEY
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
@@ -225,6 +230,26 @@ def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> li
 def empty(settings: Mapping[str, Any]) -> Shard:
     """The plan of the empty condition's file, which has no rows."""
     return Shard(EMPTY, content_hash(settings), ())
+
+
+def gathered(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a shard: `latents` [n, C, h, w], `embeds` [m, L, D] of m captions, in order of the rows.
+
+    SDXL adds `pooled` [m, P] and `time_ids` [n, 6]. Where some rows have a mask, `weights` uint8
+    [n, 1, h, w]; where some have several captions, `captions` int64 [n] says how many and `caption_weights` [m] how much
+    each counts.
+    """
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    usual = {
+        "weights": lambda of: torch.full((len(of), 1, *of.shape[2:]), WHOLE, dtype=torch.uint8),
+        "captions": lambda of: torch.ones(len(of), dtype=torch.int64),
+        "caption_weights": lambda of: torch.ones(len(of)),
+    }
+    found = {}
+    for name in names:
+        each = [batch[name] if name in batch else usual[name](batch["latents"]) for batch in batches]
+        found[name] = joined(each) if name == "embeds" else torch.cat(each)
+    return found
 
 
 def intact(path: Path, content: str) -> bool:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
 from lcm_kit.bases import BaseInfo
-from lcm_kit.bases.tokens import straightened
 from lcm_kit.config.schema import Data
 from lcm_kit.console import Progress
 from lcm_kit.data import masks
 from lcm_kit.data.buckets import Cut, Shaper, Size, cut
 from lcm_kit.data.caption_files import Bad
+from lcm_kit.data.encoder import hashes_of
 from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record, open_records
@@ -42,45 +41,60 @@ class Survey:
     seen: dict[str, Seen]
     entries: list[Entry] = field(repr=False)
     bad: list[Bad]
+    dropped: list[Bad] = field(default_factory=list)  # as the config says: nothing is wrong with them
 
 
-def survey(
-    base: BaseInfo,
-    data: Data,
-    known: set[str],
-    bar: Progress,
-    records: tuple[list[Record], list[Bad]] | None = None,
-) -> Survey:
-    """Look at every record of `data`, or at `records`: hash its image, and decode it unless it is `known`.
+def survey(base: BaseInfo, data: Data, known: set[str], bar: Progress) -> Survey:
+    """Look at every record of `data`: hash its image, and decode it unless it is `known`.
 
     Raises `UserError` if none can be used, and, unless `data.skip_bad`, if any cannot: it names them all.
     A picture that `data.shapes.small` drops is among the bad ones and stops nothing.
     """
-    good, bad = open_records(data) if records is None else records
+    good, bad = open_records(data)
     total = len(good) + len(bad)
-    shaper = Shaper.of(base, data)
-    pool = ThreadPoolExecutor()
-    try:
-        checks = [pool.submit(_look, record, data, shaper, known) for record in good]
-        found = [check.result() for check in bar.track(checks, description="checking")]
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
-    each = list(zip(good, found, strict=True))
-    dropped = [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)]
-    bad = [*bad, *((record.id, look) for record, look in each if isinstance(look, str))]
+    found = looked_at(base, data, good, known, lambda checks: bar.track(checks, description="checking"))
+    bad = [*bad, *found.bad]
     if bad and not data.skip_bad:
         raise UserError(
             f"{len(bad)} of {total} records of {data.path!r} cannot be used; fix them, or leave them out "
             "with data.skip_bad=true:",
             listing(bad),
         )
-    bad += dropped
+    bad = [*bad, *found.dropped]
     if len(bad) == total:
         raise UserError(f"no record of {data.path!r} can be used; fix the first of them:", listing(bad))
-    seen = {record.id: look for record, look in each if isinstance(look, Seen)}
-    kept = {record.id: record for record in good if record.id in seen}
-    entries = [entry for id, record in kept.items() for entry in _entries(record, seen[id], data, shaper)]
-    return Survey(kept, seen, entries, bad)
+    return replace(found, bad=bad)
+
+
+def looked_at(
+    base: BaseInfo,
+    data: Data,
+    records: Sequence[Record],
+    known: set[str],
+    track: Callable[[Sequence[Future[Look]]], Iterable[Future[Look]]] = lambda checks: checks,
+) -> Survey:
+    """What there is to encode of `records`, with those that cannot be used; each is looked at by a thread."""
+    shaper = Shaper.of(base, data)
+    pool = ThreadPoolExecutor()
+    try:
+        checks = [pool.submit(_look, record, data, shaper, known) for record in records]
+        each = [(record, check.result()) for record, check in zip(records, track(checks), strict=True)]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
+    kept = [(record, look) for record, look in each if isinstance(look, Seen)]
+    texts = hashes_of(base, [_captions(record) for record, _ in kept], data.chunks)
+    entries = [
+        entry
+        for (record, look), text in zip(kept, texts, strict=True)
+        for entry in _entries(record, look, text, data)
+    ]
+    return Survey(
+        {record.id: record for record, _ in kept},
+        {record.id: look for record, look in kept},
+        entries,
+        [(record.id, look) for record, look in each if isinstance(look, str)],
+        [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)],
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,11 @@ class _Dropped:
     reason: str
 
 
-def _look(record: Record, data: Data, shaper: Shaper, known: set[str]) -> Seen | _Dropped | str:
+Look = Seen | _Dropped | str
+"""Of a record; the last is why it cannot be read."""
+
+
+def _look(record: Record, data: Data, shaper: Shaper, known: set[str]) -> Look:
     """What was found of a record's image, or why it cannot be read."""
     try:
         content = record.read()
@@ -125,23 +143,22 @@ def _weights(record: Record, data: Data, size: Size, transparent: bool) -> str:
     return f"{masks.ALPHA} {background:g}" if source == "alpha" and transparent else ""
 
 
-def _entries(record: Record, seen: Seen, data: Data, shaper: Shaper) -> Iterator[Entry]:
-    target, square = seen.cut.target, (data.resolution, data.resolution)
-    size = None if target == square else target
-    whole = seen.cut.resized == target
-    crops: Sequence[str] = [""]
-    if data.shapes.crop == "random":
-        many = range(1, data.shapes.crops + 1)
-        crops = [f"random {k}" for k in many] if data.shapes.crops > 1 else ["random"]
-    elif data.shapes.crop == "subject":
-        crops = ["subject"]
-    captions = tuple((caption.text, caption.weight) for caption in record.captions)
-    read = [(straightened(text), weight) for text, weight in captions]  # what tokenizers see of them
-    text = read[0][0] if len(read) == 1 else json.dumps(read)
+def _captions(record: Record) -> tuple[tuple[str, float], ...]:
+    return tuple((caption.text, caption.weight) for caption in record.captions)
+
+
+def _entries(record: Record, seen: Seen, text: str, data: Data) -> Iterator[Entry]:
+    """Its rows: one, and others where its mirror image or several crops are wanted."""
+    target, captions = seen.cut.target, _captions(record)
+    crops: list[str] = [data.shapes.crop]
+    if data.shapes.crops > 1:
+        crops = [f"random {k}" for k in range(1, data.shapes.crops + 1)]
+    elif data.shapes.crop == "center" or seen.cut.resized == target:  # nothing to choose
+        crops = [""]
     for crop in crops:
         for mirrored in (False, True) if data.flip else (False,):
             yield Entry(
-                record.id, record.caption, seen.image, sha256_bytes(text.encode()), mirrored,
-                size, "" if whole and len(crops) == 1 else crop, seen.weights,
+                record.id, record.caption, seen.image, text, mirrored,
+                None if target == (data.resolution, data.resolution) else target, crop, seen.weights,
                 captions if len(captions) > 1 else (), record.repeats,
             )  # fmt: skip
