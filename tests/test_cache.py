@@ -347,7 +347,7 @@ def test_a_flipped_bit_is_noticed_and_that_file_alone_is_made_anew(config):
     for name in files:
         for place in (-1, -1000, len(whole[name]) - 5):
             flip(folder / name, place)
-            module._mapped.cache_clear()  # another process: what is open already is not looked at again
+            module.mapped.cache_clear()  # another process: what is open already is not looked at again
             cache = Cache.open(folder, base=base, data=data)
             with pytest.raises(UserError, match=rf"damaged at {name}; run `lcm-kit encode`"):
                 cache.latents(range(len(cache)))

@@ -17,6 +17,7 @@ from lcm_kit.data import cache as module
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.shards import Entry
+from lcm_kit.io.remote import Folder
 from lcm_kit.data.sources import MixedCache
 from lcm_kit.data.split import Rows
 
@@ -54,7 +55,7 @@ def build(folder: Path, seed: int, sizes: tuple[int, ...] = SIZES) -> tuple[Cach
     files = [load_file(folder / shard["file"]) for shard in told]
     ids = [f"{folder.name}/{i}" for i in range(sum(sizes))]
     whole = {name: torch.cat([file[name] for file in files]) for name in NAMES}
-    return Cache(folder, [Entry(id, id, id, id) for id in ids], told, ""), whole  # type: ignore[arg-type]
+    return Cache(Folder.of(folder), [Entry(id, id, id, id) for id in ids], told, ""), whole  # type: ignore[arg-type]
 
 
 def assert_rows(source: Any, whole: dict[str, Tensor], index: list[int]) -> None:
@@ -104,7 +105,7 @@ def test_shards_are_mapped_and_not_read(tmp_path: Path, looked_at: list[str]) ->
         file = tmp_path / "cache" / f"shard-{k:05d}.safetensors"
         spans = [line.split()[0] for line in maps.read_text().splitlines() if line.endswith(str(file))]
         areas = [tuple(int(end, 16) for end in span.split("-")) for span in spans]
-        for tensor in module._mapped(file, f"{file.parent} {k}").values():
+        for tensor in module.mapped(Folder.of(file.parent), file.name, f"{file.parent} {k}").values():
             assert any(low <= tensor.data_ptr() < high for low, high in areas)
 
 

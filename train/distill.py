@@ -37,7 +37,7 @@ from lcm_kit.core.methods import Times
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import sources
 from lcm_kit.data.batches import Batch, Batches
-from lcm_kit.data.split import taught_by_plain_base
+from lcm_kit.data.split import taught_by_plain_base, two_teachers
 from lcm_kit.io.locks import alone
 from lcm_kit.lora.provenance_rules import of_training
 from lcm_kit.training import release, run_folder, run_metrics, runtime, stepping, turns
@@ -116,7 +116,7 @@ def main(config: Distill) -> Path:
     # -- The parts that one UNet plays, and the losses between them ------------------------------------------
     roles = Roles(
         adapted, model, ema, empty.to(device, dtype), schedule, base.prediction_type, objective,
-        dtype, both=any(taught_by_plain_base(config, trained.ids)) and runtime.sharded(accelerator),
+        dtype, both=two_teachers(config) and runtime.sharded(accelerator),
         padded=compiling.wants(config, device),
     )  # fmt: skip
 

@@ -39,7 +39,6 @@ from lcm_kit.core.step import diffusion_loss, snr_weight, weighed
 from lcm_kit.core.transfer import sent
 from lcm_kit.data import prior, sources
 from lcm_kit.data.batches import Batch, Batches, draw
-from lcm_kit.data.cache import Cache
 from lcm_kit.data.captions import live
 from lcm_kit.data.split import split
 from lcm_kit.io.locks import alone
@@ -100,7 +99,7 @@ def main(config: Finetune) -> Path:
     base = bases.inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     kind = base.prediction_type
     text = text_lora.load(base, config, device)  # None: captions are as they were encoded
-    cache = live(Cache.open(Path(config.data.cache), base=base, data=config.data), text)
+    cache = live(sources.open_images(config.data, base), text)
     trained, kept = split(cache, config.validation.held_out, config.seed)
     own = live(prior.open_cache(config, base), text)
     fingerprint = cache.fingerprint + (f"+{own.fingerprint}" if own else "")

@@ -25,7 +25,7 @@ class Samples(Protocol):
     """What batches are drawn from: `lcm_kit.data.cache.Cache`."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         """Names of the records, in order."""
 
     @property

@@ -8,14 +8,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
@@ -29,6 +28,7 @@ from lcm_kit.data.shards import Entry
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
+from lcm_kit.io.remote import Folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class Cache:
     The operating system reads what is touched, and keeps it as long as there is room.
     """
 
-    folder: Path
-    _entries: list[Entry] = field(repr=False)
+    folder: Folder
+    entries: list[Entry] = field(repr=False)
     _shards: list[own_shapes.Shard] = field(repr=False)
     _empty_content: str = field(repr=False)  # content hash of the empty condition's file
 
@@ -70,27 +70,27 @@ class Cache:
             if own_files.made_from(folder / shard["file"]) != shard["content"]:
                 shards.require_intact(folder / shard["file"], shard["content"])
         entries = [Entry.of(row) for row in found["records"]]
-        return Cache(folder, entries, found["shards"], shards.content_hash(wanted))
+        return Cache(Folder.of(folder), entries, found["shards"], shards.content_hash(wanted))
 
     @cached_property  # asked for each sample of each step
     def ids(self) -> list[str]:
         """Names of the rows, in order."""
-        return [entry.name for entry in self._entries]
+        return [entry.name for entry in self.entries]
 
     @cached_property
     def captions(self) -> list[str]:
         """The first caption of each row."""
-        return [entry.caption for entry in self._entries]
+        return [entry.caption for entry in self.entries]
 
     @cached_property
     def images(self) -> list[str]:
         """Hash of each row's image file: the same for a picture and its mirror image."""
-        return [entry.image for entry in self._entries]
+        return [entry.image for entry in self.entries]
 
     @cached_property
     def repeats(self) -> list[int]:
         """How often an epoch sees each row."""
-        return [entry.repeats for entry in self._entries]
+        return [entry.repeats for entry in self.entries]
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -106,7 +106,7 @@ class Cache:
     @cached_property
     def several(self) -> bool:
         """Whether any row has several captions."""
-        return any(entry.captions for entry in self._entries)
+        return any(entry.captions for entry in self.entries)
 
     @property
     def fingerprint(self) -> str:
@@ -158,11 +158,11 @@ class Cache:
     @cached_property
     def weighted(self) -> bool:
         """Whether any row has a mask."""
-        return any(entry.weights for entry in self._entries)
+        return any(entry.weights for entry in self.entries)
 
     def caption(self, row: int, chance: float | None = None) -> str:
         """The caption of a row that `condition` has the embeddings of."""
-        entry = self._entries[row]
+        entry = self.entries[row]
         if chance is None or not entry.captions:
             return entry.caption
         shares = torch.tensor([weight for _, weight in entry.captions])
@@ -170,8 +170,7 @@ class Cache:
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times, float32; without sizes (`Condition.sized_as`)."""
-        shards.require_intact(self.folder / shards.EMPTY, self._empty_content)
-        return Condition(**load_file(self.folder / shards.EMPTY)).expand(n)
+        return Condition(**mapped(self.folder, shards.EMPTY, self._empty_content)).expand(n)
 
     def _gathered(
         self, index: int | Sequence[int], of: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]
@@ -195,21 +194,21 @@ class Cache:
         parts = []
         for number, found in places.items():
             shard = self._shards[number]
-            tensors = _mapped(self.folder / shard["file"], shard["content"])
+            tensors = mapped(self.folder, shard["file"], shard["content"])
             rows = torch.tensor([row for _, row in found])
             parts.append(of(tensors, rows, [place for place, _ in found]))
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([place for found in places.values() for place, _ in found])
         into = order.split([len(found) for found in places.values()])
-        return {name: _placed([part[name] for part in parts], into, len(wanted)) for name in parts[0]}
+        return {name: placed([part[name] for part in parts], into, len(wanted)) for name in parts[0]}
 
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *accumulate(shard["rows"] for shard in self._shards)]
 
 
-def _placed(parts: Sequence[Tensor], into: Sequence[Tensor], n: int) -> Tensor:
+def placed(parts: Sequence[Tensor], into: Sequence[Tensor], n: int) -> Tensor:
     """The rows of all `parts` in one tensor of `n`, each at its place `into`."""
     whole = parts[0].new_empty(n, *parts[0].shape[1:])
     for part, places in zip(parts, into, strict=True):
@@ -241,13 +240,21 @@ def _places(weights: Tensor, counts: Tensor, chances: Sequence[float]) -> Tensor
     return torch.tensor(found)
 
 
-@cache  # of a shard that is used once an address: a run that looked at one again would read for minutes
-def _mapped(path: Path, content: str) -> dict[str, Tensor]:
+_MAPPED = 1024  # files that are mapped at once: an operating system bounds the maps of a process
+
+
+@lru_cache(maxsize=_MAPPED)  # of a shard that is used once an address: to look at it again takes a second
+def mapped(folder: Folder, file: str, content: str) -> dict[str, Tensor]:
     """The tensors of a shard, by name, mapped from its file: read where they are touched, never written to.
 
-    `content` is in the key so that a shard that was written anew is mapped anew. Raises `UserError` if its
-    tensors are not those that were written.
+    Of a folder at an address a copy on this machine is mapped. `content` is in the key so that a shard that
+    was written anew is mapped anew. Raises `UserError` if its tensors are not those that were written.
     """
-    shards.require_intact(path, content)
+    if not folder.is_remote:
+        shards.require_intact(folder.path(file), content)
+    return folder.opened(file, content, _map)
+
+
+def _map(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

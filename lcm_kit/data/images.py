@@ -61,8 +61,14 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
 def _load(
     base: BaseInfo, data: Data, records: Mapping[str, Record], precision: str, missing: bool
 ) -> RowMaker:
-    side, device = data.resolution, sample.placement()["device"]
+    device = sample.placement()["device"]
     encoder = Encoder.load(base, device, vae=missing, precision=precision, chunks=data.chunks)
+    return maker_of(encoder, data, records)
+
+
+def maker_of(encoder: Encoder, data: Data, records: Mapping[str, Record]) -> RowMaker:
+    """What computes the rows of `records`, by id."""
+    side, device = data.resolution, sample.placement()["device"]
     batches = Batches(
         at_once(data.batch_size, side, side, device), f"encoding a picture of {side} x {side} pixels",
         "choose a smaller data.resolution, or stop what else uses this device's memory",

@@ -191,12 +191,12 @@ class Shard:
         return len(self.entries)
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> own_shapes.Shard:
         """As the manifest keeps it."""
-        size = self.entries[0].size
-        return {"file": self.file, "content": self.content, "rows": len(self)} | (
-            {} if size is None else {"size": size}
-        )
+        found: own_shapes.Shard = {"file": self.file, "content": self.content, "rows": len(self)}
+        if (size := self.entries[0].size) is not None:
+            found["size"] = list(size)
+        return found
 
 
 def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
@@ -236,8 +236,8 @@ def gathered(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a shard: `latents` [n, C, h, w], `embeds` [m, L, D] of m captions, in order of the rows.
 
     SDXL adds `pooled` [m, P] and `time_ids` [n, 6]. Where some rows have a mask, `weights` uint8
-    [n, 1, h, w]; where some have several captions, `captions` int64 [n] says how many and `caption_weights` [m] how much
-    each counts.
+    [n, 1, h, w]; where some have several captions, `captions` int64 [n] says how many, `caption_weights` [m]
+    how much each counts.
     """
     names = dict.fromkeys(name for batch in batches for name in batch)
     usual = {
@@ -279,15 +279,22 @@ def manifest(
     made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What manifest.json holds: `made_by`, the `settings` of the cache, and its rows."""
-    origin = {"path": base.path, "revision": base.revision, "variant": base.variant}
     return {
         "settings": dict(made_by),
-        "base": {**origin, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
-        "data": asdict(data),
-        "versions": {"lcm-kit": __version__, **dict(_versions())},
+        **origin(base, data),
         "shards": [shard.row for shard in shards],
         "skipped": [{"id": id, "reason": reason} for id, reason in skipped],
         "records": [entry.row for shard in shards for entry in shard.entries],
+    }
+
+
+def origin(base: BaseInfo, data: Data) -> dict[str, Any]:
+    """What a manifest says besides, for people: base, config and versions."""
+    where = {"path": base.path, "revision": base.revision, "variant": base.variant}
+    return {
+        "base": {**where, "scaling_factor": base.scaling_factor, "shift_factor": base.shift_factor},
+        "data": asdict(data),
+        "versions": {"lcm-kit": __version__, **dict(_versions())},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -16,16 +17,19 @@ from lcm_kit.bases.condition import Condition
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data, Distill, Training
-from lcm_kit.data import images, prior, prompts, samples
+from lcm_kit.data import images, prior, prompts, samples, stream_images
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.order import Run
+from lcm_kit.data.parted import PartedCache
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.split import Rows, chosen, own_images, split
+from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.locks import held
+from lcm_kit.io.urls import is_url
 from lcm_kit.share import ALONE, Share
 
 
@@ -38,10 +42,12 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
     beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
     if beside:
         prior.require_prompts(beside)
-    with held(Path(config.data.cache), "encode", needed=False):  # it may be done, and read-only
+    with lock_of(data):
         if data.source == "mix":
             samples.require_inputs(_distill(config))
-        if data.has_images:
+        if data.has_images and is_stream(data):
+            done.append(stream_images.encode(config, progress, share))
+        elif data.has_images:
             done.append(images.encode(config, progress, share))
         if data.has_samples:
             done.append(samples.encode(_distill(config), progress, share))
@@ -52,34 +58,58 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
     return done
 
 
+def lock_of(data: Data) -> AbstractContextManager[object]:
+    """Around what writes the cache of `data`. At an address there is no lock: two runs write the same."""
+    if is_url(data.cache):
+        if not is_stream(data):
+            raise UserError(
+                f"data.cache {data.cache!r} is an address, which is for streams (docs/scale.md), and "
+                f"data.path {data.path!r} is none; encode into a folder of this machine"
+            )
+        return nullcontext()
+    return held(Path(data.cache), "encode", needed=False)  # it may be done, and read-only
+
+
+def open_images(data: Data, base: BaseInfo) -> Cache | PartedCache:
+    """The finished cache of the images of `data.path`. Raises `UserError` as `Cache.open`."""
+    if is_stream(data):
+        return PartedCache.open(stream_images.folder_of(data), base=base, data=data)
+    return Cache.open(Path(data.cache), base=base, data=data)
+
+
 def _distill(config: Training) -> Distill:
     assert isinstance(config, Distill)  # no other recipe has a teacher; its schema says so
     return config
 
 
-def open_cache(config: Distill, base: BaseInfo) -> Cache | MixedCache:
+def open_cache(config: Distill, base: BaseInfo) -> Cache | PartedCache | MixedCache:
     """What `data.source` asks for, finished and made for this config. Raises `UserError` as `Cache.open`."""
     data = config.data
     if data.source == "teacher":
         return samples.open_cache(config, base)
     if data.source == "prompts":
         return prompts.open_cache(config, base)
-    of_images = Cache.open(Path(data.cache), base=base, data=data)
+    if is_stream(data):
+        stream_images.require_possible(config)
+    of_images = open_images(data, base)
     if data.source == "images":
         return of_images
+    assert isinstance(of_images, Cache)  # `encode` makes no mix with a stream
     return MixedCache(of_images, samples.open_cache(config, base), data.samples.share)
 
 
-def split_off(config: Distill, cache: Cache | MixedCache) -> tuple[Cache | MixedCache | Rows, Rows]:
+def split_off(
+    config: Distill, cache: Cache | PartedCache | MixedCache
+) -> tuple[Cache | PartedCache | MixedCache | Rows, Rows]:
     """What is trained on, and the rows of `validation.held_out` to measure on: none is the whole cache.
 
     What the run of `data.leave_out` held out is not trained on. Raises `UserError` as `split`, and if that
     run is none.
     """
     of_images = cache.images if isinstance(cache, MixedCache) else cache
-    assert isinstance(of_images, Cache)  # as `open_cache` gives it
+    assert isinstance(of_images, Cache | PartedCache)  # as `open_cache` gives it
     left_out: Set[str] = frozenset()
-    if config.data.leave_out is not None and config.data.has_images:
+    if config.data.leave_out is not None and config.data.has_images and isinstance(of_images, Cache):
         left_out = chosen(own_images(of_images), *held_out_of(config.data.leave_out))
     if not config.validation.held_out and not left_out:
         return cache, Rows(of_images, ())
@@ -103,7 +133,7 @@ def held_out_of(run: str) -> tuple[float, int]:
     return trained.validation.held_out, trained.seed
 
 
-def mix_of(samples: Cache | MixedCache | Rows, data: Data) -> Mix | None:
+def mix_of(samples: Cache | PartedCache | MixedCache | Rows, data: Data) -> Mix | None:
     """How batches are drawn from what `data` is trained on; None: all records alike."""
     if isinstance(samples, MixedCache):
         return samples.mix

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -13,6 +14,7 @@ from torch import Tensor
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.order import Run
+from lcm_kit.data.parted import AllBut, PartedCache, Told
 from lcm_kit.data.shards import GENERAL, MIRRORED
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class Rows:
     """Some rows of a cache, to draw batches from as from the whole."""
 
-    cache: Cache
+    cache: Cache | PartedCache
     rows: Sequence[int]
 
     def __len__(self) -> int:
@@ -33,18 +35,30 @@ class Rows:
         return len(self.rows)
 
     @cached_property  # asked for each sample of each step
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         """Names of the records, in order."""
-        return [self.cache.ids[row] for row in self.rows]
+        known = self.cache.ids
+        if isinstance(known, list):
+            return [known[row] for row in self.rows]
+        return Told(lambda place: known[self.rows[place]], len(self.rows))
 
     @cached_property
     def runs(self) -> list[Run]:
         """The rows, in order, by shape."""
+        if isinstance(self.rows, AllBut):
+            return list(self._left_of_runs(self.rows.without))
         places = [(run.shape, run.repeats) for run in self.cache.runs for _ in range(run.rows)]
         return [
             Run(len(list(same)), shape, repeats)
             for (shape, repeats), same in groupby(places[row] for row in self.rows)
         ]
+
+    def _left_of_runs(self, without: Sequence[int]) -> Iterator[Run]:
+        first = 0
+        for run in self.cache.runs:
+            last = first + run.rows
+            yield run._replace(rows=run.rows - bisect_left(without, last) + bisect_left(without, first))
+            first = last
 
     @property
     def several(self) -> bool:
@@ -75,7 +89,9 @@ def own_images(cache: Cache) -> set[str]:
     return {image for id, image in zip(cache.ids, cache.images, strict=True) if not id.startswith(GENERAL)}
 
 
-def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset()) -> tuple[Rows, Rows]:
+def split(
+    cache: Cache | PartedCache, share: float, seed: int, left_out: Set[str] = frozenset()
+) -> tuple[Rows, Rows]:
     """The rows to train on, and those of the `share` of pictures to measure on: a function of the seed.
 
     `left_out`: pictures (sha256 of each file) that are not trained on in any case.
@@ -83,8 +99,12 @@ def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset(
     Whole pictures are held out: no row that is trained on shows one of them, under another name or mirrored.
     Only pictures of `data.path` are chosen, at least one if `share` is above 0, and without mirror images. A
     picture's place in the draw depends on its content alone, so that a set that grows keeps most of its
-    choice. Raises `UserError` if nothing would be left to train on.
+    choice. Of a stream, whose pictures are never all known at once, the share is of the pictures of its
+    first part, and rows of that part alone are left out. Raises `UserError` if nothing would be left to
+    train on.
     """
+    if isinstance(cache, PartedCache):
+        return _split_first(cache, share, seed)
     own = own_images(cache)
     held = chosen(own, share, seed)
     kept_out = held | (left_out & own)
@@ -104,6 +124,21 @@ def split(cache: Cache, share: float, seed: int, left_out: Set[str] = frozenset(
         and not cache.ids[i].endswith(MIRRORED)
     ]
     return Rows(cache, trained), Rows(cache, measured)
+
+
+def _split_first(cache: PartedCache, share: float, seed: int) -> tuple[Rows, Rows]:
+    if not share:
+        return Rows(cache, AllBut(len(cache), ())), Rows(cache, ())
+    images = [cache.images[row] for row in cache.first]
+    held = chosen(set(images), share, seed)
+    out = [row for row in cache.first if images[row] in held]
+    if len(out) == len(cache):
+        raise UserError(
+            f"validation.held_out {share} keeps all pictures of the stream's only part out of training, "
+            "which leaves none; set it to 0, or add pictures"
+        )
+    measured = [row for row in out if not cache.ids[row].endswith(MIRRORED)]
+    return Rows(cache, AllBut(len(cache), tuple(out))), Rows(cache, measured)
 
 
 def taught_by_plain_base(config: Distill, ids: Sequence[str]) -> list[bool]:

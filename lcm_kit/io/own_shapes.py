@@ -110,6 +110,34 @@ class Cache(TypedDict):
     records: list[Record]
 
 
+class Part(TypedDict):
+    """What a source shard became: part.json of a cache of a stream."""
+
+    source: str
+    identity: str  # of the source shard when it was read
+    made_by: str  # hash of the settings
+    rows: int
+    runs: list[list[Any]]  # [rows, [width, height]], in order; [] is the square of data.resolution
+    shards: list[Shard]
+    skipped: int
+    several: bool  # whether a row has several captions
+    weighted: bool  # whether a row has a mask
+
+
+class PartRecords(TypedDict):
+    """The rows of a part: records.json beside it."""
+
+    records: list[Record]
+    skipped: list[Skipped]
+
+
+class Parts(TypedDict):
+    """What a cache of a stream holds: parts.json."""
+
+    settings: dict[str, Any]
+    parts: list[Part]
+
+
 class VaePrecision(TypedDict):
     """In which precision a VAE, by its hash, encodes the rows of a cache: vae.json beside the manifest."""
 

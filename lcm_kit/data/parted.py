@@ -1,0 +1,234 @@
+"""A cache of a stream, read by rows: its parts are opened as they are asked for, and few are kept open."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lcm_kit.bases import BaseInfo
+from lcm_kit.bases.condition import Condition
+from lcm_kit.config.schema import Data
+from lcm_kit.data import parts, shards, vae_precision
+from lcm_kit.data.cache import Cache, mapped
+from lcm_kit.data.order import Run
+from lcm_kit.data.shards import Entry
+from lcm_kit.errors import UserError
+from lcm_kit.io import own_shapes
+from lcm_kit.io.files import sha256_bytes
+from lcm_kit.io.remote import Folder
+
+_OPEN = 64  # parts whose rows are known at once
+
+
+class Told(Sequence[str]):
+    """A text of each row, asked for row by row: a list of all would be larger than what is trained on."""
+
+    def __init__(self, of: Callable[[int], str], length: int) -> None:
+        """`of` gives the text of a row below `length`."""
+        self._of, self._length = of, length
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._length
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        """The text of a row, or those of some."""
+        if isinstance(row, slice):
+            return [self._of(each) for each in range(*row.indices(self._length))]
+        if not -self._length <= row < self._length:
+            raise IndexError(row)
+        return self._of(row % self._length)
+
+
+@dataclass(frozen=True, eq=False)
+class PartedCache:
+    """A finished cache of a stream, as `cache.Cache`; what it holds in memory is a line for each part."""
+
+    folder: Folder
+    _parts: list[own_shapes.Part] = field(repr=False)
+    _empty_content: str = field(repr=False)
+
+    @staticmethod
+    def open(folder: Folder, *, base: BaseInfo, data: Data) -> PartedCache:
+        """The cache in `folder`, if it was made for this base and these settings.
+
+        Raises `UserError` if it is missing, unfinished, damaged, or was made for another config.
+        """
+        found = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
+        if found is None:
+            raise UserError(
+                f"there is no finished cache in {folder.shown!r}; run `lcm-kit encode` with this config first"
+            )
+        given = found["settings"].get(vae_precision.KEY, vae_precision.FULL)
+        wanted = shards.settings(base, data, given if data.vae_precision == "auto" else data.vae_precision)
+        if changed := shards.differences(found["settings"], wanted):
+            raise UserError(
+                f"cache {folder.shown!r} was made for another config ({'; '.join(changed)}); run `lcm-kit "
+                "encode` with this config first"
+            )
+        held = [part for part in found["parts"] if part["rows"]]
+        if not held:
+            raise UserError(f"cache {folder.shown!r} holds no row; check what the config's data.path is")
+        return PartedCache(folder, held, shards.content_hash(wanted))
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._starts[-1]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the rows, in order."""
+        return Told(lambda row: self._entry(row).name, len(self))
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The first caption of each row."""
+        return Told(lambda row: self._entry(row).caption, len(self))
+
+    @property
+    def images(self) -> Sequence[str]:
+        """Hash of each row's image file."""
+        return Told(lambda row: self._entry(row).image, len(self))
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The rows, in order, by shape."""
+        return [Run(rows, tuple(shape)) for part in self._parts for rows, shape in part["runs"]]
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether any row has several captions."""
+        return any(part["several"] for part in self._parts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that the cached tensors were made from."""
+        return sha256_bytes("".join(s["content"] for part in self._parts for s in part["shards"]).encode())
+
+    @property
+    def first(self) -> range:
+        """The rows of the first part, from which pictures are held out: all are never known at once."""
+        return range(self._parts[0]["rows"])
+
+    def latents(self, index: int | Sequence[int]) -> Tensor:
+        """As `Cache.latents`."""
+        found, order = self._each(index, lambda part, rows, _: part.latents(rows))
+        return torch.cat(found)[order]
+
+    def weights(self, index: int | Sequence[int]) -> Tensor | None:
+        """As `Cache.weights`."""
+        if not any(part["weighted"] for part in self._parts):
+            return None
+        found, order = self._each(index, lambda part, rows, _: (part.weights(rows), len(rows)))
+        shape = next((weights.shape[1:] for weights, _ in found if weights is not None), None)
+        if shape is None:
+            return None
+        return torch.cat([torch.ones(n, *shape) if own is None else own for own, n in found])[order]
+
+    def condition(self, index: int | Sequence[int], chances: Sequence[float] | None = None) -> Condition:
+        """As `Cache.condition`."""
+
+        def of(part: Cache, rows: list[int], places: list[int]) -> Condition:
+            return part.condition(rows, None if chances is None else [chances[place] for place in places])
+
+        found, order = self._each(index, of)
+        return Condition.cat(found)[order]
+
+    def caption(self, row: int, chance: float | None = None) -> str:
+        """As `Cache.caption`."""
+        number, place = self._at(row)
+        return self._part(number).caption(place, chance)
+
+    def empty(self, n: int = 1) -> Condition:
+        """As `Cache.empty`."""
+        return Condition(**mapped(self.folder, shards.EMPTY, self._empty_content)).expand(n)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(part["rows"] for part in self._parts)]
+
+    def _at(self, row: int) -> tuple[int, int]:
+        """The part of a row, and its place there."""
+        number = bisect_right(self._starts, row) - 1
+        return number, row - self._starts[number]
+
+    def _entry(self, row: int) -> Entry:
+        number, place = self._at(row)
+        return self._part(number).entries[place]
+
+    def _part(self, number: int) -> Cache:
+        return _opened(self.folder, self._parts[number]["source"], _Shards(self._parts[number]["shards"]))
+
+    def _each(
+        self, index: int | Sequence[int], of: Callable[[Cache, list[int], list[int]], Any]
+    ) -> tuple[list[Any], Tensor]:
+        """What `of(part, rows, places)` gives of each part that has some of the rows; their order in all."""
+        wanted = [index] if isinstance(index, int) else list(index)
+        by_part: dict[int, list[tuple[int, int]]] = {}
+        for place, row in enumerate(wanted):
+            number, own = self._at(row)
+            by_part.setdefault(number, []).append((place, own))
+        found = [
+            of(self._part(number), [own for _, own in rows], [place for place, _ in rows])
+            for number, rows in by_part.items()
+        ]
+        return found, torch.tensor([place for rows in by_part.values() for place, _ in rows]).argsort()
+
+
+class _Shards(list[own_shapes.Shard]):
+    """A part's files, told apart by what they are made from."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(shard["content"] for shard in self))
+
+
+@lru_cache(maxsize=_OPEN)
+def _opened(folder: Folder, source: str, files: _Shards) -> Cache:
+    part = folder.below(parts.folder_name(source))
+    found = parts.read_json(part, parts.RECORDS, own_shapes.PartRecords)
+    if found is None:
+        raise UserError(
+            f"{part.shown}/{parts.RECORDS} is missing; run `lcm-kit encode` with this config again"
+        )
+    return Cache(part, [Entry.of(row) for row in found["records"]], list(files), "")
+
+
+@dataclass(frozen=True)
+class AllBut(Sequence[int]):
+    """All rows but some: their numbers are worked out, not held."""
+
+    rows: int
+    without: tuple[int, ...]  # ascending
+
+    def __len__(self) -> int:
+        """Rows that are left."""
+        return self.rows - len(self.without)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        """The row at `place` of those that are left, or those of some places."""
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        # of those left out before a row, as many as are not above it: each moves it one on
+        before = bisect_right(range(len(self.without)), place, key=lambda k: self.without[k] - k)
+        return place + before
+
+    def __iter__(self) -> Iterator[int]:
+        """The rows, in order."""
+        return (self[place] for place in range(len(self)))

@@ -1,0 +1,188 @@
+"""A stream as a cache: a part for each shard of the source, each made whole by whoever has it, and a list.
+
+No machine lists, holds or shuffles all pictures: what is in memory is a shard's pictures as they come, and
+rows of some shapes until they fill a file. A part is a function of its source shard and the settings alone,
+so that one process, several, and a run that was killed write the same bytes. The folder is here or at an
+address (`io.remote`):
+
+    parts.json                     the parts in order, the settings; last
+    empty.safetensors              the unconditional pass
+    part-HASH/part.json            what it was made from and holds; last of its files: it is done
+    part-HASH/records.json         its rows
+    part-HASH/shard-00000.safetensors, ...
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from lcm_kit.bases import BaseInfo
+from lcm_kit.config.schema import Data
+from lcm_kit.data import shards
+from lcm_kit.data.caption_files import Bad
+from lcm_kit.data.encoding import RowMaker, computed
+from lcm_kit.data.progress import listing
+from lcm_kit.data.records import Record
+from lcm_kit.data.shards import Entry
+from lcm_kit.data.streams import SourceShard
+from lcm_kit.data.survey import Survey, looked_at
+from lcm_kit.errors import UserError
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.files import sha256_bytes
+from lcm_kit.io.remote import Folder
+
+T = TypeVar("T")
+Shape = tuple[int, int] | None  # as of an `Entry`
+PARTS, PART, RECORDS = "parts.json", "part.json", "records.json"
+_AT_ONCE = 32  # records that are looked at together
+_HELD = 4  # times `data.shard_size`: rows that are in memory at most, of all shapes
+_AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
+
+
+def folder_name(source: str) -> str:
+    """The folder of a source shard's part: by its name alone, so that a set that grows keeps its parts."""
+    return f"part-{sha256_bytes(source.encode())[:16]}"
+
+
+def read_json(folder: Folder, name: str, shape: type[T]) -> T | None:
+    """A JSON file of ours in `folder`; None if it is not there. Raises `UserError` if it is damaged."""
+    if folder.size(name) is None:
+        return None
+    return own_files.parse_json(f"{folder.shown}/{name}", folder.read(name), shape, _AGAIN)
+
+
+def done(folder: Folder, source: SourceShard, settings: Mapping[str, Any]) -> own_shapes.Part | None:
+    """The part of a source shard in the cache `folder`; None if it is missing or made from something else."""
+    part = folder.below(folder_name(source.name))
+    try:
+        found = read_json(part, PART, own_shapes.Part)
+    except UserError:  # it is made anew
+        return None
+    if found is None or found["source"] != source.name or found["made_by"] != shards.content_hash(settings):
+        return None
+    if found["identity"] != source.identity():
+        return None
+    whole = all(part.made_from(shard["file"]) == shard["content"] for shard in found["shards"])
+    return found if whole else None
+
+
+@dataclass
+class _Rows:
+    """Rows of one shape that wait to fill a file."""
+
+    entries: list[Entry] = field(default_factory=list)
+    batches: list[Mapping[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PartMaker:
+    """Makes the part of a source shard: a pure function of it, of the base and of the settings."""
+
+    base: BaseInfo
+    data: Data
+    settings: Mapping[str, Any]
+    folder: Folder
+    maker: Callable[[Mapping[str, Record]], RowMaker]  # of the rows of records, by id
+    batch: int  # pictures a pass of the VAE
+
+    def make(self, source: SourceShard) -> own_shapes.Part:
+        """Encode all pictures of `source` and write its part, `part.json` last.
+
+        Raises `UserError` with the shard's name for pictures that cannot be used, unless `data.skip_bad`.
+        """
+        identity = source.identity()
+        writer = _Writer(self.folder.below(folder_name(source.name)), self.settings, self.data.shard_size)
+        bad: list[Bad] = []
+        dropped: list[Bad] = []
+        waiting: dict[Shape, list[Entry]] = {}
+        records: dict[str, Record] = {}  # of the rows that wait: their pictures are in memory
+        rows_of: Counter[str] = Counter()
+
+        def encode(shape: Shape) -> None:
+            entries = waiting.pop(shape)
+            for some, tensors in computed(self.maker(records), entries):
+                writer.add(shape, some, tensors)
+            rows_of.subtract(entry.id for entry in entries)
+            for id in {entry.id for entry in entries if not rows_of[entry.id]}:
+                del records[id], rows_of[id]
+
+        for found in self._looked_at(source, bad):
+            bad += found.bad
+            dropped += found.dropped
+            records |= found.records
+            rows_of.update(entry.id for entry in found.entries)
+            for entry in found.entries:
+                rows = waiting.setdefault(entry.size, [])
+                rows.append(entry)
+                if len(rows) >= self.batch:
+                    encode(entry.size)
+        for shape in sorted(waiting, key=lambda shape: shape or ()):
+            encode(shape)
+        if bad and not self.data.skip_bad:
+            raise UserError(
+                f"{len(bad)} records of {source.name} of {self.data.path!r} cannot be used; fix them, or "
+                "leave them out with data.skip_bad=true; parts that are done are kept:",
+                listing(bad),
+            )
+        return writer.finish(source.name, identity, [*bad, *dropped])
+
+    def _looked_at(self, source: SourceShard, bad: list[Bad]) -> Iterator[Survey]:
+        stream = source.records()
+        while some := list(islice(stream, _AT_ONCE)):
+            bad += [each for each in some if not isinstance(each, Record)]
+            good = [each for each in some if isinstance(each, Record)]
+            yield looked_at(self.base, self.data, good, set())
+
+
+@dataclass
+class _Writer:
+    """Writes a part's files as rows come."""
+
+    folder: Folder
+    settings: Mapping[str, Any]
+    size: int  # rows a file
+    rows: dict[Shape, _Rows] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)  # that are written
+    files: list[own_shapes.Shard] = field(default_factory=list)
+
+    def add(self, shape: Shape, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+        held = self.rows.setdefault(shape, _Rows())
+        held.entries += entries
+        held.batches.append(tensors)
+        if len(held.entries) >= self.size:
+            self._write(shape)
+        elif sum(len(each.entries) for each in self.rows.values()) > _HELD * self.size:
+            self._write(max(self.rows, key=lambda shape: len(self.rows[shape].entries)))
+
+    def _write(self, shape: Shape) -> None:
+        held = self.rows.pop(shape)
+        content = shards.content_hash(self.settings, held.entries)
+        shard = shards.Shard(f"shard-{len(self.files):05d}.safetensors", content, held.entries)
+        self.folder.write(shard.file, own_files.tensor_bytes(shards.gathered(held.batches), content))
+        self.entries += held.entries
+        self.files.append(shard.row)
+
+    def finish(self, source: str, identity: str, skipped: Sequence[Bad]) -> own_shapes.Part:
+        for shape in sorted(self.rows, key=lambda shape: shape or ()):
+            self._write(shape)
+        told = [{"id": id, "reason": reason} for id, reason in skipped]
+        records = {"records": [entry.row for entry in self.entries], "skipped": told}
+        self.folder.write(RECORDS, own_files.json_text(records))
+        shapes = [(tuple(f.get("size", ())), f["rows"]) for f in self.files]
+        runs = [
+            [sum(n for _, n in same), list(shape)] for shape, same in groupby(shapes, lambda each: each[0])
+        ]
+        part: own_shapes.Part = {
+            "source": source, "identity": identity, "made_by": shards.content_hash(self.settings),
+            "rows": len(self.entries), "runs": runs, "shards": self.files, "skipped": len(told), 
+            "several": any(entry.captions for entry in self.entries),
+            "weighted": any(entry.weights for entry in self.entries),
+        }  # fmt: skip
+        self.folder.write(PART, own_files.json_text(part))
+        return part

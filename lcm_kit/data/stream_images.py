@@ -1,0 +1,152 @@
+"""Streams of pictures and captions as a cache of parts: which are missing, who makes them, and the list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lcm_kit import console, sample
+from lcm_kit.bases import BaseInfo
+from lcm_kit.config.schema import Data, Training
+from lcm_kit.data import parts, shards, vae_precision
+from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
+from lcm_kit.data.images import maker_of
+from lcm_kit.data.parts import PartMaker
+from lcm_kit.data.progress import EncodeReport, progress_bar
+from lcm_kit.data.records import Record
+from lcm_kit.data.streams import SourceShard, source_shards
+from lcm_kit.drawing.batches import at_once
+from lcm_kit.errors import UserError
+from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.remote import Folder
+from lcm_kit.share import ALONE, Share
+
+MakeParts = Callable[[Sequence[SourceShard]], object]
+"""Makes the parts of source shards, here or elsewhere."""
+
+
+def folder_of(data: Data) -> Folder:
+    """Where the cache is, here or at an address."""
+    return Folder.of(data.cache, data.local_cache, data.local_cache_gb)
+
+
+def require_possible(config: Training) -> None:
+    """Raise `UserError` for keys that would need all pictures of the stream at once."""
+    data = config.data
+    asked = {
+        "data.regularization": data.regularization is not None,
+        "data.leave_out": data.leave_out is not None,
+        "data.source mix": data.source == "mix",
+    }
+    for key in (key for key, given in asked.items() if given):
+        raise UserError(
+            f"{key} is not for a stream ({data.path!r}), whose pictures are never all known at once; encode "
+            "a folder of images, or remove it"
+        )
+
+
+def encode(
+    config: Training, progress: bool = True, share: Share = ALONE, elsewhere: MakeParts | None = None
+) -> EncodeReport:
+    """Bring the cache `config.data.cache` up to date with a stream: make the parts that it lacks.
+
+    A part that is there and whole is kept; of several processes each makes its `share`, unless they are made
+    `elsewhere` (by another engine, which calls `make_parts`). Raises `UserError` as `PartMaker.make`, and if
+    the source, the base or the folder cannot be used.
+    """
+    require_possible(config)
+    base, data, started = usable_base(config), config.data, time.monotonic()
+    folder, sources = folder_of(data), source_shards(data)
+    settings = shards.settings(base, data, _precision(base, data, sources, share))
+    old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
+    found = [parts.done(folder, source, settings) for source in sources]
+    missing = [source for source, part in zip(sources, found, strict=True) if part is None]
+    share.wait()  # every process has seen which are missing
+    with progress_bar(progress and share.first, "shards") as bar:
+        task = bar.add_task("encoding", total=len(missing if elsewhere else share.of(missing)))
+        if elsewhere is not None and missing:
+            elsewhere(missing)
+        else:
+            make_parts(config, share.of(missing), partial(bar.advance, task, 1))
+    share.wait()
+    report = EncodeReport(Path(folder.shown), 0, 0, 0.0)
+    if share.first:
+        now = [parts.done(folder, source, settings) for source in sources]
+        if absent := [source.name for source, part in zip(sources, now, strict=True) if part is None]:
+            raise UserError(f"the part of {absent[0]} was not made; run the same command again")
+        held = [part for part in now if part is not None]
+        _write_list(folder, base, data, settings, held, old)
+        made = sum(part["rows"] for part, was in zip(held, found, strict=True) if was is None)
+        changes = [] if old is None else shards.differences(old["settings"], settings)
+        report = EncodeReport(
+            Path(folder.shown), sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
+            [bad for part in held if part["skipped"] for bad in _skipped(folder, part)],
+        )  # fmt: skip
+        if progress:
+            console.say(report.message)
+    share.wait()
+    return report
+
+
+def make_parts(config: Training, sources: Sequence[SourceShard], advance: Callable[[], None]) -> None:
+    """Make the parts of `sources`, one after the other; the models are loaded once, where there is any."""
+    if not sources:
+        return
+    base, data = usable_base(config), config.data
+    folder, device = folder_of(data), sample.placement()["device"]
+    precision = _precision(base, data, sources, ALONE)
+    encoder = Encoder.load(base, device, precision=precision, chunks=data.chunks)
+    settings = shards.settings(base, data, precision)
+    empty = shards.empty(settings)
+    if folder.made_from(empty.file) != empty.content:
+        folder.write(empty.file, own_files.tensor_bytes(tensors_of(encoder.empty()), empty.content))
+    side = data.resolution
+    maker = PartMaker(
+        base,
+        data,
+        settings,
+        folder,
+        partial(maker_of, encoder, data),
+        at_once(data.batch_size, side, side, device),
+    )
+    for source in sources:
+        maker.make(source)
+        advance()
+
+
+def _precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share: Share) -> str:
+    """The VAE's: what is settled in a folder of this machine; at an address, where machines could differ,
+    what the config says, and float32 where it says auto."""
+    if folder_of(data).is_remote:
+        return vae_precision.FULL if data.vae_precision == "auto" else data.vae_precision
+
+    def first() -> torch.Tensor:
+        records = (each for source in sources for each in source.records() if isinstance(each, Record))
+        return next(records).pixels(data.resolution)[None]
+
+    device = sample.placement()["device"]
+    return vae_precision.settle(Path(data.cache), base, data, None, device, first, share)
+
+
+def _skipped(folder: Folder, part: own_shapes.Part) -> list[tuple[str, str]]:
+    found = parts.read_json(
+        folder.below(parts.folder_name(part["source"])), parts.RECORDS, own_shapes.PartRecords
+    )
+    return [] if found is None else [(each["id"], each["reason"]) for each in found["skipped"]]
+
+
+def _write_list(
+    folder: Folder,
+    base: BaseInfo,
+    data: Data,
+    settings: object,
+    held: Sequence[own_shapes.Part],
+    old: own_shapes.Parts | None,
+) -> None:
+    new = {**shards.origin(base, data), "settings": settings, "parts": list(held)}
+    if old is None or old["parts"] != list(held) or old["settings"] != settings:
+        folder.write(parts.PARTS, own_files.json_text(new))
