@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from html import unescape
@@ -15,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.load import dump
+from lcm_kit.config.schema import Base
 from lcm_kit.data import reconstruction
 from lcm_kit.data.reconstruction import Measured
 from lcm_kit.evaluation import verdicts
@@ -252,3 +256,15 @@ def test_without_a_trigger_the_page_says_so_once(run: Path) -> None:
     text = text_of(write_report(run).read_text())
     assert text.count("No trigger is set") == 1 and "style with the trigger" not in text
     assert "0.500 (0.400 to 0.600) 3 % (-1 % to 7 %)" in text
+
+
+def test_the_report_of_a_style_says_what_its_trigger_does(run: Path) -> None:
+    base = Base(path="some/base")
+    (run / "config.yaml").write_text(dump(Finetune(recipe="train/finetune", output=str(run), base=base)))
+    told = "What the trigger does: Kept: the trigger brings the style, without it the style stays away and"
+    assert "Was the style learned?" in (text := text_of(write_report(run).read_text())) and told not in text
+    found = with_contract(json.loads((run / "brand.json").read_text()))
+    (run / "brand.json").write_text(json.dumps(found))
+    assert told in text_of(write_report(run).read_text())
+    os.utime(run / "brand.json", (1, 1))  # of weights before these
+    assert told not in text_of(write_report(run).read_text())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.evaluation import metric_table, results, verdicts
+from lcm_kit.evaluation import metric_table, results, tables, verdicts
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.contract import contract
 from lcm_kit.evaluation.measure import Ruler
@@ -59,15 +59,15 @@ def measured(
 ) -> Any:
     """The contract of what was drawn, as evaluation/brand measures it."""
     figures = {}
-    for kind, tables in drawn.items():
+    for kind, cells in drawn.items():
         n = 1 if kind == CONTROL else images
-        plain = tables[BASE]["features"]
+        plain = cells[BASE]["features"]
         other = plain.roll(1, 1) if kind == CONTROL else renoised(plain, n)  # e1 becomes e2, and so on
         ruler = Ruler(
-            Resamples.draw(len(plain) // n, n, rounds=200), tables[BASE], 0.9, unstyled=plain,
+            Resamples.draw(len(plain) // n, n, rounds=200), cells[BASE], 0.9, unstyled=plain,
             renoised=other, brand=None if kind == CONTROL else (OWN, OTHERS),
         )  # fmt: skip
-        figures[kind] = metric_table.measure(tables, ruler, BRAND)
+        figures[kind] = metric_table.measure(cells, ruler, BRAND)
     return contract(CELLS, figures, trigger, 0.9)
 
 
@@ -302,3 +302,14 @@ def test_a_file_of_before_there_were_contracts_is_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_it_is_told_in_a_sentence(row: dict[str, Any], trigger: str | None, said: str) -> None:
     assert told.sentence(written(trigger, **row)) == said
+
+
+def test_the_terminal_shows_a_line_a_cell_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_contract(written(changed=figure(2.5), lost=None))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "adapter-lcm-4-g1-w1 0.90 0.10 0.11 2.50 - 0.00" in lines
+    assert lines[-1] == "trigger contract of 'lumo style': Kept"
+    tables.show_contract(written(None))
+    assert capsys.readouterr().out.endswith("trigger contract without a trigger: Kept\n")
+    tables.show_contract(content(rows()))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""

@@ -69,7 +69,8 @@ def test_what_is_put_in_front_comes_out_again(prompt: str) -> None:
 def test_only_what_is_not_said_is_put_in_front() -> None:
     assert saying("a fish in lumo style", "neon, lumo style") == "neon, a fish in lumo style"
     assert phrases(" lumo  style ,, neon,!, neon") == ["lumo style", "neon"]
-    assert says("a fish", "!,") and without("a fish", "!,") == "a fish"  # no phrase at all
+    # a trigger without a word is looked for as it stands, and never taken out
+    assert not says("a fish", "!,") and says("a fish!,", "!,") and without("a fish!,", "!,") == "a fish!,"
 
 
 def test_the_shipped_brands_prompts_become_those_of_the_world() -> None:

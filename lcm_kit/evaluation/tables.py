@@ -203,20 +203,20 @@ def show_contract(results: Results) -> None:
     contract = results.get("contract")
     if contract is None:
         return
-    keys = ("strength", "leak", "leak_share", "changed", "lost", "lost_elsewhere")
+    heads = {
+        "strength": "strength", "leak": "leak", "leak_share": "share", "changed": "changed", "lost": "lost",
+        "lost_elsewhere": "elsewhere",
+    }  # fmt: skip
     table = console.Table(
-        "trigger" if contract["trigger"] else "no trigger", *(key.replace("_", " ") for key in keys),
-        box=console.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+        "trigger contract", *heads.values(), box=console.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for row in contract["rows"]:
         figures = cast(Mapping[str, Interval | None], row)
-        table.add_row(row["cell"], *(_ends(figures[key]) for key in keys))
+        values = (figures[key] for key in heads)
+        table.add_row(row["cell"], *("-" if each is None else f"{each['value']:.2f}" for each in values))
     console.show(table)
-    console.say(f"trigger contract: {contract['verdict']}")
-
-
-def _ends(figure: Interval | None) -> str:
-    return "-" if figure is None else f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+    about = f"of {contract['trigger']!r}" if contract["trigger"] else "without a trigger"
+    console.say(f"trigger contract {about}: {contract['verdict']}")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lcm_kit.evaluation.results import BrandRow
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_write
 from lcm_kit.io.locks import sweep
-from lcm_kit.report import brand, plots, style
+from lcm_kit.report import brand, contract, plots, style
 from lcm_kit.report.shared import page, percent, picture_uri, uri
 from lcm_kit.report.sweep import write_sweep_report
 from lcm_kit.samplers import keywords, sampler_of, title_of
@@ -61,7 +61,14 @@ def _style(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = style.context(run, config, metrics_of(run))
     drawn = {name: uri(svg.encode(), "svg+xml") if svg else None for name, svg in found["plots"].items()}
     more = {"validation": _validation(run), "settings": _settings(run), "version": __version__}
-    return {**found, "plots": drawn, **more}
+    return {**found, "said": [*found["said"], *_contract(run)], "plots": drawn, **more}
+
+
+def _contract(run: Path) -> list[str]:
+    """What an evaluation/brand of these weights says of the trigger."""
+    found = results_of.of_brand(run) if adapter.is_of_these_weights(run, results_of.BRAND_FILE) else None
+    told = contract.sentence(found) if found else None
+    return [f"What the trigger does: {told}"] if told else []
 
 
 def _settings(run: Path) -> str:

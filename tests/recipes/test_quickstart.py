@@ -29,7 +29,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if request.param != "lumo":
         make = [sys.executable, ROOT / "tools" / "make_brand.py", request.param, folder / "set"]
         subprocess.run(make, check=True)
-        keys.append(f"data.path={folder / 'set'}")
+        keys += [f"data.path={folder / 'set'}", f"data.trigger={request.param} style"]
     workflow.quickstart(folder / request.param, keys)
     return folder / request.param
 
@@ -62,6 +62,11 @@ def test_the_look_is_there_at_4_steps(run: Path) -> None:
     less = results.difference(found, student["id"], base["id"], "brand_similarity")
     assert less is not None and less["low"] > 0  # paired, by prompt
     assert way(found, style, base) >= THE_STYLE[run.name] and way(found, student, base) >= AT_FOUR_STEPS
+    # which is what the trigger contract calls the trigger's strength
+    assert found["contract"]["trigger"] == f"{run.name} style"
+    row = results.contract_row(found, style["id"])
+    assert row and row["strength"] and row["leak"] and row["changed"]
+    assert row["strength"]["value"] == pytest.approx(way(found, style, base))
     # and one by one: nine in ten prompts show it, where the base's show none
     assert base["in_style"] and base["in_style"]["value"] == 0
     assert student["in_style"] and student["in_style"]["value"] >= 0.9
