@@ -17,9 +17,9 @@ from lcm_kit.data import cache as module
 from lcm_kit.data import shards
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.shards import Entry
-from lcm_kit.io.remote import Folder
 from lcm_kit.data.sources import MixedCache
 from lcm_kit.data.split import Rows
+from lcm_kit.io.remote import Folder
 
 SIZES = (4, 1, 6, 2)  # rows of each shard
 NAMES = ("latents", "embeds", "pooled", "time_ids")
