@@ -54,7 +54,7 @@ def build(folder: Path, seed: int, sizes: tuple[int, ...] = SIZES) -> tuple[Cach
     files = [load_file(folder / shard["file"]) for shard in told]
     ids = [f"{folder.name}/{i}" for i in range(sum(sizes))]
     whole = {name: torch.cat([file[name] for file in files]) for name in NAMES}
-    return Cache(folder, [Entry(id, id, id, id) for id in ids], told, ""), whole  # type: ignore[arg-type]
+    return Cache(folder, [Entry(id, id, id, id) for id in ids], told, "", None), whole  # type: ignore[arg-type]
 
 
 def assert_rows(source: Any, whole: dict[str, Tensor], index: list[int]) -> None:
