@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from lcm_kit import bases
+from lcm_kit.cli.main import app
+from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import images
 from lcm_kit.data.folder import check_folder
 from lcm_kit.data.records import open_records
 from lcm_kit.data.rights import Rights, summary
 from lcm_kit.errors import UserError
+from lcm_kit.export.sources import write_sources
 from lcm_kit.io import licenses, own_files, own_shapes
+from lcm_kit.lora import provenance
+from lcm_kit.lora.provenance_rules import of_training
 
 
 @pytest.fixture
@@ -139,7 +147,6 @@ def test_a_cache_has_the_summary_and_no_list_and_follows_the_metadata(folder: Pa
 
 
 def test_a_cache_of_before_has_no_summary_and_opens(folder: Path) -> None:
-    from lcm_kit import bases
     from lcm_kit.data.cache import Cache
 
     data = Data(path=str(folder), cache=str(folder.parent / "cache"))
@@ -207,3 +214,47 @@ def test_the_licence_of_a_folder_is_what_its_readme_declares(tmp_path: Path) -> 
     ):
         readme.write_text(text)
         assert licenses.of_readme(tmp_path) == license
+
+
+def cli(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, " ".join((done.output + str(done.exception or "")).split())
+
+
+@pytest.mark.parametrize("option", ["--require-license", "--require-licence"])
+def test_the_command_line_asks_for_licences_of_folders_and_of_configs(folder: Path, option: str) -> None:
+    code, said = cli("check", folder, option, "any")
+    assert code and "1 image lacks a licence" in said and "4.png (says none)" in said
+    config = folder.parent / "config.yaml"
+    config.write_text(
+        f"recipe: train/distill\noutput: {folder.parent}/run\nbase: {{path: 'asset:tiny-sd'}}\n"
+        f"data: {{path: {folder}, cache: {folder.parent}/cache, regularization: 'asset:general'}}\n"
+    )
+    for verb in ("check", "encode"):
+        code, said = cli(verb, config, option, "cc-by-4.0, mit")
+        assert code and "3 images lack a licence that data.require_license allows (CC-BY-4.0 or MIT)" in said
+    code, said = cli("check", folder, option, " ,")
+    assert code and "--require-license names no licence" in said
+
+
+def test_the_list_of_sources_is_written_where_asked_and_a_change_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder.parent / "run"
+    (run / "adapter").mkdir(parents=True)
+    config = training(Data(path=str(folder)))
+    (run / "config.yaml").write_text(dump(config))
+    made = of_training(config, bases.inspect_base("asset:tiny-sd"), "ab", 1, rights=SUMMARY)
+    content = provenance.trained(made, {"r": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]})
+    own_files.write_json(run / "adapter" / "adapter.json", content)
+    (run / "adapter" / "lora.safetensors").write_bytes(b"")
+    file = write_sources(run, run)
+    with file.open(newline="", encoding="utf-8") as opened:
+        first, *rows = csv.reader(opened)
+    assert first == ["picture", "license", "source", "author", "consent"]
+    assert rows[0] == ["0.png", "CC-BY-4.0", "https://a.example/0", "", "yes"]
+    assert rows[1] == ["1.png", "MIT", "", "Ada", "no"] and rows[4] == ["4.png", "", "", "", ""]
+    assert "warning" not in capsys.readouterr().err
+    (folder / "2.json").unlink()
+    write_sources(run, run)
+    assert "says other things of licences and sources now" in capsys.readouterr().err

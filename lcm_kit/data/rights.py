@@ -110,7 +110,8 @@ class FolderRights:
             if name in self._files and (said := self._read(name)):
                 self.used.add(name)
                 found = found.joined(said)
-        return reduce(Rights.joined, (Rights.of(line.row) for line in self._lines.get(same(picture), [])), found)
+        lines = (Rights.of(line.row) for line in self._lines.get(same(picture), []))
+        return reduce(Rights.joined, lines, found)
 
     def _read(self, name: str) -> Rights:
         try:
@@ -134,12 +135,6 @@ def summary(told: Iterable[Rights]) -> own_shapes.Rights | None:
         "refused": sum(each.refused for each in every),
         "author": sum(each.author is not None for each in every),
     }
-
-
-def require_allowed(told: Mapping[str, Rights], among: Sequence[str], path: str) -> None:
-    """Raise `UserError`, which names the pictures, if the licence of any is not one of `among`; none: all."""
-    if sentence := not_allowed(told, among):
-        raise UserError(f"data.path {path!r}: {sentence}")
 
 
 def not_allowed(told: Mapping[str, Rights], among: Sequence[str]) -> str | None:

@@ -18,7 +18,7 @@ from lcm_kit.data.encoder import hashes_of
 from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record, open_records
-from lcm_kit.data.shards import Entry
+from lcm_kit.data.shards import GENERAL, Entry
 from lcm_kit.data.transforms import upright_size
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_shapes
@@ -85,8 +85,7 @@ def looked_at(
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
     kept = [(record, look) for record, look in each if isinstance(look, Seen)]
-    told = {record.id: record.rights for record, _ in kept}
-    rights.require_allowed(told, data.require_license, data.path)
+    require_licenses(data, (record for record, _ in kept))
     texts = hashes_of(base, [_captions(record) for record, _ in kept], data.chunks)
     entries = [
         entry
@@ -101,6 +100,19 @@ def looked_at(
         [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)],
         rights.summary(record.rights for record, _ in kept),
     )
+
+
+def require_licenses(data: Data, records: Iterable[Record]) -> None:
+    """Raise `UserError`, which names them, if pictures have no licence that `data.require_license` allows.
+
+    General pictures of the kit's own (`data.regularization: asset:NAME`) are under its licence.
+    """
+    shipped = (data.regularization or "").startswith("asset:")
+    asked = {
+        record.id: record.rights for record in records if not (shipped and record.id.startswith(GENERAL))
+    }
+    if sentence := rights.not_allowed(asked, data.require_license):
+        raise UserError(f"data.path {data.path!r}: {sentence}")
 
 
 @dataclass(frozen=True)

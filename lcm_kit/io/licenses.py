@@ -20,7 +20,7 @@ _CREATIVE_COMMONS = re.compile(
 # What goes on to a model that was made with something under such a licence, by its name
 TERMS = {
     "non-commercial": r"(?<![a-z])nc(?![a-z])|non-?_? ?commercial|research[ -]only",
-    "use restrictions": r"rail(?![a-z])|use restrictions",
+    "use restrictions": r"(?<![a-z])(open)?rail(?![a-z])|use restrictions",
     "share-alike": r"(?<![a-z])sa(?![a-z])|share-?_? ?alike",
     "no derivatives": r"(?<![a-z])nd(?![a-z])|no-?_? ?deriv",
 }
