@@ -126,6 +126,17 @@ def sample(
         bool, typer.Option("--compile", help="Compile the UNet: minutes first, then faster on a GPU.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY.pem", help="Sign the pictures (C2PA) with this key; takes --cert."),
+    ] = None,
+    cert: Annotated[
+        Path | None,
+        typer.Option(metavar="CERT.pem", help="The key's certificate, then those that vouch for it."),
+    ] = None,
+    sign_prompt: Annotated[
+        bool, typer.Option("--sign-prompt", help="Say the prompt in the signed manifest.")
+    ] = False,
 ) -> None:
     """Draw pictures and a contact sheet."""
     from lcm_kit import assets, console
@@ -137,7 +148,10 @@ def sample(
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
+    if (sign is None) != (cert is None) or (sign_prompt and sign is None):
+        raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
     with call(verbose=True):
+        from lcm_kit.drawing.signing import Sign, Signer, unsigned
         from lcm_kit.sample import sample_to_folder
 
         how = pictures.drawing(
@@ -146,6 +160,9 @@ def sample(
             count=count, seed=seed, batch_size=require_batch_size(batch_size), device=device, dtype=dtype,
             decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
+        by: Sign = unsigned
+        if sign is not None and cert is not None:
+            by = Signer.load(sign, cert, with_prompt=sign_prompt).of_drawing(how.base, how.settings)
         with console.working(how.title):
-            sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)
+            sheet = sample_to_folder(how.base, how.prompts, output, sign=by, **how.settings)
     console.say(sheet)

@@ -94,7 +94,10 @@ def warnings(made: Provenance) -> list[str]:
         if term != "share-alike":
             sources = ", ".join(f"{each.what} ({each.license})" for each in some[:3])
             more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-            found.append(f"its licence: {term}, as says the licence of {sources}{more}; card and file say so")
+            found.append(
+                f"{term}: so the licence of {sources}{more} says by its name; it is taken to hold for this "
+                "LoRA too, and its card and files say so"
+            )
     rights = made.data.rights
     if rights and rights.refused:
         found.append(
