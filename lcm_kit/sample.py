@@ -347,5 +347,4 @@ def sample_to_folder(
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
-    name = "contact-sheet.png"
-    return save_png(sheet, output / name, told, partial(sign, name, None))
+    return save_png(sheet, output / "contact-sheet.png", told, partial(sign, "contact-sheet.png", None))

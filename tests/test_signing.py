@@ -205,7 +205,7 @@ def test_a_picture_that_cannot_be_signed_is_not_written(
     object.__setattr__(signer, "certificates", b"no more")
     with pytest.raises(UserError, match="cannot be signed"):
         sample_to_folder(
-            "asset:tiny-sd", ["a red circle"], tmp_path, sign=signer.of_drawing("", {}), adapter=None, sampler="ddim", steps=1,
-            guidance_scale=1.0, device="cpu",
+            "asset:tiny-sd", ["a red circle"], tmp_path, sign=signer.of_drawing("", {}), adapter=None,
+            sampler="ddim", steps=1, guidance_scale=1.0, device="cpu",
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
