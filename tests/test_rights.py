@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,13 +18,15 @@ from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import images
 from lcm_kit.data.folder import check_folder
-from lcm_kit.data.records import open_records
+from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.rights import Rights, summary
+from lcm_kit.data.streams import source_shards
 from lcm_kit.errors import UserError
 from lcm_kit.export.sources import write_sources
 from lcm_kit.io import licenses, own_files, own_shapes
 from lcm_kit.lora import provenance
 from lcm_kit.lora.provenance_rules import of_training
+from tests.sources import rows, tar_bytes
 
 
 @pytest.fixture
@@ -35,12 +39,12 @@ def folder(tmp_path: Path) -> Path:
             folder / f"{i}.png"
         )
         (folder / f"{i}.txt").write_text(f"a fractal, number {i}")
-    rows = [
+    lines = [
         {"file_name": "0.png", "license": "cc by 4.0", "source": "https://a.example/0", "consent": True},
         {"file_name": "1.png", "Licence": "MIT License", "author": "Ada", "consent": "no"},
         {"file_name": "3.png", "license": "CC0"},
     ]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (folder / "2.json").write_text(json.dumps({"licence": "cc-by-nc-4.0", "source": "agency", "width": 64}))
     (folder / "3.png.json").write_text(json.dumps({"license": "CC-BY-4.0", "consent": "signed 2026-03-01"}))
     return folder
@@ -86,11 +90,11 @@ def test_rights_are_read_from_a_csv_table_and_from_columns_of_a_data_set(tmp_pat
     good, _ = open_records(Data(path=str(folder)))
     assert [record.rights for record in good] == [Rights("CC-BY-SA-4.0", author="Bo")]
 
-    rows = {
+    cells = {
         "image": [str(folder / "a.png")] * 2, "text": ["a red square", "once more, a red square"],
         "license": ["apache-2.0", None], "consent": [None, True],
     }  # fmt: skip
-    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made = datasets.Dataset.from_dict(cells).cast_column("image", datasets.Image())
     made.save_to_disk(str(tmp_path / "set"))
     good, _ = open_records(Data(path=str(tmp_path / "set")))
     assert [record.rights for record in good] == [Rights("Apache-2.0"), Rights(consent="yes")]
@@ -250,11 +254,39 @@ def test_the_list_of_sources_is_written_where_asked_and_a_change_is_told(
     (run / "adapter" / "lora.safetensors").write_bytes(b"")
     file = write_sources(run, run)
     with file.open(newline="", encoding="utf-8") as opened:
-        first, *rows = csv.reader(opened)
+        first, *listed = csv.reader(opened)
     assert first == ["picture", "license", "source", "author", "consent"]
-    assert rows[0] == ["0.png", "CC-BY-4.0", "https://a.example/0", "", "yes"]
-    assert rows[1] == ["1.png", "MIT", "", "Ada", "no"] and rows[4] == ["4.png", "", "", "", ""]
+    assert listed[0] == ["0.png", "CC-BY-4.0", "https://a.example/0", "", "yes"]
+    assert listed[1] == ["1.png", "MIT", "", "Ada", "no"] and listed[4] == ["4.png", "", "", "", ""]
     assert "warning" not in capsys.readouterr().err
     (folder / "2.json").unlink()
     write_sources(run, run)
     assert "says other things of licences and sources now" in capsys.readouterr().err
+
+
+def test_rights_are_read_from_streams_of_every_kind(tmp_path: Path) -> None:
+    said = [
+        {"license": "cc by 4.0", "source": "agency"}, {"license": None, "source": None},
+        {"license": "MIT", "source": None},
+    ]  # fmt: skip
+    wanted = [Rights("CC-BY-4.0", "agency"), Rights(), Rights("MIT")]
+    some = rows(range(3))
+    files = [
+        file
+        for (key, png, text), row in zip(some, said, strict=True)
+        for file in ((f"{key}.png", png), (f"{key}.json", json.dumps({"text": text, **row}).encode()))
+    ]
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "data-000000.tar").write_bytes(tar_bytes(files))
+    images = [{"bytes": png, "path": None} for _, png, _ in some]
+    columns = {name: [row[name] for row in said] for name in ("license", "source")}
+    table = pa.table({"image": images, "text": [text for *_, text in some], **columns})
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "train-00000-of-00001.parquet")
+    for data in (
+        Data(path=str(tmp_path / "tars"), kind="webdataset"),
+        Data(path=str(tmp_path / "set" / "*.parquet"), kind="parquet"),
+        Data(path=str(tmp_path / "set"), streaming=True),
+    ):
+        found = [item for shard in source_shards(data) for item in shard.records()]
+        assert [item.rights for item in found if isinstance(item, Record)] == wanted, data.kind

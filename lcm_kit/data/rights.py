@@ -42,13 +42,17 @@ class Rights:
     author: str | None = None
 
     @staticmethod
-    def of(row: Mapping[str, Any]) -> Rights:
-        """What a line of a table, or a JSON object, says in the columns of `COLUMNS`, in any letter case."""
+    def of(row: Mapping[str, Any], but: Sequence[str] = ()) -> Rights:
+        """What a line of a table, or a JSON object, says in the columns of `COLUMNS`, in any letter case.
+
+        `but`: columns that hold something else.
+        """
         found: dict[str, str] = {}
         for column, given in row.items():
-            name = COLUMNS.get(str(column).lower())
-            text = licenses.said(given) if name == "license" else _text(given)
-            if name and text:
+            name = None if column in but else COLUMNS.get(str(column).lower())
+            if name is None:
+                continue
+            if text := licenses.said(given) if name == "license" else _text(given):
                 found.setdefault(name, text)
         return Rights(**found)
 
@@ -82,13 +86,18 @@ def _text(given: Any) -> str | None:
     if isinstance(given, int | float):
         return str(given)
     if isinstance(given, list | dict):
-        return json.dumps(given, ensure_ascii=False)[:_LONGEST] if given else None
+        return json.dumps(given, ensure_ascii=False, default=str)[:_LONGEST] if given else None
     return " ".join(given.split())[:_LONGEST] or None if isinstance(given, str) else None
+
+
+def columns_of(names: Iterable[str], but: Sequence[str]) -> list[str]:
+    """Those of a table's columns that say something of rights, `but` those that hold something else."""
+    return [name for name in names if name.lower() in COLUMNS and name not in but]
 
 
 def of_columns(rows: Any, but: Sequence[str]) -> list[Rights]:
     """What each row of a data set says in its columns, `but` those that hold something else."""
-    names = [name for name in rows.column_names if name.lower() in COLUMNS and name not in but]
+    names = columns_of(rows.column_names, but)
     if not names:
         return [NOTHING] * len(rows)
     cells = [rows[name] for name in names]
