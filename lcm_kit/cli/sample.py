@@ -151,7 +151,7 @@ def sample(
     if (sign is None) != (cert is None) or (sign_prompt and sign is None):
         raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
     with call(verbose=True):
-        from lcm_kit.drawing.signing import Sign, Signer, unsigned
+        from lcm_kit.drawing.signing import Sign, Signer
         from lcm_kit.sample import sample_to_folder
 
         how = pictures.drawing(
@@ -160,9 +160,10 @@ def sample(
             count=count, seed=seed, batch_size=require_batch_size(batch_size), device=device, dtype=dtype,
             decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
-        by: Sign = unsigned
+        signing: dict[str, Sign] = {}
         if sign is not None and cert is not None:
-            by = Signer.load(sign, cert, with_prompt=sign_prompt).of_drawing(how.base, how.settings)
+            signer = Signer.load(sign, cert, with_prompt=sign_prompt)
+            signing["sign"] = signer.of_drawing(how.base, how.settings)
         with console.working(how.title):
-            sheet = sample_to_folder(how.base, how.prompts, output, sign=by, **how.settings)
+            sheet = sample_to_folder(how.base, how.prompts, output, **signing, **how.settings)
     console.say(sheet)
