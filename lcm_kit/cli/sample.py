@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -151,7 +151,7 @@ def sample(
     if (sign is None) != (cert is None) or (sign_prompt and sign is None):
         raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
     with call(verbose=True):
-        from lcm_kit.drawing.signing import Sign, Signer
+        from lcm_kit.drawing.signing import Signer
         from lcm_kit.sample import sample_to_folder
 
         how = pictures.drawing(
@@ -160,7 +160,7 @@ def sample(
             count=count, seed=seed, batch_size=require_batch_size(batch_size), device=device, dtype=dtype,
             decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
-        signing: dict[str, Sign] = {}
+        signing: dict[str, Any] = {}
         if sign is not None and cert is not None:
             signer = Signer.load(sign, cert, with_prompt=sign_prompt)
             signing["sign"] = signer.of_drawing(how.base, how.settings)
