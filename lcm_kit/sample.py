@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -26,6 +27,7 @@ from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.prompts import told
+from lcm_kit.drawing.signing import Sign, unsigned
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.locks import sweep
@@ -324,14 +326,14 @@ def draw_images(
 
 
 def sample_to_folder(
-    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, **settings: Any
+    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, sign: Sign = unsigned, **settings: Any
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
-    Each is written when its batch is drawn; what a tiny decoder decoded names it in its PNG text. Returns the
-    contact sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as
-    `draw_images`.
+    Each is written when its batch is drawn, by `sign`; what a tiny decoder decoded names it in its
+    PNG text. Returns the contact sheet's path, with a row a prompt where there are several pictures. Raises
+    `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
     decoder = settings.get("decoder")
@@ -340,8 +342,9 @@ def sample_to_folder(
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
-        save_png(picture, output / f"{k:03d}-{slug(prompts[k])}{more}.png", told)
+        name = f"{k:03d}-{slug(prompts[k])}{more}.png"
+        save_png(picture, output / name, told, partial(sign, name, prompts[k]))
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
-    return save_png(sheet, output / "contact-sheet.png", told)
+    return save_png(sheet, output / "contact-sheet.png", told, partial(sign, "contact-sheet.png", None))

@@ -55,7 +55,8 @@ def build(folder: Path, seed: int, sizes: tuple[int, ...] = SIZES) -> tuple[Cach
     files = [load_file(folder / shard["file"]) for shard in told]
     ids = [f"{folder.name}/{i}" for i in range(sum(sizes))]
     whole = {name: torch.cat([file[name] for file in files]) for name in NAMES}
-    return Cache(Folder.of(folder), [Entry(id, id, id, id) for id in ids], told, ""), whole  # type: ignore[arg-type]
+    rows = [Entry(id, id, id, id) for id in ids]
+    return Cache(Folder.of(folder), rows, told, "", None), whole  # type: ignore[arg-type]
 
 
 def assert_rows(source: Any, whole: dict[str, Tensor], index: list[int]) -> None:

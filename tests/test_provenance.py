@@ -20,7 +20,7 @@ from lcm_kit.config import finetune, schema
 from lcm_kit.config.data import Data as DataKeys
 from lcm_kit.errors import UserError
 from lcm_kit.families import FAMILIES, Family
-from lcm_kit.io import own_files
+from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.own_files import Damaged
 from lcm_kit.lora import metadata, provenance, structure
 from lcm_kit.lora.metadata_reading import provenance_from_header
@@ -37,6 +37,7 @@ from lcm_kit.lora.provenance import (
     Prior,
     Provenance,
     Recommended,
+    Rights,
     Teacher,
     TextEncoder,
     from_json,
@@ -53,9 +54,17 @@ class Inspected(NamedTuple):
     base_hash: str = "fe60"
     prediction_type: str = "v_prediction"
     family: Family = FAMILIES["sd"]
+    license: str | None = "openrail"
 
 
-LOOK, FAST = Lora("runs/look/style.safetensors", "5a" * 32, 0.7), Lora("asset:tiny-lcm-lora", "1c" * 32, -1.0)
+RIGHTS: own_shapes.Rights = {
+    "pictures": 9, "licenses": {"MIT": 4, "CC-BY-NC-4.0": 2}, "source": 3, "consent": 1, "refused": 1,
+    "author": 2,
+}  # fmt: skip
+LOOK, FAST = (
+    Lora("runs/look/style.safetensors", "5a" * 32, 0.7, "CC0-1.0"),
+    Lora("asset:tiny-lcm-lora", "1c" * 32, -1.0),
+)
 DISTILL = schema.Distill(
     recipe="train/distill", output="run", base=schema.Base("org/base", "main", "fp16"),
     data=DataKeys(resolution=512, source="mix", trigger="lumo"),
@@ -70,18 +79,19 @@ FINETUNE = finetune.Finetune(
     loss=finetune.Denoising(None, 0.5, 0.1), text_encoder=finetune.TextEncoder(4, 2.0, 1e-5),
     prior=finetune.Prior("general.txt", 0.5, 30, 20, 4.0, 7),
 )  # fmt: skip
-SPEED = of_training(DISTILL, Inspected(), "ab12", 300, teacher=[LOOK], start=[FAST])
+SPEED = of_training(DISTILL, Inspected(), "ab12", 300, teacher=[LOOK], start=[FAST], rights=RIGHTS)
 STYLE = of_training(FINETUNE, Inspected(), "cd34", 90)
 
 
 def test_a_distillation_says_all_of_it() -> None:
     assert Provenance(
-        base=Base("org/base", "fe60", "main", "fp16", "sd"), kit_version=__version__, recipe="train/distill",
+        base=Base("org/base", "fe60", "main", "fp16", "sd", "openrail"),
+        kit_version=__version__, recipe="train/distill",
         prediction_type="v_prediction", steps=300, adapter=Layers(8, 4.0, "attention"),
         method=Method("lcm", **_said(), constants={"sigma_data": 0.5, "timestep_scaling": 10.0}),
         solver="heun", grid=Grid(40, 10), loss=Loss("huber_norm", 0.01, "interval"),
         guidance=Guidance(1.0, 6.0), teacher=Teacher((LOOK,), True, "adapters", 0.5), start=(FAST,),
-        data=Data("ab12", 512, "mix", "lumo"),
+        data=Data("ab12", 512, "mix", "lumo", Rights(9, {"MIT": 4, "CC-BY-NC-4.0": 2}, 3, 1, 1, 2)),
     ) == SPEED  # fmt: skip
     drawn = schema.Grid(40, 10, "shifted", shift=2.0)
     robust = replace(DISTILL, grid=drawn, loss=schema.Loss("cauchy", 0.03, adaptive=True))
@@ -96,7 +106,8 @@ def test_a_distillation_says_all_of_it() -> None:
 
 def test_a_style_says_all_of_it() -> None:
     assert Provenance(
-        base=Base("org/base", "fe60", family="sd"), kit_version=__version__, recipe="train/finetune",
+        base=Base("org/base", "fe60", family="sd", license="openrail"),
+        kit_version=__version__, recipe="train/finetune",
         prediction_type="v_prediction", steps=90, adapter=Layers(16, 8.0, "lcm"),
         loss=Loss(min_snr_gamma=None, snr_floor=0.5, noise_offset=0.1),
         text_encoder=TextEncoder(4, 2.0, 1e-5),
@@ -269,7 +280,7 @@ MERGED: dict[str, Any] = {
     # what only a training has: each part says its own
     **{name: None for name in ("recipe", "steps", "adapter", "solver", "grid", "loss", "teacher", "prior")},
     **{name: None for name in ("text_encoder", "caption_dropout", "held_out_loss", "control_loss")},
-    "control_distance": None, "diversity": None, "start": (),
+    "control_distance": None, "diversity": None, "start": (), "license": None,
 }  # fmt: skip
 
 
@@ -313,7 +324,7 @@ def test_export_keeps_every_field(files: Path, name: str) -> None:
     """Both recipes together leave none unset, but for what files alone have."""
     agree(read(files / f"{name}.safetensors"), values(HAS[name]))
     empty = {each for each in NAMES if all(not values(made)[each] for made in HAS.values())}
-    assert empty == {"control_loss", "parents", "parts"}
+    assert empty == {"control_loss", "license", "parents", "parts"}
 
 
 def test_convert_keeps_every_field(files: Path, base: Path) -> None:

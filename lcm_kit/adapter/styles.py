@@ -12,6 +12,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_file
 from lcm_kit.lora import provenance, reading, structure
 from lcm_kit.lora.base_weights import BaseWeights
+from lcm_kit.lora.inherited import license_of
 from lcm_kit.lora.kinds import Norm, exact_rank
 from lcm_kit.lora.layers import Layer, Lora, Update
 from lcm_kit.lora.locate import adapter_file
@@ -56,8 +57,10 @@ def teacher_loras(teacher: schema.Teacher) -> tuple[provenance.Lora, ...]:
 
 
 def _facts(loras: schema.Loras) -> tuple[provenance.Lora, ...]:
+    files = [(entry, adapter_file(entry.path)) for entry in loras]
     return tuple(
-        provenance.Lora(entry.path, sha256_file(adapter_file(entry.path)), entry.weight) for entry in loras
+        provenance.Lora(entry.path, sha256_file(file), entry.weight, license_of(file))
+        for entry, file in files
     )
 
 

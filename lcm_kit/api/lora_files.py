@@ -31,22 +31,29 @@ def export_run(
     dtype: Dtype = "float16",
     output: Place | None = None,
     with_evaluation: bool = False,
+    list_sources: bool = False,
     verbose: bool = False,
 ) -> dict[str, Path]:
     """Write a run's LoRA for every app, each file checked in each, and a model card beside them.
 
     Returns the path of each file by its format. `output`: `export` within the run by default.
-    `with_evaluation`: write what its guidance sweep recommends into them. Raises `UserError`, and leaves no
+    `with_evaluation`: write what its guidance sweep recommends into them; `list_sources`: write sources.csv
+    too, with licence, source, author and consent of each picture. Raises `UserError`, and leaves no
     new file, if the run has no finished adapter, or a file would not load whole.
 
         files = lcm_kit.export_run("runs/quickstart")
         print(files["kohya"], files["diffusers"])
     """
     from lcm_kit.export import run as exporting
+    from lcm_kit.export import sources
 
     with call(verbose), console.working(f"exporting {run}"):
         folder = None if output is None else Path(output)
-        return exporting.export_run(Path(run), format, dtype, folder, with_evaluation=with_evaluation)
+        files = exporting.export_run(Path(run), format, dtype, folder, with_evaluation=with_evaluation)
+        if list_sources:
+            written = sources.write_sources(Path(run), folder or Path(run) / "export")
+            console.say(f"written {written}")
+        return files
 
 
 def verify(

@@ -24,6 +24,7 @@ from lcm_kit.bases.vocabulary import require_vocabulary
 from lcm_kit.bases.weights import Place
 from lcm_kit.errors import UserError
 from lcm_kit.families import FAMILIES, Family, by_pipeline, listed
+from lcm_kit.io import licenses
 from lcm_kit.io.files import sha256_bytes
 
 _DENOISERS = {"transformer": "a transformer", "prior": "a prior", "image_encoder": "an image_encoder"}
@@ -94,6 +95,11 @@ class BaseInfo:
         own = {key: config[key] for key in sorted(config) if key[0] != "_" and key != "transformers_version"}
         weights = [file_hash(file) for file in weight_files(self, part)] if part in STEMS else []
         return sha256_bytes(json.dumps([own, weights]).encode())
+
+    @property
+    def license(self) -> str | None:
+        """The licence that its README.md declares, by its SPDX id if it has one; None: none."""
+        return licenses.of_readme(self.folder)
 
     @property
     def base_hash(self) -> str:

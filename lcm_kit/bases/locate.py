@@ -52,7 +52,13 @@ def _download(path: str, revision: str | None, variant: str | None, parts: Itera
     # pieces of a large model: NAME.fp16-00001-of-00002.safetensors, once NAME-00001-of-00002.fp16.safetensors
     ends = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
     weights = [f"{part}/{STEMS[part]}{end}" for part in parts for end in ends]
-    wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer*/*.txt", *weights]
+    wanted = [
+        "model_index.json",
+        "README.md",
+        *(f"{part}/*.json" for part in PARTS),
+        "tokenizer*/*.txt",
+        *weights,
+    ]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except (

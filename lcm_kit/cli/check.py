@@ -5,7 +5,7 @@ Loads no weights and downloads nothing, but for a folder's `--base`, whose VAE i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,11 @@ def check(config: Config) -> list[str]:
 
 
 def check_images(
-    path: str, resolution: int | None, trigger: str | None, base: Base | None = None
+    path: str,
+    resolution: int | None,
+    trigger: str | None,
+    base: Base | None = None,
+    require_license: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """What was noticed about a folder of images, in lines, and what `encode` would stop on.
 
@@ -52,7 +56,9 @@ def check_images(
     from lcm_kit.data.folder import check_folder
 
     if base is None:
-        found = check_folder(path, resolution=resolution or _USUAL, trigger=trigger)
+        found = check_folder(
+            path, resolution=resolution or _USUAL, trigger=trigger, require_license=require_license
+        )
         return [f"data: {path}, {found.count} images", *found.remarks], list(found.errors)
 
     from lcm_kit import sample
@@ -64,7 +70,7 @@ def check_images(
     size = resolution or info.sample_size * info.factor
     if size % info.factor:
         raise UserError(f"--resolution {size} is not a multiple of {info.factor}, as the base's VAE needs")
-    lines, errors = check_images(path, size, trigger)
+    lines, errors = check_images(path, size, trigger, None, require_license)
     if not errors:
         records, _ = open_records(Data(path=path, kind="folder"))
         drawn = reconstruction.measure(info, records, size, sample.placement()["device"])
@@ -126,7 +132,22 @@ def _base(base: Base) -> str:
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
     require_fit(info)
     kind = f"{info.family.name}, {info.prediction_type} prediction"
-    return f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
+    there = f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
+    return "\n".join([there, *_licence(base, info.license)])
+
+
+def _licence(base: Base, declared: str | None) -> list[str]:
+    from lcm_kit.io import licenses
+
+    license = licenses.normal(base.license) if base.license else declared
+    if license is None:
+        return []
+    found = [f"base licence: {license}"]
+    if declared and declared != license:
+        found.append(f"warning: base.license says {license}, and the README.md of the base {declared}")
+    if terms := licenses.terms(license):
+        found.append(f"warning: its name says {', '.join(terms)}; so will the card and the file")
+    return found
 
 
 def _data(data: Data) -> str:
@@ -134,8 +155,10 @@ def _data(data: Data) -> str:
         return f"data: {data.path} on the hub, not looked at"
     from lcm_kit.data.folder import check_data, reading
     from lcm_kit.data.records import open_records
+    from lcm_kit.data.survey import require_licenses
 
     records, bad = open_records(data)
+    require_licenses(data, records)
     looked = check_data(data) if len(records) <= _LOOKED_AT else None
     if looked is not None and looked.errors:
         raise UserError(

@@ -54,13 +54,18 @@ def export(
     with_evaluation: Annotated[
         bool, typer.Option("--with-evaluation", help="Write what its guidance sweep recommends into them.")
     ] = False,
+    list_sources: Annotated[
+        bool,
+        typer.Option("--list-sources", help="Write sources.csv too: the rights of each picture."),
+    ] = False,
 ) -> None:
     """Write a run's adapter for every app, check each file in each, and write a model card."""
     from lcm_kit.api import lora_files
 
     lora_files.export_run(
-        run, format=style, dtype=dtype, output=output, with_evaluation=with_evaluation, verbose=True
-    )
+        run, format=style, dtype=dtype, output=output, with_evaluation=with_evaluation,
+        list_sources=list_sources, verbose=True,
+    )  # fmt: skip
 
 
 @verbs.command(rich_help_panel=_PANEL)

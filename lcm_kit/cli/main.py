@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,15 @@ ConfigArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, as optimizer.lr=3e-4 grid.steps=8."),
+]
+RequireLicense = Annotated[
+    str | None,
+    typer.Option(
+        "--require-license",
+        "--require-licence",
+        metavar="NAMES|any",
+        help="Stop at pictures whose metadata names none of these licences: CC0-1.0,CC-BY-4.0.",
+    ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")]
 
@@ -104,6 +113,7 @@ def check(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base, on the hub.")] = None,
     variant: Annotated[str | None, typer.Option(help="Weight variant of the base, as fp16.")] = None,
+    require_license: RequireLicense = None,
 ) -> None:
     """Check a config and what it names, or a folder of images; weights are loaded for --base alone."""
     from lcm_kit import console
@@ -120,11 +130,11 @@ def check(
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
         with console.working(f"looking at the pictures of {config}"):
             place = None if base is None else Base(base, revision, variant)
-            lines, errors = check_images(config, resolution, trigger, place)
+            lines, errors = check_images(config, resolution, trigger, place, _names(require_license))
     elif base is not None:
         raise UserError(f"{config} is a config, which names its base; leave --base out, or give a folder")
     else:
-        loaded = stages.load_config(config, overrides or [])
+        loaded = stages.load_config(config, overrides or [], **_licensed(require_license))
         with console.working(f"checking what {config} names"):
             lines = examine(loaded)
     for line in lines:
@@ -135,11 +145,13 @@ def check(
 
 
 @verbs.command(rich_help_panel="The stages")
-def encode(config: ConfigArgument, overrides: Overrides = None) -> None:
+def encode(
+    config: ConfigArgument, overrides: Overrides = None, require_license: RequireLicense = None
+) -> None:
     """Turn images and captions, or prompts, into cached latents and text embeddings."""
     from lcm_kit.api import stages
 
-    stages.encode(config, overrides or [], verbose=True)
+    stages.encode(config, overrides or [], verbose=True, **_licensed(require_license))
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -207,6 +219,19 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def _names(given: str | None) -> list[str]:
+    """The licences that an option names. Raises `UserError` if it names none."""
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    if given is not None and not names:
+        raise UserError("--require-license names no licence; give some, as CC0-1.0,CC-BY-4.0, or any")
+    return names
+
+
+def _licensed(given: str | None) -> dict[str, Any]:
+    """The keys of a config that `--require-license` sets."""
+    return {} if given is None else {"data": {"require_license": _names(given)}}
 
 
 def _is_folder(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -126,6 +126,17 @@ def sample(
         bool, typer.Option("--compile", help="Compile the UNet: minutes first, then faster on a GPU.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY.pem", help="Sign the pictures (C2PA) with this key; takes --cert."),
+    ] = None,
+    cert: Annotated[
+        Path | None,
+        typer.Option(metavar="CERT.pem", help="The key's certificate, then those that vouch for it."),
+    ] = None,
+    sign_prompt: Annotated[
+        bool, typer.Option("--sign-prompt", help="Say the prompt in the signed manifest.")
+    ] = False,
 ) -> None:
     """Draw pictures and a contact sheet."""
     from lcm_kit import assets, console
@@ -137,7 +148,10 @@ def sample(
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
+    if (sign is None) != (cert is None) or (sign_prompt and sign is None):
+        raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
     with call(verbose=True):
+        from lcm_kit.drawing.signing import Signer
         from lcm_kit.sample import sample_to_folder
 
         how = pictures.drawing(
@@ -146,6 +160,10 @@ def sample(
             count=count, seed=seed, batch_size=require_batch_size(batch_size), device=device, dtype=dtype,
             decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
+        signing: dict[str, Any] = {}
+        if sign is not None and cert is not None:
+            signer = Signer.load(sign, cert, with_prompt=sign_prompt)
+            signing["sign"] = signer.of_drawing(how.base, how.settings)
         with console.working(how.title):
-            sheet = sample_to_folder(how.base, how.prompts, output, **how.settings)
+            sheet = sample_to_folder(how.base, how.prompts, output, **signing, **how.settings)
     console.say(sheet)

@@ -12,7 +12,7 @@ FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
     "memory.compile", "memory.channels_last", "memory.tf32", "data.batch_size", "data.trigger",
     "data.vae_precision",  # states have a hash of what was encoded
-    "data.local_cache", "data.local_cache_gb",
+    "data.local_cache", "data.local_cache_gb", "base.license", "data.require_license",
 )  # fmt: skip
 FIXED = ("validation.held_out",)  # in such a block, but it says what is trained on
 IN_STAGES = ("steps",)  # but in a run of stages, whose edges its length moves

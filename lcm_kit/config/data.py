@@ -187,6 +187,9 @@ class Data:
     shapes: Shapes = field(default_factory=Shapes)
     masks: Masks = field(default_factory=Masks)
     flip: bool = False  # cache each image's mirror image as well
+    # licences, by SPDX id, of which every picture must name one in its metadata, or `encode` stops and names
+    # those that do not: ["CC0-1.0", "CC-BY-4.0"]; ["any"]: whichever (docs/provenance.md)
+    require_license: tuple[str, ...] = ()
     skip_bad: bool = False  # leave out unreadable images and missing captions instead of stopping
     shard_size: BatchSize = 256  # records a safetensors shard
     # images a VAE pass while encoding, and samples of the teacher at once
@@ -206,6 +209,10 @@ class Data:
             raise ValueError(
                 "regularization_share divides the batches between images and regularization; give "
                 "regularization, and source images, or remove it"
+            )
+        if self.require_license and not self.has_images:
+            raise ValueError(
+                f"require_license asks it of images, and with source {self.source} there are none; remove it"
             )
         if self.source == "prompts":
             self._refuse_beside_prompts()

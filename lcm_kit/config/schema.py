@@ -50,6 +50,8 @@ class Base:
     path: Place = "asset:tiny-sd"
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
+    # its licence, told in the files and the card of what is trained on it; null: what its README.md declares
+    license: Annotated[str, Field(max_length=200)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

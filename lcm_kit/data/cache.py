@@ -42,6 +42,7 @@ class Cache:
     entries: list[Entry] = field(repr=False)
     _shards: list[own_shapes.Shard] = field(repr=False)
     _empty_content: str = field(repr=False)  # content hash of the empty condition's file
+    rights: own_shapes.Rights | None  # what metadata says of the pictures, in numbers
 
     @staticmethod
     def open(
@@ -70,7 +71,8 @@ class Cache:
             if own_files.made_from(folder / shard["file"]) != shard["content"]:
                 shards.require_intact(folder / shard["file"], shard["content"])
         entries = [Entry.of(row) for row in found["records"]]
-        return Cache(Folder.of(folder), entries, found["shards"], shards.content_hash(wanted))
+        files, empty = Folder.of(folder), shards.content_hash(wanted)
+        return Cache(files, entries, found["shards"], empty, found.get("rights"))
 
     @cached_property  # asked for each sample of each step
     def ids(self) -> list[str]:

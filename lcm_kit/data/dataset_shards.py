@@ -13,6 +13,7 @@ from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.caption_tags import of_cell
 from lcm_kit.data.cells import content_of
 from lcm_kit.data.records import Record
+from lcm_kit.data.rights import Rights, columns_of
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import sha256_bytes
 
@@ -40,7 +41,8 @@ def opened(data: Data) -> tuple[Any, int, str]:
     for key, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
         if column not in names:
             raise UserError(f"data.{key} {column!r} is no column of {data.path!r}; it has {', '.join(names)}")
-    rows = rows.select_columns([data.image_column, data.caption_column])
+    read = [data.image_column, data.caption_column]
+    rows = rows.select_columns([*dict.fromkeys(read), *columns_of(names, but=read)])
     rows = rows.cast_column(data.image_column, datasets.Image(decode=False))
     return rows, min(rows.num_shards, _MOST), _identity(builder, data.split)
 
@@ -73,6 +75,6 @@ def records(rows: Any, shards: int, index: int, name: str, data: Data) -> Iterat
         captions, reason = of_cell(cells[data.caption_column], data)
         id = f"{name}/{row}"
         row += 1
-        yield (
-            (id, reason) if reason else Record(id, captions, partial(content_of, cells[data.image_column]))
-        )
+        read = partial(content_of, cells[data.image_column])
+        rights = Rights.of(cells, but=(data.image_column, data.caption_column))
+        yield (id, reason) if reason else Record(id, captions, read, rights=rights)

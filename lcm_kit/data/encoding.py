@@ -26,7 +26,7 @@ from lcm_kit.data.encoder import Encoder, tensors_of
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.shards import Entry, Shard
 from lcm_kit.errors import UserError
-from lcm_kit.io import own_files
+from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import require_writable
 from lcm_kit.share import Share
 
@@ -59,6 +59,7 @@ class Contents:
     load: Callable[[bool], RowMaker]  # asked whether rows are missing, or the empty condition alone
     doing: str  # the words of the bar
     skipped: Sequence[Bad] = ()
+    rights: own_shapes.Rights | None = None
 
 
 Survey = Callable[[Mapping[str, Any] | None, Progress], Contents]
@@ -107,6 +108,8 @@ def bring_up_to_date(
             say_what_is_cut(contents.base, contents.data, rows)
         make_missing(folder, missing, partial(_load, folder, contents), contents.doing, share, bar)
     new = shards.manifest(contents.base, contents.data, planned, contents.skipped, contents.settings)
+    if contents.rights is not None:
+        new["rights"] = contents.rights
     changes = [] if old is None else shards.changes(old, new)
     if share.first and (missing or changes or old is None):
         shards.write_manifest(folder, new)

@@ -7,7 +7,7 @@ What counts as an image and as its caption is decided in `records.py`, and what 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from lcm_kit.assets import place
 from lcm_kit.config.schema import Data
-from lcm_kit.data import folder_captions, folder_pictures, folder_reading
+from lcm_kit.data import folder_captions, folder_pictures, folder_reading, rights
 from lcm_kit.data.findings import Finding, Weight, few, number
 from lcm_kit.data.folder_pictures import Look
 from lcm_kit.data.left_out import LeftOut
 from lcm_kit.data.records import Bad, Listing, Record, left_out_of, list_source
+from lcm_kit.data.rights import Rights
 from lcm_kit.errors import UserError
 
 _LITTLE, _FEW, _MANY = 10, 20, 500  # pictures
@@ -43,17 +44,20 @@ class FolderCheck:
         return [f"warning: {text}" for text in self.warnings] + [f"note: {text}" for text in self.notes]
 
 
-def check_folder(path: str, *, resolution: int, trigger: str | None = None) -> FolderCheck:
+def check_folder(
+    path: str, *, resolution: int, trigger: str | None = None, require_license: Sequence[str] = ()
+) -> FolderCheck:
     """Look at every image and caption of `path`: a folder (as `data.path`, also `asset:NAME`).
 
     `resolution` is what will be trained at, in pixels; `trigger` the word or phrase that should stand in
-    every caption. Every image is decoded once, by threads. What the user can fix is never raised: a folder
-    that is not there is in `errors` as well.
+    every caption; `require_license` as `data.require_license`. Every image is decoded once, by threads. What
+    the user can fix is never raised: a folder that is not there is in `errors` as well.
     """
     folder = Path(path)
     try:
         folder = place(path)
-        return _check(Data(path=path, kind="folder"), resolution, trigger)
+        data = Data(path=path, kind="folder", require_license=tuple(require_license))
+        return _check(data, resolution, trigger)
     except UserError as error:
         remarks = list(_left_out(left_out_of(folder)))
         return FolderCheck(0, (f"{error}.",), tuple(_of("warning", remarks)), tuple(_of("note", remarks)))
@@ -95,10 +99,17 @@ def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = Tr
         *folder_captions.findings(folder_reading.texts_of(listing, data), trigger, estimate=estimate),
         *_amount(looks),
         *_left_out(listing.left_out),
+        *_rights({record.id: record.rights for record in good}, data.require_license),
         *folder_pictures.findings(looks, resolution),
     ]
     count = len({id for id, _ in broken} | {look.id for look in looks})
     return FolderCheck(count, *(tuple(_of(weight, findings)) for weight in ("error", "warning", "note")))
+
+
+def _rights(told: Mapping[str, Rights], among: Sequence[str]) -> Iterator[Finding]:
+    if sentence := rights.not_allowed(told, among):
+        yield Finding("error", f"{sentence}.")
+    yield from rights.findings(told)
 
 
 def _of(weight: str, findings: Iterable[Finding]) -> Iterator[str]:

@@ -53,7 +53,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
         )  # fmt: skip
         made_by = shards.settings(base, data, precision)
         load = partial(_load, base, data, found.records, precision)
-        return Contents(base, data, made_by, found.entries, load, "encoding", found.bad)
+        return Contents(base, data, made_by, found.entries, load, "encoding", found.bad, found.rights)
 
     return bring_up_to_date(Path(data.cache), surveyed, progress, share)
 

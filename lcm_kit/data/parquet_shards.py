@@ -11,6 +11,7 @@ from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.caption_tags import of_cell
 from lcm_kit.data.cells import content_of
 from lcm_kit.data.records import Record
+from lcm_kit.data.rights import Rights, columns_of
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.reading import Reader
 from lcm_kit.io.urls import At
@@ -33,10 +34,13 @@ def records(place: At, name: str, data: Data) -> Iterator[Record | Bad]:
         with Reader(place, ahead=False) as reader:
             file = ParquetFile(reader, buffer_size=_BUFFER, pre_buffer=False)
             _require(columns, file.schema_arrow.names, place)
-            for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            said = columns_of(file.schema_arrow.names, but=columns)
+            for batch in file.iter_batches(_ROWS, columns=[*columns, *said], use_threads=False):
                 cells, captions = (batch.column(column) for column in columns)
                 for number in range(len(batch)):
-                    yield _record(f"{name}/{row}", cells[number].as_py(), captions[number].as_py(), data)
+                    rights = Rights.of({each: batch.column(each)[number].as_py() for each in said})
+                    given = captions[number].as_py()
+                    yield _record(f"{name}/{row}", cells[number].as_py(), given, data, rights)
                     row += 1
             if row != file.metadata.num_rows:
                 raise EOFError(f"it has {row} of {file.metadata.num_rows} rows")
@@ -55,10 +59,10 @@ def _require(columns: list[str], there: list[str], place: At) -> None:
             raise UserError(f"data.{key} {column!r} is no column of {place.shown}; it has {', '.join(there)}")
 
 
-def _record(id: str, cell: Any, given: Any, data: Data) -> Record | Bad:
+def _record(id: str, cell: Any, given: Any, data: Data, rights: Rights) -> Record | Bad:
     captions, reason = of_cell(given, data)
     if reason:
         return id, reason
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path") is not None:
         return id, "the path of an image without its bytes; write the parquet file with its images"
-    return Record(id, captions, partial(content_of, cell))
+    return Record(id, captions, partial(content_of, cell), rights=rights)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
-from lcm_kit.data import parts, shards, vae_precision
+from lcm_kit.data import parts, rights, shards, vae_precision
 from lcm_kit.data.cache import Cache, mapped
 from lcm_kit.data.order import Run
 from lcm_kit.data.shards import Entry
@@ -117,6 +117,11 @@ class PartedCache:
         return sha256_bytes("".join(s["content"] for part in self._parts for s in part["shards"]).encode())
 
     @property
+    def rights(self) -> own_shapes.Rights | None:
+        """What metadata says of the pictures, in numbers."""
+        return rights.merged([(part.get("rights"), part["pictures"]) for part in self._parts])
+
+    @property
     def first(self) -> range:
         """The rows of the first part, from which pictures are held out: all are never known at once."""
         return range(self._parts[0]["rows"])
@@ -201,7 +206,7 @@ def _opened(folder: Folder, source: str, files: _Shards) -> Cache:
         raise UserError(
             f"{part.shown}/{parts.RECORDS} is missing; run `lcm-kit encode` with this config again"
         )
-    return Cache(part, [Entry.of(row) for row in found["records"]], list(files), "")
+    return Cache(part, [Entry.of(row) for row in found["records"]], list(files), "", None)
 
 
 @dataclass(frozen=True)

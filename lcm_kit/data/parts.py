@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
-from lcm_kit.data import shards
+from lcm_kit.data import rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
 from lcm_kit.data.progress import listing
@@ -100,6 +100,7 @@ class PartMaker:
         writer = _Writer(self.folder.below(folder_name(source.name)), self.settings, self.data.shard_size)
         bad: list[Bad] = []
         dropped: list[Bad] = []
+        told: list[tuple[own_shapes.Rights | None, int]] = []
         waiting: dict[Shape, list[Entry]] = {}
         records: dict[str, Record] = {}  # of the rows that wait: their pictures are in memory
         rows_of: Counter[str] = Counter()
@@ -115,6 +116,7 @@ class PartMaker:
         for found in self._looked_at(source, bad):
             bad += found.bad
             dropped += found.dropped
+            told.append((found.rights, len(found.records)))
             records |= found.records
             rows_of.update(entry.id for entry in found.entries)
             for entry in found.entries:
@@ -130,7 +132,7 @@ class PartMaker:
                 "leave them out with data.skip_bad=true; parts that are done are kept:",
                 listing(bad),
             )
-        return writer.finish(source.name, identity, [*bad, *dropped])
+        return writer.finish(source.name, identity, [*bad, *dropped], told)
 
     def _looked_at(self, source: SourceShard, bad: list[Bad]) -> Iterator[Survey]:
         stream = source.records()
@@ -168,7 +170,13 @@ class _Writer:
         self.entries += held.entries
         self.files.append(shard.row)
 
-    def finish(self, source: str, identity: str, skipped: Sequence[Bad]) -> own_shapes.Part:
+    def finish(
+        self,
+        source: str,
+        identity: str,
+        skipped: Sequence[Bad],
+        rights_told: Sequence[tuple[own_shapes.Rights | None, int]],
+    ) -> own_shapes.Part:
         for shape in sorted(self.rows, key=lambda shape: shape or ()):
             self._write(shape)
         told = [{"id": id, "reason": reason} for id, reason in skipped]
@@ -180,9 +188,12 @@ class _Writer:
         ]
         part: own_shapes.Part = {
             "source": source, "identity": identity, "made_by": shards.content_hash(self.settings),
-            "rows": len(self.entries), "runs": runs, "shards": self.files, "skipped": len(told), 
+            "rows": len(self.entries), "runs": runs, "shards": self.files, "skipped": len(told),
+            "pictures": sum(count for _, count in rights_told), 
             "several": any(entry.captions for entry in self.entries),
             "weighted": any(entry.weights for entry in self.entries),
         }  # fmt: skip
+        if (found := rights.merged(rights_told)) is not None:
+            part["rights"] = found
         self.folder.write(PART, own_files.json_text(part))
         return part

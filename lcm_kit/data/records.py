@@ -28,6 +28,7 @@ from lcm_kit.data.folder_files import Files, add_zip, files_of
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, decode, is_picture, of_image
 from lcm_kit.data.kohya_folders import Layout, layout_of
 from lcm_kit.data.left_out import PROMPTS, LeftOut, left_out
+from lcm_kit.data.rights import NOTHING, FolderRights, Rights, of_columns
 from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.data.transforms import square, to_pixels, upright_for
@@ -48,6 +49,7 @@ class Record:
     read: Callable[[], bytes]  # the image file's content
     repeats: int = 1  # times that an epoch has it
     mask: Callable[[], bytes] | None = None  # the content of the file that says what counts in it
+    rights: Rights = NOTHING
 
     @property
     def caption(self) -> str:
@@ -246,7 +248,7 @@ def _listed(files: Files, column: str, how: HowCaptions, trigger: str | None = N
     """Every picture with its captions or what is wrong with it, and what is left out."""
     captions, masks = captions_of(files, column, how.lines), _masks(files)
     found = [name for name in _pictures(files) if name not in masks.values()]
-    layout = layout_of(found, how.layout)
+    layout, rights = layout_of(found, how.layout), FolderRights(files.found, captions.lines)
     items: dict[str, Record | Bad] = dict(_named_only(captions, found))
     items |= {name: (name, reason) for name, reason in files.bad}
     for name in found:
@@ -258,12 +260,14 @@ def _listed(files: Files, column: str, how: HowCaptions, trigger: str | None = N
         told, repeats = prepared(told, how, trigger), its.repeats if its else 1
         mask = masks.get(same(_without_ending(name)))
         its_mask = None if mask is None else files.found[mask].read
-        items[name] = Record(name, told, files.found[name].read, repeats, its_mask)
+        items[name] = Record(
+            name, told, files.found[name].read, repeats, its_mask, rights.of(name)
+        )  # fmt: skip
     stems = {same(_without_ending(name)) for name in found}
     used = {name for stem, name in masks.items() if stem in stems}
     return Listing(
         [items[name] for name in sorted(items)],
-        left_out(files, captions, {*found, *used}),
+        left_out(files, captions, {*found, *used, *rights.used}),
         captions.several,
         layout,
         captions.otherwise,
@@ -322,10 +326,11 @@ def _datasets(path: Path, data: Data) -> Iterator[Record | Bad]:
     images = rows.select_columns([data.image_column]).cast_column(
         data.image_column, datasets.Image(decode=False)
     )
+    rights = of_columns(rows, but=(data.image_column, data.caption_column))
     for row, given in enumerate(rows[data.caption_column]):
         told, reason = of_cell(given, data)
         id, read = f"row {row}", partial(_read_row, images, row, data.image_column)
-        yield (id, reason) if reason else Record(id, told, read)
+        yield (id, reason) if reason else Record(id, told, read, rights=rights[row])
 
 
 def _read_row(images: Any, row: int, column: str) -> bytes:

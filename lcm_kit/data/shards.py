@@ -173,6 +173,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         words.append(f"{cuts} {row}{'s' * (cuts > 1)} cut otherwise")
     if old["skipped"] != new["skipped"]:
         words.append("other records left out")
+    if old.get("rights") != new.get("rights"):
+        words.append("what metadata says of licences, sources and consents changed")
     if not words and old["shards"] != new["shards"]:
         words.append("records in another order, or other shards")
     return words

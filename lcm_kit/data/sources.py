@@ -27,6 +27,7 @@ from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.split import Rows, chosen, own_images, split
 from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.errors import UserError
+from lcm_kit.io import own_shapes
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.locks import held
 from lcm_kit.io.urls import is_url
@@ -162,6 +163,12 @@ class MixedCache:
     def mix(self) -> Mix:
         """How batches are drawn from it: by the share as the config writes it, not its nearest binary."""
         return Mix(len(self.images), Fraction(str(self.share)))
+
+    @property
+    def rights(self) -> own_shapes.Rights | None:
+        """What metadata says of the images."""
+        assert isinstance(self.images, Cache)
+        return self.images.rights
 
     @property
     def fingerprint(self) -> str:

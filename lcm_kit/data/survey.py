@@ -11,16 +11,17 @@ from PIL import Image
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
 from lcm_kit.console import Progress
-from lcm_kit.data import masks
+from lcm_kit.data import masks, rights
 from lcm_kit.data.buckets import Cut, Shaper, Size, cut
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoder import hashes_of
 from lcm_kit.data.image_files import of_image, try_to_read
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record, open_records
-from lcm_kit.data.shards import Entry
+from lcm_kit.data.shards import GENERAL, Entry
 from lcm_kit.data.transforms import upright_size
 from lcm_kit.errors import UserError
+from lcm_kit.io import own_shapes
 from lcm_kit.io.files import sha256_bytes
 
 
@@ -42,13 +43,15 @@ class Survey:
     entries: list[Entry] = field(repr=False)
     bad: list[Bad]
     dropped: list[Bad] = field(default_factory=list)  # as the config says: nothing is wrong with them
+    rights: own_shapes.Rights | None = None
 
 
 def survey(base: BaseInfo, data: Data, known: set[str], bar: Progress) -> Survey:
     """Look at every record of `data`: hash its image, and decode it unless it is `known`.
 
     Raises `UserError` if none can be used, and, unless `data.skip_bad`, if any cannot: it names them all.
-    A picture that `data.shapes.small` drops is among the bad ones and stops nothing.
+    A picture that `data.shapes.small` drops is among the bad ones and stops nothing. Raises it too for those
+    whose licence `data.require_license` does not allow.
     """
     good, bad = open_records(data)
     total = len(good) + len(bad)
@@ -82,6 +85,7 @@ def looked_at(
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
     kept = [(record, look) for record, look in each if isinstance(look, Seen)]
+    require_licenses(data, (record for record, _ in kept))
     texts = hashes_of(base, [_captions(record) for record, _ in kept], data.chunks)
     entries = [
         entry
@@ -94,7 +98,21 @@ def looked_at(
         entries,
         [(record.id, look) for record, look in each if isinstance(look, str)],
         [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)],
+        rights.summary(record.rights for record, _ in kept),
     )
+
+
+def require_licenses(data: Data, records: Iterable[Record]) -> None:
+    """Raise `UserError`, which names them, if pictures have no licence that `data.require_license` allows.
+
+    General pictures of the kit's own (`data.regularization: asset:NAME`) are under its licence.
+    """
+    shipped = (data.regularization or "").startswith("asset:")
+    asked = {
+        record.id: record.rights for record in records if not (shipped and record.id.startswith(GENERAL))
+    }
+    if sentence := rights.not_allowed(asked, data.require_license):
+        raise UserError(f"data.path {data.path!r}: {sentence}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
@@ -27,6 +28,7 @@ from lcm_kit.data.caption_tables import COLUMN
 from lcm_kit.data.caption_tags import of_cell
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, is_picture
 from lcm_kit.data.records import Record
+from lcm_kit.data.rights import NOTHING, Rights
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.reading import Reader
 from lcm_kit.io.urls import At
@@ -89,7 +91,19 @@ def _record(id: str, group: _Group, data: Data) -> Record | Bad:
     if reason:
         return id, reason
     mask = next((each for ending, each in group.pictures.items() if ending.startswith(_MASK)), None)
-    return Record(id, captions, lambda: content, mask=None if mask is None else lambda: mask)
+    return Record(
+        id, captions, lambda: content, mask=None if mask is None else lambda: mask, rights=_rights(group)
+    )
+
+
+def _rights(group: _Group) -> Rights:
+    """What its JSON objects say of them; a JSON file that is none says nothing here."""
+    found = NOTHING
+    for name, content in group.texts.items():
+        if name.endswith(_TABLE.lstrip(".")):
+            with suppress(UserError):
+                found = found.joined(Rights.of(_row(name, content)))
+    return found
 
 
 def _picture(group: _Group, wanted: str) -> bytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lcm_kit.io.files import atomic_file
+from lcm_kit.io.files import atomic_write
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -32,13 +33,22 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None, g
     return sheet
 
 
-def save_png(picture: Image.Image, path: Path, told: Mapping[str, str] | None = None) -> Path:
-    """Write `picture` as PNG, whole or not at all; what is `told` stands in its text by keyword."""
+def save_png(
+    picture: Image.Image,
+    path: Path,
+    told: Mapping[str, str] | None = None,
+    finish: Callable[[bytes], bytes] = bytes,
+) -> Path:
+    """Write `picture` as PNG, whole or not at all; what is `told` stands in its text by keyword.
+
+    `finish`: what is made of the file's content before it is written, as a signature in it.
+    """
     text = PngInfo()
     for keyword, words in (told or {}).items():
         text.add_itxt(keyword, words)
-    with atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True, pnginfo=text)
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True, pnginfo=text)
+    atomic_write(path, finish(content.getvalue()))
     return path
 
 

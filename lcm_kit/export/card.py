@@ -32,6 +32,7 @@ from lcm_kit.export import in_apps
 from lcm_kit.export.markdown import code, literal, text
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_write
+from lcm_kit.lora import inherited
 from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.lora.layers import Lora, layer_group
 from lcm_kit.lora.structure import Structure
@@ -119,6 +120,8 @@ def write(
         app_names=", ".join(TITLES[app] for app in WHOLE),
         resolution=facts.data.resolution or structure.resolution,
         tags=_tags(structure, facts),
+        licences=inherited.declared(facts),
+        terms=inherited.terms(facts),
         layers=_layers(lora),
         checks=checks,
         commands=[_verify_command(name, facts.base.path) for name in names.values()],

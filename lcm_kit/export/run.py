@@ -14,7 +14,7 @@ from lcm_kit.evaluation import recommended, results
 from lcm_kit.evaluation.result_shapes import Results
 from lcm_kit.export import card, trained
 from lcm_kit.io import own_files, own_shapes
-from lcm_kit.lora import delivery, verified, verify
+from lcm_kit.lora import delivery, inherited, verified, verify
 from lcm_kit.lora.apps import VERSIONS
 from lcm_kit.lora.provenance import Provenance, Trained
 from lcm_kit.lora.write import file_name
@@ -52,6 +52,8 @@ def export_run(
     for style, report in reports.items():
         console.say(f"exported {delivery.summary(str(folder / names[style]), dtype, report)}")
     write_card(run, folder)
+    for warning in inherited.warnings(about):
+        console.say(f"warning: {warning}", err=True)
     return {style: folder / name for style, name in names.items()}
 
 

@@ -101,6 +101,17 @@ class Record(TypedDict):
     repeats: NotRequired[int]
 
 
+class Rights(TypedDict):
+    """What metadata says of the pictures: of how many it says what."""
+
+    pictures: int  # all of them
+    licenses: dict[str, int]
+    source: int
+    consent: int
+    refused: int  # that there is no consent
+    author: int
+
+
 class Cache(TypedDict):
     """What a cache holds."""
 
@@ -108,6 +119,7 @@ class Cache(TypedDict):
     shards: list[Shard]
     skipped: list[Skipped]
     records: list[Record]
+    rights: NotRequired[Rights]  # where metadata says any
 
 
 class Part(TypedDict):
@@ -120,6 +132,8 @@ class Part(TypedDict):
     runs: list[list[Any]]  # [rows, [width, height]], in order; [] is the square of data.resolution
     shards: list[Shard]
     skipped: int
+    pictures: int
+    rights: NotRequired[Rights]  # what metadata says of them, if anything
     several: bool  # whether a row has several captions
     weighted: bool  # whether a row has a mask
 

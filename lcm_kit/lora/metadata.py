@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lcm_kit import samplers
 from lcm_kit.core.methods import METHODS, MethodInfo
+from lcm_kit.lora import inherited
 from lcm_kit.lora.layers import Lora
 from lcm_kit.lora.metadata_reading import PREFIX, REST, sampler_name, without_none_strings
 from lcm_kit.lora.provenance import Guidance, Provenance, Recommended
@@ -145,6 +146,7 @@ def _modelspec(structure: Structure, facts: Provenance, style: str) -> dict[str,
         prediction_type="v" if prediction == "v_prediction" else prediction,
         usage_hint=_usage_hint(structure, facts),
         trigger_phrase=facts.data.trigger,
+        license=inherited.sentence(facts),
         merged_from=", ".join(facts.parents) if len(facts.parents) > 1 else None,
     )
     return {f"modelspec.{key}": value for key, value in keys.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lcm_kit import samplers
+from lcm_kit.io import licenses
 from lcm_kit.io.own_files import unknown_keys
 from lcm_kit.lora import provenance
 from lcm_kit.lora.provenance import Base, Data, Provenance, Recommended
@@ -56,6 +57,7 @@ def provenance_from_header(metadata: Mapping[str, str], title: str) -> Provenanc
         ),
         date=known.get("modelspec.date"),
         parents=tuple(merged.split(", ")) if merged else (),
+        license=licenses.said(known.get("modelspec.license")),
     )
 
 

@@ -36,6 +36,7 @@ from lcm_kit.lora.provenance_sections import (
     Method,
     Prior,
     Recommended,
+    Rights,
     Teacher,
     TextEncoder,
     TrainedBase,
@@ -44,7 +45,7 @@ from lcm_kit.lora.provenance_sections import (
 
 __all__ = [
     "Base", "Data", "Grid", "Guidance", "Layers", "Lora", "Loss", "Method", "Part", "Prior", "Provenance",
-    "Recommended", "Teacher", "TextEncoder", "Trained", "TrainedBase", "from_json", "trained",
+    "Recommended", "Rights", "Teacher", "TextEncoder", "Trained", "TrainedBase", "from_json", "trained",
 ]  # fmt: skip
 
 
@@ -90,6 +91,7 @@ class Provenance:
     control_distance: float | None = None
     diversity: float | None = None
     recommended: Recommended | None = None  # by a guidance sweep of these weights
+    license: str | None = None  # that the maker of a file of others declares for it
     parents: tuple[str, ...] = ()  # the files that it was merged or converted from, in words
     parts: tuple[Part, ...] = ()  # of a merged file: all of them, with what is known of each
 

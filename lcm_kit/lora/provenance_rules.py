@@ -11,6 +11,7 @@ from lcm_kit.config import objective
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.schema import Distill, Training
 from lcm_kit.families import Family
+from lcm_kit.io import licenses, own_shapes
 from lcm_kit.lora.provenance import (
     Base,
     Data,
@@ -23,6 +24,7 @@ from lcm_kit.lora.provenance import (
     Part,
     Prior,
     Provenance,
+    Rights,
     Teacher,
     TextEncoder,
 )
@@ -47,6 +49,10 @@ class InspectedBase(Protocol):
     def family(self) -> Family:
         """What its UNet is."""
 
+    @property
+    def license(self) -> str | None:
+        """That it declares."""
+
 
 def of_training(
     config: Training,
@@ -56,20 +62,23 @@ def of_training(
     *,
     teacher: Sequence[Lora] = (),
     start: Sequence[Lora] = (),
+    rights: own_shapes.Rights | None = None,
 ) -> Provenance:
     """What `train/distill` or `train/finetune` makes in `steps` steps of `config`.
 
-    `data`: the fingerprint of what it sees; `teacher` and `start`: the files of `teacher.adapters` and
-    `adapter.start` (`lcm_kit.adapter.styles`).
+    `data`: the fingerprint of what it sees; `rights`: what metadata says of it; `teacher` and `start`: the
+    files of `teacher.adapters` and `adapter.start` (`lcm_kit.adapter.styles`).
     """
+    declared = config.base.license
+    license = licenses.normal(declared) if declared else base.license
     common = Provenance(
-        base=_same(Base, config.base, hash=base.base_hash, family=base.family.name),
+        base=_same(Base, config.base, hash=base.base_hash, family=base.family.name, license=license),
         kit_version=__version__,
         recipe=config.recipe,
         prediction_type=base.prediction_type,
         steps=steps,
         adapter=_same(Layers, config.adapter),
-        data=_same(Data, config.data, fingerprint=data),
+        data=_same(Data, config.data, fingerprint=data, rights=rights and Rights(**rights)),
     )
     if isinstance(config, Distill):
         return replace(
@@ -159,7 +168,7 @@ def merged(parts: Sequence[Part], title: str) -> Provenance:
         **{name: getattr(made, name) for name in _OF_THE_LEAD},
         step=made.optimizer_steps,
         method=made.method,
-        data=replace(made.data, trigger=", ".join(triggers) or None),
+        data=replace(made.data, trigger=", ".join(triggers) or None, rights=None),  # each part has its own
         recommended=use,
         parents=tuple(f"{part.file}:{part.weight:g}" for part in parts),
         parts=tuple(parts),

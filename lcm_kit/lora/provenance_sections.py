@@ -38,6 +38,7 @@ class Base:
     revision: str | None = None
     variant: str | None = None
     family: str | None = None  # sd, sdxl
+    license: str | None = None  # as it was declared, `licenses.normal`
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -140,6 +141,7 @@ class Lora:
     path: str
     sha256: str
     weight: float = 1.0
+    license: str | None = None  # that its header, or the README.md beside it, declares
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -175,6 +177,18 @@ class Prior:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Rights:
+    """What metadata says of the pictures, in numbers, as `own_shapes.Rights`."""
+
+    pictures: int
+    licenses: dict[str, int] = field(default_factory=dict)
+    source: int = 0
+    consent: int = 0
+    refused: int = 0
+    author: int = 0
+
+
+@dataclass(frozen=True, config=STRICT)
 class Data:
     """What was trained on."""
 
@@ -182,6 +196,7 @@ class Data:
     resolution: int | None = None  # pixels along one side
     source: str | None = None  # images, teacher, mix, prompts
     trigger: str | None = None  # what prompts say to get the style
+    rights: Rights | None = None  # None: no metadata says any
 
 
 @dataclass(frozen=True, config=STRICT)
