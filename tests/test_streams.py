@@ -342,7 +342,7 @@ class Flaky:
         self.opened, self.waited = 0, list[float]()
         memory = type(fsspec.filesystem("memory"))
         monkeypatch.setattr(memory, "_open", lambda fs, path, mode, **_: self.connection(fs.store[path]))
-        monkeypatch.setattr(reading.time, "sleep", self.waited.append)
+        monkeypatch.setattr(reading, "sleep", self.waited.append)
 
     def connection(self, stored: io.BytesIO) -> io.BytesIO:
         self.opened += 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Callable
+from time import sleep
 from typing import Any, TypeVar
 
 from lcm_kit.errors import UserError, first_line
@@ -27,7 +27,7 @@ def tried(action: Callable[[], T], url: str, doing: str = "read") -> T:
         except Exception as error:  # each service's library has its own
             if wait is None or is_final(error):
                 raise refused(url, error, doing) from error
-            time.sleep(wait)
+            sleep(wait)
     raise AssertionError  # the last wait is None
 
 
@@ -142,7 +142,7 @@ class Reader(io.RawIOBase):
                 f"{self.place.shown}: cannot be read on from byte {self._at:,} after {len(WAITS)} new tries "
                 f"({first_line(error)}); check the connection and run the same command again"
             ) from error
-        time.sleep(wait)
+        sleep(wait)
         try:
             now = identity(info_of(self.place, anew=True))
         except UserError:  # a server that is away: the next try finds out
