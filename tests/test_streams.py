@@ -12,8 +12,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from lcm_kit.config.data import Captions
 from lcm_kit.config.schema import Data
-from lcm_kit.data.records import open_records
+from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.data.streams import source_shards
 from lcm_kit.errors import UserError
@@ -91,6 +92,30 @@ def test_captions_and_pictures_by_their_endings(tmp_path: Path) -> None:
     assert [each[:2] for each in chosen] == [
         ("mixed.tar/a/x", "not read"), ("mixed.tar/a/y", "Größe"), ("mixed.tar/b", "before its picture"),
     ]  # fmt: skip
+
+
+def test_masks_tags_and_several_captions_as_in_a_folder(tmp_path: Path) -> None:
+    files = [
+        ("a.png", picture(1)), ("a.mask.png", picture(2)), ("a.txt", b"one\n\nother one"),
+        ("b.png", picture(3)), ("b.json", b'{"caption": [{"text": "x", "weight": 3}, "y"], "weight": 2}'),
+        ("c.png", picture(4)), ("c.json", b'{"tags": ["red", "round"], "license": "CC0-1.0"}'),
+        ("d.mask.png", picture(5)), ("d.txt", b"a mask alone"),
+    ]  # fmt: skip
+    for name, content in files:
+        if not name.startswith("d"):
+            (tmp_path / "folder" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "folder" / name).write_bytes(content)
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    how = {"trigger": "brandx", "captions": Captions(lines="each", shuffle_tags=2, trigger_in_front=True)}
+    good, bad = open_records(Data(path=str(tmp_path / "folder"), kind="folder", **how))  # type: ignore[arg-type]
+    assert len(good) == 3 and not bad
+    *found, last = source_shards(Data(path=str(tmp_path / "x.tar"), **how))[0].records()  # type: ignore[arg-type]
+    assert last == ("x.tar/d", "no image of this name in the tar file: there is mask.png, txt")
+    for item, wanted in zip(found, good, strict=True):
+        assert isinstance(item, Record) and item.id == f"x.tar/{wanted.id[0]}"
+        assert item.captions == wanted.captions and item.read() == wanted.read()
+    assert [caption.text for caption in good[0].captions] == ["brandx, one", "brandx, other one"]
+    assert [item.mask and item.mask() for item in found] == [picture(2), None, None]  # type: ignore[union-attr]
 
 
 def test_a_packed_tar_file_of_one_or_several_parts(tmp_path: Path) -> None:
