@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,50 @@ def test_a_server_that_goes_away_within_a_shard_is_a_sentence(
         match=r"s3://lcm/set/data-000000.tar: cannot be read on from byte [0-9,]+ after 3 new tries",
     ):
         list(stream)
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
+def test_a_web_server_with_and_without_parts_of_files(tmp_path: Path, parts: bool) -> None:
+    """Python's own gives files from begin to end alone; a step back begins anew."""
+    write_tars(tmp_path / "set", [rows(range(30)), rows(range(30, 50))])
+    write_parquet(tmp_path / "set" / "p.parquet", rows(range(60, 90)))
+    serving = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(_Parts if parts else _Quiet, directory=str(tmp_path / "set"))
+    )
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    try:
+        place = f"http://127.0.0.1:{serving.server_address[1]}"
+        wanted = read(source_shards(Data(path=f"{tmp_path}/set/*.tar")))
+        assert read(source_shards(Data(path=f"{place}/data-{{000000..000001}}.tar"))) == wanted
+        wanted = read(source_shards(Data(path=f"{tmp_path}/set/p.parquet", kind="parquet")))
+        assert read(source_shards(Data(path=f"{place}/p.parquet?signature=secret"))) == wanted
+        with pytest.raises(UserError, match=f"{place}/none.tar: there is no such file"):
+            source_shards(Data(path=f"{place}/none.tar"))
+    finally:
+        serving.shutdown()
+        serving.server_close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Parts(_Quiet):
+    """Answers a request for a range with that range."""
+
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return super().do_GET()
+        part = content[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(part)
 
 
 def test_memory_is_that_of_a_shard_however_many_there_are(bucket: Proxy, tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from lcm_kit.cli.check import check
+from lcm_kit.config import shipped
 from lcm_kit.config.data import Captions
+from lcm_kit.config.load import load
 from lcm_kit.config.schema import Data
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.stream_kinds import is_stream
@@ -305,6 +308,28 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
     assert not is_stream(Data(path="org/name")) and not is_stream(Data(path="asset:brand"))
     with pytest.raises(UserError, match="is read as a stream"):
         open_records(Data(path=str(tmp_path / "tars")))
+
+
+def test_check_reads_the_first_records(tmp_path: Path) -> None:
+    some = rows(range(40))
+    write_tars(tmp_path / "set", [some, some])
+    config = shipped.config_path("configs/distill/tiny_lcm.yaml")
+    given = [f"data.path={tmp_path}/set"]
+    assert check(load(config, given))[1:3] == [
+        f"data: {tmp_path}/set, 2 shards",
+        "  note: only the first 16 records of data-000000.tar were read by this check.",
+    ]
+    some[3] = ("000003", b"\x89PNG\r\n\x1a\n broken", "x")
+    write_tars(tmp_path / "set", [some])
+    with pytest.raises(
+        UserError, match=r"data-000000.tar/000003 \(unreadable image.*or set data.skip_bad=true"
+    ):
+        check(load(config, given))
+    found = check(load(config, [*given, "data.skip_bad=true"]))
+    assert found[2].endswith("were read by this check, of which 1 would be left out.")
+    (tmp_path / "set" / "data-000000.tar").write_bytes(tar_bytes([]))
+    with pytest.raises(UserError, match="data-000000.tar holds no record"):
+        check(load(config, given))
 
 
 def test_what_cannot_be_meant_is_a_sentence(tmp_path: Path) -> None:
