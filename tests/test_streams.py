@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import subprocess
 import tarfile
 import tracemalloc
@@ -166,6 +167,27 @@ def test_a_tar_file_that_is_not_whole_is_never_just_short(tmp_path: Path) -> Non
         except tarfile.TarError:
             pass
     assert silent >= 4  # so these checks are needed
+    import datasets
+
+    for content in (whole[: seventh.offset], bytes(header)):
+        (tmp_path / "x.tar").write_bytes(content)
+        some = datasets.load_dataset(
+            "webdataset", data_files=f"{tmp_path}/x.tar", split="train", streaming=True
+        )
+        assert len(list(some)) == 6
+
+
+def test_shards_made_as_the_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    (lines,) = re.findall(r"```bash\n(find photos .*?)```", page, re.DOTALL)
+    (tmp_path / "photos").mkdir()
+    some = rows(range(7))
+    for name, content in pairs(some):
+        (tmp_path / "photos" / name).write_bytes(content)
+    subprocess.run(["bash", "-ec", lines.replace("4000", "4")], cwd=tmp_path, check=True)
+    good, bad = read(source_shards(Data(path=f"{tmp_path}/data-{{000000..000003}}.tar")))
+    assert [(text, png) for _, text, png in good] == [(text, png) for _, png, text in some] and not bad
+    assert [id for id, *_ in good][5:] == ["data-000002.tar/photos/000005", "data-000003.tar/photos/000006"]
 
 
 def test_a_link_is_no_picture(tmp_path: Path) -> None:
