@@ -23,6 +23,7 @@ from lcm_kit.data.stream_kinds import is_stream
 from lcm_kit.data.streams import source_shards
 from lcm_kit.errors import UserError
 from lcm_kit.io import reading, urls
+from lcm_kit.plan.disk import _pictures
 from tests.sources import pairs, picture, read, rows, tar_bytes, write_parquet, write_tars
 
 
@@ -328,6 +329,8 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
         assert is_stream(Data(path=str(tmp_path / path), kind=kind)) is stream, (path, kind)  # type: ignore[arg-type]
     assert is_stream(Data(path="s3://bucket/x.tar")) and is_stream(Data(path="org/name", streaming=True))
     assert not is_stream(Data(path="org/name")) and not is_stream(Data(path="asset:brand"))
+    for path, streaming in (("s3://bucket/x.tar", False), ("org/name", True)):
+        assert _pictures(Data(path=path, streaming=streaming)) is None  # `plan` does not count them
     with pytest.raises(UserError, match="is read as a stream"):
         open_records(Data(path=str(tmp_path / "tars")))
 
