@@ -149,8 +149,8 @@ def test_a_tar_file_that_is_not_whole_is_never_just_short(tmp_path: Path) -> Non
     for content, records, words in (  # a record is whole when another one begins
         (whole[: seventh.offset], 5, "it is cut off: no end mark"),
         (whole[: seventh.offset + 100], 5, "it is cut off"),
-        (whole[: seventh.offset_data + 10], 6, "(unexpected end of data|cut off within 000006.png)"),
-        (whole[: members[-1].offset_data + 4], 9, "(unexpected end of data|cut off within 000009.txt)"),
+        (whole[: seventh.offset_data + 10], 6, "unexpected end of data"),
+        (whole[: members[-1].offset_data + 4], 9, "unexpected end of data"),
         (bytes(header), 5, "no header of a file at byte"),
         (whole + whole, 9, "there is more after its end mark"),
         (b"no tar file at all" * 60, 0, "."),
@@ -449,6 +449,16 @@ def test_a_dropped_connection_goes_on_at_the_same_byte(
     good, bad = read(source_shards(Data(path="memory://flaky/x.tar")))
     assert [(text, png) for _, text, png in good] == [(text, png) for _, png, text in some] and not bad
     assert flaky.left == 0 and flaky.opened == 6 and flaky.waited == [reading.WAITS[0]] * 5
+
+
+def test_every_byte_that_arrives_begins_the_count_of_tries_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tar_bytes(pairs(rows(range(40), side=16)))
+    fsspec.filesystem("memory").pipe("/flaky/x.tar", content)
+    monkeypatch.setattr(reading, "BLOCK", 4096)
+    flaky = Flaky(monkeypatch, every=4096, drops=9, error=ConnectionResetError())
+    with reading.Reader(urls.at("memory://flaky/x.tar")) as reader:
+        assert reader.read() == content and reader.read(1) == b""
+    assert flaky.waited == [reading.WAITS[0]] * 9
 
 
 def test_a_connection_that_stays_away_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
