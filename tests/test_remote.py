@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcm_kit.errors import UserError
-from lcm_kit.io import own_files
+from lcm_kit.io import copies, own_files
 from lcm_kit.io.copies import Copies, default_root
 from lcm_kit.io.remote import Folder
 
@@ -107,6 +107,23 @@ def test_the_least_recently_used_copies_make_room(remote: Folder) -> None:
     assert mapped.unique().tolist() == [1.0]  # what is mapped stays
     taken = sum(path.stat().st_size for path in remote.copies.root.glob("*/*"))  # locks are empty
     assert taken == 3 * len(_bytes(0)) <= remote.copies.most
+
+
+def test_what_is_coming_counts_as_a_whole(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two processes would each take the room that is left."""
+    assert remote.copies is not None
+    remote.write("x.safetensors", _bytes(1))
+    taken: list[int] = []
+
+    class Watching(copies.Reader):
+        def read(self, size: int | None = -1) -> bytes:
+            assert remote.copies is not None
+            taken.append(sum(bytes_ for _, bytes_, _ in remote.copies._files()))
+            return super().read(size)
+
+    monkeypatch.setattr(copies, "Reader", Watching)
+    remote.local("x.safetensors", "content1")
+    assert set(taken) == {len(_bytes(1))}
 
 
 def test_a_copy_is_fetched_once_and_again_where_it_is_not_what_is_wanted(

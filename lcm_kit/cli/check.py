@@ -1,6 +1,7 @@
 """`lcm-kit check`: is everything there that a config names, and are the pictures fit to be trained on?
 
-Loads no weights and downloads nothing, but for a folder's `--base`, whose VAE is to draw the pictures.
+Loads no weights, but for a folder's `--base`, whose VAE is to draw the pictures. Downloads nothing, but for
+the first records of a stream.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcm_kit import assets
 from lcm_kit.config.brand import Brand
@@ -19,7 +22,12 @@ from lcm_kit.config.schema import Base, Data, Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
+if TYPE_CHECKING:  # they take seconds to import
+    from lcm_kit.data.caption_files import Bad
+    from lcm_kit.data.records import Record
+
 _USUAL = 512  # pixels that a folder is trained at, where nothing says otherwise
+_OF_A_STREAM = 16  # records
 _LOOKED_AT = 2000  # images: more would take minutes; `encode` tries each in any case
 
 
@@ -151,6 +159,10 @@ def _licence(base: Base, declared: str | None) -> list[str]:
 
 
 def _data(data: Data) -> str:
+    from lcm_kit.data.stream_kinds import is_stream
+
+    if is_stream(data):
+        return _stream(data)
     if _on_the_hub(data.path) and data.kind != "folder":
         return f"data: {data.path} on the hub, not looked at"
     from lcm_kit.data.folder import check_data, reading
@@ -176,6 +188,43 @@ def _data(data: Data) -> str:
     unopened = f"note: more than {_LOOKED_AT} images are not opened by this check."
     rest = looked.remarks if looked else [*reading(data), unopened]
     return "\n".join([there, *(f"  {line}" for line in rest)])
+
+
+def _stream(data: Data) -> str:
+    """The shards of a stream, and the first records of the first one: is there a way to them at all?"""
+    from lcm_kit.data.findings import number
+    from lcm_kit.data.streams import source_shards
+    from lcm_kit.io.urls import shown
+
+    name = shown(data.path)
+    if data.streaming and _on_the_hub(data.path):
+        return f"data: {name} on the hub, not looked at"
+    shards = source_shards(data)
+    found = [_fault(item) for item in islice(shards[0].records(), _OF_A_STREAM)]
+    faults = [fault for fault in found if fault]
+    if not found:
+        raise UserError(f"data.path {name!r}: {shards[0].name} holds no record; give a file with pictures")
+    if len(faults) == len(found) or (faults and not data.skip_bad):
+        more = "" if len(faults) == len(found) else ", or set data.skip_bad=true"
+        raise UserError(f"data.path {name!r}: {faults[0]}; fix it{more}")
+    left_out = f", of which {len(faults)} would be left out" if faults else ""
+    return (
+        f"data: {name}, {number(len(shards), 'shard')}\n  note: only the first "
+        f"{number(len(found), 'record')} of {shards[0].name} were read by this check{left_out}."
+    )
+
+
+def _fault(item: Record | Bad) -> str:
+    """Which record of a stream is of no use, and why; "" if it is."""
+    from lcm_kit.data.image_files import try_to_read
+
+    if isinstance(item, tuple):
+        return f"{item[0]} ({item[1]})"
+    try:
+        try_to_read(item.read())
+    except UserError as error:
+        return f"{item.id} ({error})"
+    return ""
 
 
 def _tokens(config: Training) -> str:

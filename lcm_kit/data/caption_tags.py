@@ -50,9 +50,9 @@ def prepared(captions: Sequence[Caption], how: Captions, trigger: str | None) ->
     return merged([*(orders[0] for orders in each), *(one for orders in each for one in orders[1:])])
 
 
-def of_cell(given: Any, data: Data) -> Read:
+def of_cell(given: Any, data: Data, weight: Any = None) -> Read:
     """The captions of what a table, a stream or a data set has for a picture, as they are encoded."""
-    told, reason = read(given, data.captions.lines)
+    told, reason = read(given, data.captions.lines, weight)
     return prepared(told, data.captions, data.trigger), reason
 
 

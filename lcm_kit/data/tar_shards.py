@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import posixpath
 import re
 import tarfile
@@ -24,7 +23,7 @@ import xxhash
 
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import ENDINGS, Bad
-from lcm_kit.data.caption_tables import COLUMN
+from lcm_kit.data.caption_tables import COLUMN, captioned, loaded, says_something
 from lcm_kit.data.caption_tags import of_cell
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, is_picture
 from lcm_kit.data.records import Record
@@ -35,8 +34,8 @@ from lcm_kit.io.urls import At
 from lcm_kit.io.written import LONGEST, decoded
 
 _LARGEST = 1 << 30  # bytes of a picture: more is none
-_CAPTION_KEYS = (COLUMN, "caption", "prompt")  # of a record's .json, the first that is there
-_TABLE = ".json"
+_LARGEST_JSON = 1 << 24
+_JSON = "json"
 _NO_RECORD = re.compile(r"(__[^/]*__|\..*|__MACOSX)$")  # webdataset's own notes, hidden files
 _IMAGE = "image"  # the default of data.image_column: any picture
 _MASK = "mask."  # begins the ending of the picture that says what counts in another
@@ -85,7 +84,8 @@ def _record(id: str, group: _Group, data: Data) -> Record | Bad:
         return id, group.faults[0]
     try:
         content = _picture(group, data.image_column)
-        captions, reason = of_cell(_caption(group, data.caption_column), data)
+        given, weight = _caption(group, data)
+        captions, reason = of_cell(given, data, weight)
     except UserError as error:
         return id, str(error)
     if reason:
@@ -112,7 +112,7 @@ def _picture(group: _Group, wanted: str) -> bytes:
         return found[wanted]
     if not found or wanted != _IMAGE:
         what = "no image" if wanted == _IMAGE else f"no {wanted} (data.image_column)"
-        there = ", ".join((*found, *group.texts, *group.others))
+        there = ", ".join((*group.pictures, *group.texts, *group.others))
         raise UserError(f"{what} of this name in the tar file: there is {there}")
     if len(found) > 1:
         raise UserError(
@@ -122,20 +122,19 @@ def _picture(group: _Group, wanted: str) -> bytes:
     return next(iter(found.values()))
 
 
-def _caption(group: _Group, wanted: str) -> Any:
-    """What is written as its caption. Raises `UserError` with the reason where nothing can be read."""
-    by_ending = {ending.lstrip("."): ending for ending in ENDINGS}
-    names = [wanted] if wanted != COLUMN else [name for name in by_ending if name in group.texts]
-    for name in names:
-        if name in group.texts and not name.endswith(_TABLE.lstrip(".")):
-            return _text(name, group.texts[name])
-    tables = [name for name in group.texts if name.endswith(_TABLE.lstrip("."))]
-    keys = _CAPTION_KEYS if wanted == COLUMN else (wanted,)
-    for table in tables:
-        row = _row(table, group.texts[table])
-        for key in keys:
-            if key in row:
-                return row[key]
+def _caption(group: _Group, data: Data) -> tuple[Any, Any]:
+    """What is written as its captions, and their weight, as of a picture in a folder: .txt, .caption, .json.
+
+    Raises `UserError` with the reason where nothing can be read.
+    """
+    wanted = data.caption_column
+    names = [ending.lstrip(".") for ending in ENDINGS] if wanted == COLUMN else [wanted]
+    for name in (name for name in names if name in group.texts and not name.endswith(_JSON)):
+        return _text(name, group.texts[name]), None
+    for name in (name for name in group.texts if name.endswith(_JSON)):
+        row = _row(name, group.texts[name])
+        if says_something(row, wanted):
+            return captioned(row, wanted, data.captions.lines), row.get("weight")
     what = "neither .txt nor .caption, nor a .json with text" if wanted == COLUMN else f"no {wanted}"
     raise UserError(f"no caption: there is {what} of its name beside it in the tar file")
 
@@ -148,10 +147,9 @@ def _text(name: str, content: bytes) -> str:
 
 
 def _row(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(decoded(content))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not JSON ({first_line(error)})") from error
+    row = loaded(content)
+    if row is None:
+        raise UserError(f"{name} is not JSON")
     if not isinstance(row, dict):
         raise UserError(f"{name} holds no JSON object")
     return row
@@ -196,12 +194,12 @@ def _named(path: str) -> tuple[str, str]:
 def _add(group: _Group, ending: str, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
     """Take a file into its group, if it is one that counts: others are passed over unread."""
     last = f".{ending.rpartition('.')[2]}"
-    text = last in (*ENDINGS, _TABLE)
+    text = last in (*ENDINGS, f".{_JSON}")
     if not member.isreg():
         if text or last in SUFFIXES:
             group.faults.append(f"{member.name} is a link, not a file; write the tar file with its content")
         return
-    if text and member.size > 8 * LONGEST and last != _TABLE:
+    if text and member.size > (_LARGEST_JSON if last == f".{_JSON}" else 8 * LONGEST):
         group.faults.append(f"caption is too long: {ending} is no caption of one picture")
         return
     if member.size > _LARGEST:
@@ -217,10 +215,7 @@ def _add(group: _Group, ending: str, member: tarfile.TarInfo, archive: tarfile.T
     into = group.pictures if picture else group.texts
     if ending in into:
         group.faults.append(f"{member.name} is there twice")
-    content = head + file.read()
-    if len(content) != member.size:  # tarfile gives what is there
-        raise tarfile.ReadError(f"cut off within {member.name}")
-    into[ending] = content
+    into[ending] = head + file.read()
 
 
 def _members(reader: Reader) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Callable
+from time import sleep
 from typing import Any, TypeVar
 
 from lcm_kit.errors import UserError, first_line
@@ -27,7 +27,7 @@ def tried(action: Callable[[], T], url: str, doing: str = "read") -> T:
         except Exception as error:  # each service's library has its own
             if wait is None or is_final(error):
                 raise refused(url, error, doing) from error
-            time.sleep(wait)
+            sleep(wait)
     raise AssertionError  # the last wait is None
 
 
@@ -46,7 +46,7 @@ class Reader(io.RawIOBase):
         """
         super().__init__()
         self.place = place
-        self._how = {"block_size": BLOCK, "cache_type": "readahead" if ahead else "none"}
+        self._how: dict[str, Any] = {"block_size": BLOCK, "cache_type": "readahead" if ahead else "none"}
         self._file: Any = None
         self._at = self._in_file = 0  # where the next byte is read, and where the connection is
         info = tried(lambda: info_of(place), place.url)
@@ -109,13 +109,26 @@ class Reader(io.RawIOBase):
         super().close()
 
     def _piece(self, count: int) -> bytes:
+        try:
+            return self._next(count)
+        except ValueError as error:
+            if "range requests" not in str(error) or not self._how["block_size"]:
+                raise
+        self._drop()
+        self._how = {"block_size": 0}  # for fsspec a server that gives no parts of a file is another kind
+        return self._next(count)
+
+    def _next(self, count: int) -> bytes:
         if self._file is None:
-            self._file, self._in_file = self.place.fs.open(self.place.path, "rb", **self._how), 0
+            self._connect()
         if self._in_file != self._at:
             self._go_there()
         part = bytes(self._file.read(count))
         self._in_file += len(part)
         return part
+
+    def _connect(self) -> None:
+        self._file, self._in_file = self.place.fs.open(self.place.path, "rb", **self._how), 0
 
     def _go_there(self) -> None:
         """Bring the connection to where the next byte is; a stream without parts by reading."""
@@ -125,7 +138,7 @@ class Reader(io.RawIOBase):
             return
         if self._in_file > self._at:
             self._drop()
-            self._file, self._in_file = self.place.fs.open(self.place.path, "rb", **self._how), 0
+            self._connect()
         while self._in_file < self._at:
             passed = len(self._file.read(min(BLOCK, self._at - self._in_file)))
             if not passed:
@@ -142,7 +155,7 @@ class Reader(io.RawIOBase):
                 f"{self.place.shown}: cannot be read on from byte {self._at:,} after {len(WAITS)} new tries "
                 f"({first_line(error)}); check the connection and run the same command again"
             ) from error
-        time.sleep(wait)
+        sleep(wait)
         try:
             now = identity(info_of(self.place, anew=True))
         except UserError:  # a server that is away: the next try finds out

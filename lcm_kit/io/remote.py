@@ -73,7 +73,8 @@ class Folder:
             except OSError as error:
                 raise refused(str(self.path(name)), error) from error
         found = self._at(name)
-        return bytes(tried(lambda: found.fs.cat_file(found.path, start or None, stop), found.url))
+        part = {"start": start, "end": stop} if start or stop is not None else {}
+        return bytes(tried(lambda: found.fs.cat_file(found.path, **part), found.url))
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file, whole or not at all; one that is there is replaced."""

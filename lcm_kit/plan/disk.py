@@ -73,11 +73,12 @@ def _prompts(data: Data) -> int | None:
 
 
 def _pictures(data: Data) -> tuple[int, int] | None:
-    """Pictures of `data.path` and of `data.regularization`; None where they are not here."""
+    """Pictures of `data.path` and of `data.regularization`; None where they are not here, or a stream."""
     from lcm_kit.data.records import open_records
+    from lcm_kit.data.stream_kinds import is_stream
     from lcm_kit.errors import UserError
 
-    if not data.has_images:
+    if not data.has_images or is_stream(data):
         return None
     local = data.path.startswith(("asset:", "/", ".", "~")) or data.kind == "folder"
     try:
