@@ -127,6 +127,19 @@ def test_a_model_without_a_template_is_asked_behind_its_sign_for_a_picture(tmp_p
     assert say(images) == by_hand(place, images, "<image> describe this", 5)
 
 
+def test_an_answer_ends_where_the_model_has_no_more_places(blip: Path) -> None:
+    """Behind them it would read embeddings that there are not."""
+    images = [picture(k) for k in range(2)]
+    assert Captioner.load(str(blip), "cpu", torch.float32, None, 500)(images) == by_hand(
+        blip, images, None, 63
+    )
+    say = Captioner.load(str(blip), "cpu", torch.float32, "a cup " * 40, 5)
+    with pytest.raises(
+        UserError, match="--prompt and picture take 82 tokens, and the model has places for 64"
+    ):
+        say(images)
+
+
 @pytest.mark.parametrize("kind", ["nowhere", "empty", "text", "pickle"])
 def test_what_is_no_such_model(tmp_path: Path, kind: str, blip: Path) -> None:
     place = tmp_path / kind

@@ -71,12 +71,25 @@ class Captioner:
             inputs = self.processor(images=shown, text=asked, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)  # floating point parts alone
         with torch.inference_mode():
-            found = self.model.generate(**inputs, max_new_tokens=self.most, do_sample=False, num_beams=1)
+            most = self._room(inputs)
+            found = self.model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
         if not goes_on and not self.model.config.is_encoder_decoder:
             asked = inputs["input_ids"]
             repeats = torch.equal(found[:, : asked.shape[1]], asked)  # some give the answer alone
             found = found[:, asked.shape[1] :] if repeats else found
         return [_caption(answer) for answer in self.processor.batch_decode(found, skip_special_tokens=True)]
+
+    def _room(self, inputs: Any) -> int:
+        """Tokens of an answer that the model has places for. Raises `UserError` if it has none left."""
+        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not places or self.model.config.is_encoder_decoder:
+            return self.most
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+        if given >= places:
+            raise UserError(
+                f"--prompt and picture take {given} tokens, and the model has places for {places}; shorten it"
+            )
+        return min(self.most, places - given)
 
     def _question(self) -> tuple[str | None, bool]:
         """What the model is given beside a picture, and whether its answer repeats that as a beginning."""
