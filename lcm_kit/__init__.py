@@ -19,6 +19,8 @@ _PLACES = {
     "evaluate": "lcm_kit.api.stages",
     "write_report": "lcm_kit.api.stages",
     "Finetuned": "lcm_kit.api.stages",
+    "caption": "lcm_kit.api.captions",
+    "accept_captions": "lcm_kit.api.captions",
     "export_run": "lcm_kit.api.lora_files",
     "verify": "lcm_kit.api.lora_files",
     "convert": "lcm_kit.api.lora_files",

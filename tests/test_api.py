@@ -27,7 +27,7 @@ from lcm_kit.evaluation import recommended
 from lcm_kit.lora import locate as lora_file
 from lcm_kit.lora import merge_files, structure, verify
 from lcm_kit.lora.metadata_reading import Recommended
-from tests import broken
+from tests import broken, vision_language
 from tests.loras import random_lora
 from tests.recipes.small import configure, draw_little, environment, prepare
 from tests.recipes.verbs import STORY, verbs
@@ -105,6 +105,8 @@ def studio(
     shutil.copytree(sd_base("epsilon"), "my/base")
     keys = prepare(tmp_path / "small", Path("my/base"))
     shutil.copytree("small/images", "my_pictures")
+    shutil.copytree("small/images", "new_pictures", ignore=shutil.ignore_patterns("*.txt", "*.jsonl"))
+    vision_language.blip(Path("models/blip"))
     Path("prompts.txt").write_text("a cat\na dog\n")
     Path("my.yaml").write_text(dump(configure(keys, Path("runs/small"))))
     words = verbs(tmp_path, Path("my/base"))["quality"].words[3:]  # of an evaluation of two prompts
@@ -142,6 +144,8 @@ def test_the_page_runs_as_it_stands(studio: tuple[Path, dict[str, Any]]) -> None
         "run": ".", "apps": "export/mine.safetensors", "diffusers": f"export/{lora_file.NAME}",
         "style": "style/export/style.safetensors", "card": "export/README.md", "report": "report.html",
     }  # fmt: skip
+    pictures_there = len([path for path in Path("new_pictures").iterdir() if path.suffix == ".png"])
+    assert made["done"].rows == len(made["accepted"].files) + made["accepted"].rejected == pictures_there > 0
     assert isinstance(made["images"], list) and [image.size for image in made["images"]] == [(64, 64)] * 2
     with Image.open("fox.png") as opened:
         assert opened.tobytes() == made["images"][0].tobytes()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lcm_kit.cli import caption as cli_caption
 from lcm_kit.cli import finetune as cli_finetune
 from lcm_kit.cli import lora as cli_lora
 from lcm_kit.cli import plan as cli_plan
@@ -190,7 +191,10 @@ def report(run: Run) -> None:
 class EveryVerb(Verbs):
     """Every verb of the command line."""
 
-    apps = (verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs, cli_sample.verbs, cli_sweep.verbs)
+    apps = (
+        verbs, cli_caption.verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs, cli_sample.verbs,
+        cli_sweep.verbs,
+    )  # fmt: skip
 
 
 app = typer.Typer(

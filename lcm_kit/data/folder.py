@@ -200,6 +200,12 @@ def _left_out(left: LeftOut) -> Iterator[Finding]:
             f"{what} a second caption that says something else: {few(found)}; the .txt of the same name "
             "counts, so remove the other one.",
         )
+    for name in left.review:
+        yield Finding(
+            "note",
+            f"{name} holds a model's captions that nobody looked at yet, and is not read: `lcm-kit caption "
+            "FOLDER --accept` makes caption files of those that it does not reject.",
+        )
     if found := left.written:
         what = number(len(found), "folder", after=("is", "are"))
         yield Finding(

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from lcm_kit.data.caption_files import Captions
+from lcm_kit.data.caption_review import HEAD, REVIEW, is_review
 from lcm_kit.data.folder_files import Files
 from lcm_kit.data.image_files import UNREAD
+from lcm_kit.errors import UserError
 
 PROMPTS = "prompts.txt"  # in a folder: what is drawn from, no picture's caption (`assets.prompts`)
 _ABOUT = ("readme", "license", "licence", "notice")  # files about a set, of whatever ending
@@ -22,6 +24,7 @@ class LeftOut:
     written: list[str] = field(default_factory=list)  # folders that this kit wrote
     linked_twice: list[str] = field(default_factory=list)  # links to folders that are read already
     unlike: list[str] = field(default_factory=list)  # pictures of which a second caption says otherwise
+    review: list[str] = field(default_factory=list)  # tables of a model's captions that a person is to see
     others: list[str] = field(default_factory=list)  # all other files
 
 
@@ -36,6 +39,7 @@ def left_out(files: Files, captions: Captions, found: set[str]) -> LeftOut:
     unused = [name for name in captions.files_beside if name not in read and meant(name)]
     others = files.found.keys() - found - set(captions.files_beside) - read
     rest = [name for name in others if meant(name)]
+    review = [name for name in rest if _is_review(files, name)]
     unread = [name for name in rest if PurePosixPath(name).suffix.lower() in UNREAD]
     return LeftOut(
         pictures=sorted(unread),
@@ -43,5 +47,15 @@ def left_out(files: Files, captions: Captions, found: set[str]) -> LeftOut:
         written=files.written,
         linked_twice=files.linked_twice,
         unlike=captions.unlike,
-        others=sorted(set(rest) - set(unread)),
+        review=sorted(review),
+        others=sorted(set(rest) - set(unread) - set(review)),
     )
+
+
+def _is_review(files: Files, name: str) -> bool:
+    if name.rpartition("/")[2].lower() != REVIEW:
+        return False
+    try:
+        return is_review(files.found[name].read(HEAD))
+    except (OSError, UserError):
+        return False

@@ -100,7 +100,7 @@ def _rights(group: _Group) -> Rights:
     """What its JSON objects say of them; a JSON file that is none says nothing here."""
     found = NOTHING
     for name, content in group.texts.items():
-        if name.endswith(_TABLE.lstrip(".")):
+        if name.endswith(_JSON):
             with suppress(UserError):
                 found = found.joined(Rights.of(_row(name, content)))
     return found
