@@ -86,10 +86,11 @@ def test_rows_are_the_vaes_latents_and_the_text_encoders_embeddings(config):
 def test_files_and_manifest(config):
     encode(config(), progress=False)
     folder = Path(config().data.cache)
-    names = ["empty.safetensors", "manifest.json", *(f"shard-0000{k}.safetensors" for k in range(3))]
+    names = ["empty.safetensors", "manifest.json", "pictures.csv"]
+    names += [*(f"shard-0000{k}.safetensors" for k in range(3)), "worst.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    assert load_file(folder / names[2])["latents"].shape == (3, 4, 16, 16)
-    assert load_file(folder / names[4])["embeds"].shape == (1, 24, 32)
+    assert load_file(folder / names[3])["latents"].shape == (3, 4, 16, 16)
+    assert load_file(folder / names[5])["embeds"].shape == (1, 24, 32)
     text = json.loads((folder / "manifest.json").read_text())
     assert text["settings"]["vae"] == inspect_base(config().base.path).hash_of("vae")
     assert text["data"]["resolution"] == 64 and len(text["records"]) == N

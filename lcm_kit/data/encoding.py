@@ -60,6 +60,8 @@ class Contents:
     doing: str  # the words of the bar
     skipped: Sequence[Bad] = ()
     rights: own_shapes.Rights | None = None
+    remarks: Sequence[str] = ()  # what becomes of the rows, in words
+    beside: Callable[[Path], None] | None = None  # writes what lies beside the manifest, for people
 
 
 Survey = Callable[[Mapping[str, Any] | None, Progress], Contents]
@@ -112,13 +114,15 @@ def bring_up_to_date(
         new["rights"] = contents.rights
     changes = [] if old is None else shards.changes(old, new)
     if share.first and (missing or changes or old is None):
+        if contents.beside is not None:
+            contents.beside(folder)
         shards.write_manifest(folder, new)
     if share.first:
         shards.tidy(folder, new)
     share.wait()
     report = EncodeReport(
         folder, len(contents.entries), len(rows), time.monotonic() - started, changes,
-        list(contents.skipped), what, done,
+        list(contents.skipped), what, done, list(contents.remarks),
     )  # fmt: skip
     if progress and share.first:
         console.say(report.message)

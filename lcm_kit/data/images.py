@@ -17,7 +17,7 @@ from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Framing
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.console import Progress
-from lcm_kit.data import masks, shards, vae_precision
+from lcm_kit.data import cuts, masks, shards, vae_precision
 from lcm_kit.data.buckets import cut
 from lcm_kit.data.crops import placed
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
@@ -53,7 +53,11 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
         )  # fmt: skip
         made_by = shards.settings(base, data, precision)
         load = partial(_load, base, data, found.records, precision)
-        return Contents(base, data, made_by, found.entries, load, "encoding", found.bad, found.rights)
+        remarks = list(cuts.sentences({id: look.cut for id, look in found.seen.items()}))
+        return Contents(
+            base, data, made_by, found.entries, load, "encoding", found.bad, found.rights, remarks,
+            lambda folder: cuts.write(folder, found),
+        )  # fmt: skip
 
     return bring_up_to_date(Path(data.cache), surveyed, progress, share)
 

@@ -9,6 +9,7 @@ address (`io.remote`):
     empty.safetensors              the unconditional pass
     part-HASH/part.json            what it was made from and holds; last of its files: it is done
     part-HASH/records.json         its rows
+    part-HASH/pictures.csv         what became of each picture, for people
     part-HASH/shard-00000.safetensors, ...
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
-from lcm_kit.data import rights, shards
+from lcm_kit.data import cuts, rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
 from lcm_kit.data.progress import listing
@@ -117,6 +118,7 @@ class PartMaker:
             bad += found.bad
             dropped += found.dropped
             told.append((found.rights, len(found.records)))
+            writer.lines.append(cuts.table(found, header=not writer.lines))
             records |= found.records
             rows_of.update(entry.id for entry in found.entries)
             for entry in found.entries:
@@ -152,6 +154,7 @@ class _Writer:
     rows: dict[Shape, _Rows] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)  # that are written
     files: list[own_shapes.Shard] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)  # of the table for people
 
     def add(self, shape: Shape, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
         held = self.rows.setdefault(shape, _Rows())
@@ -182,6 +185,7 @@ class _Writer:
         told = [{"id": id, "reason": reason} for id, reason in skipped]
         records = {"records": [entry.row for entry in self.entries], "skipped": told}
         self.folder.write(RECORDS, own_files.json_text(records))
+        self.folder.write(cuts.TABLE, "".join(self.lines))
         shapes = [(tuple(f.get("size", ())), f["rows"]) for f in self.files]
         runs = [
             [sum(n for _, n in same), list(shape)] for shape, same in groupby(shapes, lambda each: each[0])

@@ -33,6 +33,7 @@ class EncodeReport:
     skipped: list[Bad] = field(default_factory=list)
     what: str = "images"  # its rows
     done: str = "encoded"  # and what was done to them
+    remarks: list[str] = field(default_factory=list)  # what became of the pictures: shapes, crops, scales
 
     @property
     def message(self) -> str:
@@ -45,6 +46,8 @@ class EncodeReport:
             lines.append(f"{self.folder}: {made} in {self.seconds:.1f} s")
         else:
             lines.append(f"{self.folder}: {self.rows} {self.what}, up to date, nothing to encode")
+        if self.encoded or self.changes:
+            lines += [f"  {remark}" for remark in self.remarks]
         if self.skipped:
             lines += [f"{len(self.skipped)} left out:", *(f"  {each}" for each in listing(self.skipped))]
         return "\n".join(lines)
