@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,8 +17,9 @@ from lcm_kit import bases
 from lcm_kit.cli.main import app
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Base, Data, Distill
-from lcm_kit.data import images
+from lcm_kit.data import images, stream_images
 from lcm_kit.data.folder import check_folder
+from lcm_kit.data.parted import PartedCache
 from lcm_kit.data.records import Record, open_records
 from lcm_kit.data.rights import Rights, summary
 from lcm_kit.data.streams import source_shards
@@ -290,3 +292,30 @@ def test_rights_are_read_from_streams_of_every_kind(tmp_path: Path) -> None:
     ):
         found = [item for shard in source_shards(data) for item in shard.records()]
         assert [item.rights for item in found if isinstance(item, Record)] == wanted, data.kind
+
+
+def test_a_cache_of_a_stream_has_the_summary_of_all_parts_and_older_parts_are_asked_too(
+    tmp_path: Path,
+) -> None:
+    for number, row in enumerate(({"license": "MIT"}, {"consent": "no"})):
+        some = rows(range(number * 2, number * 2 + 2), side=64)
+        texts = [{"text": some[0][2], **row}, {"text": some[1][2], "license": "CC0-1.0"}]
+        files = [(f"{key}.png", png) for key, png, _ in some]
+        files += [
+            (f"{key}.json", json.dumps(text).encode()) for (key, *_), text in zip(some, texts, strict=True)
+        ]
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        (tmp_path / "tars" / f"data-{number:06d}.tar").write_bytes(tar_bytes(sorted(files)))
+    data = Data(path=str(tmp_path / "tars"), kind="webdataset", cache=str(tmp_path / "cache"))
+    stream_images.encode(training(data), progress=False)
+    base = bases.inspect_base("asset:tiny-sd")
+    found = PartedCache.open(stream_images.folder_of(data), base=base, data=data)
+    assert found.rights == {
+        "pictures": 4, "licenses": {"CC0-1.0": 2, "MIT": 1}, "source": 0, "consent": 0, "refused": 1,
+        "author": 0,
+    }  # fmt: skip
+    asked = replace(data, require_license=("any",))
+    with pytest.raises(UserError, match=r"data-000001.* has pictures without a licence"):
+        stream_images.encode(training(asked), progress=False)
+    with pytest.raises(UserError, match=r"1 image lacks a licence .*000002 \(says none\)"):
+        stream_images.encode(training(replace(asked, cache=str(tmp_path / "new"))), progress=False)

@@ -183,6 +183,13 @@ def not_allowed(told: Mapping[str, Rights], among: Sequence[str]) -> str | None:
     )
 
 
+def all_allowed(found: own_shapes.Rights | None, pictures: int, among: Sequence[str]) -> bool:
+    """Whether all of so many pictures name a licence that is one of `among`; none: yes."""
+    names = found["licenses"] if found else {}
+    said = sum(names.values()) == pictures
+    return not among or (said and all(licenses.allowed(name, among) for name in names))
+
+
 def findings(told: Mapping[str, Rights]) -> Iterator[Finding]:
     """What the check of pictures says of their rights, by id; nothing where no metadata says anything."""
     found = summary(told.values())

@@ -12,8 +12,9 @@ import torch
 from lcm_kit import console, sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data, Training
-from lcm_kit.data import parts, shards, vae_precision
+from lcm_kit.data import parts, rights, shards, vae_precision
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
+from lcm_kit.data.findings import few
 from lcm_kit.data.images import maker_of
 from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.progress import EncodeReport, progress_bar
@@ -79,6 +80,7 @@ def encode(
         if absent := [source.name for source, part in zip(sources, now, strict=True) if part is None]:
             raise UserError(f"the part of {absent[0]} was not made; run the same command again")
         held = [part for part in now if part is not None]
+        _require_licenses(data, held)
         _write_list(folder, base, data, settings, held, old)
         made = sum(part["rows"] for part, was in zip(held, found, strict=True) if was is None)
         changes = [] if old is None else shards.differences(old["settings"], settings)
@@ -130,6 +132,20 @@ def _precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share
 
     device = sample.placement()["device"]
     return vae_precision.settle(Path(data.cache), base, data, None, device, first, share)
+
+
+def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:
+    """Parts may be older than the key: what is made now was asked picture by picture (`survey.looked_at`)."""
+    wrong = [
+        part["source"]
+        for part in held
+        if not rights.all_allowed(part.get("rights"), part["pictures"], data.require_license)
+    ]
+    if wrong:
+        raise UserError(
+            f"data.path {data.path!r}: {few(wrong)} {'has' if len(wrong) == 1 else 'have'} pictures without "
+            "a licence that data.require_license allows; take them out, or leave these shards out"
+        )
 
 
 def _skipped(folder: Folder, part: own_shapes.Part) -> list[tuple[str, str]]:
