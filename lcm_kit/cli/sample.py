@@ -79,7 +79,7 @@ def sample(
         bool | None,
         typer.Option(
             "--emphasis/--no-emphasis",
-            help="Read brackets as apps do: (more), [less], (word:1.2).",
+            help="Read brackets as apps do: (more), (word:1.2), and less in square ones.",
             show_default="where a prompt has such a number",
         ),
     ] = None,
