@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # they take seconds to import
     from lcm_kit.data.caption_files import Bad
     from lcm_kit.data.records import Record
 
+if TYPE_CHECKING:
+    from lcm_kit.bases import BaseInfo
+
 _USUAL = 512  # pixels that a folder is trained at, where nothing says otherwise
 _OF_A_STREAM = 16  # records
 _LOOKED_AT = 2000  # images: more would take minutes; `encode` tries each in any case
@@ -117,7 +120,7 @@ def _trains(config: Training) -> list[Callable[[], str]]:
     data = config.data
     prompts = [config.validation.prompts, config.validation.control]
     looks = [lambda: _base(config.base)]
-    looks += [lambda: _data(data), lambda: _tokens(config)] if data.has_images else []
+    looks += [lambda: _data(data, config.base), lambda: _tokens(config)] if data.has_images else []
     looks += [lambda: _samples(data)] if data.has_samples else []
     looks += [lambda: _alone(data)] if data.source == "prompts" else []
     if isinstance(config, Finetune):
@@ -158,7 +161,7 @@ def _licence(base: Base, declared: str | None) -> list[str]:
     return found
 
 
-def _data(data: Data) -> str:
+def _data(data: Data, of: Base) -> str:
     from lcm_kit.data.stream_kinds import is_stream
 
     if is_stream(data):
@@ -171,7 +174,7 @@ def _data(data: Data) -> str:
 
     records, bad = open_records(data)
     require_licenses(data, records)
-    looked = check_data(data) if len(records) <= _LOOKED_AT else None
+    looked = check_data(data, _known(of)) if len(records) <= _LOOKED_AT else None
     if looked is not None and looked.errors:
         raise UserError(
             f"data.path {data.path!r}: {' '.join(looked.errors)} Or leave them out with data.skip_bad=true"
@@ -225,6 +228,20 @@ def _fault(item: Record | Bad) -> str:
     except UserError as error:
         return f"{item.id} ({error})"
     return ""
+
+
+def _known(base: Base) -> BaseInfo | None:
+    """What the base says of itself; None where that is not here, or not to be read, which `_base` says."""
+    from lcm_kit.bases import inspect_base
+
+    try:
+        return (
+            None
+            if _on_the_hub(base.path)
+            else inspect_base(base.path, revision=base.revision, variant=base.variant)
+        )
+    except UserError:
+        return None
 
 
 def _tokens(config: Training) -> str:

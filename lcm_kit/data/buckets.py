@@ -17,6 +17,7 @@ from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
 
 Size = tuple[int, int]
+_USUAL = 256  # pixels: bases of smaller pictures halve them less often
 _AREA = 0.1  # share of the square's area by which a bucket's may differ
 
 
@@ -110,6 +111,15 @@ class Shaper:
         fit = [shape for shape in own if max(shape) <= asked.longest * min(shape)]
         found = sorted(fit) or buckets(side, multiple, asked.longest)
         return cls(tuple(found), multiple, asked.longest, asked.small)
+
+    @classmethod
+    def usual(cls, data: Data) -> Shaper:
+        """What `data.shapes` asks for where the base is not known: multiples of 64, of small ones 16."""
+        asked, side = data.shapes, data.resolution
+        multiple = asked.multiple or min(64 if side >= _USUAL else 16, side)
+        if asked.kind == "square":
+            return cls(((side, side),), multiple, 1.0, asked.small)
+        return cls(tuple(buckets(side, multiple, asked.longest)), multiple, asked.longest, asked.small)
 
     def target(self, size: Size) -> Size:
         """The shape of a picture of `size`. Raises `UserError` with the reason if it is left out as small."""

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 
 from lcm_kit.assets import place
+from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data
 from lcm_kit.data import folder_captions, folder_pictures, folder_reading, rights
+from lcm_kit.data.buckets import Shaper
 from lcm_kit.data.findings import Finding, Weight, few, number
 from lcm_kit.data.folder_pictures import Look
 from lcm_kit.data.left_out import LeftOut
@@ -51,26 +53,29 @@ def check_folder(
 
     `resolution` is what will be trained at, in pixels; `trigger` the word or phrase that should stand in
     every caption; `require_license` as `data.require_license`. Every image is decoded once, by threads. What
-    the user can fix is never raised: a folder that is not there is in `errors` as well.
+    the user can fix in the folder is never raised: one that is not there is in `errors` as well. Raises
+    `UserError` for a resolution that is no multiple of 8.
     """
+    if resolution % 8:
+        raise UserError(f"--resolution {resolution} is not a multiple of 8; try {resolution // 8 * 8 or 8}")
     folder = Path(path)
     try:
         folder = place(path)
-        data = Data(path=path, kind="folder", require_license=tuple(require_license))
-        return _check(data, resolution, trigger)
+        data = Data(path=path, kind="folder", resolution=resolution, require_license=tuple(require_license))
+        return _check(data, trigger)
     except UserError as error:
         remarks = list(_left_out(left_out_of(folder)))
         return FolderCheck(0, (f"{error}.",), tuple(_of("warning", remarks)), tuple(_of("note", remarks)))
 
 
-def check_data(data: Data) -> FolderCheck:
+def check_data(data: Data, base: BaseInfo | None = None) -> FolderCheck:
     """`check_folder` for any `data.path`, also a data set; with `data.skip_bad` bad records are warnings.
 
     Pictures of `data.regularization` are not looked at, and captions are not measured: the base's tokenizer
-    does that (`families.too_long`). Raises `UserError` if there is no such source, or
-    nothing in it.
+    does that (`families.too_long`). `base`: what is trained, whose shapes pictures are cut to. Raises
+    `UserError` if there is no such source, or nothing in it.
     """
-    return _check(data, data.resolution, data.trigger, estimate=False)
+    return _check(data, data.trigger, estimate=False, base=base)
 
 
 def reading(data: Data) -> tuple[str, ...]:
@@ -87,7 +92,13 @@ def _as_written(data: Data) -> Listing:
     return list_source(replace(data, captions=how))
 
 
-def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = True) -> FolderCheck:
+def _shaper(data: Data, base: BaseInfo | None) -> Shaper:
+    return Shaper.usual(data) if base is None else Shaper.of(base, data)
+
+
+def _check(
+    data: Data, trigger: str | None, estimate: bool = True, base: BaseInfo | None = None
+) -> FolderCheck:
     listing = _as_written(data)
     good, bad = listing.good, listing.bad
     folder = place(data.path)
@@ -100,7 +111,7 @@ def _check(data: Data, resolution: int, trigger: str | None, estimate: bool = Tr
         *_amount(looks),
         *_left_out(listing.left_out),
         *_rights({record.id: record.rights for record in good}, data.require_license),
-        *folder_pictures.findings(looks, resolution),
+        *folder_pictures.findings(looks, _shaper(data, base), data.resolution),
     ]
     count = len({id for id, _ in broken} | {look.id for look in looks})
     return FolderCheck(count, *(tuple(_of(weight, findings)) for weight in ("error", "warning", "note")))

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from lcm_kit.data.buckets import Cut, Shaper, cut
 from lcm_kit.data.findings import Finding, Weight, few, groups, number
 from lcm_kit.data.image_files import decode, of_image
 from lcm_kit.data.near_duplicates import Thumbnail, near_duplicates, thumbnail
@@ -20,7 +21,7 @@ from lcm_kit.io.files import sha256_bytes
 
 _DRAFT = 128  # pixels of the shorter side are enough to look at; JPEG decodes to about that at once
 _BLANK = 3.0  # of 255: standard deviation of a picture that shows nothing
-_CROPPED = 0.4  # of a picture cut away: 16:9 loses 44%, 3:2 and 16:10 less than this
+_CROPPED = 0.25  # of a picture cut away: buckets take less of most, a square 44% of 16:9
 _MIXED = 4.0  # largest shorter side over the smallest
 _MOVED = 8  # of 255: a colour profile that moves no colour by more is as good as sRGB
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes in which neighbouring pixels may be averaged
@@ -138,8 +139,8 @@ _SAYS: dict[str, tuple[Weight, str]] = {
 }
 
 
-def findings(looks: Sequence[Look], resolution: int) -> Iterator[Finding]:
-    """All that is worth saying about the pictures, for training at `resolution` pixels."""
+def findings(looks: Sequence[Look], shaper: Shaper, resolution: int) -> Iterator[Finding]:
+    """All that is worth saying about the pictures, for training at `resolution` pixels, in these shapes."""
     for trait, (weight, text) in _SAYS.items():
         if ids := [look.id for look in looks if trait in look.traits]:
             yield Finding(weight, f"{_are(ids)} {text.format(few(ids))}")
@@ -147,7 +148,7 @@ def findings(looks: Sequence[Look], resolution: int) -> Iterator[Finding]:
         yield Finding(
             "warning", f"{_are(ids)} of nearly one colour: {few(ids)}; nothing is to be seen, remove."
         )
-    yield from _sizes(looks, resolution)
+    yield from _sizes(looks, shaper, resolution)
     yield from _copies(looks)
 
 
@@ -155,23 +156,42 @@ def _are(ids: Sequence[object]) -> str:
     return number(len(ids), "image", after=("is", "are"))
 
 
-def _sizes(looks: Sequence[Look], resolution: int) -> Iterator[Finding]:
-    """Pictures that are scaled up, lose much to the square crop, or differ much in size."""
-    small = sorted((look for look in looks if min(look.size) < resolution), key=lambda look: min(look.size))
-    if small:
-        named = few([f"{look.id} ({look.size[0]} x {look.size[1]})" for look in small])
+def _sizes(looks: Sequence[Look], shaper: Shaper, resolution: int) -> Iterator[Finding]:
+    """Pictures that are scaled up or left out, lose much to the crop, or differ much in size."""
+    cuts: list[tuple[Look, Cut]] = []
+    dropped = []
+    for look in looks:
+        try:
+            cuts.append((look, cut(look.size, shaper.target(look.size))))
+        except UserError:
+            dropped.append(f"{look.id} ({look.size[0]} x {look.size[1]})")
+    if dropped:
         yield Finding(
             "warning",
-            f"{_are(small)} smaller than the {resolution} pixels that are trained at: {named}; scaled up, "
-            "they teach blur; bring larger ones, or train at a lower resolution.",
+            f"{_are(dropped)} too small for {resolution} pixels and left out, as data.shapes.small says: "
+            f"{few(dropped)}.",
         )
-    cut = sorted((look for look in looks if _lost(look) > _CROPPED), key=_lost, reverse=True)
-    if cut:
-        named = few([f"{look.id} ({look.size[0]} x {look.size[1]}, {_lost(look):.0%} lost)" for look in cut])
+    if small := sorted((each for each in cuts if each[1].scale > 1), key=lambda each: -each[1].scale):
+        named = few(
+            [f"{look.id} ({look.size[0]} x {look.size[1]}, {cut.scale:.1f} times)" for look, cut in small]
+        )
         yield Finding(
             "warning",
-            f"{number(len(cut), 'image', after=('loses', 'lose'))} more than {_CROPPED:.0%} to the centre "
-            f"square that is trained on: {named}; crop by hand what matters.",
+            f"{_are(small)} smaller than what is trained at, about {resolution} pixels a side: {named}; "
+            "scaled up, they teach blur; bring larger ones, or train at a lower resolution.",
+        )
+    if much := sorted((each for each in cuts if each[1].lost > _CROPPED), key=lambda each: -each[1].lost):
+        named = few(
+            [
+                f"{look.id} ({look.size[0]} x {look.size[1]} cut to {cut.target[0]} x {cut.target[1]}, "
+                f"{cut.lost:.0%} lost)"
+                for look, cut in much
+            ]
+        )
+        yield Finding(
+            "warning",
+            f"{number(len(much), 'image', after=('loses', 'lose'))} more than {_CROPPED:.0%} to the shape "
+            f"that is trained on: {named}; crop by hand what matters, or set data.shapes.crop to subject.",
         )
     sides = sorted(looks, key=lambda look: min(look.size))
     if looks and min(sides[-1].size) >= _MIXED * min(sides[0].size):
@@ -181,11 +201,6 @@ def _sizes(looks: Sequence[Look], resolution: int) -> Iterator[Finding]:
             f"The sizes are very mixed (from {least} to {most}): all are brought to {resolution} pixels, and "
             "what is fine in one is coarse in another.",
         )
-
-
-def _lost(look: Look) -> float:
-    """Share of the picture that `transforms.to_square` cuts away."""
-    return 1 - min(look.size) / max(look.size)
 
 
 def _copies(looks: Sequence[Look]) -> Iterator[Finding]:
