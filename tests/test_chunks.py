@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lcm_kit import bases, sample
@@ -16,8 +17,10 @@ from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.text import Captions, TextLora
 from lcm_kit.bases import chunks, sd, sdxl
 from lcm_kit.bases.condition import Condition, joined
-from lcm_kit.config.schema import Adapter, Data
+from lcm_kit.config.schema import Adapter, Base, Data, Distill
+from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder
+from lcm_kit.data.images import encode
 from tests.small_roles import distill, linear_roles, two_samples
 
 COMMA = 7
@@ -177,6 +180,30 @@ def test_a_caption_is_what_its_text_and_its_count_make_it(sd_base: Callable[...,
         embeds = sd.encode_text(text, [caption], most).embeds
         assert embeds.shape[1] == LENGTH * chunks.rounded(count)
         assert torch.equal(embeds, sd.encode_text(text, [caption], count).embeds)
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 256])
+def test_a_cache_hands_out_rows_of_several_lengths_together(
+    sd_base: Callable[..., Path], tmp_path: Path, shard_size: int
+) -> None:
+    """Whichever shards they lie in, in any order; a batch of one encoded picture at a time."""
+    captions, folder = ["a red fox", LONG[:30], "at night", LONG], tmp_path / "pictures"
+    folder.mkdir()
+    for k, caption in enumerate(captions):
+        Image.new("RGB", (64, 64), (40 * k, 90, 90)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(caption)
+    data = Data(
+        path=str(folder), kind="folder", cache=str(tmp_path / "cache"), batch_size=1, shard_size=shard_size
+    )
+    info = bases.inspect_base(str(sd_base()))
+    encode(Distill("train/distill", str(tmp_path / "run"), base=Base(info.path), data=data), progress=False)
+    cache, text = Cache.open(data.cache, base=info, data=data), bases.load_text(info)
+    for rows in ([0, 1, 2, 3], [3, 0], [2, 1, 2], [3], [0]):
+        found = cache.condition(rows).embeds
+        for place, row in enumerate(rows):
+            alone = sd.encode_text(text, [cache.captions[row]], 3).embeds
+            whole = alone.repeat(1, found.shape[1] // alone.shape[1], 1)
+            torch.testing.assert_close(found[place : place + 1], whole, rtol=0, atol=1e-6)
 
 
 def test_captions_that_are_encoded_live_have_the_same_chunks(sd_base: Callable[..., Path]) -> None:

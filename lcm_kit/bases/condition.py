@@ -29,8 +29,13 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     Each text is repeated as a whole, which cross-attention does not see: every key and value is there as
     often as the others of its text, so that the weights of a softmax over them add up to the same.
     """
+    return torch.cat(of_one_length(tensors))
+
+
+def of_one_length(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each of the embeddings [n, L, D] repeated to the length that `joined` gives them."""
     length = math.lcm(*(tensor.shape[1] for tensor in tensors))
-    return torch.cat([_repeated(tensor, length) for tensor in tensors])
+    return [_repeated(tensor, length) for tensor in tensors]
 
 
 def _repeated(tensor: Tensor, length: int) -> Tensor:
@@ -88,9 +93,7 @@ class Condition:
         pooled = self.pooled
         if pooled is not None and other.pooled is not None:
             pooled = pick(pooled, other.pooled)
-        length = math.lcm(self.embeds.shape[1], other.embeds.shape[1])
-        embeds = pick(_repeated(self.embeds, length), _repeated(other.embeds, length))
-        return replace(self, embeds=embeds, pooled=pooled)
+        return replace(self, embeds=pick(*of_one_length([self.embeds, other.embeds])), pooled=pooled)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:

@@ -79,7 +79,7 @@ def sample(
         bool | None,
         typer.Option(
             "--emphasis/--no-emphasis",
-            help="Read brackets as apps do: (more), (word:1.2), and less in square ones.",
+            help="Read brackets in prompts as weights, as apps do: (word), (word:1.2), square ones for less.",
             show_default="where a prompt has such a number",
         ),
     ] = None,

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
-from lcm_kit.bases.condition import Condition
+from lcm_kit.bases.condition import Condition, of_one_length
 from lcm_kit.config.schema import Data
 from lcm_kit.data import shards, vae_precision
 from lcm_kit.data.encoder import CONDITION
@@ -203,7 +203,10 @@ class Cache:
             return parts[0]
         order = torch.tensor([place for found in places.values() for place, _ in found])
         into = order.split([len(found) for found in places.values()])
-        return {name: placed([part[name] for part in parts], into, len(wanted)) for name in parts[0]}
+        named = {name: [part[name] for part in parts] for name in parts[0]}
+        if "embeds" in named:
+            named["embeds"] = of_one_length(named["embeds"])
+        return {name: placed(each, into, len(wanted)) for name, each in named.items()}
 
     @cached_property
     def _starts(self) -> list[int]:
