@@ -11,20 +11,25 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lcm_kit.config.schema import Data
+from lcm_kit.data import sources
 from lcm_kit.data.streams import source_shards
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, reading
 from lcm_kit.io.copies import Copies
 from lcm_kit.io.remote import Folder
+from tests.recipes.small import TEMPLATE, configure
 from tests.sources import pairs, read, rows, tar_bytes, write_parquet, write_tars
 from tests.test_remote import _bytes, _first
+from train import distill
 
 s3fs = pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
 pytest.importorskip("moto.server", reason="moto's S3 server is not installed")
@@ -282,3 +287,28 @@ def test_a_folder_of_ours_in_a_bucket(bucket: Proxy, tmp_path: Path) -> None:
         UserError, match="s3://nobody-has-this/cache/a.json: (there is no such|cannot be written)"
     ):
         Folder.of("s3://nobody-has-this/cache").write("a.json", "{}")
+
+
+def test_encoded_from_a_bucket_into_a_bucket_and_trained_from_there(
+    bucket: Proxy, tmp_path: Path, sd_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is that of the same tar files and a cache on the disk, to the bit."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    write_tars(tmp_path / "set", [rows(range(0, 3), 64), rows(range(3, 6), 64)])
+    _upload(tmp_path / "set", "lcm/set")
+    copies = str(tmp_path / "copies")
+    there = {"path": "s3://lcm/set/*.tar", "cache": "s3://lcm/cache", "local_cache": copies}
+    places = {"disk": {"path": f"{tmp_path}/set/*.tar", "cache": str(tmp_path / "cache")}, "bucket": there}
+    found = {}
+    for name, data in places.items():
+        keys = {
+            **TEMPLATE,
+            "base": {"path": str(sd_base())},
+            "data": {"resolution": 64, "shard_size": 2, **data},
+        }
+        config = configure(keys, tmp_path / name, steps=3)
+        sources.encode(config, progress=False)
+        found[name] = load_file(distill.main(config) / "adapter/lora.safetensors")
+    assert all(torch.equal(found["disk"][key], found["bucket"][key]) for key in found["disk"])
+    assert sorted(path.name for path in tmp_path.rglob("copies/**/*.safetensors"))
+    assert s3fs.S3FileSystem().exists("lcm/cache/parts.json")
