@@ -197,7 +197,7 @@ def test_an_address_holds_the_same_bytes_and_is_read_through_a_bounded_copy(
     batches = [Batches(each, 2, 0) for each in (here, cache)]
     for step in range(12):
         a, b = (each.at(step) for each in batches)
-        assert a.ids == b.ids and torch.equal(a.latents, b.latents)
+        assert list(a.ids) == list(b.ids) and torch.equal(a.latents, b.latents)
     assert any((tmp_path / "copies").rglob("*.safetensors"))
     assert sources.encode(there, progress=False)[0].encoded == 0
 

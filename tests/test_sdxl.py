@@ -93,7 +93,7 @@ def config(base: Path, tmp_path: Path, **data: Any) -> schema.Distill:
 
 
 def test_the_cache_holds_the_whole_condition(sdxl_base: Path, tmp_path: Path) -> None:
-    settings = config(sdxl_base, tmp_path, flip=True)
+    settings = config(sdxl_base, tmp_path, flip=True, shapes=schema.Shapes("square"), chunks=1)
     encode(settings, progress=False)
     parts = bases.load(str(sdxl_base), parts=["text", "vae"])
     cache = Cache.open(settings.data.cache, base=parts.info, data=settings.data)

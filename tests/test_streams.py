@@ -340,7 +340,7 @@ def test_check_reads_the_first_records(tmp_path: Path) -> None:
     write_tars(tmp_path / "set", [some, some])
     config = shipped.config_path("configs/distill/tiny_lcm.yaml")
     given = [f"data.path={tmp_path}/set"]
-    assert check(load(config, given))[1:3] == [
+    assert check(load(config, given))[2:4] == [
         f"data: {tmp_path}/set, 2 shards",
         "  note: only the first 16 records of data-000000.tar were read by this check.",
     ]
@@ -351,7 +351,7 @@ def test_check_reads_the_first_records(tmp_path: Path) -> None:
     ):
         check(load(config, given))
     found = check(load(config, [*given, "data.skip_bad=true"]))
-    assert found[2].endswith("were read by this check, of which 1 would be left out.")
+    assert found[3].endswith("were read by this check, of which 1 would be left out.")
     (tmp_path / "set" / "data-000000.tar").write_bytes(tar_bytes([]))
     with pytest.raises(UserError, match="data-000000.tar holds no record"):
         check(load(config, given))

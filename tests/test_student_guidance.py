@@ -75,7 +75,7 @@ def test_whether_guidance_is_left_to_inference(keys: dict[str, Any], guidance: f
     assert config.student_guidance == guidance == student_of(config).guidance_scale
     made = of_training(
         config,
-        SimpleNamespace(base_hash="ab", prediction_type="epsilon", family=known("sd1").family),
+        SimpleNamespace(base_hash="ab", prediction_type="epsilon", family=known("sd1").family, license=None),
         "cd",
         3,
     )

@@ -28,6 +28,7 @@ from lcm_kit.config.data import (
     Samples,
     Scale,
     Seed,
+    Shapes,
     Weight,
     Whole,
 )
@@ -38,7 +39,8 @@ from lcm_kit.core.methods import DMD, LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
     "STRICT", "BatchSize", "BatchSizeOrAuto", "Checkpoint", "Data", "Fraction", "Grid", "Guidance", "Logging",
-    "Loss", "NonNegative", "Number", "Place", "Positive", "Rate", "Samples", "Scale", "Seed", "Validation",
+    "Loss", "NonNegative", "Number", "Place", "Positive", "Rate", "Samples", "Scale", "Seed", "Shapes",
+    "Validation",
     "Weight", "Whole",
 ]  # fmt: skip
 

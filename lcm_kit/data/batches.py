@@ -19,6 +19,7 @@ from torch import Tensor
 from lcm_kit.bases.condition import Condition
 from lcm_kit.core.transfer import sent
 from lcm_kit.data.order import Order, Run, Turns, seed_of
+from lcm_kit.data.told import Told
 
 
 class Samples(Protocol):
@@ -64,7 +65,7 @@ class Batch:
 
     latents: Tensor  # [B, C, h, w] float32
     condition: Condition  # B conditions, float32
-    ids: list[str]
+    ids: Sequence[str]
     slots: range  # places in the global batch, for `generator_at` and `draw`
     weights: Tensor | None = None  # [B, 1, h, w] how much each cell of the latents counts; None: all alike
 
@@ -197,6 +198,12 @@ class Batches:
             chances = draw(
                 self.seed, step, self.slots, "caption", lambda g: torch.rand((), generator=g)
             ).tolist()
-        ids = [self.cache.ids[i] for i in index]
+        names = self.cache.ids
+        # of a stream they are read when somebody asks: a message, hardly ever a step
+        ids = (
+            [names[i] for i in index]
+            if isinstance(names, list)
+            else Told(lambda k: names[index[k]], len(index))
+        )
         condition = self.cache.condition(index, chances)
         return Batch(self.cache.latents(index), condition, ids, self.slots, self.cache.weights(index))

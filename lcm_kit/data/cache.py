@@ -164,11 +164,7 @@ class Cache:
 
     def caption(self, row: int, chance: float | None = None) -> str:
         """The caption of a row that `condition` has the embeddings of."""
-        entry = self.entries[row]
-        if chance is None or not entry.captions:
-            return entry.caption
-        shares = torch.tensor([weight for _, weight in entry.captions])
-        return entry.captions[int(_places(shares, torch.tensor([len(shares)]), [chance])[0])][0]
+        return caption_of(self.entries[row], chance)
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times, float32; without sizes (`Condition.sized_as`)."""
@@ -211,6 +207,14 @@ class Cache:
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *accumulate(shard["rows"] for shard in self._shards)]
+
+
+def caption_of(entry: Entry, chance: float | None) -> str:
+    """The caption of a row that `chance`, from 0 to 1, draws by their weights; None: the first."""
+    if chance is None or not entry.captions:
+        return entry.caption
+    shares = torch.tensor([weight for _, weight in entry.captions])
+    return entry.captions[int(_places(shares, torch.tensor([len(shares)]), [chance])[0])][0]
 
 
 def placed(parts: Sequence[Tensor], into: Sequence[Tensor], n: int) -> Tensor:

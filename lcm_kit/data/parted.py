@@ -16,39 +16,16 @@ from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
 from lcm_kit.data import parts, rights, shards, vae_precision
-from lcm_kit.data.cache import Cache, mapped
+from lcm_kit.data.cache import Cache, caption_of, mapped
 from lcm_kit.data.order import Run
 from lcm_kit.data.shards import Entry
+from lcm_kit.data.told import Told
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_shapes
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.remote import Folder
 
 _OPEN = 64  # parts whose rows are known at once
-
-
-class Told(Sequence[str]):
-    """A text of each row, asked for row by row: a list of all would be larger than what is trained on."""
-
-    def __init__(self, of: Callable[[int], str], length: int) -> None:
-        """`of` gives the text of a row below `length`."""
-        self._of, self._length = of, length
-
-    def __len__(self) -> int:
-        """Rows."""
-        return self._length
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        """The text of a row, or those of some."""
-        if isinstance(row, slice):
-            return [self._of(each) for each in range(*row.indices(self._length))]
-        if not -self._length <= row < self._length:
-            raise IndexError(row)
-        return self._of(row % self._length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +129,15 @@ class PartedCache:
 
     def caption(self, row: int, chance: float | None = None) -> str:
         """As `Cache.caption`."""
-        number, place = self._at(row)
-        return self._part(number).caption(place, chance)
+        return caption_of(self._entry(row), chance)
 
     def empty(self, n: int = 1) -> Condition:
         """As `Cache.empty`."""
         return Condition(**mapped(self.folder, shards.EMPTY, self._empty_content)).expand(n)
+
+    @cached_property
+    def _opened(self) -> dict[int, Cache]:
+        return {}
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -170,10 +150,15 @@ class PartedCache:
 
     def _entry(self, row: int) -> Entry:
         number, place = self._at(row)
-        return self._part(number).entries[place]
+        part = self._parts[number]
+        return _records(self.folder.below(parts.folder_name(part["source"])), _Files(part["shards"]))[place]
 
     def _part(self, number: int) -> Cache:
-        return _opened(self.folder, self._parts[number]["source"], _Shards(self._parts[number]["shards"]))
+        if number not in self._opened:  # a few hundred bytes each: its files are mapped elsewhere
+            part = self._parts[number]
+            folder = self.folder.below(parts.folder_name(part["source"]))
+            self._opened[number] = _Part(folder, [], part["shards"], "", None)
+        return self._opened[number]
 
     def _each(
         self, index: int | Sequence[int], of: Callable[[Cache, list[int], list[int]], Any]
@@ -191,7 +176,16 @@ class PartedCache:
         return found, torch.tensor([place for rows in by_part.values() for place, _ in rows]).argsort()
 
 
-class _Shards(list[own_shapes.Shard]):
+class _Part(Cache):
+    """A part's files. What its rows are called is not known here: it would be read for each of them."""
+
+    @property
+    def weighted(self) -> bool:
+        """It may be: the files say."""
+        return True
+
+
+class _Files(list[own_shapes.Shard]):
     """A part's files, told apart by what they are made from."""
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -199,14 +193,14 @@ class _Shards(list[own_shapes.Shard]):
 
 
 @lru_cache(maxsize=_OPEN)
-def _opened(folder: Folder, source: str, files: _Shards) -> Cache:
-    part = folder.below(parts.folder_name(source))
+def _records(part: Folder, files: _Files) -> list[Entry]:
+    """The rows of a part; `files` are in the key so that one that was made anew is read anew."""
     found = parts.read_json(part, parts.RECORDS, own_shapes.PartRecords)
     if found is None:
         raise UserError(
             f"{part.shown}/{parts.RECORDS} is missing; run `lcm-kit encode` with this config again"
         )
-    return Cache(part, [Entry.of(row) for row in found["records"]], list(files), "", None)
+    return [Entry.of(row) for row in found["records"]]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Distill
 from lcm_kit.data.order import Run
-from lcm_kit.data.parted import AllBut, PartedCache, Told
+from lcm_kit.data.parted import AllBut, PartedCache
 from lcm_kit.data.shards import GENERAL, MIRRORED
+from lcm_kit.data.told import Told
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
@@ -144,6 +145,8 @@ def _split_first(cache: PartedCache, share: float, seed: int) -> tuple[Rows, Row
 def taught_by_plain_base(config: Distill, ids: Sequence[str]) -> list[bool]:
     """Which records the base alone teaches: those of data.regularization (`teacher.regularization`)."""
     alone = config.teacher.regularization == "base" and not config.teacher.in_student
+    if not alone or config.data.regularization is None:
+        return [False] * len(ids)  # and names that nobody asks for are not read
     return [alone and bool(config.teacher.adapters) and id.startswith(GENERAL) for id in ids]
 
 
