@@ -145,9 +145,9 @@ def _split_first(cache: PartedCache, share: float, seed: int) -> tuple[Rows, Row
 def taught_by_plain_base(config: Distill, ids: Sequence[str]) -> list[bool]:
     """Which records the base alone teaches: those of data.regularization (`teacher.regularization`)."""
     alone = config.teacher.regularization == "base" and not config.teacher.in_student
-    if not alone or config.data.regularization is None:
-        return [False] * len(ids)  # and names that nobody asks for are not read
-    return [alone and bool(config.teacher.adapters) and id.startswith(GENERAL) for id in ids]
+    if not alone or not config.teacher.adapters or isinstance(ids, Told):  # a stream has no general pictures
+        return [False] * len(ids)
+    return [id.startswith(GENERAL) for id in ids]
 
 
 def two_teachers(config: Distill) -> bool:
