@@ -29,7 +29,6 @@ def test_a_large_set_is_shuffled_by_windows_of_whole_runs(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WINDOW", window)
-    module._windows.cache_clear()
     runs = tuple((100 * k, 5 + k % 3) for k in range(10))  # 59 rows
     order = Order(runs, seed=2)
     every = sorted(row for first, rows in runs for row in range(first, first + rows))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -57,38 +56,38 @@ class Order:
     def at(self, place: int) -> int:
         """The row at `place`."""
         epoch, place = divmod(place, self.rows)
-        if self.rows <= WINDOW:
-            place = int(permutation(self.rows, self.seed, epoch)[place])
-            return self._row(range(len(self.runs)), self._starts, place)
-        order, starts, windows = self._epoch(epoch)
-        window = bisect_right(windows, starts_at := place, key=lambda at: starts[at]) - 1
-        first, last = windows[window], windows[window + 1] if window + 1 < len(windows) else len(order)
-        before, size = starts[first], starts[last] - starts[first]
-        place = int(permutation(size, self.seed, epoch, window)[starts_at - before])
-        return self._row(order[first:last], [at - before for at in starts[first : last + 1]], place)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *accumulate(rows for _, rows in self.runs)]
-
-    def _row(self, order: Sequence[int], starts: Sequence[int], place: int) -> int:
+        order, starts, begins = self._arranged(epoch)
+        window = bisect_right(begins, place) - 1
+        first, end = begins[window : window + 2]
+        own = (window,) if self.rows > WINDOW else ()
+        place = first + int(permutation(end - first, self.seed, epoch, *own)[place - first])
         number = bisect_right(starts, place) - 1
         return self.runs[order[number]][0] + place - starts[number]
 
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
-        """Its runs in order, where each begins, and the runs that begin a window."""
-        return _windows(self, epoch)
+    @cached_property
+    def _arranged(self) -> Callable[[int], _Arranged]:
+        return lru_cache(maxsize=2)(self._arrange)  # two epochs within a batch; held by this order alone
+
+    def _arrange(self, epoch: int) -> _Arranged:
+        several = self.rows > WINDOW
+        order = (
+            permutation(len(self.runs), self.seed, epoch, -1).tolist() if several else range(len(self.runs))
+        )
+        starts, begins = [0], [0]
+        for run in order:
+            end = starts[-1] + self.runs[run][1]
+            if end - begins[-1] > WINDOW and starts[-1] > begins[-1]:
+                begins.append(starts[-1])
+            starts.append(end)
+        return _Arranged(order, starts, [*begins, self.rows])
 
 
-@lru_cache(maxsize=4)
-def _windows(order: Order, epoch: int) -> tuple[list[int], list[int], list[int]]:
-    runs = permutation(len(order.runs), order.seed, epoch, -1).tolist()
-    starts = [0, *accumulate(order.runs[run][1] for run in runs)]
-    begins = [0]
-    for k in range(1, len(runs)):
-        if starts[k + 1] - starts[begins[-1]] > WINDOW:
-            begins.append(k)
-    return runs, starts, begins
+class _Arranged(NamedTuple):
+    """An epoch: its runs in order, the places where each begins and all end, and where each window does."""
+
+    order: Sequence[int]
+    starts: list[int]
+    begins: list[int]
 
 
 @dataclass(frozen=True)
@@ -114,20 +113,22 @@ class Turns:
         most = least + int((len(self.demands) + 1) * self.size / sum(self.demands)) + 2
         epoch = bisect_right(range(least, most), number, key=lambda e: sum(self._before(e))) - 1 + least
         before = self._before(epoch)
-        groups, ranks = _shuffled(self, epoch)
+        groups, ranks = self._shuffled(epoch)
         place = number - sum(before)
         return int(groups[place]), before[int(groups[place])] + int(ranks[place])
 
+    @cached_property
+    def _shuffled(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+        return lru_cache(maxsize=2)(self._shuffle)
 
-@lru_cache(maxsize=4)
-def _shuffled(turns: Turns, epoch: int) -> tuple[Tensor, Tensor]:
-    """The group of each batch of an epoch, and how many of its group are before it there: int64 [batches]."""
-    counts = [
-        after - before for before, after in zip(turns._before(epoch), turns._before(epoch + 1), strict=True)
-    ]
-    groups = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    groups = groups[permutation(len(groups), turns.seed, epoch, -2)]
-    ranks = torch.zeros_like(groups)
-    for group, count in enumerate(counts):
-        ranks[groups == group] = torch.arange(count)
-    return groups, ranks
+    def _shuffle(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The group of each batch of an epoch, and how many of its group are before it: int64 [batches]."""
+        counts = [
+            after - before for before, after in zip(self._before(epoch), self._before(epoch + 1), strict=True)
+        ]
+        groups = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        groups = groups[permutation(len(groups), self.seed, epoch, -2)]
+        ranks = torch.zeros_like(groups)
+        for group, count in enumerate(counts):
+            ranks[groups == group] = torch.arange(count)
+        return groups, ranks
