@@ -173,9 +173,10 @@ def test_a_caption_is_what_its_text_and_its_count_make_it(sd_base: Callable[...,
     """So a cache whose rows have both in their hashes keeps those that another limit leaves as they are."""
     base = bases.inspect_base(str(sd_base()))
     text, captions = bases.load_text(base), ["", "a red fox", LONG[:30], LONG, f"{LONG}, {LONG}"]
-    found = bases.counts(base, captions, most)
+    tokenizers = bases.load_tokenizers(base)
+    found = bases.counts(tokenizers, captions, most)
     assert found == [min(n, most) for n in (1, 1, 2, 5, 10)]
-    assert bases.counts(base, [], most) == []
+    assert bases.counts(tokenizers, [], most) == []
     for caption, count in zip(captions, found, strict=True):
         embeds = sd.encode_text(text, [caption], most).embeds
         assert embeds.shape[1] == LENGTH * chunks.rounded(count)

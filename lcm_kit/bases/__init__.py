@@ -29,13 +29,13 @@ from lcm_kit.bases.base import (
 )  # fmt: skip
 from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.bases.emphasis import Prompt
-from lcm_kit.bases.tokens import counts, load_tokenizer, room, too_long
+from lcm_kit.bases.tokens import counts, load_tokenizer, load_tokenizers, room, too_long
 from lcm_kit.families import Family
 
 __all__ = [
     "BaseInfo", "Code", "Parts", "code_of", "counts", "decode_latents", "decoded_at_once", "encode_images",
-    "family_of", "inspect_base", "load", "load_part", "load_text", "load_tokenizer", "load_unet", "load_vae",
-    "lora_targets", "require_fit", "room", "too_long", "weight_files",
+    "family_of", "inspect_base", "load", "load_part", "load_text", "load_tokenizer", "load_tokenizers",
+    "load_unet", "load_vae", "lora_targets", "require_fit", "room", "too_long", "weight_files",
 ]  # fmt: skip
 
 

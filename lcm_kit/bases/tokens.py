@@ -57,7 +57,7 @@ def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tu
     """
     cut: dict[str, int] = {}
     sizes = []
-    for size, comma, rows in _rows(base, list(captions.values())):
+    for size, comma, rows in _rows(load_tokenizers(base), list(captions.values())):
         sizes.append(size)
         for id, row in zip(captions, rows, strict=True):
             if len(slices(row, size, comma, chunks + 1)) > chunks:
@@ -65,22 +65,29 @@ def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tu
     return cut, min(sizes)
 
 
-def counts(base: BaseInfo, captions: Sequence[str], chunks: int) -> list[int]:
-    """In how many chunks each caption is read, at most `chunks`; no weights are loaded.
+def load_tokenizers(base: BaseInfo) -> list[Any]:
+    """Every tokenizer of a base. Raises `UserError` as `load_tokenizer`."""
+    return [load_tokenizer(base, part) for part in base.family.tokenizers]
+
+
+def counts(tokenizers: Sequence[Any], captions: Sequence[str], chunks: int) -> list[int]:
+    """In how many chunks each caption is read, at most `chunks`, by `load_tokenizers`.
 
     What encoders make of a caption hangs on this number besides its text, and on nothing else of `chunks`;
     it is then stored as `chunks.rounded` of it.
     """
     found = [
-        [len(slices(row, size, comma, chunks)) for row in rows] for size, comma, rows in _rows(base, captions)
+        [len(slices(row, size, comma, chunks)) for row in rows]
+        for size, comma, rows in _rows(tokenizers, captions)
     ]
     return [max(each) for each in zip(*found, strict=True)]
 
 
-def _rows(base: BaseInfo, captions: Sequence[str]) -> Iterator[tuple[int, int | None, list[list[int]]]]:
-    """Of each tokenizer of the base: the tokens of a chunk, a comma, and all tokens of each caption."""
-    for part in base.family.tokenizers:
-        tokenizer = load_tokenizer(base, part)
+def _rows(
+    tokenizers: Sequence[Any], captions: Sequence[str]
+) -> Iterator[tuple[int, int | None, list[list[int]]]]:
+    """Of each tokenizer: the tokens of a chunk, a comma, and all tokens of each caption."""
+    for tokenizer in tokenizers:
         # by what is behind it: the tokenizer itself would warn of every long one
         rows = tokenizer.backend_tokenizer.encode_batch(list(captions)) if captions else []
         # without its start and end

@@ -80,13 +80,16 @@ class Encoder:
         return tensors_of(self.condition(captions, [whole] * len(captions)))
 
 
-def hashes_of(base: BaseInfo, texts: Sequence[Sequence[tuple[str, float]]], chunks: int) -> list[str]:
+def hashes_of(
+    tokenizers: Sequence[Any], texts: Sequence[Sequence[tuple[str, float]]], chunks: int
+) -> list[str]:
     """What each row's embeddings are made from besides the base: its captions, their weights, their chunks.
 
-    Of one caption of one chunk that is the hash of its text.
+    `tokenizers`: those of the base (`bases.load_tokenizers`). Of one caption of one chunk that is the hash
+    of its text.
     """
     each = [[straightened(text) for text, _ in row] for row in texts]  # what tokenizers see of it
-    counted = iter(counts(base, [text for row in each for text in row], chunks))
+    counted = iter(counts(tokenizers, [text for row in each for text in row], chunks))
     found = []
     for row, told in zip(texts, each, strict=True):
         lengths = [next(counted) for _ in told]

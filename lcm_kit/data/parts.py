@@ -16,15 +16,13 @@ address (`io.remote`):
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lcm_kit.bases import BaseInfo
-from lcm_kit.config.schema import Data
 from lcm_kit.data import cuts, rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
@@ -32,7 +30,7 @@ from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.streams import SourceShard
-from lcm_kit.data.survey import Survey, looked_at
+from lcm_kit.data.survey import Surveyor
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
@@ -85,8 +83,7 @@ class _Rows:
 class PartMaker:
     """Makes the part of a source shard: a pure function of it, of the base and of the settings."""
 
-    base: BaseInfo
-    data: Data
+    surveyor: Surveyor
     settings: Mapping[str, Any]
     folder: Folder
     maker: Callable[[Mapping[str, Record]], RowMaker]  # of the rows of records, by id
@@ -98,7 +95,8 @@ class PartMaker:
         Raises `UserError` with the shard's name for pictures that cannot be used, unless `data.skip_bad`.
         """
         identity = source.identity()
-        writer = _Writer(self.folder.below(folder_name(source.name)), self.settings, self.data.shard_size)
+        data = self.surveyor.data
+        writer = _Writer(self.folder.below(folder_name(source.name)), self.settings, data.shard_size)
         bad: list[Bad] = []
         dropped: list[Bad] = []
         told: list[tuple[own_shapes.Rights | None, int]] = []
@@ -114,8 +112,10 @@ class PartMaker:
             for id in {entry.id for entry in entries if not rows_of[entry.id]}:
                 del records[id], rows_of[id]
 
-        for found in self._looked_at(source, bad):
-            bad += found.bad
+        stream = source.records()
+        while some := list(islice(stream, _AT_ONCE)):
+            found = self.surveyor.look_at([each for each in some if isinstance(each, Record)])
+            bad += [*(each for each in some if not isinstance(each, Record)), *found.bad]
             dropped += found.dropped
             told.append((found.rights, len(found.records)))
             writer.lines.append(cuts.table(found, header=not writer.lines))
@@ -128,20 +128,13 @@ class PartMaker:
                     encode(entry.size)
         for shape in sorted(waiting, key=lambda shape: shape or ()):
             encode(shape)
-        if bad and not self.data.skip_bad:
+        if bad and not data.skip_bad:
             raise UserError(
-                f"{len(bad)} records of {source.name} of {self.data.path!r} cannot be used; fix them, or "
+                f"{len(bad)} records of {source.name} of {data.path!r} cannot be used; fix them, or "
                 "leave them out with data.skip_bad=true; parts that are done are kept:",
                 listing(bad),
             )
         return writer.finish(source.name, identity, [*bad, *dropped], told)
-
-    def _looked_at(self, source: SourceShard, bad: list[Bad]) -> Iterator[Survey]:
-        stream = source.records()
-        while some := list(islice(stream, _AT_ONCE)):
-            bad += [each for each in some if not isinstance(each, Record)]
-            good = [each for each in some if isinstance(each, Record)]
-            yield looked_at(self.base, self.data, good, set())
 
 
 @dataclass

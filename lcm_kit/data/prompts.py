@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcm_kit import sample
-from lcm_kit.bases import BaseInfo
+from lcm_kit.bases import BaseInfo, load_tokenizers
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -77,7 +77,7 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a prompt: a prompt that is asked for again has noise of its own in any case."""
     found = prompts(data.samples.prompts)
-    texts = hashes_of(base, [((prompt, 1.0),) for prompt in found], data.chunks)
+    texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in found], data.chunks)
     return [
         Entry(f"{shards.PROMPTS}{i:05d}", prompt, "", text)
         for i, (prompt, text) in enumerate(zip(found, texts, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lcm_kit import sample
 from lcm_kit.adapter import styles
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
-from lcm_kit.bases import BaseInfo
+from lcm_kit.bases import BaseInfo, load_tokenizers
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import shards
@@ -93,7 +93,7 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a sample; the place of its noise stands for an image file."""
     prompts = prompts_of(data)
-    texts = hashes_of(base, [((prompt, 1.0),) for prompt in prompts], _ALL)
+    texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in prompts], _ALL)
     return [
         Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

@@ -20,6 +20,7 @@ from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.records import Record
 from lcm_kit.data.streams import SourceShard, source_shards
+from lcm_kit.data.survey import Surveyor
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
@@ -76,7 +77,9 @@ def encode(
     share.wait()
     report = EncodeReport(Path(folder.shown), 0, 0, 0.0)
     if share.first:
-        now = [parts.done(folder, source, settings) for source in sources]
+        now = [
+            part or parts.done(folder, source, settings) for source, part in zip(sources, found, strict=True)
+        ]
         if absent := [source.name for source, part in zip(sources, now, strict=True) if part is None]:
             raise UserError(f"the part of {absent[0]} was not made; run the same command again")
         held = [part for part in now if part is not None]
@@ -108,13 +111,9 @@ def make_parts(config: Training, sources: Sequence[SourceShard], advance: Callab
         folder.write(empty.file, own_files.tensor_bytes(tensors_of(encoder.empty()), empty.content))
     side = data.resolution
     maker = PartMaker(
-        base,
-        data,
-        settings,
-        folder,
-        partial(maker_of, encoder, data),
+        Surveyor.of(base, data), settings, folder, partial(maker_of, encoder, data),
         at_once(data.batch_size, side, side, device),
-    )
+    )  # fmt: skip
     for source in sources:
         maker.make(source)
         advance()
@@ -135,7 +134,7 @@ def _precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share
 
 
 def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:
-    """Parts may be older than the key: what is made now was asked picture by picture (`survey.looked_at`)."""
+    """Parts may be older than the key: what is made now was asked picture by picture (`Surveyor.look_at`)."""
     wrong = [
         part["source"]
         for part in held

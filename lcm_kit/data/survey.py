@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from PIL import Image
 
-from lcm_kit.bases import BaseInfo
+from lcm_kit.bases import BaseInfo, load_tokenizers
 from lcm_kit.config.schema import Data
 from lcm_kit.console import Progress
 from lcm_kit.data import masks, rights
@@ -46,7 +48,7 @@ class Survey:
     rights: own_shapes.Rights | None = None
 
 
-def survey(base: BaseInfo, data: Data, known: set[str], bar: Progress) -> Survey:
+def survey(base: BaseInfo, data: Data, known: Set[str], bar: Progress) -> Survey:
     """Look at every record of `data`: hash its image, and decode it unless it is `known`.
 
     Raises `UserError` if none can be used, and, unless `data.skip_bad`, if any cannot: it names them all.
@@ -55,7 +57,7 @@ def survey(base: BaseInfo, data: Data, known: set[str], bar: Progress) -> Survey
     """
     good, bad = open_records(data)
     total = len(good) + len(bad)
-    found = looked_at(base, data, good, known, lambda checks: bar.track(checks, description="checking"))
+    found = Surveyor.of(base, data).look_at(good, known, partial(bar.track, description="checking"))
     bad = [*bad, *found.bad]
     if bad and not data.skip_bad:
         raise UserError(
@@ -69,37 +71,51 @@ def survey(base: BaseInfo, data: Data, known: set[str], bar: Progress) -> Survey
     return replace(found, bad=bad)
 
 
-def looked_at(
-    base: BaseInfo,
-    data: Data,
-    records: Sequence[Record],
-    known: set[str],
-    track: Callable[[Sequence[Future[Look]]], Iterable[Future[Look]]] = lambda checks: checks,
-) -> Survey:
-    """What there is to encode of `records`, with those that cannot be used; each is looked at by a thread."""
-    shaper = Shaper.of(base, data)
-    pool = ThreadPoolExecutor()
-    try:
-        checks = [pool.submit(_look, record, data, shaper, known) for record in records]
-        each = [(record, check.result()) for record, check in zip(records, track(checks), strict=True)]
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
-    kept = [(record, look) for record, look in each if isinstance(look, Seen)]
-    require_licenses(data, (record for record, _ in kept))
-    texts = hashes_of(base, [_captions(record) for record, _ in kept], data.chunks)
-    entries = [
-        entry
-        for (record, look), text in zip(kept, texts, strict=True)
-        for entry in _entries(record, look, text, data)
-    ]
-    return Survey(
-        {record.id: record for record, _ in kept},
-        {record.id: look for record, look in kept},
-        entries,
-        [(record.id, look) for record, look in each if isinstance(look, str)],
-        [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)],
-        rights.summary(record.rights for record, _ in kept),
-    )
+@dataclass(frozen=True)
+class Surveyor:
+    """Looks at records for a base and a config; what it needs for that is loaded once."""
+
+    data: Data
+    shaper: Shaper
+    tokenizers: Sequence[Any]
+
+    @classmethod
+    def of(cls, base: BaseInfo, data: Data) -> Surveyor:
+        """Raises `UserError` as `Shaper.of` and `load_tokenizers`."""
+        return cls(data, Shaper.of(base, data), load_tokenizers(base))
+
+    def look_at(
+        self,
+        records: Sequence[Record],
+        known: Set[str] = frozenset(),
+        track: Callable[[Sequence[Future[Look]]], Iterable[Future[Look]]] = lambda checks: checks,
+    ) -> Survey:
+        """What there is to encode of `records`, with those that cannot be used; threads look at them.
+
+        An image whose hash is `known` is not decoded.
+        """
+        data, pool = self.data, ThreadPoolExecutor()
+        try:
+            checks = [pool.submit(_look, record, data, self.shaper, known) for record in records]
+            each = [(record, check.result()) for record, check in zip(records, track(checks), strict=True)]
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is in the queue
+        kept = [(record, look) for record, look in each if isinstance(look, Seen)]
+        require_licenses(data, (record for record, _ in kept))
+        texts = hashes_of(self.tokenizers, [_captions(record) for record, _ in kept], data.chunks)
+        entries = [
+            entry
+            for (record, look), text in zip(kept, texts, strict=True)
+            for entry in _entries(record, look, text, data)
+        ]
+        return Survey(
+            {record.id: record for record, _ in kept},
+            {record.id: look for record, look in kept},
+            entries,
+            [(record.id, look) for record, look in each if isinstance(look, str)],
+            [(record.id, look.reason) for record, look in each if isinstance(look, _Dropped)],
+            rights.summary(record.rights for record, _ in kept),
+        )
 
 
 def require_licenses(data: Data, records: Iterable[Record]) -> None:
@@ -126,7 +142,7 @@ Look = Seen | _Dropped | str
 """Of a record; the last is why it cannot be read."""
 
 
-def _look(record: Record, data: Data, shaper: Shaper, known: set[str]) -> Look:
+def _look(record: Record, data: Data, shaper: Shaper, known: Set[str]) -> Look:
     """What was found of a record's image, or why it cannot be read."""
     try:
         content = record.read()
