@@ -5,7 +5,6 @@ Training then needs neither the VAE nor the text encoder. The folder's format is
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -22,6 +21,7 @@ from lcm_kit.bases.condition import Condition, of_one_length
 from lcm_kit.config.schema import Data
 from lcm_kit.data import shards, vae_precision
 from lcm_kit.data.encoder import CONDITION
+from lcm_kit.data.joined import shares
 from lcm_kit.data.masks import WHOLE
 from lcm_kit.data.order import Run
 from lcm_kit.data.shards import Entry
@@ -185,20 +185,14 @@ class Cache:
 
         One gather from each; `places`: where in `wanted` the rows are.
         """
-        places: dict[int, list[tuple[int, int]]] = {}  # by shard: where a row goes, and its place there
-        for place, i in enumerate(wanted):
-            number = bisect_right(self._starts, i) - 1
-            places.setdefault(number, []).append((place, i - self._starts[number]))
-        parts = []
-        for number, found in places.items():
-            shard = self._shards[number]
+        asked, parts = shares(wanted, self._starts), []
+        for share in asked:
+            shard = self._shards[share.source]
             tensors = mapped(self.folder, shard["file"], shard["content"])
-            rows = torch.tensor([row for _, row in found])
-            parts.append(of(tensors, rows, [place for place, _ in found]))
+            parts.append(of(tensors, torch.tensor(share.rows), share.places))
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([place for found in places.values() for place, _ in found])
-        into = order.split([len(found) for found in places.values()])
+        into = [torch.tensor(share.places) for share in asked]
         named = {name: [part[name] for part in parts] for name in parts[0]}
         if "embeds" in named:
             named["embeds"] = of_one_length(named["embeds"])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, overload
-
-import torch
-from torch import Tensor
+from typing import overload
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.schema import Data
 from lcm_kit.data import parts, rights, shards, vae_precision
 from lcm_kit.data.cache import Cache, caption_of, mapped
+from lcm_kit.data.joined import Joined, shares
 from lcm_kit.data.order import Run
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.told import Told
@@ -29,7 +27,7 @@ _OPEN = 64  # parts whose rows are known at once
 
 
 @dataclass(frozen=True, eq=False)
-class PartedCache:
+class PartedCache(Joined):
     """A finished cache of a stream, as `cache.Cache`; what it holds in memory is a line for each part."""
 
     folder: Folder
@@ -61,7 +59,7 @@ class PartedCache:
 
     def __len__(self) -> int:
         """Rows."""
-        return self._starts[-1]
+        return self.starts[-1]
 
     @property
     def ids(self) -> Sequence[str]:
@@ -103,29 +101,18 @@ class PartedCache:
         """The rows of the first part, from which pictures are held out: all are never known at once."""
         return range(self._parts[0]["rows"])
 
-    def latents(self, index: int | Sequence[int]) -> Tensor:
-        """As `Cache.latents`."""
-        found, order = self._each(index, lambda part, rows, _: part.latents(rows))
-        return torch.cat(found)[order]
+    @cached_property
+    def starts(self) -> list[int]:
+        """As `Joined.starts`."""
+        return [0, *accumulate(part["rows"] for part in self._parts)]
 
-    def weights(self, index: int | Sequence[int]) -> Tensor | None:
-        """As `Cache.weights`."""
-        if not any(part["weighted"] for part in self._parts):
-            return None
-        found, order = self._each(index, lambda part, rows, _: (part.weights(rows), len(rows)))
-        shape = next((weights.shape[1:] for weights, _ in found if weights is not None), None)
-        if shape is None:
-            return None
-        return torch.cat([torch.ones(n, *shape) if own is None else own for own, n in found])[order]
-
-    def condition(self, index: int | Sequence[int], chances: Sequence[float] | None = None) -> Condition:
-        """As `Cache.condition`."""
-
-        def of(part: Cache, rows: list[int], places: list[int]) -> Condition:
-            return part.condition(rows, None if chances is None else [chances[place] for place in places])
-
-        found, order = self._each(index, of)
-        return Condition.cat(found)[order]
+    def source(self, number: int) -> Cache:
+        """As `Joined.source`."""
+        if number not in self._opened:  # a few hundred bytes each: its files are mapped elsewhere
+            part = self._parts[number]
+            folder = self.folder.below(parts.folder_name(part["source"]))
+            self._opened[number] = _Part(folder, [], part["shards"], "", None, part["weighted"])
+        return self._opened[number]
 
     def caption(self, row: int, chance: float | None = None) -> str:
         """As `Cache.caption`."""
@@ -139,50 +126,23 @@ class PartedCache:
     def _opened(self) -> dict[int, Cache]:
         return {}
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *accumulate(part["rows"] for part in self._parts)]
-
-    def _at(self, row: int) -> tuple[int, int]:
-        """The part of a row, and its place there."""
-        number = bisect_right(self._starts, row) - 1
-        return number, row - self._starts[number]
-
     def _entry(self, row: int) -> Entry:
-        number, place = self._at(row)
-        part = self._parts[number]
-        return _records(self.folder.below(parts.folder_name(part["source"])), _Files(part["shards"]))[place]
-
-    def _part(self, number: int) -> Cache:
-        if number not in self._opened:  # a few hundred bytes each: its files are mapped elsewhere
-            part = self._parts[number]
-            folder = self.folder.below(parts.folder_name(part["source"]))
-            self._opened[number] = _Part(folder, [], part["shards"], "", None)
-        return self._opened[number]
-
-    def _each(
-        self, index: int | Sequence[int], of: Callable[[Cache, list[int], list[int]], Any]
-    ) -> tuple[list[Any], Tensor]:
-        """What `of(part, rows, places)` gives of each part that has some of the rows; their order in all."""
-        wanted = [index] if isinstance(index, int) else list(index)
-        by_part: dict[int, list[tuple[int, int]]] = {}
-        for place, row in enumerate(wanted):
-            number, own = self._at(row)
-            by_part.setdefault(number, []).append((place, own))
-        found = [
-            of(self._part(number), [own for _, own in rows], [place for place, _ in rows])
-            for number, rows in by_part.items()
-        ]
-        return found, torch.tensor([place for rows in by_part.values() for place, _ in rows]).argsort()
+        (share,) = shares([row], self.starts)
+        part = self._parts[share.source]
+        known = _records(self.folder.below(parts.folder_name(part["source"])), _Files(part["shards"]))
+        return known[share.rows[0]]
 
 
+@dataclass(frozen=True, eq=False)
 class _Part(Cache):
     """A part's files. What its rows are called is not known here: it would be read for each of them."""
 
+    masked: bool
+
     @property
     def weighted(self) -> bool:
-        """It may be: the files say."""
-        return True
+        """Whether any row has a mask."""
+        return self.masked
 
 
 class _Files(list[own_shapes.Shard]):

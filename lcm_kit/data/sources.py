@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Condition
@@ -20,6 +17,7 @@ from lcm_kit.config.schema import Data, Distill, Training
 from lcm_kit.data import images, prior, prompts, samples, stream_images
 from lcm_kit.data.batches import Mix
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.joined import Joined
 from lcm_kit.data.order import Run
 from lcm_kit.data.parted import PartedCache
 from lcm_kit.data.progress import EncodeReport
@@ -147,7 +145,7 @@ def mix_of(samples: Cache | PartedCache | MixedCache | Rows, data: Data) -> Mix 
 
 
 @dataclass(frozen=True)
-class MixedCache:
+class MixedCache(Joined):
     """Two caches as one: the rows of the images, then those of the teacher's samples."""
 
     images: Cache | Rows  # Rows: without what is left out, to draw batches from
@@ -186,42 +184,15 @@ class MixedCache:
         """Whether any row has several captions."""
         return self.images.several
 
-    def latents(self, index: Sequence[int]) -> Tensor:
-        """Latents [n, C, h, w], float32, of the rows at `index`, which have one shape."""
-        parts, order = self._shared(index)
-        return torch.cat([source.latents(rows) for source, rows in parts])[order]
+    @cached_property
+    def starts(self) -> list[int]:
+        """As `Joined.starts`."""
+        return [0, len(self.images), len(self.images) + len(self.samples)]
 
-    def weights(self, index: Sequence[int]) -> Tensor | None:
-        """How much their cells count, as `Cache.weights`."""
-        parts, order = self._shared(index)
-        found = [source.weights(rows) for source, rows in parts]
-        if all(weights is None for weights in found):
-            return None
-        shape = next(weights for weights in found if weights is not None).shape[1:]
-        whole = [torch.ones(len(rows), *shape) for _, rows in parts]
-        return torch.cat([own if w is None else w for own, w in zip(whole, found, strict=True)])[order]
-
-    def condition(self, index: Sequence[int], chances: Sequence[float] | None = None) -> Condition:
-        """The conditions of the rows at `index`, float32, as `Cache.condition`."""
-        parts, order = self._shared(index)
-        given = chances or [0.0] * len(index)
-        sorted_ = [given[place] for place in torch.tensor(order).argsort().tolist()]
-        found, first = [], 0
-        for source, rows in parts:
-            found.append(
-                source.condition(rows, None if chances is None else sorted_[first : first + len(rows)])
-            )
-            first += len(rows)
-        return Condition.cat(found)[order]
+    def source(self, number: int) -> Cache | Rows:
+        """As `Joined.source`."""
+        return self.samples if number else self.images
 
     def empty(self, n: int = 1) -> Condition:
         """The condition of an unconditional pass, n times."""
         return self.samples.empty(n)
-
-    def _shared(self, index: Sequence[int]) -> tuple[list[tuple[Cache | Rows, list[int]]], list[int]]:
-        """The rows of each source that has any; where in them, one after the other, each place's row is."""
-        first = len(self.images)
-        own, theirs = [i for i in index if i < first], [i - first for i in index if i >= first]
-        places = {True: iter(range(len(own))), False: iter(range(len(own), len(index)))}
-        parts: list[tuple[Cache | Rows, list[int]]] = [(self.images, own), (self.samples, theirs)]
-        return [part for part in parts if part[1]], [next(places[i < first]) for i in index]
