@@ -40,7 +40,7 @@ def data_of(config: Finetune) -> Data:
     folder = Path(f"{config.data.cache}-prior")
     given, made = config.data, str(folder / "pictures")
     return Data(
-        path=made, kind="folder", cache=str(folder), resolution=given.resolution,
+        path=made, kind="folder", cache=str(folder), resolution=given.resolution, chunks=given.chunks,
         shard_size=given.shard_size, batch_size=given.batch_size, vae_precision=given.vae_precision,
     )  # fmt: skip
 

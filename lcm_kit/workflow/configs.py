@@ -37,10 +37,14 @@ _OWN = (
     "teacher.in_student",
 )
 _GIVEN = ("base", "data.path")  # the story's as well where `--base` or another stage says it
-_SHARED = ("path", "kind", "resolution", "skip_bad", "trigger", "captions")  # of `data`, by both trainings
+_SHARED = (  # of `data`, by both trainings
+    "path", "kind", "resolution", "skip_bad", "trigger", "captions", "chunks", "shapes", "masks",
+    "require_license",
+)  # fmt: skip
 _GENERAL = 100  # pictures that the base draws of everyday things
 _SEEN = (
     "path", "regularization", "resolution", "flip", "kind", "shard_size", "skip_bad", "trigger", "captions",
+    "chunks", "shapes", "masks",
 )  # fmt: skip
 
 

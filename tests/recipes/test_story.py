@@ -275,6 +275,28 @@ def test_the_trigger_is_of_both_trainings() -> None:
     assert told.style.data.trigger == told.distill.data.trigger == "lumo style"
 
 
+def test_pictures_are_read_alike_by_both_trainings_and_cached_together_if_they_are() -> None:
+    """Otherwise the second encode of one folder would undo the first."""
+    place = {"path": "asset:tiny-sd", "revision": None, "variant": None}
+
+    def told(*keys: str) -> configs.Story:
+        return configs.finetune("my/brand", place, "tiny", Path("runs/x"), 64, None, keys)
+
+    given = told(
+        "distill.data.shapes={kind: square, crop: subject}", "distill.data.masks={background: 0.2}",
+        "distill.data.chunks=2", "distill.data.require_license=[any]",
+    )  # fmt: skip
+    style, distill = given.style.data, given.distill.data
+    assert style.shapes == distill.shapes and (style.shapes.kind, style.shapes.crop) == ("square", "subject")
+    assert style.masks == distill.masks and style.masks.background == 0.2
+    assert style.chunks == distill.chunks == 2
+    assert style.require_license == distill.require_license == ("any",)
+    assert style.cache == distill.cache == told().style.data.cache
+    for key in ("shapes.crop=subject", "masks.background=0.5", "chunks=1"):
+        other = told(f"style.data.{key}")
+        assert other.style.data.cache != other.distill.data.cache, key
+
+
 def test_quickstarts_config_is_the_distillation_that_it_runs(tmp_path: Path) -> None:
     told = configs.quickstart(Path("runs/quickstart"), [])
     assert load(shipped.find("quickstart")) == told.distill
