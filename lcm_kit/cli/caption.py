@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lcm_kit.cli.options import BatchSize, Device, Dtype
 from lcm_kit.config.numbers import require_batch_size, within
 from lcm_kit.errors import UserError
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from lcm_kit.data.captioning import Accepted, Captioned
 
 verbs = typer.Typer()
-
-
-def _batch_size(given: str) -> str:
-    return str(require_batch_size(given, "--batch-size"))
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -46,19 +43,9 @@ def caption(
     max_tokens: Annotated[
         int, typer.Option(callback=within("--max-tokens", 1, 1000), help="Of a caption, at most.")
     ] = 75,
-    batch_size: Annotated[
-        str,
-        typer.Option(
-            callback=_batch_size, metavar="N|auto", help="Pictures at once; fewer where memory runs out."
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
-    ] = None,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Caption pictures by a model into a table for review, and make caption files of what stands there."""
     from lcm_kit.api import captions

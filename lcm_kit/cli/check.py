@@ -23,11 +23,9 @@ from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import
+    from lcm_kit.bases import BaseInfo
     from lcm_kit.data.caption_files import Bad
     from lcm_kit.data.records import Record
-
-if TYPE_CHECKING:
-    from lcm_kit.bases import BaseInfo
 
 _USUAL = 512  # pixels that a folder is trained at, where nothing says otherwise
 _OF_A_STREAM = 16  # records
@@ -234,28 +232,26 @@ def _known(base: Base) -> BaseInfo | None:
     """What the base says of itself; None where that is not here, or not to be read, which `_base` says."""
     from lcm_kit.bases import inspect_base
 
+    if _on_the_hub(base.path):
+        return None
     try:
-        return (
-            None
-            if _on_the_hub(base.path)
-            else inspect_base(base.path, revision=base.revision, variant=base.variant)
-        )
+        return inspect_base(base.path, revision=base.revision, variant=base.variant)
     except UserError:
         return None
 
 
 def _tokens(config: Training) -> str:
     """Captions that the base's text encoders would not read to their end, counted by its own tokenizers."""
-    from lcm_kit.bases import inspect_base, room, too_long
+    from lcm_kit.bases import room, too_long
     from lcm_kit.data.findings import few, number
     from lcm_kit.data.records import open_records
 
+    base = _known(config.base)
+    if base is None or (_on_the_hub(config.data.path) and config.data.kind != "folder"):
+        return ""
     try:
-        if _on_the_hub(config.base.path) or (_on_the_hub(config.data.path) and config.data.kind != "folder"):
-            return ""
-        base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
         records, _ = open_records(replace(config.data, captions=config.data.captions.unshuffled))
-    except UserError:  # it is said of the base, or of the data
+    except UserError:  # it is said of the data
         return ""
     chunks = config.data.chunks
     told = [(record.id, k, text) for record in records for k, (text, _) in enumerate(record.captions, 1)]

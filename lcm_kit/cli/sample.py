@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from lcm_kit import samplers
+from lcm_kit.cli.options import BatchSize, Device, Dtype
 from lcm_kit.config.numbers import in_range, require_batch_size
 from lcm_kit.errors import UserError
 
 verbs = typer.Typer()
-
-
-def _batch_size(given: str) -> str:
-    return str(require_batch_size(given, "--batch-size"))
 
 
 def _known_sampler(name: str | None) -> str | None:
@@ -100,21 +97,9 @@ def sample(
     count: Annotated[
         int, typer.Option(callback=in_range("count", "--count"), help="Pictures of each prompt.")
     ] = 1,
-    batch_size: Annotated[
-        str,
-        typer.Option(
-            callback=_batch_size,
-            metavar="N|auto",
-            help="Pictures at once; fewer where memory runs out.",
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="As cuda, cuda:1, mps or cpu.", show_default="cuda if there is one")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
-    ] = None,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
     decoder: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews."),

@@ -19,7 +19,7 @@ from torch import Tensor
 from lcm_kit.bases.condition import Condition
 from lcm_kit.core.transfer import sent
 from lcm_kit.data.order import Order, Run, Turns, seed_of
-from lcm_kit.data.told import Told
+from lcm_kit.data.told import picked
 
 
 class Samples(Protocol):
@@ -167,10 +167,14 @@ class Batches:
         return sorted({run.shape for run in self.cache.runs if run.rows})
 
     @cached_property
-    def _groups(self) -> list[Order]:
+    def _of_sources(self) -> list[tuple[_Source, Order]]:
         """The rows of each source and shape."""
-        found = [source.of(shape) for source in self._sources for shape in self._shapes]
-        return [order for order in found if order.rows]
+        found = [(source, source.of(shape)) for source in self._sources for shape in self._shapes]
+        return [(source, order) for source, order in found if order.rows]
+
+    @cached_property
+    def _groups(self) -> list[Order]:
+        return [order for _, order in self._of_sources]
 
     @cached_property
     def _turns(self) -> Turns | None:
@@ -178,12 +182,7 @@ class Batches:
         if len(self._shapes) == 1:
             return None
         total = sum(source.rows for source in self._sources)
-        demands = [
-            total * source.share * order.rows / source.rows
-            for source in self._sources
-            for order in map(source.of, self._shapes)
-            if order.rows
-        ]
+        demands = (total * source.share * order.rows / source.rows for source, order in self._of_sources)
         return Turns(tuple(demands), self.batch_size * self.world, self.seed)
 
     @property
@@ -198,12 +197,6 @@ class Batches:
             chances = draw(
                 self.seed, step, self.slots, "caption", lambda g: torch.rand((), generator=g)
             ).tolist()
-        names = self.cache.ids
-        # of a stream they are read when somebody asks: a message, hardly ever a step
-        ids = (
-            [names[i] for i in index]
-            if isinstance(names, list)
-            else Told(lambda k: names[index[k]], len(index))
-        )
         condition = self.cache.condition(index, chances)
-        return Batch(self.cache.latents(index), condition, ids, self.slots, self.cache.weights(index))
+        ids, weights = picked(self.cache.ids, index), self.cache.weights(index)
+        return Batch(self.cache.latents(index), condition, ids, self.slots, weights)

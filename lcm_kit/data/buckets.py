@@ -69,9 +69,13 @@ def buckets(resolution: int, multiple: int, longest: float) -> list[Size]:
     found, area = {(resolution, resolution)}, resolution**2
     for short in range(multiple, resolution, multiple):
         long = round(area / short / multiple) * multiple
-        if long <= longest * short and abs(short * long / area - 1) <= _AREA:
+        if _fits((short, long), longest) and abs(short * long / area - 1) <= _AREA:
             found |= {(short, long), (long, short)}
     return sorted(found)
+
+
+def _fits(shape: Size, longest: float) -> bool:
+    return max(shape) <= longest * min(shape)
 
 
 def nearest(size: Size, shapes: Sequence[Size]) -> Size:
@@ -99,27 +103,29 @@ class Shaper:
     @classmethod
     def of(cls, base: BaseInfo, data: Data) -> Shaper:
         """What `data.shapes` asks for on this base. Raises `UserError` for a multiple that it cannot have."""
-        asked, side = data.shapes, data.resolution
-        multiple = asked.multiple or min(base.multiple, side)
-        if multiple % base.factor:
+        asked = data.shapes
+        own = base.family.shapes.get(data.resolution, ()) if asked.multiple is None else ()
+        found = cls._asked(data, base.multiple, [each for each in own if _fits(each, asked.longest)])
+        if found.multiple % base.factor:
             raise UserError(
-                f"data.shapes.multiple {multiple} is not a multiple of {base.factor}, as the base's VAE needs"
+                f"data.shapes.multiple {found.multiple} is not a multiple of {base.factor}, as the base's "
+                "VAE needs"
             )
-        if asked.kind == "square":
-            return cls(((side, side),), multiple, 1.0, asked.small)
-        own = base.family.shapes.get(side, ()) if asked.multiple is None else ()
-        fit = [shape for shape in own if max(shape) <= asked.longest * min(shape)]
-        found = sorted(fit) or buckets(side, multiple, asked.longest)
-        return cls(tuple(found), multiple, asked.longest, asked.small)
+        return found
 
     @classmethod
     def usual(cls, data: Data) -> Shaper:
         """What `data.shapes` asks for where the base is not known: multiples of 64, of small ones 16."""
+        return cls._asked(data, 64 if data.resolution >= _USUAL else 16)
+
+    @classmethod
+    def _asked(cls, data: Data, multiple: int, own: Sequence[Size] = ()) -> Shaper:
         asked, side = data.shapes, data.resolution
-        multiple = asked.multiple or min(64 if side >= _USUAL else 16, side)
+        multiple = asked.multiple or min(multiple, side)
         if asked.kind == "square":
             return cls(((side, side),), multiple, 1.0, asked.small)
-        return cls(tuple(buckets(side, multiple, asked.longest)), multiple, asked.longest, asked.small)
+        found = sorted(own) or buckets(side, multiple, asked.longest)
+        return cls(tuple(found), multiple, asked.longest, asked.small)
 
     def target(self, size: Size) -> Size:
         """The shape of a picture of `size`. Raises `UserError` with the reason if it is left out as small."""

@@ -14,6 +14,8 @@ from pathlib import PurePosixPath
 
 from lcm_kit.data.caption_tables import (
     COLUMN,
+    JSON,
+    LARGEST_JSON,
     METADATA,
     TABLES,
     Line,
@@ -22,6 +24,7 @@ from lcm_kit.data.caption_tables import (
     read_table,
     same,
     says_something,
+    stem,
     tables_of,
 )
 from lcm_kit.data.caption_texts import Lines, Read, merged, read, several_lines
@@ -30,8 +33,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.written import LONGEST, decoded
 
 ENDINGS = (".txt", ".caption")
-_JSON = ".json"
-_LARGEST_JSON = 1 << 24  # bytes; what a downloader wrote of one picture has some thousands
 
 Bad = tuple[str, str]  # id, reason
 
@@ -78,8 +79,7 @@ class Captions:
 
     def _names(self, files: Mapping[str, list[str]], picture: str) -> list[str]:
         """Files of a picture, the one that counts first."""
-        stem = str(PurePosixPath(picture).with_suffix("")) if PurePosixPath(picture).suffix else picture
-        found = dict.fromkeys(files.get(same(stem), []) + files.get(same(picture), []))
+        found = dict.fromkeys(files.get(same(stem(picture)), []) + files.get(same(picture), []))
         return sorted(found, key=lambda name: (not name.lower().endswith(".txt"), len(name), name))
 
     def _read(self, name: str) -> Read:
@@ -99,7 +99,7 @@ class Captions:
     def _object(self, name: str) -> Read | None:
         """What a JSON file beside a picture says of it; None if it is about something else."""
         try:
-            row = loaded(self.files[name].read(_LARGEST_JSON))
+            row = loaded(self.files[name].read(LARGEST_JSON))
         except (OSError, UserError) as error:
             self.used.add(name)
             return (), f"caption file {name.rpartition('/')[2]} cannot be read ({error})"
@@ -140,11 +140,11 @@ def captions_of(files: Files, column: str = COLUMN, how: Lines = "joined") -> Ca
     """
     found = Captions(files.found, how, column)
     for name in files.found:
-        stem, ending = posixpath.splitext(name)
+        path, ending = posixpath.splitext(name)
         if ending.lower() in ENDINGS:
-            found.beside.setdefault(same(stem), []).append(name)
-        elif ending.lower() == _JSON and name.rpartition("/")[2].lower() not in TABLES:
-            found.objects.setdefault(same(stem), []).append(name)
+            found.beside.setdefault(same(path), []).append(name)
+        elif ending.lower() == JSON and name.rpartition("/")[2].lower() not in TABLES:
+            found.objects.setdefault(same(path), []).append(name)
     for name in tables_of(files):
         lines = read_table(files, name, column, how)
         if lines is not None:

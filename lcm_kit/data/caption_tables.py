@@ -25,6 +25,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.written import decoded
 
 METADATA = "metadata.jsonl"
+JSON = ".json"  # ends the name of what may say something of one picture
+LARGEST_JSON = 1 << 24  # bytes of that; what a downloader wrote of one picture has some thousands
 # What kohya's scripts write one after another; of those in one folder the last that was made counts
 _KOHYAS = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")
 TABLES = (METADATA, "metadata.csv", "metadata.parquet", "metadata.json", *_KOHYAS)
@@ -40,6 +42,11 @@ Numbered = tuple[str, Callable[[], Any]]  # where it stands in the table, and wh
 def same(name: str) -> str:
     """A path in the one spelling that paths are compared in."""
     return normalize("NFC", name)
+
+
+def stem(path: str) -> str:
+    """A path without the ending of its file."""
+    return str(PurePosixPath(path).with_suffix(""))
 
 
 @dataclass(frozen=True)

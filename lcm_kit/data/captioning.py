@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
 from lcm_kit.config.data import Captions, Data
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.caption_review import REVIEW, ReviewFile, Row
-from lcm_kit.data.caption_tables import same
+from lcm_kit.data.caption_tables import same, stem
 from lcm_kit.data.caption_tags import in_front
 from lcm_kit.data.progress import progress_bar
 from lcm_kit.data.records import Record, list_source, pictures
@@ -141,7 +141,7 @@ def accept(folder: Path, table: Path | None = None, *, overwrite: bool = False) 
         if not place.is_file():
             raise UserError(f"{place}: there is no such table; write one with `lcm-kit caption`")
         told = _captioned(folder)
-        stems = Counter(_stem(id) for id in there)
+        stems = Counter(stem(id) for id in there)
         done: list[tuple[Row, Path]] = []
         had, gone = [], []
         for row in file.rows.values():
@@ -151,8 +151,8 @@ def accept(folder: Path, table: Path | None = None, *, overwrite: bool = False) 
             if id is None:
                 gone.append(row.picture)
                 continue
-            alone = stems[_stem(same(id))] == 1  # else NAME.txt would be another picture's too
-            path, text = folder / (f"{_stem(id)}.txt" if alone else f"{id}.txt"), f"{row.caption}\n".encode()
+            alone = stems[stem(same(id))] == 1  # else NAME.txt would be another picture's too
+            path, text = folder / (f"{stem(id)}.txt" if alone else f"{id}.txt"), f"{row.caption}\n".encode()
             there_already = path.is_file() and path.read_bytes() == text  # by a run that was killed
             if id in told and not overwrite and not there_already:
                 had.append(id)
@@ -163,10 +163,6 @@ def accept(folder: Path, table: Path | None = None, *, overwrite: bool = False) 
             file.write(replace(row, status="written") for row, _ in done)
     rejected = sum(row.status == "rejected" or not row.caption for row in file.rows.values())
     return Accepted([path for _, path in done], had, rejected, gone)
-
-
-def _stem(path: str) -> str:
-    return str(PurePosixPath(path).with_suffix("")) if PurePosixPath(path).suffix else path
 
 
 def _records(folder: Path) -> list[Record]:

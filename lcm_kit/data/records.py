@@ -20,7 +20,7 @@ from lcm_kit.assets import place
 from lcm_kit.config.data import Captions as HowCaptions
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import ENDINGS, Bad, Captions, captions_of
-from lcm_kit.data.caption_tables import COLUMN, TABLES, same
+from lcm_kit.data.caption_tables import COLUMN, TABLES, same, stem
 from lcm_kit.data.caption_tags import of_cell, prepared
 from lcm_kit.data.caption_texts import Caption
 from lcm_kit.data.cells import content_of
@@ -258,13 +258,13 @@ def _listed(files: Files, column: str, how: HowCaptions, trigger: str | None = N
             items[name] = (name, reason)
             continue
         told, repeats = prepared(told, how, trigger), its.repeats if its else 1
-        mask = masks.get(same(_without_ending(name)))
+        mask = masks.get(same(stem(name)))
         its_mask = None if mask is None else files.found[mask].read
         items[name] = Record(
             name, told, files.found[name].read, repeats, its_mask, rights.of(name)
         )  # fmt: skip
-    stems = {same(_without_ending(name)) for name in found}
-    used = {name for stem, name in masks.items() if stem in stems}
+    stems = {same(stem(name)) for name in found}
+    used = {name for path, name in masks.items() if path in stems}
     return Listing(
         [items[name] for name in sorted(items)],
         left_out(files, captions, {*found, *used, *rights.used}),
@@ -274,14 +274,10 @@ def _listed(files: Files, column: str, how: HowCaptions, trigger: str | None = N
     )
 
 
-def _without_ending(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
 def _masks(files: Files) -> dict[str, str]:
     """Files that say what counts in a picture, by the picture's path without its ending."""
-    stems = {name: _without_ending(name) for name in _pictures(files)}
-    return {same(stem.removesuffix(MASK)): name for name, stem in stems.items() if stem.endswith(MASK)}
+    stems = {name: stem(name) for name in _pictures(files)}
+    return {same(path.removesuffix(MASK)): name for name, path in stems.items() if path.endswith(MASK)}
 
 
 def _named_only(captions: Captions, found: list[str]) -> Iterator[tuple[str, Bad]]:

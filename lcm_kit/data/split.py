@@ -16,7 +16,7 @@ from lcm_kit.config.schema import Distill
 from lcm_kit.data.order import Run
 from lcm_kit.data.parted import AllBut, PartedCache
 from lcm_kit.data.shards import GENERAL, MIRRORED
-from lcm_kit.data.told import Told
+from lcm_kit.data.told import Told, picked
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
@@ -38,10 +38,7 @@ class Rows:
     @cached_property  # asked for each sample of each step
     def ids(self) -> Sequence[str]:
         """Names of the records, in order."""
-        known = self.cache.ids
-        if isinstance(known, list):
-            return [known[row] for row in self.rows]
-        return Told(lambda place: known[self.rows[place]], len(self.rows))
+        return picked(self.cache.ids, self.rows)
 
     @cached_property
     def runs(self) -> list[Run]:

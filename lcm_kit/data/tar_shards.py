@@ -23,10 +23,10 @@ import xxhash
 
 from lcm_kit.config.schema import Data
 from lcm_kit.data.caption_files import ENDINGS, Bad
-from lcm_kit.data.caption_tables import COLUMN, captioned, loaded, says_something
+from lcm_kit.data.caption_tables import COLUMN, JSON, LARGEST_JSON, captioned, loaded, says_something
 from lcm_kit.data.caption_tags import of_cell
 from lcm_kit.data.image_files import HEAD, SUFFIXES, UNREAD, is_picture
-from lcm_kit.data.records import Record
+from lcm_kit.data.records import MASK, Record
 from lcm_kit.data.rights import NOTHING, Rights
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.reading import Reader
@@ -34,11 +34,10 @@ from lcm_kit.io.urls import At
 from lcm_kit.io.written import LONGEST, decoded
 
 _LARGEST = 1 << 30  # bytes of a picture: more is none
-_LARGEST_JSON = 1 << 24
-_JSON = "json"
+_JSON = JSON.lstrip(".")
 _NO_RECORD = re.compile(r"(__[^/]*__|\..*|__MACOSX)$")  # webdataset's own notes, hidden files
 _IMAGE = "image"  # the default of data.image_column: any picture
-_MASK = "mask."  # begins the ending of the picture that says what counts in another
+_MASK = f"{MASK.lstrip('.')}."  # begins the ending of the picture that says what counts in another
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -199,7 +198,7 @@ def _add(group: _Group, ending: str, member: tarfile.TarInfo, archive: tarfile.T
         if text or last in SUFFIXES:
             group.faults.append(f"{member.name} is a link, not a file; write the tar file with its content")
         return
-    if text and member.size > (_LARGEST_JSON if last == f".{_JSON}" else 8 * LONGEST):
+    if text and member.size > (LARGEST_JSON if last == f".{_JSON}" else 8 * LONGEST):
         group.faults.append(f"caption is too long: {ending} is no caption of one picture")
         return
     if member.size > _LARGEST:

@@ -29,3 +29,10 @@ class Told(Sequence[str]):
         if not -self._length <= row < self._length:
             raise IndexError(row)
         return self._of(row % self._length)
+
+
+def picked(names: Sequence[str], rows: Sequence[int]) -> Sequence[str]:
+    """The names of some rows: a list where all are one, else read when somebody asks (hardly ever a step)."""
+    if isinstance(names, list):
+        return [names[row] for row in rows]
+    return Told(lambda place: names[rows[place]], len(rows))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcm_kit.config.load import RECIPES
+from lcm_kit.config.load import RECIPES, dump
 from lcm_kit.data.images import encode
 from lcm_kit.share import Share
 from lcm_kit.training import held_out, validation
@@ -76,6 +76,14 @@ def launch(script: str, folder: Path, *arguments: object) -> None:
     command += [str(folder / "rank.py"), *map(str, arguments)]
     done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch_training(recipe: str, config: Any, folder: Path) -> None:
+    """`launch` a recipe of `train/` with `config`, which is written into `folder`."""
+    (folder / "config.yaml").write_text(dump(config))
+    script = "import sys\nfrom pathlib import Path\nfrom lcm_kit.config.load import load\n"
+    script += f"from train import {recipe}\n{recipe}.main(load(Path(sys.argv[1])))\n"
+    launch(script, folder, folder / "config.yaml")
 
 
 def draw_little(patch: pytest.MonkeyPatch) -> None:

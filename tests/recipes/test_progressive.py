@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lcm_kit.config.load import dump
 from lcm_kit.core.methods import MethodInfo, Progressive
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import recommended
@@ -21,7 +20,7 @@ from lcm_kit.lora.metadata_reading import provenance_from_header
 from lcm_kit.report import build
 from lcm_kit.training import runtime
 from lcm_kit.training.run_files import config_of
-from tests.recipes.small import configure, interrupted, launch
+from tests.recipes.small import configure, interrupted, launch_training
 from train import distill
 
 METHOD = {"name": "progressive", "start": 8, "finish": 2}
@@ -125,10 +124,7 @@ def test_sharded_weights_are_refused_in_a_sentence(
 def test_two_processes_are_one_with_twice_the_batch(distill_keys: dict[str, Any], tmp_path: Path) -> None:
     settings = {**SETTINGS, "optimizer": {"eps": 1e-3}}  # eps: as in test_distill's accumulation
     config = configure(distill_keys, tmp_path / "two", batch_size=2, **settings)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    script = "import sys\nfrom pathlib import Path\nfrom lcm_kit.config.load import load\n"
-    script += "from train import distill\ndistill.main(load(Path(sys.argv[1])))\n"
-    launch(script, tmp_path, tmp_path / "config.yaml")
+    launch_training("distill", config, tmp_path)
     one = distill.main(configure(distill_keys, tmp_path / "one", batch_size=4, **settings))
     for name in ("lora", "ema"):
         two, whole = state(tmp_path / "two", 6, name), state(one, 6, name)

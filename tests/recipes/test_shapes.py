@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 
 from lcm_kit import bases
 from lcm_kit.bases import inspect_base
-from lcm_kit.config.load import dump
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.images import encode
-from tests.recipes.small import TEMPLATE, configure, contents, interrupted, launch
+from tests.recipes.small import TEMPLATE, configure, contents, interrupted, launch_training
 from train import distill, finetune
 
 SIZES = {
@@ -131,10 +130,7 @@ def test_a_run_that_was_stopped_goes_on_as_the_straight_one(
 def test_two_processes_are_one_with_twice_the_batch(keys: dict[str, Any], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 6, "optimizer": {"eps": 1e-3}}
     config = configure(keys, tmp_path / "two", batch_size=2, **settings)
-    (tmp_path / "config.yaml").write_text(dump(config))
-    script = "import sys\nfrom pathlib import Path\nfrom lcm_kit.config.load import load\nimport torch\n"
-    script += "from train import distill\ndistill.main(load(Path(sys.argv[1])))\n"
-    launch(script, tmp_path, tmp_path / "config.yaml")
+    launch_training("distill", config, tmp_path)
     one = distill.main(configure(keys, tmp_path / "one", batch_size=4, **settings))
     a, b = (load_file(run / "adapter/lora.safetensors") for run in (tmp_path / "two", one))
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
