@@ -89,11 +89,13 @@ class Signer:
 
     def of_drawing(self, base: str, settings: Mapping[str, Any]) -> Sign:
         """What signs the pictures of a drawing, of which `manifest` says the rest."""
-        adapter = settings.get("adapter")
-        file = None if adapter is None else adapter_file(adapter)
+        given, adapter = settings.get("adapter"), None
+        if given is not None:
+            file = adapter_file(given)
+            adapter = {"name": file.name, "sha256": sha256_file(file)}  # once: it may have hundreds of MB
 
         def sign(name: str, prompt: str | None, png: bytes) -> bytes:
-            return self.signed(png, self.manifest(name, base, settings, file, prompt))
+            return self.signed(png, self.manifest(name, base, settings, adapter, prompt))
 
         return sign
 
@@ -117,17 +119,22 @@ class Signer:
         return made.getvalue()
 
     def manifest(
-        self, title: str, base: str, settings: Mapping[str, Any], file: Path | None, prompt: str | None
+        self,
+        title: str,
+        base: str,
+        settings: Mapping[str, Any],
+        adapter: Mapping[str, str] | None,
+        prompt: str | None,
     ) -> dict[str, Any]:
         """What is said of a picture `title`; without `prompt` it is the contact sheet.
 
-        `settings` are those of `sample.draw_images`, `file` the LoRA's. Of what lies in a folder the name
-        alone is said.
+        `settings` are those of `sample.draw_images`, `adapter` the LoRA's `name` and `sha256`. Of what lies
+        in a folder the name alone is said.
         """
         told: dict[str, Any] = {"base": Path(base).name if Path(base).exists() else base}
         told |= {name: settings[name] for name in _TOLD if settings.get(name) is not None}
-        if file is not None:
-            told["adapter"] = {"name": file.name, "sha256": sha256_file(file)}
+        if adapter is not None:
+            told["adapter"] = dict(adapter)
         if prompt is not None and self.with_prompt:
             told["prompt"] = prompt
         kit = {"name": "lcm-kit", "version": __version__}
