@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.choices import AdapterSampler
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import STRICT, BatchSizeOrAuto, Number, Place, Positive, Scale, Seed, Weight, Whole
 
 
@@ -41,7 +42,8 @@ class Brand:
     revision: str | None = None  # hub revision
     variant: str | None = None  # file variant, as "fp16"
     seed: Seed = 0
-    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    # pixels: of a side of squares, or [width, height]; null: the base's own
+    resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
     decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality

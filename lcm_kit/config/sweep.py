@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.choices import AdapterSampler, BaseSampler
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import (
     STRICT,
     BatchSizeOrAuto,
@@ -92,7 +93,8 @@ class GuidanceSweep:
     prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 24  # prompts, from the top of the file
     images_per_prompt: Positive = 2  # each from its own noise; 2 or more for diversity
-    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    # pixels: of a side of squares, or [width, height]; null: the base's own
+    resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
     decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality
@@ -142,7 +144,8 @@ class Compose:
     prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     count: Annotated[Whole, Field(ge=3, le=1_000_000)] = 16  # prompts, from the top of the file
     images_per_prompt: Positive = 2
-    resolution: Annotated[Whole, Field(ge=8, le=4096)] | None = None  # pixels; null: the base's own
+    # pixels: of a side of squares, or [width, height]; null: the base's own
+    resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
     decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality
