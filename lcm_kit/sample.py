@@ -171,8 +171,12 @@ def unet_calls(steps: int, guidance_scale: float) -> int:
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     """CPU generators of samples first .. first+count-1: each depends on (seed, its own index) alone."""
-    digests = (hashlib.sha256(f"{seed}/{i}".encode()).digest() for i in range(first, first + count))
-    return [torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1) for digest in digests]
+    return [_generator(seed, i) for i in range(first, first + count)]
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def _check(sampler: str, steps: int, guidance_scale: float) -> None:
@@ -209,12 +213,13 @@ def latents(
     steps: int,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    first: int = 0,
+    first: int | Sequence[int] = 0,
     size: int | tuple[int, int] | None = None,
     negative_prompt: Prompt | None = None,
     chunks: int | None = None,
 ) -> Tensor:
-    """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k).
+    """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k),
+    or of (seed, first[k]).
 
     Prompts are plain text, or what `emphasis.read` made of them, in as many as `chunks` chunks of tokens,
     None: all that they take (`drawing.prompts`). `size`, of a side or (height, width) in pixels, is the
@@ -229,7 +234,8 @@ def latents(
     height, width = size if isinstance(size, tuple) else (size or own_side,) * 2
     sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     shape = (pipe.unet.config.in_channels, *sides)
-    streams = generators(seed, first, len(prompts))
+    numbers = range(first, first + len(prompts)) if isinstance(first, int) else first
+    streams = [_generator(seed, number) for number in numbers]
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     drawn = torch.empty_like(noise)
     pipe.scheduler = scheduler(sampler, own.config)

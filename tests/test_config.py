@@ -102,7 +102,8 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             "did you mean `huber`?",
             "optimizer.betas.1: missing; it must be a number of at least 0 and less than 1",
             "validation: null is not allowed; it must be a block of keys "
-            "(every, prompts, count, guidance_scale, seed, control, control_count, held_out, diversity)",
+            "(every, prompts, count, resolution, guidance_scale, seed, control, control_count, held_out, "
+            "diversity)",
             "logging.trackers: 'tensorboard' is not allowed; it must be a list, each text",
             "batchsize: unknown key; did you mean `batch_size`?",
             "rank: unknown key; did you mean `adapter.rank`?",

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from lcm_kit.config.choices import BaseSampler
+from lcm_kit.config.resolution import Resolution
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1)
 
@@ -49,6 +50,8 @@ class Samples:
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 50
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise
+    # pixels of the samples, each of a side of squares or [width, height], in turns; []: data.resolution
+    resolutions: tuple[Resolution, ...] = ()
     share: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # of the batches, with data.source mix
 
 

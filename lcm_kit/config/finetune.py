@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import (
     STRICT,
     Fraction,
@@ -61,6 +62,9 @@ class Prior:
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 30  # of DDIM
     guidance_scale: Scale = 5.0
     seed: Seed = 0  # of their noise
+    # pixels of the pictures, in turns: each a side of squares or [width, height], one of the shapes that
+    # data.shapes trains at (docs/shapes.md); []: data.resolution
+    resolutions: tuple[Resolution, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.data import STRICT, NonNegative, Number, Place, Positive, Scale, Seed, Whole
+from lcm_kit.config.resolution import Resolution
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,6 +18,8 @@ class Validation:
     every: NonNegative = 0  # steps; 0: only at the end
     prompts: Place | None = "asset:tiny-sd"  # text file, one prompt a line, or an asset; null: no pictures
     count: Positive = 4
+    # pixels of what is drawn: of a side of squares, or [width, height]; null: data.resolution
+    resolution: Resolution | None = None
     guidance_scale: Scale = 5.0  # of the teacher's sample
     seed: Seed = 1234
     # prompts that do not name the style, to notice when they are forgotten: text file or asset; null: off

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
+from lcm_kit.errors import UserError
+
 LEAST, MOST = 8, 4096  # pixels of a side
 STEP = 8  # pixels: a multiple of it
 
@@ -45,6 +47,13 @@ def height_width(resolution: int | tuple[int, int]) -> tuple[int, int]:
 def shown(resolution: int | tuple[int, int]) -> str:
     """`512 × 512`, with width first."""
     return " × ".join(map(str, width_height(resolution)))
+
+
+def require_fit(key: str, resolution: int | tuple[int, int], factor: int) -> None:
+    """Raise `UserError` naming `key` if a side is no multiple of `factor`, the pixels of a latent's side."""
+    for side in width_height(resolution):
+        if side % factor:
+            raise UserError(f"{key} {side} is not a multiple of {factor}, as the base's VAE needs")
 
 
 def plain(resolution: int | tuple[int, int]) -> int | list[int]:

@@ -35,6 +35,7 @@ from lcm_kit.config.data import (
 from lcm_kit.config.methods import AnyMethod, info_of, needs_pictures
 from lcm_kit.config.objective import Grid, Guidance, Loss, both
 from lcm_kit.config.on_the_way import Checkpoint, Logging, Validation
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.core.methods import DMD, LCM, MethodInfo, Progressive, Stage
 
 __all__ = [
@@ -166,6 +167,11 @@ class Training:
             warmup = self.optimizer.warmup_steps
             raise ValueError(f"optimizer.warmup_steps {warmup} is larger than steps {self.steps}; lower it")
         return self
+
+    @property
+    def drawn_at(self) -> Resolution:
+        """Pixels of what is drawn and measured while it trains."""
+        return self.validation.resolution or self.data.resolution
 
     @property
     def second_set(self) -> bool:

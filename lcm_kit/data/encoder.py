@@ -14,27 +14,24 @@ from lcm_kit import bases
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.bases.tokens import counts, straightened
+from lcm_kit.config.resolution import Resolution, height_width, require_fit
 from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import vae_precision
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
-from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
 CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
 
 
 def usable_base(config: Training) -> BaseInfo:
-    """The base of `config`. Raises `UserError` if it cannot be trained, or not at `data.resolution`."""
+    """The base of `config`. Raises `UserError` if it cannot be trained, or not at its sizes."""
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
-    if config.data.resolution % base.factor:
-        raise UserError(
-            f"data.resolution {config.data.resolution} is not a multiple of {base.factor}, as the base's VAE "
-            "needs"
-        )
+    require_fit("data.resolution", config.data.resolution, base.factor)
+    require_fit("validation.resolution", config.drawn_at, base.factor)
     return base
 
 
@@ -74,10 +71,10 @@ class Encoder:
         told = self.family.encode_text(self.text, captions, self.chunks)
         return replace(told, time_ids=self.family.sizes(framings))
 
-    def of_whole_pictures(self, captions: Sequence[str], resolution: int) -> dict[str, Tensor]:
-        """`tensors_of` the conditions of pictures that are drawn, `resolution` pixels a side, nothing cut."""
-        whole = Framing((resolution, resolution), (0, 0), (resolution, resolution))
-        return tensors_of(self.condition(captions, [whole] * len(captions)))
+    def of_whole_pictures(self, captions: Sequence[str], resolution: Resolution) -> dict[str, Tensor]:
+        """`tensors_of` the conditions of pictures that are drawn at this size, of which nothing is cut."""
+        sides = height_width(resolution)
+        return tensors_of(self.condition(captions, [Framing(sides, (0, 0), sides)] * len(captions)))
 
 
 def hashes_of(

@@ -19,8 +19,10 @@ from torch import Tensor
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.resolution import Resolution, height_width, shown, width_height
 from lcm_kit.config.schema import Data
-from lcm_kit.data import images, records
+from lcm_kit.data import drawn_sizes, images, records
+from lcm_kit.data.buckets import Shaper, nearest
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoding import Advance, make_missing
 from lcm_kit.data.folder_files import DRAWN
@@ -41,6 +43,7 @@ def data_of(config: Finetune) -> Data:
     given, made = config.data, str(folder / "pictures")
     return Data(
         path=made, kind="folder", cache=str(folder), resolution=given.resolution, chunks=given.chunks,
+        shapes=replace(given.shapes, crop="center", crops=1, small="upscale"),
         shard_size=given.shard_size, batch_size=given.batch_size, vae_precision=given.vae_precision,
     )  # fmt: skip
 
@@ -86,15 +89,31 @@ def open_cache(config: Finetune, base: BaseInfo) -> Cache | None:
 
 
 def draw(config: Finetune, progress: bool = True, share: Share = ALONE) -> None:
-    """Draw what is missing of `config.prior.count` pictures; other pictures are removed."""
+    """Draw what is missing of `config.prior.count` pictures; other pictures are removed.
+
+    Raises `UserError` for sizes that are not trained at.
+    """
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     folder, settings = Path(data_of(config).path), _settings(config, base)
-    prompts = list(islice(cycle(settings["prompts"]), config.prior.count))
-    wanted = [PriorPicture(i, prompt, folder / f"{i:05d}.png") for i, prompt in enumerate(prompts)]
+    _require_trained(config, base)
+    lines, count, sizes = settings["prompts"], config.prior.count, config.prior.resolutions
+    wanted = [
+        PriorPicture(
+            i, prompt, folder / f"{i:05d}.png", drawn_sizes.of_number(i, len(lines), config.data, sizes)
+        )
+        for i, prompt in enumerate(islice(cycle(lines), count))
+    ]
     if share.first:
         _clear(folder, settings, {picture.file for picture in wanted})
     share.wait()
-    batches = [wanted[first : first + BATCH] for first in range(0, len(wanted), BATCH)]
+    of_a_size: dict[Resolution, list[PriorPicture]] = {}
+    for picture in wanted:
+        of_a_size.setdefault(picture.resolution, []).append(picture)
+    batches = [
+        pictures[first : first + BATCH]
+        for pictures in of_a_size.values()
+        for first in range(0, len(pictures), BATCH)
+    ]
     missing = [batch for batch in batches if not all(picture.file.is_file() for picture in batch)]
     with progress_bar(progress and share.first, "pictures") as bar:
         make_missing(folder, missing, partial(_load, config), "drawing with the base", share, bar)
@@ -106,6 +125,18 @@ class PriorPicture(NamedTuple):
     number: int
     prompt: str
     file: Path
+    resolution: Resolution  # pixels
+
+
+def _require_trained(config: Finetune, base: BaseInfo) -> None:
+    shapes = Shaper.of(base, config.data).shapes
+    for resolution in map(width_height, config.prior.resolutions):
+        if resolution not in shapes:
+            near = nearest(resolution, shapes)
+            raise UserError(
+                f"prior.resolutions: {shown(resolution)} is none of the shapes that data.shapes trains "
+                f"at, so these pictures would be cropped; the nearest is [{near[0]}, {near[1]}]"
+            )
 
 
 def _clear(folder: Path, settings: dict[str, Any], wanted: set[Path]) -> None:
@@ -123,23 +154,23 @@ def _load(
     pipe = sample.pipeline(
         config.base.path, revision=config.base.revision, variant=config.base.variant, **sample.placement()
     )
-    side = config.data.resolution
-    return partial(_draw, pipe, config, Batches.of_pictures(BATCH, side, side, str(pipe.device)))
+    sides = height_width(drawn_sizes.largest(config.data, config.prior.resolutions))
+    return partial(_draw, pipe, config, Batches.of_pictures(BATCH, *sides, str(pipe.device)))
 
 
 def _draw(
     pipe: Any, config: Finetune, batches: Batches, batch: Sequence[PriorPicture], advance: Advance
 ) -> None:
-    """Draw pictures whose numbers follow one another; a caption is written before its picture."""
+    """Draw pictures of one size; a caption is written before its picture."""
 
-    def draw(first: int, prompts: Sequence[str]) -> Tensor:
+    def draw(_: int, part: Sequence[PriorPicture]) -> Tensor:
         return sample.sample(
-            pipe, prompts, sampler="ddim", steps=config.prior.steps,
-            guidance_scale=config.prior.guidance_scale, seed=config.prior.seed, first=first,
-            size=config.data.resolution,
+            pipe, [picture.prompt for picture in part], sampler="ddim", steps=config.prior.steps,
+            guidance_scale=config.prior.guidance_scale, seed=config.prior.seed,
+            first=[picture.number for picture in part], size=height_width(part[0].resolution),
         )  # fmt: skip
 
-    pixels = torch.cat([*batches.run([picture.prompt for picture in batch], draw, batch[0].number)])
+    pixels = torch.cat([*batches.run(batch, draw)])
     broken = [at for at, drawn in zip(batch, pixels, strict=True) if not drawn.isfinite().all()]
     if broken:
         raise UserError(
@@ -160,6 +191,7 @@ def _settings(config: Finetune, base: BaseInfo) -> dict[str, Any]:
         "prompts": records.prompts(config.prior.prompts),
         **{key: getattr(config.prior, key) for key in ("steps", "guidance_scale", "seed")},
         "resolution": config.data.resolution,
+        **drawn_sizes.setting(config.prior.resolutions),
     }
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo, load_tokenizers
+from lcm_kit.config.resolution import Resolution, height_width, require_fit
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
-from lcm_kit.data import shards
+from lcm_kit.data import drawn_sizes, shards
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder, hashes_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
@@ -36,22 +37,26 @@ def folder_of(data: Data) -> Path:
     return Path(data.cache) / "prompts"
 
 
-def shape_of(base: BaseInfo, data: Data) -> tuple[int, int, int]:
+def shape_of(base: BaseInfo, resolution: Resolution) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a picture that is drawn."""
-    side = data.resolution // base.factor
-    return base.latent_channels, side, side
+    height, width = height_width(resolution)
+    return base.latent_channels, height // base.factor, width // base.factor
 
 
 def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """All that the rows are made from, as the manifest keeps it: neither VAE nor UNet nor sampler.
 
-    Raises `UserError` for missing prompts.
+    Raises `UserError` for missing prompts, and for sizes that the base cannot draw.
     """
+    sizes = config.data.samples.resolutions
+    for resolution in sizes:
+        require_fit("data.samples.resolutions", resolution, base.factor)
     return {
         **shards.of_base(base, without=("vae", "unet", "scheduler")),
         "prompts": shards.hash_of(prompts(config.data.samples.prompts)),
         "data.resolution": config.data.resolution,
-        "latents": list(shape_of(base, config.data)),
+        "latents": list(shape_of(base, config.data.resolution)),
+        **drawn_sizes.setting(sizes),
     }
 
 
@@ -76,10 +81,16 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
 
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a prompt: a prompt that is asked for again has noise of its own in any case."""
-    found = prompts(data.samples.prompts)
+    found, sizes = prompts(data.samples.prompts), data.samples.resolutions
     texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in found], data.chunks)
     return [
-        Entry(f"{shards.PROMPTS}{i:05d}", prompt, "", text)
+        Entry(
+            f"{shards.PROMPTS}{i:05d}",
+            prompt,
+            "",
+            text,
+            size=drawn_sizes.of_entry(drawn_sizes.of_number(i, len(found), data, sizes), data),
+        )
         for i, (prompt, text) in enumerate(zip(found, texts, strict=True))
     ]
 
@@ -102,7 +113,8 @@ def _encoded(
     encoder: Encoder, base: BaseInfo, data: Data, batches: Batches, entries: Sequence[Entry]
 ) -> EncodedBatches:
     def rows(_: int, some: Sequence[Entry]) -> dict[str, Tensor]:
-        conditions = encoder.of_whole_pictures([entry.caption for entry in some], data.resolution)
-        return {"latents": torch.zeros(len(some), *shape_of(base, data)), **conditions}
+        size = some[0].size or data.resolution
+        conditions = encoder.of_whole_pictures([entry.caption for entry in some], size)
+        return {"latents": torch.zeros(len(some), *shape_of(base, size)), **conditions}
 
     return batches.run(entries, rows)

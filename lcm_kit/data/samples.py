@@ -6,7 +6,7 @@ a cache like that of images. Sample i is a function of what draws it, its prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,9 +18,10 @@ from lcm_kit import sample
 from lcm_kit.adapter import styles
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import BaseInfo, load_tokenizers
+from lcm_kit.config.resolution import Resolution, height_width, require_fit
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
-from lcm_kit.data import shards
+from lcm_kit.data import drawn_sizes, shards
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder, hashes_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
@@ -48,9 +49,11 @@ def prompts_of(data: Data) -> list[str]:
 def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """All that the samples are made from, as the manifest keeps it.
 
-    Raises `UserError` for missing prompts and adapters.
+    Raises `UserError` for missing prompts and adapters, and for sizes that the base cannot draw.
     """
     made_by = config.data.samples
+    for resolution in made_by.resolutions:
+        require_fit("data.samples.resolutions", resolution, base.factor)
     adapters = styles.teacher_loras(config.teacher)
     return {
         **shards.of_base(base, without=("vae",)),
@@ -58,6 +61,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
         "prompts": shards.hash_of(prompts_of(config.data)),
         **{f"data.samples.{name}": getattr(made_by, key) for name, key in _DRAWN_BY.items()},
         "data.resolution": config.data.resolution,
+        **drawn_sizes.setting(made_by.resolutions),
     }
 
 
@@ -90,12 +94,18 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
     return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
 
 
+def _sizes(data: Data) -> Callable[[int], Resolution]:
+    """The size of each sample, by its number."""
+    known = len(prompts(data.samples.prompts))
+    return lambda number: drawn_sizes.of_number(number, known, data, data.samples.resolutions)
+
+
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a sample; the place of its noise stands for an image file."""
-    prompts = prompts_of(data)
+    prompts, size_of = prompts_of(data), _sizes(data)
     texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in prompts], _ALL)
     return [
-        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text)
+        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text, size=drawn_sizes.of_entry(size_of(i), data))
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
 
@@ -103,8 +113,8 @@ def _entries(data: Data, base: BaseInfo) -> list[Entry]:
 def _load(config: Distill, base: BaseInfo, missing: bool) -> RowMaker:
     pipe = teacher_pipeline(config, base) if missing else None  # first: it may be refused
     encoder = Encoder.load(base, sample.placement()["device"], vae=False, chunks=None)
-    side, device = config.data.resolution, sample.placement()["device"]
-    batches = Batches.of_pictures(config.data.batch_size, side, side, device)
+    sides = height_width(drawn_sizes.largest(config.data, config.data.samples.resolutions))
+    batches = Batches.of_pictures(config.data.batch_size, *sides, sample.placement()["device"])
     return RowMaker(encoder, partial(_drawn, pipe, encoder, config.data, batches), _not_finite)
 
 
@@ -135,11 +145,12 @@ def _drawn(
 
 
 def _draw(pipe: Any, encoder: Encoder, data: Data, at: int, entries: Sequence[Entry]) -> Mapping[str, Tensor]:
-    """Latents and conditions of a batch, by their names in a shard."""
+    """Latents and conditions of a batch, all of one size, by their names in a shard."""
     captions, drawn_by = [entry.caption for entry in entries], data.samples
+    size = entries[0].size or data.resolution
     latents = sample.latents(
         pipe, captions, sampler=drawn_by.sampler, steps=drawn_by.steps,
-        guidance_scale=drawn_by.guidance_scale, seed=drawn_by.seed, size=data.resolution,
-        first=int(entries[0].id.rpartition("/")[2]),
+        guidance_scale=drawn_by.guidance_scale, seed=drawn_by.seed, size=height_width(size),
+        first=[int(entry.id.rpartition("/")[2]) for entry in entries],
     )  # fmt: skip
-    return {"latents": latents, **encoder.of_whole_pictures(captions, data.resolution)}
+    return {"latents": latents, **encoder.of_whole_pictures(captions, size)}

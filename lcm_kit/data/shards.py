@@ -49,13 +49,14 @@ _NAMES = {
     "prompts": "the prompts of data.samples, or how many",
     "latents": "the shape of the base's latents",
     "teacher.adapters": "the teacher's adapters",
+    "resolutions": "the sizes in data.samples.resolutions",
 }
 _AGAIN = "run `lcm-kit encode` with this config again, which keeps what is whole"
 _OTHER = "choose another data.cache, or remove it and run `lcm-kit encode` again: finished shards are kept"
 # keys of the config that tensors are made by
 _MAKING = ("data.resolution", "data.samples.", KEY)
 _PLACES = ("data.path", "data.regularization")  # keys that are paths of folders, or names
-_BY_ROW = ("prompts",)  # every row has its own
+_BY_ROW = ("prompts", "resolutions")  # every row has its own
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def settings(base: BaseInfo, data: Data, precision: str = FULL) -> dict[str, Any
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `settings`, in words."""
-    old, new = ({**side, KEY: side.get(KEY, FULL)} for side in (old, new))
+    old, new = ({"resolutions": [], KEY: FULL, **side} for side in (old, new))
     changed = [key for key, value in new.items() if not _alike(key, old.get(key), value)]
     return [
         _NAMES[key] if key in _NAMES else f"{key} ({old.get(key)!r} there, {new[key]!r} here)"

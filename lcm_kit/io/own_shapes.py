@@ -171,6 +171,7 @@ class Prior(TypedDict):
     guidance_scale: float
     seed: int
     resolution: int
+    resolutions: NotRequired[list[int | list[int]]]
 
 
 # -- export/verified.json ------------------------------------------------------------------------------------

@@ -46,14 +46,14 @@ class Control(Fixed):
         lines = assets.prompts(wanted.control) if wanted.control else []
         prompts = tuple(islice(cycle(lines), wanted.control_count))
         folder = Path(config.output) / "validation"
-        size, method = config.data.resolution, student_of(config)
+        size, method = config.drawn_at, student_of(config)
         found = cls(wanted, config.base, base_hash, size, folder, prompts, method)
         started = prompts and any((Path(config.output) / "state").glob("step-*"))
         if started and not found.file.is_file() and any(folder.glob(f"{cls.kind}-*.safetensors")):
             raise UserError(
                 f"{config.output}: this run was measured on other control prompts, and figures of both do "
-                "not compare; set validation.control, control_count, seed and guidance_scale back, or give "
-                "another output"
+                "not compare; set validation.control, control_count, seed, guidance_scale and resolution "
+                "back, or give another output"
             )
         return found
 

@@ -49,7 +49,7 @@ class Diversity(Fixed):
         lines = assets.prompts(wanted.prompts) if wanted.diversity and wanted.prompts else []
         prompts = tuple(p for p in islice(cycle(lines), wanted.diversity) for _ in range(PICTURES))
         folder = Path(config.output) / "validation"
-        size, method = config.data.resolution, student_of(config)
+        size, method = config.drawn_at, student_of(config)
         return cls(wanted, config.base, base_hash, size, folder, prompts, method)
 
     def measures(self, adapted: AdaptedUNet) -> Measures:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lcm_kit import assets, sample
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.config import schema
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.console import working
 from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.io import own_files
@@ -60,7 +61,7 @@ class Fixed:
     config: schema.Validation
     base: schema.Base
     base_hash: str
-    resolution: int  # pixels
+    resolution: Resolution  # pixels
     folder: Path  # validation/ of the run
     prompts: tuple[str, ...]
     method: MethodInfo = DEFAULT  # that the student is trained by
@@ -95,7 +96,8 @@ class Fixed:
         parts = [
             sample.latents(
                 pipe, wanted[first : first + size], sampler=sampler, steps=steps,
-                guidance_scale=guidance_scale, seed=self.config.seed, first=first, size=self.resolution,
+                guidance_scale=guidance_scale, seed=self.config.seed, first=first,
+                size=height_width(self.resolution),
             )
             for first in range(0, len(wanted), size)
         ]  # fmt: skip
@@ -134,7 +136,7 @@ class Validation(Fixed):
             return None
         prompts = tuple(islice(cycle(assets.prompts(config.validation.prompts)), config.validation.count))
         folder = Path(config.output) / "validation"
-        resolution, method = config.data.resolution, student_of(config)
+        resolution, method = config.drawn_at, student_of(config)
         return cls(config.validation, config.base, base_hash, resolution, folder, prompts, method, control)
 
     def due(self, step: int, steps: int) -> bool:

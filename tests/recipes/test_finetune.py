@@ -283,7 +283,7 @@ def test_processes_share_the_drawing_of_the_bases_own_pictures(
     real, together = sample.sample, Barrier(2, timeout=60)
 
     def watched(pipe: Any, prompts: Any, **more: Any) -> Tensor:
-        seen.append((rank_of[get_ident()], more["first"]))
+        seen.append((rank_of[get_ident()], more["first"][0]))
         return real(pipe, prompts, **more)
 
     monkeypatch.setattr(sample, "sample", watched)

@@ -1,0 +1,41 @@
+"""Pictures that are drawn to train on, in sizes of their own: whose turn each size is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lcm_kit.config.resolution import Resolution, plain, width_height
+from lcm_kit.config.schema import Data
+from lcm_kit.data.buckets import Size
+
+
+def of_number(number: int, prompts: int, data: Data, resolutions: Sequence[Resolution]) -> Resolution:
+    """The size of picture `number`, of so many `prompts` that are drawn again and again.
+
+    The sizes take turns, and begin with another each time that the prompts are through: a prompt that comes
+    again gets the next one. Without `resolutions` all are squares of `data.resolution`.
+    """
+    if not resolutions:
+        return data.resolution
+    again, at = divmod(number, prompts)
+    return resolutions[(at + again) % len(resolutions)]
+
+
+def of_entry(resolution: Resolution, data: Data) -> Size | None:
+    """As a row of a cache says it: None for the square of `data.resolution`."""
+    return None if resolution == data.resolution else width_height(resolution)
+
+
+def largest(data: Data, resolutions: Sequence[Resolution]) -> Resolution:
+    """The one of the most pixels."""
+
+    def pixels(resolution: Resolution) -> int:
+        width, height = width_height(resolution)
+        return width * height
+
+    return max(resolutions or [data.resolution], key=pixels)
+
+
+def setting(resolutions: Sequence[Resolution]) -> dict[str, list[int | list[int]]]:
+    """What a manifest keeps of them: nothing where there are none, as caches had before there were sizes."""
+    return {"resolutions": [*map(plain, resolutions)]} if resolutions else {}
