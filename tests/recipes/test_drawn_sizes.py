@@ -167,7 +167,8 @@ def test_validation_draws_and_measures_at_its_own_size(
     }  # fmt: skip
     config = configure(distill_keys, tmp_path / "run", steps=1, validation=measured)
     run = distill.main(config)
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = {key: value for line in lines for key, value in json.loads(line).items()}
     sheet = Image.open(run / "validation/step-000001.png")
     # teacher and student in 1, 2 and 4 steps; two prompts and two controls, with gaps and two headings
     assert 0 <= sheet.width - 4 * 96 <= 20 and 28 <= sheet.height - 4 * 32 <= 48
