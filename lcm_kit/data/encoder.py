@@ -20,7 +20,6 @@ from lcm_kit.core.schedule import Schedule
 from lcm_kit.data import vae_precision
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
-from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
 
 CONDITION = ("embeds", "pooled", "time_ids")  # the tensors of a condition, as a shard names them
@@ -30,11 +29,7 @@ def usable_base(config: Training) -> BaseInfo:
     """The base of `config`. Raises `UserError` if it cannot be trained, or not at `data.resolution`."""
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
-    if config.data.resolution % base.factor:
-        raise UserError(
-            f"data.resolution {config.data.resolution} is not a multiple of {base.factor}, as the base's VAE "
-            "needs"
-        )
+    base.require_resolution(config.data.resolution, "data.resolution")
     return base
 
 
