@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_squares_are_hashed_as_they_always_were() -> None:
     assert found[6:] == [[0], [None, None, "none", []], draw.versions(), "cpu", square.how.facts()]
     wide = draw.inputs(base, Samples(("a", "b"), 2, 7, SHAPE, 4, 1), look, "cpu")
     assert wide[4] == [96, 64] and json.dumps(wide).replace("[96, 64]", "64") == json.dumps(found)
+
+
+def test_a_size_is_what_is_asked_else_what_was_trained_else_the_bases(sd_base: Callable[..., Path]) -> None:
+    base = inspect_base(str(sd_base("epsilon")))
+    plain = Quality(recipe="evaluation/quality", run="run")
+    asked = replace(plain, resolution=(48, 80))
+    assert [draw.resolution_of(asked, base, trained) for trained in (32, None)] == [(48, 80)] * 2
+    assert [draw.resolution_of(plain, base, trained) for trained in (32, None)] == [32, 64]
 
 
 def test_quality_draws_another_shape_than_the_run_was_trained_at(
