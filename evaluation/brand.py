@@ -23,7 +23,7 @@ from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
 from lcm_kit.evaluation.contract import contract
-from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated, resolution_of
 from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.kept import Rows
 from lcm_kit.evaluation.measure import Figures, Ruler
@@ -49,17 +49,17 @@ def main(config: Brand) -> Path:
     require_whole(found)
     names = (brand.ADAPTER, brand.STYLE)
     adapters = {name: replace(each, name=name) for name, each in zip(names, found, strict=False)}
-    folder, size = brand.output(config), config.resolution or base.sample_size * base.factor
+    folder, resolution = brand.output(config), resolution_of(config, base)
     trigger = brand.trigger_of(config, found[0].file)
     wanted, shown = brand.prompts_and_pictures(config, trigger)
     control = repeated(records.prompts(config.control_prompts), config.control_count or config.count)
     look = FeatureExtractor.of(
-        config.recipe, [*wanted, *control], size, device, features=config.features,
+        config.recipe, [*wanted, *control], resolution, device, features=config.features,
         text_features=config.text_features, probe="brand-probe",
     )  # fmt: skip
     how = how_of(config, base)
     asked_style, asked_else = (
-        Samples(prompts, n, config.seed, size, config.batch_size, config.pictures, how=how)
+        Samples(prompts, n, config.seed, resolution, config.batch_size, config.pictures, how=how)
         for prompts, n in ((wanted, config.images_per_prompt), (control, 1))
     )
     samples = brand.lists(config, asked_style, asked_else, trigger)
@@ -85,8 +85,8 @@ def main(config: Brand) -> Path:
 
     # -- Measure ---------------------------------------------------------------------------------------------
     unstyled = drawn[MAIN][cells[0]]["features"]
-    others = look.folder(config.control, size) if config.control else unstyled
-    own = look.folder(config.brand, size)
+    others = look.folder(config.control, resolution) if config.control else unstyled
+    own = look.folder(config.brand, resolution)
     reference = cells[1] if config.style else cells[0]
 
     def figures_of(kind: str) -> dict[Cell, Figures]:
@@ -118,7 +118,7 @@ def main(config: Brand) -> Path:
             kind: tables.save_pictures(inside, drawn[kind], samples[kind], f"{brand.FOLDERS[kind]}-")
             for kind in samples
         }
-        beside = brand.save_pictures(shown, inside, size)
+        beside = brand.save_pictures(shown, inside, resolution)
     measured = {
         kind: tables.Measured(
             samples[kind], figures[kind],

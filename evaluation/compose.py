@@ -24,6 +24,7 @@ from lcm_kit.evaluation.extract import FeatureExtractor, brand_features
 from lcm_kit.evaluation.measure import Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
 from lcm_kit.evaluation.pairs import PairPipes, choose, plan, write_map
+from lcm_kit.evaluation.recommend import use_at
 from lcm_kit.evaluation.results import FILE, MAIN
 from lcm_kit.evaluation.swept_adapters import base_keys, require_whole, swept_adapters
 from lcm_kit.io.locks import alone
@@ -44,12 +45,12 @@ def main(config: Compose) -> Path:
     style, speed = (replace(each, name=name) for each, name in zip(found, ("style", "speed"), strict=True))
     folder = Path(config.output)
     samples = Samples.of(config, base)
-    prompts, size = samples.prompts, samples.size
+    prompts, resolution = samples.prompts, samples.resolution
     look = FeatureExtractor.of(
-        config.recipe, prompts, size, device, features=config.features, text_features=config.text_features,
-        probe="brand-probe",
+        config.recipe, prompts, resolution, device, features=config.features,
+        text_features=config.text_features, probe="brand-probe",
     )  # fmt: skip
-    brand = brand_features(config, look, size)
+    brand = brand_features(config, look, resolution)
 
     # -- Draw ------------------------------------------------------------------------------------------------
     cells = plan(config, speed.method)
@@ -82,8 +83,8 @@ def main(config: Compose) -> Path:
         config, folder.resolve().name, base, (style, speed), look, cells[0], {MAIN: measured}, []
     )
     sentence = (
-        f"Use the style at {chosen.style_weight:g} and the acceleration at {chosen.lora_weight:g}, "
-        f"{config.steps} steps, guidance {chosen.guidance_scale:g}."
+        f"{use_at(resolution)} the style at {chosen.style_weight:g} and the acceleration at "
+        f"{chosen.lora_weight:g}, {config.steps} steps, guidance {chosen.guidance_scale:g}."
     )
     results["recommended"] = {
         "sentence": sentence, "adapter": chosen.adapter, "cell": chosen.id, "sampler": chosen.sampler,

@@ -54,13 +54,14 @@ def main(config: GuidanceSweep) -> Path:
     found = swept_adapters(config.adapters, verify.base_of(base.path, base.revision, base.variant))
     folder = output(config)
     samples = Samples.of(config, base)
-    prompts, size = samples.prompts, samples.size
+    prompts, resolution = samples.prompts, samples.resolution
     look = FeatureExtractor.of(
-        config.recipe, prompts, size, device, features=config.features, text_features=config.text_features
-    )
+        config.recipe, prompts, resolution, device, features=config.features,
+        text_features=config.text_features,
+    )  # fmt: skip
     cells = plan(config, {subject.name: subject.method for subject in found})
-    real = reference_features(config, look, prompts, size)
-    brand = brand_features(config, look, size)
+    real = reference_features(config, look, prompts, resolution)
+    brand = brand_features(config, look, resolution)
 
     # -- Draw ------------------------------------------------------------------------------------------------
     made_by = inputs(base, samples, look, device)
@@ -81,7 +82,9 @@ def main(config: GuidanceSweep) -> Path:
         real=real, brand=brand, cost=config.cost,
     )  # fmt: skip
     figures = metrics.measure(drawn, ruler, config.recipe)
-    sweep = Sweep(figures, main_teacher, found, config.confidence, moved(drawn, main_teacher))
+    sweep = Sweep(
+        figures, main_teacher, found, config.confidence, moved(drawn, main_teacher), resolution
+    )  # fmt: skip
     recommended = recommend(sweep)
 
     # -- Write -----------------------------------------------------------------------------------------------

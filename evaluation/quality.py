@@ -26,7 +26,7 @@ from lcm_kit.evaluation import metric_table as metrics
 from lcm_kit.evaluation import tables, verdicts
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.compare import differences
-from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated
+from lcm_kit.evaluation.draw import Pipes, Samples, draw_all, how_of, inputs, repeated, resolution_of
 from lcm_kit.evaluation.extract import FeatureExtractor, of_the_world
 from lcm_kit.evaluation.measure import Ruler
 from lcm_kit.evaluation.metrics.bootstrap import Resamples
@@ -65,24 +65,26 @@ def main(config: Quality) -> Path:
     run, share, device = Path(config.run), processes.share(), sample.placement()["device"]
     if config.base is not None:
         base = bases.inspect_base(config.base)
-        size, found = base.sample_size * base.factor, []
+        trained, found = None, []
     elif not (run / "config.yaml").is_file():
         raise UserError(f"run {config.run!r} is not a run's folder (no config.yaml); train it first")
     else:
-        size = int(config_of(run)["data"]["resolution"])
+        trained = int(config_of(run)["data"]["resolution"])
         base = bases.inspect_base(**base_of(read_provenance(run / "adapter")))
         found = swept_adapters([config.run], verify.base_of(base.path, base.revision, base.variant))
     require_whole(found)
+    resolution = resolution_of(config, base, trained)
     adapters = {name: replace(each, name=name) for name, each in zip((STUDENT,), found, strict=False)}
     prompts = repeated(assets.prompts(config.prompts), config.count)
     samples = Samples(
-        prompts, 1, config.seed, size, config.batch_size, config.pictures, keep_all=True,
+        prompts, 1, config.seed, resolution, config.batch_size, config.pictures, keep_all=True,
         how=how_of(config, base),
     )  # fmt: skip
     look = FeatureExtractor.of(
-        config.recipe, prompts, size, device, features=PROBE if size == world.SIZE else None
+        config.recipe, prompts, resolution, device, features=PROBE if resolution == world.SIZE else None
     )
-    real = look.renders(config.reference_count) if of_the_world(prompts, size) and len(prompts) > 1 else None
+    ours = of_the_world(prompts, resolution) and len(prompts) > 1
+    real = look.renders(config.reference_count) if ours else None
 
     # -- Draw: the base's cells first, then with the adapter on ----------------------------------------------
     cells = list(dict.fromkeys(plan(config, found[0].method if found else DEFAULT)))

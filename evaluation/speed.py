@@ -51,6 +51,7 @@ from lcm_kit.bench.models import Base, cached
 from lcm_kit.bench.side import Drawn, Part, Side, run, scaler, throughout
 from lcm_kit.config.evaluation import Speed
 from lcm_kit.config.load import dump, load
+from lcm_kit.config.resolution import height_width
 from lcm_kit.config.schema import Adapter, Guidance, Optimizer
 from lcm_kit.core.guidance import guide, sample_guidance
 from lcm_kit.core.losses import huber
@@ -111,8 +112,8 @@ def baseline(config: Speed, device: torch.device) -> Side:
     schedule = Schedule.from_config(SD_BETAS).to(device)
     predict = partial(predictor, schedule=schedule, kind=KIND)
     latents, condition = cached(config)
-    (n, tokens), width = condition.embeds.shape[:2], config.resolution
-    pixels, ids = torch.rand(n, 3, width, width) * 2 - 1, torch.randint(500, (n, tokens))
+    (n, tokens), size = condition.embeds.shape[:2], height_width(config.resolution)
+    pixels, ids = torch.rand(n, 3, *size) * 2 - 1, torch.randint(500, (n, tokens))
     empty = base.encode(texts, ids[:1].to(device).expand(n, tokens))
 
     def inputs(at: int) -> tuple[Tensor, Tensor, Drawn]:

@@ -312,12 +312,14 @@ def draw_images(
     where = placement(device, dtype)
     if size is not None and any(side % 8 for side in size):
         raise UserError(f"size {size[1]} x {size[0]}: width and height must be multiples of 8 pixels")
-    how = How.of(bases.inspect_base(base, revision=revision, variant=variant), decoder, tiling, compile)
+    info = bases.inspect_base(base, revision=revision, variant=variant)
+    height, width = size or (info.resolution,) * 2
+    info.require_resolution((width, height), "size")
+    how = How.of(info, decoder, tiling, compile)
     pipe = pipeline(base, revision=revision, variant=variant, how=how, **where)
     if file is not None:
         load_adapter(pipe, file, lora_weight)
         fuse(pipe, keep=False)
-    height, width = size or (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
     how.say(pipe.vae, height, width)
 
     def draw(first: int, batch: Sequence[Prompt]) -> Tensor:
@@ -326,8 +328,7 @@ def draw_images(
             size=size, negative_prompt=against,
         )  # fmt: skip
 
-    batches = Batches.of_pictures(batch_size, height, width, where["device"])
-    for images in batches.run(wanted * count, draw):
+    for images in Batches.of_pictures(batch_size, height, width, where["device"]).run(wanted * count, draw):
         yield from to_pil(images)
 
 

@@ -148,7 +148,7 @@ def test_the_page_shows_what_the_vae_draws_worst(run: Path) -> None:
     text = text_of(page)
     assert "gives 6 of the 96 pictures back at 27.5 dB on average" in text
     assert "1.png: 29.0 dB; #6cb29e comes back as #70b0a0 (CIELAB 3.5); 10% of fine detail lost" in text
-    assert "4.png" not in text and "<details><summary>The 4 that come back worst, at 64 pixels" in page
+    assert "4.png" not in text and "<details><summary>The 4 that come back worst, at 64 × 64 pixels" in page
     images = [each for each in Page(page).images if "VAE" in (each["alt"] or "")]
     assert len(images) == 4 and colour(images[2]["src"]) == (64, 64, 64)  # (-2 / 4 + 1) / 2 of 255, rounded
     bad = [Measured("a.png", 18, 30, "#6cb29e", "#8090a0", 0.1)]
@@ -268,3 +268,17 @@ def test_the_report_of_a_style_says_what_its_trigger_does(run: Path) -> None:
     assert told in text_of(write_report(run).read_text())
     os.utime(run / "brand.json", (1, 1))  # of weights before these
     assert told not in text_of(write_report(run).read_text())
+
+
+def test_pictures_of_another_shape_are_shown_in_it(run: Path) -> None:
+    squares = write_report(run).read_text()
+    assert "--shape:" not in squares and "same noise, 64 × 64 pixels." in text_of(squares)
+    write_brand(run, PROMPTS, resolution=[96, 64], seen="of pictures of 96 × 64 pixels c sees the middle")
+    page = write_report(run).read_text()
+    assert "same noise, 96 × 64 pixels." in text_of(page) and "c sees the middle. In brackets" in text_of(
+        page
+    )
+    boxes = re.findall(r'<div class="brand[^"]*"([^>]*)>', page)
+    assert boxes == [' style="--shape: 96 / 64"'] * 2
+    for rule in (r"\.brand \.row img", r"\.brand \.none"):
+        assert re.search(rule + r" \{[^}]*aspect-ratio: var\(--shape, 1\)", page)

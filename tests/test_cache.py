@@ -16,10 +16,11 @@ from lcm_kit.bases import inspect_base, sd
 from lcm_kit.config.schema import Base, Data, Distill
 from lcm_kit.data import cache as module
 from lcm_kit.data import encoding, vae_precision
+from lcm_kit.data.buckets import cut
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.encoder import Encoder
 from lcm_kit.data.images import encode
-from lcm_kit.data.transforms import square, to_pixels
+from lcm_kit.data.transforms import to_pixels
 from lcm_kit.drawing import vae as drawing_vae
 from lcm_kit.errors import UserError
 
@@ -68,7 +69,7 @@ def test_rows_are_the_vaes_latents_and_the_text_encoders_embeddings(config):
     assert cache.ids == [f"{i}.png" for i in range(N)]
     assert cache.captions[2] == "picture c"
     images = [Image.open(Path(config().data.path) / name).convert("RGB") for name in cache.ids]
-    pixels = torch.stack([to_pixels(image, square(image.size, 64)) for image in images])
+    pixels = torch.stack([to_pixels(image, cut(image.size, (64, 64))) for image in images])
     with torch.no_grad():
         vae = bases.load_vae(base)
         expected = vae.encode(pixels).latent_dist.mode() * 0.5
@@ -169,7 +170,7 @@ def test_flip_adds_the_mirror_image(config):
     vae = bases.load_vae(inspect_base(config().base.path))
     with Image.open(Path(config().data.path) / "3.png") as image:
         expected = bases.encode_images(
-            vae, to_pixels(image.convert("RGB"), square(image.size, 64)).flip(-1)[None]
+            vae, to_pixels(image.convert("RGB"), cut(image.size, (64, 64))).flip(-1)[None]
         )
     torch.testing.assert_close(cache.latents(7), expected, atol=1e-5, rtol=1e-5)
 

@@ -224,7 +224,7 @@ def test_what_it_is_made_of(write: Callable[..., str]) -> None:
     assert made["rank, alpha"] == "64, 32"
     assert made["UNet"].startswith("278 modules (")
     assert sum(map(int, re.findall(r": (\d+)", made["UNet"]))) == 278
-    assert made["training data, fingerprint"] == "cd34" and made["training resolution"] == "512 pixels"
+    assert made["training data, fingerprint"] == "cd34" and made["training resolution"] == "512 × 512 pixels"
     assert made["date"] == "2026-01-31" and made["made with"] == "lcm-kit 0.2.0"
     assert made["optimizer steps"] == "2000" and made["base hash"] == "ab12"
     sd1 = known("sd1")

@@ -189,7 +189,11 @@ def test_what_a_sweep_recommends_takes_the_place_of_the_method_in_general() -> N
         "strength 0.8. Chosen by measurement. In apps without TCD: Euler a (without new noise Euler), "
         "scheduler / schedule type Simple."
     )
-    assert provenance_from_header(built, "brand").recommended == use
+    assert provenance_from_header(built, "brand").recommended == use and "lcm_kit.recommended_at" not in built
+    wide = replace(use, at="768 × 512")
+    told = metadata.build(small(of("sd1")), of("sd1"), replace(RUN, recommended=wide))
+    assert "Chosen by measurement at 768 × 512 pixels. In apps" in told["modelspec.usage_hint"]
+    assert provenance_from_header(told, "brand").recommended == wide
     for key, value in (("sampler", "rm -rf"), ("sampling_steps", "1e9"), ("sampling_guidance_scale", "nan")):
         spoiled = provenance_from_header({**built, f"lcm_kit.{key}": value}, "brand").recommended
         assert spoiled == Recommended("Use 2 steps of TCD.", None, None, None, None), key
@@ -299,9 +303,71 @@ def test_facts_from_a_file_of_sd_scripts() -> None:
     )  # fmt: skip
     nothing = dict.fromkeys(header, "None")
     assert provenance_from_header(nothing, "mine") == provenance_from_header({}, "mine") == Provenance("mine")
-    for text, side in {"768x768": 768, "1024,1024": 1024, "512": 512, "(512, 768)": None, "x": None}.items():
-        assert provenance_from_header({"ss_resolution": text}, "t").data.resolution == side
     assert provenance_from_header({"modelspec.resolution": "768x768"}, "t").data.resolution == 768
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("768x768", 768), ("1024,1024", 1024), ("512", 512), ("(512, 768)", (512, 768)),
+        ("768x512", (768, 512)), ("x", None), ("0x512", None), ("1x2x3", None), ("9" * 20 + "x64", None),
+    ],
+)  # fmt: skip
+def test_width_and_height_as_others_write_them(text: str, found: Any) -> None:
+    for key in ("ss_resolution", "modelspec.resolution"):
+        facts = provenance_from_header({key: text}, "t")
+        assert facts.data.resolution == found
+    both = {"ss_resolution": text, "modelspec.resolution": "640x384"}
+    assert provenance_from_header(both, "t").data.resolution == (found or (640, 384))
+    built = metadata.build(Lora({}), of("sd1"), facts)
+    width, height = (found or 512,) * 2 if not isinstance(found, tuple) else found
+    assert built["modelspec.resolution"] == f"{width}x{height}"
+    assert built.get("ss_resolution") == (f"({width}, {height})" if found else None)
+    assert provenance_from_header(built, "t").data.resolution == found
+
+
+def test_the_shapes_of_a_file_of_sd_scripts_and_of_ours() -> None:
+    """In the form of its `ss_bucket_info`, of one data set or of several, and back."""
+
+    def info(*buckets: tuple[list[int], int]) -> dict[str, Any]:
+        told = {str(k): {"resolution": size, "count": n} for k, (size, n) in enumerate(buckets)}
+        return {"buckets": told, "mean_img_ar_error": 0.0426}
+
+    one = json.dumps(info(([1216, 832], 4), ([832, 1216], 10)))
+    header = {"ss_resolution": "(1024, 1024)", "ss_enable_bucket": "True", "ss_bucket_info": one}
+    found = provenance_from_header(header, "t").data
+    assert found == Data(resolution=1024, shapes={"1216x832": 4, "832x1216": 10})
+    assert found.sizes == [(832, 1216), (1216, 832)]
+    several = json.dumps([{"bucket_info": info(([64, 32], 1))}, {"bucket_info": info(([64, 32], 2))}])
+    assert provenance_from_header({"ss_datasets": several}, "t").data.shapes == {"64x32": 3}
+
+    built = metadata.build(Lora({}), of("sdxl"), replace(RUN, data=found))
+    assert (built["ss_enable_bucket"], built["ss_resolution"]) == ("True", "(1024, 1024)")
+    assert json.loads(built["ss_bucket_info"]) == {
+        "buckets": {
+            "0": {"resolution": [832, 1216], "count": 10}, "1": {"resolution": [1216, 832], "count": 4},
+        }
+    }  # fmt: skip
+    assert provenance_from_header(built, "t").data.shapes == found.shapes
+    plain = metadata.build(Lora({}), of("sdxl"), RUN)
+    assert not [key for key in plain if "bucket" in key]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "7", '{"buckets": []}', '{"buckets": {"0": {"resolution": [1, 2, 3], "count": 1}}}',
+        '{"buckets": {"0": {"resolution": ["a", 2], "count": 1}}}', '{"buckets": {"0": {"count": 1}}}',
+        '{"buckets": {"0": {"resolution": [true, 2], "count": 1}}}', "[" * 100_000,
+        '{"buckets": {"0": {"resolution": [-1, 2], "count": 1}}}', '{"buckets": {"0": 5}}',
+    ],
+)  # fmt: skip
+def test_forged_shapes_are_none(text: str) -> None:
+    assert provenance_from_header({"ss_bucket_info": text}, "t") == Provenance("t")
+    assert provenance_from_header({"ss_datasets": text}, "t") == Provenance("t")
+    rest = json.dumps({"data": {"shapes": {"64": 1}}})
+    forged = {**own(metadata="1"), "lcm_kit.provenance": rest}
+    assert provenance_from_header(forged, "t").data.shapes == {}
 
 
 def test_a_forged_header_gives_nothing_instead_of_an_error() -> None:

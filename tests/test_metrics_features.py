@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.metrics.features import PROBE, Extractor, extractor
-from lcm_kit.evaluation.metrics.preprocessing import preparation, target
+from lcm_kit.evaluation.metrics.preprocessing import preparation, pressed, seen, target
 from tests.bases import _tokenizer
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -204,3 +205,44 @@ def test_similarity_is_a_cosine_of_a_hundred() -> None:
     a = torch.tensor([[1.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
     b = torch.tensor([[3.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])
     assert Extractor.similarity(a, b).tolist() == pytest.approx([100 / 2**0.5, 100, 0])
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip", "siglip2"])
+@pytest.mark.parametrize("size", [(48, 96), (90, 40), (64, 64)])
+def test_what_is_seen_is_what_changes_the_inputs(kind: str, size: tuple[int, int]) -> None:
+    """Noise beyond the part that is named, and beyond a filter's reach around it, changes nothing."""
+    processor = processors()[kind].to_dict()
+    height, width = size
+    told, prepare = seen(kind, processor, height, width), preparation(kind, processor)
+    if kind == "siglip":  # 33 x 40, whatever comes
+        assert told == "them pressed to 40 × 33"
+        assert tuple(prepare(pixels(random_pictures(*size)))["pixel_values"].shape[2:]) == (33, 40)
+        return
+    if kind == "siglip2":
+        assert told is None
+        return
+    found = re.fullmatch(r"the middle (\d+) × (\d+)", told or "")
+    assert found is not None
+    across, down = int(found[1]), int(found[2])
+    short = min(size)  # becomes 40, of which 36 x 32 are kept
+    assert (across, down) == (round(short * 36 / 40), round(short * 32 / 40))
+    raw, reach = random_pictures(*size), 2 * max(1, -(-short // 40)) + 1
+    other = 255 - raw
+    left, top = (width - across) // 2 - reach, (height - down) // 2 - reach
+    inner = (slice(None), slice(max(top, 0), height - max(top, 0)), slice(max(left, 0), width - max(left, 0)))
+    other[inner] = raw[inner]
+    a, b = prepare(pixels(raw))["pixel_values"], prepare(pixels(other))["pixel_values"]
+    assert torch.equal(a, b)
+    assert (other != raw).any() == (top > 0 or left > 0)
+
+
+def test_inception_sees_pictures_pressed_to_squares() -> None:
+    assert pressed((299, 299), 64, 96) == "them pressed to 299 × 299"
+    assert pressed((299, 299), 64, 66) is None  # by 3%: nobody sees it
+
+
+def test_a_picture_that_is_not_resized_is_seen_whole_or_in_its_middle() -> None:
+    kept = {"do_resize": False, "do_center_crop": False}
+    assert seen("clip", kept, 30, 90) is None
+    assert seen("clip", {"do_resize": False, "crop_size": 24}, 30, 90) == "the middle 24 × 24"
+    assert seen("clip", {}, 200, 100) == "the middle 100 × 100"

@@ -18,10 +18,11 @@ from PIL import Image, PngImagePlugin
 from lcm_kit import assets
 from lcm_kit.config.schema import Data
 from lcm_kit.data import image_files, records, transforms
+from lcm_kit.data.buckets import cut
 from lcm_kit.data.folder import check_folder
 from lcm_kit.data.image_files import decode
 from lcm_kit.data.records import Record, list_source, open_records
-from lcm_kit.data.transforms import square, to_rgb, to_shape
+from lcm_kit.data.transforms import to_rgb, to_shape
 from lcm_kit.errors import UserError
 
 
@@ -305,9 +306,9 @@ def test_ordinary_pictures_become_what_they_always_became(size: tuple[int, int])
     image, side = picture(6, size), 32
     scale = side / min(size)
     whole = image.resize(tuple(max(side, round(each * scale)) for each in size), Image.Resampling.LANCZOS)
-    top, left = square(size, side).framing().corner
+    top, left = cut(size, (side, side)).framing().corner
     assert (
-        to_shape(image, square(image.size, side)).tobytes()
+        to_shape(image, cut(image.size, (side, side))).tobytes()
         == whole.crop((left, top, left + side, top + side)).tobytes()
     )
 
@@ -330,9 +331,9 @@ def test_a_long_picture_is_cropped_before_it_is_resized(
 ) -> None:
     """A row of 1 by 6000 at 512 pixels would be 512 by three million: gigabytes for one square."""
     image = smooth(size)
-    wanted = np.asarray(to_shape(image, square(image.size, 32)), dtype=int)
+    wanted = np.asarray(to_shape(image, cut(image.size, (32, 32))), dtype=int)
     monkeypatch.setattr(transforms, "_RESIZED", 1)
-    found = np.asarray(to_shape(image, square(image.size, 32)), dtype=int)
+    found = np.asarray(to_shape(image, cut(image.size, (32, 32))), dtype=int)
     assert found.shape == wanted.shape and np.abs(found - wanted).max() <= 2
 
 

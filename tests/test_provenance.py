@@ -104,6 +104,22 @@ def test_a_distillation_says_all_of_it() -> None:
     assert made.solver is None and from_json(made.to_json()).teacher == Teacher(weight=0.0)
 
 
+def test_of_pictures_in_shapes_it_says_how_many_there_are_of_each() -> None:
+    """By width, with repeats; of squares of data.resolution alone it says nothing."""
+    side = DISTILL.data.resolution
+    runs = [(3, (), 1), (2, (96, 48), 5), (1, (), 2), (4, (48, 96), 1), (1, (96, 48), 1)]
+    made = of_training(DISTILL, Inspected(), "ab12", 300, runs=runs)
+    wanted = {"48x96": 4, "96x48": 11, f"{side}x{side}": 5}
+    assert made.data.shapes == wanted and from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert made.data.sizes == [(48, 96), (96, 48), (side, side)]
+    assert of_training(DISTILL, Inspected(), "ab12", 300, runs=[(3, (), 1), (1, (side, side), 2)]).data == (
+        of_training(DISTILL, Inspected(), "ab12", 300).data
+    )
+    for odd in ({"64": 1}, {"0x64": 1}, {"64x64x64": 1}, {"64x64\n": 1}):
+        with pytest.raises(ValueError, match="pattern"):
+            Data(shapes=odd)
+
+
 def test_a_style_says_all_of_it() -> None:
     assert Provenance(
         base=Base("org/base", "fe60", family="sd", license="openrail"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +111,15 @@ def test_a_file_that_does_not_load_whole_comes_before_all_other_faults() -> None
     whole = sweep({student(1): figures(saturation=9.0)}, 0.0, broken="half of it is missing")
     (warning,) = warn(whole, whole.subjects[0])
     assert warning.kind == "failed_to_load" and "half of it is missing" in warning.sentence
+
+
+@pytest.mark.parametrize(
+    ("resolution", "begins"),
+    [(None, "Use 1"), (512, "Use 1"), ((768, 512), "For pictures of 768 × 512 pixels use 1")],
+)
+def test_what_was_measured_on_a_shape_is_recommended_for_it(resolution: Any, begins: str) -> None:
+    found = recommend(replace(sweep({student(1): figures()}), resolution=resolution))
+    assert found.sentence.startswith(f"{begins} step of LCM, ")
 
 
 def test_the_words_of_a_recommendation() -> None:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from lcm_kit.config.schema import Data
+from lcm_kit.data.buckets import cut
 from lcm_kit.data.records import decode, open_records, prompts
-from lcm_kit.data.transforms import square, to_pixels, to_rgb
+from lcm_kit.data.transforms import to_pixels, to_rgb
 from lcm_kit.errors import UserError
 
 
@@ -146,12 +147,14 @@ def test_orientation_transparency_and_deep_grey():
 def test_pixels_are_the_centre_square_in_minus_one_to_one():
     wide = Image.new("RGB", (96, 32), "black")
     wide.paste("white", (0, 0, 48, 32))
-    pixels = to_pixels(wide, square(wide.size, 16))
+    pixels = to_pixels(wide, cut(wide.size, (16, 16)))
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert pixels[:, :, :6].min() > 0.9 and pixels[:, :, 10:].max() < -0.9
     assert pixels.max() == 1 and pixels.min() == -1
-    assert torch.equal(to_pixels(wide, square(wide.size, 16), mirrored=True), pixels.flip(-1))
-    tall = to_pixels(Image.new("RGB", (33, 301), (255, 0, 127)), square((33, 301), 64))  # odd sizes, enlarged
+    assert torch.equal(to_pixels(wide, cut(wide.size, (16, 16)), mirrored=True), pixels.flip(-1))
+    tall = to_pixels(
+        Image.new("RGB", (33, 301), (255, 0, 127)), cut((33, 301), (64, 64))
+    )  # odd sizes, enlarged
     assert tall.shape == (3, 64, 64)
     assert torch.allclose(tall.mean((1, 2)), torch.tensor([1, -1, 127 / 127.5 - 1]), atol=1e-6)
 

@@ -14,9 +14,10 @@ from lcm_kit import bases, sample
 from lcm_kit.bases import sdxl
 from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.config import schema
+from lcm_kit.data.buckets import cut
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.images import encode
-from lcm_kit.data.transforms import square, to_pixels
+from lcm_kit.data.transforms import to_pixels
 from tests.bases import build_sdxl
 
 PROMPTS = ["a red fox", "two owls, at night, in the snow, on a long branch of an old tree", ""]
@@ -56,7 +57,7 @@ def test_sizes_are_the_pipelines_and_follow_crop_and_mirror(
 ) -> None:
     """A picture whose pixels hold their own place: what the square shows is where the corner says."""
     width, height = size
-    framed = square(size, 32).framing(mirrored)
+    framed = cut(size, (32, 32)).framing(mirrored)
     wanted = pipe._get_add_time_ids(framed.original, framed.corner, framed.target, torch.float32, 32)
     assert torch.equal(sdxl.sizes([framed]), wanted)
     assert framed.original == (height, width) and framed.target == (32, 32)
@@ -67,7 +68,7 @@ def test_sizes_are_the_pipelines_and_follow_crop_and_mirror(
     ramp = torch.stack([x.expand(full[1], -1), y[:, None].expand(-1, full[0]), torch.zeros(full[1], full[0])])
     array = ((ramp.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
     picture = Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
-    seen = to_pixels(picture, square(size, 32), mirrored)
+    seen = to_pixels(picture, cut(size, (32, 32)), mirrored)
     if mirrored:  # as it is seen, x falls from left to right
         ramp = ramp.flip(-1)
     top, left = framed.corner
@@ -76,8 +77,8 @@ def test_sizes_are_the_pipelines_and_follow_crop_and_mirror(
 
 
 def test_odd_margins_mirror_to_the_other_side() -> None:
-    assert square((37, 32), 32).framing() == Framing((32, 37), (0, 2), (32, 32))
-    assert square((37, 32), 32).framing(mirrored=True).corner == (0, 3)
+    assert cut((37, 32), (32, 32)).framing() == Framing((32, 37), (0, 2), (32, 32))
+    assert cut((37, 32), (32, 32)).framing(mirrored=True).corner == (0, 3)
 
 
 def config(base: Path, tmp_path: Path, **data: Any) -> schema.Distill:

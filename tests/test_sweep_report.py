@@ -479,3 +479,37 @@ def test_a_sweep_names_what_decoded_its_pictures(swept: tuple[Path, dict[str, An
     plain, told = swept[1], "previews, decoded by the tiny decoder my-tiny (0a1b2c3d)"
     assert "pictures" not in dict(sweep._facts(plain))
     assert told in dict(sweep._facts({**plain, "decoder": "my-tiny (0a1b2c3d)"}))["pictures"]
+
+
+@pytest.mark.parametrize("size", [(96, 64), (32, 128), (64, 64)])
+def test_pictures_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Every place for a picture has its proportions, and the pictures in it have all of theirs."""
+    results = build_sweep(tmp_path, **FEW)
+    for file in (tmp_path / "pictures").iterdir():
+        with Image.open(file) as picture:
+            picture.resize(size).save(file)
+    results["resolution"] = results["settings"]["resolution"] = list(size) if size[0] != size[1] else size[0]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = write_sweep_report(tmp_path).read_text()
+    page = Page(text)
+    boxes = [(each["viewbox"] or "").split() for each in page.of("svg") if "viewbox" in each]
+    assert len(boxes) > 10 and all(box[:2] == ["0", "0"] for box in boxes)
+    places = [(float(box[2]), float(box[3])) for box in boxes]
+    pictures = [(float(each["width"] or 0), float(each["height"] or 0)) for each in page.of("image")]
+    for width, height in (*places, *pictures):
+        assert width / height == pytest.approx(size[0] / size[1], rel=1e-4) and max(width, height) == 100
+    for each in page.of("image"):
+        data = base64.b64decode((each["href"] or "").partition(",")[2])
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == size
+    assert f", {size[0]} × {size[1]} pixels" in dict(sweep._facts(results))["samples"]
+    command = shlex.split(html.unescape(re.findall(r"<pre[^>]*>(.*?)</pre>", text, re.S)[0]))
+    assert [command[command.index(key) + 1] for key in ("--width", "--height")] == [*map(str, size)]
+
+
+def test_what_models_see_of_pictures_stands_with_their_names(swept: tuple[Path, dict[str, Any]]) -> None:
+    facts = dict(
+        sweep._facts({**swept[1], "seen": "of pictures of 96 × 64 pixels c sees the middle 64 × 64"})
+    )
+    plain = dict(sweep._facts(swept[1]))["features"]
+    assert facts["features"] == f"{plain}; of pictures of 96 × 64 pixels c sees the middle 64 × 64"

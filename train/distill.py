@@ -137,8 +137,9 @@ def main(config: Distill) -> Path:
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures(held_out_losses) | control.measures(adapted) | diversity.measures(adapted)
     tell = partial(
-        of_training, config, base, cache.fingerprint, teacher=styles, start=start, rights=cache.rights
-    )
+        of_training, config, base, cache.fingerprint, teacher=styles, start=start, rights=cache.rights,
+        runs=cache.runs,
+    )  # fmt: skip
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation)
 
     # -- Loop: gradients by as many samples at once as memory allows -----------------------------------------

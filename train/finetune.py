@@ -170,7 +170,7 @@ def main(config: Finetune) -> Path:
     # -- Measuring: the weights that would be saved, on held-out pictures and on the base's own --------------
     held_out = HeldOut(kept, config.seed, schedule.steps, config.batch_size)
     measures = held_out.measures_at(losses_at) | control.measures_at(adapted, held_out, losses_at, text)
-    tell = partial(of_training, config, base, fingerprint, rights=cache.rights)
+    tell = partial(of_training, config, base, fingerprint, rights=cache.rights, runs=cache.runs)
     result = partial(swapped, lora, ema or lora)
     measuring = BestCheckpoint(config, saver, metrics, tell, measures, validation, result)
 

@@ -178,7 +178,8 @@ def drawing(
         advice, made_by, sampler=sampler, steps=steps, guidance_scale=guidance_scale, lora_weight=weight
     )
     if advice and advice.steps:
-        console.say(f"{given}: {use}; measured for {advice.part or 'it'}, where no option says otherwise")
+        at = f" at {advice.at} pixels" if advice.at else ""
+        console.say(f"{given}: {use}; measured for {advice.part or 'it'}{at}, where no option says otherwise")
     if given is not None and (said := misfit(use, made_by)):
         console.say(f"{given}: {said}")
     if negative_prompt is not None and given is not None and use.guidance_scale <= 1:

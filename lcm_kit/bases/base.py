@@ -22,6 +22,7 @@ from lcm_kit.bases.locate import locate
 from lcm_kit.bases.source import STEMS, file_hash, read_json
 from lcm_kit.bases.vocabulary import require_vocabulary
 from lcm_kit.bases.weights import Place
+from lcm_kit.config.resolution import Resolution, shown, width_height
 from lcm_kit.errors import UserError
 from lcm_kit.families import FAMILIES, Family, by_pipeline, listed
 from lcm_kit.io import licenses
@@ -74,6 +75,21 @@ class BaseInfo:
     vae_overflows: bool = False  # in float16, as its configuration says
     latents_mean: tuple[float, ...] | None = None  # of raw latents, by channel, with latents_std
     latents_std: tuple[float, ...] | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side of the pictures that it was made for."""
+        return self.sample_size * self.factor
+
+    def require_resolution(self, asked: Resolution, key: str) -> None:
+        """Raise `UserError` for a size of pictures that its VAE has no latents of; `key` asks for it."""
+        odd = next((side for side in width_height(asked) if side % self.factor), None)
+        if odd is not None:
+            size = asked if isinstance(asked, int) else f"{shown(asked)}: {odd}"
+            near = max(odd // self.factor, 1) * self.factor
+            raise UserError(
+                f"{key} {size} is not a multiple of {self.factor}, as the base's VAE needs; try {near}"
+            )
 
     @property
     def place(self) -> Place:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lcm_kit import assets
 from lcm_kit.bases.condition import Condition
 from lcm_kit.config.evaluation import Speed
+from lcm_kit.config.resolution import height_width
 from lcm_kit.errors import UserError
 from lcm_kit.families import PARTS, generation_of
 
@@ -57,19 +58,20 @@ def settings(config: Speed) -> tuple[dict[str, Any], dict[str, Any], list[dict[s
 
 def sizes(config: Speed) -> Tensor:
     """SDXL's time_ids [B, 6] of pictures that were not cropped."""
-    r = config.resolution
-    return torch.tensor([[r, r, 0, 0, r, r]], dtype=torch.float32).repeat(config.batch_size, 1)
+    h, w = height_width(config.resolution)
+    return torch.tensor([[h, w, 0, 0, h, w]], dtype=torch.float32).repeat(config.batch_size, 1)
 
 
 def cached(config: Speed) -> tuple[Tensor, Condition]:
     """One batch of random latents [B, C, h, w] and conditions in the CPU's memory, as a cache gives them."""
     (unet, vae, texts), n = settings(config), config.batch_size
-    side = config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    sides = [side // factor for side in height_width(config.resolution)]
     tokens = texts[0].get("max_position_embeddings", 77)
     condition = Condition(torch.randn(n, tokens, unet["cross_attention_dim"]))
     if unet.get("addition_embed_type"):
         condition = replace(condition, pooled=torch.randn(n, texts[1]["hidden_size"]), time_ids=sizes(config))
-    return torch.randn(n, unet.get("in_channels", 4), side, side), condition
+    return torch.randn(n, unet.get("in_channels", 4), *sides), condition
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,8 @@ def check_images(
     from lcm_kit.data.records import open_records
 
     info = inspect_base(base.path, revision=base.revision, variant=base.variant)
-    size = resolution or info.sample_size * info.factor
-    if size % info.factor:
-        raise UserError(f"--resolution {size} is not a multiple of {info.factor}, as the base's VAE needs")
+    size = resolution or info.resolution
+    info.require_resolution(size, "--resolution")
     lines, errors = check_images(path, size, trigger, None, require_license)
     if not errors:
         records, _ = open_records(Data(path=path, kind="folder"))
@@ -141,7 +140,7 @@ def _base(base: Base) -> str:
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
     require_fit(info)
     kind = f"{info.family.name}, {info.prediction_type} prediction"
-    there = f"base: {base.path}, {kind}, {info.sample_size * info.factor} pixels"
+    there = f"base: {base.path}, {kind}, {info.resolution} pixels"
     return "\n".join([there, *_licence(base, info.license)])
 
 

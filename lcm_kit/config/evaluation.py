@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from lcm_kit.config.choices import BaseSampler, Structure
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import (
     STRICT,
     BatchSize,
@@ -38,6 +39,9 @@ class Quality:
     prompts: Place = "asset:tiny-sd"  # text file, one prompt a line, or an asset
     # prompts, taken from the top of the file and repeated with new noise where it is shorter
     count: Positive = 128
+    # pixels: of a side of squares, or [width, height]; null: what the run was trained at (data.resolution),
+    # of a base alone its own
+    resolution: Resolution | None = None
     # pictures at once: a number, or auto, by device and size; half as many from where memory runs out
     batch_size: BatchSizeOrAuto = 32
     # folder of a diffusers AutoencoderTiny that decodes in the VAE's place: previews, whose figures are kept
@@ -68,7 +72,7 @@ class Speed:
     structure: Structure = "sd1"  # the base whose blocks are built
     # share of the channels and heads of its UNet, VAE and text encoders: 1, 0.5, 0.25 or 0.125
     width: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    resolution: Annotated[Whole, Field(ge=8, le=4096)] = 512  # pixels, a multiple of 8
+    resolution: Resolution = 512  # pixels: of a side of squares, or [width, height]
     batch_size: BatchSize = 4
     rank: Annotated[Whole, Field(ge=1, le=1024)] = 64  # of the LoRA, on every layer that LCM-LoRA adapts
     # of both sides; auto: float32 on CPU, else float16
@@ -84,7 +88,4 @@ class Speed:
             raise ValueError(f"width {self.width} does not divide the channels; choose 1, 0.5, 0.25 or 0.125")
         if self.structure == "tiny" and self.width != 1.0:
             raise ValueError(f"width {self.width} is for the large structures; leave it at 1 for tiny")
-        if self.resolution % 8:
-            near = self.resolution // 8 * 8
-            raise ValueError(f"resolution {self.resolution} is not a multiple of 8; try {near or 8}")
         return self

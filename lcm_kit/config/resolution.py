@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
-from lcm_kit.errors import UserError
-
 LEAST, MOST = 8, 4096  # pixels of a side
 STEP = 8  # pixels: a multiple of it
 
@@ -27,7 +25,12 @@ def _read(given: Any) -> int | tuple[int, int]:
             raise ValueError(f"{side} pixels are out of range; give a number from {LEAST} to {MOST}")
         if side % STEP:
             raise ValueError(f"{side} is not a multiple of {STEP}; try {side // STEP * STEP}")
-    return sides[0] if len({*sides}) == 1 else (sides[0], sides[1])
+    return of_sides(sides[0], sides[-1])
+
+
+def of_sides(width: int, height: int) -> int | tuple[int, int]:
+    """The size of pictures of this width and height in pixels."""
+    return width if width == height else (width, height)
 
 
 Resolution = Annotated[int | tuple[int, int], PlainValidator(_read)]
@@ -49,13 +52,6 @@ def shown(resolution: int | tuple[int, int]) -> str:
     return " × ".join(map(str, width_height(resolution)))
 
 
-def require_fit(key: str, resolution: int | tuple[int, int], factor: int) -> None:
-    """Raise `UserError` naming `key` if a side is no multiple of `factor`, the pixels of a latent's side."""
-    for side in width_height(resolution):
-        if side % factor:
-            raise UserError(f"{key} {side} is not a multiple of {factor}, as the base's VAE needs")
-
-
 def plain(resolution: int | tuple[int, int]) -> int | list[int]:
     """As JSON and YAML keep it: the side of a square, or [width, height]."""
     return list(resolution) if isinstance(resolution, tuple) else resolution
@@ -63,4 +59,4 @@ def plain(resolution: int | tuple[int, int]) -> int | list[int]:
 
 def read(kept: int | list[int]) -> int | tuple[int, int]:
     """What `plain` gave."""
-    return kept if isinstance(kept, int) else (kept[0], kept[1])
+    return kept if isinstance(kept, int) else of_sides(*kept)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import Framing
 from lcm_kit.config.schema import Data
 from lcm_kit.errors import UserError
+from lcm_kit.families import Family
 
 Size = tuple[int, int]
 _USUAL = 256  # pixels: bases of smaller pictures halve them less often
@@ -91,6 +91,22 @@ def nearest(size: Size, shapes: Sequence[Size]) -> Size:
     return min(shapes, key=far)
 
 
+class Shaped(Protocol):
+    """What shapes depend on of a base: `BaseInfo` has it, and what a plan knows of one."""
+
+    @property
+    def family(self) -> Family:
+        """Knows the shapes that its bases were trained on."""
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that both sides are best a multiple of."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+
+
 @dataclass(frozen=True)
 class Shaper:
     """Says which shape a picture is cut to."""
@@ -101,7 +117,7 @@ class Shaper:
     small: str  # `data.shapes.small`
 
     @classmethod
-    def of(cls, base: BaseInfo, data: Data) -> Shaper:
+    def of(cls, base: Shaped, data: Data) -> Shaper:
         """What `data.shapes` asks for on this base. Raises `UserError` for a multiple that it cannot have."""
         asked = data.shapes
         own = base.family.shapes.get(data.resolution, ()) if asked.multiple is None else ()
@@ -126,6 +142,11 @@ class Shaper:
             return cls(((side, side),), multiple, 1.0, asked.small)
         found = sorted(own) or buckets(side, multiple, asked.longest)
         return cls(tuple(found), multiple, asked.longest, asked.small)
+
+    @property
+    def largest(self) -> Size:
+        """The shape of the most pixels, of several the one nearest to a square."""
+        return max(self.shapes, key=lambda shape: (shape[0] * shape[1], min(shape)))
 
     def target(self, size: Size) -> Size:
         """The shape of a picture of `size`. Raises `UserError` with the reason if it is left out as small."""

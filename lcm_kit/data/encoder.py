@@ -14,7 +14,7 @@ from lcm_kit import bases
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.bases.condition import Condition, Framing
 from lcm_kit.bases.tokens import counts, straightened
-from lcm_kit.config.resolution import Resolution, height_width, require_fit
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
@@ -30,8 +30,8 @@ def usable_base(config: Training) -> BaseInfo:
     """The base of `config`. Raises `UserError` if it cannot be trained, or not at its sizes."""
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
-    require_fit("data.resolution", config.data.resolution, base.factor)
-    require_fit("validation.resolution", config.drawn_at, base.factor)
+    base.require_resolution(config.data.resolution, "data.resolution")
+    base.require_resolution(config.drawn_at, "validation.resolution")
     return base
 
 

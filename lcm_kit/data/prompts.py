@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcm_kit import sample
 from lcm_kit.bases import BaseInfo, load_tokenizers
-from lcm_kit.config.resolution import Resolution, height_width, require_fit
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import drawn_sizes, shards
@@ -50,7 +50,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """
     sizes = config.data.samples.resolutions
     for resolution in sizes:
-        require_fit("data.samples.resolutions", resolution, base.factor)
+        base.require_resolution(resolution, "data.samples.resolutions")
     return {
         **shards.of_base(base, without=("vae", "unet", "scheduler")),
         "prompts": shards.hash_of(prompts(config.data.samples.prompts)),

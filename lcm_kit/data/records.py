@@ -18,7 +18,9 @@ from torch import Tensor
 from lcm_kit import assets
 from lcm_kit.assets import place
 from lcm_kit.config.data import Captions as HowCaptions
+from lcm_kit.config.resolution import Resolution, width_height
 from lcm_kit.config.schema import Data
+from lcm_kit.data.buckets import cut
 from lcm_kit.data.caption_files import ENDINGS, Bad, Captions, captions_of
 from lcm_kit.data.caption_tables import COLUMN, TABLES, same, stem
 from lcm_kit.data.caption_tags import of_cell, prepared
@@ -31,7 +33,7 @@ from lcm_kit.data.left_out import PROMPTS, LeftOut, left_out
 from lcm_kit.data.rights import NOTHING, FolderRights, Rights, of_columns
 from lcm_kit.data.shards import GENERAL
 from lcm_kit.data.stream_kinds import is_stream
-from lcm_kit.data.transforms import square, to_pixels, upright_for
+from lcm_kit.data.transforms import to_pixels, upright_for
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.urls import shown
 
@@ -60,14 +62,18 @@ class Record:
         """The decoded picture, RGB. Raises `UserError` with the reason if it cannot be read."""
         return decode(self.read())
 
-    def pixels(self, resolution: int) -> Tensor:
-        """The square in its middle, without the whole of a very large picture. Raises as `load`."""
+    def pixels(self, resolution: Resolution) -> Tensor:
+        """The largest part of that shape in its middle, [3, height, width] in [-1, 1].
 
-        def squared(image: Image.Image) -> Tensor:
-            image, whole = upright_for(image, resolution)
-            return to_pixels(image, square(whole, resolution))
+        Without the whole of a very large picture. Raises as `load`.
+        """
+        shape = width_height(resolution)
 
-        return of_image(self.read(), squared)
+        def shaped(image: Image.Image) -> Tensor:
+            image, whole = upright_for(image, max(shape))
+            return to_pixels(image, cut(whole, shape))
+
+        return of_image(self.read(), shaped)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lcm_kit import sample
 from lcm_kit.adapter import styles
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import BaseInfo, load_tokenizers
-from lcm_kit.config.resolution import Resolution, height_width, require_fit
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import drawn_sizes, shards
@@ -53,7 +53,7 @@ def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """
     made_by = config.data.samples
     for resolution in made_by.resolutions:
-        require_fit("data.samples.resolutions", resolution, base.factor)
+        base.require_resolution(resolution, "data.samples.resolutions")
     adapters = styles.teacher_loras(config.teacher)
     return {
         **shards.of_base(base, without=("vae",)),

@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lcm_kit.data.buckets import Cut, Size, cut
+from lcm_kit.data.buckets import Cut, Size
 
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _WHOLE = 64_000_000  # pixels, 256 MB in RGB: a larger picture is made narrower in strips of rows
@@ -58,11 +58,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def square(size: Size, resolution: int) -> Cut:
-    """How the largest square is cut from the middle of a picture of `size`."""
-    return cut(size, (resolution, resolution))
 
 
 def to_shape(image: Image.Image, how: Cut) -> Image.Image:

@@ -19,6 +19,7 @@ from lcm_kit.config.brand import Brand
 from lcm_kit.config.data import Captions
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import Data
 from lcm_kit.core.methods import MethodInfo
 from lcm_kit.data import records, split, trigger
@@ -154,12 +155,16 @@ def own_similarity(brand: Tensor, control: Tensor) -> float | None:
     return None if min(len(brand), len(control)) < 2 else similarity.ends(brand, control)[1]
 
 
-def save_pictures(pictures: Sequence[records.Record | None], folder: Path, size: int) -> list[str | None]:
-    """The brand's pictures as `brand-NNN.png`, cut as for training; names within `folder`, None for none."""
+def save_pictures(
+    pictures: Sequence[records.Record | None], folder: Path, resolution: Resolution
+) -> list[str | None]:
+    """The brand's pictures as `brand-NNN.png`, cut to the shape of what is drawn; names within `folder`, None
+    for none.
+    """
     names: list[str | None] = []
     for k, picture in enumerate(pictures):
         names.append(None if picture is None else f"brand-{k:03d}.png")
         if picture is not None:
-            cut = sample.to_pil(picture.pixels(size)[None])[0]
+            cut = sample.to_pil(picture.pixels(resolution)[None])[0]
             cut.save(folder / f"brand-{k:03d}.png", optimize=True)
     return names

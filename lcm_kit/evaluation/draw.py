@@ -19,6 +19,7 @@ from lcm_kit import __version__, assets, sample
 from lcm_kit.bases import BaseInfo, emphasis
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.resolution import Resolution, height_width, plain
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.console import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn, Words, say
 from lcm_kit.drawing.batches import Batches, at_once
@@ -43,7 +44,7 @@ class Samples:
     prompts: tuple[str, ...]
     images_per_prompt: int
     seed: int
-    size: int  # pixels
+    resolution: Resolution
     batch_size: int | Literal["auto"]
     pictures: int  # prompts of which the first picture is shown
     keep_all: bool = False  # keep every picture, to compare pixels; else only those that are shown
@@ -51,17 +52,22 @@ class Samples:
 
     @classmethod
     def of(cls, config: GuidanceSweep | Compose, base: BaseInfo) -> Samples:
-        """What `config` asks for, at the base's own size unless it says otherwise."""
+        """What `config` asks for. Raises `UserError` as `resolution_of` and `How.of`."""
         prompts = tuple(islice(assets.prompts(config.prompts), config.count))
-        size = config.resolution or base.sample_size * base.factor
+        resolution = resolution_of(config, base)
         return cls(
-            prompts, config.images_per_prompt, config.seed, size, config.batch_size, config.pictures,
+            prompts, config.images_per_prompt, config.seed, resolution, config.batch_size, config.pictures,
             how=how_of(config, base),
         )  # fmt: skip
 
     def __len__(self) -> int:
         """Samples a cell."""
         return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        return height_width(self.resolution)
 
     @property
     def texts(self) -> list[str]:
@@ -84,6 +90,18 @@ class Samples:
         return _of(rows["pictures"], [place[sample] for sample in self.shown]) / 127.5 - 1
 
 
+def resolution_of(
+    config: Quality | Brand | GuidanceSweep | Compose, base: BaseInfo, trained: int | None = None
+) -> Resolution:
+    """The size of what `config` draws: what it asks for, else what was `trained` at, else the base's own.
+
+    Raises `UserError` for one that the base's VAE has no latents of.
+    """
+    found = config.resolution or trained or base.resolution
+    base.require_resolution(found, "resolution")
+    return found
+
+
 def how_of(config: Quality | Brand | GuidanceSweep | Compose, base: BaseInfo) -> How:
     """How `config` has its pictures drawn. Raises `UserError` as `How.of`."""
     return How.of(base, config.decoder, config.tiling, config.compile)
@@ -101,7 +119,8 @@ def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
 
 def inputs(base: BaseInfo, samples: Samples, look: FeatureExtractor, device: str) -> list[Any]:
     """What the rows of all cells follow from besides the adapters, as JSON."""
-    asked = [samples.prompts, samples.images_per_prompt, samples.seed, samples.size, samples.batch_size]
+    size, n = plain(samples.resolution), samples.images_per_prompt
+    asked = [samples.prompts, n, samples.seed, size, samples.batch_size]
     return [base.base_hash, *asked, samples.kept, look.reads(), versions(), device, samples.how.facts()]
 
 
@@ -110,7 +129,7 @@ def opened(base: BaseInfo, samples: Samples) -> Any:
     pipe = sample.pipeline(
         base.path, revision=base.revision, variant=base.variant, how=samples.how, **sample.placement()
     )
-    samples.how.say(pipe.vae, samples.size, samples.size)
+    samples.how.say(pipe.vae, *samples.size)
     for note in emphasis.notes(samples.prompts):
         say(note, err=True)
     return pipe
@@ -155,7 +174,7 @@ def warm_up(pipe: Any, samples: Samples) -> None:
         told = [emphasis.read(prompt) for prompt in prompts]
         return sample.sample(pipe, told, sampler="ddim", steps=1, size=samples.size)
 
-    batches = Batches.of_pictures(1, samples.size, samples.size, str(pipe.device))
+    batches = Batches.of_pictures(1, *samples.size, str(pipe.device))
     list(batches.run(samples.prompts[:1], draw_one))
 
 
@@ -176,9 +195,7 @@ def draw_all(
     drawn: dict[C, Rows] = {}
     if samples.how.decoder is not None:  # apart, so that a preview takes none of the VAE's cells away
         folder = folder / f"decoder-{samples.how.decoder.sha256[:12]}"
-    batches = Batches.of_pictures(
-        samples.batch_size, samples.size, samples.size, sample.placement()["device"]
-    )
+    batches = Batches.of_pictures(samples.batch_size, *samples.size, sample.placement()["device"])
     total = 0  # UNet calls
     columns = (Words("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), Words("left"))
     with Progress(*columns, TimeRemainingColumn(), disable=not share.first) as bar:
@@ -213,7 +230,7 @@ def draw(
     a batch in several.
     """
     texts, kept_pictures, tables = samples.texts, set(samples.kept), []
-    planned = at_once(samples.batch_size, samples.size, samples.size, str(pipe.device))
+    planned = at_once(samples.batch_size, *samples.size, str(pipe.device))
 
     def rows(first: int, prompts: Sequence[str]) -> Rows:
         told = [emphasis.read(prompt) for prompt in prompts]

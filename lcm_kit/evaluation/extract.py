@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcm_kit import assets
+from lcm_kit.config.resolution import Resolution, height_width, shown
 from lcm_kit.config.sweep import Compose, GuidanceSweep
-from lcm_kit.console import working
+from lcm_kit.console import say, working
 from lcm_kit.data import records
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.kept import Rows
@@ -43,7 +44,7 @@ class FeatureExtractor:
         cls,
         recipe: str,
         prompts: Sequence[str],
-        size: int,
+        resolution: Resolution,
         device: str,
         *,
         features: str | None,
@@ -53,25 +54,30 @@ class FeatureExtractor:
         """What the evaluation `recipe` asks for; `features` None: none.
 
         `probe` is the asset that reads pictures of the embedded world: those that may be in a brand's style
-        are read by the one that knows the brand styles. Raises `UserError` if an extractor is not there or
-        reads no text.
+        are read by the one that knows the brand styles. What models see of pictures that are no squares is
+        said. Raises `UserError` if an extractor is not there, reads no text, or is the probe and pictures are
+        not of its size.
         """
-        ours, columns = of_the_world(prompts, size), columns_of(recipe)
+        ours, columns = of_the_world(prompts, resolution), columns_of(recipe)
         reader = load_probe(assets.path(probe)) if ours else None
         if features is None:
             return cls(None, None, reader, columns)
-        if features == PROBE and size != world.SIZE:
+        if features == PROBE and resolution != world.SIZE:
             raise UserError(
-                f"features {PROBE} reads pictures of {world.SIZE} pixels, and these have {size}; set "
-                "features to the folder or hub id of a CLIP, SigLIP or DINOv2 model"
+                f"features {PROBE} reads pictures of {shown(world.SIZE)} pixels, and these have "
+                f"{shown(resolution)}; set features to the folder or hub id of a CLIP, SigLIP or DINOv2 model"
             )
         images = extractor(features, device)
         texts = images if text_features is None else extractor(text_features, device)
         if texts.texts(prompts[:1]) is not None:
-            return cls(images, texts, None, columns)
-        if text_features is not None:
+            found = cls(images, texts, None, columns)
+        elif text_features is not None:
             raise UserError(f"text_features {text_features!r} reads no text; name a CLIP or SigLIP model")
-        return cls(images, None, reader, columns)
+        else:
+            found = cls(images, None, reader, columns)
+        if said := found.seen(resolution):
+            say(said, err=True)
+        return found
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Rows:
@@ -103,15 +109,32 @@ class FeatureExtractor:
         """What `adherence` is: `clip`, `attributes` or `none`."""
         return "clip" if self.texts is not None else "attributes" if self.probe is not None else "none"
 
+    def seen(self, resolution: Resolution) -> str | None:
+        """A sentence on what the models see of pictures that are no squares; None where that is all of them,
+        and of squares.
+        """
+        if isinstance(resolution, int):
+            return None
+        models = {each.name: each for each in (self.features, self.texts) if each is not None}
+        told = [
+            f"{name} sees {part}"
+            for name, each in models.items()
+            if (part := each.sees(*height_width(resolution)))
+        ]
+        return f"of pictures of {shown(resolution)} pixels {' and '.join(told)}" if told else None
+
     @torch.no_grad()
-    def folder(self, path: str, size: int) -> Tensor:
-        """Features [n, F] of the images in a folder or asset, cut square. Raises `UserError` for none."""
+    def folder(self, path: str, resolution: Resolution) -> Tensor:
+        """Features [n, F] of the images in a folder or asset, cut to that shape in their middle.
+
+        Raises `UserError` for none.
+        """
         assert self.features is not None  # only evaluations with features name folders
         files = records.pictures(assets.place(path), path)
         rows = []
         with working(f"measuring the {len(files)} pictures of {path}"):
             for first in range(0, len(files), _BATCH):
-                pictures = [record.pixels(size) for record in files[first : first + _BATCH]]
+                pictures = [record.pixels(resolution) for record in files[first : first + _BATCH]]
                 rows.append(self.features.images(torch.stack(pictures)).float().cpu())
         return torch.cat(rows)
 
@@ -131,26 +154,26 @@ class FeatureExtractor:
         return frechet(self.renders(count, FLOOR_SEED), real)
 
 
-def of_the_world(prompts: Sequence[str], size: int) -> bool:
-    """Whether prompts and pictures (`size` pixels) are of the embedded world, whose probe can read them."""
-    return size == world.SIZE and all(map(world.parse, prompts))
+def of_the_world(prompts: Sequence[str], resolution: Resolution) -> bool:
+    """Whether prompts and pictures are of the embedded world, whose probe can read them."""
+    return resolution == world.SIZE and all(map(world.parse, prompts))
 
 
 def reference_features(
-    config: GuidanceSweep, looker: FeatureExtractor, prompts: Sequence[str], size: int
+    config: GuidanceSweep, looker: FeatureExtractor, prompts: Sequence[str], resolution: Resolution
 ) -> Tensor | None:
     """Features of real pictures: those of `config.real`, renders where the prompts are of the embedded world,
     or None.
     """
     if config.real is not None:
-        return looker.folder(config.real, size)
-    return looker.renders() if of_the_world(prompts, size) else None
+        return looker.folder(config.real, resolution)
+    return looker.renders() if of_the_world(prompts, resolution) else None
 
 
 def brand_features(
-    config: GuidanceSweep | Compose, looker: FeatureExtractor, size: int
+    config: GuidanceSweep | Compose, looker: FeatureExtractor, resolution: Resolution
 ) -> tuple[Tensor, Tensor] | None:
     """Features of `config.brand` and of its control; None unless both are named."""
     if not (config.brand and config.control):
         return None
-    return looker.folder(config.brand, size), looker.folder(config.control, size)
+    return looker.folder(config.brand, resolution), looker.folder(config.control, resolution)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lcm_kit.config.resolution import Resolution, shown
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.measure import Figures, compare
 from lcm_kit.evaluation.metric_table import METRICS
@@ -70,6 +71,7 @@ class Sweep:
     subjects: Sequence[SweptAdapter]
     confidence: float
     extra: Mapping[str, float] = field(default_factory=dict)  # adapter -> distance from the base alone
+    resolution: Resolution | None = None
 
     def of(self, name: str) -> list[Cell]:
         """The cells of an adapter."""
@@ -119,7 +121,7 @@ def recommend(sweep: Sweep) -> Recommendation:
         (cell for cell in equal if cell.unet_calls == calls), key=lambda cell: _goodness(sweep, cell)
     )
     return Recommendation(
-        sentence=f"Use {words(chosen, sweep)}.",
+        sentence=f"{use_at(sweep.resolution)} {words(chosen, sweep)}.",
         adapter=chosen.adapter, cell=chosen.id, sampler=chosen.sampler, steps=chosen.steps,
         guidance_scale=chosen.guidance_scale, lora_weight=chosen.lora_weight,
         reasons=tuple(_reasons(sweep, chosen, best)), warnings=warnings,
@@ -150,6 +152,11 @@ def _as_good(sweep: Sweep, cell: Cell, best: Cell) -> bool:
     if mine is None or its is None:
         return True
     return mine.interval(sweep.confidence)[0] <= its.interval(sweep.confidence)[1]
+
+
+def use_at(resolution: Resolution | None) -> str:
+    """How a recommendation begins: what was measured on other shapes than squares is said to be for those."""
+    return f"For pictures of {shown(resolution)} pixels use" if isinstance(resolution, tuple) else "Use"
 
 
 def words(cell: Cell, sweep: Sweep) -> str:

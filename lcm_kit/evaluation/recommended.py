@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcm_kit import console
+from lcm_kit.config.resolution import read, shown
 from lcm_kit.core.methods import DEFAULT, MethodInfo
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.results import decoded, of_sweep
@@ -41,6 +42,7 @@ def of_run(run: Path, file: Path) -> Recommended | None:
     return Recommended(
         found["sentence"], found["sampler"], found["steps"], found["guidance_scale"], found["lora_weight"],
         tuple(found["reasons"]), warnings,
+        at=shown(read(size)) if isinstance(size := results["resolution"], list) else None,
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from lcm_kit.io.own_shapes import Base, Interval
@@ -157,7 +158,7 @@ class Results(TypedDict):
     base: TakenFrom
     adapters: list[Adapter]
     settings: Settings
-    resolution: int
+    resolution: int | Annotated[list[int], Field(min_length=2, max_length=2)]  # `config.resolution.plain`
     adherence: str
     prompts: dict[str, Prompts]
     metrics: dict[str, Metric]
@@ -172,5 +173,6 @@ class Results(TypedDict):
     brand_pictures: NotRequired[list[str | None]]
     contract: NotRequired[Contract]
     decoder: NotRequired[str | None]  # a tiny one, by name and hash; None: the base's VAE
+    seen: NotRequired[str]  # what models that compare pictures see of theirs, where that is not all of them
     brand_own: NotRequired[float | None]  # None: one picture alone
     frechet_floor: NotRequired[float | None]

@@ -13,6 +13,7 @@ from lcm_kit import console, sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.resolution import plain
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation.cells import Cell
@@ -56,13 +57,13 @@ def results(
     No verdict and no recommendation yet.
     """
     settings = {key: value for key, value in asdict(config).items() if key not in ("recipe", "output")}
-    how = measured[results_of.MAIN].samples.how
+    main = measured[results_of.MAIN].samples
     found = {
         "version": results_of.VERSION, "recipe": config.recipe, "name": name,
         "base": {"path": base.path, "revision": base.revision, "variant": base.variant,
                  "hash": base.base_hash, "prediction_type": base.prediction_type},
         "adapters": [subject.facts() for subject in adapters],
-        "settings": settings, "resolution": measured[results_of.MAIN].samples.size, "adherence": look.kind(),
+        "settings": settings, "resolution": plain(main.resolution), "adherence": look.kind(),
         "prompts": {
             kind: {"texts": list(each.samples.prompts), "shown": each.samples.shown,
                    "images_per_prompt": each.samples.images_per_prompt}
@@ -74,9 +75,10 @@ def results(
             _cell(kind, cell, figures, each, config) for kind, each in measured.items()
             for cell, figures in each.figures.items()
         ],
-        "decoder": how.decoder and str(how.decoder),
+        "decoder": main.how.decoder and str(main.how.decoder),
         "comparisons": comparisons, "verdict": None, "recommended": None,
         "machine": machine(sample.placement()["device"]), "versions": versions(),
+        **({"seen": seen} if (seen := look.seen(main.resolution)) else {}),
     }  # fmt: skip
     return cast(Results, found)
 

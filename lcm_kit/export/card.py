@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lcm_kit import samplers
+from lcm_kit.config.resolution import shown
 from lcm_kit.core.guidance import paper_w
 from lcm_kit.evaluation import verdicts
 from lcm_kit.evaluation.result_shapes import Cell, Results
@@ -44,7 +45,7 @@ from lcm_kit.report.shared import AGAIN, number, percent
 from lcm_kit.sample import contact_sheet, save_png
 
 if TYPE_CHECKING:
-    from lcm_kit.lora.provenance import Guidance, Provenance
+    from lcm_kit.lora.provenance import Data, Guidance, Provenance
 
 SHEET = "pictures/teacher-and-student.png"  # within the card's folder
 LOOK = "pictures/base-and-style.png"
@@ -118,7 +119,7 @@ def write(
         versions=VERSIONS,
         checked=CHECKED,
         app_names=", ".join(TITLES[app] for app in WHOLE),
-        resolution=facts.data.resolution or structure.resolution,
+        resolution=_resolution(facts.data, structure.resolution),
         tags=_tags(structure, facts),
         licences=inherited.declared(facts),
         terms=inherited.terms(facts),
@@ -306,6 +307,15 @@ def _verdict(head: verdicts.Brand, adherence: str) -> str:
     if verdicts.forgotten(head, adherence) is not None:
         reasons.append("some of what the base can draw is lost")
     return f"In part: it is nearer to the brand's pictures, but {' and '.join(reasons)}"
+
+
+def _resolution(data: Data, own: int) -> str:
+    """What it was trained at, else the base's `own`: `about 512 × 512 pixels, in 3 shapes, ...`."""
+    size, sizes = shown(data.resolution or own), data.sizes
+    if not sizes:
+        return f"{size} pixels"
+    ends = " to ".join(dict.fromkeys((shown(sizes[0]), shown(sizes[-1]))))
+    return f"about {size} pixels, in {len(sizes)} shape{'s'[: len(sizes) != 1]}, {ends}"
 
 
 def _sheet(file: Path, drawn: Mapping[str, Any], rows: Any, run: Path | None) -> list[str]:

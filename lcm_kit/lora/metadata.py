@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lcm_kit import samplers
+from lcm_kit.config.resolution import width_height
 from lcm_kit.core.methods import METHODS, MethodInfo
 from lcm_kit.lora import inherited
 from lcm_kit.lora.layers import Lora
 from lcm_kit.lora.metadata_reading import PREFIX, REST, sampler_name, without_none_strings
-from lcm_kit.lora.provenance import Guidance, Provenance, Recommended
+from lcm_kit.lora.provenance import Data, Guidance, Provenance, Recommended
 from lcm_kit.lora.structure import Structure
 
 VERSION = "1"  # of the keys under PREFIX
@@ -84,7 +85,7 @@ def _known(**values: Any) -> dict[str, str]:
 
 
 def _kohya(lora: Lora, structure: Structure, facts: Provenance) -> dict[str, str]:
-    side = facts.data.resolution
+    asked = facts.data.resolution
     return _known(
         ss_base_model_version=_base_version(structure),
         ss_v2=structure.generation.kohya_v2,
@@ -92,9 +93,21 @@ def _kohya(lora: Lora, structure: Structure, facts: Provenance) -> dict[str, str
         **_sizes(lora),
         ss_output_name=facts.title,
         ss_sd_model_name=_public(facts.base.path),
-        ss_resolution=side and f"({side}, {side})",
+        ss_resolution=asked and "({}, {})".format(*width_height(asked)),
+        **_buckets(facts.data),
         ss_steps=facts.optimizer_steps,
     )
+
+
+def _buckets(data: Data) -> dict[str, str]:
+    """Shapes as sd-scripts tells of them (`library/train_util.py`, make_buckets): width, height, pictures."""
+    if not data.shapes:
+        return {}
+    buckets = {
+        str(k): {"resolution": size, "count": data.shapes[f"{size[0]}x{size[1]}"]}
+        for k, size in enumerate(data.sizes)
+    }
+    return {"ss_enable_bucket": "True", "ss_bucket_info": json.dumps({"buckets": buckets})}
 
 
 def _base_version(structure: Structure) -> str:
@@ -133,7 +146,7 @@ def _common(values: Iterable[float]) -> str:
 
 
 def _modelspec(structure: Structure, facts: Provenance, style: str) -> dict[str, str]:
-    side = facts.data.resolution or structure.resolution
+    size = width_height(facts.data.resolution or structure.resolution)
     prediction = structure.prediction_type
     keys = _known(
         sai_model_spec="1.0.1",
@@ -142,7 +155,7 @@ def _modelspec(structure: Structure, facts: Provenance, style: str) -> dict[str,
         title=facts.title,
         description=_description(structure, facts),
         date=facts.date,
-        resolution=f"{side}x{side}",
+        resolution=f"{size[0]}x{size[1]}",
         prediction_type="v" if prediction == "v_prediction" else prediction,
         usage_hint=_usage_hint(structure, facts),
         trigger_phrase=facts.data.trigger,
@@ -189,7 +202,8 @@ def _usage_hint(structure: Structure, facts: Provenance) -> str | None:
         return (
             f"Sampler {sampler_name(use)}, {use.steps} steps, guidance_scale / CFG {use.guidance_scale:g}"
             f"{_baked(facts.guidance)}. LoRA strength {use.lora_weight:g}. "
-            + (f"Measured for {use.part} alone." if use.part else "Chosen by measurement.")
+            + (f"Measured for {use.part} alone" if use.part else "Chosen by measurement")
+            + (f" at {use.at} pixels." if use.at else ".")
             + _instead(use.sampler)
         )
     info = facts.distilled
@@ -315,7 +329,7 @@ def _measured(use: Recommended | None) -> dict[str, str]:
     return {
         "sampler": str(use.sampler), "sampling_steps": str(use.steps), "lora_weight": f"{use.lora_weight:g}",
         "sampling_guidance_scale": f"{use.guidance_scale:g}", "recommended": use.sentence,
-        **({"recommended_for": use.part} if use.part else {}),
+        **_known(recommended_for=use.part or None, recommended_at=use.at or None),
     }  # fmt: skip
 
 

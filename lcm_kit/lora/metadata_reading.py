@@ -52,7 +52,8 @@ def provenance_from_header(metadata: Mapping[str, str], title: str) -> Provenanc
         base=Base(known.get("ss_sd_model_name")),
         step=_whole(known.get("ss_steps")),
         data=Data(
-            resolution=_square(known.get("ss_resolution") or known.get("modelspec.resolution")),
+            resolution=_size(known.get("ss_resolution")) or _size(known.get("modelspec.resolution")),
+            shapes=_shapes(known),
             trigger=known.get("modelspec.trigger_phrase"),
         ),
         date=known.get("modelspec.date"),
@@ -101,7 +102,7 @@ def _keyed(known: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Any]:
         "guidance": None if low is None or high is None else {"min": low, "max": high},
         "data": {
             "fingerprint": own.get("data_fingerprint"),
-            "resolution": _square(known.get("ss_resolution")),
+            "resolution": _size(known.get("ss_resolution")),
             "trigger": known.get("modelspec.trigger_phrase"),
         },
         "date": known.get("modelspec.date"),
@@ -127,7 +128,8 @@ def _recommended(own: Mapping[str, str]) -> Recommended | None:
         or weight is None
     ):
         return Recommended(own["recommended"], None, None, None, None)
-    return Recommended(own["recommended"], sampler, steps, scale, weight, part=own.get("recommended_for"))
+    part, at = own.get("recommended_for"), own.get("recommended_at")
+    return Recommended(own["recommended"], sampler, steps, scale, weight, part=part, at=at)
 
 
 def without_none_strings(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -147,10 +149,30 @@ def _number(text: str | None) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _square(text: str | None) -> int | None:
-    """The side, from "(512, 512)", "512,512", "512x512" or "512"; None for other than squares."""
-    numbers = set(re.findall(r"[0-9]+", text or ""))
-    return _whole(numbers.pop()) if len(numbers) == 1 else None
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    """The side, from "(512, 512)", "512,512", "512x512" or "512", else width and height; None of others."""
+    sides = [_whole(number) for number in re.findall(r"[0-9]+", text or "")]
+    if not all(sides) or len(sides) not in (1, 2):
+        return None
+    width, height = sides[0], sides[-1]
+    assert width and height
+    return width if width == height else (width, height)
+
+
+def _shapes(known: Mapping[str, str]) -> dict[str, int]:
+    """How many pictures were of which shape, as sd-scripts says it of one data set or of several."""
+    try:
+        told = [json.loads(known.get("ss_bucket_info", "null"))]
+        told += [each["bucket_info"] for each in json.loads(known.get("ss_datasets", "[]"))]
+        buckets = [each for info in told if info for each in info["buckets"].values()]
+        found: dict[str, int] = {}
+        for (width, height), n in ((each["resolution"], each["count"]) for each in buckets):
+            if not all(type(number) is int and 0 < number < 10**9 for number in (width, height, n)):
+                return {}
+            found[f"{width}x{height}"] = found.get(f"{width}x{height}", 0) + n
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return found
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar, cast
 
@@ -63,11 +63,13 @@ def of_training(
     teacher: Sequence[Lora] = (),
     start: Sequence[Lora] = (),
     rights: own_shapes.Rights | None = None,
+    runs: Iterable[tuple[int, Sequence[int], int]] = (),
 ) -> Provenance:
     """What `train/distill` or `train/finetune` makes in `steps` steps of `config`.
 
-    `data`: the fingerprint of what it sees; `rights`: what metadata says of it; `teacher` and `start`: the
-    files of `teacher.adapters` and `adapter.start` (`lcm_kit.adapter.styles`).
+    `data`: the fingerprint of what it sees; `rights`: what metadata says of it; `runs`: how many pictures it
+    has of which shape and how often (`data.order.Run`); `teacher` and `start`: the files of
+    `teacher.adapters` and `adapter.start` (`lcm_kit.adapter.styles`).
     """
     declared = config.base.license
     license = licenses.normal(declared) if declared else base.license
@@ -78,7 +80,13 @@ def of_training(
         prediction_type=base.prediction_type,
         steps=steps,
         adapter=_same(Layers, config.adapter),
-        data=_same(Data, config.data, fingerprint=data, rights=rights and Rights(**rights)),
+        data=_same(
+            Data,
+            config.data,
+            fingerprint=data,
+            rights=rights and Rights(**rights),
+            shapes=_shapes(runs, config.data.resolution),
+        ),
     )
     if isinstance(config, Distill):
         return replace(
@@ -105,6 +113,17 @@ def of_training(
             caption_dropout=config.caption_dropout,
         )
     return common
+
+
+def _shapes(runs: Iterable[tuple[int, Sequence[int], int]], side: int) -> dict[str, int]:
+    """How many pictures an epoch has of each shape, by its width; none where all are squares of `side`."""
+    found: dict[tuple[int, ...], int] = {}
+    for rows, shape, times in runs:
+        size = tuple(shape) or (side, side)
+        found[size] = found.get(size, 0) + rows * times
+    if found.keys() <= {(side, side)}:
+        return {}
+    return {f"{size[0]}x{size[1]}": found[size] for size in sorted(found)}
 
 
 def _grid(grid: objective.Grid) -> Grid:

@@ -9,13 +9,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _REGULARIZATION = AliasChoices("regularization", "regularisation")  # as it was written once
+_SHAPE = r"^[1-9][0-9]{0,8}x[1-9][0-9]{0,8}$"
 T = TypeVar("T")
 
 
@@ -193,10 +194,20 @@ class Data:
     """What was trained on."""
 
     fingerprint: str | None = None
-    resolution: int | None = None  # pixels along one side
+    # pixels along one side; (width, height) of a file of others that says so
+    resolution: int | tuple[int, int] | None = None
     source: str | None = None  # images, teacher, mix, prompts
     trigger: str | None = None  # what prompts say to get the style
     rights: Rights | None = None  # None: no metadata says any
+    # pictures by the shape that they were cut to, as "768x512", width first; empty: squares of `resolution`
+    shapes: dict[Annotated[str, Field(pattern=_SHAPE)], int] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """`shapes` as (width, height), from the narrowest to the widest."""
+        return sorted(
+            (int(width), int(height)) for width, _, height in (k.partition("x") for k in self.shapes)
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -211,3 +222,4 @@ class Recommended:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     part: str | None = None  # of a merged file what was measured, alone; None: the file itself
+    at: str | None = None  # how large the pictures were, `768 × 512`; None: squares

@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from lcm_kit import assets
 from lcm_kit.bases.source import read_json
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Base
 from lcm_kit.errors import UserError
-from lcm_kit.families import by_repository, generation_of, listed, names
+from lcm_kit.families import Family, by_repository, generation_of, listed, names
 from lcm_kit.lora.structure import Structure, known, of_folder
 
 # The VAE of all published bases
@@ -23,6 +24,7 @@ _VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 _WORDS = 49408  # of CLIP's vocabulary
+_BLOCKS = 4 * (0,)  # of a UNet, where a configuration does not say
 _LATENT = 4  # channels, where a configuration does not say
 
 
@@ -49,9 +51,31 @@ class BaseProfile:
         """C of a latent."""
         return int(self.unet_config.get("in_channels", _LATENT))
 
-    def latent(self, resolution: int) -> int:
-        """Numbers of a square picture's latent, of so many pixels a side."""
-        return self.channels * (resolution // self.structure.factor) ** 2
+    @property
+    def family(self) -> Family:
+        """What it is one of."""
+        return self.structure.family
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+        return self.structure.factor
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that both sides of a picture are best a multiple of: its UNet halves latents."""
+        blocks = self.unet_config.get("block_out_channels", _BLOCKS)
+        return int(self.factor * 2 ** (len(blocks) - 1))
+
+    def sides(self, resolution: Resolution) -> tuple[int, int]:
+        """Height and width of a picture's latent."""
+        height, width = height_width(resolution)
+        return height // self.factor, width // self.factor
+
+    def latent(self, resolution: Resolution) -> int:
+        """Numbers of a picture's latent."""
+        height, width = self.sides(resolution)
+        return self.channels * height * width
 
     @property
     def text(self) -> int:

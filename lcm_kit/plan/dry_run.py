@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.matching import FAKE
 from lcm_kit.bases import memory
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Adapter
 from lcm_kit.lora.structure import empty_unet
 from lcm_kit.plan.base_profile import BaseProfile
@@ -142,7 +143,7 @@ class MetaModel:
 
     def rehearse(
         self,
-        resolution: int,
+        resolution: Resolution,
         dtype: torch.dtype,
         *,
         checkpointing: bool,
@@ -172,7 +173,9 @@ class MetaModel:
         """Whether the fake score's passes differ from the student's: it has the teacher's style always."""
         return self.style is not None and not self.style.in_student
 
-    def drawing(self, resolution: int, dtype: torch.dtype, *, lora: bool = False, fake: bool = False) -> Pass:
+    def drawing(
+        self, resolution: Resolution, dtype: torch.dtype, *, lora: bool = False, fake: bool = False
+    ) -> Pass:
         """A forward without gradient: the teacher's, or with `lora` that of the UNet with what is trained,
         which is the student, or `fake`.
         """
@@ -185,22 +188,22 @@ class MetaModel:
                 self._kept[key] = self._pass(resolution, dtype)[0]
         return self._kept[key]
 
-    def pictures(self, resolution: int, dtype: torch.dtype) -> Pictures:
+    def pictures(self, resolution: Resolution, dtype: torch.dtype) -> Pictures:
         """The VAE's passes at `resolution` pixels, its weights and numbers in `dtype`."""
         if (resolution, dtype) not in self._kept:
             self._kept[resolution, dtype] = rehearse_vae(self.subject.vae_config, resolution, dtype)
         return self._kept[resolution, dtype]
 
     def _pass(
-        self, resolution: int, dtype: torch.dtype, forwards: int = 1, *, checkpointing: bool = False
+        self, resolution: Resolution, dtype: torch.dtype, forwards: int = 1, *, checkpointing: bool = False
     ) -> tuple[Pass, float, Held]:
         """One pass of n samples, FLOPs of its forwards alone, of one sample, and what the first leaves."""
-        side, built = resolution // self.subject.structure.factor, self.built(dtype)
+        sides, built = self.subject.sides(resolution), self.built(dtype)
         unet, gradients = built.adapted.unet, built.adapted.gradient_bytes()
         ranks = [self.adapter.rank, *(self.style.ranks.values() if self.style else ())]
         dims = [d for p in built.bare for d in p.shape]
-        n = a_prime([side, self.subject.tokens, *ranks, *dims, *gradients])
-        inputs = self._inputs(n, side, dtype)
+        n = a_prime([*sides, self.subject.tokens, *ranks, *dims, *gradients])
+        inputs = self._inputs(n, sides, dtype)
         gradients |= {p.nbytes for p in (self.text.lora if self.text else ())}
         ledger = Ledger(n, frozenset(gradients))
         ledger.ignore([*unet.parameters(), inputs["sample"], inputs["encoder_hidden_states"]])
@@ -229,13 +232,13 @@ class MetaModel:
         assert left is not None
         return Pass(ledger.flops / n, largest(ledger.moments)), forward / n, left
 
-    def _inputs(self, n: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
+    def _inputs(self, n: int, sides: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         def empty(*shape: int) -> Tensor:
             return torch.empty(n, *shape, dtype=dtype, device="meta")
 
         width = self.subject.structure.width
         inputs: dict[str, Any] = {
-            "sample": empty(self.subject.channels, side, side),
+            "sample": empty(self.subject.channels, *sides),
             "timestep": torch.zeros(n, dtype=torch.int64, device="meta"),
             "encoder_hidden_states": empty(self.subject.tokens, width),
         }
@@ -249,8 +252,8 @@ def _base_of(module: Any) -> Any:
 
 
 @torch.no_grad()
-def rehearse_vae(config: Mapping[str, Any], resolution: int, dtype: torch.dtype) -> Pictures:
-    """The VAE of this configuration on the meta device, with pictures of `resolution` pixels."""
+def rehearse_vae(config: Mapping[str, Any], resolution: Resolution, dtype: torch.dtype) -> Pictures:
+    """The VAE of this configuration on the meta device, with pictures of this size."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -258,8 +261,8 @@ def rehearse_vae(config: Mapping[str, Any], resolution: int, dtype: torch.dtype)
     weights = list(vae.parameters())
     for p in weights:
         p.data = p.data.to(dtype)
-    n = a_prime([resolution, *(d for p in weights for d in p.shape)])
-    pixels = torch.empty(n, 3, resolution, resolution, dtype=dtype, device="meta")
+    n = a_prime([*height_width(resolution), *(d for p in weights for d in p.shape)])
+    pixels = torch.empty(n, 3, *height_width(resolution), dtype=dtype, device="meta")
     latents = vae.encode(pixels).latent_dist.mean
     passes = []
     for run in (lambda: vae.encode(pixels), lambda: vae.decode(latents)):

@@ -6,7 +6,10 @@ import torch
 
 from lcm_kit.bases import decoded_at_once
 from lcm_kit.config.finetune import Finetune
+from lcm_kit.config.resolution import Resolution, height_width, of_sides
 from lcm_kit.config.schema import Distill, Training
+from lcm_kit.data import drawn_sizes
+from lcm_kit.data.buckets import Shaper
 from lcm_kit.data.prior import BATCH
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.drawing.vae import PROOF
@@ -19,7 +22,7 @@ PROMPTS = "prompts"
 BY_BATCH = (PICTURES, SAMPLES)  # as many at once as `data.batch_size` says; the prior's have their own number
 
 
-def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -> tuple[float, float]:
+def decoder(stage: MetaModel, resolution: Resolution, count: int, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes of the VAE of a pipeline in `dtype`, and of what it holds while `count` pictures are decoded.
 
     It begins in float32, with a picture's middle, and goes on in half precision if that proves near; of
@@ -30,10 +33,11 @@ def decoder(stage: MetaModel, resolution: int, count: int, dtype: torch.dtype) -
     weights = full.weights * FLOAT
     if not count:
         return weights, 0
-    pictures, together = stage.pictures(resolution, half), min(count, decoded_at_once(resolution, resolution))
-    done = (count - together) * 3 * resolution**2 * half.itemsize
+    height, width = height_width(resolution)
+    pictures, together = stage.pictures(resolution, half), min(count, decoded_at_once(height, width))
+    done = (count - together) * 3 * height * width * half.itemsize
     going_on = pictures.decode.highest(together).at(together) + done
-    proof = stage.pictures(min(resolution, PROOF), torch.float32).decode
+    proof = stage.pictures(of_sides(min(width, PROOF), min(height, PROOF)), torch.float32).decode
     return weights, max(going_on, proof.highest(1).at(1))
 
 
@@ -48,7 +52,8 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
     if isinstance(config, Distill) and config.data.has_samples:
         guided = work.guided(config.data.samples.guidance_scale)
         count = min(_at_once(config, device), config.data.samples.count)
-        pipeline = drawn(config, stage, device, count * guided)
+        size = drawn_sizes.largest(config.data, config.data.samples.resolutions)
+        pipeline = drawn(size, stage, device, count * guided)
         # captions are encoded beside the pipeline, in float32, and its VAE is there without being asked
         found[SAMPLES] = {
             **pipeline, "teacher's adapters": FLOAT * stage.weights.style,
@@ -57,13 +62,15 @@ def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
     if isinstance(config, Finetune) and prior:
         count = min(BATCH, config.prior.count)
         guided = work.guided(config.prior.guidance_scale)
-        found[PRIOR] = drawn(config, stage, device, count * guided, decoded=count)
+        size = drawn_sizes.largest(config.data, config.prior.resolutions)
+        found[PRIOR] = drawn(size, stage, device, count * guided, decoded=count)
     return found
 
 
 def _pictures(config: Training, stage: MetaModel, device: str) -> Parts:
     """Text encoders and VAE in float32, in which the VAE begins where it proves itself in half precision."""
-    pictures, batch = stage.pictures(config.data.resolution, torch.float32), _at_once(config, device)
+    largest = of_sides(*Shaper.of(stage.subject, config.data).largest)
+    pictures, batch = stage.pictures(largest, torch.float32), _at_once(config, device)
     return {
         "text encoders": stage.subject.text * FLOAT,
         "VAE": pictures.weights * FLOAT,
@@ -77,17 +84,27 @@ def _at_once(config: Training, device: str) -> int:
     return at_once(config.data.batch_size, config.data.resolution, config.data.resolution, device)
 
 
+def trained_at(config: Training, stage: MetaModel) -> Resolution:
+    """The size of the most pixels among those that a step can be of."""
+    data, drawn = config.data, []
+    if data.source in ("images", "mix"):
+        drawn.append(of_sides(*Shaper.of(stage.subject, data).largest))
+    if data.source != "images":
+        drawn.append(drawn_sizes.largest(data, data.samples.resolutions))
+    return drawn_sizes.largest(data, drawn)
+
+
 def drawing_dtype(device: str) -> torch.dtype:
     """Of a pipeline, as `sample.placement`."""
     return torch.float16 if device == "cuda" else torch.float32
 
 
-def drawn(config: Training, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
+def drawn(resolution: Resolution, stage: MetaModel, device: str, samples: int, decoded: int = 0) -> Parts:
     """The whole pipeline: `samples` a pass of the UNet, then so many pictures `decoded` by the VAE."""
     dtype = drawing_dtype(device)
     subject, weights = stage.subject, stage.weights
-    drawing = stage.drawing(config.data.resolution, dtype).highest(samples).at(samples)
-    vae, decoding = decoder(stage, config.data.resolution, decoded, dtype)
+    drawing = stage.drawing(resolution, dtype).highest(samples).at(samples)
+    vae, decoding = decoder(stage, resolution, decoded, dtype)
     stored = subject.stored
     # while it is loaded, a file of other numbers is there too
     file = weights.base * stored.itemsize if device == "cpu" and stored and stored != dtype else 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import Adapter, Training
 from lcm_kit.plan import encoding, evaluating, phases, work
 from lcm_kit.plan.dry_run import DryRun, MetaModel, Weights
@@ -146,26 +147,39 @@ class Planner:
     def __call__(self, config: Training) -> Estimate:
         """The estimate of `config`, whose base is the stage's."""
         dtype, stage = dtype_of(config, self.device), self.stage_of(config)
-        dry_run = self.rehearse(config)
+        trained = encoding.trained_at(config, stage)
+        dry_run = self.rehearse(config, at=trained)
         staying = _staying(config, stage, dtype)
         if self.device == "cpu" and config.memory.quantize != "none" and stage.subject.stored == dtype:
             # views of the file, which stays mapped as long as one of its layers is in use
             staying["base weights"] += stage.weights.quantizable * dtype.itemsize
-        fake = self.rehearse(config, fake=True) if config.matching else None
+        fake = self.rehearse(config, at=trained, fake=True) if config.matching else None
         passing = phases.of_training(config, dry_run, fake, stage, dtype, self.device)
         if self.device == "cpu":
             passing |= phases.on_the_host(config, stage, dtype, staying)
         return Estimate(
             config, self.device, dtype, stage.weights, staying, passing,
             encoding.phases(config, stage, self.device), evaluating.by_batch(config, stage, self.device),
-            work.flops_of_step(config, dry_run, fake),
+            work.flops_of_step(
+                config, self.rehearse(config), self.rehearse(config, fake=True) if config.matching else None
+            ),
             0 if self.device == "cuda" or self.returning else self._gaps(config),
         )  # fmt: skip
 
-    def rehearse(self, config: Training, *, checkpointing: bool | None = None, fake: bool = False) -> DryRun:
-        """The passes of a step, or those of the `fake` score; `checkpointing` in place of the config's."""
+    def rehearse(
+        self,
+        config: Training,
+        *,
+        at: Resolution | None = None,
+        checkpointing: bool | None = None,
+        fake: bool = False,
+    ) -> DryRun:
+        """The passes of a step, or those of the `fake` score; `checkpointing` in place of the config's.
+
+        `at`: of this size, in place of squares, whose area that of all shapes is about.
+        """
         return self.stage_of(config).rehearse(
-            config.data.resolution, dtype_of(config, self.device),
+            at or config.data.resolution, dtype_of(config, self.device),
             checkpointing=config.gradient_checkpointing if checkpointing is None else checkpointing,
             pair=not fake and work.graphs(config) == 2, fake=fake,
         )  # fmt: skip

@@ -27,7 +27,7 @@ def by_batch(config: Training, stage: MetaModel, device: str) -> Mapping[int, Pa
 
 def parts(config: Training, stage: MetaModel, device: str, batch: int) -> Parts:
     """Bytes by part while `batch` pictures are drawn at once."""
-    drawn = encoding.drawn(config, stage, device, batch * _GUIDED, decoded=batch)
+    drawn = encoding.drawn(config.data.resolution, stage, device, batch * _GUIDED, decoded=batch)
     reader = 0 if config.data.resolution == world.SIZE else FLOAT * _CLIP
     adapter = sum(stage.weights.lora) * encoding.drawing_dtype(device).itemsize
     return {**drawn, "adapter": adapter, "what looks at pictures": reader}

@@ -29,6 +29,7 @@ def of_training(
 ) -> dict[str, Parts]:
     """What passes: activations, gradients, conditions, workspaces. `fake`: the fake score's passes."""
     batch, alone, weights = config.batch_size, config.accumulation == 1, stage.weights
+    size = encoding.trained_at(config, stage)
     lora, quantized = FLOAT * sum(weights.lora), config.memory.quantize != "none"
     workspaces = workspace(weights, dtype, device, expanded=quantized)
 
@@ -47,12 +48,12 @@ def of_training(
         # what a pass saw of a LoRA in half precision stays until that LoRA's next pass with gradient, and
         # where the trajectories have arrived until the turns are over
         seen = 0 if dtype == torch.float32 else sum(weights.lora) * dtype.itemsize
-        seen += FLOAT * config.accumulation * batch * stage.subject.latent(config.data.resolution)
+        seen += FLOAT * config.accumulation * batch * stage.subject.latent(size)
         trained = fake.student.highest(batch, gradients=True)
         found[FAKE_TURN] = parts(_besides(trained, seen), batch)
         # what the student's pass keeps for its backward is there while the teacher and the fake score answer
         kept = seen + dry_run.graph.at(batch)
-        answers = stage.drawing(config.data.resolution, dtype, lora=True, fake=True)
+        answers = stage.drawing(size, dtype, lora=True, fake=True)
         found[STUDENT_TURN] = max(
             parts(_at(dry_run.teacher, rows, kept), rows + batch),
             parts(_at(answers, batch, kept), batch),
@@ -66,7 +67,7 @@ def of_training(
     found["optimizer step"] = {"gradients": lora}  # fused AdamW makes no copies
     if config.validation.held_out:
         guided = isinstance(config, Distill) and bool(roles.passes(config)["teacher"])
-        plain, samples = (dry_run.teacher, rows) if guided else (_drawing(config, stage, dtype), batch)
+        plain, samples = (dry_run.teacher, rows) if guided else (stage.drawing(size, dtype, lora=True), batch)
         held_at = round(plain.highest(samples).at(samples))
         found["held-out loss"] = {"activations": held_at, "workspaces": workspaces}
     if config.validation.prompts is not None or config.validation.control is not None:
@@ -94,10 +95,6 @@ def _conditions(config: Training, stage: MetaModel, dtype: torch.dtype, device: 
     return size
 
 
-def _drawing(config: Training, stage: MetaModel, dtype: torch.dtype) -> Pass:
-    return stage.drawing(config.data.resolution, dtype, lora=True)
-
-
 def on_the_host(config: Training, stage: MetaModel, dtype: torch.dtype, staying: Parts) -> dict[str, Parts]:
     """What costs the machine's memory and none of a GPU's: loading the base, copies of what is saved."""
     weights, stored, loras = stage.weights, stage.subject.stored, 2 if config.matching else 1
@@ -118,10 +115,10 @@ def _validation(
     """All pictures at once, with guidance: drawn by the teacher, a guided student or a style; decoded."""
     count, subject = config.validation.count, stage.subject
     with_lora = isinstance(config, Finetune) or work.student_guidance(config) > 1
-    drawn = _drawing(config, stage, dtype) if with_lora else dry_run.teacher
+    drawn = stage.drawing(config.drawn_at, dtype, lora=with_lora)
     samples = count * work.guided(config.validation.guidance_scale)
     drawing = drawn.highest(samples).at(samples)
-    vae, decoding = encoding.decoder(stage, config.data.resolution, count, dtype)
+    vae, decoding = encoding.decoder(stage, config.drawn_at, count, dtype)
     # those that are trained are there already; a style's control prompts are encoded beside the pipeline
     each = 0 if rank_of(config) else dtype.itemsize
     each += FLOAT if isinstance(config, Finetune) and config.validation.control is not None else 0

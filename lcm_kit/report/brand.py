@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lcm_kit import assets
+from lcm_kit.config.resolution import read, shown
 from lcm_kit.data import reconstruction
 from lcm_kit.data.reconstruction import Measured
 from lcm_kit.data.records import Record, pictures
@@ -35,7 +36,7 @@ def context(run: Path, found: Results, quality: Results | None = None) -> dict[s
     `verdicts.brand_headline`.
     """
     head = verdicts.brand_headline(found, quality)
-    adherence = found["adherence"]
+    adherence, size = found["adherence"], read(found["resolution"])
     return {
         "verdict": verdicts.brand_verdict(head, adherence),
         "columns": ["Your pictures", *(title(row) for row in (head.base, head.adapter))],
@@ -50,6 +51,9 @@ def context(run: Path, found: Results, quality: Results | None = None) -> dict[s
         "most": f"{LOST:.0%} of their score" if adherence == "clip" else f"{100 * LOST:g} points",
         "confidence": found["settings"]["confidence"],
         "decoded": decoded(found),
+        "seen": found.get("seen"),
+        "size": shown(size),
+        "shape": None if isinstance(size, int) else " / ".join(map(str, size)),
     }
 
 
@@ -189,7 +193,7 @@ def _drawn_by_the_vae(run: Path) -> dict[str, Any] | None:
     return {
         "sentences": [each.sentence for each in told],
         "warned": any(each.weight == "warning" for each in told),
-        "resolution": found.resolution,
+        "size": shown(found.resolution),
         "columns": ["Your picture", "As the base's VAE gives it back"],
         "rows": [
             {

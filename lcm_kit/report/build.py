@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_kit import __version__, assets
 from lcm_kit.adapter import folder as adapter
+from lcm_kit.config.resolution import read, shown
 from lcm_kit.core.methods import Progressive
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import results as results_of
@@ -113,6 +114,7 @@ def _quality(run: Path, results: Results) -> dict[str, Any]:
         "n": results_of.count(results),
         "floor": results.get("frechet_floor"),
         "decoded": results_of.decoded(results),
+        "size": shown(read(results["resolution"])),
         "prompts": results_of.prompts(results)["texts"][:_SHOWN],
         "gallery": {name: [rows[cell["id"]] for cell in cells] for name, cells in _gallery(results).items()},
         "folded": _OTHERS,

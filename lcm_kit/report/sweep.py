@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lcm_kit import __version__
+from lcm_kit.config.resolution import read, shown, width_height
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import results as results_of
 from lcm_kit.evaluation.result_shapes import Recommended, Results
@@ -74,8 +75,16 @@ def context(folder: Path) -> dict[str, Any]:
         "comparisons": _comparisons(results, cells, metrics),
         "facts": _facts(results),
         "uris": uris,
+        "frame": _frame(results),
         "version": __version__,
     }
+
+
+def _frame(results: Results) -> tuple[str, str]:
+    """The width and height of a picture's place on the page, the longer side 100."""
+    sides = width_height(read(results["resolution"]))
+    across, down = (f"{100 * side / max(sides):g}" for side in sides)
+    return across, down
 
 
 def _results(folder: Path) -> Results:
@@ -151,10 +160,12 @@ def _command(results: Results) -> str | None:
     file = next((each["file"] for each in results["adapters"] if each["name"] == chosen["adapter"]), None)
     if chosen["cell"] is None or file is None:
         return None
+    across, down = map(str, width_height(read(results["resolution"])))
+    asked = ["--width", across, "--height", down] if results["settings"].get("resolution") else []
     words = [
         "lcm-kit", "sample", "--base", results["base"]["path"], "--adapter", file, "--steps",
         str(chosen["steps"]), "--guidance", f"{chosen['guidance_scale']:g}", "--weight",
-        f"{chosen['lora_weight']:g}", "--sampler", str(chosen["sampler"]), "--prompt",
+        f"{chosen['lora_weight']:g}", "--sampler", str(chosen["sampler"]), *asked, "--prompt",
         results_of.prompt_of(results, next(iter(results_of.prompts(results)["shown"]), 0)),
     ]  # fmt: skip
     return shlex.join(words)
@@ -291,9 +302,9 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("teacher", f"{title_of(teacher['sampler'])}, {teacher['steps']} steps, "
                     f"guidance_scale {teacher['guidance_scale']:g}"),
         ("samples", f"{results_of.count(results)} a cell: {len(asked['texts'])} prompts, "
-                    f"{asked['images_per_prompt']} of each, {results['resolution']} pixels"),
+                    f"{asked['images_per_prompt']} of each, {shown(read(results['resolution']))} pixels"),
         ("seed", f"{settings['seed']}; sample i has the same initial noise in every cell"),
-        ("features", str(settings.get("features"))),
+        ("features", "; ".join(filter(None, (str(settings.get("features")), results.get("seen"))))),
         *((name, path) for name, path in folders.items() if path),
         ("intervals", f"{settings['confidence']:.0%}, bootstrap over prompts, the same in every cell"),
     ]  # fmt: skip

@@ -94,10 +94,10 @@ def test_sizes_that_the_base_cannot_draw_are_refused(
 ) -> None:
     coarse = replace(inspect_base(distill_keys["base"]["path"]), factor=16)
     config = drawing(distill_keys, tmp_path, prompts, resolutions=[64, [96, 40]])
-    with pytest.raises(UserError, match=r"data\.samples\.resolutions 40 is not a multiple of 16"):
+    with pytest.raises(UserError, match=r"data\.samples\.resolutions 96 × 40: 40 is not a multiple of 16"):
         samples.settings(config, coarse)
     monkeypatch.setattr("lcm_kit.data.encoder.inspect_base", lambda *_, **__: coarse)
-    with pytest.raises(UserError, match=r"validation\.resolution 24 is not a multiple of 16"):
+    with pytest.raises(UserError, match=r"validation\.resolution 64 × 24: 24 is not a multiple of 16"):
         usable_base(configure(distill_keys, tmp_path, validation={"resolution": [64, 24]}))
 
 

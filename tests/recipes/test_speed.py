@@ -56,6 +56,15 @@ def test_the_batch_has_as_many_channels_as_the_unet_takes(
     assert models.cached(tiny())[0].shape == (2, channels or 4, 16, 16)
 
 
+def test_a_batch_of_another_shape_is_timed_too() -> None:
+    wide = tiny(resolution=(96, 64))
+    assert wide.resolution == (96, 64)
+    latents = models.cached(wide)[0]
+    square = models.cached(tiny(resolution=64))[0]
+    assert latents.shape == (2, 4, square.shape[2], square.shape[3] * 3 // 2)
+    assert models.sizes(wide).tolist() == [[64, 96, 0, 0, 64, 96]] * 2  # height first, as SDXL is told
+
+
 def test_both_sides_have_the_same_loss_and_gradient(
     speed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from torch.nn.functional import cosine_similarity
 
 from lcm_kit.bases.tokens import straightened
 from lcm_kit.errors import UserError, first_line
-from lcm_kit.evaluation.metrics.preprocessing import preparation
+from lcm_kit.evaluation.metrics.preprocessing import preparation, pressed, seen
 
 PROBE = "asset:probe"
 _TEXT = ("clip", "siglip", "siglip2")
 _TYPES = (*_TEXT, "dinov2", "dinov2_with_registers")
+_INCEPTION = 299  # pixels of a side that its pictures are brought to
 _INSTEAD = f"use the folder or hub id of a CLIP, SigLIP or DINOv2 model, or {PROBE}"
+
+
+def whole(height: int, width: int) -> None:
+    """What an extractor sees that takes pictures as they are."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Extractor:
     name: str
     images: Callable[[Tensor], Tensor]  # pixels [N, 3, H, W] in [-1, 1] -> [N, F]
     read: Callable[[Sequence[str]], Tensor] | None = None
+    # what it sees of pictures of a height and a width, in words; None where that is all of them, as they are
+    sees: Callable[[int, int], str | None] = whole
 
     def texts(self, prompts: Sequence[str]) -> Tensor | None:
         """[N, F]; None if the model reads no text."""
@@ -61,7 +69,7 @@ def extractor(name: str, device: str = "cpu", revision: str | None = None) -> Ex
     if name == PROBE:
         return Extractor(name, _probe(device))
     if name == "inception":
-        return Extractor(name, _inception(device))
+        return Extractor(name, _inception(device), sees=partial(pressed, (_INCEPTION, _INCEPTION)))
     if not folder.is_dir() and (name.startswith(("asset:", "/", ".", "~")) or name.count("/") > 1):
         raise UserError(f"features {name!r}: there is no such folder; check the path, or {_INSTEAD}")
     return _transformers(name, str(folder) if folder.is_dir() else name, device, revision)
@@ -113,7 +121,7 @@ def _transformers(name: str, place: str, device: str, revision: str | None) -> E
             _pooled(model.get_text_features(**{key: tokens[key].to(device) for key in names})).float().cpu()
         )
 
-    return Extractor(name, images, texts if kind in _TEXT else None)
+    return Extractor(name, images, texts if kind in _TEXT else None, partial(seen, kind, config))
 
 
 def _load(name: str, place: str, revision: str | None) -> tuple[str, Any, dict[str, Any], Any]:

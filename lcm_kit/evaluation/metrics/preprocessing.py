@@ -30,19 +30,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+_ALWAYS: dict[str, Any] = {
+    "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+_ALL = 0.95  # of a picture, or of its ratio of the sides: as good as all of it
+
+
 def preparation(kind: str, config: Mapping[str, Any]) -> Callable[[Tensor], dict[str, Tensor]]:
     """What a model of type `kind` is given: pixels [N, 3, H, W] in [-1, 1] -> its inputs by name.
 
     Resize, centre crop, scale, mean and standard deviation, as `config` (preprocessor_config.json) asks; for
     siglip2 also the cut into patches. Raises `ValueError` for a filter that torch does not have.
     """
-    c: dict[str, Any] = {
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    }
-    c |= {**_DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
+    c = _whole(kind, config)
     if c["do_resize"] and c["resample"] not in _FILTERS:
         raise ValueError(f"resample {c['resample']} of preprocessor_config.json is unknown; 2 and 3 are")
 
@@ -62,6 +62,34 @@ def preparation(kind: str, config: Mapping[str, Any]) -> Callable[[Tensor], dict
         return {"pixel_values": x}
 
     return prepare
+
+
+def _whole(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with what transformers takes for the keys that it does not have."""
+    given = {key: value for key, value in config.items() if value is not None}
+    return {**_ALWAYS, **_DEFAULTS[kind], **given}
+
+
+def seen(kind: str, config: Mapping[str, Any], height: int, width: int) -> str | None:
+    """In words what a model sees of pictures of `height` x `width`: a part, or all of it out of shape.
+
+    None where that is all of them in their shape, to within 5%, or of siglip2 to whole patches.
+    """
+    if kind == "siglip2":
+        return None
+    c = _whole(kind, config)
+    sides = target(kind, c, height, width) if c["do_resize"] else (height, width)
+    kept = _sides(c["crop_size"]) if c.get("do_center_crop") else sides
+    down, across = (min(1.0, part / side) for part, side in zip(kept, sides, strict=True))
+    if down * across < _ALL:
+        return f"the middle {round(width * across)} × {round(height * down)}"
+    return pressed(sides, height, width)
+
+
+def pressed(sides: tuple[int, int], height: int, width: int) -> str | None:
+    """In words that pictures of `height` x `width` are resized to `sides`, where that changes their shape."""
+    by = sides[1] * height / (sides[0] * width)
+    return None if _ALL <= by <= 1 / _ALL else f"them pressed to {sides[1]} × {sides[0]}"
 
 
 def target(kind: str, config: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
