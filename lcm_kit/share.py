@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def _nobody_to_wait_for() -> None:
+    pass
+
+
+def _nobody_to_share_with(folder: Path) -> None:
     pass
 
 
@@ -20,6 +25,7 @@ class Share:
     rank: int = 0
     world: int = 1
     wait: Callable[[], None] = _nobody_to_wait_for  # until every process is here
+    require_shared: Callable[[Path], None] = _nobody_to_share_with  # a folder that all processes see
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
         """The items of this process: every `world`-th, from `rank` on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared with the CPU's float32
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
 from tests.bases import build_sd, build_sdxl
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums depend on their number in the last bits, and other processes have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

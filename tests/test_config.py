@@ -20,7 +20,7 @@ from lcm_kit.config.methods import Custom
 from lcm_kit.core.methods import METHODS
 from lcm_kit.errors import UserError
 
-CONFIGS = [name for name in shipped.names() if name.startswith("configs/")]
+CONFIGS = shipped.configs()
 MINIMAL = "recipe: train/distill\noutput: runs/x\n"
 
 

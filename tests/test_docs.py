@@ -110,9 +110,7 @@ def test_every_config_key_is_on_its_page() -> None:
         zip(re.findall(r"^## (.+)$", page, re.M), re.split(r"^## .+$", page, flags=re.M)[1:], strict=True)
     )
     assert sections.keys() == RECIPES.keys()
-    for name in shipped.names():
-        if not name.startswith("configs/"):
-            continue
+    for name in shipped.configs():
         config = yaml.safe_load(dump(load(shipped.config_path(name))))
         written = set(re.findall(r"^- \*\*`([^`]+)`\*\*", sections[config["recipe"]], re.M))
         assert len(written) > 8 and set(dotted(config)) <= written, name

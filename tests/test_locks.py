@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,22 @@ def test_the_ranks_of_one_run_share_the_first_ones(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(UserError, match=rf"process {os.getpid()} is at work"):
             held(tmp_path, "train").__enter__()
+
+
+def test_what_a_launcher_starts_again_waits_for_its_predecessor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be at its last step still, or hold the lock of a machine that has just vanished."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    with another(tmp_path) as first:
+        threading.Timer(0.5, first.kill).start()
+        with held(tmp_path, "train"):
+            assert first.wait() == -signal.SIGKILL
+    said = capsys.readouterr().err
+    assert f"process {first.pid} is at work there (train); waiting up to 120 s for it to end" in said
+    monkeypatch.setattr(locks, "_PREDECESSOR", 0.0)
+    with another(tmp_path) as first, pytest.raises(UserError, match=rf"process {first.pid} is at work there"):
+        held(tmp_path, "train").__enter__()
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])

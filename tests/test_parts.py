@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lcm_kit.bases import inspect_base
+from lcm_kit.config.load import dump
 from lcm_kit.data import parts, sources, stream_images
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
@@ -22,6 +23,7 @@ from lcm_kit.data.parted import AllBut, PartedCache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.share import Share
+from tests.agents import agents
 from tests.recipes.small import TEMPLATE, configure, contents, interrupted
 from train import distill
 
@@ -120,6 +122,43 @@ def test_one_process_two_and_a_resumed_run_write_the_same_bytes(
     assert again.encoded == (SHARDS - 1) * EACH and again.rows == SHARDS * EACH
     whole = files(tmp_path / "one")
     assert len(whole) > 3 * SHARDS and files(tmp_path / "two") == whole == files(tmp_path / "resumed")
+
+
+ENCODE = """
+import os, sys
+from pathlib import Path
+import torch
+from lcm_kit.config.load import load
+from lcm_kit.data import parts, sources
+from lcm_kit.training import processes
+
+share = processes.share()
+assert torch.distributed.get_world_size() == share.world == 2 and os.environ["GROUP_WORLD_SIZE"] == "2"
+make, made = parts.PartMaker.make, []
+def look(self, shard):
+    made.append(shard.name)
+    return make(self, shard)
+parts.PartMaker.make = look
+sources.encode(load(Path(sys.argv[1])), progress=False, share=share)
+Path(sys.argv[2], f"made-{share.rank}").write_text(" ".join(made))
+"""
+
+
+def test_two_machines_encode_the_bytes_of_one(config: Any, tmp_path: Path, one_thread: None) -> None:
+    there = tmp_path / "two"
+    two = config(data={"cache": str(there)})
+    (tmp_path / "encode.py").write_text(ENCODE)
+    (tmp_path / "encode.yaml").write_text(dump(two))
+    program = [tmp_path / "encode.py", tmp_path / "encode.yaml", tmp_path]
+    with agents(tmp_path, ["--nnodes=2"], program) as both:
+        started = [both.start(head) for head in (True, False)]
+        both.until(lambda: all(agent.poll() is not None for agent in started))
+        assert [agent.returncode for agent in started] == [0, 0], both.said()[-6000:]
+    made = [(tmp_path / f"made-{rank}").read_text().split() for rank in (0, 1)]
+    assert made == [["set-000.tar", "set-002.tar"], ["set-001.tar"]] and len(sum(made, [])) == SHARDS
+    sources.encode(config(data={"cache": str(tmp_path / "one")}), progress=False)
+    assert files(there) == files(tmp_path / "one") and (there / "parts.json").is_file()
+    assert opened(two).ids == opened(config(data={"cache": str(tmp_path / "one")})).ids
 
 
 def test_a_second_run_does_nothing_and_a_changed_shard_is_made_anew(

@@ -3,7 +3,7 @@
 In a wheel `train/`, `evaluation/` and `configs/` travel as `lcm_kit/_shipped/`; in a checkout they stand
 beside the package. Names are their paths, with or without ending: `train/distill`,
 `configs/distill/tiny_lcm.yaml`; a config's may leave out `configs/` as well: `distill/tiny_lcm`,
-`quickstart`.
+`quickstart`. What lies in `configs/launch/` is no config of the kit's but a job for a cluster, to be copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write
 
 _PACKAGE = Path(__file__).resolve().parents[1]  # lcm_kit
-_FOLDERS = {"train": ".py", "evaluation": ".py", "configs": ".yaml"}
+_FOLDERS = {"train": (".py",), "evaluation": (".py",), "configs": (".yaml", ".sh")}
+_LAUNCH = "configs/launch/"
 
 
 def root() -> Path:
@@ -32,9 +33,17 @@ def root() -> Path:
 def names() -> list[str]:
     """Every shipped file by its path under `root()`: recipes first, then configs, each in order."""
     found = (
-        path for folder, ending in _FOLDERS.items() for path in sorted((root() / folder).rglob(f"*{ending}"))
+        path
+        for folder, endings in _FOLDERS.items()
+        for path in sorted((root() / folder).rglob("*"))
+        if path.suffix in endings
     )
     return [path.relative_to(root()).as_posix() for path in found if not path.name.startswith("_")]
+
+
+def configs() -> list[str]:
+    """Those of `names` that are configs of recipes."""
+    return [name for name in names() if name.startswith("configs/") and not name.startswith(_LAUNCH)]
 
 
 def find(name: str) -> Path:
@@ -51,11 +60,10 @@ def config_path(text: str) -> Path:
     path = assets.place(text)
     if path.is_file():
         return path
-    configs = [known for known in names() if known.startswith("configs/")]
-    for known in configs:
+    for known in configs():
         if text in _spellings(known):
             return root() / known
-    guess = _guess(text, configs)
+    guess = _guess(text, configs())
     raise UserError(f"config {text!r}: there is no such file and no shipped config of that name; {guess}")
 
 
@@ -73,11 +81,12 @@ def copy(name: str, target: Path) -> Path:
 
 
 def describe(name: str) -> str:
-    """What a shipped file is for: a recipe's first docstring line, or a config's first comment."""
+    """What a shipped file is for: a recipe's first docstring line, or another's first comment."""
     text = (root() / name).read_text(encoding="utf-8")
     if name.endswith(".py"):
         return text.removeprefix('"""').partition("\n")[0] if text.startswith('"""') else ""
-    return next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+    lines = text.splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#") and line[:2] != "#!"), "")
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -42,6 +42,8 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
     if beside:
         prior.require_prompts(beside)
     with lock_of(data):
+        if not is_url(data.cache):
+            share.require_shared(Path(data.cache))
         if data.source == "mix":
             samples.require_inputs(_distill(config))
         if data.has_images and is_stream(data):

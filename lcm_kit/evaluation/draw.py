@@ -193,6 +193,7 @@ def draw_all(
     JSON. Shows progress and the time left on the first process.
     """
     drawn: dict[C, Rows] = {}
+    share.require_shared(folder.parent)
     if samples.how.decoder is not None:  # apart, so that a preview takes none of the VAE's cells away
         folder = folder / f"decoder-{samples.how.decoder.sha256[:12]}"
     batches = Batches.of_pictures(samples.batch_size, *samples.size, sample.placement()["device"])

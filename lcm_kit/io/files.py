@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -262,6 +263,25 @@ def require_writable(folder: Path) -> None:
             trial.flush()
             os.fsync(trial.fileno())  # where space is only taken then
         _remove_empty(made)
+
+
+@contextlib.contextmanager
+def signed(folder: Path) -> Iterator[str | None]:
+    """Yield the name of a file in `folder` that nobody wrote before, there while the block runs, and hidden.
+
+    None where nothing can be written, which is not refused here: nothing may be to be written.
+    """
+    file = _temporary(folder / f"signed-{secrets.token_hex(8)}")
+    try:
+        file.touch()
+    except OSError:
+        yield None
+        return
+    try:
+        yield file.name
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 @contextlib.contextmanager

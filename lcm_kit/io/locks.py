@@ -25,6 +25,9 @@ from lcm_kit.io.files import ASIDE, LEFTOVER, give_back, machine, reason_of, unw
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _A_DAY = 86_400  # seconds
+# Seconds that a process waits for the one before it where a launcher starts processes again: what is left of
+# a killed node finishes its step and saves, and a file server frees a vanished machine's locks (NFS 4: 90 s)
+_PREDECESSOR = 120.0
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,10 +37,11 @@ T = TypeVar("T")
 def held(folder: Path, work: str, *, needed: bool = True) -> Iterator[None]:
     """Do `work` (a word or two, as "train") in `folder`, made if it is not there, while nobody else does.
 
-    Of the processes of one distributed run the first holds the lock for all. Raises `UserError` naming the
-    folder and the process if another holds it, and if the folder cannot be written; where work may turn out
-    to be done already (not `needed`) it goes on without a lock there. What killed processes left half-written
-    in the folder is removed.
+    Of the processes of one distributed run the first holds the lock for all, and waits for it a while: it may
+    have been started anew while its predecessor dies. Raises `UserError` naming the folder and the process if
+    another holds it, and if the folder cannot be written; where work may turn out to be done already (not
+    `needed`) it goes on without a lock there. What killed processes left half-written in the folder is
+    removed.
     """
     if os.environ.get("RANK", "0") != "0":  # as torchrun and accelerate number them
         yield
@@ -111,7 +115,14 @@ def _is_dead(leftover: Path, place: str, process: int) -> bool:
 
 def _acquire(lock: FileLock, file: Path, holder: str, work: str) -> None:
     try:
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's, and accelerate's of several processes
+                raise
+            told = f"waiting up to {_PREDECESSOR:.0f} s for it to end"
+            console.say(f"{file.parent}: {holder} is at work there ({work}); {told}", err=True)
+            lock.acquire(timeout=_PREDECESSOR, poll_interval=0.2)
     except Timeout as error:
         raise UserError(
             f"{file.parent}: {holder} is at work there ({work}); wait until it is done, stop it, or give "

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
+import time
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lcm_kit import console
+from lcm_kit.errors import UserError
+from lcm_kit.io.files import signed
 from lcm_kit.share import Share
+from lcm_kit.training import peers
 
 # How long processes wait for each other. One of them draws and encodes alone while the others wait, and
 # torch's 10 minutes (NCCL) end a run there whose pictures take longer
 PATIENCE = timedelta(hours=12)
+_LATE = 10.0  # seconds after which a file that another machine wrote is there, if the folder is shared
 
 
 def state() -> Any:
@@ -20,7 +28,10 @@ def state() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    here = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    if here.num_processes > 1:
+        peers.listen()
+    return here
 
 
 def share() -> Share:
@@ -28,7 +39,45 @@ def share() -> Share:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Share()
     here = state()
-    return Share(here.process_index, here.num_processes, here.wait_for_everyone)
+    return Share(here.process_index, here.num_processes, here.wait_for_everyone, require_shared)
+
+
+def require_shared(folder: Path) -> None:
+    """Raise `UserError`, on all processes, unless each sees in `folder` what the first one writes there.
+
+    All must call it at the same place. A machine with a folder of its own by that name would write its part
+    where nobody finds it, or train from another state than the others. Nothing stays in the folder; where
+    the first process can write nothing there, nobody is asked.
+    """
+    import torch
+
+    here = state()
+    if here.num_processes == 1:
+        return
+    everyone: list[Any] = [None] * here.num_processes
+    with signed(folder) if here.is_main_process else contextlib.nullcontext() as name:
+        names = [name]
+        torch.distributed.broadcast_object_list(names)
+        seen = names[0] is None or _appears(folder / names[0])
+        torch.distributed.all_gather_object(everyone, (seen, platform.node()))
+    blind = [(rank, node) for rank, (sees, node) in enumerate(everyone) if not sees]
+    if blind:
+        rank, node = blind[0]
+        raise UserError(
+            f"{folder} is not one folder for all: process {rank} on {node} does not see what process 0 on "
+            f"{everyone[0][1]} writes there; give a folder that all machines share, by the same path, or for "
+            "the data.cache of a stream an address, as s3://bucket/cache"
+        )
+
+
+def _appears(file: Path) -> bool:
+    """Whether `file` is there, now or soon: file systems of several machines may take a moment."""
+    until = time.monotonic() + _LATE
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def largest(value: int) -> int:

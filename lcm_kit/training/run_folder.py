@@ -16,7 +16,7 @@ from lcm_kit.config.load import dump, load, read
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write, require_writable
 from lcm_kit.training import run_files
-from lcm_kit.training.processes import say
+from lcm_kit.training.processes import require_shared, say
 
 
 def claim(config: schema.Training, accelerator: Accelerator) -> bool:
@@ -25,9 +25,10 @@ def claim(config: schema.Training, accelerator: Accelerator) -> bool:
     Nothing is written there yet. Raises `UserError`, naming the key and both values, if the folder holds a
     run that another config started: only what leaves the result as it is may change, how long it runs, what
     it logs, draws and saves, and what helps a run that diverged, which is said. Raises it too if a finished
-    run is to go on without its state, and if nothing can be written.
+    run is to go on without its state, if nothing can be written, and if a process has another folder there.
     """
     run = Path(config.output)
+    require_shared(run)
     done, states = adapter_steps(run), run_files.folders(run)
     if done or states:
         for change in _changes(run / "config.yaml", config, states):

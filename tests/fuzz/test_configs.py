@@ -14,9 +14,7 @@ from lcm_kit.config.load import RECIPES, dump, load
 from lcm_kit.errors import UserError
 from tests.fuzz.doors import answer, anything, fuzz, mutations, numbers, text
 
-SHIPPED = [
-    shipped.find(name).read_text(encoding="utf-8") for name in shipped.names() if name.startswith("configs/")
-]
+SHIPPED = [shipped.find(name).read_text(encoding="utf-8") for name in shipped.configs()]
 SMALL = "recipe: train/distill\noutput: runs/x\n"
 # YAML that has a meaning of its own, which random text seldom has
 SPELLED = st.sampled_from(

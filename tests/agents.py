@@ -1,0 +1,82 @@
+"""Two of torchrun's agents on this machine: what two machines run, each with its one process."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.recipes.small import environment
+
+# How soon an agent that is gone is missed, in seconds; torchrun's own are 5 times 3, and 30
+HASTE = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+
+
+class Agents:
+    """Agents that meet at one port; the first holds what they meet by, as the head of a cluster does."""
+
+    def __init__(self, folder: Path, options: Sequence[str], program: Sequence[object]) -> None:
+        self.folder, self.options, self.program = folder, options, [*map(str, program)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, head: bool, **variables: str) -> subprocess.Popen[bytes]:
+        """Start another agent; its output lies in `folder`. The head has the larger address: rank 1."""
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=1",
+            "--monitor-interval=0.2",
+        ]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", "--rdzv-id=test"]
+        command += [f"--rdzv-conf={HASTE},is_host={int(head)}", f"--local-addr=127.0.0.{2 if head else 1}"]
+        with (self.folder / f"agent-{len(self.started)}.log").open("wb") as log:
+            agent = subprocess.Popen(
+                [*command, *self.options, *self.program],
+                env={**environment(1), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **variables},
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        self.started.append(agent)
+        return agent
+
+    def said(self) -> str:
+        """What all of them and their processes have printed."""
+        logs = sorted(self.folder.glob("agent-*.log"))
+        return "\n".join(f"-- {log.name}\n{log.read_text(errors='replace')}" for log in logs)
+
+    def until(self, there: Callable[[], bool], seconds: float = 200) -> None:
+        """Wait for what they bring about; fail with what they said where all end before."""
+        end = time.monotonic() + seconds
+        while not there():
+            ended = all(agent.poll() is not None for agent in self.started)
+            assert not ended and time.monotonic() < end, self.said()[-6000:]
+            time.sleep(0.05)
+
+
+@contextmanager
+def agents(folder: Path, options: Sequence[str], program: Sequence[object]) -> Iterator[Agents]:
+    """`Agents` whose logs lie in `folder`; none of them, nor any process of theirs, outlives the block."""
+    made = Agents(folder, options, program)
+    try:
+        yield made
+    finally:
+        for agent in made.started:
+            kill(agent)
+
+
+def kill(agent: subprocess.Popen[bytes]) -> None:
+    """End an agent and its processes at once, as when a machine loses its power."""
+    if agent.poll() is None:
+        there = psutil.Process(agent.pid)
+        for process in [there, *there.children(recursive=True)]:
+            process.kill()
+    agent.wait()

@@ -1,0 +1,120 @@
+"""Several machines under torchrun, as two agents on this one: folders that are not shared, a machine lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcm_kit.config.load import dump
+from tests.agents import agents, kill
+from tests.recipes.small import configure, contents
+from train import distill
+
+TRAIN = """
+import os, sys, time
+from pathlib import Path
+import torch
+from lcm_kit.config.load import load
+from train import distill
+
+folder, draws = Path(sys.argv[2]), distill.step_randomness
+def look(*arguments):
+    step, rank = arguments[-1], torch.distributed.get_rank()
+    assert torch.distributed.get_world_size() == 2
+    with (folder / f"steps-{rank}").open("a") as file:
+        file.write(f"{step} ")
+    if step == 5 and not (folder / "go").exists():
+        (folder / f"waits-{rank}").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.02)
+    return draws(*arguments)
+distill.step_randomness = look
+distill.main(load(Path(sys.argv[1])))
+"""
+STEPS = {"steps": 7, "checkpoint": {"every": 2, "keep": 9}, "ema": 0.5}
+
+
+def steps(folder: Path) -> list[list[int]]:
+    """The steps that each rank began, those of its predecessors first."""
+    return [[int(step) for step in (folder / f"steps-{rank}").read_text().split()] for rank in (0, 1)]
+
+
+@pytest.fixture
+def training(distill_keys: dict[str, Any], tmp_path: Path, one_thread: None) -> list[object]:
+    """A program that trains in `tmp_path/run`; step 5 waits until there is `tmp_path/go`."""
+    (tmp_path / "rank.py").write_text(TRAIN)
+    (tmp_path / "train.yaml").write_text(
+        dump(configure(distill_keys, tmp_path / "run", **STEPS, batch_size=1))
+    )
+    return [tmp_path / "rank.py", tmp_path / "train.yaml", tmp_path]
+
+
+def alone(keys: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of one process that nothing interrupts, which takes the two samples of a step in turn."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return distill.main(configure(keys, folder, **STEPS, batch_size=1, accumulation=2))
+
+
+def test_a_machine_that_is_lost_comes_back_and_no_bit_of_the_run_is_lost(
+    distill_keys: dict[str, Any], training: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one with the first process, which holds the run's lock and writes its states."""
+    with agents(tmp_path, ["--nnodes=2", "--max-restarts=3"], training) as both:
+        head, lost = both.start(True), both.start(False)
+        both.until(lambda: all((tmp_path / f"waits-{rank}").exists() for rank in (0, 1)))
+        kill(lost)
+        (tmp_path / "go").touch()
+        back = both.start(False)
+        both.until(lambda: head.poll() is not None and back.poll() is not None)
+        assert (head.returncode, back.returncode) == (0, 0), both.said()[-6000:]
+    assert steps(tmp_path) == [[0, 1, 2, 3, 4, 5, 4, 5, 6]] * 2
+    straight = alone(distill_keys, tmp_path / "straight", monkeypatch)
+    ours, wanted = (
+        {name: content for name, content in contents(run).items() if not name.endswith("manifest.json")}
+        for run in (tmp_path / "run", straight)
+    )  # a manifest has the config, which says batch_size and accumulation
+    assert len(wanted) == 4 * 3 + 2 and ours == wanted
+
+
+# -- One folder for all --------------------------------------------------------------------------------------
+
+APART = """
+import os, sys
+from pathlib import Path
+from lcm_kit.config.load import load
+from lcm_kit.data import sources
+from lcm_kit.errors import UserError
+from lcm_kit.training import processes
+from train import distill
+
+processes._LATE = 1.0
+share = processes.share()
+config = load(Path(sys.argv[1]), ["data.cache=cache", "output=run"])
+os.chdir(Path(sys.argv[2], f"node-{share.rank}"))  # what a machine without the shared folder works in
+for work in (lambda: sources.encode(config, progress=False, share=share), lambda: distill.main(config)):
+    try:
+        work()
+    except UserError as error:
+        print("refused:", error)
+"""
+
+
+def test_a_machine_with_a_folder_of_its_own_is_named_before_anything_is_made(
+    distill_keys: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "apart.py").write_text(APART)
+    (tmp_path / "my.yaml").write_text(dump(configure(distill_keys, tmp_path / "run")))
+    nodes = [tmp_path / f"node-{rank}" for rank in (0, 1)]
+    for node in nodes:
+        node.mkdir()
+    program = [tmp_path / "apart.py", tmp_path / "my.yaml", tmp_path]
+    with agents(tmp_path, ["--nnodes=2"], program) as both:
+        started = [both.start(head) for head in (True, False)]
+        both.until(lambda: all(agent.poll() is not None for agent in started))
+        said = both.said()
+        assert [agent.returncode for agent in started] == [0, 0], said[-6000:]
+    for folder in ("cache", "run"):
+        assert said.count(f"refused: {folder} is not one folder for all: process 1 on ") == 2
+    assert [list(node.iterdir()) for node in nodes] == [[], []]
