@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcm_kit.api.calls import call
 from lcm_kit.errors import UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lcm_kit.config.load import Config
     from lcm_kit.config.schema import Training
     from lcm_kit.data.progress import EncodeReport
+    from lcm_kit.data.ray_engine import RayEngine
 
 Place = str | os.PathLike[str]  # a path, or a name such as `asset:brand` or `hub:OWNER/NAME`
 
@@ -44,7 +46,16 @@ def load_config(
 
 
 def encode(
-    config: Place, /, overrides: Sequence[str] = (), *, verbose: bool = False, **keys: Any
+    config: Place,
+    /,
+    overrides: Sequence[str] = (),
+    *,
+    verbose: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    gpus: float | None = None,
+    **keys: Any,
 ) -> list[EncodeReport]:
     """Turn pictures and captions, or prompts, into cached latents and text embeddings.
 
@@ -52,10 +63,16 @@ def encode(
     what was `skipped` and why. What is cached already is left as it is. Raises `UserError` for pictures that
     cannot be used, a base that cannot be trained, and a config without data.
 
+    `engine` ray: the shards of a stream are encoded on a Ray cluster, at `address` (that of `RAY_ADDRESS`, or
+    of this machine, or one started for it), by so many `workers` (all that fit) of so many `gpus` each (1,
+    where the cluster has any; 0.5: two share one). Raises `UserError` for what cannot be done there.
+
         (done,) = lcm_kit.encode("distill/tiny_lcm")
         print(done.folder, done.rows)
     """
-    return _encode(_training(config, load_config(config, overrides, **keys)), verbose)
+    loaded = _training(config, load_config(config, overrides, **keys))
+    with _engine(engine, {"address": address, "workers": workers, "gpus": gpus}) as elsewhere:
+        return _encode(loaded, verbose, elsewhere)
 
 
 def train(config: Place, /, overrides: Sequence[str] = (), *, verbose: bool = False, **keys: Any) -> Path:
@@ -197,13 +214,27 @@ def _training(config: Place, loaded: Config) -> Training:
     return loaded
 
 
-def _encode(config: Training, verbose: bool) -> list[EncodeReport]:
+def _engine(name: str, given: Mapping[str, Any]) -> AbstractContextManager[RayEngine | None]:
+    """What encodes in this process's place; None: nothing does."""
+    if name == "ray":
+        from lcm_kit.data.ray_engine import RayEngine
+
+        return RayEngine(**given)
+    if name != "local":
+        raise UserError(f"engine {name!r} is unknown; give local or ray")
+    for key, value in given.items():
+        if value is not None:
+            raise UserError(f"{key} {value!r} is for engine ray; give that too, or leave it out")
+    return nullcontext()
+
+
+def _encode(config: Training, verbose: bool, elsewhere: RayEngine | None = None) -> list[EncodeReport]:
     """Every cache that `config` asks for; several processes share the work."""
     with call(verbose):
         from lcm_kit.data import sources
         from lcm_kit.training import processes
 
-        return sources.encode(config, share=processes.share())
+        return sources.encode(config, share=processes.share(), elsewhere=elsewhere)
 
 
 def _run(stage: str, config: Place, loaded: Config, verbose: bool) -> Path:

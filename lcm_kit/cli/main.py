@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -147,12 +147,41 @@ def check(
 
 @verbs.command(rich_help_panel="The stages")
 def encode(
-    config: ConfigArgument, overrides: Overrides = None, require_license: RequireLicense = None
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    require_license: RequireLicense = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where: in this process, or the shards of a stream on a Ray cluster."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto|local",
+            help="Of the Ray cluster.",
+            show_default="RAY_ADDRESS, else one that runs here, else one started for this",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(callback=within("--workers", 1, 100_000), help="On Ray.", show_default="all that fit"),
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(
+            callback=within("--gpus", 0, 64),
+            help="Of each worker on Ray; 0.5: two share one.",
+            show_default="1 where the cluster has any",
+        ),
+    ] = None,
 ) -> None:
     """Turn images and captions, or prompts, into cached latents and text embeddings."""
     from lcm_kit.api import stages
 
-    stages.encode(config, overrides or [], verbose=True, **_licensed(require_license))
+    stages.encode(
+        config, overrides or [], verbose=True, engine=engine, address=address, workers=workers, gpus=gpus,
+        **_licensed(require_license),
+    )  # fmt: skip
 
 
 @verbs.command(rich_help_panel="The stages")

@@ -52,6 +52,14 @@ def of_recipe(recipe: str, overrides: Sequence[str], *, imports: bool = False) -
     return _checked(Path(recipe), {"recipe": recipe}, overrides, imports)
 
 
+def parse(text: str) -> Config:
+    """The config that `dump` wrote, on another machine perhaps; nothing that it names is run.
+
+    Raises `UserError` for what this version of the kit has no keys for.
+    """
+    return _checked(Path("config.yaml"), yaml_text.parse(text), (), imports=False)
+
+
 def _checked(path: Path, raw: dict[str, Any], overrides: Sequence[str], imports: bool) -> Config:
     # The file's names first: an override by an old name is of the same key, and so the other way round
     problems = rename(_recipe(raw), raw, path)

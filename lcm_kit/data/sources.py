@@ -32,12 +32,23 @@ from lcm_kit.io.urls import is_url
 from lcm_kit.share import ALONE, Share
 
 
-def encode(config: Training, progress: bool = True, share: Share = ALONE) -> list[EncodeReport]:
+def encode(
+    config: Training,
+    progress: bool = True,
+    share: Share = ALONE,
+    elsewhere: stream_images.Elsewhere | None = None,
+) -> list[EncodeReport]:
     """Bring every cache that `data.source` and `prior` ask for up to date.
 
-    Raises `UserError` as each of them does; for what the later ones lack before the first, which takes hours.
+    `elsewhere`: makes the parts of a stream, the only thing that another engine has workers for. Raises
+    `UserError` as each of them does; for what the later ones lack before the first, which takes hours.
     """
     data, done = config.data, []
+    if elsewhere is not None and not (data.has_images and is_stream(data)):
+        raise UserError(
+            f"data.path {data.path!r} with data.source {data.source} has no shards for the workers of "
+            "another engine; give a stream (docs/scale.md), or leave --engine out"
+        )
     beside = config if isinstance(config, Finetune) and config.prior.prompts is not None else None
     if beside:
         prior.require_prompts(beside)
@@ -47,7 +58,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> lis
         if data.source == "mix":
             samples.require_inputs(_distill(config))
         if data.has_images and is_stream(data):
-            done.append(stream_images.encode(config, progress, share))
+            done.append(stream_images.encode(config, progress, share, elsewhere))
         elif data.has_images:
             done.append(images.encode(config, progress, share))
         if data.has_samples:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -27,8 +28,21 @@ from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.remote import Folder
 from lcm_kit.share import ALONE, Share
 
-MakeParts = Callable[[Sequence[SourceShard]], object]
-"""Makes the parts of source shards, here or elsewhere."""
+
+class Elsewhere(Protocol):
+    """Another engine, whose workers make the parts, with `part_maker` each."""
+
+    def precision(self, config: Training) -> str:
+        """What the VAE is to compute in, as a worker's device finds it (`try_precision`)."""
+
+    def make(
+        self,
+        config: Training,
+        sources: Sequence[SourceShard],
+        settings: Mapping[str, Any],
+        advance: Callable[[], None],
+    ) -> None:
+        """Make the parts of `sources` by `settings`, and `advance` with each. Raises `UserError`."""
 
 
 def folder_of(data: Data) -> Folder:
@@ -52,28 +66,33 @@ def require_possible(config: Training) -> None:
 
 
 def encode(
-    config: Training, progress: bool = True, share: Share = ALONE, elsewhere: MakeParts | None = None
+    config: Training, progress: bool = True, share: Share = ALONE, elsewhere: Elsewhere | None = None
 ) -> EncodeReport:
     """Bring the cache `config.data.cache` up to date with a stream: make the parts that it lacks.
 
     A part that is there and whole is kept; of several processes each makes its `share`, unless they are made
-    `elsewhere` (by another engine, which calls `make_parts`). Raises `UserError` as `PartMaker.make`, and if
-    the source, the base or the folder cannot be used.
+    `elsewhere`. Raises `UserError` as `PartMaker.make`, and if the source, the base or the folder cannot be
+    used.
     """
     require_possible(config)
     base, data, started = usable_base(config), config.data, time.monotonic()
     folder, sources = folder_of(data), source_shards(data)
-    settings = shards.settings(base, data, _precision(base, data, sources, share))
+    if elsewhere is not None:
+        precision = _known_precision(base, data) or elsewhere.precision(config)
+    else:
+        precision = try_precision(base, data, sources, share)
+    settings = shards.settings(base, data, precision)
     old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
     found = [parts.done(folder, source, settings) for source in sources]
     missing = [source for source, part in zip(sources, found, strict=True) if part is None]
     share.wait()  # every process has seen which are missing
     with progress_bar(progress and share.first, "shards") as bar:
         task = bar.add_task("encoding", total=len(missing if elsewhere else share.of(missing)))
-        if elsewhere is not None and missing:
-            elsewhere(missing)
-        else:
-            make_parts(config, share.of(missing), partial(bar.advance, task, 1))
+        advance = partial(bar.advance, task, 1)
+        if elsewhere is None:
+            make_parts(config, share.of(missing), advance)
+        elif missing:
+            elsewhere.make(config, missing, settings, advance)
     share.wait()
     report = EncodeReport(Path(folder.shown), 0, 0, 0.0)
     if share.first:
@@ -101,36 +120,58 @@ def make_parts(config: Training, sources: Sequence[SourceShard], advance: Callab
     """Make the parts of `sources`, one after the other; the models are loaded once, where there is any."""
     if not sources:
         return
+    maker = part_maker(config, try_precision(usable_base(config), config.data, sources))
+    for source in sources:
+        maker.make(source)
+        advance()
+
+
+def part_maker(config: Training, precision: str) -> PartMaker:
+    """What makes parts of `config`: its models, loaded. The unconditional pass is in the cache then.
+
+    `precision`: the VAE's. Raises `UserError` for a base or a cache that cannot be used.
+    """
     base, data = usable_base(config), config.data
     folder, device = folder_of(data), sample.placement()["device"]
-    precision = _precision(base, data, sources, ALONE)
     encoder = Encoder.load(base, device, precision=precision, chunks=data.chunks)
     settings = shards.settings(base, data, precision)
     empty = shards.empty(settings)
     if folder.made_from(empty.file) != empty.content:
         folder.write(empty.file, own_files.tensor_bytes(tensors_of(encoder.empty()), empty.content))
     side = data.resolution
-    maker = PartMaker(
+    return PartMaker(
         Surveyor.of(base, data), settings, folder, partial(maker_of, encoder, data),
         at_once(data.batch_size, side, side, device),
     )  # fmt: skip
-    for source in sources:
-        maker.make(source)
-        advance()
 
 
-def _precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share: Share) -> str:
-    """The VAE's: what is settled in a folder of this machine; at an address, where machines could differ,
-    what the config says, and float32 where it says auto."""
+def try_precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share: Share = ALONE) -> str:
+    """What the VAE computes in: what is known, else what the first picture proves on this machine's device.
+
+    Raises `UserError` for pictures that cannot be read.
+    """
     if folder_of(data).is_remote:
-        return vae_precision.FULL if data.vae_precision == "auto" else data.vae_precision
+        return _known_precision(base, data) or vae_precision.FULL
 
     def first() -> torch.Tensor:
         records = (each for source in sources for each in source.records() if isinstance(each, Record))
         return next(records).pixels(data.resolution)[None]
 
     device = sample.placement()["device"]
-    return vae_precision.settle(Path(data.cache), base, data, None, device, first, share)
+    return vae_precision.settle(Path(data.cache), base, data, _settings_before(data), device, first, share)
+
+
+def _known_precision(base: BaseInfo, data: Data) -> str | None:
+    """What the config says or the cache was begun in; at an address, where machines could differ, what the
+    config says, and float32 where it says auto."""
+    if folder_of(data).is_remote:
+        return vae_precision.FULL if data.vae_precision == "auto" else data.vae_precision
+    return vae_precision.known(Path(data.cache), base, data, _settings_before(data))
+
+
+def _settings_before(data: Data) -> Mapping[str, Any] | None:
+    old = parts.read_json(folder_of(data), parts.PARTS, own_shapes.Parts)
+    return None if old is None else old["settings"]
 
 
 def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:
