@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,7 @@ class Agents:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.started: list[subprocess.Popen[bytes]] = []
+        self.orphans: list[psutil.Process] = []
 
     def start(self, head: bool, **variables: str) -> subprocess.Popen[bytes]:
         """Start another agent; its output lies in `folder`. The head has the larger address: rank 1."""
@@ -61,6 +62,22 @@ class Agents:
             assert not ended and time.monotonic() < end, self.said()[-6000:]
             time.sleep(0.05)
 
+    def kill(self, agent: subprocess.Popen[bytes], *, alone: bool = False) -> None:
+        """End an agent and its processes at once, as when a machine breaks down; `alone`: only itself."""
+        processes = below(agent)
+        agent.kill()
+        agent.wait()
+        self.orphans += processes
+        if not alone:
+            self.end()
+
+    def end(self) -> None:
+        """End what agents that were killed have left."""
+        for process in self.orphans:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.orphans.clear()
+
 
 @contextmanager
 def agents(folder: Path, options: Sequence[str], program: Sequence[object]) -> Iterator[Agents]:
@@ -70,13 +87,16 @@ def agents(folder: Path, options: Sequence[str], program: Sequence[object]) -> I
         yield made
     finally:
         for agent in made.started:
-            kill(agent)
+            made.kill(agent)
+        made.end()
 
 
-def kill(agent: subprocess.Popen[bytes]) -> None:
-    """End an agent and its processes at once, as when a machine loses its power."""
-    if agent.poll() is None:
-        there = psutil.Process(agent.pid)
-        for process in [there, *there.children(recursive=True)]:
-            process.kill()
-    agent.wait()
+def freeze(agent: subprocess.Popen[bytes]) -> None:
+    """Stop an agent and its processes as when a machine vanishes: nothing of it answers, or hangs up."""
+    for process in [psutil.Process(agent.pid), *below(agent)]:
+        process.suspend()
+
+
+def below(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of an agent, if it lives."""
+    return psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lcm_kit.config.load import dump
-from tests.agents import agents, kill
+from tests.agents import agents, freeze
 from tests.recipes.small import configure, contents
 from train import distill
 
@@ -57,16 +57,25 @@ def alone(keys: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return distill.main(configure(keys, folder, **STEPS, batch_size=1, accumulation=2))
 
 
+@pytest.mark.parametrize(
+    "orphaned", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the machine", "its agent alone"]
+)
 def test_a_machine_that_is_lost_comes_back_and_no_bit_of_the_run_is_lost(
-    distill_keys: dict[str, Any], training: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one with the first process, which holds the run's lock and writes its states."""
+    distill_keys: dict[str, Any], training: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    orphaned: bool,
+) -> None:  # fmt: skip
+    """The one with the first process, which holds the run's lock and writes its states.
+
+    Orphaned by its agent it still holds the lock when its successor comes.
+    """
     with agents(tmp_path, ["--nnodes=2", "--max-restarts=3"], training) as both:
-        head, lost = both.start(True), both.start(False)
+        head, lost = both.start(True, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1"), both.start(False)
         both.until(lambda: all((tmp_path / f"waits-{rank}").exists() for rank in (0, 1)))
-        kill(lost)
-        (tmp_path / "go").touch()
+        both.kill(lost, alone=orphaned)
         back = both.start(False)
+        if orphaned:
+            both.until(lambda: "is at work there (train); waiting up to 120 s" in both.said())
+        (tmp_path / "go").touch()
         both.until(lambda: head.poll() is not None and back.poll() is not None)
         assert (head.returncode, back.returncode) == (0, 0), both.said()[-6000:]
     assert steps(tmp_path) == [[0, 1, 2, 3, 4, 5, 4, 5, 6]] * 2
@@ -76,6 +85,22 @@ def test_a_machine_that_is_lost_comes_back_and_no_bit_of_the_run_is_lost(
         for run in (tmp_path / "run", straight)
     )  # a manifest has the config, which says batch_size and accumulation
     assert len(wanted) == 4 * 3 + 2 and ours == wanted
+
+
+@pytest.mark.slow  # two processes that import torch anew
+def test_a_machine_that_vanishes_is_missed(training: list[object], tmp_path: Path) -> None:
+    """It is frozen: no connection of its breaks, and it holds the store through which the others listen."""
+    program = (tmp_path / "rank.py").read_text()
+    hasty = "from lcm_kit.training import peers\npeers.BEAT, peers.SILENCE = 0.2, 3.0\n"
+    (tmp_path / "rank.py").write_text(hasty + program)
+    with agents(tmp_path, ["--nnodes=2"], training) as both:
+        head, lost = both.start(True), both.start(False)
+        both.until(lambda: all((tmp_path / f"waits-{rank}").exists() for rank in (0, 1)))
+        freeze(lost)
+        (tmp_path / "go").touch()
+        both.until(lambda: head.poll() is not None)
+        assert head.returncode != 0
+        assert "process 0 of this run, on another machine, has not been heard of for 3 s" in both.said()
 
 
 # -- One folder for all --------------------------------------------------------------------------------------
