@@ -65,8 +65,11 @@ def test_validation_is_of_its_own_size(stage: MetaModel) -> None:
 
 
 def test_samples_and_the_prior_are_drawn_in_the_largest_of_their_sizes(stage: MetaModel) -> None:
-    planner, teacher = Planner(stage), ("data.source=teacher", "data.regularization=null",
-                                        "data.regularization_share=null", "validation.held_out=0")  # fmt: skip
+    planner = Planner(stage)
+    teacher = (
+        "data.source=teacher", "data.regularization=null", "data.regularization_share=null",
+        "validation.held_out=0",
+    )  # fmt: skip
     sizes = f"data.samples.resolutions=[64, {list(WIDE)}]"
     plain, wide = (planner(config(*teacher, *more)) for more in ((), (sizes,)))
     few, many = (each.encode[encoding.SAMPLES]["activations"] for each in (plain, wide))
