@@ -25,7 +25,8 @@ from lcm_kit import console
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Training
 from lcm_kit.data import vae_precision
-from lcm_kit.data.ray_worker import Begun, Job, Worker, tried_precision
+from lcm_kit.data.ray_tries import Tries
+from lcm_kit.data.ray_worker import Job, Worker, tried_precision
 from lcm_kit.data.stream_images import folder_of
 from lcm_kit.data.streams import SourceShard
 from lcm_kit.errors import UserError, first_line
@@ -96,8 +97,7 @@ class RayEngine:
         here = not is_url(config.data.path)  # elsewhere it would be a request for each
         rows = [{"source": each.name, "identity": each.identity() if here else ""} for each in sources]
         with self._mark(config) as mark, _errors(ray), _quiet_data():
-            begun = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Begun).remote()
-            job = Job(dump(config), os.getcwd(), mark, _precision_of(settings), settings, begun)
+            job = Job(dump(config), os.getcwd(), mark, _precision_of(settings), settings, _tries(ray))
             made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 Worker, fn_constructor_args=(job,), batch_size=1, num_cpus=1, num_gpus=gpus or None,
                 # one at a time: a shard takes minutes, and what waits at one worker no other takes
@@ -132,7 +132,7 @@ class RayEngine:
                 f"Ray address {address!r} is for Ray's client, through which Ray Data does not work; run "
                 "this on a machine of the cluster, as with `ray job submit`"
             )
-        self._end.enter_context(_signals())
+        before = signal.getsignal(signal.SIGTERM)
         try:
             _require_answer(address)
             with _environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal"), _no_stderr():
@@ -145,6 +145,7 @@ class RayEngine:
                 "address (--address, RAY_ADDRESS) and that it runs, with `ray status`"
             ) from error
         self._end.callback(ray.shutdown)
+        self._end.enter_context(_ended_by_sigterm(before))
 
     def _gpus_each(self) -> float:
         if self.gpus is not None:
@@ -189,6 +190,15 @@ class RayEngine:
         if "error" in told:
             raise UserError(*told["error"])
         return told
+
+
+def _tries(ray: Any) -> Any:
+    """A `Tries` on this machine, which is there as long as the driver is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    settings = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(**settings, scheduling_strategy=here)(Tries).remote()
 
 
 def _require_answer(address: str) -> None:
@@ -262,11 +272,17 @@ def _no_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Give back the handler of SIGTERM, which Ray takes."""
-    before = signal.getsignal(signal.SIGTERM)
+def _ended_by_sigterm(before: Any) -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, where Ray's handler aborts; then it acts as `before`."""
+    main = threading.current_thread() is threading.main_thread()  # no other gets signals
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if main:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,11 @@ from lcm_kit.config.schema import Training
 from lcm_kit.data import shards, stream_images
 from lcm_kit.data.encoder import usable_base
 from lcm_kit.data.parts import PartMaker
+from lcm_kit.data.ray_tries import MOST
 from lcm_kit.data.streams import SourceShard, source_shards
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import refusal_of
 from lcm_kit.quiet import quiet
-
-TRIES = 4  # of a shard, where its workers or their nodes die
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,7 @@ class Job:
     mark: str  # a file that the driver keeps in the cache: who does not see it would write elsewhere
     precision: str | None = None  # the VAE's
     settings: Mapping[str, Any] | None = None  # of the parts, as the driver will look for them
-    begun: Any = None  # Ray's handle of the job's `Begun`
-
-
-class Begun:
-    """How often each shard was begun, in a process that outlives the workers."""
-
-    def __init__(self) -> None:  # noqa: D107
-        self.times: Counter[str] = Counter()
-
-    def once_more(self, source: str) -> int:
-        """Count a beginning; returns how many there were before."""
-        self.times[source] += 1
-        return self.times[source] - 1
+    tries: Any = None  # Ray's handle of a `Tries`
 
 
 class Worker:
@@ -72,13 +58,12 @@ class Worker:
         maker.make(source)
 
     def _require_hope(self, name: str) -> None:
-        """Ray gives the shard of a worker that died to another, for ever: one may kill them all."""
         import ray
 
-        if self.job.begun and ray.get(self.job.begun.once_more.remote(name)) >= TRIES:
+        if self.job.tries and not ray.get(self.job.tries.begin.remote(name)):
             raise UserError(
-                f"the worker that encoded {name} died, {TRIES} times; its node may lack memory (give "
-                "fewer workers, or a smaller data.batch_size), or look into Ray's logs; what is done is kept"
+                f"the worker that encoded {name} died, {MOST} times; its node may lack memory (give fewer "
+                "workers, or a smaller data.batch_size), or look into Ray's logs; what is done is kept"
             )
 
     def _ready(self, name: str, identity: str) -> tuple[PartMaker, SourceShard]:
