@@ -21,28 +21,28 @@ HASTE = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
 class Agents:
     """Agents that meet at one port; the first holds what they meet by, as the head of a cluster does."""
 
-    def __init__(self, folder: Path, options: Sequence[str], program: Sequence[object]) -> None:
-        self.folder, self.options, self.program = folder, options, [*map(str, program)]
+    def __init__(self, folder: Path, program: Sequence[object]) -> None:
+        self.folder, self.program = folder, [*map(str, program)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.started: list[subprocess.Popen[bytes]] = []
         self.orphans: list[psutil.Process] = []
 
+    def launcher(self, head: bool) -> list[str]:
+        """The module that starts processes, with its options. The head has the larger address: rank 1."""
+        return [
+            "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+            "--monitor-interval=0.2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}",
+            f"--rdzv-conf={HASTE},is_host={int(head)}", f"--local-addr=127.0.0.{2 if head else 1}",
+        ]  # fmt: skip
+
     def start(self, head: bool, **variables: str) -> subprocess.Popen[bytes]:
-        """Start another agent; its output lies in `folder`. The head has the larger address: rank 1."""
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=1",
-            "--monitor-interval=0.2",
-        ]
-        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", "--rdzv-id=test"]
-        command += [f"--rdzv-conf={HASTE},is_host={int(head)}", f"--local-addr=127.0.0.{2 if head else 1}"]
+        """Start another agent; its output lies in `folder`."""
+        command = [sys.executable, "-m", *self.launcher(head)]
         with (self.folder / f"agent-{len(self.started)}.log").open("wb") as log:
             agent = subprocess.Popen(
-                [*command, *self.options, *self.program],
+                [*command, *self.program],
                 env={**environment(1), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **variables},
                 stdout=log, stderr=log,
             )  # fmt: skip
@@ -79,10 +79,21 @@ class Agents:
         self.orphans.clear()
 
 
+class Accelerated(Agents):
+    """The same by `accelerate launch`, whose machines are numbered: the head is 0."""
+
+    def launcher(self, head: bool) -> list[str]:
+        return [
+            "accelerate.commands.launch", "--multi_gpu", "--num_machines=2", "--num_processes=2",
+            f"--machine_rank={int(not head)}", "--main_process_ip=127.0.0.1",
+            f"--main_process_port={self.port}",
+        ]  # fmt: skip
+
+
 @contextmanager
-def agents(folder: Path, options: Sequence[str], program: Sequence[object]) -> Iterator[Agents]:
+def agents(folder: Path, program: Sequence[object], kind: type[Agents] = Agents) -> Iterator[Agents]:
     """`Agents` whose logs lie in `folder`; none of them, nor any process of theirs, outlives the block."""
-    made = Agents(folder, options, program)
+    made = kind(folder, program)
     try:
         yield made
     finally:

@@ -23,7 +23,7 @@ from lcm_kit.data.parted import AllBut, PartedCache
 from lcm_kit.data.split import split
 from lcm_kit.errors import UserError
 from lcm_kit.share import Share
-from tests.agents import agents
+from tests.agents import Accelerated, Agents, agents
 from tests.recipes.small import TEMPLATE, configure, contents, interrupted
 from train import distill
 
@@ -144,13 +144,16 @@ Path(sys.argv[2], f"made-{share.rank}").write_text(" ".join(made))
 """
 
 
-def test_two_machines_encode_the_bytes_of_one(config: Any, tmp_path: Path, one_thread: None) -> None:
+@pytest.mark.parametrize("kind", [Agents, pytest.param(Accelerated, marks=pytest.mark.slow)])
+def test_two_machines_encode_the_bytes_of_one(
+    config: Any, tmp_path: Path, one_thread: None, kind: type[Agents]
+) -> None:
     there = tmp_path / "two"
     two = config(data={"cache": str(there)})
     (tmp_path / "encode.py").write_text(ENCODE)
     (tmp_path / "encode.yaml").write_text(dump(two))
     program = [tmp_path / "encode.py", tmp_path / "encode.yaml", tmp_path]
-    with agents(tmp_path, ["--nnodes=2"], program) as both:
+    with agents(tmp_path, program, kind) as both:
         started = [both.start(head) for head in (True, False)]
         both.until(lambda: all(agent.poll() is not None for agent in started))
         assert [agent.returncode for agent in started] == [0, 0], both.said()[-6000:]
@@ -158,7 +161,7 @@ def test_two_machines_encode_the_bytes_of_one(config: Any, tmp_path: Path, one_t
     assert made == [["set-000.tar", "set-002.tar"], ["set-001.tar"]] and len(sum(made, [])) == SHARDS
     sources.encode(config(data={"cache": str(tmp_path / "one")}), progress=False)
     assert files(there) == files(tmp_path / "one") and (there / "parts.json").is_file()
-    assert opened(two).ids == opened(config(data={"cache": str(tmp_path / "one")})).ids
+    assert list(opened(two).ids) == list(opened(config(data={"cache": str(tmp_path / "one")})).ids)
 
 
 def test_a_second_run_does_nothing_and_a_changed_shard_is_made_anew(

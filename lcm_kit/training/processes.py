@@ -83,12 +83,21 @@ def _appears(file: Path) -> bool:
 def largest(value: int) -> int:
     """The largest `value` of all processes, which all must ask for at the same place.
 
-    Told from host to host: through the GPUs each would first wait for all that it was given to compute.
+    Told from host to host: through the GPUs each would first wait for all that it was given to compute. Each
+    step asks, so it is here that the death of another process is noticed: `UserError`.
     """
     import torch
 
-    told = torch.tensor([value])
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, _hosts(torch.distributed.group.WORLD))
+    told, most = torch.tensor([value]), torch.distributed.ReduceOp.MAX
+    try:
+        torch.distributed.all_reduce(told, most, _hosts(torch.distributed.group.WORLD))
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise UserError(
+            "another process of this run has ended, and so does this one; what it said is in its own output; "
+            "the same command continues from the last state that was saved"
+        ) from error
     return int(told)
 
 
