@@ -201,6 +201,24 @@ def test_sdxl_uses_its_own_pipeline(write: Callable[..., str]) -> None:
     assert "guidance_scale=5.0" in snippets(write(sdxl, facts=facts(method=None)))[0]
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (Data("cd34", 64), "64 × 64 pixels"),
+        (Data("cd34", (768, 512)), "768 × 512 pixels"),
+        (Data("cd34", 64, shapes={"128x32": 5, "64x64": 1, "32x128": 2}),
+         "about 64 × 64 pixels, in 3 shapes, 32 × 128 to 128 × 32"),
+        (Data("cd34", 64, shapes={"96x48": 5}), "about 64 × 64 pixels, in 1 shape, 96 × 48"),
+        (Data(), "512 × 512 pixels"),
+    ],
+)  # fmt: skip
+def test_the_size_that_it_was_trained_at(write: Callable[..., str], data: Data, told: str) -> None:
+    page = write(facts=facts(data=data))
+    assert dict(tables(page)[0][1:])["resolution"] == told
+    made = dict(tables(page)[-1][1:])
+    assert made.get("training resolution") == (told if data.resolution else None)
+
+
 def test_a_base_in_small_says_so(write: Callable[..., str]) -> None:
     page = write(of_base("asset:tiny-sd"), facts=facts(base="asset:tiny-sd", data=Data("cd34", 64)))
     assert "**No app but diffusers can load this base.**" in page

@@ -420,9 +420,11 @@ def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: b
     results = build_sweep(run / "sweep", adapters=("lumo",), size=8)
     results["adapters"][0]["weights"] = recommended.weights_hash(files["diffusers"])
     results["recommended"] |= {"sampler": "tcd", "steps": 2, "lora_weight": 0.8}
+    results["resolution"] = [16, 8]  # no square: it is said where it was measured
+    advice = "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it at 16 × 8 pixels"
     file = run / "sweep/results.json"
     file.write_text(json.dumps(results))
-    assert "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it" in draw("whole")
+    assert advice in draw("whole")
     file.write_bytes(damage)
     told = draw("damaged")
     assert told.count(str(file)) == 1 and "the sweep's recommendation is left out" in told
@@ -430,7 +432,7 @@ def test_a_sweep_that_cannot_be_read_does_not_stop_sampling(run: Path, damage: b
     file.write_text(json.dumps(results))
     export_run(run, "diffusers", "float32", with_evaluation=True)
     file.write_bytes(damage)
-    assert "tcd, 2 steps, guidance_scale 1, LoRA weight 0.8; measured for it" in draw("header")
+    assert advice in draw("header")
     whole, damaged, header = ((tmp_path / name / "contact-sheet.png").read_bytes() for name in names)
     assert header == whole != damaged
 

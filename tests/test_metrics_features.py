@@ -239,10 +239,17 @@ def test_what_is_seen_is_what_changes_the_inputs(kind: str, size: tuple[int, int
 def test_inception_sees_pictures_pressed_to_squares() -> None:
     assert pressed((299, 299), 64, 96) == "them pressed to 299 × 299"
     assert pressed((299, 299), 64, 66) is None  # by 3%: nobody sees it
+    assert pressed((100, 95), 100, 100) is None and pressed((95, 100), 100, 100) is None  # 5% still
+    assert pressed((100, 94), 100, 100) == "them pressed to 94 × 100"
+    assert pressed((94, 100), 100, 100) == "them pressed to 100 × 94"
 
 
 def test_a_picture_that_is_not_resized_is_seen_whole_or_in_its_middle() -> None:
     kept = {"do_resize": False, "do_center_crop": False}
     assert seen("clip", kept, 30, 90) is None
     assert seen("clip", {"do_resize": False, "crop_size": 24}, 30, 90) == "the middle 24 × 24"
+    assert seen("clip", {"do_resize": False, "crop_size": 24}, 20, 90) == "the middle 24 × 20"
+    nearly = {"do_resize": False, "crop_size": {"height": 100, "width": 95}}
+    assert seen("clip", nearly, 100, 100) is None and seen("clip", nearly, 100, 101) is not None
     assert seen("clip", {}, 200, 100) == "the middle 100 × 100"
+    assert seen("clip", {"do_resize": None}, 200, 100) == "the middle 100 × 100"

@@ -18,6 +18,7 @@ from lcm_kit.config.brand import Brand
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import Config
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import Base, Data, Distill, Training
 from lcm_kit.config.sweep import Compose, GuidanceSweep
 from lcm_kit.errors import UserError
@@ -91,14 +92,16 @@ def _looks(config: Config) -> list[Callable[[], str]]:
         return _trains(config)
     if isinstance(config, Quality):
         alone = config.base
-        subject = (lambda: _base(Base(path=alone))) if alone else (lambda: _trained(config.run))
+        drawn = config.resolution
+        subject = (lambda: _base(Base(path=alone), drawn)) if alone else (lambda: _trained(config.run))
         return [subject, lambda: _prompts(config.prompts)]
     if isinstance(config, GuidanceSweep | Compose | Brand):
         prompts = [config.prompts, config.control_prompts if isinstance(config, Brand) else None]
         folders = [path for path in (config.brand, config.control) if path is not None]
+        on, size = config.base, config.resolution
         return [
             *(partial(_adapter, path) for path in _adapters_of(config)),
-            *([partial(_base, Base(config.base, config.revision, config.variant))] if config.base else []),
+            *([lambda: _base(Base(on, config.revision, config.variant), size)] if on else []),
             *(partial(_prompts, each) for each in prompts if each),
             *(partial(_pictures, path) for path in folders),
         ]
@@ -129,7 +132,8 @@ def _trains(config: Training) -> list[Callable[[], str]]:
     return looks + [partial(_prompts, each) for each in prompts if each]
 
 
-def _base(base: Base) -> str:
+def _base(base: Base, drawn: Resolution | None = None) -> str:
+    """What a base says of itself; `drawn`: the size of what is drawn with it, if that is asked for."""
     if _on_the_hub(base.path):
         return f"base: {base.path} on the hub, not looked at"
     from lcm_kit.bases import inspect_base, require_fit
@@ -139,6 +143,8 @@ def _base(base: Base) -> str:
     info = inspect_base(base.path, revision=base.revision, variant=base.variant)
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
     require_fit(info)
+    if drawn is not None:
+        info.require_resolution(drawn, "resolution")
     kind = f"{info.family.name}, {info.prediction_type} prediction"
     there = f"base: {base.path}, {kind}, {info.resolution} pixels"
     return "\n".join([there, *_licence(base, info.license)])

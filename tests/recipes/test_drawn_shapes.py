@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lcm_kit import sample
 from lcm_kit.bases import inspect_base
+from lcm_kit.cli.main import app
 from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Quality
 from lcm_kit.errors import UserError
@@ -275,6 +277,15 @@ def test_a_size_that_the_vae_has_no_latents_of_is_refused_before_anything_is_dra
     with pytest.raises(UserError, match=re.escape(sentence)):
         Samples.of(sweep, base)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").rglob("*.safetensors"))
+    keys = [
+        f"adapters={[str(file)]}",
+        f"base={coarse}",
+        f"resolution={asked if isinstance(asked, int) else [*asked]}",
+    ]
+    done = CliRunner().invoke(app, ["check", "evaluation/guidance_sweep", *keys])
+    assert done.exit_code == 2 and f"resolution {said} is not a multiple of 16" in " ".join(
+        done.output.split()
+    )
     size = (asked, asked) if isinstance(asked, int) else asked[::-1]
     with pytest.raises(UserError, match="is not a multiple of 16, as the base's VAE needs"):
         next(iter(sample.draw_images(str(coarse), ["a cat"], size=size)))

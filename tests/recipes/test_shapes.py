@@ -13,11 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lcm_kit import bases
+from lcm_kit.adapter.folder import read_provenance
 from lcm_kit.bases import inspect_base
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.images import encode
+from lcm_kit.export.run import export_run
+from lcm_kit.lora.untrusted import inspect
 from tests.recipes.small import TEMPLATE, configure, contents, interrupted, launch_training
 from train import distill, finetune
 
@@ -124,6 +127,15 @@ def test_a_run_that_was_stopped_goes_on_as_the_straight_one(
     ours, theirs = contents(straight), contents(resumed)
     weights = [name for name in ours if name.endswith("lora.safetensors")]
     assert weights and all(ours[name] == theirs[name] for name in weights)
+    made = read_provenance(straight / "adapter")
+    assert (made.data.resolution, made.data.shapes) == (64, {"32x128": 2, "64x64": 3, "128x32": 2})
+    export_run(straight)
+    file = straight / "export/straight.safetensors"
+    told = json.loads(inspect(file).metadata["ss_bucket_info"])["buckets"]
+    assert [(told[k]["resolution"], told[k]["count"]) for k in "012"] == [
+        ([32, 128], 2), ([64, 64], 3), ([128, 32], 2)
+    ]  # fmt: skip
+    assert inspect(file).metadata["ss_resolution"] == "(64, 64)"
 
 
 @pytest.mark.slow  # processes that import torch anew

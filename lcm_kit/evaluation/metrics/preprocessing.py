@@ -80,7 +80,7 @@ def seen(kind: str, config: Mapping[str, Any], height: int, width: int) -> str |
     c = _whole(kind, config)
     sides = target(kind, c, height, width) if c["do_resize"] else (height, width)
     kept = _sides(c["crop_size"]) if c.get("do_center_crop") else sides
-    down, across = (min(1.0, part / side) for part, side in zip(kept, sides, strict=True))
+    down, across = (min(1.0, kept[k] / sides[k]) for k in range(2))
     if down * across < _ALL:
         return f"the middle {round(width * across)} × {round(height * down)}"
     return pressed(sides, height, width)
