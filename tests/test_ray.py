@@ -19,7 +19,7 @@ import torch
 import lcm_kit
 from lcm_kit.bases import inspect_base
 from lcm_kit.config.load import dump
-from lcm_kit.data import shards
+from lcm_kit.data import ray_engine, shards
 from lcm_kit.data.ray_engine import RayEngine, _tries
 from lcm_kit.data.ray_tries import MOST
 from lcm_kit.data.ray_worker import Job, Worker
@@ -176,6 +176,26 @@ def test_a_worker_refuses_what_the_driver_does_not_mean(write: Callable[..., Pat
     )
     with pytest.raises(UserError, match=r"^Ray node \S+: .*none.tar"):
         Worker(job(gone))._make("none.tar", "")
+
+
+def test_a_node_without_the_kit_is_named(
+    cluster: Any, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bare/lcm_kit").mkdir(parents=True)
+    (tmp_path / "bare/lcm_kit/__init__.py").write_text("raise ModuleNotFoundError('lcm_kit')")
+    monkeypatch.chdir(tmp_path)  # Ray lets workers import what lies where the driver was started
+    words = r"^Ray node \S+ has {}, and this is {}; install the same version"
+    bare = cluster.add_node(
+        num_cpus=1, num_gpus=0, object_store_memory=STORE, env_vars={"PYTHONPATH": str(tmp_path / "bare")}
+    )
+    try:
+        with pytest.raises(UserError, match=words.format("no lcm-kit", lcm_kit.__version__)):
+            lcm_kit.encode(write("x"), engine="ray", address=cluster.address)
+    finally:
+        cluster.remove_node(bare)
+    monkeypatch.setattr(ray_engine, "__version__", "9.9")
+    with pytest.raises(UserError, match=words.format(f"lcm-kit {lcm_kit.__version__}", "9.9")):
+        lcm_kit.encode(write("x"), engine="ray", address=cluster.address)
 
 
 def test_a_shard_that_kills_its_workers_is_given_up(

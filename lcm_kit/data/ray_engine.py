@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from lcm_kit import console
+from lcm_kit import __version__, console
 from lcm_kit.config.load import dump
 from lcm_kit.config.schema import Training
 from lcm_kit.data import vae_precision
@@ -122,6 +122,7 @@ class RayEngine:
                 )
         else:
             self._connect(ray)
+        _require_kit(ray)
         self._ray = ray
         return ray
 
@@ -192,6 +193,29 @@ class RayEngine:
         return told
 
 
+def _require_kit(ray: Any) -> None:
+    """Raise `UserError` naming a node that has no lcm-kit, or another one."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def version() -> str | None:  # within a function, so that Ray sends it, and not its name
+        try:
+            import lcm_kit
+        except ImportError:
+            return None
+        return lcm_kit.__version__
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [ray.remote(num_cpus=0, scheduling_strategy=each)(version).remote() for each in there]
+    for node, found in zip(nodes, ray.get(asked), strict=True):
+        if found != __version__:
+            has = "no lcm-kit" if found is None else f"lcm-kit {found}"
+            raise UserError(
+                f"Ray node {node['NodeManagerHostname']} has {has}, and this is {__version__}; install the "
+                "same version with the extra `ray` on every node"
+            )
+
+
 def _tries(ray: Any) -> Any:
     """A `Tries` on this machine, which is there as long as the driver is."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -218,10 +242,6 @@ def _errors(ray: Any) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        if "No module named 'lcm_kit" in str(error):
-            raise UserError(
-                "a Ray node has no lcm-kit; install the same version with the extra `ray` on every node"
-            ) from error
         if isinstance(error, ray.exceptions.RayTaskError):
             raise
         raise UserError(
@@ -238,7 +258,7 @@ def _quiet_data() -> Iterator[None]:
     context, log = DataContext.get_current(), logging.getLogger("ray.data")
     bars, level = context.enable_progress_bars, log.level
     context.enable_progress_bars = False
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)  # what ends it is raised as well
     try:
         yield
     finally:
