@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from lcm_kit.bases import inspect_base
 from lcm_kit.cli.main import app
 from lcm_kit.config import shipped
 from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.sweep import Compose
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw, recommended, results
 from lcm_kit.evaluation.draw import Samples
@@ -30,7 +32,7 @@ from lcm_kit.evaluation.extract import FeatureExtractor
 from lcm_kit.evaluation.metrics.features import extractor
 from lcm_kit.evaluation.metrics.similarity import brand_similarity
 from tests.loras import random_lora
-from tests.recipes import test_brand, test_sweep
+from tests.recipes import test_brand, test_compose, test_sweep
 from tests.recipes.test_sweep import save, tiny
 from tests.test_features import save as save_model
 
@@ -235,6 +237,25 @@ def test_brand_draws_the_shape_beside_the_brands_pictures(
     for name in drawn:
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.slow  # draws a grid, and merges
+def test_a_pair_is_searched_for_on_the_shape(clip: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    style, speed = (
+        save(random_lora(tiny(), size=0.03, seed=seed), tmp_path / f"{name}.safetensors")
+        for seed, name in enumerate(("style", "speed"))
+    )
+    brand, control = map(str, folders)
+    keys = test_compose.SMALL | {
+        "style": str(style), "speed": str(speed), "output": str(tmp_path / "out"), "features": clip,
+        "brand": brand, "control": control, "resolution": [HEIGHT, WIDTH],
+    }  # fmt: skip
+    config = TypeAdapter(Compose).validate_python(keys)
+    found = results.read(shipped.load_recipe("evaluation/compose").main(config))
+    assert found["resolution"] == [HEIGHT, WIDTH] and found["recommended"] is not None
+    assert found["recommended"]["sentence"].startswith("For pictures of 64 × 96 pixels use the style at ")
+    with Image.open(tmp_path / "out/teacher-and-pair.png") as sheet:
+        assert sheet.size == (2 * HEIGHT + 4, 2 * WIDTH + 4)  # two prompts, the teacher above the pair
 
 
 @pytest.fixture(scope="module")
