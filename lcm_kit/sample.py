@@ -8,7 +8,6 @@ picture.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from lcm_kit.bases.emphasis import Prompt, notes, read
 from lcm_kit.drawing.batches import AUTO, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.prompts import told
 from lcm_kit.drawing.signing import Sign, unsigned
@@ -169,16 +169,6 @@ def unet_calls(steps: int, guidance_scale: float) -> int:
     return steps * (2 if guidance_scale > 1 else 1)
 
 
-def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """CPU generators of samples first .. first+count-1: each depends on (seed, its own index) alone."""
-    return [_generator(seed, i) for i in range(first, first + count)]
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-
-
 def _check(sampler: str, steps: int, guidance_scale: float) -> None:
     most = sampler_of(sampler).most_steps
     if not 1 <= steps <= most:
@@ -235,7 +225,7 @@ def latents(
     sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     shape = (pipe.unet.config.in_channels, *sides)
     numbers = range(first, first + len(prompts)) if isinstance(first, int) else first
-    streams = [_generator(seed, number) for number in numbers]
+    streams = numbered(seed, numbers)
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     drawn = torch.empty_like(noise)
     pipe.scheduler = scheduler(sampler, own.config)
