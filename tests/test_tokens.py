@@ -64,7 +64,7 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
 ) -> None:
     base = bases.inspect_base(config.base.path)
     tokenizer = bases.load_tokenizer(base, "tokenizer")
-    cut, most = too_long(base, {"a": "short", "b": "tag, " * 43 + "end"})
+    cut, most = too_long(bases.load_tokenizers(base), {"a": "short", "b": "tag, " * 43 + "end"})
     wanted = len(tokenizer("tag, " * 43 + "end", truncation=False).input_ids) - 2
     assert cut == {"b": wanted} and wanted > most
     cut_off = f"and the rest is cut off: 1.png ({wanted})."
@@ -86,7 +86,9 @@ def test_what_is_said_to_be_cut_is_what_is_cut(chunks: int) -> None:
     base = bases.inspect_base("asset:tiny-sd")
     text = bases.load_text(base)
     for words in (["cat"] * 250, ["cat,"] * 125):
-        said, _ = too_long(base, {str(n): " ".join(words[:n]) for n in range(1, len(words))}, chunks)
+        said, _ = too_long(
+            bases.load_tokenizers(base), {str(n): " ".join(words[:n]) for n in range(1, len(words))}, chunks
+        )
         first = min(map(int, said))
         held = [
             sum(len(c.ids) for c in chunks_of(text, " ".join(words[:n]), chunks)) for n in (first - 1, first)

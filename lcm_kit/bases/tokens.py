@@ -50,14 +50,16 @@ def load_tokenizer(base: BaseInfo, part: str) -> Any:
     return tokenizer
 
 
-def too_long(base: BaseInfo, captions: Mapping[str, str], chunks: int = 1) -> tuple[dict[str, int], int]:
+def too_long(
+    tokenizers: Sequence[Any], captions: Mapping[str, str], chunks: int = 1
+) -> tuple[dict[str, int], int]:
     """The captions that do not fit into `chunks` chunks, by id with all their tokens; and the tokens of one.
 
-    By every tokenizer of the base; no weights are loaded.
+    By every tokenizer of a base, as `load_tokenizers` gives them.
     """
     cut: dict[str, int] = {}
     sizes = []
-    for size, comma, rows in _rows(load_tokenizers(base), list(captions.values())):
+    for size, comma, rows in _rows(tokenizers, list(captions.values())):
         sizes.append(size)
         for id, row in zip(captions, rows, strict=True):
             if len(slices(row, size, comma, chunks + 1)) > chunks:

@@ -247,8 +247,9 @@ def _known(base: Base) -> BaseInfo | None:
 
 def _tokens(config: Training) -> str:
     """Captions that the base's text encoders would not read to their end, counted by its own tokenizers."""
-    from lcm_kit.bases import room, too_long
+    from lcm_kit.bases import load_tokenizers, room, too_long
     from lcm_kit.data.findings import few, number
+    from lcm_kit.data.lost import captions_by_name
     from lcm_kit.data.records import open_records
 
     base = _known(config.base)
@@ -259,9 +260,8 @@ def _tokens(config: Training) -> str:
     except UserError:  # it is said of the data
         return ""
     chunks = config.data.chunks
-    told = [(record.id, k, text) for record in records for k, (text, _) in enumerate(record.captions, 1)]
-    named_by = {f"{id} (caption {k})" if k > 1 else id: text for id, k, text in told}
-    cut, most = too_long(base, named_by, chunks)
+    by_name = captions_by_name((record.id, record.captions) for record in records)
+    cut, most = too_long(load_tokenizers(base), by_name, chunks)
     if not cut:
         return ""
     named = few([f"{id} ({count})" for id, count in cut.items()])

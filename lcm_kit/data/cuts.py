@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -13,19 +12,18 @@ from PIL import Image, ImageDraw
 from lcm_kit.data import masks
 from lcm_kit.data.buckets import Cut
 from lcm_kit.data.crops import placed
-from lcm_kit.data.findings import few, number
 from lcm_kit.data.image_files import of_image
+from lcm_kit.data.lost import SHOWN, Lost, Named
 from lcm_kit.data.records import Record
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.survey import Survey
 from lcm_kit.data.transforms import resized, upright_for
-from lcm_kit.drawing.pictures import contact_sheet, save_png
+from lcm_kit.drawing.pictures import contact_sheet, save_png, tile_of
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write
 
 TABLE, SHEET = "pictures.csv", "worst.png"  # in a cache's folder
-_MUCH = 0.1  # share of a picture that is cut away from where it is said
-_SHOWN = 12  # pictures of the sheet
+_COLUMNS_SHOWN = 4  # of the sheet
 _SIDE = 256  # pixels of the longer side there
 _DIMMED = 0.35  # brightness of what is cut away
 _COLUMNS = (
@@ -34,37 +32,18 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def sentences(cuts: Mapping[str, Cut]) -> Iterator[str]:
-    """What becomes of pictures, by id: their shapes, what is cut away most, what is scaled up."""
-    shapes = Counter(cut.target for cut in cuts.values())
-    named = [f"{width} x {height} ({count})" for (width, height), count in shapes.most_common()]
-    yield f"shapes: {few(named, 8)}"
-    much = sorted((id for id, cut in cuts.items() if cut.lost > _MUCH), key=lambda id: -cuts[id].lost)
-    if much:
-        what = number(len(much), "picture", after=("loses", "lose"))
-        worst = few([f"{id} ({cuts[id].lost:.0%})" for id in much])
-        yield f"{what} more than {_MUCH:.0%} to the crop: {worst}"
-    large = sorted((id for id, cut in cuts.items() if cut.scale > 1), key=lambda id: -cuts[id].scale)
-    if large:
-        what = number(len(large), "picture", after=("is", "are"))
-        worst = few([f"{id} ({cuts[id].scale:.2f} times)" for id in large])
-        yield f"{what} scaled up, which teaches blur: {worst} (data.shapes.small)"
-
-
 def write(folder: Path, found: Survey) -> None:
     """Write `pictures.csv` and `worst.png`, of the pictures that lose or are enlarged most, into `folder`.
 
     There is no sheet where nothing is lost or scaled up; an older one goes.
     """
     atomic_write(folder / TABLE, table(found))
-    worst = _worst({id: look.cut for id, look in found.seen.items()})
-    if not worst:
+    worst = Worst()
+    worst.add(found)
+    if worst.sheet is None:
         (folder / SHEET).unlink(missing_ok=True)
-        return
-    first = {entry.id: entry for entry in reversed(found.entries)}
-    tiles = [tile for id in worst if (tile := shown(found.records[id], first[id], found.seen[id].cut))]
-    if tiles:
-        save_png(contact_sheet(tiles), folder / SHEET)
+    else:
+        save_png(worst.sheet, folder / SHEET)
 
 
 def table(found: Survey, *, header: bool = True) -> str:
@@ -87,10 +66,39 @@ def table(found: Survey, *, header: bool = True) -> str:
     return text.getvalue()
 
 
-def _worst(cuts: Mapping[str, Cut]) -> Sequence[str]:
-    """The pictures that lose most, by what is cut away or, if that is more, by how much they are enlarged."""
-    harm = {id: max(cut.lost, 1 - 1 / max(cut.scale, 1.0)) for id, cut in cuts.items()}
-    return sorted((id for id in harm if harm[id] > 0.005), key=lambda id: -harm[id])[:_SHOWN]
+class Worst:
+    """The pictures that lose most of many that pass by, drawn while each is at hand."""
+
+    def __init__(self) -> None:  # noqa: D107
+        self._drawn: list[tuple[str, float, Image.Image]] = []
+
+    def add(self, found: Survey) -> None:
+        """Draw those of `found` that are worse than the least bad one of so many until now."""
+        first = {entry.id: entry for entry in reversed(found.entries)}
+        for id, much in Lost.of({id: look.cut for id, look in found.seen.items()}).worst:
+            if len(self._drawn) == SHOWN and much <= self._drawn[-1][1]:
+                return
+            if tile := shown(found.records[id], first[id], found.seen[id].cut):
+                self._drawn = sorted([*self._drawn, (id, much, tile)], key=lambda each: -each[1])[:SHOWN]
+
+    @property
+    def named(self) -> Named:
+        """By id, with their harm, in the order of `sheet`."""
+        return [(id, much) for id, much, _ in self._drawn]
+
+    @property
+    def sheet(self) -> Image.Image | None:
+        """All of them, the worst first; None where nothing is lost or scaled up."""
+        return _sheet([tile for _, _, tile in self._drawn])
+
+
+def of_sheets(tiles: Iterable[tuple[Image.Image, int]]) -> Image.Image | None:
+    """A sheet of tiles from other sheets, each with its number there."""
+    return _sheet([tile_of(sheet, at, (_SIDE, _SIDE), _COLUMNS_SHOWN) for sheet, at in tiles])
+
+
+def _sheet(tiles: Sequence[Image.Image]) -> Image.Image | None:
+    return contact_sheet(tiles, _COLUMNS_SHOWN) if tiles else None
 
 
 def shown(record: Record, entry: Entry, cut: Cut) -> Image.Image | None:

@@ -23,6 +23,7 @@ from lcm_kit.console import Progress
 from lcm_kit.data import shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoder import Encoder, tensors_of
+from lcm_kit.data.lost import captions_by_name, captions_sentence
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.shards import Entry, Shard
 from lcm_kit.errors import UserError
@@ -131,14 +132,12 @@ def bring_up_to_date(
 
 def say_what_is_cut(base: BaseInfo, data: Data, entries: Sequence[Entry]) -> None:
     """Warn of captions that are longer than what is read of them."""
-    cut, most = bases.too_long(base, {entry.id: entry.caption for entry in entries}, data.chunks)
+    texts = captions_by_name((entry.id, entry.captions or [(entry.caption, 1.0)]) for entry in entries)
+    cut, room = bases.too_long(bases.load_tokenizers(base), texts, data.chunks)
     if cut:
         longest = max(cut, key=lambda id: cut[id])
-        console.say(
-            f"warning: captions with more tokens than {bases.room(most, data.chunks)}, the rest is cut off: "
-            f"{len(cut)}, the longest that of {longest} with {cut[longest]}",
-            err=True,
-        )
+        said = captions_sentence(len(cut), longest, cut[longest], room, data.chunks)
+        console.say(f"warning: {said}", err=True)
 
 
 def _load(folder: Path, contents: Contents, mine: Sequence[Shard]) -> Callable[[Shard, Advance], None]:

@@ -18,9 +18,10 @@ class Finding(NamedTuple):
     sentence: str
 
 
-def few(names: Sequence[str], limit: int = _NAMED) -> str:
-    """The first names and how many more there are: `a, b, c and 4 more`."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+def few(names: Sequence[str], limit: int = _NAMED, of: int | None = None) -> str:
+    """The first names and how many more there are, `of` so many: `a, b, c and 4 more`."""
+    count = len(names) if of is None else of
+    more = f" and {count - limit} more" if count > limit else ""
     return ", ".join(names[:limit]) + more
 
 

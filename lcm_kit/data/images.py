@@ -23,6 +23,7 @@ from lcm_kit.data.crops import placed
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
 from lcm_kit.data.encoding import Contents, EncodedBatches, RowMaker, bring_up_to_date
 from lcm_kit.data.image_files import of_image
+from lcm_kit.data.lost import Lost
 from lcm_kit.data.progress import EncodeReport
 from lcm_kit.data.records import Record
 from lcm_kit.data.shards import Entry
@@ -53,7 +54,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
         )  # fmt: skip
         made_by = shards.settings(base, data, precision)
         load = partial(_load, base, data, found.records, precision)
-        remarks = list(cuts.sentences({id: look.cut for id, look in found.seen.items()}))
+        remarks = list(Lost.of({id: look.cut for id, look in found.seen.items()}).sentences())
         return Contents(
             base, data, made_by, found.entries, load, "encoding", found.bad, found.rights, remarks,
             lambda folder: cuts.write(folder, found),

@@ -10,6 +10,7 @@ address (`io.remote`):
     part-HASH/part.json            what it was made from and holds; last of its files: it is done
     part-HASH/records.json         its rows
     part-HASH/pictures.csv         what became of each picture, for people
+    part-HASH/worst.png            those that lose most; the worst of all parts are in worst.png
     part-HASH/shard-00000.safetensors, ...
 """
 
@@ -17,20 +18,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
+from lcm_kit.bases.tokens import too_long
 from lcm_kit.data import cuts, rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
+from lcm_kit.data.lost import Lost, captions_by_name
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record
 from lcm_kit.data.shards import Entry
 from lcm_kit.data.streams import SourceShard
-from lcm_kit.data.survey import Surveyor
+from lcm_kit.data.survey import Survey, Surveyor
+from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
@@ -69,6 +74,12 @@ def done(folder: Folder, source: SourceShard, settings: Mapping[str, Any]) -> ow
         return None
     whole = all(part.made_from(shard["file"]) == shard["content"] for shard in found["shards"])
     return found if whole else None
+
+
+def worst_of(folder: Folder, source: str) -> Image.Image:
+    """The sheet of the worst pictures of a part, in the order of its account. Raises `UserError` without."""
+    part = folder.below(folder_name(source))
+    return own_files.parse_picture(f"{part.shown}/{cuts.SHEET}", part.read(cuts.SHEET), _AGAIN)
 
 
 @dataclass
@@ -119,6 +130,8 @@ class PartMaker:
             dropped += found.dropped
             told.append((found.rights, len(found.records)))
             writer.lines.append(cuts.table(found, header=not writer.lines))
+            writer.worst.add(found)
+            writer.lost += self._lost(found)
             records |= found.records
             rows_of.update(entry.id for entry in found.entries)
             for entry in found.entries:
@@ -136,6 +149,11 @@ class PartMaker:
             )
         return writer.finish(source.name, identity, [*bad, *dropped], told)
 
+    def _lost(self, found: Survey) -> Lost:
+        texts = captions_by_name((record.id, record.captions) for record in found.records.values())
+        long, room = too_long(self.surveyor.tokenizers, texts, self.surveyor.data.chunks)
+        return Lost.of({id: look.cut for id, look in found.seen.items()}, long, room)
+
 
 @dataclass
 class _Writer:
@@ -148,6 +166,8 @@ class _Writer:
     entries: list[Entry] = field(default_factory=list)  # that are written
     files: list[own_shapes.Shard] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)  # of the table for people
+    lost: Lost = field(default_factory=Lost)
+    worst: cuts.Worst = field(default_factory=cuts.Worst)
 
     def add(self, shape: Shape, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
         held = self.rows.setdefault(shape, _Rows())
@@ -179,6 +199,8 @@ class _Writer:
         records = {"records": [entry.row for entry in self.entries], "skipped": told}
         self.folder.write(RECORDS, own_files.json_text(records))
         self.folder.write(cuts.TABLE, "".join(self.lines))
+        if (sheet := self.worst.sheet) is not None:
+            self.folder.write(cuts.SHEET, png_bytes(sheet))
         shapes = [(tuple(f.get("size", ())), f["rows"]) for f in self.files]
         runs = [
             [sum(n for _, n in same), list(shape)] for shape, same in groupby(shapes, lambda each: each[0])
@@ -189,6 +211,8 @@ class _Writer:
             "pictures": sum(count for _, count in rights_told), 
             "several": any(entry.captions for entry in self.entries),
             "weighted": any(entry.weights for entry in self.entries),
+            # in the order of the sheet: a picture that could not be drawn is not there
+            "lost": replace(self.lost, worst=self.worst.named).plain,
         }  # fmt: skip
         if (found := rights.merged(rights_told)) is not None:
             part["rights"] = found

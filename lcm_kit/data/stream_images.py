@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from lcm_kit import console, sample
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.schema import Data, Training
-from lcm_kit.data import parts, rights, shards, vae_precision
+from lcm_kit.data import cuts, parts, rights, shards, vae_precision
 from lcm_kit.data.encoder import Encoder, tensors_of, usable_base
-from lcm_kit.data.findings import few
+from lcm_kit.data.findings import few, number
 from lcm_kit.data.images import maker_of
+from lcm_kit.data.lost import SHOWN, Lost
 from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.progress import EncodeReport, progress_bar
 from lcm_kit.data.records import Record
 from lcm_kit.data.streams import SourceShard, source_shards
 from lcm_kit.data.survey import Surveyor
 from lcm_kit.drawing.batches import at_once
+from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.remote import Folder
@@ -106,9 +109,10 @@ def encode(
         _write_list(folder, base, data, settings, held, old)
         made = sum(part["rows"] for part, was in zip(held, found, strict=True) if was is None)
         changes = [] if old is None else shards.differences(old["settings"], settings)
+        remarks = _say_what_is_lost(folder, data, held, draw=old is None or old["parts"] != held)
         report = EncodeReport(
             Path(folder.shown), sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
-            [bad for part in held if part["skipped"] for bad in _skipped(folder, part)],
+            [bad for part in held if part["skipped"] for bad in _skipped(folder, part)], remarks=remarks,
         )  # fmt: skip
         if progress:
             console.say(report.message)
@@ -186,6 +190,34 @@ def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:
             f"data.path {data.path!r}: {few(wrong)} {'has' if len(wrong) == 1 else 'have'} pictures without "
             "a licence that data.require_license allows; take them out, or leave these shards out"
         )
+
+
+def _say_what_is_lost(folder: Folder, data: Data, held: Sequence[own_shapes.Part], draw: bool) -> list[str]:
+    """What became of the pictures of all parts, in words; and the worst of them as a sheet in `folder`."""
+    told = [(part["source"], Lost.read(part["lost"])) for part in held if "lost" in part]
+    total = sum((lost for _, lost in told), Lost())
+    said = list(total.sentences(data.chunks)) if told else []
+    if len(told) < len(held):
+        said.append(
+            f"of {number(len(held) - len(told), 'shard')} that an older version encoded it is not known what "
+            "became of the pictures"
+        )
+    if draw:
+        tiles = sorted(
+            (-harm, source, at) for source, lost in told for at, (_, harm) in enumerate(lost.worst)
+        )[:SHOWN]
+        sheets: dict[str, Image.Image] = {}
+        for source in {source for _, source, _ in tiles}:
+            try:
+                sheets[source] = parts.worst_of(folder, source)
+            except UserError as error:  # nothing is trained on it
+                console.say(f"warning: {error}", err=True)
+        sheet = cuts.of_sheets((sheets[source], at) for _, source, at in tiles if source in sheets)
+        if sheet is None:
+            folder.delete(cuts.SHEET)
+        else:
+            folder.write(cuts.SHEET, png_bytes(sheet))
+    return said
 
 
 def _skipped(folder: Folder, part: own_shapes.Part) -> list[tuple[str, str]]:

@@ -33,6 +33,21 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None, g
     return sheet
 
 
+def tile_of(
+    sheet: Image.Image, number: int, size: tuple[int, int], columns: int, gap: int = 4
+) -> Image.Image:
+    """The picture of that number and of that (width, height) on a `contact_sheet`."""
+    left, top = number % columns * (size[0] + gap), number // columns * (size[1] + gap)
+    return sheet.crop((left, top, left + size[0], top + size[1]))
+
+
+def png_bytes(picture: Image.Image, text: PngInfo | None = None) -> bytes:
+    """The content of a PNG file of `picture`."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True, pnginfo=text)
+    return content.getvalue()
+
+
 def save_png(
     picture: Image.Image,
     path: Path,
@@ -46,9 +61,7 @@ def save_png(
     text = PngInfo()
     for keyword, words in (told or {}).items():
         text.add_itxt(keyword, words)
-    content = io.BytesIO()
-    picture.save(content, format="PNG", optimize=True, pnginfo=text)
-    atomic_write(path, finish(content.getvalue()))
+    atomic_write(path, finish(png_bytes(picture, text)))
     return path
 
 

@@ -10,6 +10,7 @@ writing.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
@@ -305,11 +306,20 @@ def _hash_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def read_picture(path: Path, again: str) -> Image.Image:
     """A PNG file of ours. Raises `Damaged` if its checksums say so; `again` says what makes it anew."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        content = path.read_bytes()
+    except OSError as error:
+        raise damaged(path, error.strerror or "it cannot be read", again) from error
+    return parse_picture(path, content, again)
+
+
+def parse_picture(path: Path | str, content: bytes, again: str) -> Image.Image:
+    """As `read_picture`, of what a file holds, wherever it lies: `path` names it. Raises as that."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             image.verify()  # of all of its parts, which Pillow does not look at when it decodes
-        if not path.read_bytes().endswith(_PNG_ENDS):  # nor at the checksum of the last
+        if not content.endswith(_PNG_ENDS):  # nor at the checksum of the last
             raise ValueError
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             return image.copy()
     except Exception as error:  # Pillow raises of all kinds
         raise damaged(path, getattr(error, "strerror", None) or "it is no whole PNG file", again) from error

@@ -122,6 +122,20 @@ class Cache(TypedDict):
     rights: NotRequired[Rights]  # where metadata says any
 
 
+class Lost(TypedDict):
+    """What encoding took from pictures: `data.lost.Lost`. Lists of [id, number], the largest first."""
+
+    shapes: list[list[int]]  # [width, height, pictures]
+    cropped: int
+    most_cropped: list[list[Any]]
+    enlarged: int
+    most_enlarged: list[list[Any]]
+    worst: list[list[Any]]
+    cut_captions: int
+    longest: list[list[Any]]
+    room: int
+
+
 class Part(TypedDict):
     """What a source shard became: part.json of a cache of a stream."""
 
@@ -136,6 +150,7 @@ class Part(TypedDict):
     rights: NotRequired[Rights]  # what metadata says of them, if anything
     several: bool  # whether a row has several captions
     weighted: bool  # whether a row has a mask
+    lost: NotRequired[Lost]
 
 
 class PartRecords(TypedDict):
