@@ -188,9 +188,29 @@ def test_encode_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcm_kit.data import sources
 
     seen: list[Any] = []
-    monkeypatch.setattr(sources, "encode", lambda config, share: seen.extend([config, share]))
+
+    def encode(config: Any, share: Any, elsewhere: Any) -> None:
+        seen.extend([config, share, elsewhere])
+
+    monkeypatch.setattr(sources, "encode", encode)
     assert cli("encode", "quickstart", "data.resolution=128").exit_code == 0
-    assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1)
+    assert seen[0].data.resolution == 128 and (seen[1].rank, seen[1].world) == (0, 1) and seen[2] is None
+
+
+def test_encode_passes_the_options_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcm_kit.data import ray_engine, sources
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sources, "encode", lambda config, share, elsewhere: seen.append(elsewhere))
+    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: True)
+    on_ray = ("encode", "quickstart", "--engine", "ray")
+    assert cli(*on_ray).exit_code == 0
+    assert cli(*on_ray, "--address", "a:1", "--workers", "3", "--gpus", "0.5").exit_code == 0
+    assert [(each.address, each.workers, each.gpus) for each in seen] == [(None, None, None), ("a:1", 3, 0.5)]
+    for wrong in (("--workers", "0"), ("--gpus", "nan"), ("--gpus", "-1")):
+        assert cli(*on_ray, *wrong).exit_code == 2
+    assert cli("encode", "quickstart", "--workers", "3").exit_code == 2
+    assert cli("encode", "quickstart", "--engine", "spark").exit_code == 2 and len(seen) == 2
 
 
 def test_export_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

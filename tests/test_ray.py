@@ -131,7 +131,7 @@ def test_a_mistake_that_a_worker_finds_is_the_sentence_of_one_process(
     found = command("encode", write("ray"), "--engine", "ray", "--address", cluster.address, "--workers", 1)
     assert found.returncode == 2
     said = [line for line in found.stderr.splitlines() if not line.startswith("encoding: ")]
-    assert said == f"error: {alone.value}".splitlines() and not list((tmp_path / "ray").glob(".ray-*"))
+    assert said == f"error: {alone.value}".splitlines() and not list(tmp_path.glob("ray/.*"))
 
 
 def test_a_cache_that_workers_do_not_see_is_not_written_elsewhere(

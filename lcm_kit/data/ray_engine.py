@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ from lcm_kit.data.ray_worker import Job, Worker, tried_precision
 from lcm_kit.data.stream_images import folder_of
 from lcm_kit.data.streams import SourceShard
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.io.files import signed
 from lcm_kit.io.urls import is_url
 
 _PATIENCE = 20  # seconds that a cluster has to answer in
@@ -174,7 +176,14 @@ class RayEngine:
     @contextlib.contextmanager
     def _mark(self, config: Training) -> Iterator[str]:
         """A file in the cache by which workers know that they see the same one."""
-        folder, name = folder_of(config.data), f".ray-{uuid.uuid4().hex}"
+        folder = folder_of(config.data)
+        if not folder.is_remote:
+            with signed(Path(folder.place)) as found:
+                if found is None:
+                    raise UserError(f"data.cache {folder.shown} cannot be written here; give another folder")
+                yield found
+            return
+        name = f".ray-{uuid.uuid4().hex}"
         folder.write(name, f"{socket.gethostname()} encodes on a Ray cluster\n")
         try:
             yield name
