@@ -115,6 +115,9 @@ def test_of_pictures_in_shapes_it_says_how_many_there_are_of_each() -> None:
     assert of_training(DISTILL, Inspected(), "ab12", 300, runs=[(3, (), 1), (1, (side, side), 2)]).data == (
         of_training(DISTILL, Inspected(), "ab12", 300).data
     )
+    drawn = replace(STYLE, prior=Prior("general.txt", resolutions=(64, (96, 48))))
+    assert from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
+    assert "resolutions" not in STYLE.to_json()["prior"]
     for odd in ({"64": 1}, {"0x64": 1}, {"64x64x64": 1}, {"64x64\n": 1}):
         with pytest.raises(ValueError, match="pattern"):
             Data(shapes=odd)

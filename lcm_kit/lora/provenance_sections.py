@@ -175,6 +175,7 @@ class Prior:
     steps: int = 0
     guidance_scale: float = 1.0
     seed: int = 0
+    resolutions: tuple[int | tuple[int, int], ...] = ()  # of them, in turn; none: squares of data.resolution
 
 
 @dataclass(frozen=True, config=STRICT)
