@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,10 @@ def _nobody_to_share_with(folder: Path) -> None:
     pass
 
 
+def _nobody_to_agree_with(facts: Mapping[str, object]) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Share:
     """This process's part; alone, it is everything. `lcm_kit.training.processes` finds it out."""
@@ -26,6 +30,7 @@ class Share:
     world: int = 1
     wait: Callable[[], None] = _nobody_to_wait_for  # until every process is here
     require_shared: Callable[[Path], None] = _nobody_to_share_with  # a folder that all processes see
+    require_same: Callable[[Mapping[str, object]], None] = _nobody_to_agree_with  # facts, by name
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
         """The items of this process: every `world`-th, from `rank` on."""

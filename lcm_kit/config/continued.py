@@ -61,3 +61,9 @@ def fixed(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Of `bound` what no continuation writes in another way: no places, no sizes, nothing that is told."""
     others = (*DATA, *BASE, *CODE, *LORAS, *BATCH, *TOLD, "data.leave_out")
     return {key: value for key, value in keys.items() if not is_free(key) and key not in others}
+
+
+def common(config: schema.Training) -> dict[str, Any]:
+    """By dotted key what all processes of a run must have the same value of: all but where things lie."""
+    places = (*DATA, *BASE, *CODE, *LORAS, "data.leave_out", "data.local_cache", "data.local_cache_gb")
+    return {key: value for key, value in flat(config).items() if key not in places}

@@ -104,6 +104,7 @@ def bring_up_to_date(
     started, old = time.monotonic(), shards.read_manifest(folder, repair=True)
     with progress_bar(progress and share.first, what.split()[0]) as bar:
         contents = survey(old, bar)
+        share.require_same(_agreed(contents))
         planned = shards.plan(contents.settings, contents.entries, contents.data.shard_size)
         missing = shards.missing(folder, [shards.empty(contents.settings), *planned])
         rows = [entry for shard in missing for entry in shard.entries]
@@ -128,6 +129,13 @@ def bring_up_to_date(
     if progress and share.first:
         console.say(report.message)
     return report
+
+
+def _agreed(contents: Contents) -> dict[str, Any]:
+    """What must be the same for all processes that share the work."""
+    pictures = shards.content_hash(contents.settings, contents.entries)
+    agreed = {**shards.made_by(contents.settings), "data.shard_size": contents.data.shard_size}
+    return {**agreed, "set of pictures": pictures}
 
 
 def say_what_is_cut(base: BaseInfo, data: Data, entries: Sequence[Entry]) -> None:

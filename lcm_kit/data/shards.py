@@ -204,14 +204,17 @@ class Shard:
 
 def content_hash(settings: Mapping[str, Any], entries: Sequence[Entry] = ()) -> str:
     """Hash of all that the tensors of `entries` are made from."""
-    # data.path and the columns say where a record comes from; what it is, its own hashes say
-    made_by = {
+    rows = [entry.origin for entry in entries]
+    return sha256_bytes(json.dumps([made_by(settings), rows], sort_keys=True).encode())
+
+
+def made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings what tensors follow from, besides what each record is, which its own hashes say."""
+    return {
         key: value
         for key, value in settings.items()
         if (key in _NAMES or key.startswith(_MAKING)) and key not in _BY_ROW
     }
-    rows = [entry.origin for entry in entries]
-    return sha256_bytes(json.dumps([made_by, rows], sort_keys=True).encode())
 
 
 def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> list[Shard]:

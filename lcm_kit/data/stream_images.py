@@ -28,7 +28,9 @@ from lcm_kit.drawing.batches import at_once
 from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
+from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.remote import Folder
+from lcm_kit.io.urls import is_url
 from lcm_kit.share import ALONE, Share
 
 
@@ -85,6 +87,8 @@ def encode(
     else:
         precision = try_precision(base, data, sources, share)
     settings = shards.settings(base, data, precision)
+    if share.world > 1:
+        share.require_same(shards.made_by(settings) | {"set of shards": _named(data, sources)})
     old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
     found = [parts.done(folder, source, settings) for source in sources]
     missing = [source for source, part in zip(sources, found, strict=True) if part is None]
@@ -118,6 +122,12 @@ def encode(
             console.say(report.message)
     share.wait()
     return report
+
+
+def _named(data: Data, sources: Sequence[SourceShard]) -> str:
+    """A hash of which shards there are; of files of a machine's own, of what each is too."""
+    each = [(source.name, "" if is_url(data.path) else source.identity()) for source in sources]
+    return sha256_bytes(repr(each).encode())
 
 
 def make_parts(config: Training, sources: Sequence[SourceShard], advance: Callable[[], None]) -> None:

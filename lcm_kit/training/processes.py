@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -39,7 +40,8 @@ def share() -> Share:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Share()
     here = state()
-    return Share(here.process_index, here.num_processes, here.wait_for_everyone, require_shared)
+    wait = here.wait_for_everyone
+    return Share(here.process_index, here.num_processes, wait, require_shared, require_same)
 
 
 def require_shared(folder: Path) -> None:
@@ -68,6 +70,27 @@ def require_shared(folder: Path) -> None:
             f"{everyone[0][1]} writes there; give a folder that all machines share, by the same path, or for "
             "the data.cache of a stream an address, as s3://bucket/cache"
         )
+
+
+def require_same(facts: Mapping[str, object]) -> None:
+    """Raise `UserError`, on all processes, unless `facts`, by name, are those of the first one on each.
+
+    All must call it at the same place. Machines may have their own copies of base and pictures, and of the
+    config; where these differ each would train or encode something else, in silence.
+    """
+    import torch
+
+    if (world := state().num_processes) == 1:
+        return
+    everyone: list[Any] = [None] * world
+    torch.distributed.all_gather_object(everyone, (dict(facts), platform.node()))
+    first, place = everyone[0]
+    for rank, (found, node) in enumerate(everyone):
+        if wrong := [name for name in {**first, **found} if first.get(name) != found.get(name)]:
+            raise UserError(
+                f"process {rank} on {node} has another {wrong[0]} than process 0 on {place}; start all with "
+                "the same config, the same base and the same pictures"
+            )
 
 
 def _appears(file: Path) -> bool:

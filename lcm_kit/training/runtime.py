@@ -26,7 +26,7 @@ from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.adapter.folder import save_adapter
 from lcm_kit.bases.out_of_memory import out_of_memory
 from lcm_kit.config import schema
-from lcm_kit.config.continued import bound
+from lcm_kit.config.continued import bound, common
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.errors import UserError
 from lcm_kit.lora.provenance import Provenance
@@ -190,9 +190,11 @@ def resume(
 
     `unet`, `data`, `teacher`, `base`: hashes of the base's UNet, the cached data, the teacher's adapters, the
     whole base. A damaged state is passed over with a warning. Raises `UserError` if none is good, if it was
-    made with another base, teacher or other data, or if its batches cannot be shared equally by the
-    processes that there are now.
+    made with another base, teacher or other data, if its batches cannot be shared equally by the processes
+    that there are now, or if one of these has another config, base or data than the others.
     """
+    found = {"base's UNet": unet, "cache": data, "teacher": tuple(teacher), "base": base}
+    processes.require_same({**common(config), **found})
     run, world = Path(config.output), accelerator.num_processes
     batch = config.batch_size * config.accumulation * world
     folder = main_does(accelerator, lambda: checkpoints.newest(run, partial(say, accelerator)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +109,7 @@ def test_a_machine_that_vanishes_is_missed(training: list[object], tmp_path: Pat
         worker.wait(10)  # raises where it lives on
 
 
-# -- One folder for all --------------------------------------------------------------------------------------
+# -- What all machines must have -----------------------------------------------------------------------------
 
 APART = """
 import os, sys
@@ -119,30 +122,52 @@ from train import distill
 
 processes._LATE = 1.0
 share = processes.share()
-config = load(Path(sys.argv[1]), ["data.cache=cache", "output=run"])
-os.chdir(Path(sys.argv[2], f"node-{share.rank}"))  # what a machine without the shared folder works in
-for work in (lambda: sources.encode(config, progress=False, share=share), lambda: distill.main(config)):
+here = Path(sys.argv[2], f"node-{share.rank}")
+
+def refused(work, *changes):
+    config = load(Path(sys.argv[1]), changes)
     try:
-        work()
+        sources.encode(config, progress=False, share=share) if work == "encode" else distill.main(config)
     except UserError as error:
         print("refused:", error)
+
+refused("encode", f"data.path={here / 'images'}", f"data.cache={sys.argv[2]}/other")
+refused("train", f"seed={share.rank}")
+refused("train", f"base.path={here / 'base'}")
+os.chdir(here)  # what a machine without the shared folder works in
+refused("encode", "data.cache=cache")
+refused("train", "output=run")
 """
 
 
-def test_a_machine_with_a_folder_of_its_own_is_named_before_anything_is_made(
+@pytest.mark.slow  # two processes that import torch and diffusers anew
+def test_machines_without_the_same_folder_pictures_base_and_config_are_named(
     distill_keys: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Before anything is written."""
     (tmp_path / "apart.py").write_text(APART)
     (tmp_path / "my.yaml").write_text(dump(configure(distill_keys, tmp_path / "run")))
     nodes = [tmp_path / f"node-{rank}" for rank in (0, 1)]
     for node in nodes:
-        node.mkdir()
+        shutil.copytree(distill_keys["data"]["path"], node / "images")
+        shutil.copytree(distill_keys["base"]["path"], node / "base")
+    (nodes[1] / "images/3.txt").write_text("another caption")
+    scheduler = nodes[1] / "base/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "beta_end": 0.013}))
     program = [tmp_path / "apart.py", tmp_path / "my.yaml", tmp_path]
     with agents(tmp_path, program) as both:
         started = [both.start(head) for head in (True, False)]
         both.until(lambda: all(agent.poll() is not None for agent in started))
         said = both.said()
         assert [agent.returncode for agent in started] == [0, 0], said[-6000:]
-    for folder in ("cache", "run"):
-        assert said.count(f"refused: {folder} is not one folder for all: process 1 on ") == 2
-    assert [list(node.iterdir()) for node in nodes] == [[], []]
+    for sentence in (
+        r"process 1 on \S+ has another set of pictures than process 0 on ",
+        r"process 1 on \S+ has another seed than process 0 on ",
+        r"process 1 on \S+ has another base than process 0 on ",
+        r"cache is not one folder for all: process 1 on ",
+        r"run is not one folder for all: process 1 on ",
+    ):
+        assert len(re.findall(f"refused: {sentence}", said)) == 2, (sentence, said[-6000:])
+    left = [path.name for node in nodes for path in node.iterdir()]
+    assert sorted(left) == ["base", "base", "images", "images"] and not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "other").glob("*")] == []
