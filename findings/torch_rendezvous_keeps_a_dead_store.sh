@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # torch 2.13.0, torchrun with the c10d rendezvous on two machines: the one that is first in their order (by address)
-# loses its power, comes back and is first again. The other one's agent starts its process anew with the address of
-# the store that died with it (DynamicRendezvousHandler asks for it in the first round, and later only if it has
-# itself become the first), so the two never meet. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it ask in each round.
+# loses its power, comes back and is first again. Its process is given the store of the new round; that of the other
+# machine MASTER_ADDR and MASTER_PORT of the store that was lost with the first (DynamicRendezvousHandler asks for it
+# in the first round, and later only if it has itself become the first). TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it
+# ask in each round.
 # A good guess: after a restart all processes are given the store of this round.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -11,21 +12,18 @@ cd "$folder"
 python3 -m venv venv
 venv/bin/python -m pip install --quiet torch==2.13.0 numpy psutil
 cat > worker.py <<'PY'
+import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-from torch import distributed
-
-distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
-assert distributed.get_world_size() == 2
-if not (Path(sys.argv[1]) / "killed").exists():
-    (Path(sys.argv[1]) / f"met-{distributed.get_rank()}").touch()
-    while True:  # until the other one dies
-        distributed.all_reduce(torch.ones(1))
-        time.sleep(0.1)
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+lost = (folder / "lost").exists()
+store = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+(folder / f"{'after' if lost else 'before'}-{rank}").write_text(store)
+while not (folder / "lost").exists():
+    time.sleep(0.1)
+sys.exit(0 if lost else 1)  # as a process ends whose connections are gone
 PY
 export OMP_NUM_THREADS=1
 venv/bin/python - <<'PY'
@@ -39,8 +37,8 @@ from pathlib import Path
 import psutil
 
 
-def meet_again(variable: str, port: int) -> bool:
-    """Whether both end well within a minute of the return of the first."""
+def stores(variable: str, port: int) -> tuple[list[str], list[str]]:
+    """The stores that the processes of both machines are given, before and after the first one's loss."""
     folder = Path(tempfile.mkdtemp(dir="."))
 
     def agent(address: str, host: int) -> subprocess.Popen:
@@ -52,27 +50,33 @@ def meet_again(variable: str, port: int) -> bool:
         variables = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": variable}
         return subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
 
-    def lose_power(there: subprocess.Popen) -> None:
+    def end(there: subprocess.Popen) -> None:
         processes = psutil.Process(there.pid).children(recursive=True) if there.poll() is None else []
         for process in (there, *processes):
             process.kill()
         there.wait()
 
+    def given(when: str) -> list[str]:
+        until = time.monotonic() + 120
+        while len(found := sorted(folder.glob(f"{when}-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1)  # both are written whole
+        return [file.read_text() for file in found]
+
     second, first = agent("127.0.0.2", 1), agent("127.0.0.1", 0)
-    while len(list(folder.glob("met-*"))) < 2:
-        time.sleep(0.1)
-    (folder / "killed").touch()
-    lose_power(first)
-    first, until = agent("127.0.0.1", 0), time.monotonic() + 60
-    while None in (first.poll(), second.poll()) and time.monotonic() < until:
-        time.sleep(0.1)
-    done = (first.poll(), second.poll()) == (0, 0)
-    lose_power(first)
-    lose_power(second)
-    return done
+    before = given("before")
+    end(first)
+    (folder / "lost").touch()
+    first = agent("127.0.0.1", 0)
+    after = given("after")
+    for machine in (first, second):
+        end(machine)
+    return before, after
 
 
-found = {variable: meet_again(variable, 29700 + int(variable)) for variable in ("0", "1")}
-print("they meet again, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE:", found)
-assert found == {"0": False, "1": True}, "changed"
+for variable in ("0", "1"):
+    before, after = stores(variable, 29700 + int(variable))
+    print(f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE={variable}: before {before}, after {after}")
+    assert before[0] == before[1] and after[0] != before[0], "changed: the first machine's own store"
+    assert after[1] == (before[1] if variable == "0" else after[0]), "changed: the other machine's store"
 PY
