@@ -54,6 +54,14 @@ def test_one_that_ends_as_it_should_is_not_missed() -> None:
     assert not any(turn(first)[0] for _ in range(3 * TURNS))
 
 
+def test_one_that_is_started_again_is_missed_though_its_predecessor_left() -> None:
+    """In the same store, which the agents of torchrun hold."""
+    first, second = ring(2)
+    second.leave()
+    again = Listener(first.store, 0, 2, life="again")
+    assert [turn(again)[0] for _ in range(TURNS + 1)].index(True) == TURNS
+
+
 def test_one_that_never_came_is_missed() -> None:
     first, _ = ring(2)
     assert [turn(first)[0] for _ in range(TURNS + 2)].index(True) == TURNS

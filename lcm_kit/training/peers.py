@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -33,14 +34,15 @@ class Listener:
     store: Any  # `add(key, n)` -> the sum, as torch's TCPStore
     rank: int
     world: int
+    life: str = ""  # of all of them together: a store may outlive processes that are started again
     heard: int = -1  # beats of the next one
     silent: int = 0  # turns in which there was none
     over: bool = False  # nobody is left to listen to
 
     def exchange(self) -> None:
         """Beat, and hear whether the next one did."""
-        self.store.add(_key(self.rank), 1)
-        beats = self.store.add(_key((self.rank + 1) % self.world), 0)
+        self.store.add(self._key(self.rank), 1)
+        beats = self.store.add(self._key((self.rank + 1) % self.world), 0)
         if beats >= _LEFT:
             self.over = True
         if beats != self.heard:
@@ -57,26 +59,30 @@ class Listener:
     def leave(self) -> None:
         """Say that this process ends as it should; the others may still have work to do."""
         with contextlib.suppress(RuntimeError):  # the store may have ended before
-            self.store.add(_key(self.rank), _LEFT)
+            self.store.add(self._key(self.rank), _LEFT)
 
-
-def _key(rank: int) -> str:
-    return f"lcm-kit/alive/{rank}"
+    def _key(self, rank: int) -> str:
+        return f"lcm-kit/alive/{self.life}/{rank}"
 
 
 @cache
 def listen() -> None:
-    """From now on end this process where another machine is lost. Does nothing where all are on one."""
+    """From now on end this process where another machine is lost. Does nothing where all are on one.
+
+    To be called by all processes at the same place, when they have met.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)) or "MASTER_ADDR" not in os.environ:
         return
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore, broadcast_object_list
 
+    life = [secrets.token_hex(4)]
+    broadcast_object_list(life)
     store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
         timeout=timedelta(seconds=SILENCE),
     )  # fmt: skip
-    listener = Listener(store, int(os.environ["RANK"]), world)
+    listener = Listener(store, int(os.environ["RANK"]), world, life[0])
     atexit.register(listener.leave)
     for task in (_exchange, _judge):
         threading.Thread(target=task, args=(listener,), daemon=True, name=f"peers{task.__name__}").start()
