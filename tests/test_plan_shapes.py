@@ -13,9 +13,11 @@ from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.load import load
 from lcm_kit.config.schema import Adapter
 from lcm_kit.data.buckets import Shaper
-from lcm_kit.plan import base_profile, encoding
+from lcm_kit.plan import base_profile, encoding, evaluating
 from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.estimate import Planner
+from lcm_kit.workflow.needs import Needs
+from tests.test_plan_stages import story
 
 WIDE = (128, 64)  # twice the pixels of the embedded base's squares
 
@@ -104,3 +106,15 @@ def test_training_is_planned_for_the_largest_of_its_shapes() -> None:
     assert large.flops == small.flops
     vae = [each.encode[encoding.PICTURES]["activations"] for each in (small, large)]
     assert 1.02 < vae[1] / vae[0] < 1.07
+
+
+def test_an_evaluation_of_a_story_is_planned_at_its_own_size() -> None:
+    square, wide = (
+        Needs.of(story("tiny", "asset:tiny-sd", 64, "brand.batch_size=4", *more), "cuda")
+        for more in ((), (f"brand.resolution={list(WIDE)}",))
+    )
+    stage = wide.trainings["distill"][0].stage
+    for batch in (4, 32):
+        found = wide.evaluations["brand"].by_batch[batch]
+        assert found == sum(evaluating.parts(WIDE, stage, "cuda", batch).values())
+        assert found > square.evaluations["brand"].by_batch[batch]

@@ -163,7 +163,7 @@ def test_a_story_is_planned_stage_by_stage(small: Needs) -> None:
         planner, wanted = small.trainings[name]
         assert planner(wanted).resident in [stage.size for _, stage in found]
     planner, wanted = small.trainings["distill"]
-    parts = evaluating.parts(wanted, planner.stage, "cuda", 64)
+    parts = evaluating.parts(wanted.data.resolution, planner.stage, "cuda", 64)
     assert found[-1] == ("brand", Stage("evaluate", "brand, batch_size=64", sum(parts.values())))
     assert small.largest().size == max(stage.size for _, stage in found)
 

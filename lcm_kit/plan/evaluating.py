@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lcm_kit.config.resolution import Resolution
 from lcm_kit.config.schema import Training
 from lcm_kit.plan import encoding
 from lcm_kit.plan.dry_run import MetaModel
@@ -22,12 +23,12 @@ _CLIP = 427_616_513
 
 def by_batch(config: Training, stage: MetaModel, device: str) -> Mapping[int, Parts]:
     """Bytes by part for each of `BATCHES`, pictures of the config's size."""
-    return {batch: parts(config, stage, device, batch) for batch in BATCHES}
+    return {batch: parts(config.data.resolution, stage, device, batch) for batch in BATCHES}
 
 
-def parts(config: Training, stage: MetaModel, device: str, batch: int) -> Parts:
-    """Bytes by part while `batch` pictures are drawn at once."""
-    drawn = encoding.drawn(config.data.resolution, stage, device, batch * _GUIDED, decoded=batch)
-    reader = 0 if config.data.resolution == world.SIZE else FLOAT * _CLIP
+def parts(resolution: Resolution, stage: MetaModel, device: str, batch: int) -> Parts:
+    """Bytes by part while `batch` pictures of this size are drawn at once."""
+    drawn = encoding.drawn(resolution, stage, device, batch * _GUIDED, decoded=batch)
+    reader = 0 if resolution == world.SIZE else FLOAT * _CLIP
     adapter = sum(stage.weights.lora) * encoding.drawing_dtype(device).itemsize
     return {**drawn, "adapter": adapter, "what looks at pictures": reader}

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from lcm_kit import console
+from lcm_kit.config.brand import Brand
+from lcm_kit.config.evaluation import Quality
+from lcm_kit.config.resolution import height_width
 from lcm_kit.config.schema import Training
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.plan import advice, base_profile, evaluating, show
@@ -50,11 +53,12 @@ class Needs:
         distil = Planner(MetaModel(base, story.distill.adapter, look), device)
         judged = {}
         for config in story.evaluations:
-            of = story.distill.data.resolution
-            wanted = at_once(config.batch_size, of, of, device)  # type: ignore[union-attr]
+            assert isinstance(config, Brand | Quality)
+            size = config.resolution or story.distill.data.resolution
+            wanted = at_once(config.batch_size, *height_width(size), device)
             sizes: dict[int, int] = {}
             for batch in {*evaluating.BATCHES, wanted}:
-                parts = evaluating.parts(story.distill, distil.stage, device, batch)
+                parts = evaluating.parts(size, distil.stage, device, batch)
                 sizes[batch] = sum(parts.values())
             judged[config.recipe.removeprefix("evaluation/")] = Evaluation(wanted, sizes)
         return cls({"style": (style, story.style), "distill": (distil, story.distill)}, judged, device)
