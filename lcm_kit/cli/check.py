@@ -119,7 +119,7 @@ def _adapters_of(config: GuidanceSweep | Compose | Brand) -> tuple[str, ...]:
 def _trains(config: Training) -> list[Callable[[], str]]:
     data = config.data
     prompts = [config.validation.prompts, config.validation.control]
-    looks = [lambda: _base(config.base)]
+    looks = [lambda: _base(config.base, trains=config)]
     looks += [lambda: _data(data, config.base), lambda: _tokens(config)] if data.has_images else []
     looks += [lambda: _samples(data)] if data.has_samples else []
     looks += [lambda: _alone(data)] if data.source == "prompts" else []
@@ -132,19 +132,22 @@ def _trains(config: Training) -> list[Callable[[], str]]:
     return looks + [partial(_prompts, each) for each in prompts if each]
 
 
-def _base(base: Base, drawn: Resolution | None = None) -> str:
-    """What a base says of itself; `drawn`: the size of what is drawn with it, if that is asked for."""
+def _base(base: Base, drawn: Resolution | None = None, trains: Training | None = None) -> str:
+    """What a base says of itself; `drawn`: the size of what is drawn with it, or all that a training asks."""
     if _on_the_hub(base.path):
         return f"base: {base.path} on the hub, not looked at"
     from lcm_kit.bases import inspect_base, require_fit
     from lcm_kit.core.prediction import check as check_prediction
     from lcm_kit.core.schedule import Schedule
+    from lcm_kit.data import drawn_sizes
 
     info = inspect_base(base.path, revision=base.revision, variant=base.variant)
     check_prediction(Schedule.from_config(info.scheduler_config), info.prediction_type)
     require_fit(info)
     if drawn is not None:
         info.require_resolution(drawn, "resolution")
+    if trains is not None:
+        drawn_sizes.require(trains, info)
     kind = f"{info.family.name}, {info.prediction_type} prediction"
     there = f"base: {base.path}, {kind}, {info.resolution} pixels"
     return "\n".join([there, *_licence(base, info.license)])

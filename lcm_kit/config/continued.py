@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lcm_kit.config import schema
+from lcm_kit.config.yaml_text import plain
 
 FREE = (  # keys, or blocks of keys, that may change
     "output", "steps", "validation", "checkpoint", "logging", "non_finite", "gradient_checkpointing",
@@ -37,7 +38,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     if hasattr(value, "__dataclass_fields__"):
         value = asdict(value)
     if not isinstance(value, Mapping):
-        return {path: list(value) if isinstance(value, tuple) else value}
+        return {path: plain(value)}
     return {
         k: v
         for name, part in value.items()

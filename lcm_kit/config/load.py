@@ -85,15 +85,8 @@ def dump(config: Config | Training, *, plain_ascii: bool = False) -> str:
 
     `plain_ascii` escapes every other letter, for a terminal that has no Unicode.
     """
-    keys = _plain(dataclasses.asdict(config))
+    keys = yaml_text.plain(dataclasses.asdict(config))
     return yaml.safe_dump(keys, sort_keys=False, allow_unicode=not plain_ascii, width=110)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read(path: Path) -> dict[str, Any]:

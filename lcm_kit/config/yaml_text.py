@@ -173,3 +173,10 @@ def read(path: Path) -> Any:
         ) from error
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lcm_kit.bases import BaseInfo
+from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.resolution import Resolution, plain, width_height
-from lcm_kit.config.schema import Data
-from lcm_kit.data.buckets import Size
+from lcm_kit.config.schema import Data, Training
+from lcm_kit.data.buckets import Shaped, Shaper, Size, nearest
+from lcm_kit.errors import UserError
 
 
 def of_number(number: int, prompts: int, data: Data, resolutions: Sequence[Resolution]) -> Resolution:
@@ -19,6 +22,30 @@ def of_number(number: int, prompts: int, data: Data, resolutions: Sequence[Resol
         return data.resolution
     again, at = divmod(number, prompts)
     return resolutions[(at + again) % len(resolutions)]
+
+
+def require(config: Training, base: BaseInfo) -> None:
+    """Raise `UserError` for any size of a training that the base cannot draw, or that is not trained at."""
+    base.require_resolution(config.data.resolution, "data.resolution")
+    base.require_resolution(config.drawn_at, "validation.resolution")
+    if config.data.source != "images":
+        for resolution in config.data.samples.resolutions:
+            base.require_resolution(resolution, "data.samples.resolutions")
+    require_shapes(config, base)
+
+
+def require_shapes(config: Training, base: Shaped) -> None:
+    """Raise `UserError` for pictures of the prior that would be cropped to what is trained at."""
+    if not isinstance(config, Finetune) or config.prior.prompts is None:
+        return
+    shapes = Shaper.of(base, config.data).shapes
+    for size in map(width_height, config.prior.resolutions):
+        if size not in shapes:
+            near = nearest(size, shapes)
+            raise UserError(
+                f"prior.resolutions: {size[0]} × {size[1]} is none of the shapes that data.shapes trains "
+                f"at, so these pictures would be cropped; the nearest is [{near[0]}, {near[1]}]"
+            )
 
 
 def of_entry(resolution: Resolution, data: Data) -> Size | None:

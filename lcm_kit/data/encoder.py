@@ -18,7 +18,7 @@ from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Training
 from lcm_kit.core.prediction import check as check_prediction
 from lcm_kit.core.schedule import Schedule
-from lcm_kit.data import vae_precision
+from lcm_kit.data import drawn_sizes, vae_precision
 from lcm_kit.data.vae_precision import FULL
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.io.files import sha256_bytes
@@ -30,8 +30,7 @@ def usable_base(config: Training) -> BaseInfo:
     """The base of `config`. Raises `UserError` if it cannot be trained, or not at its sizes."""
     base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
     check_prediction(Schedule.from_config(base.scheduler_config), base.prediction_type)
-    base.require_resolution(config.data.resolution, "data.resolution")
-    base.require_resolution(config.drawn_at, "validation.resolution")
+    drawn_sizes.require(config, base)
     return base
 
 

@@ -68,7 +68,8 @@ class Lost:
         """What there is to say: shapes, what is cut away most, what is scaled up, which captions are cut."""
         by_count = sorted(self.shapes.items(), key=lambda each: (-each[1], each[0]))
         named = [f"{width} x {height} ({count})" for (width, height), count in by_count]
-        yield f"shapes: {few(named, 8)}"
+        if named:
+            yield f"shapes: {few(named, 8)}"
         if self.cropped:
             what = number(self.cropped, "picture", after=("loses", "lose"))
             worst = few([f"{id} ({share:.0%})" for id, share in self.most_cropped], of=self.cropped)

@@ -16,6 +16,7 @@ address (`io.remote`):
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,11 @@ def folder_name(source: str) -> str:
     return f"part-{sha256_bytes(source.encode())[:16]}"
 
 
+def made_by(settings: Mapping[str, Any]) -> str:
+    """Hash of all that says which rows there are of a source shard's records, and what is in them."""
+    return sha256_bytes(json.dumps(shards.without_places(settings), sort_keys=True).encode())
+
+
 def read_json(folder: Folder, name: str, shape: type[T]) -> T | None:
     """A JSON file of ours in `folder`; None if it is not there. Raises `UserError` if it is damaged."""
     if folder.size(name) is None:
@@ -68,7 +74,7 @@ def done(folder: Folder, source: SourceShard, settings: Mapping[str, Any]) -> ow
         found = read_json(part, PART, own_shapes.Part)
     except UserError:  # it is made anew
         return None
-    if found is None or found["source"] != source.name or found["made_by"] != shards.content_hash(settings):
+    if found is None or found["source"] != source.name or found["made_by"] != made_by(settings):
         return None
     if found["identity"] != source.identity():
         return None
@@ -206,7 +212,7 @@ class _Writer:
             [sum(n for _, n in same), list(shape)] for shape, same in groupby(shapes, lambda each: each[0])
         ]
         part: own_shapes.Part = {
-            "source": source, "identity": identity, "made_by": shards.content_hash(self.settings),
+            "source": source, "identity": identity, "made_by": made_by(self.settings),
             "rows": len(self.entries), "runs": runs, "shards": self.files, "skipped": len(told),
             "pictures": sum(count for _, count in rights_told), 
             "several": any(entry.captions for entry in self.entries),
@@ -216,5 +222,11 @@ class _Writer:
         }  # fmt: skip
         if (found := rights.merged(rights_told)) is not None:
             part["rights"] = found
+        self._tidy({RECORDS, cuts.TABLE, PART, *(each["file"] for each in self.files)}, sheet is not None)
         self.folder.write(PART, own_files.json_text(part))
         return part
+
+    def _tidy(self, written: set[str], sheet: bool) -> None:
+        """Remove what the part has of before, when it was made otherwise."""
+        for name in self.folder.sizes().keys() - written - ({cuts.SHEET} if sheet else set()):
+            self.folder.delete(name)

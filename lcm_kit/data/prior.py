@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lcm_kit import sample
-from lcm_kit.bases import BaseInfo, inspect_base
+from lcm_kit.bases import BaseInfo
 from lcm_kit.config.finetune import Finetune
-from lcm_kit.config.resolution import Resolution, height_width, shown, width_height
+from lcm_kit.config.resolution import Resolution, height_width
 from lcm_kit.config.schema import Data
 from lcm_kit.data import drawn_sizes, images, records
-from lcm_kit.data.buckets import Shaper, nearest
 from lcm_kit.data.cache import Cache
+from lcm_kit.data.encoder import usable_base
 from lcm_kit.data.encoding import Advance, make_missing
 from lcm_kit.data.folder_files import DRAWN
 from lcm_kit.data.progress import EncodeReport, progress_bar
@@ -89,13 +89,9 @@ def open_cache(config: Finetune, base: BaseInfo) -> Cache | None:
 
 
 def draw(config: Finetune, progress: bool = True, share: Share = ALONE) -> None:
-    """Draw what is missing of `config.prior.count` pictures; other pictures are removed.
-
-    Raises `UserError` for sizes that are not trained at.
-    """
-    base = inspect_base(config.base.path, revision=config.base.revision, variant=config.base.variant)
+    """Draw what is missing of `config.prior.count` pictures; other pictures are removed."""
+    base = usable_base(config)
     folder, settings = Path(data_of(config).path), _settings(config, base)
-    _require_trained(config, base)
     lines, count, sizes = settings["prompts"], config.prior.count, config.prior.resolutions
     wanted = [
         PriorPicture(
@@ -128,24 +124,14 @@ class PriorPicture(NamedTuple):
     resolution: Resolution  # pixels
 
 
-def _require_trained(config: Finetune, base: BaseInfo) -> None:
-    shapes = Shaper.of(base, config.data).shapes
-    for resolution in map(width_height, config.prior.resolutions):
-        if resolution not in shapes:
-            near = nearest(resolution, shapes)
-            raise UserError(
-                f"prior.resolutions: {shown(resolution)} is none of the shapes that data.shapes trains "
-                f"at, so these pictures would be cropped; the nearest is [{near[0]}, {near[1]}]"
-            )
-
-
 def _clear(folder: Path, settings: dict[str, Any], wanted: set[Path]) -> None:
     """Leave in `folder` only pictures that were drawn by `settings`, and that are wanted."""
     if _read(folder) != settings:
         discard(folder)
         own_files.write_json(folder / DRAWN, settings)
-    for extra in {*folder.glob("*.png")} - wanted:
-        discard(extra)
+    for extra in (*folder.glob("*.png"), *folder.glob("*.txt")):
+        if extra.with_suffix(".png") not in wanted:
+            discard(extra)
 
 
 def _load(

@@ -46,17 +46,14 @@ def shape_of(base: BaseInfo, resolution: Resolution) -> tuple[int, int, int]:
 def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """All that the rows are made from, as the manifest keeps it: neither VAE nor UNet nor sampler.
 
-    Raises `UserError` for missing prompts, and for sizes that the base cannot draw.
+    Raises `UserError` for missing prompts.
     """
-    sizes = config.data.samples.resolutions
-    for resolution in sizes:
-        base.require_resolution(resolution, "data.samples.resolutions")
     return {
         **shards.of_base(base, without=("vae", "unet", "scheduler")),
         "prompts": shards.hash_of(prompts(config.data.samples.prompts)),
         "data.resolution": config.data.resolution,
         "latents": list(shape_of(base, config.data.resolution)),
-        **drawn_sizes.setting(sizes),
+        **drawn_sizes.setting(config.data.samples.resolutions),
     }
 
 

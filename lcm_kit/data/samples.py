@@ -49,11 +49,9 @@ def prompts_of(data: Data) -> list[str]:
 def settings(config: Distill, base: BaseInfo) -> dict[str, Any]:
     """All that the samples are made from, as the manifest keeps it.
 
-    Raises `UserError` for missing prompts and adapters, and for sizes that the base cannot draw.
+    Raises `UserError` for missing prompts and adapters.
     """
     made_by = config.data.samples
-    for resolution in made_by.resolutions:
-        base.require_resolution(resolution, "data.samples.resolutions")
     adapters = styles.teacher_loras(config.teacher)
     return {
         **shards.of_base(base, without=("vae",)),

@@ -21,6 +21,7 @@ from lcm_kit import __version__
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.condition import joined
 from lcm_kit.config.schema import Data
+from lcm_kit.data import row_settings
 from lcm_kit.data.masks import WHOLE
 from lcm_kit.data.vae_precision import FULL, KEY
 from lcm_kit.errors import UserError
@@ -131,12 +132,14 @@ def settings(base: BaseInfo, data: Data, precision: str = FULL) -> dict[str, Any
     return {
         **of_base(base, without=("unet", "scheduler")),
         **{f"data.{key}": getattr(data, key) for key in (*keys, *columns)},
+        **row_settings.of(base, data),
         **({} if precision == FULL else {KEY: precision}),
     }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two `settings`, in words."""
+    new = row_settings.without_old(old, new)
     old, new = ({"resolutions": [], KEY: FULL, **side} for side in (old, new))
     changed = [key for key, value in new.items() if not _alike(key, old.get(key), value)]
     return [
@@ -215,6 +218,11 @@ def made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if (key in _NAMES or key.startswith(_MAKING)) and key not in _BY_ROW
     }
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All `settings` but where things lie."""
+    return {key: value for key, value in settings.items() if key not in _PLACES}
 
 
 def plan(settings: Mapping[str, Any], entries: Sequence[Entry], size: int) -> list[Shard]:

@@ -20,7 +20,7 @@ from lcm_kit.data.findings import few, number
 from lcm_kit.data.images import maker_of
 from lcm_kit.data.lost import SHOWN, Lost
 from lcm_kit.data.parts import PartMaker
-from lcm_kit.data.progress import EncodeReport, progress_bar
+from lcm_kit.data.progress import EncodeReport, listing, progress_bar
 from lcm_kit.data.records import Record
 from lcm_kit.data.streams import SourceShard, source_shards
 from lcm_kit.data.survey import Surveyor
@@ -88,7 +88,7 @@ def encode(
         precision = try_precision(base, data, sources, share)
     settings = shards.settings(base, data, precision)
     if share.world > 1:
-        share.require_same(shards.made_by(settings) | {"set of shards": _named(data, sources)})
+        share.require_same(shards.without_places(settings) | {"set of shards": _named(data, sources)})
     old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
     found = [parts.done(folder, source, settings) for source in sources]
     missing = [source for source, part in zip(sources, found, strict=True) if part is None]
@@ -110,10 +110,13 @@ def encode(
             raise UserError(f"the part of {absent[0]} was not made; run the same command again")
         held = [part for part in now if part is not None]
         _require_licenses(data, held)
-        _write_list(folder, base, data, settings, held, old)
+        _require_rows(folder, data, held)
+        if _lacks_empty(folder, settings):  # as after an encode by other settings, which was stopped
+            part_maker(config, precision)
         made = sum(part["rows"] for part, was in zip(held, found, strict=True) if was is None)
         changes = [] if old is None else shards.differences(old["settings"], settings)
         remarks = _say_what_is_lost(folder, data, held, draw=old is None or old["parts"] != held)
+        _write_list(folder, base, data, settings, held, old)
         report = EncodeReport(
             Path(folder.shown), sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
             [bad for part in held if part["skipped"] for bad in _skipped(folder, part)], remarks=remarks,
@@ -149,14 +152,19 @@ def part_maker(config: Training, precision: str) -> PartMaker:
     folder, device = folder_of(data), sample.placement()["device"]
     encoder = Encoder.load(base, device, precision=precision, chunks=data.chunks)
     settings = shards.settings(base, data, precision)
-    empty = shards.empty(settings)
-    if folder.made_from(empty.file) != empty.content:
+    if _lacks_empty(folder, settings):
+        empty = shards.empty(settings)
         folder.write(empty.file, own_files.tensor_bytes(tensors_of(encoder.empty()), empty.content))
     side = data.resolution
     return PartMaker(
         Surveyor.of(base, data), settings, folder, partial(maker_of, encoder, data),
         at_once(data.batch_size, side, side, device),
     )  # fmt: skip
+
+
+def _lacks_empty(folder: Folder, settings: Mapping[str, Any]) -> bool:
+    empty = shards.empty(settings)
+    return folder.made_from(empty.file) != empty.content
 
 
 def try_precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share: Share = ALONE) -> str:
@@ -200,6 +208,17 @@ def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:
             f"data.path {data.path!r}: {few(wrong)} {'has' if len(wrong) == 1 else 'have'} pictures without "
             "a licence that data.require_license allows; take them out, or leave these shards out"
         )
+
+
+def _require_rows(folder: Folder, data: Data, held: Sequence[own_shapes.Part]) -> None:
+    if any(part["rows"] for part in held):
+        return
+    why = [bad for part in held if part["skipped"] for bad in _skipped(folder, part)]
+    raise UserError(
+        f"no record of {data.path!r} can be used; "
+        + ("fix the first of them:" if why else f"{number(len(held), 'shard')} of it hold none"),
+        *([listing(why)] if why else []),
+    )
 
 
 def _say_what_is_lost(folder: Folder, data: Data, held: Sequence[own_shapes.Part], draw: bool) -> list[str]:

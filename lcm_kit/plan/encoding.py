@@ -42,7 +42,11 @@ def decoder(stage: MetaModel, resolution: Resolution, count: int, dtype: torch.d
 
 
 def phases(config: Training, stage: MetaModel, device: str) -> dict[str, Parts]:
-    """Bytes of each phase by part. Pictures are encoded in float32, samples drawn as `sample.placement`."""
+    """Bytes of each phase by part. Pictures are encoded in float32, samples drawn as `sample.placement`.
+
+    Raises `UserError` as `drawn_sizes.require_shapes`.
+    """
+    drawn_sizes.require_shapes(config, stage.subject)
     found: dict[str, Parts] = {}
     prior = isinstance(config, Finetune) and config.prior.prompts is not None
     if config.data.source == "prompts":  # a pass of a few captions is little beside the encoders

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from lcm_kit import sample
 from lcm_kit.bases import inspect_base
+from lcm_kit.cli.main import app
+from lcm_kit.config.continued import flat
+from lcm_kit.config.data import Samples
+from lcm_kit.config.load import dump, load
 from lcm_kit.data import prior, samples, sources
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.encoder import Encoder, usable_base
 from lcm_kit.errors import UserError
 from lcm_kit.training.control import Control
 from lcm_kit.training.diversity import Diversity
+from lcm_kit.training.run_files import config_of
+from lcm_kit.training.run_folder import adapter_steps
 from lcm_kit.training.validation import Validation
 from tests.recipes.small import configure
 from tests.runs import load_adapter
@@ -94,11 +101,53 @@ def test_sizes_that_the_base_cannot_draw_are_refused(
 ) -> None:
     coarse = replace(inspect_base(distill_keys["base"]["path"]), factor=16)
     config = drawing(distill_keys, tmp_path, prompts, resolutions=[64, [96, 40]])
-    with pytest.raises(UserError, match=r"data\.samples\.resolutions 96 × 40: 40 is not a multiple of 16"):
-        samples.settings(config, coarse)
     monkeypatch.setattr("lcm_kit.data.encoder.inspect_base", lambda *_, **__: coarse)
+    for source in ("teacher", "mix"):
+        config = replace(config, data=replace(config.data, source=source))
+        with pytest.raises(
+            UserError, match=r"data\.samples\.resolutions 96 × 40: 40 is not a multiple of 16"
+        ):
+            sources.encode(config, progress=False)
+    usable_base(replace(config, data=replace(config.data, source="images")))  # nothing is drawn
     with pytest.raises(UserError, match=r"validation\.resolution 64 × 24: 24 is not a multiple of 16"):
         usable_base(configure(distill_keys, tmp_path, validation={"resolution": [64, 24]}))
+
+
+def test_sizes_of_the_prior_are_asked_for_before_hours_of_encoding_and_by_every_verb(
+    distill_keys: Keys, prompts: str, tmp_path: Path
+) -> None:
+    keys = {key: value for key, value in distill_keys.items() if key != "guidance"}
+    config = configure(
+        {**keys, "recipe": "train/finetune"}, tmp_path / "run", data={"cache": str(tmp_path / "none")},
+        prior={"prompts": prompts, "count": 2, "steps": 1, "resolutions": [[96, 32]]},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"prior\.resolutions: 96 × 32 is none of the shapes"):
+        sources.encode(config, progress=False)
+    assert not [*tmp_path.glob("none/*.safetensors")]
+    (tmp_path / "my.yaml").write_text(dump(config))
+    for verb in ("check", "plan"):
+        done = CliRunner().invoke(app, [verb, str(tmp_path / "my.yaml")])
+        said = " ".join(done.output.split())
+        assert "prior.resolutions: 96 × 32 is none of the shapes that data.shapes trains at" in said, said
+        assert done.exit_code == 2, verb
+    config = replace(config, prior=replace(config.prior, prompts=None))
+    usable_base(config)  # nothing is drawn
+
+
+def test_a_prior_of_fewer_pictures_leaves_no_captions_behind(
+    distill_keys: Keys, prompts: str, tmp_path: Path
+) -> None:
+    keys = {key: value for key, value in distill_keys.items() if key != "guidance"}
+    for count in (3, 1):
+        given = {"prompts": prompts, "count": count, "steps": 1}
+        config = configure(
+            {**keys, "recipe": "train/finetune"}, tmp_path / "run", data={"cache": str(tmp_path / "brand")},
+            prior=given,
+        )  # fmt: skip
+        prior.draw(config, progress=False)
+        names = [f"{number:05d}.{ending}" for number in range(count) for ending in ("png", "txt")]
+        found = (tmp_path / "brand-prior/pictures").iterdir()
+        assert sorted(file.name for file in found if file.suffix in (".png", ".txt")) == names
 
 
 def test_prompts_have_latents_of_their_sizes(distill_keys: Keys, prompts: str, tmp_path: Path) -> None:
@@ -207,3 +256,25 @@ def test_a_run_does_not_change_the_size_of_its_controls(
     wide = configure(distill_keys, run, steps=1, validation={**measured, "resolution": [96, 32]})
     with pytest.raises(UserError, match="control_count, seed, guidance_scale and resolution back"):
         Control.prepare(wide, inspect_base(wide.base.path).base_hash)
+
+
+def test_a_run_of_several_sizes_goes_on_and_is_exported(
+    distill_keys: Keys, prompts: str, tmp_path: Path
+) -> None:
+    """What a run was started with is kept as JSON, which has no tuples: within lists neither."""
+    first = drawing(distill_keys, tmp_path, prompts, resolutions=[[96, 32], 64])
+    sources.encode(first, progress=False)
+    run = distill.main(replace(first, steps=2))
+    assert config_of(run)["data"]["samples"]["resolutions"] == ((96, 32), 64)
+    again = distill.main(replace(load(run / "config.yaml"), steps=4))
+    assert adapter_steps(again) == 4
+    other = replace(first, data=replace(first.data, samples=replace(first.data.samples, resolutions=(64,))))
+    with pytest.raises(UserError, match=r"started with data\.samples\.resolutions \[\[96, 32\], 64\] and"):
+        distill.main(other)
+
+
+def test_a_key_is_the_same_as_an_object_and_as_json() -> None:
+    sizes = ((96, 32), 64)
+    samples_ = Samples(resolutions=sizes)
+    assert flat(samples_)["resolutions"] == [[96, 32], 64]
+    assert flat(samples_) == flat(json.loads(json.dumps(asdict(samples_))))
