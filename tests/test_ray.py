@@ -126,7 +126,7 @@ def test_a_mistake_that_a_worker_finds_is_the_sentence_of_one_process(
 ) -> None:
     bad = [("a.png", b"no picture"), ("a.txt", b"text"), *pairs(rows(range(EACH), 64))]
     (tmp_path / "set/data-000001.tar").write_bytes(tar_bytes(bad))
-    with pytest.raises(UserError, match="^1 records of data-000001.tar") as alone:
+    with pytest.raises(UserError, match="^1 record of data-000001.tar") as alone:
         lcm_kit.encode(write("alone"))
     found = command("encode", write("ray"), "--engine", "ray", "--address", cluster.address, "--workers", 1)
     assert found.returncode == 2

@@ -170,3 +170,38 @@ def test_the_sheet_of_the_worst_is_there_before_the_list_says_so(
         patch.setattr(stream_images, "_write_list", stop)
         sources.encode(config, progress=False)
     assert (tmp_path / "cache/worst.png").is_file()
+
+
+def test_an_address_is_said_as_it_is(config: Any, tmp_path: Path) -> None:
+    """A `Path` would make one slash of two, which nobody can copy."""
+    there = replace(config.data, cache="memory://said/as/it/is", local_cache=str(tmp_path / "copies"))
+    (report,) = sources.encode(replace(config, data=there), progress=False)
+    assert report.folder == "memory://said/as/it/is"
+    assert report.message.startswith("memory://said/as/it/is: 6 of 6 images encoded in ")
+    assert sources.encode(config, progress=False)[0].folder == tmp_path / "cache"
+
+
+def test_a_sheet_that_cannot_be_read_is_told_of_with_what_brings_it_back(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources.encode(config, progress=False)
+    whole = (tmp_path / "cache/worst.png").read_bytes()
+    first, second = (tmp_path / "cache" / parts.folder_name(f"data-00000{k}.tar") for k in range(SHARDS))
+    (second / "worst.png").write_bytes(b"")
+    # the parts are listed anew, as where the set has grown
+    (tmp_path / "cache/parts.json").unlink()
+    capsys.readouterr()
+    assert sources.encode(config, progress=False)[0].encoded == 0
+    said = capsys.readouterr().err
+    assert f"{second}/worst.png is damaged" in said and "remove part.json beside it, and encode again" in said
+    assert (tmp_path / "cache/worst.png").read_bytes() != whole  # three pictures, not six
+    (second / "part.json").unlink()
+    (tmp_path / "cache/parts.json").unlink()
+    assert sources.encode(config, progress=False)[0].encoded == EACH
+    assert (tmp_path / "cache/worst.png").read_bytes() == whole and first.is_dir()
+
+
+def test_one_record_is_one_record(config: Any, tmp_path: Path) -> None:
+    write_tars(tmp_path / "set", [rows(range(EACH), 48), [("odd", b"no picture", "text")]])
+    with pytest.raises(UserError, match=r"^1 record of data-000001\.tar of .* cannot be used"):
+        sources.encode(config, progress=False)

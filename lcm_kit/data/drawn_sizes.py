@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from lcm_kit.bases import BaseInfo
 from lcm_kit.config.finetune import Finetune
 from lcm_kit.config.resolution import Resolution, plain, width_height
 from lcm_kit.config.schema import Data, Training
 from lcm_kit.data.buckets import Shaped, Shaper, Size, nearest
+from lcm_kit.data.lost import Lost
 from lcm_kit.errors import UserError
 
 
@@ -61,6 +63,13 @@ def largest(data: Data, resolutions: Sequence[Resolution]) -> Resolution:
         return width * height
 
     return max(resolutions or [data.resolution], key=pixels)
+
+
+def remarks(sizes: Iterable[Size | None], data: Data) -> list[str]:
+    """How many rows there are of each size, where `data.samples.resolutions` asks for any."""
+    square = (data.resolution, data.resolution)
+    found = Lost(Counter(size or square for size in sizes))
+    return [*found.sentences()] if data.samples.resolutions else []
 
 
 def setting(resolutions: Sequence[Resolution]) -> dict[str, list[int | list[int]]]:

@@ -30,6 +30,7 @@ from lcm_kit.bases.tokens import too_long
 from lcm_kit.data import cuts, rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
+from lcm_kit.data.findings import number
 from lcm_kit.data.lost import Lost, captions_by_name
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record
@@ -85,7 +86,8 @@ def done(folder: Folder, source: SourceShard, settings: Mapping[str, Any]) -> ow
 def worst_of(folder: Folder, source: str) -> Image.Image:
     """The sheet of the worst pictures of a part, in the order of its account. Raises `UserError` without."""
     part = folder.below(folder_name(source))
-    return own_files.parse_picture(f"{part.shown}/{cuts.SHEET}", part.read(cuts.SHEET), _AGAIN)
+    again = f"its pictures are on no sheet; to have them there remove {PART} beside it, and encode again"
+    return own_files.parse_picture(f"{part.shown}/{cuts.SHEET}", part.read(cuts.SHEET), again)
 
 
 @dataclass
@@ -149,8 +151,8 @@ class PartMaker:
             encode(shape)
         if bad and not data.skip_bad:
             raise UserError(
-                f"{len(bad)} records of {source.name} of {data.path!r} cannot be used; fix them, or "
-                "leave them out with data.skip_bad=true; parts that are done are kept:",
+                f"{number(len(bad), 'record')} of {source.name} of {data.path!r} cannot be used; fix them, "
+                "or leave them out with data.skip_bad=true; parts that are done are kept:",
                 listing(bad),
             )
         return writer.finish(source.name, identity, [*bad, *dropped], told)

@@ -25,7 +25,7 @@ _LISTED = 100  # bad records that a message names; more are counted
 class EncodeReport:
     """What a run of `encode` did."""
 
-    folder: Path
+    folder: Path | str  # text: an address
     rows: int  # of the whole cache: images, twice as many with data.flip, or samples
     encoded: int  # of them in this run
     seconds: float

@@ -65,8 +65,9 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
     base, data = usable_base(config), config.data
 
     def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
-        load = partial(_load, data, base)
-        return Contents(base, data, settings(config, base), _entries(data, base), load, "encoding")
+        load, entries = partial(_load, data, base), _entries(data, base)
+        said = drawn_sizes.remarks((entry.size for entry in entries), data)
+        return Contents(base, data, settings(config, base), entries, load, "encoding", remarks=said)
 
     return bring_up_to_date(folder_of(data), survey, progress, share, what="prompts")
 

@@ -72,7 +72,9 @@ def encode(config: Distill, progress: bool = True, share: Share = ALONE) -> Enco
 
     def survey(old: Mapping[str, Any] | None, bar: Progress) -> Contents:
         made_by, load = settings(config, base), partial(_load, config, base)
-        return Contents(base, data, made_by, _entries(data, base), load, "drawing")
+        entries = _entries(data, base)
+        said = drawn_sizes.remarks((entry.size for entry in entries), data)
+        return Contents(base, data, made_by, entries, load, "drawing", remarks=said)
 
     return bring_up_to_date(
         folder_of(data), survey, progress, share, what="samples of the teacher", done="drawn"

@@ -101,7 +101,8 @@ def encode(
         elif missing:
             elsewhere.make(config, missing, settings, advance)
     share.wait()
-    report = EncodeReport(Path(folder.shown), 0, 0, 0.0)
+    where = folder.shown if folder.is_remote else Path(folder.place)
+    report = EncodeReport(where, 0, 0, 0.0)
     if share.first:
         now = [
             part or parts.done(folder, source, settings) for source, part in zip(sources, found, strict=True)
@@ -118,7 +119,7 @@ def encode(
         remarks = _say_what_is_lost(folder, data, held, draw=old is None or old["parts"] != held)
         _write_list(folder, base, data, settings, held, old)
         report = EncodeReport(
-            Path(folder.shown), sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
+            where, sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
             [bad for part in held if part["skipped"] for bad in _skipped(folder, part)], remarks=remarks,
         )  # fmt: skip
         if progress:

@@ -63,7 +63,8 @@ def opened(config: Any) -> Any:
 
 def test_samples_take_turns_at_the_sizes(distill_keys: Keys, prompts: str, tmp_path: Path) -> None:
     config = drawing(distill_keys, tmp_path, prompts, resolutions=[64, [96, 32]])
-    assert sources.encode(config, progress=False)[0].rows == 5
+    (report,) = sources.encode(config, progress=False)
+    assert report.rows == 5 and report.remarks == ["shapes: 64 x 64 (3), 96 x 32 (2)"]
     cache, pipe = opened(config), sample.pipeline(config.base.path)
     assert sorted(cache.ids) == [f"teacher/{i:05d}" for i in range(5)]
     for at, id in enumerate(cache.ids):
@@ -81,7 +82,7 @@ def test_a_cache_knows_its_sizes_and_one_without_is_as_before(
     distill_keys: Keys, prompts: str, tmp_path: Path
 ) -> None:
     squares = drawing(distill_keys, tmp_path, prompts)
-    sources.encode(squares, progress=False)
+    assert sources.encode(squares, progress=False)[0].remarks == []
     manifest = samples.folder_of(squares.data) / "manifest.json"
     before = json.loads(manifest.read_text())
     assert "resolutions" not in before["settings"] and "size" not in before["records"][0]
@@ -158,7 +159,7 @@ def test_prompts_have_latents_of_their_sizes(distill_keys: Keys, prompts: str, t
         distill_keys, tmp_path / "run",
         data={"source": "teacher", "samples": given, "cache": str(tmp_path / "c")},
     )  # fmt: skip
-    made.encode(config, progress=False)
+    assert made.encode(config, progress=False).remarks == ["shapes: 96 x 32 (2), 64 x 64 (1)"]
     cache = made.open_cache(config, inspect_base(config.base.path))
     shapes = {cache.ids[at]: tuple(cache.latents([at]).shape) for at in range(3)}
     wide, square = (1, 4, 8, 24), (1, 4, 16, 16)
