@@ -30,6 +30,7 @@ from lcm_kit.bases.tokens import too_long
 from lcm_kit.data import cuts, rights, shards
 from lcm_kit.data.caption_files import Bad
 from lcm_kit.data.encoding import RowMaker, computed
+from lcm_kit.data.findings import number
 from lcm_kit.data.lost import Lost, captions_by_name
 from lcm_kit.data.progress import listing
 from lcm_kit.data.records import Record
@@ -149,8 +150,8 @@ class PartMaker:
             encode(shape)
         if bad and not data.skip_bad:
             raise UserError(
-                f"{len(bad)} records of {source.name} of {data.path!r} cannot be used; fix them, or "
-                "leave them out with data.skip_bad=true; parts that are done are kept:",
+                f"{number(len(bad), 'record')} of {source.name} of {data.path!r} cannot be used; fix them, "
+                "or leave them out with data.skip_bad=true; parts that are done are kept:",
                 listing(bad),
             )
         return writer.finish(source.name, identity, [*bad, *dropped], told)
