@@ -102,7 +102,8 @@ def main(config: GuidanceSweep) -> Path:
     tables.show(results)
     tables.show_comparisons(results)
     console.say(recommended.sentence)
-    for line in (*recommended.reasons, *(each.sentence for each in recommended.warnings)):
+    warnings = [each.sentence for each in recommended.warnings if each.sentence not in recommended.sentence]
+    for line in (*recommended.reasons, *warnings):
         console.say(f"  - {line}")
     console.say(f"report: {write_sweep_report(folder)}")
     return file

@@ -66,11 +66,16 @@ def test_a_stream_is_told_of_like_a_folder(
             sentence = sentence.replace(f"data-{number:06d}.tar/", "")
         return sentence.replace(".png", "")
 
-    assert len(of_folder.remarks) == 3 and of_folder.remarks[0].startswith("shapes: ")
-    assert [bare(each) for each in of_stream.remarks[:3]] == [bare(each) for each in of_folder.remarks]
-    assert "captions with more tokens than" in of_stream.remarks[3]
+    assert len(of_folder.remarks) == 4 and of_folder.remarks[0].startswith("shapes: ")
+    assert [bare(each) for each in of_stream.remarks[:3]] == [bare(each) for each in of_folder.remarks[:3]]
+    assert of_stream.remarks[3].startswith("1 caption has more tokens than the ")
     assert f"warning: {bare(of_stream.remarks[3])}" in bare(warned).splitlines()
-    assert "data-000001.tar/" in of_stream.remarks[3]
+    assert "cut off: data-000001.tar/" in of_stream.remarks[3]
+    for said, cache, table in ((of_folder, "plain", ""), (of_stream, "stream", "part-*/")):
+        folder = tmp_path / cache
+        told = f"each picture: {folder}/{table}pictures.csv; the worst: {folder}/worst.png"
+        assert said.remarks[-1] == told
+        assert (folder / "worst.png").is_file() and any(folder.glob(f"{table}pictures.csv"))
 
     # by the tables, line by line
     tables = sorted((tmp_path / "stream").glob("part-*/pictures.csv"))

@@ -103,7 +103,7 @@ def test_two_nodes_write_the_bytes_of_one_process_and_go_on_at_the_shard(
     whole = files(tmp_path / "alone")
     assert len(whole) > 3 * 4 and files(tmp_path / "ray") == whole  # and nothing of the driver's stays there
     told = capsys.readouterr()
-    assert "Ray workers: 2; shards by node: 2, 1" in told.out.splitlines()
+    assert "Ray workers: 2; shards that each node made: 2, 1" in told.out.splitlines()
     assert not ray.is_initialized()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*") if path.is_file()}
 
@@ -111,8 +111,9 @@ def test_two_nodes_write_the_bytes_of_one_process_and_go_on_at_the_shard(
     shutil.rmtree(second)
     again = command("encode", tmp_path / "ray.yaml", "--engine", "ray", "--address", cluster.address)
     assert again.returncode == 0, again.stderr
-    assert "Ray workers: 1; shards by node: 1" in again.stdout.splitlines()
-    assert f"{EACH} of {3 * EACH} images encoded" in again.stdout
+    assert "Ray workers: 1; shards that each node made: 1" in again.stdout.splitlines()
+    assert f"{EACH} of {3 * EACH} images encoded in " in again.stdout
+    assert f"; the other {2 * EACH} were there already" in again.stdout
     assert not [line for line in again.stderr.splitlines() if not line.startswith("encoding: ")]
     assert files(tmp_path / "ray") == whole
     kept = {path for path in before if second not in path.parents and path.name != "parts.json"}

@@ -25,6 +25,15 @@ def test_every_shipped_file_says_what_it_is_for(name: str) -> None:
     assert len(shipped.describe(name)) > 20
 
 
+def test_what_a_file_is_for_is_told_in_whole_sentences() -> None:
+    assert [name for name in shipped.names() if not shipped.describe(name).endswith((".", "?"))] == []
+    assert shipped.describe("configs/quickstart.yaml") == (
+        "The distillation of the story that `lcm-kit quickstart` tells, after finetune/tiny_brand: style and "
+        "speed in one LoRA, from a styled teacher, in minutes on a CPU."
+    )
+    assert shipped.describe("configs/launch/slurm.sh").endswith("queues itself again.")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -40,6 +49,15 @@ def test_a_config_is_found_by_all_its_names(
     monkeypatch.chdir(tmp_path)
     wanted = shipped.root() / "configs" / "distill" / "tiny_lcm.yaml"
     assert shipped.config_path(text) == shipped.find(text) == wanted
+
+
+def test_a_folder_in_the_place_of_a_config_is_named_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "brand").mkdir()
+    with pytest.raises(UserError, match="^config 'brand' is a folder; give a config, .* as data.path$"):
+        shipped.config_path("brand")
 
 
 def test_a_file_on_disk_comes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def check(
     from lcm_kit.cli.check import check as examine
     from lcm_kit.cli.check import check_images
     from lcm_kit.config.schema import Base
+    from lcm_kit.quiet import quiet
 
     errors: list[str] = []
     if base is None and (revision or variant):
@@ -129,6 +130,8 @@ def check(
     if _is_folder(config):
         if overrides:
             raise UserError(f"{config} is a folder of images, which has no keys; give --resolution instead")
+        if base is not None:
+            quiet()
         with console.working(f"looking at the pictures of {config}"):
             place = None if base is None else Base(base, revision, variant)
             lines, errors = check_images(config, resolution, trigger, place, _names(require_license))
@@ -136,6 +139,7 @@ def check(
         raise UserError(f"{config} is a config, which names its base; leave --base out, or give a folder")
     else:
         loaded = stages.load_config(config, overrides or [], **_licensed(require_license))
+        quiet()
         with console.working(f"checking what {config} names"):
             lines = examine(loaded)
     for line in lines:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +65,8 @@ def config_path(text: str) -> Path:
     for known in configs():
         if text in _spellings(known):
             return root() / known
+    if path.is_dir():
+        raise UserError(f"config {text!r} is a folder; give a config, a YAML file that names it as data.path")
     guess = _guess(text, configs())
     raise UserError(f"config {text!r}: there is no such file and no shipped config of that name; {guess}")
 
@@ -81,12 +85,19 @@ def copy(name: str, target: Path) -> Path:
 
 
 def describe(name: str) -> str:
-    """What a shipped file is for: a recipe's first docstring line, or another's first comment."""
+    """What a shipped file is for: a recipe's first docstring line, or another's first comment.
+
+    Of a comment that goes on the first line, with what is left of its last sentence.
+    """
     text = (root() / name).read_text(encoding="utf-8")
     if name.endswith(".py"):
         return text.removeprefix('"""').partition("\n")[0] if text.startswith('"""') else ""
-    lines = text.splitlines()
-    return next((line.lstrip("# ") for line in lines if line.startswith("#") and line[:2] != "#!"), "")
+    lines = itertools.dropwhile(lambda line: line[:1] != "#" or line[:2] == "#!", text.splitlines())
+    comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines)]
+    first, more = "".join(comment[:1]), " ".join(comment[1:])
+    if first.endswith("."):
+        return first
+    return f"{first} {re.split(r'(?<=[.])(?: |$)', more, maxsplit=1)[0]}".strip()
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -46,6 +46,12 @@ def write(folder: Path, found: Survey) -> None:
         save_png(worst.sheet, folder / SHEET)
 
 
+def places(folder: str, lost: Lost, *, parts: bool = False) -> str:
+    """In words where both files are: in `folder`, with `parts` the table in each of its parts."""
+    found = f"each picture: {folder}/{'part-*/' if parts else ''}{TABLE}"
+    return f"{found}; the worst: {folder}/{SHEET}" if lost.worst else found
+
+
 def table(found: Survey, *, header: bool = True) -> str:
     """CSV: a line for each picture, those that are left out with the reason."""
     text = io.StringIO()

@@ -54,7 +54,8 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
         )  # fmt: skip
         made_by = shards.settings(base, data, precision)
         load = partial(_load, base, data, found.records, precision)
-        remarks = list(Lost.of({id: look.cut for id, look in found.seen.items()}).sentences())
+        lost = Lost.of({id: look.cut for id, look in found.seen.items()})
+        remarks = [*lost.sentences(), cuts.places(data.cache, lost)]
         return Contents(
             base, data, made_by, found.entries, load, "encoding", found.bad, found.rights, remarks,
             lambda folder: cuts.write(folder, found),

@@ -117,11 +117,10 @@ def harm(cut: Cut) -> float:
 
 
 def captions_sentence(count: int, longest: str, tokens: int, room: int, chunks: int) -> str:
-    """Of so many captions that are cut, each with more tokens than `chunks` chunks have room for."""
-    return (
-        f"captions with more tokens than {bases.room(room, chunks)}, the rest is cut off: {count}, the "
-        f"longest that of {longest} with {tokens}"
-    )
+    """Of so many captions that are cut, more than `chunks` chunks have room for; the longest is named."""
+    has = number(count, "caption", after=("has", "have"))
+    named = few([f"{longest} ({tokens})"], 1, of=count)
+    return f"{has} more tokens than {bases.room(room, chunks)}, and the rest is cut off: {named}"
 
 
 def captions_by_name(captions: Iterable[tuple[str, Sequence[tuple[str, float]]]]) -> dict[str, str]:

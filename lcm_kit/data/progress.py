@@ -43,7 +43,9 @@ class EncodeReport:
         )
         if self.encoded:
             made = f"{self.encoded} of {self.rows} {self.what} {self.done}"
-            lines.append(f"{self.folder}: {made} in {self.seconds:.1f} s")
+            there = self.rows - self.encoded
+            rest = f"; the other {there} {'was' if there == 1 else 'were'} there already" if there else ""
+            lines.append(f"{self.folder}: {made} in {self.seconds:.1f} s{rest}")
         else:
             lines.append(f"{self.folder}: {self.rows} {self.what}, up to date, nothing to encode")
         if self.encoded or self.changes:

@@ -109,7 +109,7 @@ class RayEngine:
                 by_node[self._heard(str(batch["answer"][0]))["node"]] += 1
                 advance()
         counts = ", ".join(str(count) for _, count in by_node.most_common())
-        console.say(f"Ray workers: {workers}; shards by node: {counts}")
+        console.say(f"Ray workers: {workers}; shards that each node made: {counts}")
 
     def _connected(self) -> Any:
         if self._ray is not None:

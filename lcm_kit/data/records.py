@@ -139,7 +139,9 @@ def list_source(data: Data) -> Listing:
         found = Listing(list(_datasets(path, data)))
     if not found.items:
         if path.is_dir() and _holds_dataset(path):
-            raise UserError(f"{name} holds no image but a data set; check a config that has it as data.path")
+            raise UserError(
+                f"{name} holds no image but a data set, or shards; check a config that has it as data.path"
+            )
         raise UserError(f"{name} holds no image; put images and their captions there")
     return found
 

@@ -226,7 +226,7 @@ def _say_what_is_lost(folder: Folder, data: Data, held: Sequence[own_shapes.Part
     """What became of the pictures of all parts, in words; and the worst of them as a sheet in `folder`."""
     told = [(part["source"], Lost.read(part["lost"])) for part in held if "lost" in part]
     total = sum((lost for _, lost in told), Lost())
-    said = list(total.sentences(data.chunks)) if told else []
+    said = [*total.sentences(data.chunks), cuts.places(folder.shown, total, parts=True)] if told else []
     if len(told) < len(held):
         said.append(
             f"of {number(len(held) - len(told), 'shard')} that an older version encoded it is not known what "

@@ -141,7 +141,7 @@ def test_prompts_that_the_base_reads_in_part_are_named(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("an owl\n" + "a red cat and " * 40)
     sources.encode(config(count=2, steps=1), progress=False)
-    assert "the rest is cut off: 1, the longest that of teacher/00001 with" in capsys.readouterr().err
+    assert "and the rest is cut off: teacher/00001 (" in capsys.readouterr().err
 
 
 def test_samples_that_are_not_finite_are_refused_by_prompt(
