@@ -205,3 +205,12 @@ def test_one_record_is_one_record(config: Any, tmp_path: Path) -> None:
     write_tars(tmp_path / "set", [rows(range(EACH), 48), [("odd", b"no picture", "text")]])
     with pytest.raises(UserError, match=r"^1 record of data-000001\.tar of .* cannot be used"):
         sources.encode(config, progress=False)
+
+
+def test_a_trigger_counts_where_captions_are_made_by_it(config: Any) -> None:
+    base = inspect_base(config.base.path)
+    for captions, counts in (
+        (Captions(), False), (Captions(shuffle_tags=1), True), (Captions(trigger_in_front=True), True),
+    ):  # fmt: skip
+        of = [row_settings.of(base, replace(config.data, captions=captions, trigger=t)) for t in ("a", "b")]
+        assert (of[0] != of[1]) == counts, captions
