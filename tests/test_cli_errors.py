@@ -49,3 +49,8 @@ def test_what_a_user_wrote_is_shown_as_it_is(
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 2, done.output
     assert sentence in done.stderr and "\x1b" not in done.output and done.stderr.startswith("error: ")
+
+
+def test_a_wrong_path_of_pictures_is_said_to_be_no_path_here() -> None:
+    done = CliRunner().invoke(app, ["check", "finetune/tiny_brand", "data.path=brnd"])
+    assert "data: brnd is not on this machine; " in done.stdout

@@ -173,7 +173,7 @@ def _data(data: Data, of: Base) -> str:
     if is_stream(data):
         return _stream(data)
     if _on_the_hub(data.path) and data.kind != "folder":
-        return f"data: {data.path} on the hub, not looked at"
+        return _unseen(data.path)
     from lcm_kit.data.folder import check_data, reading
     from lcm_kit.data.records import open_records
     from lcm_kit.data.survey import require_licenses
@@ -207,7 +207,7 @@ def _stream(data: Data) -> str:
 
     name = shown(data.path)
     if data.streaming and _on_the_hub(data.path):
-        return f"data: {name} on the hub, not looked at"
+        return _unseen(name)
     shards = source_shards(data)
     found = [_fault(item) for item in islice(shards[0].records(), _OF_A_STREAM)]
     faults = [fault for fault in found if fault]
@@ -274,6 +274,11 @@ def _tokens(config: Training) -> str:
 
 def _on_the_hub(path: str) -> bool:
     return not path.startswith(("asset:", "/", ".", "~")) and not Path(path).exists()
+
+
+def _unseen(path: str) -> str:
+    """A wrong path looks like the name of a data set on the hub, so both are said."""
+    return f"data: {path} is not on this machine; as a data set on the hub it is not looked at"
 
 
 def _prompts(prompts: str) -> str:
