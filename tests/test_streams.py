@@ -512,3 +512,11 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path) -> None
     assert (small[1], many[1], large[1]) == (64, 640, 640)
     assert small[0] < 500_000 and many[0] < 1.2 * small[0] + 50_000
     assert large[0] < 1.2 * small[0] + 640 * 150  # a number for each key of one file
+
+
+def test_files_that_a_pattern_spells_out_and_are_not_there_are_named_first(tmp_path: Path) -> None:
+    write_tars(tmp_path, [rows([1]), rows([2])])
+    with pytest.raises(
+        UserError, match=r"2 of 4 files are not there: .*data-000002\.tar, .*data-000003\.tar"
+    ):
+        source_shards(Data(path=f"{tmp_path}/data-{{000000..000003}}.tar"))

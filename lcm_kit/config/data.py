@@ -240,6 +240,11 @@ class Data:
         return self
 
     def _refuse_without_effect(self) -> None:
+        if self.samples.resolutions and self.source == "images":
+            raise ValueError(
+                "samples.resolutions are sizes of what the teacher draws, and with source images it draws "
+                "nothing to train on; remove it (pictures keep their shape by `shapes`)"
+            )
         if self.streaming and self.kind not in ("auto", "datasets"):
             what = "reads a folder" if self.kind == "folder" else "streams anyway"
             raise ValueError(
@@ -252,7 +257,7 @@ class Data:
             )
 
     def _refuse_beside_prompts(self) -> None:
-        drawn = [name.name for name in fields(Samples) if name.name != "prompts"]
+        drawn = [name.name for name in fields(Samples) if name.name not in ("prompts", "resolutions")]
         unused = {f"samples.{key}": getattr(self.samples, key) != getattr(Samples(), key) for key in drawn}
         unused |= {key: getattr(self, key) is not None for key in ("regularization", "leave_out")}
         for key in (key for key, given in unused.items() if given):

@@ -15,6 +15,7 @@ from functools import cache, partial
 from lcm_kit.config.schema import Data
 from lcm_kit.data import dataset_shards, parquet_shards, stream_kinds, tar_shards
 from lcm_kit.data.caption_files import Bad
+from lcm_kit.data.findings import few
 from lcm_kit.data.records import Record
 from lcm_kit.errors import UserError
 from lcm_kit.io.reading import tried
@@ -72,7 +73,15 @@ def _places(data: Data) -> tuple[list[At], str]:
     """The files of a set, and what their names leave out: the folder of the pattern, or that they lie in."""
     path = data.path if is_url(data.path) else os.path.abspath(data.path)
     if is_pattern(path) and not os.path.lexists(path):
-        return matches(path), fixed_part(path)
+        places = matches(path)
+        if not is_url(path):  # elsewhere it would be a request for each
+            absent = [place.shown for place in places if not os.path.exists(place.path)]
+            if absent:
+                raise UserError(
+                    f"data.path {data.path!r}: {len(absent)} of {len(places)} files are not there: "
+                    f"{few(absent)}; check the numbers in the pattern"
+                )
+        return places, fixed_part(path)
     place = at(path)
     info = tried(lambda: info_of(place), path)
     if info.get("type") != "directory":

@@ -157,13 +157,22 @@ def test_prompts_have_latents_of_their_sizes(distill_keys: Keys, prompts: str, t
     given = {"prompts": prompts, "resolutions": [[96, 32], 64]}
     config = configure(
         distill_keys, tmp_path / "run",
-        data={"source": "teacher", "samples": given, "cache": str(tmp_path / "c")},
+        data={"source": "prompts", "samples": given, "cache": str(tmp_path / "c")},
+        method={"name": "dmd", "steps": [2]},
     )  # fmt: skip
     assert made.encode(config, progress=False).remarks == ["shapes: 96 x 32 (2), 64 x 64 (1)"]
     cache = made.open_cache(config, inspect_base(config.base.path))
     shapes = {cache.ids[at]: tuple(cache.latents([at]).shape) for at in range(3)}
     wide, square = (1, 4, 8, 24), (1, 4, 16, 16)
     assert shapes == {"prompts/00000": wide, "prompts/00001": square, "prompts/00002": wide}
+    run = distill.main(config)  # which draws its pictures itself, in batches of one shape each
+    assert {Batches(cache, 2, 0).at(step).latents.shape[1:] for step in range(4)} == {wide[1:], square[1:]}
+    assert (run / "adapter").is_dir()
+
+
+def test_sizes_of_what_nobody_draws_are_refused(distill_keys: Keys, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="with source images it draws nothing to train on"):
+        configure(distill_keys, tmp_path, data={"samples": {"resolutions": [64]}})
 
 
 def test_sdxl_is_told_the_sizes_of_what_is_drawn(sdxl_base: Path) -> None:
