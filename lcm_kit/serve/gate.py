@@ -113,13 +113,12 @@ class Gate:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        host = _one(scope, b"host")
+        host, path = _one(scope, b"host"), scope["path"]
+        scope["lcm_kit.client"] = client = _address(scope)
         self._require_host(host)
         self._require_own_page(scope, host)
-        path, client = scope["path"], _address(scope)
         if self.tokens is not None and path not in OPEN:
-            client = f"token {self._require_token(scope)}"
-        scope["lcm_kit.client"] = client
+            scope["lcm_kit.client"] = client = f"token {self._require_token(scope)}"
         if path in UNCOUNTED:
             return
         if seconds := self.rate.wait(client):

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lcm_kit import __version__
+from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
@@ -40,6 +41,7 @@ class Parts:
     log: Log
     metrics: Metrics
     token: bool  # whether one is needed: for OpenAPI's words
+    how: How = PLAIN
 
 
 def application(parts: Parts) -> FastAPI:
@@ -107,7 +109,10 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
             "version": __version__,
             "base": {
                 "path": served.base.path, "family": served.base.family.name, "side": served.base.resolution,
-                "multiple": max(8, served.base.factor), "settings": _settings(served.settings(None)),
+                "multiple": max(8, served.base.factor),
+                "tiling": parts.how.tiling,
+                "decoder": None if parts.how.decoder is None else str(parts.how.decoder),
+                "settings": _settings(served.settings(None)),
             },
             "adapters": [_adapter(each) for each in served.adapters],
             "limits": {name: getattr(limits, name) for name in asked},

@@ -99,7 +99,9 @@ class App:
         tokens = self.place.tokens()
         self.engine = Engine(self.drawer, self.limits, self._told)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.state == "ready")
-        parts = Parts(self.served, self.engine, self.limits, self.log, self.metrics, tokens is not None)
+        parts = Parts(
+            self.served, self.engine, self.limits, self.log, self.metrics, tokens is not None, self.drawer.how
+        )  # fmt: skip
         gate = Gate(application(parts), tokens, self.place.hosts(), Rate(self.limits.rate))
         self.asgi = Watched(gate, self.log, self.metrics)
 

@@ -40,6 +40,10 @@ class Watched:
                 status = scope.get("lcm_kit.status", message["status"])
                 more = [*_SAFE, (b"x-request-id", number.encode())]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
+            elif message["type"] == "websocket.close" and not status:
+                status = 403  # which uvicorn makes of it
+            elif message["type"] == "websocket.accept":
+                status = 101
             await send(message)
 
         try:
@@ -49,14 +53,14 @@ class Watched:
             if not status:
                 await refuse(Problem.of(error), scope, receive, sending)
         finally:
-            if scope["type"] == "http":
-                self._told(scope, number, status, time.monotonic() - began)
+            self._told(scope, number, status, time.monotonic() - began)
 
     def _told(self, scope: Scope, number: str, status: int, seconds: float) -> None:
         """By the route, not by the path, in which anything may stand."""
         route = getattr(scope.get("route"), "path", "other")
-        self.metrics.request(scope["method"], route, status, seconds)
+        method = scope.get("method", "WEBSOCKET")[:10]
+        self.metrics.request(method, route, status, seconds)
         self.log.say(
-            "request", request=number, method=scope["method"][:10], route=route, status=status,
+            "request", request=number, method=method, route=route, status=status,
             seconds=round(seconds, 4), client=scope.get("lcm_kit.client"), **scope.get("lcm_kit.facts", {}),
         )  # fmt: skip

@@ -21,6 +21,7 @@ import httpx
 from PIL import Image
 
 from lcm_kit.config.schema import Base
+from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import Key, Order, Wanted, settled
 from lcm_kit.serve.drawer import Drawer, Piece
@@ -47,6 +48,7 @@ class FakeDrawer:
     error: Exception | None = None
     place: str = "nowhere"
     fell_back: None = None
+    how: How = PLAIN
 
     def open(self) -> None:
         pass
