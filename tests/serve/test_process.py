@@ -77,10 +77,14 @@ def test_a_client_that_hangs_up_is_drawn_for_no_further_and_no_prompt_is_logged(
     first, second = (client.draw(f"a {SECRET}", seed=7, steps=1, count=2) for _ in range(2))
     assert [each.tobytes() for each in first] == [each.tobytes() for each in second]
     assert [each.size for each in first] == [(64, 64)] * 2 and first[0].tobytes() != first[1].tobytes()
+    long = client.draw(
+        f"a {SECRET} " + "and another " * 150, steps=1
+    )  # which libraries would cut, and say so
+    assert long[0].tobytes() != client.draw(f"a {SECRET}", steps=1)[0].tobytes()
     assert client.info()["adapters"][0]["name"] == "tiny-lcm-lora"
     with pytest.raises(UserError, match="^steps 77 is more than this server draws; give 1 to 50$"):
         client.draw(SECRET, steps=77)
-    assert server.figure('lcm_kit_requests_total{method="POST",route="/v1/pictures",status="200"}') == 2.0
+    assert server.figure('lcm_kit_requests_total{method="POST",route="/v1/pictures",status="200"}') == 4.0
     assert server.figure('lcm_kit_requests_total{method="POST",route="/v1/pictures",status="499"}') == 1.0
 
     server.signal(signal.SIGINT)
