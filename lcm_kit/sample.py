@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -27,12 +26,19 @@ from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.prompts import told
+from lcm_kit.drawing.schedulers import (
+    CallSettings,
+    call_settings,
+    noise_of,
+    require_possible,
+    scheduler,
+    unet_calls,
+)
 from lcm_kit.drawing.signing import Sign, unsigned
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora.locate import adapter_file
-from lcm_kit.samplers import sampler_of
 
 __all__ = [
     "CallSettings", "call_settings", "contact_sheet", "decode", "draw_images", "generators", "latents",
@@ -41,11 +47,6 @@ __all__ = [
 ]  # fmt: skip
 
 _ADAPTER_NAME = "lcm"
-# Keys of a scheduler's configuration that say what the base is; all others say how to sample
-_NOISE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-    "rescale_betas_zero_snr",
-)  # fmt: skip
 
 
 def placement(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -147,53 +148,6 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
     pipe.set_adapters([name], [weight])
 
 
-def noise_of(config: Any) -> dict[str, Any]:
-    """What a scheduler's `config` says of the base, without how it samples."""
-    return {key: config[key] for key in _NOISE if config.get(key) is not None}
-
-
-def scheduler(sampler: str, config: Any) -> Any:
-    """diffusers' scheduler for `sampler`, with the noise and the prediction type of the base's own `config`.
-
-    How the base's scheduler samples (Karras' sigmas, order, spacing, clipping, ...) is not taken over:
-    "ddim" is the same sampler on every base (`lcm_kit.samplers`). Raises `UserError` for an unknown sampler.
-    """
-    import diffusers
-
-    chosen = sampler_of(sampler)
-    return getattr(diffusers, chosen.scheduler).from_config(noise_of(config), **chosen.settings)
-
-
-def unet_calls(steps: int, guidance_scale: float) -> int:
-    """UNet passes for one image: guidance costs a second, unconditional pass in each step."""
-    return steps * (2 if guidance_scale > 1 else 1)
-
-
-def _check(sampler: str, steps: int, guidance_scale: float) -> None:
-    most = sampler_of(sampler).most_steps
-    if not 1 <= steps <= most:
-        raise UserError(f"steps {steps} is impossible with sampler {sampler}; give 1 to {most}")
-    if not 1 <= guidance_scale < math.inf:  # a NaN is neither
-        raise UserError(
-            f"guidance_scale {guidance_scale} is below 1; 1 means none, the teacher's is often 3 to 8"
-        )
-
-
-class CallSettings(TypedDict):
-    """What a call of a diffusers pipeline takes besides the prompt to draw with a sampler."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    eta: NotRequired[float]  # of tcd alone
-    timesteps: NotRequired[list[int]]  # of lcm:TIMESTEP alone
-
-
-def call_settings(sampler: str, steps: int, guidance_scale: float) -> CallSettings:
-    """The keywords of a pipeline's call that go with `scheduler(sampler, ...)`."""
-    known: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    return cast(CallSettings, {**known, **sampler_of(sampler).call})
-
-
 @torch.no_grad()
 def latents(
     pipe: Any,
@@ -202,30 +156,35 @@ def latents(
     sampler: str,
     steps: int,
     guidance_scale: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     first: int | Sequence[int] = 0,
     size: int | tuple[int, int] | None = None,
     negative_prompt: Prompt | None = None,
     chunks: int | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k),
-    or of (seed, first[k]).
+    or of (seed, first[k]); with a sequence of seeds, of seed[k].
 
     Prompts are plain text, or what `emphasis.read` made of them, in as many as `chunks` chunks of tokens,
     None: all that they take (`drawing.prompts`). `size`, of a side or (height, width) in pixels, is the
     UNet's own by default. `negative_prompt` stands in the place of the empty one, which guidance leads away
     from; with none (1) it does nothing. LCM's renewed noise follows the same generators, so it too is a
-    function of (seed, index). `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError` for
-    an unknown sampler, impossible steps or guidance.
+    function of (seed, index). `after_step` is called after each step, and what it raises ends the drawing.
+    `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError` for an unknown sampler,
+    impossible steps or guidance.
     """
-    _check(sampler, steps, guidance_scale)
+    require_possible(sampler, steps, guidance_scale)
     own = pipe.scheduler
     own_side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     height, width = size if isinstance(size, tuple) else (size or own_side,) * 2
     sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     shape = (pipe.unet.config.in_channels, *sides)
     numbers = range(first, first + len(prompts)) if isinstance(first, int) else first
-    streams = numbered(seed, numbers)
+    if isinstance(seed, int):
+        streams = numbered(seed, numbers)
+    else:
+        streams = [one for own, number in zip(seed, numbers, strict=True) for one in numbered(own, [number])]
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     drawn = torch.empty_like(noise)
     pipe.scheduler = scheduler(sampler, own.config)
@@ -235,11 +194,22 @@ def latents(
                 drawn[rows] = pipe(
                     **asked, generator=[streams[row] for row in rows], height=height, width=width,
                     output_type="latent", latents=noise[rows].to(pipe.device, pipe.unet.dtype),
+                    callback_on_step_end=None if after_step is None else _calling(after_step),
                     **call_settings(sampler, steps, guidance_scale),
                 ).images.float().cpu()  # fmt: skip
     finally:
         pipe.scheduler = own
     return drawn
+
+
+def _calling(after_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    """What a pipeline takes to call after each step; it changes nothing."""
+
+    def call(*_: Any) -> dict[str, Any]:
+        after_step()
+        return {}
+
+    return call
 
 
 @torch.no_grad()
@@ -289,7 +259,7 @@ def draw_images(
     """
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
-    _check(sampler, steps, guidance_scale)
+    require_possible(sampler, steps, guidance_scale)
     if negative_prompt is not None and guidance_scale <= 1:
         raise UserError(
             "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"

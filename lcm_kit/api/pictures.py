@@ -159,7 +159,7 @@ def drawing(
 
     from lcm_kit.config.schema import Base
     from lcm_kit.core.methods import DEFAULT
-    from lcm_kit.evaluation.recommended import method_of, misfit, of_adapter, settings
+    from lcm_kit.evaluation.recommended import method_of, misfit, no_negative, of_adapter, settings
     from lcm_kit.io.written import from_command
     from lcm_kit.lora.write import DTYPES
 
@@ -167,7 +167,7 @@ def drawing(
     require_in_range(count=count, width=width, height=height)
     require_batch_size(batch_size)
     wanted = [*map(from_command, prompts)]
-    found = Base(path=base) if base else _base_of(adapter)
+    found = Base(path=base) if base else base_of(adapter)
     advice, made_by, given = None, DEFAULT, None if adapter is None else Path(adapter)
     if given is not None:
         with console.working(f"checking {given}"):
@@ -183,7 +183,7 @@ def drawing(
     if given is not None and (said := misfit(use, made_by)):
         console.say(f"{given}: {said}")
     if negative_prompt is not None and given is not None and use.guidance_scale <= 1:
-        raise UserError(_no_negative(given, made_by.guidance_scale))
+        raise UserError(no_negative(given, made_by.guidance_scale))
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be drawn in; choose one of {', '.join(DTYPES)}")
     return Drawing(
@@ -200,18 +200,6 @@ def drawing(
     )  # fmt: skip
 
 
-def _no_negative(adapter: Path, usual: float | None) -> str:
-    """What is wrong with a negative prompt at guidance_scale 1; `usual`: `MethodInfo.guidance_scale`."""
-    if usual is None:
-        way = "give one above 1 (up to about 2 where guidance is baked in, to which it adds)"
-    else:
-        way = f"give one above 1, as {max(usual, 2):g}: no guidance is baked in"
-    return (
-        f"a negative prompt does nothing at guidance_scale 1, which {adapter} is drawn at; {way}, or leave "
-        "it out"
-    )
-
-
 def _require_a_pair(adapter: Path, base: Base) -> Path:
     """The LoRA's file. Raises `UserError` if it is not for this base, before any of the base is loaded."""
     from lcm_kit.lora import convert, verify
@@ -223,7 +211,7 @@ def _require_a_pair(adapter: Path, base: Base) -> Path:
     return file
 
 
-def _base_of(adapter: Place | None) -> Base:
+def base_of(adapter: Place | None) -> Base:
     """The base that a run was made with; the embedded one if there is no run to ask."""
     from lcm_kit.config.load import load
     from lcm_kit.config.schema import Base, Training

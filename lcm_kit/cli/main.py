@@ -18,6 +18,7 @@ from lcm_kit.cli import finetune as cli_finetune
 from lcm_kit.cli import lora as cli_lora
 from lcm_kit.cli import plan as cli_plan
 from lcm_kit.cli import sample as cli_sample
+from lcm_kit.cli import serve as cli_serve
 from lcm_kit.cli import sweep as cli_sweep
 from lcm_kit.cli.errors import Verbs
 from lcm_kit.config.numbers import within
@@ -226,7 +227,7 @@ class EveryVerb(Verbs):
 
     apps = (
         verbs, cli_caption.verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs, cli_sample.verbs,
-        cli_sweep.verbs,
+        cli_serve.verbs, cli_sweep.verbs,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class _Layer:
     """A peft layer whose adapters are in its base's weight."""
 
     module: Any
-    own: Tensor  # the weight as it was, on the CPU
+    own: Tensor  # the weight as it was
 
 
 @dataclass
@@ -47,11 +47,12 @@ class Fused:
 
 
 @torch.no_grad()
-def fuse(pipe: Any, *, keep: bool = True) -> Fused:
+def fuse(pipe: Any, *, keep: bool = True, keep_on: str | torch.device = "cpu") -> Fused:
     """Put the active adapters of a pipeline, at their weights, into its weights; `Fused.undo` takes them out.
 
     `keep` keeps the weights that were there, on the CPU, so that a GPU holds one set of them: as much memory
-    as the layers have that a LoRA changes. Without it they are gone, and there is no way back: for a pipeline
+    as the layers have that a LoRA changes. On `keep_on`, if that is the GPU, they are put back in no time,
+    and lie there twice. Without it they are gone, and there is no way back: for a pipeline
     that draws with these adapters alone. Until it is undone no adapter may be loaded, set or taken away.
     Layers that cannot be fused exactly enough are drawn by peft, as before.
     """
@@ -69,7 +70,7 @@ def fuse(pipe: Any, *, keep: bool = True) -> Fused:
                 done.left += 1
                 continue
             if keep:
-                done.layers.append(_Layer(module, weight.data.to("cpu")))
+                done.layers.append(_Layer(module, weight.data.to(keep_on)))
             weight.data = held
             module._disable_adapters = True
     return done

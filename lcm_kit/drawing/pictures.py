@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -41,10 +42,11 @@ def tile_of(
     return sheet.crop((left, top, left + size[0], top + size[1]))
 
 
-def png_bytes(picture: Image.Image, text: PngInfo | None = None) -> bytes:
-    """The content of a PNG file of `picture`."""
+def png_bytes(picture: Image.Image, text: PngInfo | None = None, *, quick: bool = False) -> bytes:
+    """The content of a PNG file of `picture`; `quick`: a larger one, for somebody who waits for it."""
     content = io.BytesIO()
-    picture.save(content, format="PNG", optimize=True, pnginfo=text)
+    how: dict[str, Any] = {"compress_level": 1} if quick else {"optimize": True}
+    picture.save(content, format="PNG", pnginfo=text, **how)
     return content.getvalue()
 
 

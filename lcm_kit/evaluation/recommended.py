@@ -101,6 +101,18 @@ def misfit(use: Settings, method: MethodInfo) -> str | None:
     )
 
 
+def no_negative(adapter: Path | str, usual: float | None) -> str:
+    """What is wrong with a negative prompt at guidance_scale 1; `usual`: `MethodInfo.guidance_scale`."""
+    if usual is None:
+        way = "give one above 1 (up to about 2 where guidance is baked in, to which it adds)"
+    else:
+        way = f"give one above 1, as {max(usual, 2):g}: no guidance is baked in"
+    return (
+        f"a negative prompt does nothing at guidance_scale 1, which {adapter} is drawn at; {way}, or leave "
+        "it out"
+    )
+
+
 def settings(use: Recommended | None, method: MethodInfo = DEFAULT, **asked: Any) -> Settings:
     """What was asked for, by name; where that is None what `use` recommends, else what serves `method`."""
     known: dict[str, Any] = {

@@ -1,0 +1,203 @@
+"""A request for pictures: its JSON, and what is to be drawn by it, with every setting settled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcm_kit import samplers
+from lcm_kit.bases.emphasis import Prompt, read
+from lcm_kit.config.mistakes import cut, did_you_mean
+from lcm_kit.config.numbers import RANGES, SEED, WEIGHT, require_in_range
+from lcm_kit.drawing.schedulers import require_possible
+from lcm_kit.errors import UserError
+from lcm_kit.evaluation.recommended import misfit, no_negative
+from lcm_kit.io.written import tidied
+from lcm_kit.serve.adapters import Adapter, Served
+from lcm_kit.serve.limits import Limits
+
+_Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "the least": {"prompt": "a red circle"},
+    "two of one size": {
+        "prompt": "a red circle", "seed": 7, "count": 2, "steps": 2, "width": 64, "height": 64,
+    },
+    "guided away, by the base alone": {
+        "prompt": "a red circle", "negative_prompt": "blue", "guidance_scale": 2.0, "adapters": {},
+        "steps": 2,
+    },
+}  # fmt: skip
+
+
+def _most(number: str) -> int:
+    """What no server draws more of; each has limits of its own below."""
+    return int(RANGES[number].high)
+
+
+class Wanted(BaseModel):
+    """Pictures of one prompt. What is left out is what serves the adapter that is on."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: str = Field(description="What to draw; (word:1.2) weighs a word.")
+    negative_prompt: str | None = Field(
+        None, description="What guidance leads away from; it takes a guidance_scale above 1."
+    )
+    seed: int = Field(
+        0, ge=-SEED - 1, le=SEED, description="Picture i of a request is a function of (seed, i)."
+    )
+    count: int = Field(1, ge=1, le=_most("count"), description="Pictures.")
+    sampler: str | None = Field(None, description=f"One of {', '.join(samplers.names())}.")
+    steps: int | None = Field(None, ge=1, le=_most("steps"), description="Of the sampler.")
+    guidance_scale: float | None = Field(
+        None, ge=1, le=RANGES["guidance_scale"].high, allow_inf_nan=False, description="1 is none."
+    )
+    width: int | None = Field(
+        None, ge=8, le=_most("width"), description="Pixels; the base's own, or a square if one is given."
+    )
+    height: int | None = Field(None, ge=8, le=_most("height"), description="Pixels.")
+    adapters: dict[str, _Weight | None] | None = Field(
+        None,
+        description="Adapters by name with their weights, null for an adapter's own; {} is the base alone, "
+        "and null the first adapter.",
+    )
+
+
+class Key(NamedTuple):
+    """What pictures of one batch have in common."""
+
+    height: int
+    width: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    negative: Prompt | None
+    weights: tuple[tuple[str, float], ...]  # of the adapters, in the server's order; without those of 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn."""
+
+    key: Key
+    prompt: Prompt
+    seed: int
+    count: int
+    settings: Mapping[str, Any]  # every one of them, as JSON: the same request again draws the same
+    notes: tuple[str, ...] = ()  # sentences on what was asked
+
+
+def parsed(body: bytes) -> Wanted:
+    """The request in `body`. Raises `UserError`, with all that is wrong, for JSON that is none."""
+    try:
+        return Wanted.model_validate_json(body)
+    except ValidationError as error:
+        found = [_sentence(each) for each in error.errors(include_url=False)[:10]]
+    if len(found) == 1:
+        raise UserError(found[0])
+    raise UserError(f"{len(found)} things are wrong with this request", found)
+
+
+def _sentence(error: Any) -> str:
+    kind, place = error["type"], [cut(str(part)) for part in error["loc"]]
+    key = ".".join(place)
+    if kind == "json_invalid":
+        return f"the request is not JSON ({error['ctx']['error']}); send an object as in /openapi.json"
+    if not place:
+        return "the request is no JSON object; send one as in /openapi.json"
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(key, Wanted.model_fields)}"
+    if kind == "missing":
+        return f"{key}: missing; it must be given"
+    said = error["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{key}: {_shown(error['input'])} is not allowed; it must be {said}"
+
+
+def _shown(value: Any) -> str:
+    return cut(json.dumps(value) if isinstance(value, dict | list | bool | None) else repr(value))
+
+
+def settled(wanted: Wanted, served: Served, limits: Limits) -> Order:
+    """What is drawn by a request. Raises `UserError` for what cannot be, or is over a limit."""
+    prompt = _text(wanted.prompt, "prompt", limits)
+    weights = _weights(wanted.adapters, served)
+    first = next((served.named(name) for name, weight in weights.items() if weight), None)
+    use = served.settings(
+        first, sampler=None if wanted.sampler is None else samplers.spelled(wanted.sampler),
+        steps=wanted.steps, guidance_scale=wanted.guidance_scale,
+    )  # fmt: skip
+    _require_within(limits, count=wanted.count, steps=use.steps)
+    require_possible(use.sampler, use.steps, use.guidance_scale)
+    height, width = _size(wanted, served, limits)
+    negative = None
+    if wanted.negative_prompt is not None:
+        negative = _text(wanted.negative_prompt, "negative_prompt", limits)
+        if use.guidance_scale <= 1:
+            raise UserError(_no_negative(first))
+    said = None if first is None else misfit(use, first.method)
+    on = tuple((each.name, weights[each.name]) for each in served.adapters if weights.get(each.name))
+    key = Key(
+        height, width, use.sampler, use.steps, use.guidance_scale,
+        None if negative is None else read(negative, None), on,
+    )  # fmt: skip
+    facts = {
+        "prompt": prompt, "negative_prompt": negative, "seed": wanted.seed, "count": wanted.count,
+        "sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale, "width": width,
+        "height": height, "adapters": dict(on),
+    }  # fmt: skip
+    return Order(key, read(prompt, None), wanted.seed, wanted.count, facts, () if said is None else (said,))
+
+
+def _text(given: str, name: str, limits: Limits) -> str:
+    if len(given) > limits.prompt:
+        raise UserError(f"{name} has {len(given):,} characters; this server takes {limits.prompt:,}")
+    text, reason = tidied(given, name)
+    if reason and given.strip():
+        raise UserError(f"{reason}; write it without")
+    return text
+
+
+def _weights(asked: Mapping[str, float | None] | None, served: Served) -> dict[str, float]:
+    """Of each adapter that was asked for; of the first one where nothing was said."""
+    if asked is None:
+        return {each.name: each.weight for each in served.adapters[:1]}
+    weights = {}
+    for name, weight in asked.items():
+        adapter = served.named(name)
+        if adapter is None:
+            names = [each.name for each in served.adapters]
+            there = f"choose of {', '.join(names)}" if names else "it has none"
+            raise UserError(
+                f"adapters: this server has no {cut(repr(name))}; {there}{did_you_mean(name, names)}"
+            )
+        weights[name] = adapter.weight if weight is None else weight
+    return weights
+
+
+def _require_within(limits: Limits, *, count: int, steps: int) -> None:
+    for name, value, most in (("count", count, limits.count), ("steps", steps, limits.steps)):
+        if value > most:
+            raise UserError(f"{name} {value} is more than this server draws; give 1 to {most}")
+
+
+def _size(wanted: Wanted, served: Served, limits: Limits) -> tuple[int, int]:
+    side = wanted.width or wanted.height or served.base.resolution
+    width, height = wanted.width or side, wanted.height or side
+    for name, value in (("width", width), ("height", height)):
+        if value > limits.side:
+            raise UserError(f"{name} {value} is more than this server draws; give at most {limits.side}")
+        if value % 8:
+            raise UserError(f"{name} {value} is no multiple of 8 pixels; try {max(value // 8, 1) * 8}")
+    require_in_range(width=width, height=height)
+    served.base.require_resolution((width, height), "size")
+    return height, width
+
+
+def _no_negative(first: Adapter | None) -> str:
+    if first is not None:
+        return no_negative(first.name, first.method.guidance_scale)
+    return "a negative prompt does nothing at guidance_scale 1; give one above 1, or leave it out"

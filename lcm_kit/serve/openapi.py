@@ -1,0 +1,89 @@
+"""What OpenAPI says of the routes, besides what FastAPI reads from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from lcm_kit.serve.asked import EXAMPLES, Wanted
+from lcm_kit.serve.gate import OPEN
+from lcm_kit.serve.limits import Limits
+from lcm_kit.serve.problems import JSON, MEDIA, PNG
+
+_WORDS = {
+    400: "The request is not whole", 401: "No token, or an unknown one",
+    406: "Neither JSON nor PNG is accepted",
+    408: "The body came too slowly", 413: "The body is too large", 415: "The body is not said to be JSON",
+    422: "What was asked for cannot be drawn; the detail says what and why",
+    429: "The queue is full, or the client asks too often; Retry-After says when to try again",
+    500: "A bug", 503: "Nothing is drawn now: loading, stopping, or memory ran out", 504: "The time is over",
+}  # fmt: skip
+_PROBLEM = {
+    "type": "object", "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "One sentence: the thing, what is wrong, what to do."},
+        "errors": {"type": "array", "items": {"type": "string"}}, "request": {"type": "string"},
+    },
+}  # fmt: skip
+_PICTURES = {
+    "type": "object", "required": ["pictures", "settings", "notes", "batches", "seconds"],
+    "properties": {
+        "pictures": {"type": "array", "items": {
+            "type": "object", "required": ["index", "media_type", "base64"],
+            "properties": {
+                "index": {"type": "integer"}, "media_type": {"type": "string"},
+                "base64": {"type": "string", "contentEncoding": "base64"},
+            },
+        }},
+        "settings": {"type": "object", "description": "Every setting; sent again, it draws the same."},
+        "notes": {"type": "array", "items": {"type": "string"}},
+        "batches": {"type": "array", "items": {"type": "integer"},
+                    "description": "For each picture, how many were drawn together."},
+        "seconds": {"type": "number"},
+    },
+}  # fmt: skip
+
+
+def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of these statuses, which are problems."""
+    return {
+        each: {"description": _WORDS[each], "content": {MEDIA: {"schema": _PROBLEM}}} for each in statuses
+    }
+
+
+def answers() -> dict[int | str, dict[str, Any]]:
+    """What a request for pictures is answered with."""
+    own = {"schema": {"type": "string", "contentMediaType": PNG}}
+    drawn = {"description": "The pictures", "content": {JSON: {"schema": _PICTURES}, PNG: own}}
+    return {200: drawn, **said(*_WORDS)}
+
+
+def body(limits: Limits) -> dict[str, Any]:
+    """The request's schema with this server's limits in it."""
+    schema = Wanted.model_json_schema()
+    for name, most in (("count", "count"), ("steps", "steps"), ("width", "side"), ("height", "side")):
+        for option in schema["properties"][name].get("anyOf", [schema["properties"][name]]):
+            if option.get("type") == "integer":
+                option["maximum"] = getattr(limits, most)
+    schema["properties"]["prompt"]["maxLength"] = limits.prompt
+    examples = {name: {"value": value} for name, value in EXAMPLES.items()}
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema, "examples": examples}}}}
+
+
+def secure(app: FastAPI) -> None:
+    """Say of the token that everything but two paths needs."""
+    plain: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = plain()
+        parts = schema.setdefault("components", {})
+        parts["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"token": []}]
+        for path in OPEN:
+            schema["paths"][path]["get"]["security"] = []
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
