@@ -54,6 +54,7 @@ def test_what_was_taken_is_finished_on_sigterm_and_what_is_new_refused(server: P
     wait_for(lambda: server.event("stopped"), "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", [("--batch", "1", "--grace", "0")], indirect=True)
 def test_the_time_to_finish_in_is_bounded(server: Process) -> None:
     thread, answers = in_the_background(server, LONG)
@@ -130,6 +131,7 @@ def test_raw_requests_that_are_no_http_end_nothing(tmp_path: Path) -> None:
         server.end()
 
 
+@pytest.mark.slow  # each loads the library; tests/serve/test_gate.py and test_asked.py hold the sentences
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -148,6 +150,7 @@ def test_what_cannot_be_served_ends_with_a_sentence(options: list[str], said: st
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
