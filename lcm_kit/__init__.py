@@ -29,6 +29,7 @@ _PLACES = {
     "recommended_for": "lcm_kit.api.lora_files",
     "sample_images": "lcm_kit.api.pictures",
     "load_into": "lcm_kit.api.pictures",
+    "edit": "lcm_kit.api.editing",
 }
 __all__ = ["__version__", *_PLACES]
 
