@@ -87,14 +87,14 @@ def checked(
     if task == "inpaint":
         return _masked(wanted, given, drawn_over=strength is not None and strength < 1)
     if task == "outpaint":
-        grow: Sides = given.pop("grow", (0, 0, 0, 0))
-        most = RANGES["width"].high
-        if len(grow) != 4 or min(grow) < 0 or not 0 < max(grow) <= most:
+        grow: list[int] = [*given.pop("grow", (0, 0, 0, 0))]
+        if len(grow) != 4 or min(grow) < 0 or not 0 < max(grow) <= RANGES["width"].high:
             raise UserError(
-                f"grow {grow} is impossible; give the pixels to add at the left, top, right and bottom, at "
-                "least one of them above 0"
+                f"grow {tuple(grow)} is impossible; give the pixels to add at the left, top, right and "
+                "bottom, at least one of them above 0"
             )
-        return wanted._replace(grow=tuple(grow), **given)
+        left, top, right, bottom = grow
+        return wanted._replace(grow=(left, top, right, bottom), **given)
     return wanted._replace(**given)
 
 
@@ -112,7 +112,7 @@ def _masked(wanted: Wanted, given: dict[str, Any], *, drawn_over: bool) -> Wante
             "inpaint needs to know what to draw; give --mask (mask), a picture of the same size that is "
             "white there, or a picture that is transparent there"
         )
-    if mask.getextrema()[1] < 128:
+    if not sum(mask.histogram()[128:]):
         what = "the mask is black all over" if own is not None else "nothing of the picture is transparent"
         raise UserError(f"{what}, so that there is nothing to draw; make white what is to be drawn anew")
     # what lies under transparency is anybody's guess

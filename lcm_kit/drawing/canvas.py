@@ -6,13 +6,15 @@ is pasted from the picture itself, and the edge is soft within the mask alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+
+from lcm_kit.drawing.pictures import to_pil
 
 _WHITE = 128  # from here on a mask is white: neither a JPEG's noise nor a soft brush changes what is outside
 
@@ -43,7 +45,9 @@ class Canvas:
 
     def without(self, hole: Tensor) -> Canvas:
         """The same with a smooth filling in the place of what lies in `hole`, bool [H, W]."""
-        return replace(self, pixels=filled(self.pixels, hole))
+        pixels = filled(self.pixels, hole)
+        filling = to_pil(pixels)[0].crop((0, 0, *self.picture.size))
+        return Canvas(pasted(self.picture, filling, hole.float()), pixels)
 
     def hole(self, mask: Image.Image) -> Tensor:
         """Where a mask of the picture's size is white, bool [H, W]; padding beside white is white."""

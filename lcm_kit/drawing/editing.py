@@ -160,11 +160,11 @@ def inpainted(
 
     `anew`: nothing of what lay in the hole is seen; else the noise is laid on it.
     """
-    whole = encode(pipe, (canvas.without(hole) if anew else canvas).pixels)
-    share = feathered(hole, feather)
+    seen = canvas.without(hole) if anew else canvas
+    whole, share = encode(pipe, seen.pixels), feathered(hole, feather)
 
     def finish(pixels: Tensor) -> list[Image.Image]:
-        return [pasted(canvas.picture, each, share) for each in _cropped(to_pil(pixels), canvas.picture.size)]
+        return [pasted(seen.picture, each, share) for each in _cropped(to_pil(pixels), canvas.picture.size)]
 
     known = Outside(whole, cells(hole, pipe.vae_scale_factor).to(pipe.device))
     return Edit(canvas.size, [prompt], whole, range(count), known, finish)
