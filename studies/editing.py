@@ -12,7 +12,7 @@ Of each row: the largest difference in what must be kept (levels of 255; of grey
 to 8 bits), which attributes the probe finds as asked, all three of them with a 95% interval (bootstrap over
 scenes), and the mean distance to the true picture in what was drawn, in levels (of inpainting in the
 background beside the new object). The last column is the
-difference of all three to the baseline, with its interval. The figures stand in docs/editing.md.
+difference of that distance to the baseline's, with its interval. The figures stand in docs/editing.md.
 """
 
 from __future__ import annotations
@@ -228,12 +228,15 @@ def show(rows: list[Row]) -> None:
     resamples = Resamples.draw(len(rows[0].right), EACH)
     for ours, plain in zip(rows[::2], rows[1::2], strict=True):
         wholes = [torch.cat(row.right).all(1).double() for row in (ours, plain)]
-        difference = paired_difference(*wholes, resamples)
+        gain = "-"
+        if ours.distances:
+            off = [torch.tensor(row.distances).repeat_interleave(EACH) for row in (ours, plain)]
+            difference = paired_difference(*off, resamples)
+            gain = f"{difference.difference:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
         for row, whole in zip((ours, plain), wholes, strict=True):
             low, high = percentiles(resamples.means(whole), 0.95)
             each = torch.cat(row.right).double().mean(0).tolist()
             distance = f"{np.mean(row.distances):.1f}" if row.distances else "-"
-            gain = f"{difference.difference:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
             print(
                 f"| {row.task} | {row.strength:g} | {row.way} | {row.kept:.1f} | "
                 f"{' | '.join(f'{share:.2f}' for share in each)} | "
@@ -286,7 +289,9 @@ def main() -> None:
     logging.set_verbosity_error()  # of timesteps that begin below the last: that is what strength is
     with quietly():
         models = Models()
-        print("| task | strength | way | kept | object | colour | pattern | all | distance | gain |")
+        print(
+            "| task | strength | way | kept | object | colour | pattern | all | distance | to the baseline |"
+        )
         print(f"|{' --- |' * 10}")
         rows = measure(models, asked.scenes)
         frames(models, asked.scenes)

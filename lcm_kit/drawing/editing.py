@@ -219,8 +219,8 @@ def redrawn(pipe: Any, canvas: Canvas, prompt: Prompt, count: int) -> Edit:
 def interpolated(pipe: Any, ends: tuple[Canvas, Canvas], prompts: Sequence[Prompt], frames: int) -> Edit:
     """Draw the frames between two pictures of one size, from the same noise on latents between theirs.
 
-    The two themselves are no part of it. Latents go along the sphere (`spherical`), so that those in the
-    middle are as rich in contrast as the ends; two prompts go along the line.
+    The two themselves are no part of it. Latents go along the sphere (`spherical`), at the length of the
+    ends, which was measured to be no better than a cross-fade (docs/editing.md); two prompts along the line.
     """
     places = _places(frames, inner=True)
     first, last = (encode(pipe, end.pixels) for end in ends)
