@@ -11,8 +11,9 @@ latents of 4 channels alone): the same LoRA, steps, strength, start and noise, a
 Of each row: the largest difference in what must be kept (levels of 255; of greys and means also the rounding
 to 8 bits), which attributes the probe finds as asked, all three of them with a 95% interval (bootstrap over
 scenes), and the mean distance to the true picture in what was drawn, in levels (of inpainting in the
-background beside the new object). The last column is the
-difference of that distance to the baseline's, with its interval. The figures stand in docs/editing.md.
+background beside the new object). The last column is the difference of that
+distance to the baseline's, with its interval. All scenes share the noise of pictures 0 .. EACH - 1, so that
+intervals speak of other scenes alone. The figures stand in docs/editing.md.
 """
 
 from __future__ import annotations
