@@ -30,6 +30,7 @@ _PLACES = {
     "sample_images": "lcm_kit.api.pictures",
     "load_into": "lcm_kit.api.pictures",
     "Client": "lcm_kit.api.client",
+    "edit": "lcm_kit.api.editing",
 }
 __all__ = ["__version__", *_PLACES]
 

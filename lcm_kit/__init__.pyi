@@ -1,6 +1,7 @@
 from lcm_kit.api.captions import accept_captions as accept_captions
 from lcm_kit.api.captions import caption as caption
 from lcm_kit.api.client import Client as Client
+from lcm_kit.api.editing import edit as edit
 from lcm_kit.api.lora_files import convert as convert
 from lcm_kit.api.lora_files import export_run as export_run
 from lcm_kit.api.lora_files import fuse as fuse

@@ -91,6 +91,7 @@ def test_help_names_every_verb() -> None:
         "evaluate",
         "export",
         "sample",
+        "edit",
         "report",
     ]
     text = cli("--help").output

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lcm_kit.cli import caption as cli_caption
+from lcm_kit.cli import edit as cli_edit
 from lcm_kit.cli import finetune as cli_finetune
 from lcm_kit.cli import lora as cli_lora
 from lcm_kit.cli import plan as cli_plan
@@ -226,8 +227,8 @@ class EveryVerb(Verbs):
     """Every verb of the command line."""
 
     apps = (
-        verbs, cli_caption.verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs, cli_sample.verbs,
-        cli_serve.verbs, cli_sweep.verbs,
+        verbs, cli_caption.verbs, cli_edit.verbs, cli_finetune.verbs, cli_lora.verbs, cli_plan.verbs,
+        cli_sample.verbs, cli_serve.verbs, cli_sweep.verbs,
     )  # fmt: skip
 
 

@@ -7,16 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from lcm_kit import samplers
-from lcm_kit.cli.options import BatchSize, Device, Dtype
+from lcm_kit.cli.options import (
+    BatchSize,
+    Compile,
+    Device,
+    Dtype,
+    Emphasis,
+    Guidance,
+    KnownSampler,
+    Negative,
+    Seed,
+    SignCert,
+    SignKey,
+    SignPrompt,
+    Tiling,
+    Weight,
+    require_signing,
+)  # fmt: skip
 from lcm_kit.config.numbers import in_range, require_batch_size
 from lcm_kit.errors import UserError
 
 verbs = typer.Typer()
-
-
-def _known_sampler(name: str | None) -> str | None:
-    return name if name is None else samplers.spelled(name)
 
 
 @verbs.command(rich_help_panel="The stages")
@@ -41,45 +52,12 @@ def sample(
             show_default="what a sweep recommends for the LoRA, else 4",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(callback=in_range("seed", "--seed"), help="Of the initial noise.")] = 0,
-    weight: Annotated[
-        float | None,
-        typer.Option(
-            callback=in_range("weight", "--weight"),
-            help="Strength of the LoRA.",
-            show_default="recommended, else 1.0",
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            callback=in_range("guidance_scale", "--guidance"),
-            help="guidance_scale; 1 is none, and right for an adapter with guidance baked in.",
-            show_default="recommended, else as it was trained for",
-        ),
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            "--sampler",
-            "--solver",
-            callback=_known_sampler,
-            metavar="|".join(samplers.names()),
-            help=f"{', '.join(samplers.for_adapter())} for an adapter; tcd:0.5 is TCD with a gamma of 0.5.",
-            show_default="recommended, else its method's",
-        ),
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option(help="What guidance leads away from; it takes a --guidance above 1.")
-    ] = None,
-    emphasis: Annotated[
-        bool | None,
-        typer.Option(
-            "--emphasis/--no-emphasis",
-            help="Read brackets in prompts as weights, as apps do: (word), (word:1.2), square ones for less.",
-            show_default="where a prompt has such a number",
-        ),
-    ] = None,
+    seed: Seed = 0,
+    weight: Weight = None,
+    guidance: Guidance = None,
+    sampler: KnownSampler = None,
+    negative: Negative = None,
+    emphasis: Emphasis = None,
     width: Annotated[
         int | None,
         typer.Option(
@@ -104,24 +82,12 @@ def sample(
         Path | None,
         typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews."),
     ] = None,
-    tiling: Annotated[
-        bool, typer.Option("--tiling", help="Decode very large pictures in tiles, which is not exact.")
-    ] = False,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the UNet: minutes first, then faster on a GPU.")
-    ] = False,
+    tiling: Tiling = False,
+    compile: Compile = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
-    sign: Annotated[
-        Path | None,
-        typer.Option(metavar="KEY.pem", help="Sign the pictures (C2PA) with this key; takes --cert."),
-    ] = None,
-    cert: Annotated[
-        Path | None,
-        typer.Option(metavar="CERT.pem", help="The key's certificate, then those that vouch for it."),
-    ] = None,
-    sign_prompt: Annotated[
-        bool, typer.Option("--sign-prompt", help="Say the prompt in the signed manifest.")
-    ] = False,
+    sign: SignKey = None,
+    cert: SignCert = None,
+    sign_prompt: SignPrompt = False,
 ) -> None:
     """Draw pictures and a contact sheet."""
     from lcm_kit import assets, console
@@ -133,8 +99,7 @@ def sample(
         raise UserError(
             "there is nothing to draw; give --prompt TEXT (more than once if you like) or --prompts FILE"
         )
-    if (sign is None) != (cert is None) or (sign_prompt and sign is None):
-        raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
+    require_signing(sign, cert, sign_prompt)
     with call(verbose=True):
         from lcm_kit.drawing.signing import Signer
         from lcm_kit.sample import sample_to_folder

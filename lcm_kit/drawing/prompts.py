@@ -7,6 +7,7 @@ as they are; of the others it gets the embeddings of all chunks (`bases.texts`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lcm_kit import bases, families
 from lcm_kit.bases import Prompt
-from lcm_kit.bases.condition import Condition, joined
+from lcm_kit.bases.condition import Condition, Framing, joined
 from lcm_kit.bases.texts import chunks_of
 
 
@@ -37,8 +38,7 @@ def told(
     So no picture hangs on how long the other prompts are. `negative` stands in the place of the empty prompt
     where `guided`. `chunks`: how many are read at most, as in `encode_text`; None: all.
     """
-    there = [name for name, part in pipe.components.items() if part is not None]
-    family = families.by_pipeline(type(pipe).__name__, there)
+    family = family_of(pipe)
     readers = [
         (getattr(pipe, own), getattr(pipe, part))
         for own, part in zip(family.tokenizers, family.text_parts, strict=True)
@@ -62,6 +62,39 @@ def told(
             yield Told(rows, _embedded(pipe, family, some, negative if guided else None, guided, chunks))
 
 
+def family_of(pipe: Any) -> families.Family:
+    """What a pipeline draws with."""
+    there = [name for name, part in pipe.components.items() if part is not None]
+    return families.by_pipeline(type(pipe).__name__, there)
+
+
+def _text_of(pipe: Any, family: families.Family) -> Any:
+    return bases.code_of(family).text_of(
+        [getattr(pipe, part) for part in family.tokenizers],
+        [getattr(pipe, part) for part in family.text_parts],
+        bool(pipe.config.get("force_zeros_for_empty_prompt")),
+    )
+
+
+@torch.no_grad()
+def conditions(
+    pipe: Any, prompts: Sequence[Prompt], negative: Prompt | None, size: tuple[int, int]
+) -> tuple[Condition, Condition]:
+    """What the UNet is told of each prompt, and (B = 1) of `negative`, or of the empty one: of one length.
+
+    With the sizes of a picture of (height, width) pixels that was not cut; where the pipeline is, in the
+    dtype of its UNet. Long prompts are read whole.
+    """
+    family = family_of(pipe)
+    code, text = bases.code_of(family), _text_of(pipe, family)
+    told = code.encode_text(text, prompts, None)
+    other = code.empty_condition(text, 1) if negative is None else code.encode_text(text, [negative], None)
+    both = Condition.cat([told, other])
+    sizes = code.sizes([Framing(size, (0, 0), size)] * len(both))
+    both = replace(both, time_ids=sizes).to(pipe.device, pipe.unet.dtype)
+    return both[: len(prompts)], both[len(prompts) :]
+
+
 @torch.no_grad()
 def _embedded(
     pipe: Any,
@@ -71,12 +104,7 @@ def _embedded(
     guided: bool,
     chunks: int | None,
 ) -> dict[str, Tensor]:
-    code = bases.code_of(family)
-    text = code.text_of(
-        [getattr(pipe, part) for part in family.tokenizers],
-        [getattr(pipe, part) for part in family.text_parts],
-        bool(pipe.config.get("force_zeros_for_empty_prompt")),
-    )
+    code, text = bases.code_of(family), _text_of(pipe, family)
     asked = code.encode_text(text, prompts, chunks)
     if not guided:
         return _keywords(asked)

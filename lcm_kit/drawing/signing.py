@@ -23,6 +23,7 @@ from lcm_kit.lora.locate import adapter_file
 LABEL = "lcm-kit.drawing"  # of the assertion with base, LoRA and settings
 _IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 DRAWN, SHEET = f"{_IPTC}trainedAlgorithmicMedia", f"{_IPTC}compositeSynthetic"
+EDITED = f"{_IPTC}compositeWithTrainedAlgorithmicMedia"  # part of it is somebody's own picture
 _TOLD = ("sampler", "steps", "guidance_scale", "lora_weight", "seed")
 _LONGEST = 300  # characters of the library's own words
 _ALGORITHMS = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es512"}
@@ -87,15 +88,15 @@ class Signer:
         found.signed(pixel.getvalue(), found.manifest("a try", "", {}, None, None))
         return found
 
-    def of_drawing(self, base: str, settings: Mapping[str, Any]) -> Sign:
-        """What signs the pictures of a drawing, of which `manifest` says the rest."""
+    def of_drawing(self, base: str, settings: Mapping[str, Any], source: str = DRAWN) -> Sign:
+        """What signs the pictures of a drawing, of which `manifest` says the rest; `source`: its kind."""
         given, adapter = settings.get("adapter"), None
         if given is not None:
             file = adapter_file(given)
             adapter = {"name": file.name, "sha256": sha256_file(file)}  # once: it may have hundreds of MB
 
         def sign(name: str, prompt: str | None, png: bytes) -> bytes:
-            return self.signed(png, self.manifest(name, base, settings, adapter, prompt))
+            return self.signed(png, self.manifest(name, base, settings, adapter, prompt, source))
 
         return sign
 
@@ -125,6 +126,7 @@ class Signer:
         settings: Mapping[str, Any],
         adapter: Mapping[str, str] | None,
         prompt: str | None,
+        source: str = DRAWN,
     ) -> dict[str, Any]:
         """What is said of a picture `title`; without `prompt` it is the contact sheet.
 
@@ -140,7 +142,7 @@ class Signer:
         kit = {"name": "lcm-kit", "version": __version__}
         action = {
             "action": "c2pa.created",
-            "digitalSourceType": SHEET if prompt is None else DRAWN,
+            "digitalSourceType": SHEET if prompt is None else source,
             "softwareAgent": kit,
         }
         return {

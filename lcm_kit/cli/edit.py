@@ -1,0 +1,144 @@
+"""The verb that edits pictures. `main.py` puts it beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lcm_kit.cli.options import (
+    BatchSize,
+    Compile,
+    Device,
+    Dtype,
+    Emphasis,
+    Guidance,
+    KnownSampler,
+    Negative,
+    Seed,
+    SignCert,
+    SignKey,
+    SignPrompt,
+    Tiling,
+    Weight,
+    require_signing,
+)  # fmt: skip
+from lcm_kit.config.numbers import in_range, require_batch_size, within
+
+verbs = typer.Typer()
+
+
+@verbs.command(rich_help_panel="The stages")
+def edit(
+    task: Annotated[
+        Literal["inpaint", "outpaint", "colorize", "upscale", "sketch", "vary", "interpolate"],
+        typer.Argument(
+            metavar="TASK", help="inpaint, outpaint, colorize, upscale, sketch, vary or interpolate."
+        ),
+    ],
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="[PICTURE]", help="The file; interpolate may do without.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the whole picture shows when it is done.")] = "",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="inpaint: white where it is drawn anew.", show_default="the transparency"
+        ),
+    ] = None,
+    grow: Annotated[
+        str | None,
+        typer.Option(metavar="N|L,T,R,B", help="outpaint: pixels to add on all sides, or on each."),
+    ] = None,
+    feather: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--feather", 0, 512),
+            help="inpaint, outpaint: pixels of the soft edge, within what is drawn.",
+            show_default="half a latent",
+        ),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--scale", 2, 8), help="upscale: how many times as large.", show_default="2"
+        ),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="interpolate: the last picture.")] = None,
+    prompt_to: Annotated[str | None, typer.Option(help="interpolate: the last prompt.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            callback=within("--frames", 2, 1000),
+            help="interpolate: pictures in all, the ends among them.",
+            show_default="8",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            callback=within("--strength", 0, 1, above=True),
+            help="How much noise it begins with, above 0 to 1.",
+            show_default="1 to draw parts or colours, 0.8 from a sketch, else 0.5",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            callback=in_range("steps", "--steps"),
+            help="Sampler steps.",
+            show_default="what a sweep recommends for the LoRA, else 4",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    weight: Weight = None,
+    guidance: Guidance = None,
+    sampler: KnownSampler = None,
+    negative: Negative = None,
+    emphasis: Emphasis = None,
+    count: Annotated[
+        int, typer.Option(callback=in_range("count", "--count"), help="Pictures; not of interpolate.")
+    ] = 1,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    tiling: Tiling = False,
+    compile: Compile = False,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("edits"),
+    sign: SignKey = None,
+    cert: SignCert = None,
+    sign_prompt: SignPrompt = False,
+) -> None:
+    """Edit a picture: fill a part, go beyond its edge, colour, enlarge, from a sketch, vary, interpolate."""
+    from lcm_kit import console
+    from lcm_kit.api import edit_options, editing
+    from lcm_kit.api.calls import call
+
+    require_signing(sign, cert, sign_prompt)
+    with call(verbose=True):
+        from lcm_kit.drawing.signing import EDITED, Signer
+
+        wanted = edit_options.checked(
+            task, picture, strength=strength, count=count, mask=mask, feather=feather, scale=scale, to=to,
+            grow=None if grow is None else edit_options.grow_of(grow), prompt_to=prompt_to, frames=frames,
+        )  # fmt: skip
+        how = editing.settled(
+            wanted, prompt, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
+            weight=weight, negative_prompt=negative, emphasis=emphasis, count=count, seed=seed,
+            batch_size=require_batch_size(batch_size), device=device, dtype=dtype, tiling=tiling,
+            compile=compile,
+        )  # fmt: skip
+        signing = None
+        if sign is not None and cert is not None:
+            signer = Signer.load(sign, cert, with_prompt=sign_prompt)
+            signing = signer.of_drawing(how.base, how.settings, EDITED)
+        with console.working(how.title):
+            sheet = editing.edit_to_folder(wanted, how, output, signing)
+    console.say(sheet)
