@@ -169,6 +169,7 @@ FOREIGN = {
         "lcm_kit/lora/untrusted.py", "lcm_kit/lora/peft_header.py", "lcm_kit/lora/reading.py",
         "lcm_kit/lora/metadata_reading.py", "lcm_kit/lora/metadata.py", "lcm_kit/lora/write.py",
         "lcm_kit/plan/probe.py", "lcm_kit/bench/measure.py", "lcm_kit/data/ray_engine.py",  # a child's answer
+        "lcm_kit/api/client.py",  # a server's
         "lcm_kit/adapter/adapted_unet.py",  # peft's config as JSON has it
         "lcm_kit/tiny/probe.py", "lcm_kit/tiny/models.py", "lcm_kit/bench/models.py",  # shipped
     },
@@ -177,7 +178,7 @@ FOREIGN = {
     "yaml.load": set(),
     "load_file": {"lcm_kit/training/checkpoints.py", "lcm_kit/tiny/probe.py"},
     "torch.load": {"lcm_kit/training/checkpoints.py", "lcm_kit/tiny/fit.py", "train/pretrain_tiny.py"},
-    "Image.open": {"lcm_kit/io/own_files.py", "lcm_kit/tiny/world.py"},
+    "Image.open": {"lcm_kit/io/own_files.py", "lcm_kit/tiny/world.py", "lcm_kit/api/client.py"},  # a server's
 }  # fmt: skip
 
 
