@@ -77,7 +77,7 @@ def test_what_is_cut_is_counted_by_the_bases_own_tokenizer(
         told = [line.strip() for line in said if "cut off" in line]
         assert told == ([f"warning: {words}"] if words else []), chunks
     images.encode(config, progress=False)
-    assert f"the longest that of 1.png with {wanted}" in capsys.readouterr().err
+    assert f"and the rest is cut off: 1.png ({wanted})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 8])
