@@ -78,6 +78,7 @@ def wait_until_dead(*pids: int) -> None:
 # -- Measuring -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute: two processes that load all libraries
 def test_two_cases_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One is asked for, and what makes its cache comes first; its figures are those of the run's steps."""
     work, output = tmp_path / "work", tmp_path / "results.jsonl"
@@ -144,6 +145,7 @@ def test_the_median_leaves_the_warm_up_and_another_optimizer_out(monkeypatch: py
 # -- What goes wrong -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # as above
 def test_at_its_limit_a_case_is_killed_with_its_children_and_keeps_what_it_told(tmp_path: Path) -> None:
     """And one that fails, or dies, is a row with its reason; the others follow."""
     work = tmp_path / "work"

@@ -167,9 +167,11 @@ LOOK = Style({"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 8}, Fals
     [
         (torch.float32, (), None, "meta", 0.02),
         (torch.bfloat16, ("guidance={min: 1, max: 1}",), None, "meta", 0.02),
-        (torch.float32, CONSISTENT, None, "meta", 0.02),
+        pytest.param(torch.float32, CONSISTENT, None, "meta", 0.02, marks=pytest.mark.slow),
         # what is computed anew in the backward sees the passes between: a twentieth more than planned
-        (torch.bfloat16, ("gradient_checkpointing=true",), None, "meta", 0.06),
+        pytest.param(
+            torch.bfloat16, ("gradient_checkpointing=true",), None, "meta", 0.06, marks=pytest.mark.slow
+        ),
         (torch.float32, (), LOOK, "meta", 0.02),
         pytest.param(torch.float32, (), None, "cpu", 0.02, marks=pytest.mark.slow),
         pytest.param(torch.float32, CONSISTENT, None, "cpu", 0.02, marks=pytest.mark.slow),

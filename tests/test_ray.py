@@ -122,6 +122,7 @@ def test_two_nodes_write_the_bytes_of_one_process_and_go_on_at_the_shard(
     assert (third.rows, third.encoded) == (3 * EACH, 0)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_a_worker_finds_is_the_sentence_of_one_process(
     cluster: Any, write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def test_the_time_to_finish_in_is_bounded(server: Process) -> None:
     assert answers[0][0] == 503 and "stopped before the picture was drawn" in answers[0][1]
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_is_drawn_for_no_further_and_no_prompt_is_logged(server: Process) -> None:
     """By a socket of its own, closed without a word; then pictures for others, and Ctrl+C."""
     place = urlsplit(server.url)
