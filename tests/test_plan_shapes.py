@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from lcm_kit.config import shipped
-from lcm_kit.config.finetune import Finetune
-from lcm_kit.config.load import load
 from lcm_kit.config.schema import Adapter
 from lcm_kit.data.buckets import Shaper
 from lcm_kit.plan import base_profile, encoding, evaluating
 from lcm_kit.plan.dry_run import MetaModel
 from lcm_kit.plan.estimate import Planner
 from lcm_kit.workflow.needs import Needs
+from tests.test_plan import config, tune
 from tests.test_plan_stages import story
 
 WIDE = (128, 64)  # twice the pixels of the embedded base's squares
-
-
-def config(*overrides: str) -> Any:
-    plain = ("teacher.adapters=[]", "adapter.start=null", "adapter.rank=16", "adapter.alpha=16",
-             "batch_size=16", "accumulation=1", "steps=200")  # fmt: skip
-    return load(shipped.config_path("quickstart"), (*plain, *overrides))
-
-
-def tune(*overrides: str) -> Finetune:
-    loaded = load(shipped.config_path("finetune/tiny_brand"), overrides)
-    assert isinstance(loaded, Finetune)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def test_a_profile_knows_what_shapes_hang_on(stage: MetaModel) -> None:
 def test_validation_is_of_its_own_size(stage: MetaModel) -> None:
     planner = Planner(stage)
     plain, wide = (
-        planner(config("validation.count=64", f"validation.resolution={size}"))
+        planner(config("quickstart", "validation.count=64", f"validation.resolution={size}"))
         for size in ("null", list(WIDE))
     )
     guided = stage.drawing(WIDE, torch.float16).highest(128).at(128)
@@ -73,7 +58,7 @@ def test_samples_and_the_prior_are_drawn_in_the_largest_of_their_sizes(stage: Me
         "validation.held_out=0",
     )  # fmt: skip
     sizes = f"data.samples.resolutions=[64, {list(WIDE)}]"
-    plain, wide = (planner(config(*teacher, *more)) for more in ((), (sizes,)))
+    plain, wide = (planner(config("quickstart", *teacher, *more)) for more in ((), (sizes,)))
     few, many = (each.encode[encoding.SAMPLES]["activations"] for each in (plain, wide))
     assert many > 1.5 * few  # eight at once, each guided
     assert many == round(stage.drawing(WIDE, torch.float16).highest(16).at(16))
@@ -95,7 +80,14 @@ def test_training_is_planned_for_the_largest_of_its_shapes() -> None:
     planner = Planner(stage)
     wanted = [f"data.shapes={{kind: {kind}}}" for kind in ("square", "buckets")]
     squares, buckets = (
-        config("adapter.rank=4", "data.resolution=512", "batch_size=1", "validation.prompts=null", kind)
+        config(
+            "quickstart",
+            "adapter.rank=4",
+            "data.resolution=512",
+            "batch_size=1",
+            "validation.prompts=null",
+            kind,
+        )
         for kind in wanted
     )
     assert encoding.trained_at(squares, stage) == 512

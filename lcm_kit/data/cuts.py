@@ -32,14 +32,15 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write(folder: Path, found: Survey) -> None:
+def write(folder: Path, found: Survey, lost: Lost) -> None:
     """Write `pictures.csv` and `worst.png`, of the pictures that lose or are enlarged most, into `folder`.
 
-    There is no sheet where nothing is lost or scaled up; an older one goes.
+    `lost`: the account of what was `found`. There is no sheet where nothing is lost or scaled up; an older
+    one goes.
     """
     atomic_write(folder / TABLE, table(found))
     worst = Worst()
-    worst.add(found)
+    worst.add(found, lost)
     if worst.sheet is None:
         (folder / SHEET).unlink(missing_ok=True)
     else:
@@ -78,10 +79,10 @@ class Worst:
     def __init__(self) -> None:  # noqa: D107
         self._drawn: list[tuple[str, float, Image.Image]] = []
 
-    def add(self, found: Survey) -> None:
-        """Draw those of `found` that are worse than the least bad one of so many until now."""
+    def add(self, found: Survey, lost: Lost) -> None:
+        """Draw those of `found`, by its account, that are worse than the least bad of so many until now."""
         first = {entry.id: entry for entry in reversed(found.entries)}
-        for id, much in Lost.of({id: look.cut for id, look in found.seen.items()}).worst:
+        for id, much in lost.worst:
             if len(self._drawn) == SHOWN and much <= self._drawn[-1][1]:
                 return
             if tile := shown(found.records[id], first[id], found.seen[id].cut):

@@ -58,7 +58,7 @@ def encode(config: Training, progress: bool = True, share: Share = ALONE) -> Enc
         remarks = [*lost.sentences(), cuts.places(data.cache, lost)]
         return Contents(
             base, data, made_by, found.entries, load, "encoding", found.bad, found.rights, remarks,
-            lambda folder: cuts.write(folder, found),
+            lambda folder: cuts.write(folder, found, lost),
         )  # fmt: skip
 
     return bring_up_to_date(Path(data.cache), surveyed, progress, share)

@@ -138,8 +138,9 @@ class PartMaker:
             dropped += found.dropped
             told.append((found.rights, len(found.records)))
             writer.lines.append(cuts.table(found, header=not writer.lines))
-            writer.worst.add(found)
-            writer.lost += self._lost(found)
+            lost = self._lost(found)
+            writer.worst.add(found, lost)
+            writer.lost += lost
             records |= found.records
             rows_of.update(entry.id for entry in found.entries)
             for entry in found.entries:

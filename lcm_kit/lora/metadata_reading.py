@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lcm_kit import samplers
+from lcm_kit.config.resolution import of_sides
 from lcm_kit.io import licenses
 from lcm_kit.io.own_files import unknown_keys
 from lcm_kit.lora import provenance
@@ -156,7 +157,7 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
         return None
     width, height = sides[0], sides[-1]
     assert width and height
-    return width if width == height else (width, height)
+    return of_sides(width, height)
 
 
 def _shapes(known: Mapping[str, str]) -> dict[str, int]:
