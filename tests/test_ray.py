@@ -150,7 +150,7 @@ def test_a_cache_that_workers_do_not_see_is_not_written_elsewhere(
 def job(config: Any, mark: str = "mark", **changes: Any) -> Job:
     base = inspect_base(config.base.path)
     settings = {**shards.settings(base, config.data), **changes}
-    return Job(dump(config), "/none", mark, "float32", settings)
+    return Job(dump(config), "/none", mark, settings)
 
 
 def test_a_worker_refuses_what_the_driver_does_not_mean(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lcm_kit.data.lost import SHOWN, Lost
 from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.progress import EncodeReport, listing, progress_bar
 from lcm_kit.data.records import Record
-from lcm_kit.data.streams import SourceShard, source_shards
+from lcm_kit.data.streams import SourceShard, identities, source_shards
 from lcm_kit.data.survey import Surveyor
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.drawing.pictures import png_bytes
@@ -30,7 +30,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.remote import Folder
-from lcm_kit.io.urls import is_url
 from lcm_kit.share import ALONE, Share
 
 
@@ -90,7 +89,8 @@ def encode(
         precision = try_precision(base, data, sources, before, share)
     settings = shards.settings(base, data, precision)
     if share.world > 1:
-        share.require_same(shards.without_places(settings) | {"set of shards": _named(data, sources)})
+        found_here = sha256_bytes(repr(identities(data, sources)).encode())
+        share.require_same(shards.without_places(settings) | {"set of shards": found_here})
     found = [parts.done(folder, source, settings) for source in sources]
     missing = [source for source, part in zip(sources, found, strict=True) if part is None]
     share.wait()  # every process has seen which are missing
@@ -127,12 +127,6 @@ def encode(
             console.say(report.message)
     share.wait()
     return report
-
-
-def _named(data: Data, sources: Sequence[SourceShard]) -> str:
-    """A hash of which shards there are; of files of a machine's own, of what each is too."""
-    each = [(source.name, "" if is_url(data.path) else source.identity()) for source in sources]
-    return sha256_bytes(repr(each).encode())
 
 
 def make_parts(
