@@ -62,6 +62,12 @@ class Agents:
             assert not ended and time.monotonic() < end, self.said()[-6000:]
             time.sleep(0.05)
 
+    def run(self) -> None:
+        """Start both and wait until they have ended; fail with what they said unless both ended well."""
+        started = [self.start(head) for head in (True, False)]
+        self.until(lambda: all(agent.poll() is not None for agent in started))
+        assert [agent.returncode for agent in started] == [0, 0], self.said()[-6000:]
+
     def kill(self, agent: subprocess.Popen[bytes], *, alone: bool = False) -> None:
         """End an agent and its processes at once, as when a machine breaks down; `alone`: only itself."""
         processes = below(agent)

@@ -45,6 +45,12 @@ def pairs(some: Sequence[Row]) -> list[tuple[str, bytes]]:
     return [file for key, png, text in some for file in ((f"{key}.png", png), (f"{key}.txt", text.encode()))]
 
 
+def write_folder(folder: Path, some: Sequence[Row]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pairs(some):
+        (folder / name).write_bytes(content)
+
+
 def write_tars(folder: Path, shards: Sequence[Sequence[Row]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, some in enumerate(shards):

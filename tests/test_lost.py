@@ -19,7 +19,7 @@ from lcm_kit.data.lost import SHOWN, Lost, harm
 from lcm_kit.drawing.pictures import contact_sheet, tile_of
 from lcm_kit.io import own_files
 from tests.recipes.small import TEMPLATE, configure
-from tests.sources import pairs, rows, write_tars
+from tests.sources import rows, write_folder, write_tars
 
 SIZES = [(64, 64), (130, 30), (210, 50), (40, 120), (30, 30), (64, 48)]
 SHARDS, EACH = 3, 6
@@ -40,9 +40,7 @@ def config(tmp_path: Path, sd_base: Callable[..., Path]) -> Callable[..., Any]:
             )
         shards.append(some)
     write_tars(tmp_path / "set", shards)
-    (tmp_path / "folder").mkdir()
-    for name, data in pairs([row for some in shards for row in some]):
-        (tmp_path / "folder" / name).write_bytes(data)
+    write_folder(tmp_path / "folder", [row for some in shards for row in some])
 
     def build(path: str, cache: str) -> Any:
         where = {

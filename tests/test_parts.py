@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lcm_kit.bases import inspect_base
 from lcm_kit.config.load import dump
-from lcm_kit.data import parts, sources, stream_images
+from lcm_kit.data import parts, sources, stream_images, vae_precision
 from lcm_kit.data.batches import Batches
 from lcm_kit.data.cache import Cache
 from lcm_kit.data.order import Run
@@ -99,9 +99,9 @@ def test_one_process_two_and_a_resumed_run_write_the_same_bytes(
 
     two = config(data={"cache": str(tmp_path / "two")})
     sources_, settings = stream_images.source_shards(two.data), Share(1, 2)
-    stream_images.make_parts(two, settings.of(sources_), lambda: None)  # the second of two processes
+    stream_images.make_parts(two, "float32", settings.of(sources_), lambda: None)  # the second of two
     assert len(list((tmp_path / "two").glob("part-*"))) == 1
-    stream_images.make_parts(two, Share(0, 2).of(sources_), lambda: None)
+    stream_images.make_parts(two, "float32", Share(0, 2).of(sources_), lambda: None)
     stream_images.encode(two, progress=False)
 
     resumed = config(data={"cache": str(tmp_path / "resumed")})
@@ -154,14 +154,24 @@ def test_two_machines_encode_the_bytes_of_one(
     (tmp_path / "encode.yaml").write_text(dump(two))
     program = [tmp_path / "encode.py", tmp_path / "encode.yaml", tmp_path]
     with agents(tmp_path, program, kind) as both:
-        started = [both.start(head) for head in (True, False)]
-        both.until(lambda: all(agent.poll() is not None for agent in started))
-        assert [agent.returncode for agent in started] == [0, 0], both.said()[-6000:]
+        both.run()
     made = [(tmp_path / f"made-{rank}").read_text().split() for rank in (0, 1)]
     assert made == [["set-000.tar", "set-002.tar"], ["set-001.tar"]] and len(sum(made, [])) == SHARDS
     sources.encode(config(data={"cache": str(tmp_path / "one")}), progress=False)
     assert files(there) == files(tmp_path / "one") and (there / "parts.json").is_file()
     assert list(opened(two).ids) == list(opened(config(data={"cache": str(tmp_path / "one")})).ids)
+
+
+def test_the_first_picture_alone_says_what_all_parts_are_encoded_in(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: where float32 is settled nothing is written that would say so to who asks again."""
+    answers = [torch.float32, torch.float16]
+    monkeypatch.setattr(vae_precision, "half_dtypes", lambda device, overflows: (torch.float16,))
+    monkeypatch.setattr(vae_precision.ProvenVae, "prove", lambda self, pixels: answers.pop(0))
+    assert sources.encode(config(), progress=False)[0].encoded == SHARDS * EACH
+    assert answers == [torch.float16] and not (tmp_path / "cache/vae.json").exists()
+    assert len(opened(config())) == SHARDS * EACH
 
 
 def test_a_second_run_does_nothing_and_a_changed_shard_is_made_anew(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lcm_kit
 from lcm_kit.bases import inspect_base
@@ -31,12 +30,18 @@ from tests.test_parts import files
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as each worker has
 EACH, STORE = 4, 80 * 2**20  # pictures a shard; bytes of a node's object store
+
+
+def add_node(cluster: Any, **more: Any) -> Any:
+    """A node of one CPU, as far from the others as one machine allows: processes of its own."""
+    return cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE, **more)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one CPU each, as far apart as one machine allows: processes of their own."""
+    """Two nodes."""
     from ray.cluster_utils import Cluster
 
     made = Cluster()
@@ -45,20 +50,11 @@ def cluster() -> Iterator[Any]:
             patch.setenv(key, value)
         try:
             for _ in range(2):
-                made.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE, include_dashboard=False)
+                add_node(made, include_dashboard=False)
             yield made
         finally:
             ray.shutdown()
             made.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As each worker has: sums differ in their last bits by the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -150,7 +146,7 @@ def test_a_cache_that_workers_do_not_see_is_not_written_elsewhere(
 def job(config: Any, mark: str = "mark", **changes: Any) -> Job:
     base = inspect_base(config.base.path)
     settings = {**shards.settings(base, config.data), **changes}
-    return Job(dump(config), "/none", mark, "float32", settings)
+    return Job(dump(config), "/none", mark, settings)
 
 
 def test_a_worker_refuses_what_the_driver_does_not_mean(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -187,9 +183,7 @@ def test_a_node_without_the_kit_is_named(
     (tmp_path / "bare/lcm_kit/__init__.py").write_text("raise ModuleNotFoundError('lcm_kit')")
     monkeypatch.chdir(tmp_path)  # Ray lets workers import what lies where the driver was started
     words = r"^Ray node \S+ has {}, and this is {}; install the same version"
-    bare = cluster.add_node(
-        num_cpus=1, num_gpus=0, object_store_memory=STORE, env_vars={"PYTHONPATH": str(tmp_path / "bare")}
-    )
+    bare = add_node(cluster, env_vars={"PYTHONPATH": str(tmp_path / "bare")})
     try:
         with pytest.raises(UserError, match=words.format("no lcm-kit", lcm_kit.__version__)):
             lcm_kit.encode(write("x"), engine="ray", address=cluster.address)
@@ -229,10 +223,7 @@ def test_a_node_that_dies_costs_its_shard_alone(write: Callable[..., Path], tmp_
     data = {"path": str(tmp_path / "many/data-*.tar")}
     made = Cluster()
     try:
-        nodes = [
-            made.add_node(num_cpus=1, num_gpus=0, object_store_memory=STORE, include_dashboard=False)
-            for _ in range(2)
-        ]
+        nodes = [add_node(made, include_dashboard=False) for _ in range(2)]
         line = [sys.executable, "-m", "lcm_kit", "encode", str(write("ray", data)), "--engine", "ray"]
         running = subprocess.Popen([*line, "--address", made.address], env=environment(1))
         parts = tmp_path / "ray"

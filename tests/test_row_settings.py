@@ -16,7 +16,7 @@ from lcm_kit.data import parts, row_settings, shards, sources, stream_images
 from lcm_kit.errors import UserError
 from lcm_kit.io import own_files
 from tests.recipes.small import TEMPLATE, configure
-from tests.sources import pairs, rows, write_tars
+from tests.sources import rows, write_folder, write_tars
 
 SHARDS, EACH = 2, 3
 ROWS = SHARDS * EACH
@@ -27,9 +27,7 @@ def config(tmp_path: Path, sd_base: Callable[..., Path]) -> Any:
     """Of six small pictures, whose captions have tags, in two tar files; and of the same in a folder."""
     some = [(key, png, f"a, b, {text}") for key, png, text in rows(range(ROWS), 48)]
     write_tars(tmp_path / "set", [some[:EACH], some[EACH:]])
-    (tmp_path / "folder").mkdir()
-    for name, content in pairs(some):
-        (tmp_path / "folder" / name).write_bytes(content)
+    write_folder(tmp_path / "folder", some)
     where = {
         "path": str(tmp_path / "set"), "cache": str(tmp_path / "cache"), "resolution": 64, "trigger": "zz",
         "shapes": {"multiple": 16},

@@ -24,7 +24,7 @@ from lcm_kit.data.streams import source_shards
 from lcm_kit.errors import UserError
 from lcm_kit.io import reading, urls
 from lcm_kit.plan.disk import _pictures
-from tests.sources import pairs, picture, read, rows, tar_bytes, write_parquet, write_tars
+from tests.sources import pairs, picture, read, rows, tar_bytes, write_folder, write_parquet, write_tars
 
 
 def _one(path: Path, content: bytes, **kwargs: str) -> tuple[list[tuple[str, str, bytes]], dict[str, str]]:
@@ -181,10 +181,8 @@ def test_a_tar_file_that_is_not_whole_is_never_just_short(tmp_path: Path) -> Non
 def test_shards_made_as_the_page_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
     (lines,) = re.findall(r"```bash\n(find photos .*?)```", page, re.DOTALL)
-    (tmp_path / "photos").mkdir()
     some = rows(range(7))
-    for name, content in pairs(some):
-        (tmp_path / "photos" / name).write_bytes(content)
+    write_folder(tmp_path / "photos", some)
     subprocess.run(["bash", "-ec", lines.replace("4000", "4")], cwd=tmp_path, check=True)
     good, bad = read(source_shards(Data(path=f"{tmp_path}/data-{{000000..000003}}.tar")))
     assert [(text, png) for _, text, png in good] == [(text, png) for _, png, text in some] and not bad

@@ -62,12 +62,13 @@ def config_path(text: str) -> Path:
     path = assets.place(text)
     if path.is_file():
         return path
-    for known in configs():
+    there = configs()
+    for known in there:
         if text in _spellings(known):
             return root() / known
     if path.is_dir():
         raise UserError(f"config {text!r} is a folder; give a config, a YAML file that names it as data.path")
-    guess = _guess(text, configs())
+    guess = _guess(text, there)
     raise UserError(f"config {text!r}: there is no such file and no shipped config of that name; {guess}")
 
 

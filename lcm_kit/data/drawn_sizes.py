@@ -30,9 +30,8 @@ def require(config: Training, base: BaseInfo) -> None:
     """Raise `UserError` for any size of a training that the base cannot draw, or that is not trained at."""
     base.require_resolution(config.data.resolution, "data.resolution")
     base.require_resolution(config.drawn_at, "validation.resolution")
-    if config.data.source != "images":
-        for resolution in config.data.samples.resolutions:
-            base.require_resolution(resolution, "data.samples.resolutions")
+    for resolution in config.data.samples.resolutions:
+        base.require_resolution(resolution, "data.samples.resolutions")
     require_shapes(config, base)
 
 
@@ -50,8 +49,9 @@ def require_shapes(config: Training, base: Shaped) -> None:
             )
 
 
-def of_entry(resolution: Resolution, data: Data) -> Size | None:
-    """As a row of a cache says it: None for the square of `data.resolution`."""
+def of_entry(number: int, prompts: int, data: Data) -> Size | None:
+    """`of_number` with `data.samples`, as a row of a cache says it: None for squares of `data.resolution`."""
+    resolution = of_number(number, prompts, data, data.samples.resolutions)
     return None if resolution == data.resolution else width_height(resolution)
 
 

@@ -104,7 +104,8 @@ def bring_up_to_date(
     started, old = time.monotonic(), shards.read_manifest(folder, repair=True)
     with progress_bar(progress and share.first, what.split()[0]) as bar:
         contents = survey(old, bar)
-        share.require_same(_agreed(contents))
+        if share.world > 1:
+            share.require_same(_agreed(contents))
         planned = shards.plan(contents.settings, contents.entries, contents.data.shard_size)
         missing = shards.missing(folder, [shards.empty(contents.settings), *planned])
         rows = [entry for shard in missing for entry in shard.entries]

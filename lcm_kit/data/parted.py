@@ -45,7 +45,7 @@ class PartedCache(Joined):
             raise UserError(
                 f"there is no finished cache in {folder.shown!r}; run `lcm-kit encode` with this config first"
             )
-        given = found["settings"].get(vae_precision.KEY, vae_precision.FULL)
+        given = vae_precision.of(found["settings"])
         wanted = shards.settings(base, data, given if data.vae_precision == "auto" else data.vae_precision)
         if changed := shards.differences(found["settings"], wanted):
             raise UserError(

@@ -79,16 +79,10 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
 
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a prompt: a prompt that is asked for again has noise of its own in any case."""
-    found, sizes = prompts(data.samples.prompts), data.samples.resolutions
+    found = prompts(data.samples.prompts)
     texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in found], data.chunks)
     return [
-        Entry(
-            f"{shards.PROMPTS}{i:05d}",
-            prompt,
-            "",
-            text,
-            size=drawn_sizes.of_entry(drawn_sizes.of_number(i, len(found), data, sizes), data),
-        )
+        Entry(f"{shards.PROMPTS}{i:05d}", prompt, "", text, size=drawn_sizes.of_entry(i, len(found), data))
         for i, (prompt, text) in enumerate(zip(found, texts, strict=True))
     ]
 

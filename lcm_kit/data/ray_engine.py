@@ -29,10 +29,9 @@ from lcm_kit.data import vae_precision
 from lcm_kit.data.ray_tries import Tries
 from lcm_kit.data.ray_worker import Job, Worker, tried_precision
 from lcm_kit.data.stream_images import folder_of
-from lcm_kit.data.streams import SourceShard
+from lcm_kit.data.streams import SourceShard, identities
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import signed
-from lcm_kit.io.urls import is_url
 
 _PATIENCE = 20  # seconds that a cluster has to answer in
 
@@ -96,10 +95,9 @@ class RayEngine:
         ray, gpus = self._connected(), self._gpus_each()
         workers = min(self._room(gpus), len(sources))
         by_node: Counter[str] = Counter()
-        here = not is_url(config.data.path)  # elsewhere it would be a request for each
-        rows = [{"source": each.name, "identity": each.identity() if here else ""} for each in sources]
+        rows = [{"source": name, "identity": identity} for name, identity in identities(config.data, sources)]
         with self._mark(config) as mark, _errors(ray), _quiet_data():
-            job = Job(dump(config), os.getcwd(), mark, _precision_of(settings), settings, _tries(ray))
+            job = Job(dump(config), os.getcwd(), mark, settings, _tries(ray))
             made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 Worker, fn_constructor_args=(job,), batch_size=1, num_cpus=1, num_gpus=gpus or None,
                 # one at a time: a shard takes minutes, and what waits at one worker no other takes
@@ -239,10 +237,6 @@ def _require_answer(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
-
-
-def _precision_of(settings: Mapping[str, Any]) -> str:
-    return str(settings.get(vae_precision.KEY, vae_precision.FULL))
 
 
 @contextlib.contextmanager

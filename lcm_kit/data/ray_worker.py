@@ -17,7 +17,7 @@ from typing import Any
 
 from lcm_kit.config.load import parse
 from lcm_kit.config.schema import Training
-from lcm_kit.data import shards, stream_images
+from lcm_kit.data import shards, stream_images, vae_precision
 from lcm_kit.data.encoder import usable_base
 from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.ray_tries import MOST
@@ -34,7 +34,6 @@ class Job:
     config: str  # as `dump` writes it
     cwd: str  # the driver's, in which its relative paths begin
     mark: str  # a file that the driver keeps in the cache: who does not see it would write elsewhere
-    precision: str | None = None  # the VAE's
     settings: Mapping[str, Any] | None = None  # of the parts, as the driver will look for them
     tries: Any = None  # Ray's handle of a `Tries`
 
@@ -71,16 +70,17 @@ class Worker:
         with at_node():
             if self._maker is None:
                 config = config_of(self.job)
-                assert self.job.precision is not None and self.job.settings is not None
+                assert self.job.settings is not None
+                precision = vae_precision.of(self.job.settings)
                 # before a byte of the cache is written
-                here = shards.settings(usable_base(config), config.data, self.job.precision)
+                here = shards.settings(usable_base(config), config.data, precision)
                 if other := shards.differences(self.job.settings, here):
                     raise UserError(
                         f"it would make other parts than the driver looks for: {'; '.join(other)}; give all "
                         "nodes the same base and version of the kit"
                     )
                 self._sources = {source.name: source for source in source_shards(config.data)}
-                self._maker = stream_images.part_maker(config, self.job.precision)
+                self._maker = stream_images.part_maker(config, precision)
             source = self._sources.get(name)
             if source is None or (identity and source.identity() != identity):
                 raise UserError(

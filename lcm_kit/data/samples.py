@@ -6,7 +6,7 @@ a cache like that of images. Sample i is a function of what draws it, its prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from lcm_kit import sample
 from lcm_kit.adapter import styles
 from lcm_kit.adapter.adapted_unet import AdaptedUNet
 from lcm_kit.bases import BaseInfo, load_tokenizers
-from lcm_kit.config.resolution import Resolution, height_width
+from lcm_kit.config.resolution import height_width
 from lcm_kit.config.schema import Data, Distill
 from lcm_kit.console import Progress
 from lcm_kit.data import drawn_sizes, shards
@@ -94,19 +94,13 @@ def open_cache(config: Distill, base: BaseInfo) -> Cache:
     return Cache.open(folder_of(config.data), base=base, data=config.data, settings=settings(config, base))
 
 
-def _sizes(data: Data) -> Callable[[int], Resolution]:
-    """The size of each sample, by its number."""
-    known = len(prompts(data.samples.prompts))
-    return lambda number: drawn_sizes.of_number(number, known, data, data.samples.resolutions)
-
-
 def _entries(data: Data, base: BaseInfo) -> list[Entry]:
     """One row a sample; the place of its noise stands for an image file."""
-    prompts, size_of = prompts_of(data), _sizes(data)
-    texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in prompts], _ALL)
+    wanted, known = prompts_of(data), len(prompts(data.samples.prompts))
+    texts = hashes_of(load_tokenizers(base), [((prompt, 1.0),) for prompt in wanted], _ALL)
     return [
-        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text, size=drawn_sizes.of_entry(size_of(i), data))
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        Entry(f"teacher/{i:05d}", prompt, f"noise {i}", text, size=drawn_sizes.of_entry(i, known, data))
+        for i, (prompt, text) in enumerate(zip(wanted, texts, strict=True))
     ]
 
 

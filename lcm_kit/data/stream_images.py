@@ -22,7 +22,7 @@ from lcm_kit.data.lost import SHOWN, Lost
 from lcm_kit.data.parts import PartMaker
 from lcm_kit.data.progress import EncodeReport, listing, progress_bar
 from lcm_kit.data.records import Record
-from lcm_kit.data.streams import SourceShard, source_shards
+from lcm_kit.data.streams import SourceShard, identities, source_shards
 from lcm_kit.data.survey import Surveyor
 from lcm_kit.drawing.batches import at_once
 from lcm_kit.drawing.pictures import png_bytes
@@ -30,7 +30,6 @@ from lcm_kit.errors import UserError
 from lcm_kit.io import own_files, own_shapes
 from lcm_kit.io.files import sha256_bytes
 from lcm_kit.io.remote import Folder
-from lcm_kit.io.urls import is_url
 from lcm_kit.share import ALONE, Share
 
 
@@ -82,14 +81,16 @@ def encode(
     require_possible(config)
     base, data, started = usable_base(config), config.data, time.monotonic()
     folder, sources = folder_of(data), source_shards(data)
+    old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
+    before = None if old is None else old["settings"]
     if elsewhere is not None:
-        precision = _known_precision(base, data) or elsewhere.precision(config)
+        precision = _known_precision(base, data, before) or elsewhere.precision(config)
     else:
-        precision = try_precision(base, data, sources, share)
+        precision = try_precision(base, data, sources, before, share)
     settings = shards.settings(base, data, precision)
     if share.world > 1:
-        share.require_same(shards.without_places(settings) | {"set of shards": _named(data, sources)})
-    old = parts.read_json(folder, parts.PARTS, own_shapes.Parts)
+        found_here = sha256_bytes(repr(identities(data, sources)).encode())
+        share.require_same(shards.without_places(settings) | {"set of shards": found_here})
     found = [parts.done(folder, source, settings) for source in sources]
     missing = [source for source, part in zip(sources, found, strict=True) if part is None]
     share.wait()  # every process has seen which are missing
@@ -97,7 +98,7 @@ def encode(
         task = bar.add_task("encoding", total=len(missing if elsewhere else share.of(missing)))
         advance = partial(bar.advance, task, 1)
         if elsewhere is None:
-            make_parts(config, share.of(missing), advance)
+            make_parts(config, precision, share.of(missing), advance)
         elif missing:
             elsewhere.make(config, missing, settings, advance)
     share.wait()
@@ -128,17 +129,16 @@ def encode(
     return report
 
 
-def _named(data: Data, sources: Sequence[SourceShard]) -> str:
-    """A hash of which shards there are; of files of a machine's own, of what each is too."""
-    each = [(source.name, "" if is_url(data.path) else source.identity()) for source in sources]
-    return sha256_bytes(repr(each).encode())
+def make_parts(
+    config: Training, precision: str, sources: Sequence[SourceShard], advance: Callable[[], None]
+) -> None:
+    """Make the parts of `sources`, one after the other; the models are loaded once, where there is any.
 
-
-def make_parts(config: Training, sources: Sequence[SourceShard], advance: Callable[[], None]) -> None:
-    """Make the parts of `sources`, one after the other; the models are loaded once, where there is any."""
+    `precision`: the VAE's, the same for all parts of a cache.
+    """
     if not sources:
         return
-    maker = part_maker(config, try_precision(usable_base(config), config.data, sources))
+    maker = part_maker(config, precision)
     for source in sources:
         maker.make(source)
         advance()
@@ -168,33 +168,35 @@ def _lacks_empty(folder: Folder, settings: Mapping[str, Any]) -> bool:
     return folder.made_from(empty.file) != empty.content
 
 
-def try_precision(base: BaseInfo, data: Data, sources: Sequence[SourceShard], share: Share = ALONE) -> str:
+def try_precision(
+    base: BaseInfo,
+    data: Data,
+    sources: Sequence[SourceShard],
+    before: Mapping[str, Any] | None = None,
+    share: Share = ALONE,
+) -> str:
     """What the VAE computes in: what is known, else what the first picture proves on this machine's device.
 
-    Raises `UserError` for pictures that cannot be read.
+    `before`: the settings of the cache's list, None where it has none. Raises `UserError` for pictures that
+    cannot be read.
     """
     if folder_of(data).is_remote:
-        return _known_precision(base, data) or vae_precision.FULL
+        return _known_precision(base, data, before) or vae_precision.FULL
 
     def first() -> torch.Tensor:
         records = (each for source in sources for each in source.records() if isinstance(each, Record))
         return next(records).pixels(data.resolution)[None]
 
     device = sample.placement()["device"]
-    return vae_precision.settle(Path(data.cache), base, data, _settings_before(data), device, first, share)
+    return vae_precision.settle(Path(data.cache), base, data, before, device, first, share)
 
 
-def _known_precision(base: BaseInfo, data: Data) -> str | None:
+def _known_precision(base: BaseInfo, data: Data, before: Mapping[str, Any] | None) -> str | None:
     """What the config says or the cache was begun in; at an address, where machines could differ, what the
     config says, and float32 where it says auto."""
     if folder_of(data).is_remote:
         return vae_precision.FULL if data.vae_precision == "auto" else data.vae_precision
-    return vae_precision.known(Path(data.cache), base, data, _settings_before(data))
-
-
-def _settings_before(data: Data) -> Mapping[str, Any] | None:
-    old = parts.read_json(folder_of(data), parts.PARTS, own_shapes.Parts)
-    return None if old is None else old["settings"]
+    return vae_precision.known(Path(data.cache), base, data, before)
 
 
 def _require_licenses(data: Data, held: Sequence[own_shapes.Part]) -> None:

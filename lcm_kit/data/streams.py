@@ -8,7 +8,7 @@ and one record; pictures are neither listed nor counted before they come.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -49,6 +49,11 @@ class SourceShard:
         be broken, cut off, or cannot be read on: never does it just end early.
         """
         return self._records()
+
+
+def identities(data: Data, sources: Sequence[SourceShard]) -> list[tuple[str, str]]:
+    """(name, identity) of each; of a set at an address "", since it would be a request for each."""
+    return [(source.name, "" if is_url(data.path) else source.identity()) for source in sources]
 
 
 def source_shards(data: Data) -> list[SourceShard]:

@@ -193,12 +193,12 @@ def _named(path: str) -> tuple[str, str]:
 def _add(group: _Group, ending: str, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
     """Take a file into its group, if it is one that counts: others are passed over unread."""
     last = f".{ending.rpartition('.')[2]}"
-    text = last in (*ENDINGS, f".{_JSON}")
+    text = last in (*ENDINGS, JSON)
     if not member.isreg():
         if text or last in SUFFIXES:
             group.faults.append(f"{member.name} is a link, not a file; write the tar file with its content")
         return
-    if text and member.size > (LARGEST_JSON if last == f".{_JSON}" else 8 * LONGEST):
+    if text and member.size > (LARGEST_JSON if last == JSON else 8 * LONGEST):
         group.faults.append(f"caption is too long: {ending} is no caption of one picture")
         return
     if member.size > _LARGEST:

@@ -6,7 +6,7 @@ a run that was killed goes on with it, other processes take it, and no cache hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ FILE = "vae.json"
 KEY, FULL = "data.vae_precision", "float32"  # of a cache's settings, which leave the key out where it is FULL
 
 
+def of(settings: Mapping[str, Any]) -> str:
+    """What the rows of a cache with these settings are encoded in."""
+    return str(settings.get(KEY, FULL))
+
+
 def known(folder: Path, base: BaseInfo, data: Data, old: Any) -> str | None:
     """What is settled: the key's value, or with `auto` what the cache in `folder` was begun in; else None.
 
@@ -33,7 +38,7 @@ def known(folder: Path, base: BaseInfo, data: Data, old: Any) -> str | None:
         return data.vae_precision
     vae = base.hash_of("vae")
     if old is not None and old.get("vae") == vae:
-        return str(old.get(KEY, FULL))
+        return of(old)
     try:
         begun = own_files.read_json(folder / FILE, own_shapes.VaePrecision, "")
     except own_files.Damaged:

@@ -93,17 +93,12 @@ def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> lis
 def _kept(keys: Mapping[str, Any], base_is_hashed: bool, staged: bool) -> dict[str, tuple[Any, str]]:
     """What a continued run must keep: by key what must be equal, and how it is written."""
     kept = {
-        key: (_essence(key, value), repr(_as_written(value)))
+        key: (_essence(key, value), repr(value))
         for key, value in keys.items()
         if not is_free(key, staged=staged) and key not in BATCH and not (base_is_hashed and key in BASE)
     }
     sizes = [keys.get(key, 1) for key in BATCH]
     return {**kept, " x ".join(BATCH): (math.prod(sizes), " x ".join(map(str, sizes)))}
-
-
-def _as_written(value: Any) -> Any:
-    """A value as YAML has it, where pairs of numbers are lists."""
-    return [_as_written(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _essence(key: str, value: Any) -> Any:
