@@ -117,7 +117,10 @@ def encode(
             part_maker(config, precision)
         made = sum(part["rows"] for part, was in zip(held, found, strict=True) if was is None)
         changes = [] if old is None else shards.differences(old["settings"], settings)
-        remarks = _say_what_is_lost(folder, data, held, draw=old is None or old["parts"] != held)
+        lost = {part["source"]: Lost.read(part["lost"]) for part in held if "lost" in part}
+        remarks = _lost_in_words(folder, data, lost, of=len(held))
+        if old is None or old["parts"] != held:
+            _draw_worst(folder, lost)
         _write_list(folder, base, data, settings, held, old)
         report = EncodeReport(
             where, sum(part["rows"] for part in held), made, time.monotonic() - started, changes,
@@ -224,32 +227,34 @@ def _require_rows(folder: Folder, data: Data, held: Sequence[own_shapes.Part]) -
     )
 
 
-def _say_what_is_lost(folder: Folder, data: Data, held: Sequence[own_shapes.Part], draw: bool) -> list[str]:
-    """What became of the pictures of all parts, in words; and the worst of them as a sheet in `folder`."""
-    told = [(part["source"], Lost.read(part["lost"])) for part in held if "lost" in part]
-    total = sum((lost for _, lost in told), Lost())
-    said = [*total.sentences(data.chunks), cuts.places(folder.shown, total, parts=True)] if told else []
-    if len(told) < len(held):
+def _lost_in_words(folder: Folder, data: Data, lost: Mapping[str, Lost], of: int) -> list[str]:
+    """What became of the pictures of all parts, `of` so many, by the accounts that there are of them."""
+    total = sum(lost.values(), Lost())
+    said = [*total.sentences(data.chunks), cuts.places(folder.shown, total, parts=True)] if lost else []
+    if len(lost) < of:
         said.append(
-            f"of {number(len(held) - len(told), 'shard')} that an older version encoded it is not known what "
+            f"of {number(of - len(lost), 'shard')} that an older version encoded it is not known what "
             "became of the pictures"
         )
-    if draw:
-        tiles = sorted(
-            (-harm, source, at) for source, lost in told for at, (_, harm) in enumerate(lost.worst)
-        )[:SHOWN]
-        sheets: dict[str, Image.Image] = {}
-        for source in {source for _, source, _ in tiles}:
-            try:
-                sheets[source] = parts.worst_of(folder, source)
-            except UserError as error:  # nothing is trained on it
-                console.say(f"warning: {error}", err=True)
-        sheet = cuts.of_sheets((sheets[source], at) for _, source, at in tiles if source in sheets)
-        if sheet is None:
-            folder.delete(cuts.SHEET)
-        else:
-            folder.write(cuts.SHEET, png_bytes(sheet))
     return said
+
+
+def _draw_worst(folder: Folder, lost: Mapping[str, Lost]) -> None:
+    """The worst pictures of all parts as a sheet in `folder`, from those of the parts."""
+    worst = sorted(
+        (-harm, source, at) for source, each in lost.items() for at, (_, harm) in enumerate(each.worst)
+    )[:SHOWN]
+    sheets: dict[str, Image.Image] = {}
+    for source in {source for _, source, _ in worst}:
+        try:
+            sheets[source] = parts.worst_of(folder, source)
+        except UserError as error:  # nothing is trained on it
+            console.say(f"warning: {error}", err=True)
+    sheet = cuts.of_sheets((sheets[source], at) for _, source, at in worst if source in sheets)
+    if sheet is None:
+        folder.delete(cuts.SHEET)
+    else:
+        folder.write(cuts.SHEET, png_bytes(sheet))
 
 
 def _skipped(folder: Folder, part: own_shapes.Part) -> list[tuple[str, str]]:
