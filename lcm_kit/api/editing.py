@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lcm_kit import console
 from lcm_kit.api.calls import call
-from lcm_kit.api.edit_options import TASKS, Sides, Task, Wanted, checked, size_of
+from lcm_kit.api.edit_options import TASKS, Sides, Wanted, checked, size_of
+from lcm_kit.api.edit_tasks import Task
 from lcm_kit.api.pictures import Drawing, drawing
 from lcm_kit.api.stages import Place
 from lcm_kit.config.numbers import RANGES
