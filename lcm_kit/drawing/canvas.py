@@ -38,11 +38,6 @@ class Canvas:
         """(height, width) of the pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether they are more than the picture's own."""
-        return self.size != self.picture.size[::-1]
-
     def without(self, hole: Tensor) -> Canvas:
         """The same with a smooth filling in the place of what lies in `hole`, bool [H, W]."""
         pixels = filled(self.pixels, hole)
