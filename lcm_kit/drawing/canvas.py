@@ -29,9 +29,10 @@ class Canvas:
     @classmethod
     def of(cls, picture: Image.Image, multiple: int) -> Canvas:
         """Both sides of the pixels are multiples of `multiple`."""
-        array = np.array(picture.convert("RGB"), dtype=np.float32)
+        picture = picture.convert("RGB")
+        array = np.array(picture, dtype=np.float32)
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
-        return cls(picture.convert("RGB"), _padded(pixels, multiple))
+        return cls(picture, _padded(pixels, multiple))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -87,7 +87,9 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     return vae.decode(pipe.vae, latents).to(pipe.device)
 
 
-def _predict(pipe: Any, told: Condition, other: Condition, guidance_scale: float) -> Predict:
+def _predict(
+    pipe: Any, schedule: Schedule, told: Condition, other: Condition, guidance_scale: float
+) -> Predict:
     """The UNet's (x0, eps) under a condition for each picture, led away from `other` (B = 1)."""
     guided = guidance_scale > 1
     if guided:
@@ -101,7 +103,7 @@ def _predict(pipe: Any, told: Condition, other: Condition, guidance_scale: float
         uncond, cond = both.chunk(2)
         return guide(uncond, cond, guidance_scale)
 
-    return predictor(model, schedule_of(pipe), pipe.scheduler.config.prediction_type)
+    return predictor(model, schedule, pipe.scheduler.config.prediction_type)
 
 
 def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[list[Image.Image]]:
@@ -126,7 +128,7 @@ def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[li
         if start is not None:
             start = (start[list(rows)] if len(start) > 1 else start.expand(len(rows), *shape)).to(pipe.device)
         own = _between(told, [edit.between[row] for row in rows]) if edit.between else told.expand(len(rows))
-        predict = _predict(pipe, own, other, how.guidance_scale)
+        predict = _predict(pipe, schedule, own, other, how.guidance_scale)
         return edit.finish(decode(pipe, edited(predict, schedule, how.walk, start, noise, edit.known)).cpu())
 
     yield from batches.run(places, work)
