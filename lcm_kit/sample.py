@@ -18,31 +18,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import bases, console
-from lcm_kit.bases.emphasis import Prompt, notes, read
+from lcm_kit import bases
+from lcm_kit.bases.emphasis import Prompt
+from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AUTO, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
-from lcm_kit.drawing.prompts import told
+from lcm_kit.drawing.prompts import as_read, told
 from lcm_kit.drawing.schedulers import (
     CallSettings,
     call_settings,
     noise_of,
+    require_guided,
     require_possible,
     scheduler,
     unet_calls,
 )
 from lcm_kit.drawing.signing import Sign, unsigned
-from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora.locate import adapter_file
 
 __all__ = [
-    "CallSettings", "call_settings", "contact_sheet", "decode", "draw_images", "generators", "latents",
-    "load_adapter", "noise_of", "pipeline", "placement", "sample", "sample_to_folder", "save_png",
+    "CallSettings", "adapted", "call_settings", "contact_sheet", "decode", "draw_images", "generators",
+    "latents", "load_adapter", "noise_of", "pipeline", "placement", "sample", "sample_to_folder", "save_png",
     "scheduler", "slug", "to_pil", "unet_calls",
 ]  # fmt: skip
 
@@ -148,6 +149,15 @@ def load_adapter(pipe: Any, adapter: str | Path, weight: float = 1.0, *, name: s
     pipe.set_adapters([name], [weight])
 
 
+def adapted(base: str, adapter: str | Path | None, weight: float = 1.0, **settings: Any) -> Any:
+    """A `pipeline` with a LoRA, if one is given, in its weights, which it then draws with for good."""
+    pipe = pipeline(base, **settings)
+    if adapter is not None:
+        load_adapter(pipe, adapter, weight)
+        fuse(pipe, keep=False)
+    return pipe
+
+
 @torch.no_grad()
 def latents(
     pipe: Any,
@@ -215,9 +225,7 @@ def _calling(after_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
-    own = isinstance(pipe.vae, ProvenVae)
-    pixels = pipe.vae.decoded(latents) if own else bases.decode_latents(pipe.vae, latents)
-    return pixels.float().cpu().clamp(-1, 1)
+    return vae.decode(pipe.vae, latents).cpu().clamp(-1, 1)
 
 
 def sample(pipe: Any, prompts: Sequence[Prompt], **settings: Any) -> Tensor:
@@ -260,14 +268,8 @@ def draw_images(
     if not prompts:
         raise UserError("there is no prompt to draw; give at least one")
     require_possible(sampler, steps, guidance_scale)
-    if negative_prompt is not None and guidance_scale <= 1:
-        raise UserError(
-            "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
-        )
-    wanted = [read(prompt, emphasis) for prompt in prompts]
-    against = None if negative_prompt is None else read(negative_prompt, emphasis)
-    for note in notes([*prompts, negative_prompt or ""], emphasis):
-        console.say(note, err=True)
+    require_guided(negative_prompt, guidance_scale)
+    wanted, against = as_read(prompts, negative_prompt, emphasis)
     file = None if adapter is None else adapter_file(adapter)
     where = placement(device, dtype)
     if size is not None and any(side % 8 for side in size):
@@ -276,10 +278,7 @@ def draw_images(
     height, width = size or (info.resolution,) * 2
     info.require_resolution((width, height), "size")
     how = How.of(info, decoder, tiling, compile)
-    pipe = pipeline(base, revision=revision, variant=variant, how=how, **where)
-    if file is not None:
-        load_adapter(pipe, file, lora_weight)
-        fuse(pipe, keep=False)
+    pipe = adapted(base, file, lora_weight, revision=revision, variant=variant, how=how, **where)
     how.say(pipe.vae, height, width)
 
     def draw(first: int, batch: Sequence[Prompt]) -> Tensor:

@@ -35,12 +35,10 @@ from lcm_kit.core.editing import Grey, Pooled, Walk
 from lcm_kit.drawing import editing
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas, grown
-from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png
 from lcm_kit.evaluation.metrics.accuracy import attributes_right
 from lcm_kit.evaluation.metrics.bootstrap import Resamples, paired_difference, percentiles
-from lcm_kit.lora.locate import adapter_file
 from lcm_kit.quiet import quietly
 from lcm_kit.tiny import world
 from lcm_kit.tiny.probe import load_probe
@@ -171,9 +169,7 @@ class Models:
     """The pipeline with its LoRA, and diffusers' scheduler of the baseline."""
 
     def __init__(self) -> None:  # noqa: D107
-        self.pipe = sample.pipeline("asset:tiny-sd")
-        sample.load_adapter(self.pipe, adapter_file("asset:tiny-lcm-lora"))
-        fuse(self.pipe, keep=False)
+        self.pipe = sample.adapted("asset:tiny-sd", "asset:tiny-lcm-lora")
         self.theirs = sample.scheduler("lcm", self.pipe.scheduler.config)
 
     def ours(self, edit: editing.Edit, strength: float) -> list[Image.Image]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lcm_kit.api.edit_tasks import Task
 from lcm_kit.api.given_pictures import Given, given_mask, given_picture
 from lcm_kit.api.stages import Place
-from lcm_kit.config.numbers import RANGES, within
+from lcm_kit.config.numbers import RANGES, require_in_range
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Task = Literal["inpaint", "outpaint", "colorize", "upscale", "sketch", "vary", "interpolate"]
 Sides = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -37,7 +37,7 @@ TASKS: Mapping[Task, Kind] = {
     "vary": Kind("varying", 0.5),
     "interpolate": Kind("drawing between", 0.5, ("to", "prompt_to", "frames")),
 }
-_FRAMES = 8
+_SCALE, _FRAMES = 2, 8  # where none are given
 
 
 class Wanted(NamedTuple):
@@ -50,7 +50,7 @@ class Wanted(NamedTuple):
     anew: bool = True  # of inpaint: whether nothing of what lies under the mask is seen
     feather: int | None = None
     grow: Sides = (0, 0, 0, 0)
-    scale: int = 2
+    scale: int = 1  # how many times as large it is drawn
     to: Given | None = None
     prompt_to: str | None = None
     frames: int = _FRAMES
@@ -69,23 +69,20 @@ def checked(
     Raises `UserError` for a task that there is not, and for options that are missing, wrong or of another.
     """
     if task not in TASKS:
-        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(get_args(Task))}")
+        raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
     kind, given = TASKS[task], {name: value for name, value in own.items() if value is not None}
     for name in given.keys() - set(kind.takes):
         tasks = " and ".join(each for each, other in TASKS.items() if name in other.takes)
         raise UserError(f"{_option(name)} is of {tasks}, and does nothing for {task}; leave it out")
-    within("strength", 0, 1, above=True)(strength)
-    within("feather", 0, 512)(given.get("feather"))
-    within("scale", 2, 8)(given.get("scale"))
-    within("frames", 2, RANGES["count"].high)(given.get("frames"))
+    require_in_range(strength=strength, **{name: given.get(name) for name in ("feather", "scale", "frames")})
+    strength = kind.strength if strength is None else strength
     if task == "interpolate":
-        return _between(picture, kind.strength if strength is None else strength, count, given)
+        return _between(picture, strength, count, given)
     if picture is None:
         raise UserError(f"{task} needs a picture; give the file of one")
-    found = given_picture(picture)
-    wanted = Wanted(task, found, kind.strength if strength is None else strength)
+    wanted = Wanted(task, given_picture(picture), strength)
     if task == "inpaint":
-        return _masked(wanted, given, drawn_over=strength is not None and strength < 1)
+        return _masked(wanted, given)
     if task == "outpaint":
         grow: list[int] = [*given.pop("grow", (0, 0, 0, 0))]
         if len(grow) != 4 or min(grow) < 0 or not 0 < max(grow) <= RANGES["width"].high:
@@ -95,10 +92,12 @@ def checked(
             )
         left, top, right, bottom = grow
         return wanted._replace(grow=(left, top, right, bottom), **given)
+    if task == "upscale":
+        given.setdefault("scale", _SCALE)
     return wanted._replace(**given)
 
 
-def _masked(wanted: Wanted, given: dict[str, Any], *, drawn_over: bool) -> Wanted:
+def _masked(wanted: Wanted, given: dict[str, Any]) -> Wanted:
     from PIL import ImageOps
 
     assert wanted.picture is not None
@@ -116,7 +115,7 @@ def _masked(wanted: Wanted, given: dict[str, Any], *, drawn_over: bool) -> Wante
         what = "the mask is black all over" if own is not None else "nothing of the picture is transparent"
         raise UserError(f"{what}, so that there is nothing to draw; make white what is to be drawn anew")
     # what lies under transparency is anybody's guess
-    return wanted._replace(mask=mask, anew=own is None or not drawn_over, **given)
+    return wanted._replace(mask=mask, anew=own is None or wanted.strength == 1, **given)
 
 
 def _between(picture: Any, strength: float, count: int, given: dict[str, Any]) -> Wanted:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lcm_kit import console
 from lcm_kit.api.calls import call
-from lcm_kit.api.edit_options import TASKS, Sides, Task, Wanted, checked, size_of
+from lcm_kit.api.edit_options import TASKS, Sides, Wanted, checked, size_of
+from lcm_kit.api.edit_tasks import Task
 from lcm_kit.api.pictures import Drawing, drawing
 from lcm_kit.api.stages import Place
 from lcm_kit.config.numbers import RANGES
@@ -101,8 +102,7 @@ def settled(wanted: Wanted, prompt: str, **options: Any) -> Drawing:
 
     Raises `UserError` as `drawing`, and for what does not edit.
     """
-    from lcm_kit.evaluation.recommended import method_of
-    from lcm_kit.lora.locate import adapter_file
+    from lcm_kit.drawing.schedulers import require_guided
     from lcm_kit.samplers import sampler_of
 
     how = drawing([prompt, *([] if wanted.prompt_to is None else [wanted.prompt_to])], **options)
@@ -116,7 +116,7 @@ def settled(wanted: Wanted, prompt: str, **options: Any) -> Drawing:
     if "timesteps" in sampler_of(sampler).call:
         raise UserError(f"sampler {sampler} draws from pure noise alone and cannot edit; choose lcm or tcd")
     if adapter is not None:
-        made = method_of(adapter_file(adapter))
+        made = how.made_by
         own = {name.partition(":")[0] for name in made.samplers}
         if any(":" in name for name in made.samplers):
             raise UserError(
@@ -127,10 +127,7 @@ def settled(wanted: Wanted, prompt: str, **options: Any) -> Drawing:
                 f"{adapter} cannot edit with sampler {plain}: {made.title} made it for steps without new "
                 "noise; choose ddim"
             )
-    if how.settings["negative_prompt"] is not None and how.settings["guidance_scale"] <= 1:
-        raise UserError(
-            "a negative prompt does nothing without guidance; give a guidance above 1, or leave it out"
-        )
+    require_guided(how.settings["negative_prompt"], how.settings["guidance_scale"])
     return how._replace(title=f"{TASKS[wanted.task].doing} in {how.settings['steps']} steps")
 
 
@@ -140,29 +137,20 @@ def settled(wanted: Wanted, prompt: str, **options: Any) -> Drawing:
 def draw_edit(wanted: Wanted, how: Drawing) -> Iterator[Image]:
     """The pictures, one after another. Raises `UserError` for what the base cannot draw, before weights."""
     from lcm_kit import bases, sample
-    from lcm_kit.bases.emphasis import notes, read
     from lcm_kit.drawing import editing
     from lcm_kit.drawing.batches import Batches
-    from lcm_kit.drawing.fused import fuse
     from lcm_kit.drawing.how import How
-    from lcm_kit.lora.locate import adapter_file
+    from lcm_kit.drawing.prompts import as_read
 
     given = how.settings
     named = {key: given[key] for key in ("revision", "variant")}
     info = bases.inspect_base(how.base, **named)
     walk = _walk(info, given["sampler"], given["steps"], _strength(wanted))
     size = _drawn_size(wanted, info)
-    against = given["negative_prompt"]
-    for note in notes([*how.prompts, against or ""], given["emphasis"]):
-        console.say(note, err=True)
-    prompts = [read(prompt, given["emphasis"]) for prompt in how.prompts]
-    negative = None if against is None else read(against, given["emphasis"])
+    prompts, negative = as_read(how.prompts, given["negative_prompt"], given["emphasis"])
     drawn_by = How.of(info, None, given["tiling"], given["compile"])
     where = sample.placement(given["device"], given["dtype"])
-    pipe = sample.pipeline(how.base, how=drawn_by, **named, **where)
-    if given["adapter"] is not None:
-        sample.load_adapter(pipe, adapter_file(given["adapter"]), given["lora_weight"])
-        fuse(pipe, keep=False)
+    pipe = sample.adapted(how.base, given["adapter"], given["lora_weight"], how=drawn_by, **named, **where)
     drawn_by.say(pipe.vae, *size)
     batches = Batches.of_pictures(given["batch_size"], *size, where["device"])
     asked = editing.Settings(walk, given["guidance_scale"], negative, given["seed"])
@@ -200,8 +188,7 @@ def _walk(info: BaseInfo, sampler: str, steps: int, strength: float) -> Walk:
 
 def _multiple(wanted: Wanted, info: BaseInfo) -> int:
     """Of the pixels of the picture that is given; what is drawn is a multiple of the base's own."""
-    scale = wanted.scale if wanted.task == "upscale" else 1
-    return info.multiple // math.gcd(info.multiple, scale)
+    return info.multiple // math.gcd(info.multiple, wanted.scale)
 
 
 def _drawn_size(wanted: Wanted, info: BaseInfo) -> tuple[int, int]:
@@ -212,7 +199,7 @@ def _drawn_size(wanted: Wanted, info: BaseInfo) -> tuple[int, int]:
     if wanted.picture is None:
         return info.resolution, info.resolution
     left, top, right, bottom = wanted.grow
-    scale, multiple = (wanted.scale if wanted.task == "upscale" else 1), _multiple(wanted, info)
+    scale, multiple = wanted.scale, _multiple(wanted, info)
     own = wanted.picture.image.width + left + right, wanted.picture.image.height + top + bottom
     asked = scale * own[0], scale * own[1]
     width, height = (scale * (side + -side % multiple) for side in own)

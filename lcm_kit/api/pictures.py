@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lcm_kit.config.schema import Base
+    from lcm_kit.core.methods import MethodInfo
     from lcm_kit.sample import CallSettings
 
 
@@ -130,6 +131,7 @@ class Drawing(NamedTuple):
     prompts: list[str]
     title: str  # what is being done, in words
     settings: dict[str, Any]
+    made_by: MethodInfo  # what made the LoRA; LCM where there is none
 
 
 def drawing(
@@ -197,6 +199,7 @@ def drawing(
             "dtype": None if dtype is None else getattr(torch, dtype),
             "batch_size": batch_size, "decoder": None if decoder is None else os.fspath(decoder), **more,
         },
+        made_by,
     )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import typer
 
+from lcm_kit.api.edit_tasks import Task
 from lcm_kit.cli.options import (
+    AdapterOption,
+    BaseOption,
     BatchSize,
     Compile,
     Device,
@@ -23,20 +26,17 @@ from lcm_kit.cli.options import (
     Tiling,
     Weight,
     require_signing,
+    signer_of,
 )  # fmt: skip
-from lcm_kit.config.numbers import in_range, require_batch_size, within
+from lcm_kit.config.numbers import in_range, require_batch_size
 
 verbs = typer.Typer()
+_TASKS = get_args(Task)
 
 
 @verbs.command(rich_help_panel="The stages")
 def edit(
-    task: Annotated[
-        Literal["inpaint", "outpaint", "colorize", "upscale", "sketch", "vary", "interpolate"],
-        typer.Argument(
-            metavar="TASK", help="inpaint, outpaint, colorize, upscale, sketch, vary or interpolate."
-        ),
-    ],
+    task: Annotated[Task, typer.Argument(metavar="TASK", help=f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}.")],
     picture: Annotated[
         Path | None, typer.Argument(metavar="[PICTURE]", help="The file; interpolate may do without.")
     ] = None,
@@ -54,7 +54,7 @@ def edit(
     feather: Annotated[
         int | None,
         typer.Option(
-            callback=within("--feather", 0, 512),
+            callback=in_range("feather", "--feather"),
             help="inpaint, outpaint: pixels of the soft edge, within what is drawn.",
             show_default="half a latent",
         ),
@@ -62,7 +62,7 @@ def edit(
     scale: Annotated[
         int | None,
         typer.Option(
-            callback=within("--scale", 2, 8), help="upscale: how many times as large.", show_default="2"
+            callback=in_range("scale", "--scale"), help="upscale: how many times as large.", show_default="2"
         ),
     ] = None,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="interpolate: the last picture.")] = None,
@@ -70,7 +70,7 @@ def edit(
     frames: Annotated[
         int | None,
         typer.Option(
-            callback=within("--frames", 2, 1000),
+            callback=in_range("frames", "--frames"),
             help="interpolate: pictures in all, the ends among them.",
             show_default="8",
         ),
@@ -78,17 +78,13 @@ def edit(
     strength: Annotated[
         float | None,
         typer.Option(
-            callback=within("--strength", 0, 1, above=True),
+            callback=in_range("strength", "--strength"),
             help="How much noise it begins with, above 0 to 1.",
             show_default="1 to draw parts or colours, 0.8 from a sketch, else 0.5",
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
-    ] = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -123,7 +119,7 @@ def edit(
 
     require_signing(sign, cert, sign_prompt)
     with call(verbose=True):
-        from lcm_kit.drawing.signing import EDITED, Signer
+        from lcm_kit.drawing.signing import EDITED
 
         wanted = edit_options.checked(
             task, picture, strength=strength, count=count, mask=mask, feather=feather, scale=scale, to=to,
@@ -135,10 +131,8 @@ def edit(
             batch_size=require_batch_size(batch_size), device=device, dtype=dtype, tiling=tiling,
             compile=compile,
         )  # fmt: skip
-        signing = None
-        if sign is not None and cert is not None:
-            signer = Signer.load(sign, cert, with_prompt=sign_prompt)
-            signing = signer.of_drawing(how.base, how.settings, EDITED)
+        signer = signer_of(sign, cert, sign_prompt)
+        signing = None if signer is None else signer.of_drawing(how.base, how.settings, EDITED)
         with console.working(how.title):
             sheet = editing.edit_to_folder(wanted, how, output, signing)
     console.say(sheet)

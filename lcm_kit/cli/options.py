@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,11 +11,20 @@ from lcm_kit import samplers
 from lcm_kit.config.numbers import in_range, require_batch_size
 from lcm_kit.errors import UserError
 
+if TYPE_CHECKING:
+    from lcm_kit.drawing.signing import Signer
+
 
 def _batch_size(given: str) -> str:
     return str(require_batch_size(given, "--batch-size"))
 
 
+BaseOption = Annotated[
+    str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
+]
+AdapterOption = Annotated[
+    Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
+]
 BatchSize = Annotated[
     str,
     typer.Option(
@@ -74,6 +83,9 @@ Emphasis = Annotated[
         show_default="where a prompt has such a number",
     ),
 ]
+Decoder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews.")
+]
 Tiling = Annotated[
     bool, typer.Option("--tiling", help="Decode very large pictures in tiles, which is not exact.")
 ]
@@ -95,3 +107,12 @@ def require_signing(sign: Path | None, cert: Path | None, sign_prompt: bool) -> 
     """Raise `UserError` for a key without certificates, and the like."""
     if (sign is None) != (cert is None) or (sign_prompt and sign is None):
         raise UserError("--sign and --cert go together, and --sign-prompt with them; give both, or none")
+
+
+def signer_of(sign: Path | None, cert: Path | None, sign_prompt: bool) -> Signer | None:
+    """Who signs the pictures, of options that `require_signing` let pass; None: nobody."""
+    if sign is None or cert is None:
+        return None
+    from lcm_kit.drawing.signing import Signer
+
+    return Signer.load(sign, cert, with_prompt=sign_prompt)

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from lcm_kit.cli.options import (
+    AdapterOption,
+    BaseOption,
     BatchSize,
     Compile,
+    Decoder,
     Device,
     Dtype,
     Emphasis,
@@ -23,6 +26,7 @@ from lcm_kit.cli.options import (
     Tiling,
     Weight,
     require_signing,
+    signer_of,
 )  # fmt: skip
 from lcm_kit.config.numbers import in_range, require_batch_size
 from lcm_kit.errors import UserError
@@ -38,12 +42,8 @@ def sample(
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompts, one a line, or asset:tiny-sd.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="FILE|RUN", help="The LoRA; none draws with the base.")
-    ] = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -78,10 +78,7 @@ def sample(
     batch_size: BatchSize = "auto",
     device: Device = None,
     dtype: Dtype = None,
-    decoder: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews."),
-    ] = None,
+    decoder: Decoder = None,
     tiling: Tiling = False,
     compile: Compile = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
@@ -101,7 +98,6 @@ def sample(
         )
     require_signing(sign, cert, sign_prompt)
     with call(verbose=True):
-        from lcm_kit.drawing.signing import Signer
         from lcm_kit.sample import sample_to_folder
 
         how = pictures.drawing(
@@ -111,8 +107,7 @@ def sample(
             decoder=decoder, tiling=tiling, compile=compile,
         )  # fmt: skip
         signing: dict[str, Any] = {}
-        if sign is not None and cert is not None:
-            signer = Signer.load(sign, cert, with_prompt=sign_prompt)
+        if signer := signer_of(sign, cert, sign_prompt):
             signing["sign"] = signer.of_drawing(how.base, how.settings)
         with console.working(how.title):
             sheet = sample_to_folder(how.base, how.prompts, output, **signing, **how.settings)

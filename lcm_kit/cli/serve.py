@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lcm_kit.cli.options import Device, Dtype
+from lcm_kit.cli.options import BaseOption, Decoder, Device, Dtype, Tiling
 from lcm_kit.config.numbers import within
 from lcm_kit.errors import UserError
 
@@ -16,9 +16,7 @@ verbs = typer.Typer()
 
 @verbs.command(rich_help_panel="The stages")
 def serve(
-    base: Annotated[
-        str | None, typer.Option(help="Diffusers folder, hub id or asset:NAME.", show_default="the run's")
-    ] = None,
+    base: BaseOption = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,12 +83,8 @@ def serve(
     ] = 30.0,
     device: Device = None,
     dtype: Dtype = None,
-    decoder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews.")
-    ] = None,
-    tiling: Annotated[
-        bool, typer.Option("--tiling", help="Decode very large pictures in tiles, which is not exact.")
-    ] = False,
+    decoder: Decoder = None,
+    tiling: Tiling = False,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts into the log, which else has none.")
     ] = False,

@@ -24,6 +24,8 @@ RANGES = {
     "seed": Range(-SEED - 1, SEED), "count": Range(1, 1000), "batch_size": Range(1, 1000),
     "width": Range(8, 8192), "height": Range(8, 8192), "alpha": Range(0, 1e9, above=True),
     "rank": Range(1, 65_536),
+    "strength": Range(0, 1, above=True), "feather": Range(0, 512), "scale": Range(2, 8),
+    "frames": Range(2, 1000),
 }  # fmt: skip
 
 

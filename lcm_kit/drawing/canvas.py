@@ -29,19 +29,15 @@ class Canvas:
     @classmethod
     def of(cls, picture: Image.Image, multiple: int) -> Canvas:
         """Both sides of the pixels are multiples of `multiple`."""
-        array = np.array(picture.convert("RGB"), dtype=np.float32)
+        picture = picture.convert("RGB")
+        array = np.array(picture, dtype=np.float32)
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
-        return cls(picture.convert("RGB"), _padded(pixels, multiple))
+        return cls(picture, _padded(pixels, multiple))
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether they are more than the picture's own."""
-        return self.size != self.picture.size[::-1]
 
     def without(self, hole: Tensor) -> Canvas:
         """The same with a smooth filling in the place of what lies in `hole`, bool [H, W]."""

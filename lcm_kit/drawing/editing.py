@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_kit import bases
 from lcm_kit.bases import Prompt
 from lcm_kit.bases.condition import Condition
 from lcm_kit.core.editing import (
@@ -33,12 +33,12 @@ from lcm_kit.core.editing import (
 from lcm_kit.core.guidance import guide
 from lcm_kit.core.prediction import Predict, predictor
 from lcm_kit.core.schedule import Schedule
+from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas, cells, feathered, pasted
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.drawing.pictures import to_pil
 from lcm_kit.drawing.prompts import conditions
-from lcm_kit.drawing.vae import ProvenVae
 
 Finish = Callable[[Tensor], list[Image.Image]]
 """Decoded pixels [B, 3, H, W], about [-1, 1] -> the B pictures that are handed out."""
@@ -78,20 +78,18 @@ def schedule_of(pipe: Any) -> Schedule:
 @torch.no_grad()
 def encode(pipe: Any, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] as latents, float32, where the pipeline is."""
-    own = isinstance(pipe.vae, ProvenVae)
-    found = pipe.vae.encoded(pixels) if own else bases.encode_images(pipe.vae, pixels)
-    return found.float().to(pipe.device)
+    return vae.encode(pipe.vae, pixels).to(pipe.device)
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents as pixels [B, 3, H, W], about [-1, 1] and not clipped, float32, where the pipeline is."""
-    own = isinstance(pipe.vae, ProvenVae)
-    found = pipe.vae.decoded(latents) if own else bases.decode_latents(pipe.vae, latents)
-    return found.float().to(pipe.device)
+    return vae.decode(pipe.vae, latents).to(pipe.device)
 
 
-def _predict(pipe: Any, told: Condition, other: Condition, guidance_scale: float) -> Predict:
+def _predict(
+    pipe: Any, schedule: Schedule, told: Condition, other: Condition, guidance_scale: float
+) -> Predict:
     """The UNet's (x0, eps) under a condition for each picture, led away from `other` (B = 1)."""
     guided = guidance_scale > 1
     if guided:
@@ -105,7 +103,7 @@ def _predict(pipe: Any, told: Condition, other: Condition, guidance_scale: float
         uncond, cond = both.chunk(2)
         return guide(uncond, cond, guidance_scale)
 
-    return predictor(model, schedule_of(pipe), pipe.scheduler.config.prediction_type)
+    return predictor(model, schedule, pipe.scheduler.config.prediction_type)
 
 
 def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[list[Image.Image]]:
@@ -130,7 +128,7 @@ def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[li
         if start is not None:
             start = (start[list(rows)] if len(start) > 1 else start.expand(len(rows), *shape)).to(pipe.device)
         own = _between(told, [edit.between[row] for row in rows]) if edit.between else told.expand(len(rows))
-        predict = _predict(pipe, own, other, how.guidance_scale)
+        predict = _predict(pipe, schedule, own, other, how.guidance_scale)
         return edit.finish(decode(pipe, edited(predict, schedule, how.walk, start, noise, edit.known)).cpu())
 
     yield from batches.run(places, work)
@@ -164,7 +162,7 @@ def inpainted(
     whole, share = encode(pipe, seen.pixels), feathered(hole, feather)
 
     def finish(pixels: Tensor) -> list[Image.Image]:
-        return [pasted(seen.picture, each, share) for each in _cropped(to_pil(pixels), canvas.picture.size)]
+        return [pasted(seen.picture, each, share) for each in _cropped(pixels, canvas.picture.size)]
 
     known = Outside(whole, cells(hole, pipe.vae_scale_factor).to(pipe.device))
     return Edit(canvas.size, [prompt], whole, range(count), known, finish)
@@ -200,7 +198,7 @@ def _measured(
     """Of a measurement `value`, from the pixels `begin`; pictures are cut to `size` (width, height)."""
 
     def finish(pixels: Tensor) -> list[Image.Image]:
-        return _cropped(to_pil(agreeing_in_range(measure, value, pixels)), size)
+        return _cropped(agreeing_in_range(measure, value, pixels), size)
 
     known = Measured(measure, value.to(pipe.device), lambda x: decode(pipe, x), lambda x: encode(pipe, x))
     whole = begin.shape[2], begin.shape[3]
@@ -209,11 +207,8 @@ def _measured(
 
 def redrawn(pipe: Any, canvas: Canvas, prompt: Prompt, count: int) -> Edit:
     """Draw a picture again from noise on it: a sketch, strokes, or one to be varied. Nothing is kept."""
-
-    def finish(pixels: Tensor) -> list[Image.Image]:
-        return _cropped(to_pil(pixels), canvas.picture.size)
-
-    return Edit(canvas.size, [prompt], encode(pipe, canvas.pixels), range(count), Nothing(), finish)
+    finish = partial(_cropped, size=canvas.picture.size)
+    return Edit(canvas.size, [prompt], encode(pipe, canvas.pixels), range(count), finish=finish)
 
 
 def interpolated(pipe: Any, ends: tuple[Canvas, Canvas], prompts: Sequence[Prompt], frames: int) -> Edit:
@@ -225,11 +220,8 @@ def interpolated(pipe: Any, ends: tuple[Canvas, Canvas], prompts: Sequence[Promp
     places = _places(frames, inner=True)
     first, last = (encode(pipe, end.pixels) for end in ends)
     start = torch.cat([spherical(first, last, place) for place in places])
-
-    def finish(pixels: Tensor) -> list[Image.Image]:
-        return _cropped(to_pil(pixels), ends[0].picture.size)
-
-    return Edit(ends[0].size, prompts, start, [0] * frames, Nothing(), finish, places)
+    finish = partial(_cropped, size=ends[0].picture.size)
+    return Edit(ends[0].size, prompts, start, [0] * frames, finish=finish, between=places)
 
 
 def between_prompts(size: tuple[int, int], prompts: Sequence[Prompt], frames: int) -> Edit:
@@ -261,5 +253,6 @@ def spherical(a: Tensor, b: Tensor, part: float) -> Tensor:
     return direction * torch.lerp(long_a, long_b, part)
 
 
-def _cropped(pictures: list[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
-    return [each if each.size == size else each.crop((0, 0, *size)) for each in pictures]
+def _cropped(pixels: Tensor, size: tuple[int, int]) -> list[Image.Image]:
+    """As pictures of `size` (width, height), without what they were padded by."""
+    return [each if each.size == size else each.crop((0, 0, *size)) for each in to_pil(pixels)]

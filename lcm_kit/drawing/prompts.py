@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_kit import bases, families
+from lcm_kit import bases, console, families
 from lcm_kit.bases import Prompt
 from lcm_kit.bases.condition import Condition, Framing, joined
+from lcm_kit.bases.emphasis import notes, read
 from lcm_kit.bases.texts import chunks_of
 
 
@@ -24,6 +25,17 @@ class Told(NamedTuple):
 
     rows: list[int]  # which prompts these are
     keywords: dict[str, Any]
+
+
+def as_read(
+    prompts: Sequence[str], negative: str | None, emphasis: bool | None
+) -> tuple[list[Prompt], Prompt | None]:
+    """Prompts and the negative one as `emphasis.read` has them; what is to be said of brackets is said."""
+    wanted = [read(prompt, emphasis) for prompt in prompts]
+    against = None if negative is None else read(negative, emphasis)
+    for note in notes([*prompts, negative or ""], emphasis):
+        console.say(note, err=True)
+    return wanted, against
 
 
 def told(

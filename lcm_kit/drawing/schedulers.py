@@ -48,6 +48,14 @@ def require_possible(sampler: str, steps: int, guidance_scale: float) -> None:
         )
 
 
+def require_guided(negative_prompt: Any, guidance_scale: float) -> None:
+    """Raise `UserError` for a negative prompt where there is no guidance that it could lead."""
+    if negative_prompt is not None and guidance_scale <= 1:
+        raise UserError(
+            "a negative prompt does nothing without guidance; give a guidance_scale above 1, or leave it out"
+        )
+
+
 class CallSettings(TypedDict):
     """What a call of a diffusers pipeline takes besides the prompt to draw with a sampler."""
 

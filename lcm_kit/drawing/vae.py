@@ -136,6 +136,18 @@ class ProvenVae(nn.Module):
         self._told = True
 
 
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] as latents, float32; `vae`: a `ProvenVae` or diffusers' own."""
+    found = vae.encoded(pixels) if isinstance(vae, ProvenVae) else bases.encode_images(vae, pixels)
+    return found.float()
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as pixels [B, 3, H, W], about [-1, 1] and not clipped, float32; `vae` as in `encode`."""
+    found = vae.decoded(latents) if isinstance(vae, ProvenVae) else bases.decode_latents(vae, latents)
+    return found.float()
+
+
 def _middle(given: Tensor, side: int) -> Tensor:
     """At most `side` in height and width of [..., H, W]."""
     top, left = (max(0, (size - side) // 2) for size in given.shape[-2:])

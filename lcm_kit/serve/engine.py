@@ -24,6 +24,7 @@ from lcm_kit.serve.drawer import Piece
 from lcm_kit.serve.limits import Limits
 
 State = Literal["loading", "ready", "stopping", "stopped"]
+Outcome = Literal["drawn", "stopped", "refused", "failed"]
 _RECENT = 4  # batches whose size says how much company is to be expected
 
 
@@ -75,11 +76,9 @@ class Ticket:
 class Batch:
     """What `Engine` tells of a batch."""
 
-    key: Key
     size: int
     seconds: float
-    outcome: Literal["drawn", "stopped", "refused", "failed"]
-    error: BaseException | None = None
+    outcome: Outcome
 
 
 _Waiting = tuple[Ticket, int]  # and which of its pictures
@@ -158,10 +157,10 @@ class Engine:
         """Stop: what is being drawn ends at its next step, what waits is refused, the thread ends."""
         with self._changed:
             self._state = "stopped"
-            left = {id(ticket): ticket for ticket, _ in (*self._waiting, *self._drawing)}
+            left = dict.fromkeys(ticket for ticket, _ in (*self._waiting, *self._drawing))
             self._waiting.clear()
             self._changed.notify_all()
-        for ticket in left.values():
+        for ticket in left:
             self._fail(ticket, Closed("this server was stopped before the picture was drawn; try again"))
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(seconds)
@@ -195,8 +194,8 @@ class Engine:
                 if not self._waiting or self._waiting[0][0].order.key != key:
                     continue  # its client has left
                 batch = [each for each in self._waiting if each[0].order.key == key][:most]
-                chosen = {(id(ticket), index) for ticket, index in batch}
-                self._waiting = deque(each for each in self._waiting if (id(each[0]), each[1]) not in chosen)
+                chosen = set(batch)
+                self._waiting = deque(each for each in self._waiting if each not in chosen)
                 self._drawing = batch
                 self._company.append(len(batch))
                 return batch
@@ -217,7 +216,7 @@ class Engine:
                 raise _Stop
 
         began = time.monotonic()
-        outcome: Literal["drawn", "stopped", "refused", "failed"] = "drawn"
+        outcome: Outcome = "drawn"
         fault: BaseException | None = None
         drawn: list[Image] = []
         try:
@@ -233,13 +232,13 @@ class Engine:
         if drawn:
             self._pace += 0.2 * (seconds / len(drawn) - self._pace)
         # told first: who has its answer finds it in the figures
-        self._told(Batch(key, len(batch), seconds, outcome, fault))
+        self._told(Batch(len(batch), seconds, outcome))
         with self._changed:
             self._drawing = []
             for (ticket, index), picture in zip(batch, drawn, strict=False):
                 self._take(ticket, index, picture, len(batch))
         if fault is not None:
-            for ticket in {id(ticket): ticket for ticket, _ in batch}.values():
+            for ticket in dict.fromkeys(ticket for ticket, _ in batch):
                 self._fail(ticket, fault)
 
     def _take(self, ticket: Ticket, index: int, picture: Image, size: int) -> None:

@@ -51,7 +51,7 @@ class Problem(UserError):
     def body(self, request: str | None = None) -> dict[str, Any]:
         """The JSON of it; `request`: the id that the log has."""
         known = {
-            "type": "about:blank", "title": title(self.status), "status": self.status,
+            "type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status,
             "detail": line(self.args[0]), "errors": self.found, "request": request,
         }  # fmt: skip
         return {key: value for key, value in known.items() if value is not None}
@@ -61,14 +61,6 @@ class Problem(UserError):
         return Response(
             json.dumps(self.body(request)), self.status, {"Cache-Control": "no-store", **self.headers}, MEDIA
         )
-
-
-def title(status: int) -> str:
-    """The standard's words for a status."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Client Left" if status == LEFT else "Error"
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:

@@ -168,10 +168,12 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
 
 def _facts(order: Order, log: Log) -> dict[str, Any]:
     """For the log."""
-    known = dict(order.settings)
-    if not log.prompts:
-        del known["prompt"], known["negative_prompt"]
-    return known
+    return dict(order.settings) if log.prompts else _wordless(order)
+
+
+def _wordless(order: Order) -> dict[str, Any]:
+    """Its settings without what somebody wrote."""
+    return {key: each for key, each in order.settings.items() if "prompt" not in key}
 
 
 async def _read(request: Request, limits: Limits) -> bytes:
@@ -225,8 +227,8 @@ async def _left(request: Request) -> None:
 
 def _answer(order: Order, ticket: Ticket, files: list[bytes], media: str, seconds: float) -> Response:
     if media == PNG:
-        numbers = {key: each for key, each in order.settings.items() if "prompt" not in key}
-        return Response(files[0], headers={"Lcm-Kit-Settings": json.dumps(numbers)}, media_type=PNG)
+        settings = json.dumps(_wordless(order))
+        return Response(files[0], headers={"Lcm-Kit-Settings": settings}, media_type=PNG)
     return JSONResponse(
         {
             "pictures": [

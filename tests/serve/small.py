@@ -72,6 +72,13 @@ class FakeDrawer:
         return [colour(each.seed, each.number) for each in pieces]
 
 
+def going() -> FakeDrawer:
+    """One that waits for nothing."""
+    drawer = FakeDrawer()
+    drawer.may_go.set()
+    return drawer
+
+
 def colour(seed: int, number: int) -> Image.Image:
     return Image.new("RGB", (8, 8), (seed % 256, number, 7))
 
@@ -155,6 +162,11 @@ def figure(text: str, name: str) -> float:
     )
 
 
+def command(*options: str) -> list[str]:
+    """That serves the embedded base."""
+    return [sys.executable, "-m", "lcm_kit", "serve", "--base", "asset:tiny-sd", *options]
+
+
 @dataclass
 class Process:
     """A server in a process of its own, which has said that it listens."""
@@ -165,21 +177,9 @@ class Process:
 
     @classmethod
     def start(cls, *options: str) -> Process:
-        command = [
-            sys.executable,
-            "-m",
-            "lcm_kit",
-            "serve",
-            "--base",
-            "asset:tiny-sd",
-            "--port",
-            "0",
-            *options,
-        ]
         env = {**environment(1), "HF_HUB_OFFLINE": "1"}
-        found = cls(
-            subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
-        )
+        pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        found = cls(subprocess.Popen(command("--port", "0", *options), env=env, **pipes))
         threading.Thread(target=found._read, daemon=True).start()
         wait_for(lambda: found.event("ready") or found.process.poll() is not None, "ready")
         found.url = (found.event("listening") or {})["url"]

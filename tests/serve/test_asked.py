@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
+from lcm_kit.cli import serve as cli_serve
 from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import EXAMPLES, parsed, settled
@@ -101,3 +104,11 @@ def test_all_that_is_wrong_is_said_at_once_and_not_without_end() -> None:
     with pytest.raises(UserError) as refused:
         parsed(json.dumps(many).encode())
     assert len(refused.value.args[1]) == 10
+
+
+def test_the_options_of_the_verb_are_the_limits() -> None:
+    """They stand in two places, for the command line begins without anything of a server."""
+    options = inspect.signature(cli_serve.serve).parameters
+    for limit in fields(Limits):
+        option = options.get(limit.name) or options[f"max_{limit.name}"]
+        assert option.default == limit.default, limit.name

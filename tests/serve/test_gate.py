@@ -14,7 +14,7 @@ from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.gate import Rate, Tokens, is_local
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.run import App, Place
-from tests.serve.small import FakeDrawer, application, ask, get
+from tests.serve.small import application, ask, get, going
 
 TOKEN = "a-token-of-some-length"
 
@@ -24,12 +24,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
     path.write_text(f"# ours\n{TOKEN}\nanother-token-of-length\n")
     return path
-
-
-def going(**limits: Any) -> tuple[FakeDrawer, Limits]:
-    drawer = FakeDrawer()
-    drawer.may_go.set()
-    return drawer, Limits(**limits)
 
 
 def raw(
@@ -67,8 +61,8 @@ PATHS = [
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_other_spelling_of_a_path_needs_the_token(tiny: Served, file: Path, path: str) -> None:
-    drawer, limits = going()
-    with application(tiny, drawer, limits, tokens=file) as app:
+    drawer = going()
+    with application(tiny, drawer, tokens=file) as app:
         for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "get", "TRACE", "CONNECT", "X"):
             sent = raw(app, "http", method, path, [(b"content-type", b"application/json")])
             assert sent[0]["status"] == 401, (method, path)
@@ -83,8 +77,8 @@ def test_every_other_spelling_of_a_path_needs_the_token(tiny: Served, file: Path
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "X"])
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 def test_the_open_paths_do_nothing_by_other_methods(tiny: Served, file: Path, path: str, method: str) -> None:
-    drawer, limits = going()
-    with application(tiny, drawer, limits, tokens=file) as app:
+    drawer = going()
+    with application(tiny, drawer, tokens=file) as app:
         assert get(app, path).status_code == 200
         assert ask(app, {"method": method, "url": path})[0].status_code == 405
 
@@ -100,8 +94,8 @@ def test_the_open_paths_do_nothing_by_other_methods(tiny: Served, file: Path, pa
     ],
 )  # fmt: skip
 def test_what_is_no_token_is_refused(tiny: Served, file: Path, given: list[bytes]) -> None:
-    drawer, limits = going()
-    with application(tiny, drawer, limits, tokens=file) as app:
+    drawer = going()
+    with application(tiny, drawer, tokens=file) as app:
         sent = raw(app, "http", "GET", "/v1/info", [(b"authorization", value) for value in given])
         assert sent[0]["status"] == 401
 
@@ -109,8 +103,8 @@ def test_what_is_no_token_is_refused(tiny: Served, file: Path, given: list[bytes
 @pytest.mark.parametrize("token", [TOKEN, "another-token-of-length"])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_a_token_lets_in(tiny: Served, file: Path, token: str, scheme: str) -> None:
-    drawer, limits = going()
-    with application(tiny, drawer, limits, tokens=file) as app:
+    drawer = going()
+    with application(tiny, drawer, tokens=file) as app:
         headers = {"Authorization": f"{scheme} {token}"}
         assert get(app, "/v1/info", headers=headers).status_code == 200
         answer = ask(app, {"json": {"prompt": "a"}, "headers": headers})[0]
@@ -164,8 +158,8 @@ def test_this_machine_is(host: str) -> None:
     ],
 )  # fmt: skip
 def test_a_name_that_was_made_to_lead_here_is_refused(tiny: Served, host: str, status: int) -> None:
-    drawer, limits = going()
-    with application(tiny, drawer, limits, hosts=("studio.lan",)) as app:
+    drawer = going()
+    with application(tiny, drawer, hosts=("studio.lan",)) as app:
         for path in ("/v1/info", "/healthz"):
             assert get(app, path, headers={"Host": host}).status_code == status
 
@@ -176,9 +170,9 @@ def test_a_name_that_was_made_to_lead_here_is_refused(tiny: Served, host: str, s
      ("http://127.0.0.1:9000", 403)],
 )  # fmt: skip
 def test_a_page_of_elsewhere_is_refused(tiny: Served, origin: str | None, status: int) -> None:
-    drawer, limits = going()
+    drawer = going()
     headers = {"Host": "127.0.0.1:8000"} | ({} if origin is None else {"Origin": origin})
-    with application(tiny, drawer, limits) as app:
+    with application(tiny, drawer) as app:
         answer = ask(app, {"json": {"prompt": "a"}, "headers": headers})[0]
         assert answer.status_code == status and len(drawer.batches) == (status == 200)
         assert not [name for name in answer.headers if name.startswith("access-control")]
@@ -209,8 +203,7 @@ def test_the_memory_for_clients_is_bounded() -> None:
 
 
 def test_too_many_requests_are_429_with_retry_after(tiny: Served) -> None:
-    drawer, limits = going(rate=20.0)
-    with application(tiny, drawer, limits) as app:
+    with application(tiny, going(), Limits(rate=20.0)) as app:
         answers = ask(app, *[{"method": "GET", "url": "/v1/info"}] * 3)
         assert [each.status_code for each in answers] == [200, 200, 429]
         assert 1 <= int(answers[2].headers["retry-after"]) <= 3
@@ -219,8 +212,7 @@ def test_too_many_requests_are_429_with_retry_after(tiny: Served) -> None:
 
 
 def test_the_bucket_is_the_tokens_where_there_is_one(tiny: Served, file: Path) -> None:
-    drawer, limits = going(rate=10.0)
-    with application(tiny, drawer, limits, tokens=file) as app:
+    with application(tiny, going(), Limits(rate=10.0), tokens=file) as app:
         one, other = ({"Authorization": f"Bearer {each}"} for each in (TOKEN, "another-token-of-length"))
         found = [get(app, "/v1/info", headers=each).status_code for each in (one, one, other, {})]
     assert found == [200, 429, 200, 401]

@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import lcm_kit
 from lcm_kit.errors import UserError
 from tests.recipes.small import environment
-from tests.serve.small import ADAPTER, PATIENCE, Process, wait_for
+from tests.serve.small import ADAPTER, PATIENCE, Process, command, wait_for
 
 LONG = {"prompt": "a red circle", "steps": 50, "count": 4, "sampler": "ddim"}  # a batch of 1: seconds
 SECRET = "zanzibar"
@@ -146,8 +145,8 @@ def test_raw_requests_that_are_no_http_end_nothing(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_ends_with_a_sentence(options: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "lcm_kit", "serve", "--base", "asset:tiny-sd", "--port", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(1), timeout=PATIENCE)
+    given = command("--port", "0", *options)
+    done = subprocess.run(given, capture_output=True, text=True, env=environment(1), timeout=PATIENCE)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -155,6 +154,6 @@ def test_what_cannot_be_served_ends_with_a_sentence(options: list[str], said: st
 def test_a_port_that_is_taken_is_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "lcm_kit", "serve", "--base", "asset:tiny-sd", "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(1), timeout=PATIENCE)
+        given = command("--port", port)
+        done = subprocess.run(given, capture_output=True, text=True, env=environment(1), timeout=PATIENCE)
     assert done.returncode == 2 and f"error: cannot listen at 127.0.0.1 port {port}" in done.stderr

@@ -24,7 +24,7 @@ from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA, Problem
 from lcm_kit.serve.routes import chosen
 from lcm_kit.serve.run import App
-from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, wait_for
+from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, going, wait_for
 
 SECRET = "zanzibar"  # a word of prompts, which stands nowhere else
 
@@ -34,12 +34,6 @@ def real(tiny: Served) -> Iterator[App]:
     """The embedded base with its LoRA, drawn for real."""
     with application(tiny, limits=Limits(batch=4, window=0.05)) as app:
         yield app
-
-
-def going() -> FakeDrawer:
-    drawer = FakeDrawer()
-    drawer.may_go.set()
-    return drawer
 
 
 def pictures(answer: Any) -> list[bytes]:
