@@ -26,6 +26,7 @@ from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
+from lcm_kit.drawing.placed import place, placed
 from lcm_kit.drawing.prompts import as_read, told
 from lcm_kit.drawing.schedulers import (
     CallSettings,
@@ -103,7 +104,7 @@ def pipeline(
             parts[part] = bases.load_part(info, part, dtype)
     if info.family.zeros_when_empty:
         parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
-    pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
+    pipe = placed(info.family.pipeline_class())(**parts, **info.family.pipeline_off)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     if torch.device(device).type == "cuda":
@@ -203,7 +204,7 @@ def latents(
             for rows, asked in told(pipe, prompts, negative_prompt, guidance_scale > 1, chunks):
                 drawn[rows] = pipe(
                     **asked, generator=[streams[row] for row in rows], height=height, width=width,
-                    output_type="latent", latents=noise[rows].to(pipe.device, pipe.unet.dtype),
+                    output_type="latent", latents=noise[rows].to(*place(pipe)),
                     callback_on_step_end=None if after_step is None else _calling(after_step),
                     **call_settings(sampler, steps, guidance_scale),
                 ).images.float().cpu()  # fmt: skip
