@@ -123,20 +123,26 @@ class Engine:
 
     def submit(self, order: Order) -> Ticket:
         """Put an order into the queue. Raises `Full` and `Closed`."""
+        return self.submit_all([order])[0]
+
+    def submit_all(self, orders: Sequence[Order]) -> list[Ticket]:
+        """Put all of these into the queue, or none. Raises `Full` and `Closed`."""
+        count = sum(order.count for order in orders)
         with self._changed:
             if self._state != "ready":
                 why = "it is still loading" if self._state == "loading" else "it is being stopped"
                 raise Closed(f"this server draws nothing now: {why}; try again in a while")
-            if len(self._waiting) + order.count > self.limits.queue:
+            if len(self._waiting) + count > self.limits.queue:
                 raise Full(
                     f"the queue is full: {len(self._waiting)} pictures wait, of {self.limits.queue}; try "
                     "again in a while", max(1, math.ceil(self._pace * len(self._waiting))),
                 )  # fmt: skip
-            ticket = Ticket(order)
-            ticket.future.set_running_or_notify_cancel()  # it is left, not cancelled
-            self._waiting.extend((ticket, index) for index in range(order.count))
+            tickets = [Ticket(order) for order in orders]
+            for ticket in tickets:
+                ticket.future.set_running_or_notify_cancel()  # it is left, not cancelled
+                self._waiting.extend((ticket, index) for index in range(ticket.order.count))
             self._changed.notify_all()
-            return ticket
+            return tickets
 
     def leave(self, ticket: Ticket) -> None:
         """Nobody waits for this order any more, whether it is done or not."""
