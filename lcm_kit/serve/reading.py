@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from lcm_kit.serve.problems import JSON, LEFT, PNG, Problem
+from lcm_kit.serve.problems import JSON, LEFT, PNG, STREAM, Problem
 
-DRAWN_AS = JSON, PNG  # what pictures may come as; the first one where a client likes several as much
+DRAWN_AS = JSON, PNG, STREAM  # what pictures may come as; the first one where a client likes several as much
 
 
 async def read(request: Request, most: int, seconds: float) -> bytes:

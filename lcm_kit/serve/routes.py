@@ -13,12 +13,13 @@ from lcm_kit import __version__
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
 from lcm_kit.serve.adapters import Adapter
-from lcm_kit.serve.answering import Pictures, answer
+from lcm_kit.serve.answering import answer
 from lcm_kit.serve.asked import parsed, settled
 from lcm_kit.serve.openapi import answers, body, said, secure
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import Problem
 from lcm_kit.serve.reading import chosen, read
+from lcm_kit.serve.reply import Pictures
 
 
 def application(parts: Parts) -> FastAPI:
