@@ -8,6 +8,7 @@ picture.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.made import of_drawing
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.prompts import as_read, told
@@ -292,24 +294,37 @@ def draw_images(
 
 
 def sample_to_folder(
-    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, sign: Sign = unsigned, **settings: Any
+    base: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    count: int = 1,
+    sign: Sign = unsigned,
+    say_prompts: bool = True,
+    **settings: Any,
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
-    Each is written when its batch is drawn, by `sign`; what a tiny decoder decoded names it in its
-    PNG text. Returns the contact sheet's path, with a row a prompt where there are several pictures. Raises
-    `UserError` as `draw_images`.
+    Each is written when its batch is drawn, by `sign`; its PNG text says how it was made (`drawing.made`),
+    with `say_prompts` by which prompt too, and names a tiny decoder that decoded it. Returns the contact
+    sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
     decoder = settings.get("decoder")
     told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
+    defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
+    source, known = of_drawing(base, defaults | settings)
     pictures: list[Image.Image] = []
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
         name = f"{k:03d}-{slug(prompts[k])}{more}.png"
-        save_png(picture, output / name, told, partial(sign, name, prompts[k]))
+        made = source.told(
+            {"prompt": prompts[k], "count": len(prompts) * count, **known}, picture.size, at,
+            emphasis=settings.get("emphasis"), prompts=say_prompts,
+        )  # fmt: skip
+        save_png(picture, output / name, told | made, partial(sign, name, prompts[k]))
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)

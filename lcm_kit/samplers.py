@@ -99,7 +99,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(
         "DDIM", "DDIMScheduler",
         {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False},
-        app_title="DDIM, trailing timesteps", in_pictures=("Euler", "Simple"), for_adapter=True, for_base=True,
+        app_title="DDIM, trailing timesteps", in_pictures=("Euler", "Simple"), for_adapter=True,
+        for_base=True,
         instead="In ComfyUI, A1111 and Forge: Euler, scheduler / schedule type Simple.",
     ),
     "dpmpp_2m": Sampler(

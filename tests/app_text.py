@@ -96,7 +96,9 @@ def _without_files(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     left, loras, at = "", [], 0
     while at < len(prompt):
         end = prompt.find(">", at)
-        kind, colon, rest = prompt[at + 1 : end].partition(":") if prompt[at] == "<" and end > 0 else ("",) * 3
+        kind, colon, rest = (
+            prompt[at + 1 : end].partition(":") if prompt[at] == "<" and end > 0 else ("",) * 3
+        )
         if colon and rest and kind.replace("_", "a").isalnum():
             assert kind == "lora", kind
             name, _, weight = rest.partition(":")

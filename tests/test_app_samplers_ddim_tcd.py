@@ -118,7 +118,7 @@ def test_euler_with_simple_is_ddim_with_trailing_timesteps(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 4, 8, 20, 50])
 def test_dpmpp_2m_with_simple_is_dpm_solver_with_trailing_timesteps(steps: int) -> None:
-    """As a picture's text names it: two steps' x0 drawn out to the middle of the next, the last one as it is."""
+    """As a picture's text names it: two steps' x0 drawn out to the middle of the next, but for the last."""
     made = sample.scheduler("dpmpp_2m", BASE)
     made.set_timesteps(steps)
     wanted = NOISES[0]

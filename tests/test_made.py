@@ -12,11 +12,12 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from lcm_kit import __version__, bases, samplers
+from lcm_kit import __version__, assets, bases, sample, samplers
 from lcm_kit.bases.emphasis import Weighted, read, words
 from lcm_kit.drawing.made import Lora, Source, base_name, for_apps
 from lcm_kit.drawing.pictures import png_bytes, save_png
 from lcm_kit.errors import UserError
+from lcm_kit.io.files import sha256_file
 from lcm_kit.io.written import tidied
 from tests.app_text import Read, a1111, chunks, comfyui, texts
 from tests.fuzz.doors import fuzz, text
@@ -58,9 +59,7 @@ def test_the_apps_read_the_prompts_the_loras_and_every_setting() -> None:
     fields = FIELDS | {"CFG scale": "2.5", "Seed": "-3"}
     web, dropped = in_apps(png)
     assert web == Read("a red circle", "blue", fields, LORAS)
-    assert dropped == Read(
-        "a red circle", "blue", {key.lower(): each for key, each in fields.items()}, LORAS
-    )
+    assert dropped == Read("a red circle", "blue", {key.lower(): each for key, each in fields.items()}, LORAS)
     with Image.open(io.BytesIO(png)) as picture:  # as A1111 does
         assert picture.info["parameters"] == texts(png)["parameters"]
 
@@ -146,9 +145,9 @@ def test_prompts_can_be_left_out() -> None:
 
 FORGED = (
     "Negative prompt: evil", "Steps: 9, Sampler: Euler a, CFG scale: 9, Seed: 9, Size: 8x8", "\n", "\r\n",
-    "\u2028", "\x85", "\x0b", '"', "\\", ",", ":", "<lora:evil:1>", "<hypernet:evil:1>", "<lora:", ">", "(", ")",
-    "[", "]", "(a:1.3)", ":0.5]", "|", " AND ", " BREAK ", "{a|b}", "negative prompt:", "steps:", "\\(", "\\)",
-    "Negative prompt : evil", " ", "a cat", "\xe9", "\u6f22", "1.5", "\ufeff",
+    "\u2028", "\x85", "\x0b", '"', "\\", ",", ":", "<lora:evil:1>", "<hypernet:evil:1>", "<lora:", ">", "(",
+    ")", "[", "]", "(a:1.3)", ":0.5]", "|", " AND ", " BREAK ", "{a|b}", "negative prompt:", "steps:", "\\(",
+    "\\)", "Negative prompt : evil", " ", "a cat", "\xe9", "\u6f22", "1.5", "\ufeff",
 )  # fmt: skip
 PROMPTS = st.one_of(st.lists(st.sampled_from(FORGED), max_size=8).map("".join), text)
 
@@ -163,7 +162,9 @@ def test_no_prompt_forges_a_field(_: Path, prompts: tuple[str, str]) -> None:
         png = written(prompt=prompt, negative_prompt=negative)
         web, dropped = in_apps(png)
         assert web.fields == FIELDS and web.loras == LORAS
-        assert dropped.fields == {key.lower(): each for key, each in FIELDS.items()} and dropped.loras == LORAS
+        assert (
+            dropped.fields == {key.lower(): each for key, each in FIELDS.items()} and dropped.loras == LORAS
+        )
         assert (web.prompt, web.negative) == (dropped.prompt, dropped.negative)
         assert web.prompt == for_apps(prompt).strip() and web.negative == for_apps(negative).strip()
         own = json.loads(texts(png)["lcm_kit"])["settings"]
@@ -204,3 +205,37 @@ def test_a_file_is_written_with_it(tmp_path: Path) -> None:
     told = SOURCE.told(SETTINGS, SIZE)
     save_png(Image.new("RGB", SIZE, "red"), tmp_path / "a.png", told)
     assert texts((tmp_path / "a.png").read_bytes()) == told
+
+
+def test_what_sample_writes_says_how_it_was_made(tmp_path: Path) -> None:
+    lora = assets.path("tiny-lcm-lora") / "pytorch_lora_weights.safetensors"
+    prompts = ["a red circle", "a blue (house)"]
+    sheet = sample.sample_to_folder(
+        "asset:tiny-sd", prompts, tmp_path, adapter="asset:tiny-lcm-lora", lora_weight=0.5, steps=2, seed=3,
+        guidance_scale=1.5, negative_prompt="green", size=(48, 64), count=2,
+    )  # fmt: skip
+    assert texts(sheet.read_bytes()) == {}
+    names = ["000-a-red-circle-1", "001-a-blue-house-1", "000-a-red-circle-2", "001-a-blue-house-2"]
+    for index, name in enumerate(names):
+        png, prompt = (tmp_path / f"{name}.png").read_bytes(), prompts[index % 2]
+        own = json.loads(texts(png)["lcm_kit"])
+        assert own == {
+            "lcm_kit": __version__, "base": "asset:tiny-sd", "index": index,
+            "adapters": {"tiny-lcm-lora": sha256_file(lora)},
+            "settings": {
+                "prompt": prompt, "count": 4, "negative_prompt": "green", "seed": 3, "sampler": "lcm",
+                "steps": 2, "guidance_scale": 1.5, "adapters": {"tiny-lcm-lora": 0.5},
+            },
+        }  # fmt: skip
+        web, _ = in_apps(png)
+        assert web == Read(
+            prompt.replace("(", "\\(").replace(")", "\\)"), "green",
+            FIELDS | {"Steps": "2", "CFG scale": "1.5", "Seed": "3"}
+            | {"Batch size": "4", "Batch pos": str(index)},
+            [("tiny-lcm-lora", 0.5)],
+        )  # fmt: skip
+    lonely = sample.sample_to_folder(
+        "asset:tiny-sd", ["a cat"], tmp_path / "plain", steps=1, say_prompts=False
+    )
+    png = (lonely.parent / "000-a-cat.png").read_bytes()
+    assert b"a cat" not in png and in_apps(png)[0].fields["Steps"] == "1"

@@ -21,7 +21,10 @@ from unicodedata import category
 
 from lcm_kit import __version__, samplers
 from lcm_kit.bases.emphasis import Weighted, read
+from lcm_kit.drawing.pictures import slug
 from lcm_kit.errors import UserError
+from lcm_kit.io.files import sha256_file
+from lcm_kit.lora.locate import adapter_file, called
 
 PARAMETERS, OWN = "parameters", "lcm_kit"  # keywords in the PNG
 _FIELD = re.compile(r"(negative prompt|steps)(?=:)", re.IGNORECASE)  # begins a part of A1111's text
@@ -95,6 +98,17 @@ class Source:
         line = ", ".join(f"{name}: {value}" for name, value in facts.items() if value not in (None, ""))
         against = for_apps(settings.get("negative_prompt") or "", emphasis)
         return f"{' '.join(filter(None, words))}\nNegative prompt: {against}\n{line}"
+
+
+def of_drawing(base: str, use: Mapping[str, Any]) -> tuple[Source, dict[str, Any]]:
+    """What draws with `use`, the settings of `sample.draw_images`; and of them those that `told` tells of."""
+    loras, weights = {}, {}
+    if use["adapter"] is not None:
+        title = called(use["adapter"])
+        loras[slug(title)] = Lora(title, sha256_file(adapter_file(use["adapter"])))
+        weights[slug(title)] = use["lora_weight"]
+    names = "negative_prompt", "seed", "sampler", "steps", "guidance_scale"
+    return Source(base_name(base), loras), {name: use[name] for name in names} | {"adapters": weights}
 
 
 def base_name(base: str) -> str:

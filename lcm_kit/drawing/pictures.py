@@ -42,9 +42,7 @@ def tile_of(
     return sheet.crop((left, top, left + size[0], top + size[1]))
 
 
-def png_bytes(
-    picture: Image.Image, told: Mapping[str, str] | None = None, *, quick: bool = False
-) -> bytes:
+def png_bytes(picture: Image.Image, told: Mapping[str, str] | None = None, *, quick: bool = False) -> bytes:
     """The content of a PNG file of `picture`, with what is `told` in its text, by keyword.
 
     `quick`: a larger one, for somebody who waits for it.
@@ -54,7 +52,9 @@ def png_bytes(
         if words.isascii():
             text.add_text(keyword, words)  # tEXt, which everything reads
         else:
-            text.add_itxt(keyword, words)  # UTF-8; of a tEXt ComfyUI reads so too what the format calls Latin-1
+            text.add_itxt(
+                keyword, words
+            )  # UTF-8; of a tEXt ComfyUI reads so too what the format calls Latin-1
     content = io.BytesIO()
     how: dict[str, Any] = {"compress_level": 1} if quick else {"optimize": True}
     picture.save(content, format="PNG", pnginfo=text, **how)
