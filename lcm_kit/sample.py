@@ -8,6 +8,7 @@ picture.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,9 +22,10 @@ from torch import Tensor
 from lcm_kit import bases
 from lcm_kit.bases.emphasis import Prompt
 from lcm_kit.drawing import vae
-from lcm_kit.drawing.batches import AUTO, Batches
+from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.made import of_drawing
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.placed import place, placed
@@ -172,7 +174,7 @@ def latents(
     size: int | tuple[int, int] | None = None,
     negative_prompt: Prompt | None = None,
     chunks: int | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> Tensor:
     """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k),
     or of (seed, first[k]); with a sequence of seeds, of seed[k].
@@ -181,7 +183,7 @@ def latents(
     None: all that they take (`drawing.prompts`). `size`, of a side or (height, width) in pixels, is the
     UNet's own by default. `negative_prompt` stands in the place of the empty one, which guidance leads away
     from; with none (1) it does nothing. LCM's renewed noise follows the same generators, so it too is a
-    function of (seed, index). `after_step` is called after each step, and what it raises ends the drawing.
+    function of (seed, index). What `after_step` raises ends the drawing.
     `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError` for an unknown sampler,
     impossible steps or guidance.
     """
@@ -205,7 +207,7 @@ def latents(
                 drawn[rows] = pipe(
                     **asked, generator=[streams[row] for row in rows], height=height, width=width,
                     output_type="latent", latents=noise[rows].to(*place(pipe)),
-                    callback_on_step_end=None if after_step is None else _calling(after_step),
+                    callback_on_step_end=None if after_step is None else _calling(after_step, rows),
                     **call_settings(sampler, steps, guidance_scale),
                 ).images.float().cpu()  # fmt: skip
     finally:
@@ -213,11 +215,11 @@ def latents(
     return drawn
 
 
-def _calling(after_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+def _calling(after_step: AfterStep, rows: Sequence[int]) -> Callable[..., dict[str, Any]]:
     """What a pipeline takes to call after each step; it changes nothing."""
 
-    def call(*_: Any) -> dict[str, Any]:
-        after_step()
+    def call(pipe: Any, place: int, *_: Any) -> dict[str, Any]:
+        after_step(rows, place + 1, pipe.num_timesteps)
         return {}
 
     return call
@@ -293,24 +295,37 @@ def draw_images(
 
 
 def sample_to_folder(
-    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, sign: Sign = unsigned, **settings: Any
+    base: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    count: int = 1,
+    sign: Sign = unsigned,
+    say_prompts: bool = True,
+    **settings: Any,
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
-    Each is written when its batch is drawn, by `sign`; what a tiny decoder decoded names it in its
-    PNG text. Returns the contact sheet's path, with a row a prompt where there are several pictures. Raises
-    `UserError` as `draw_images`.
+    Each is written when its batch is drawn, by `sign`; its PNG text says how it was made (`drawing.made`),
+    with `say_prompts` by which prompt too, and names a tiny decoder that decoded it. Returns the contact
+    sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
     decoder = settings.get("decoder")
     told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
+    defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
+    source, known = of_drawing(base, defaults | settings)
     pictures: list[Image.Image] = []
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
         name = f"{k:03d}-{slug(prompts[k])}{more}.png"
-        save_png(picture, output / name, told, partial(sign, name, prompts[k]))
+        made = source.told(
+            {"prompt": prompts[k], "count": len(prompts) * count, **known}, picture.size, at,
+            emphasis=settings.get("emphasis"), prompts=say_prompts,
+        )  # fmt: skip
+        save_png(picture, output / name, told | made, partial(sign, name, prompts[k]))
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)

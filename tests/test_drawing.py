@@ -442,7 +442,7 @@ def test_what_a_tiny_decoder_decoded_names_it(tmp_path: Path, capsys: pytest.Cap
     )
     for file in (sheet, tmp_path / "out" / "000-a-cat.png"):
         with Image.open(file) as picture:
-            assert picture.text == {"decoder": "AutoencoderTiny my-tiny"}
+            assert picture.text["decoder"] == "AutoencoderTiny my-tiny"
     assert "decoded by the tiny decoder my-tiny (" in capsys.readouterr().err
     sample.sample_to_folder("asset:tiny-sd", ["a cat"], tmp_path / "full", steps=1)
     with Image.open(tmp_path / "full" / "000-a-cat.png") as picture:
