@@ -27,6 +27,7 @@ class Adapter:
     """A LoRA that may be asked for by `name`."""
 
     name: str
+    given: str  # FILE, RUN, hub:... or asset:..., by which `lcm-kit sample` finds it too
     file: Path
     sha256: str
     weight: float  # where a request says none
@@ -63,7 +64,7 @@ class Served:
             if weight is None:
                 weight = settings(advice, method).lora_weight
             name = _free(place, {each.name for each in found})
-            found.append(Adapter(name, file, sha256_file(file), weight, method, advice))
+            found.append(Adapter(name, place, file, sha256_file(file), weight, method, advice))
         return cls(info, tuple(found))
 
     def named(self, name: str) -> Adapter | None:
