@@ -29,12 +29,14 @@ const Settings = (() => {
     $("lock").setAttribute("aria-label", "Keep this seed");
   };
 
-  /** Controls as the values are. */
-  const refresh = () => {
+  /** Controls as the values are, but for the one in which somebody types just now. */
+  const refresh = ({ all = false } = {}) => {
+    const put = (field, value) => { if (all || field !== document.activeElement) field.value = value; };
     const said = recommended(), alone = info.adapters.every((each) => !weights[each.name]);
     sliders.steps.range.max = Math.min(info.limits.steps, alone ? info.limits.steps : Math.max(8, said.steps));
     for (const [name, { range, number, reset }] of Object.entries(sliders)) {
-      range.value = number.value = current(name);
+      put(range, current(name));
+      put(number, current(name));
       reset.hidden = own[name] === null;
       say(reset, `as recommended: ${said[name]}`);
     }
@@ -44,11 +46,12 @@ const Settings = (() => {
     for (const each of info.adapters) {
       const row = $("adapter-list").querySelector(`[data-name="${CSS.escape(each.name)}"]`);
       const [range, number] = row.querySelectorAll("input");
-      range.value = number.value = weights[each.name];
+      put(range, weights[each.name]);
+      put(number, weights[each.name]);
       row.classList.toggle("off", !weights[each.name]);
     }
-    $("width").value = size.width;
-    $("height").value = size.height;
+    put($("width"), size.width);
+    put($("height"), size.height);
     $("shape").value = size.shape;
   };
 
@@ -70,11 +73,9 @@ const Settings = (() => {
       const value = typed(number);
       if (value === null) return;
       set(value);
-      range.value = value;
-      keep();
-      changed();
+      done();
     });
-    number.addEventListener("change", refresh);
+    number.addEventListener("change", () => refresh({ all: true }));
   };
 
   const adapterRow = (adapter) => {
@@ -112,9 +113,7 @@ const Settings = (() => {
         const value = typed($(name));
         if (value === null) return;
         Object.assign(size, { [name]: value, shape: "own" });
-        $("shape").value = "own";
-        keep();
-        changed();
+        done();
       });
     }
     $("reset").addEventListener("click", () => { recommend(); done(); });
