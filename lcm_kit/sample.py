@@ -21,7 +21,7 @@ from torch import Tensor
 from lcm_kit import bases
 from lcm_kit.bases.emphasis import Prompt
 from lcm_kit.drawing import vae
-from lcm_kit.drawing.batches import AUTO, Batches
+from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.noise import generators, numbered
@@ -171,7 +171,7 @@ def latents(
     size: int | tuple[int, int] | None = None,
     negative_prompt: Prompt | None = None,
     chunks: int | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> Tensor:
     """Draw one batch as latents [B, C, h, w]: that of `prompts[k]` comes from the noise of (seed, first + k),
     or of (seed, first[k]); with a sequence of seeds, of seed[k].
@@ -180,7 +180,7 @@ def latents(
     None: all that they take (`drawing.prompts`). `size`, of a side or (height, width) in pixels, is the
     UNet's own by default. `negative_prompt` stands in the place of the empty one, which guidance leads away
     from; with none (1) it does nothing. LCM's renewed noise follows the same generators, so it too is a
-    function of (seed, index). `after_step` is called after each step, and what it raises ends the drawing.
+    function of (seed, index). What `after_step` raises ends the drawing.
     `pipe` is left as it was. Returns float32 on the CPU. Raises `UserError` for an unknown sampler,
     impossible steps or guidance.
     """
@@ -204,7 +204,7 @@ def latents(
                 drawn[rows] = pipe(
                     **asked, generator=[streams[row] for row in rows], height=height, width=width,
                     output_type="latent", latents=noise[rows].to(pipe.device, pipe.unet.dtype),
-                    callback_on_step_end=None if after_step is None else _calling(after_step),
+                    callback_on_step_end=None if after_step is None else _calling(after_step, rows),
                     **call_settings(sampler, steps, guidance_scale),
                 ).images.float().cpu()  # fmt: skip
     finally:
@@ -212,11 +212,11 @@ def latents(
     return drawn
 
 
-def _calling(after_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+def _calling(after_step: AfterStep, rows: Sequence[int]) -> Callable[..., dict[str, Any]]:
     """What a pipeline takes to call after each step; it changes nothing."""
 
-    def call(*_: Any) -> dict[str, Any]:
-        after_step()
+    def call(pipe: Any, place: int, *_: Any) -> dict[str, Any]:
+        after_step(rows, place + 1, pipe.num_timesteps)
         return {}
 
     return call

@@ -563,9 +563,9 @@ def test_students_edit_with_what_they_were_made_for(
     base: str, monkeypatch: pytest.MonkeyPatch, name: str, sampler: str
 ) -> None:
     """LCM and TCD jump to x0 from anywhere; the others go by their own steps, without new noise."""
-    from lcm_kit.api.edit_options import checked
     from lcm_kit.api.editing import settled
     from lcm_kit.core.methods import METHODS
+    from lcm_kit.edits.options import checked
 
     students(monkeypatch, METHODS[name]())
     wanted = checked("vary", picture_of(1))

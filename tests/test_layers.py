@@ -20,6 +20,7 @@ ROOMS = [
     "bases", "lora", "adapter", "drawing", "sample",  # models: loaded, adapted, drawn with
     "data", "training", "bench", "plan", "evaluation",  # what is done with them
     "report", "export",  # what is told of it
+    "edits",  # edits as they are asked for
     "serve",  # pictures over HTTP
     "workflow", "api", "cli", "__main__",  # all of it in one go, from a program, from a terminal
 ]  # fmt: skip

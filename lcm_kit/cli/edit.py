@@ -7,7 +7,6 @@ from typing import Annotated, get_args
 
 import typer
 
-from lcm_kit.api.edit_tasks import Task
 from lcm_kit.cli.options import (
     AdapterOption,
     BaseOption,
@@ -29,6 +28,7 @@ from lcm_kit.cli.options import (
     signer_of,
 )  # fmt: skip
 from lcm_kit.config.numbers import in_range, require_batch_size
+from lcm_kit.edits.tasks import Task
 
 verbs = typer.Typer()
 _TASKS = get_args(Task)
@@ -114,16 +114,17 @@ def edit(
 ) -> None:
     """Edit a picture: fill a part, go beyond its edge, colour, enlarge, from a sketch, vary, interpolate."""
     from lcm_kit import console
-    from lcm_kit.api import edit_options, editing
+    from lcm_kit.api import editing
     from lcm_kit.api.calls import call
+    from lcm_kit.edits import options
 
     require_signing(sign, cert, sign_prompt)
     with call(verbose=True):
         from lcm_kit.drawing.signing import EDITED
 
-        wanted = edit_options.checked(
+        wanted = options.checked(
             task, picture, strength=strength, count=count, mask=mask, feather=feather, scale=scale, to=to,
-            grow=None if grow is None else edit_options.grow_of(grow), prompt_to=prompt_to, frames=frames,
+            grow=None if grow is None else options.grow_of(grow), prompt_to=prompt_to, frames=frames,
         )  # fmt: skip
         how = editing.settled(
             wanted, prompt, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,

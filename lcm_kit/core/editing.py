@@ -195,13 +195,14 @@ def edited(
     start: Tensor | None,
     noise: Callable[[], Tensor],
     known: Known,
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Draw latents x0, float32 [B, C, h, w], in `len(walk.points)` calls of `predict`.
 
     `start`: latents [B, C, h, w] that the first noise is laid on; None: the noise alone, as pictures are
     drawn from. `noise` gives the next noise [B, C, h, w] of each picture; it is asked once to begin with and,
-    where the walk renews noise, once for each step but the last. The tables of `schedule` lie where the
-    latents do.
+    where the walk renews noise, once for each step but the last. `after_step` is told how many are done. The
+    tables of `schedule` lie where the latents do.
     """
     first = noise()
     count, device = len(first), first.device
@@ -219,6 +220,7 @@ def edited(
         x0 = known.put_back(x0)
         if place + 1 < len(walk.points):
             x = _onward(schedule, walk.gamma, x, x0, now, at(walk.points[place + 1]), noise)
+        after_step(place + 1)
     return x0
 
 

@@ -15,6 +15,8 @@ from lcm_kit.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 AUTO: Literal["auto"] = "auto"
+AfterStep = Callable[[Sequence[int], int, int], None]
+"""Called after each step of drawing: which pictures of a batch have taken how many of how many steps."""
 _SIDE = 512  # pixels of the pictures that these are numbers of
 _AT_ONCE = {"cpu": 4, "cuda": 32}  # a CPU gains little by more, and a process that takes too much is killed
 _MOST = 32

@@ -34,7 +34,7 @@ from lcm_kit.core.guidance import guide
 from lcm_kit.core.prediction import Predict, predictor
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import vae
-from lcm_kit.drawing.batches import Batches
+from lcm_kit.drawing.batches import AfterStep, Batches
 from lcm_kit.drawing.canvas import Canvas, cells, feathered, pasted
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.drawing.pictures import to_pil
@@ -106,19 +106,27 @@ def _predict(
     return predictor(model, schedule, pipe.scheduler.config.prediction_type)
 
 
-def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[list[Image.Image]]:
-    """The pictures of an edit, batch after batch.
+def drawn(
+    pipe: Any,
+    edit: Edit,
+    how: Settings,
+    batches: Batches,
+    rows: Sequence[int] | None = None,
+    after_step: AfterStep | None = None,
+) -> Iterator[list[Image.Image]]:
+    """The pictures of an edit, batch after batch; `rows`: which of them, by default all.
 
-    Noise follows from (seed, number of the picture, step) alone, so that no batching changes a picture. What
-    is known may say nothing of single pictures: it is one for all of them.
+    `after_step` is called by places in `rows`, and what it raises ends the drawing. Noise follows from (seed,
+    number of the picture, step) alone, so that no batching changes a picture. What is known may say nothing
+    of single pictures: it is one for all of them.
     """
     told, other = conditions(pipe, edit.prompts, how.negative, edit.size)
-    schedule, places = schedule_of(pipe), range(len(edit.numbers))
+    schedule, chosen = schedule_of(pipe), range(len(edit.numbers)) if rows is None else rows
     sides = [side // pipe.vae_scale_factor for side in edit.size]
     shape = (pipe.unet.config.in_channels, *sides)
 
     @torch.no_grad()
-    def work(_: int, rows: Sequence[int]) -> list[Image.Image]:
+    def work(at: int, rows: Sequence[int]) -> list[Image.Image]:
         streams = numbered(how.seed, [edit.numbers[row] for row in rows])
 
         def noise() -> Tensor:
@@ -129,9 +137,15 @@ def drawn(pipe: Any, edit: Edit, how: Settings, batches: Batches) -> Iterator[li
             start = (start[list(rows)] if len(start) > 1 else start.expand(len(rows), *shape)).to(pipe.device)
         own = _between(told, [edit.between[row] for row in rows]) if edit.between else told.expand(len(rows))
         predict = _predict(pipe, schedule, own, other, how.guidance_scale)
-        return edit.finish(decode(pipe, edited(predict, schedule, how.walk, start, noise, edit.known)).cpu())
 
-    yield from batches.run(places, work)
+        def stepped(step: int) -> None:
+            if after_step is not None:
+                after_step(range(at, at + len(rows)), step, len(how.walk.points))
+
+        found = edited(predict, schedule, how.walk, start, noise, edit.known, stepped)
+        return edit.finish(decode(pipe, found).cpu())
+
+    yield from batches.run(chosen, work)
 
 
 def _between(told: Condition, places: Sequence[float]) -> Condition:

@@ -7,7 +7,7 @@ peft's hot swap (one slot, equal ranks, a file each time) does not offer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from PIL.Image import Image
 from lcm_kit import console, sample
 from lcm_kit.bases.emphasis import Prompt
 from lcm_kit.bases.out_of_memory import free, out_of_memory
-from lcm_kit.drawing.batches import AUTO, Batches, at_once
+from lcm_kit.drawing.batches import AUTO, AfterStep, Batches, at_once
 from lcm_kit.drawing.fused import Fused, fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import to_pil
@@ -81,7 +81,7 @@ class Drawer:
         use, side = self.served.settings(first), self.served.base.resolution
         on = () if first is None or not first.weight else ((first.name, first.weight),)
         key = Key(side, side, use.sampler, use.steps, use.guidance_scale, None, on)
-        self.draw(key, [Piece("", 0, 0)], lambda: None)
+        self.draw(key, [Piece("", 0, 0)], lambda *_: None)
 
     @property
     def place(self) -> str:
@@ -93,21 +93,24 @@ class Drawer:
         """Pictures of this size that are drawn at once, by the limit and by what memory has shown."""
         return self._batches_of(key).size
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: Callable[[], None]) -> list[Image]:
+    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
         """The pictures of `pieces`, in their order, by fewer at once where memory runs out.
 
-        `after_step` is called after each step; what it raises ends the drawing. Raises `UserError` where not
-        one picture fits.
+        What `after_step`, by places in `pieces`, raises ends the drawing. Raises `UserError` where not one
+        picture fits.
         """
         self._use(key.weights)
         drawn: list[Image] = []
 
         def work(first: int, some: Sequence[Piece]) -> torch.Tensor:
+            def stepped(rows: Sequence[int], step: int, steps: int) -> None:
+                after_step([first + row for row in rows], step, steps)
+
             return sample.sample(
                 self._pipe, [each.prompt for each in some], sampler=key.sampler, steps=key.steps,
                 guidance_scale=key.guidance_scale, seed=[each.seed for each in some],
                 first=[each.number for each in some], size=(key.height, key.width),
-                negative_prompt=key.negative, after_step=after_step,
+                negative_prompt=key.negative, after_step=stepped,
             )  # fmt: skip
 
         with console.silent():

@@ -14,10 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 from PIL.Image import Image
 
+from lcm_kit.drawing.batches import AfterStep
 from lcm_kit.errors import UserError
 from lcm_kit.serve.asked import Key, Order
 from lcm_kit.serve.drawer import Piece
@@ -57,15 +59,36 @@ class Draws(Protocol):
     def most(self, key: Key) -> int:
         """Pictures at once."""
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: Callable[[], None]) -> list[Image]:
+    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
         """Draw them."""
+
+
+class Step(NamedTuple):
+    """A batch that holds an order has taken a step. Where memory ran out it begins again."""
+
+    step: int
+    steps: int
+
+
+class Drawn(NamedTuple):
+    """A picture of an order is drawn."""
+
+    number: int
+    picture: Image
+
+
+Heard = Step | Drawn
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `future` has its pictures, in order, or what went wrong."""
+    """A request on its way. `future` has its pictures, in order, or what went wrong.
+
+    `hear` is called with what happens before that, in the thread that draws.
+    """
 
     order: Order
+    hear: Callable[[Heard], None]
     future: Future[list[Image]] = field(default_factory=Future)
     batches: list[int] = field(default_factory=list)  # how many pictures were drawn together, by batch
     gone: bool = False  # nobody waits for it
@@ -123,20 +146,31 @@ class Engine:
 
     def submit(self, order: Order) -> Ticket:
         """Put an order into the queue. Raises `Full` and `Closed`."""
+        return self.submit_all([order])[0]
+
+    def submit_all(
+        self, orders: Sequence[Order], hear: Callable[[int, Heard], None] = lambda *_: None
+    ) -> list[Ticket]:
+        """Put all of these into the queue, or none. Raises `Full` and `Closed`.
+
+        `hear` is told which of them something happens to, in the thread that draws.
+        """
+        count = sum(order.count for order in orders)
         with self._changed:
             if self._state != "ready":
                 why = "it is still loading" if self._state == "loading" else "it is being stopped"
                 raise Closed(f"this server draws nothing now: {why}; try again in a while")
-            if len(self._waiting) + order.count > self.limits.queue:
+            if len(self._waiting) + count > self.limits.queue:
                 raise Full(
                     f"the queue is full: {len(self._waiting)} pictures wait, of {self.limits.queue}; try "
                     "again in a while", max(1, math.ceil(self._pace * len(self._waiting))),
                 )  # fmt: skip
-            ticket = Ticket(order)
-            ticket.future.set_running_or_notify_cancel()  # it is left, not cancelled
-            self._waiting.extend((ticket, index) for index in range(order.count))
+            tickets = [Ticket(order, partial(hear, which)) for which, order in enumerate(orders)]
+            for ticket in tickets:
+                ticket.future.set_running_or_notify_cancel()  # it is left, not cancelled
+                self._waiting.extend((ticket, index) for index in range(ticket.order.count))
             self._changed.notify_all()
-            return ticket
+            return tickets
 
     def leave(self, ticket: Ticket) -> None:
         """Nobody waits for this order any more, whether it is done or not."""
@@ -211,16 +245,21 @@ class Engine:
         key = batch[0][0].order.key
         pieces = [Piece(ticket.order.prompt, ticket.order.seed, index) for ticket, index in batch]
 
-        def after_step() -> None:
+        def require_wanted() -> None:
             if self._state == "stopped" or all(ticket.gone for ticket, _ in batch):
                 raise _Stop
+
+        def after_step(places: Sequence[int], step: int, steps: int) -> None:
+            require_wanted()
+            for ticket in dict.fromkeys(batch[place][0] for place in places):
+                ticket.hear(Step(step, steps))
 
         began = time.monotonic()
         outcome: Outcome = "drawn"
         fault: BaseException | None = None
         drawn: list[Image] = []
         try:
-            after_step()
+            require_wanted()
             drawn = self._drawer.draw(key, pieces, after_step)
         except _Stop:
             outcome = "stopped"
@@ -246,6 +285,7 @@ class Engine:
             return
         ticket.pictures[index] = picture
         ticket.batches.append(size)
+        ticket.hear(Drawn(index, picture))
         if len(ticket.pictures) == ticket.order.count and not ticket.future.done():
             ticket.future.set_result([ticket.pictures[k] for k in range(ticket.order.count)])
 

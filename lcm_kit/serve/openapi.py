@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from lcm_kit.serve.asked import EXAMPLES, Wanted
 from lcm_kit.serve.gate import WATCHED
 from lcm_kit.serve.limits import Limits
-from lcm_kit.serve.problems import JSON, MEDIA, PNG
+from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
 
 _WORDS = {
     400: "The request is not whole", 401: "No token, or an unknown one",
-    406: "Neither JSON nor PNG is accepted",
+    406: "None of JSON, PNG and events is accepted",
     408: "The body came too slowly", 413: "The body is too large", 415: "The body is not said to be JSON",
     422: "What was asked for cannot be drawn; the detail says what and why",
     429: "The queue is full, or the client asks too often; Retry-After says when to try again",
@@ -46,6 +46,18 @@ _PICTURES = {
     },
 }  # fmt: skip
 
+_EVENTS = {
+    "schema": {"type": "string", "description":
+        "Server-sent events, the data of each one JSON object: `step` after each step of drawing, "
+        "`picture` for each picture, and as the last one `done` with all that the JSON answer has besides "
+        "its pictures, or `problem` with what is else answered as problem+json. Lines that begin with a "
+        "colon say nothing."},
+    "example":
+        'event: step\ndata: {"step": 1, "steps": 1}\n\n'
+        'event: picture\ndata: {"index": 0, "media_type": "image/png", "base64": "iVBORw0KGgo="}\n\n'
+        'event: done\ndata: {"settings": {}, "notes": [], "batches": [1], "seconds": 0.04}\n\n',
+}  # fmt: skip
+
 
 def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers of these statuses, which are problems."""
@@ -57,7 +69,8 @@ def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def answers() -> dict[int | str, dict[str, Any]]:
     """What a request for pictures is answered with."""
     own = {"schema": {"type": "string", "contentMediaType": PNG}}
-    drawn = {"description": "The pictures", "content": {JSON: {"schema": _PICTURES}, PNG: own}}
+    content = {JSON: {"schema": _PICTURES}, PNG: own, STREAM: _EVENTS}
+    drawn = {"description": "The pictures", "content": content}
     return {200: drawn, **said(*_WORDS)}
 
 

@@ -15,6 +15,7 @@ from lcm_kit.inert import line
 from lcm_kit.serve.engine import Closed, Full, NoRoom
 
 MEDIA, JSON, PNG = "application/problem+json", "application/json", "image/png"
+STREAM = "text/event-stream"
 LEFT = 499  # nobody reads it: the client had left. In figures and logs alone, as proxies have it
 
 

@@ -1,48 +1,26 @@
-"""The routes, and what OpenAPI says of them. Each reads a request, asks the engine and answers."""
+"""The routes, and what OpenAPI says of them. Each reads a request, asks for what is drawn and answers."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import contextlib
-import json
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from PIL.Image import Image
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from lcm_kit import __version__, samplers
-from lcm_kit.drawing.how import PLAIN, How
-from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
-from lcm_kit.serve.adapters import Adapter, Served
-from lcm_kit.serve.asked import Order, parsed, settled
-from lcm_kit.serve.engine import Engine, Ticket
-from lcm_kit.serve.limits import Limits
-from lcm_kit.serve.log import Log
-from lcm_kit.serve.metrics import Metrics
+from lcm_kit.serve.adapters import Adapter
+from lcm_kit.serve.answering import answer
+from lcm_kit.serve.asked import parsed, settled
 from lcm_kit.serve.openapi import answers, body, said, secure
 from lcm_kit.serve.page import page
-from lcm_kit.serve.problems import JSON, LEFT, PNG, Problem
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the routes use."""
-
-    served: Served
-    engine: Engine
-    limits: Limits
-    log: Log
-    metrics: Metrics
-    token: bool  # whether one is needed: for OpenAPI's words
-    how: How = PLAIN
+from lcm_kit.serve.parts import Parts
+from lcm_kit.serve.problems import Problem
+from lcm_kit.serve.reading import chosen, read
+from lcm_kit.serve.reply import Pictures
 
 
 def application(parts: Parts) -> FastAPI:
@@ -154,123 +132,14 @@ def _settings(use: Settings) -> dict[str, Any]:
 
 
 def _picture_route(app: FastAPI, parts: Parts) -> None:
+    limits = parts.limits
+
     @app.post(
         "/v1/pictures", tags=["pictures"], summary="Draw pictures of a prompt",
-        response_class=Response, responses=answers(), openapi_extra=body(parts.limits),
+        response_class=Response, responses=answers(), openapi_extra=body(limits),
     )  # fmt: skip
     async def pictures(request: Request) -> Response:
         began = time.monotonic()
         media = chosen(request.headers.get("accept"))
-        order = settled(parsed(await _read(request, parts.limits)), parts.served, parts.limits)
-        request.scope["lcm_kit.facts"] = _facts(order, parts.log)
-        if media == PNG and order.count > 1:
-            raise Problem(
-                422, f"count {order.count}: a PNG file holds one picture; ask for {JSON}, or count 1"
-            )
-        ticket = parts.engine.submit(order)
-        try:
-            left = max(0.0, parts.limits.seconds - (time.monotonic() - began))
-            drawn = await _drawn(request, ticket, left)
-        finally:
-            parts.engine.leave(ticket)
-        if drawn is None:
-            request.scope["lcm_kit.status"] = LEFT
-            return Response(status_code=204)
-        files = await asyncio.to_thread(lambda: [png_bytes(each, quick=True) for each in drawn])
-        return _answer(order, ticket, files, media, time.monotonic() - began)
-
-
-def _facts(order: Order, log: Log) -> dict[str, Any]:
-    """For the log."""
-    return dict(order.settings) if log.prompts else _wordless(order)
-
-
-def _wordless(order: Order) -> dict[str, Any]:
-    """Its settings without what somebody wrote."""
-    return {key: each for key, each in order.settings.items() if "prompt" not in key}
-
-
-async def _read(request: Request, limits: Limits) -> bytes:
-    """The body. Raises `Problem` for another media type, one that is too large or that takes too long."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != JSON:
-        raise Problem(415, f"the body of this request must be {JSON}, said in its Content-Type")
-    too_large = Problem(413, f"the body of this request is larger than {limits.body:,} bytes")
-    length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limits.body:
-        raise too_large
-    found = bytearray()
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for part in request.stream():
-                found += part
-                if len(found) > limits.body:
-                    raise too_large
-    except TimeoutError:
-        raise Problem(408, f"the body of this request did not come within {limits.seconds:g} s") from None
-    except ClientDisconnect:
-        request.scope["lcm_kit.status"] = LEFT
-        raise Problem(400, "the client left before its request was whole") from None
-    return bytes(found)
-
-
-async def _drawn(request: Request, ticket: Ticket, seconds: float) -> list[Image] | None:
-    """The pictures; None if the client left first. Raises `Problem` when the time is over."""
-    pictures = asyncio.wrap_future(ticket.future)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        both: set[asyncio.Future[Any]] = {pictures, leaving}
-        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if pictures.done():
-            return pictures.result()
-        if leaving.done():
-            return None
-    finally:
-        leaving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await leaving
-        if not pictures.done():
-            pictures.cancel()
-    raise Problem(504, "the time for this request is over before its pictures were drawn; ask for less")
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _answer(order: Order, ticket: Ticket, files: list[bytes], media: str, seconds: float) -> Response:
-    if media == PNG:
-        settings = json.dumps(_wordless(order))
-        return Response(files[0], headers={"Lcm-Kit-Settings": settings}, media_type=PNG)
-    return JSONResponse(
-        {
-            "pictures": [
-                {"index": k, "media_type": PNG, "base64": base64.b64encode(each).decode()}
-                for k, each in enumerate(files)
-            ],
-            "settings": dict(order.settings), "notes": list(order.notes), "batches": ticket.batches,
-            "seconds": round(seconds, 4),
-        }
-    )  # fmt: skip
-
-
-def chosen(accept: str | None) -> str:
-    """JSON or PNG, whichever a client likes better; JSON for both. Raises `Problem` for neither."""
-    weights = {JSON: -1.0, PNG: -1.0}
-    exact: dict[str, int] = {JSON: -1, PNG: -1}
-    for part in (accept or "*/*").split(",")[:100]:
-        media, *parameters = (each.strip().lower() for each in part.split(";"))
-        quality = next((each[2:] for each in parameters if each.startswith("q=")), "1")
-        try:
-            q = float(quality)
-        except ValueError:
-            q = 0.0
-        for kind in weights:
-            rank = {kind: 2, f"{kind.partition('/')[0]}/*": 1, "*/*": 0}.get(media, -1)
-            if rank > exact[kind]:
-                exact[kind], weights[kind] = rank, q
-    best = max(weights, key=lambda kind: (weights[kind], exact[kind], kind == JSON))
-    if weights[best] <= 0:
-        raise Problem(406, f"pictures come as {JSON} or {PNG}; name one of them in Accept")
-    return best
+        order = settled(parsed(await read(request, limits.body, limits.seconds)), parts.served, limits)
+        return await answer(request, parts, Pictures(order), media, began)

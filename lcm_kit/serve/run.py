@@ -28,7 +28,8 @@ from lcm_kit.serve.gate import LOCAL, Gate, Rate, Tokens, is_local
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.log import Log, Uvicorn
 from lcm_kit.serve.metrics import Metrics
-from lcm_kit.serve.routes import Parts, application
+from lcm_kit.serve.parts import Parts
+from lcm_kit.serve.routes import application
 from lcm_kit.serve.watched import Watched
 
 _ANSWERS = 5  # seconds for the last answers to go out

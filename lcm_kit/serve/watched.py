@@ -37,7 +37,7 @@ class Watched:
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"].endswith("response.start"):
-                status = scope.get("lcm_kit.status", message["status"])
+                status = message["status"]
                 more = [*_SAFE, (b"x-request-id", number.encode())]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             elif message["type"] == "websocket.close" and not status:
@@ -53,7 +53,8 @@ class Watched:
             if not status:
                 await refuse(Problem.of(error), scope, receive, sending)
         finally:
-            self._told(scope, number, status, time.monotonic() - began)
+            # of a stream it is known at its end alone how it went
+            self._told(scope, number, scope.get("lcm_kit.status", status), time.monotonic() - began)
 
     def _told(self, scope: Scope, number: str, status: int, seconds: float) -> None:
         """By the route, not by the path, in which anything may stand."""

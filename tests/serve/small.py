@@ -21,6 +21,7 @@ import httpx
 from PIL import Image
 
 from lcm_kit.config.schema import Base
+from lcm_kit.drawing.batches import AfterStep
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import Key, Order, Wanted, settled
@@ -60,13 +61,13 @@ class FakeDrawer:
         """The batch that is being drawn, and no other."""
         self.one.release()
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: Callable[[], None]) -> list[Image.Image]:
+    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image.Image]:
         self.batches.append((key, list(pieces)))
         self.began.put(list(pieces))
         while not self.may_go.wait(0.001) and not self.one.acquire(blocking=False):
-            after_step()
-        for _ in range(key.steps):
-            after_step()
+            after_step([], 0, key.steps)
+        for step in range(key.steps):
+            after_step(range(len(pieces)), step + 1, key.steps)
         if self.error is not None:
             raise self.error
         return [colour(each.seed, each.number) for each in pieces]
@@ -153,6 +154,19 @@ def get(app: App, path: str, **more: Any) -> httpx.Response:
 
 def draw(app: App, **asked: Any) -> httpx.Response:
     return ask(app, {"json": {"prompt": "a red circle", **asked}})[0]
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Of a whole stream: the name and the data of each, without the lines that say nothing."""
+    assert not text or text.endswith("\n\n"), text[-200:]
+    found = []
+    for block in text.split("\n\n")[:-1]:
+        if block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        assert name.startswith("event: ") and data.startswith("data: ")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
 
 
 def figure(text: str, name: str) -> float:

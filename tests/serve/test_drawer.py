@@ -46,7 +46,7 @@ def pixels(pictures: list[Any]) -> numpy.ndarray[Any, Any]:
 
 def drawn(drawer: Drawer, what: Served, pieces: list[Piece] | None = None, **asked: Any) -> Any:
     found = order(what, steps=2, **asked)
-    return pixels(drawer.draw(found.key, pieces or [Piece(found.prompt, found.seed, 0)], lambda: None))
+    return pixels(drawer.draw(found.key, pieces or [Piece(found.prompt, found.seed, 0)], lambda *_: None))
 
 
 def plain(what: Served, weights: dict[str, float], **asked: Any) -> Any:
@@ -116,7 +116,9 @@ def test_it_is_the_picture_that_sample_images_draws(two: Served) -> None:
     """Of a request's picture i: the noise of (seed, i), as the command line has it."""
     found = order(two, seed=5, count=2)
     drawer = opened(two, batch=1)
-    pictures = drawer.draw(found.key, [Piece(found.prompt, 5, number) for number in range(2)], lambda: None)
+    pictures = drawer.draw(
+        found.key, [Piece(found.prompt, 5, number) for number in range(2)], lambda *_: None
+    )
     wanted = sample.draw_images(
         two.base.path, ["a red circle"], adapter=two.adapters[0].file, seed=5, count=2, batch_size=1
     )
@@ -129,7 +131,7 @@ def test_memory_that_runs_out_halves_the_batch_and_then_is_a_sentence(
     drawer, real, room = opened(two), sample.sample, 2
     found = order(two, steps=2)
     pieces = [Piece(found.prompt, seed, 0) for seed in range(5)]
-    wanted = pixels(drawer.draw(found.key, pieces, lambda: None))
+    wanted = pixels(drawer.draw(found.key, pieces, lambda *_: None))
 
     def little(pipe: Any, prompts: Any, **settings: Any) -> Any:
         if len(prompts) > room:
@@ -137,11 +139,11 @@ def test_memory_that_runs_out_halves_the_batch_and_then_is_a_sentence(
         return real(pipe, prompts, **settings)
 
     monkeypatch.setattr(sample, "sample", little)
-    assert abs(pixels(drawer.draw(found.key, pieces, lambda: None)) - wanted).max() <= LEVEL
+    assert abs(pixels(drawer.draw(found.key, pieces, lambda *_: None)) - wanted).max() <= LEVEL
     assert drawer.most(found.key) == 2
     room = 0
     with pytest.raises(UserError, match="memory ran out while drawing a picture of 64 x 64 pixels, one at a"):
-        drawer.draw(found.key, pieces, lambda: None)
+        drawer.draw(found.key, pieces, lambda *_: None)
 
 
 def test_a_gpu_without_room_is_left_for_the_cpu_unless_it_was_asked_for(
@@ -170,7 +172,7 @@ def test_what_after_step_raises_ends_the_drawing_and_leaves_a_whole_drawer(two: 
     before = drawn(drawer, two)
     found = order(two, steps=5)
 
-    def second() -> None:
+    def second(*_: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -179,6 +181,25 @@ def test_what_after_step_raises_ends_the_drawing_and_leaves_a_whole_drawer(two: 
     with pytest.raises(KeyError, match="enough"):
         drawer.draw(found.key, [Piece(found.prompt, 0, 0)], second)
     assert calls == 2 and (drawn(drawer, two) == before).all()
+
+
+def test_every_step_says_whose_it_is(two: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of another length are drawn by themselves, and memory has room for three at once."""
+    drawer, real = opened(two), sample.sample
+
+    def little(pipe: Any, prompts: Any, **settings: Any) -> Any:
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(pipe, prompts, **settings)
+
+    monkeypatch.setattr(sample, "sample", little)
+    key, long = order(two, steps=2).key, "word " * 100
+    pieces = [Piece(prompt, 0, 0) for prompt in ("a", long, "b", "c", long, "d")]
+    told: list[tuple[list[int], int, int]] = []
+    drawer.draw(key, pieces, lambda places, step, steps: told.append((list(places), step, steps)))
+    assert sorted(told) == [
+        (places, step, 2) for places in ([0, 2], [1], [3, 5], [4]) for step in (1, 2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

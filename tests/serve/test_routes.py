@@ -22,7 +22,7 @@ from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import EXAMPLES
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA, Problem
-from lcm_kit.serve.routes import chosen
+from lcm_kit.serve.reading import chosen
 from lcm_kit.serve.run import App
 from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, going, wait_for
 

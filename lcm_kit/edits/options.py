@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lcm_kit.api.edit_tasks import Task
-from lcm_kit.api.given_pictures import Given, given_mask, given_picture
-from lcm_kit.api.stages import Place
 from lcm_kit.config.numbers import RANGES, require_in_range
+from lcm_kit.edits.given import Given, given_mask, given_picture
+from lcm_kit.edits.tasks import Task
 from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
 
 def checked(
     task: Task,
-    picture: Place | Image | None,
+    picture: str | os.PathLike[str] | Image | None,
     *,
     strength: float | None = None,
     count: int = 1,

@@ -1,0 +1,48 @@
+"""Pictures as an answer: orders go to the engine, and what comes of them out as JSON, as a PNG, as events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from lcm_kit.serve.course import Course, Left
+from lcm_kit.serve.parts import Parts
+from lcm_kit.serve.problems import JSON, LEFT, PNG, STREAM, Problem
+from lcm_kit.serve.reply import Reply, Shown, as_json, wordless
+from lcm_kit.serve.stream import Stream
+
+
+async def answer(request: Request, parts: Parts, reply: Reply, media: str, began: float) -> Response:
+    """Draw and answer as `media`. `began`: when the request came, by `time.monotonic`.
+
+    Raises `Problem` when its time is over, and what `Engine.submit_all` does.
+    """
+    settings = reply.settings
+    request.scope["lcm_kit.facts"] = dict(settings) if parts.log.prompts else wordless(settings)
+    count = sum(order.count for order in reply.orders)
+    if media == PNG and count > 1:
+        raise Problem(422, f"count {count}: a PNG file holds one picture; ask for {JSON}, or count 1")
+    course = Course(request, parts.engine, reply.orders, began + parts.limits.seconds)
+    if media == STREAM:
+        return Stream(course, reply, parts.log, began)
+    shown: list[Shown] = []
+    try:
+        async with course:
+            async for which, drawn in course.drawn():
+                shown += await asyncio.to_thread(reply.take, which, *drawn)
+    except Left:
+        request.scope["lcm_kit.status"] = LEFT
+        return Response(status_code=204)
+
+    def told() -> Response:
+        done = reply.done(course.tickets, time.monotonic() - began)
+        if media == PNG:
+            headers = {"Lcm-Kit-Settings": json.dumps(wordless(settings))}
+            return Response(shown[0].file, headers=headers, media_type=PNG)
+        return JSONResponse(reply.whole([as_json(each) for each in shown], done))
+
+    return await asyncio.to_thread(told)
