@@ -1,6 +1,6 @@
 """Who may come in: the right host, no page of elsewhere, a token, and not too often.
 
-Everything needs the token but two paths, which are compared as they are: what is spelled in another way is
+Everything needs the token but three paths, which are compared as they are: what is spelled in another way is
 another path, and needs it. So no trick with dots, slashes, case, methods or WebSockets leads past.
 """
 
@@ -23,8 +23,9 @@ from lcm_kit.errors import UserError
 from lcm_kit.io.files import refusal_of
 from lcm_kit.serve.problems import Problem, refuse
 
-OPEN = {"/healthz", "/readyz"}  # without a token, for what watches over processes
-UNCOUNTED = {*OPEN, "/metrics"}  # asked again and again by machines
+WATCHED = {"/healthz", "/readyz"}  # for what watches over processes
+OPEN = {*WATCHED, "/"}  # without a token; the page asks for one, and can do nothing before it has it
+UNCOUNTED = {*WATCHED, "/metrics"}  # asked again and again by machines
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SHORTEST = 16  # characters of a token
 _CLIENTS = 4096  # whose tokens of the bucket are remembered

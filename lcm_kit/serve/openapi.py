@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lcm_kit.serve.asked import EXAMPLES, Wanted
-from lcm_kit.serve.gate import OPEN
+from lcm_kit.serve.gate import WATCHED
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
 
@@ -87,7 +87,7 @@ def body(limits: Limits) -> dict[str, Any]:
 
 
 def secure(app: FastAPI) -> None:
-    """Say of the token that everything but two paths needs."""
+    """Say of the token that all but two of the paths that are described need."""
     plain: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -95,7 +95,7 @@ def secure(app: FastAPI) -> None:
         parts = schema.setdefault("components", {})
         parts["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"token": []}]
-        for path in OPEN:
+        for path in WATCHED:
             schema["paths"][path]["get"]["security"] = []
         return schema
 

@@ -9,13 +9,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from lcm_kit import __version__
+from lcm_kit import __version__, samplers
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
 from lcm_kit.serve.adapters import Adapter
 from lcm_kit.serve.answering import answer
 from lcm_kit.serve.asked import parsed, settled
 from lcm_kit.serve.openapi import answers, body, said, secure
+from lcm_kit.serve.page import page
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import Problem
 from lcm_kit.serve.reading import chosen, read
@@ -31,6 +32,7 @@ def application(parts: Parts) -> FastAPI:
     app.add_exception_handler(UserError, _problem)
     app.add_exception_handler(Exception, _problem)  # `watched` logs it
     app.add_exception_handler(HTTPException, _http_problem)
+    _page_route(app)
     _watch_routes(app, parts)
     _info_route(app, parts)
     _picture_route(app, parts)
@@ -51,6 +53,17 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     sentence = words.get(error.status_code, "this request cannot be answered")
     found = Problem(error.status_code, sentence, error.headers)
     return found.response(request.scope.get("lcm_kit.request"))
+
+
+# -- For people ----------------------------------------------------------------------------------------------
+
+
+def _page_route(app: FastAPI) -> None:
+    found = page()
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def live() -> Response:
+        return Response(found.html, headers=found.headers)
 
 
 # -- For machines -------------------------------------------------------------------------------------------
@@ -93,6 +106,7 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
                 "settings": _settings(served.settings(None)),
             },
             "adapters": [_adapter(each) for each in served.adapters],
+            "samplers": samplers.names(),
             "limits": {name: getattr(limits, name) for name in asked},
             "state": parts.engine.state,
         }  # fmt: skip
@@ -101,7 +115,7 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     advice = adapter.advice
     return {
-        "name": adapter.name, "sha256": adapter.sha256, "weight": adapter.weight,
+        "name": adapter.name, "given": adapter.given, "sha256": adapter.sha256, "weight": adapter.weight,
         "method": adapter.method.title, "settings": _settings(adapter.settings()),
         "measured": advice.sentence if advice and advice.steps else None,
         "warnings": list(advice.warnings) if advice else [],

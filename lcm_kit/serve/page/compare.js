@@ -1,0 +1,93 @@
+// What is set beside the base alone at 50 steps, from the same noise; and votes for one of them.
+
+const Compare = (() => {
+  const SIDES = ["left", "right"];
+  const WHO = { asked: "as it is set", against: "the base alone at 50 steps" };
+  let current = null; // what the server said of the two, and whether there was a vote
+  const bar = $("compare-bar");
+  const latest = new Latest((busy) => {
+    bar.classList.toggle("on", busy);
+    $("compare").disabled = busy;
+  }, (error) => Live.alert(error));
+
+  const name = (side, leftIs) => WHO[(side === "left") === (leftIs === "asked") ? "asked" : "against"];
+  const reveal = (leftIs) => {
+    for (const side of SIDES) {
+      const title = side === "left" ? "Left" : "Right";
+      say($(`${side}-said`), leftIs ? `${title}: ${name(side, leftIs)}` : title);
+    }
+  };
+
+  const draw = async (signal) => {
+    const body = { ...Settings.body(), blind: $("blind").checked };
+    const step = (done, steps) => { bar.firstElementChild.style.transform = `scaleX(${done / steps})`; };
+    step(0, 1);
+    const answer = await Server.draw("/v1/comparisons", body, { signal, step, waiting: Live.waiting });
+    Live.alert(null);
+    for (const side of SIDES) {
+      const found = answer[side] ?? answer.pictures.find((each) => each.side === side);
+      show($(side), new Blob([bytesOf(found.base64)], { type: "image/png" }), `${side === "left" ? "Left" : "Right"}: ${body.prompt}`);
+    }
+    current = { ...answer, voted: false };
+    reveal(answer.left_is);
+    say($("verdict"), "");
+    $("vote").hidden = !answer.id;
+    for (const button of $("vote").querySelectorAll("button")) button.disabled = false;
+    Live.told("Both pictures are drawn");
+  };
+
+  const vote = async (choice) => {
+    const buttons = [...$("vote").querySelectorAll("button")];
+    for (const button of buttons) button.disabled = true;
+    try {
+      const said = await Server.call("/v1/votes", { method: "POST", body: { comparison: current.id, choice }, again: false });
+      Live.alert(null);
+      reveal(said.left_is);
+      const words = { tie: "both alike", neither: "neither" };
+      say($("verdict"), `Your vote: ${words[choice] ?? `${choice}, which is ${name(choice, said.left_is)}`}.`);
+      await tally();
+    } catch (error) {
+      for (const button of buttons) button.disabled = error.status === 409;
+      Live.alert(error);
+    }
+  };
+
+  const tally = async () => {
+    const found = await Server.call("/v1/votes");
+    const rows = [["votes", found.votes], ["for what was set", found.asked], ["for the base", found.against],
+      ["both alike", found.tie], ["neither", found.neither]];
+    $("tally-list").replaceChildren(...rows.flatMap(([word, number]) => [make("dt", {}, word), make("dd", {}, String(number))]));
+    $("tally").hidden = !found.votes;
+    const by = found.by_adapter ?? [];
+    $("tally-table").hidden = !by.length;
+    if (by.length) {
+      const keys = Object.keys(by[0]);
+      $("tally-table").replaceChildren(
+        make("thead", {}, make("tr", {}, ...keys.map((key) => Object.assign(make("th", {}, key), { scope: "col" })))),
+        make("tbody", {}, ...by.map((row) => make("tr", {}, ...keys.map((key) => make("td", {}, shown(row[key])))))),
+      );
+    }
+  };
+  const shown = (value) => (value !== null && typeof value === "object"
+    ? Object.entries(value).map(([key, each]) => `${key} ${each}`).join(", ") || "none" : String(value ?? "none"));
+
+  return {
+    open(info) {
+      $("blind").checked = Kept.get("blind", false);
+      $("blind").addEventListener("change", () => Kept.set({ blind: $("blind").checked }));
+      $("compare").addEventListener("click", () => latest.now(draw));
+      $("vote").addEventListener("click", (event) => { if (event.target.dataset.choice) vote(event.target.dataset.choice); });
+      $("csv").addEventListener("click", async () => {
+        try {
+          save(await Server.blob("/v1/votes.csv"), "votes.csv");
+        } catch (error) {
+          Live.alert(error);
+        }
+      });
+      if (info.history) tally().catch((error) => Live.alert(error));
+      else Live.missing("vote", "Votes are not kept here: the server keeps them with lcm-kit serve --data FOLDER.");
+    },
+    press: () => latest.now(draw),
+    changed() {},
+  };
+})();
