@@ -41,6 +41,7 @@ from lcm_kit.drawing.schedulers import (
 )
 from lcm_kit.drawing.signing import Sign, unsigned
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.io.files import require_writable
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora.locate import adapter_file
 
@@ -312,6 +313,7 @@ def sample_to_folder(
     sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
+    require_writable(output)
     decoder = settings.get("decoder")
     told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
     defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
