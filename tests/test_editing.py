@@ -264,9 +264,7 @@ def test_the_soft_edge_of_any_hole_is_its_distance_over_the_largest_one_near(fea
     random = torch.Generator().manual_seed(feather)
     for share in (0.5, 0.95, 0.999):
         hole = torch.rand(17, 23, generator=random) < share
-        places = torch.stack(torch.meshgrid(torch.arange(17), torch.arange(23), indexing="ij"), -1).view(
-            -1, 2
-        )
+        places = torch.cartesian_prod(torch.arange(17), torch.arange(23))
         apart = (places[:, None] - places[None]).abs().amax(-1)  # in pixels, diagonals are one
         outside = apart[:, ~hole.flatten()]
         far = torch.full((len(places),), feather + 1)
