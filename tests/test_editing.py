@@ -258,6 +258,22 @@ def test_a_soft_edge_lies_within_the_hole_and_thin_parts_are_shown() -> None:
     assert bool((feathered(edge, 3) == 1).all())  # beyond the picture nothing is kept
 
 
+@pytest.mark.parametrize("feather", [1, 2, 3, 4, 7, 30])
+def test_the_soft_edge_of_any_hole_is_its_distance_over_the_largest_one_near(feather: int) -> None:
+    """By its words, pixel by pixel: how deep it lies, by that of the deepest within the same reach."""
+    random = torch.Generator().manual_seed(feather)
+    for share in (0.5, 0.95, 0.999):
+        hole = torch.rand(17, 23, generator=random) < share
+        places = torch.cartesian_prod(torch.arange(17), torch.arange(23))
+        apart = (places[:, None] - places[None]).abs().amax(-1)  # in pixels, diagonals are one
+        outside = apart[:, ~hole.flatten()]
+        far = torch.full((len(places),), feather + 1)
+        depth = outside.amin(1).clamp(max=feather + 1) if outside.shape[1] else far
+        near = (apart <= feather).float() * depth
+        wanted = (depth / near.amax(1).clamp_min(1)).view(17, 23)
+        assert torch.allclose(feathered(hole, feather), wanted.where(hole, 0.0))
+
+
 def test_a_cell_of_the_latents_is_new_if_one_of_its_pixels_is() -> None:
     hole = torch.zeros(8, 12, dtype=torch.bool)
     hole[3, 4] = hole[7, 11] = True

@@ -87,14 +87,36 @@ def feathered(hole: Tensor, feather: int) -> Tensor:
 
     A part thinner than that is shown whole along its middle.
     """
-    inside = hole[None, None].float()
-    depth, eroded = inside.clone(), inside
+    depth, eroded = hole.to(torch.int16), hole
     for _ in range(feather):
-        # what is beyond the picture's edge is no outside: nothing is kept there
-        eroded = -functional.max_pool2d(-eroded, 3, stride=1, padding=1)
+        eroded = _eroded(eroded)
+        if not bool(eroded.any()):
+            break
         depth += eroded
-    reach = functional.max_pool2d(depth, 2 * feather + 1, stride=1, padding=feather)
-    return (depth / reach.clamp_min(1)).where(hole, 0.0)[0, 0]
+    reach = _largest(_largest(depth, feather).T, feather).T
+    return (depth / reach.clamp_min(1)).where(hole, 0.0)
+
+
+def _eroded(inside: Tensor) -> Tensor:
+    """Where a pixel of `inside`, bool [H, W], and its eight neighbours are all true.
+
+    What is beyond the picture's edge is no outside: nothing is kept there.
+    """
+    for _ in range(2):  # along one axis, and then along the other
+        both = inside.clone()
+        both[1:] &= inside[:-1]
+        both[:-1] &= inside[1:]
+        inside = both.T
+    return inside
+
+
+def _largest(values: Tensor, radius: int) -> Tensor:
+    """The largest of [H, W], none below 0, within `radius` along H; by windows of twice the size each."""
+    length, wide = len(values), 2 * radius + 1
+    found, size = functional.pad(values, (0, 0, radius, radius)), 1
+    while 2 * size <= wide:
+        found, size = torch.maximum(found[:-size], found[size:]), 2 * size
+    return torch.maximum(found[:length], found[wide - size : wide - size + length])
 
 
 def pasted(original: Image.Image, drawn: Image.Image, share: Tensor) -> Image.Image:
