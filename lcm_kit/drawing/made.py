@@ -47,12 +47,14 @@ class Source:
 
     base: str
     loras: Mapping[str, Lora] = field(default_factory=dict)
+    decoder: str | None = None  # the name of what decodes in the VAE's place
 
     def record(self, settings: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
         """All that is known of picture `index` of a request of these settings, as JSON."""
         on = settings.get("adapters") or {}
+        decoder = {} if self.decoder is None else {"decoder": self.decoder}
         return {
-            "lcm_kit": __version__, "base": self.base,
+            "lcm_kit": __version__, "base": self.base, **decoder,
             "adapters": {name: self.loras[name].sha256 for name in on}, "index": index,
             "settings": dict(settings),
         }  # fmt: skip
@@ -108,7 +110,9 @@ def of_drawing(base: str, use: Mapping[str, Any]) -> tuple[Source, dict[str, Any
         loras[slug(title)] = Lora(title, sha256_file(adapter_file(use["adapter"])))
         weights[slug(title)] = use["lora_weight"]
     names = "negative_prompt", "seed", "sampler", "steps", "guidance_scale"
-    return Source(base_name(base), loras), {name: use[name] for name in names} | {"adapters": weights}
+    decoder = None if use.get("decoder") is None else Path(use["decoder"]).name
+    source = Source(base_name(base), loras, decoder)
+    return source, {name: use[name] for name in names} | {"adapters": weights}
 
 
 def base_name(base: str) -> str:
