@@ -8,6 +8,7 @@ picture.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,8 +25,10 @@ from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.made import of_drawing
 from lcm_kit.drawing.noise import generators, numbered
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
+from lcm_kit.drawing.placed import place, placed
 from lcm_kit.drawing.prompts import as_read, told
 from lcm_kit.drawing.schedulers import (
     CallSettings,
@@ -38,6 +41,7 @@ from lcm_kit.drawing.schedulers import (
 )
 from lcm_kit.drawing.signing import Sign, unsigned
 from lcm_kit.errors import UserError, first_line
+from lcm_kit.io.files import require_writable
 from lcm_kit.io.locks import sweep
 from lcm_kit.lora.locate import adapter_file
 
@@ -103,7 +107,7 @@ def pipeline(
             parts[part] = bases.load_part(info, part, dtype)
     if info.family.zeros_when_empty:
         parts["force_zeros_for_empty_prompt"] = info.zeros_when_empty
-    pipe = info.family.pipeline_class()(**parts, **info.family.pipeline_off)
+    pipe = placed(info.family.pipeline_class())(**parts, **info.family.pipeline_off)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     if torch.device(device).type == "cuda":
@@ -203,7 +207,7 @@ def latents(
             for rows, asked in told(pipe, prompts, negative_prompt, guidance_scale > 1, chunks):
                 drawn[rows] = pipe(
                     **asked, generator=[streams[row] for row in rows], height=height, width=width,
-                    output_type="latent", latents=noise[rows].to(pipe.device, pipe.unet.dtype),
+                    output_type="latent", latents=noise[rows].to(*place(pipe)),
                     callback_on_step_end=None if after_step is None else _calling(after_step, rows),
                     **call_settings(sampler, steps, guidance_scale),
                 ).images.float().cpu()  # fmt: skip
@@ -292,24 +296,38 @@ def draw_images(
 
 
 def sample_to_folder(
-    base: str, prompts: Sequence[str], output: Path, *, count: int = 1, sign: Sign = unsigned, **settings: Any
+    base: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    count: int = 1,
+    sign: Sign = unsigned,
+    say_prompts: bool = True,
+    **settings: Any,
 ) -> Path:
     """Write `NNN-prompt.png` for each prompt and `contact-sheet.png` into `output`; other files there stay.
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
-    Each is written when its batch is drawn, by `sign`; what a tiny decoder decoded names it in its
-    PNG text. Returns the contact sheet's path, with a row a prompt where there are several pictures. Raises
-    `UserError` as `draw_images`.
+    Each is written when its batch is drawn, by `sign`; its PNG text says how it was made (`drawing.made`),
+    with `say_prompts` by which prompt too, and names a tiny decoder that decoded it. Returns the contact
+    sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
+    require_writable(output)
     decoder = settings.get("decoder")
     told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
+    defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
+    source, known = of_drawing(base, defaults | settings)
     pictures: list[Image.Image] = []
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
         name = f"{k:03d}-{slug(prompts[k])}{more}.png"
-        save_png(picture, output / name, told, partial(sign, name, prompts[k]))
+        made = source.told(
+            {"prompt": prompts[k], "count": len(prompts) * count, **known}, picture.size, at,
+            emphasis=settings.get("emphasis"), prompts=say_prompts,
+        )  # fmt: skip
+        save_png(picture, output / name, told | made, partial(sign, name, prompts[k]))
         pictures.append(picture)
     rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)

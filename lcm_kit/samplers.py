@@ -68,6 +68,8 @@ class Sampler:
     app_title: str | None = None  # on cards and in metadata, as apps call it; None: as `title`
     schedule: str | None = None  # the scheduler / schedule type that goes with it in apps
     instead: str | None = None  # a sentence on apps that call it something else, or lack it
+    # its sampler and schedule type as A1111 writes them into pictures; None: its title, and no type
+    in_pictures: tuple[str, str] | None = None
     call: Mapping[str, Any] = field(default_factory=dict)  # what the pipeline's call takes besides
     option: Option | None = None  # what its name may say behind a colon
     stochastic: bool = False  # it draws fresh noise on its way, from two steps on
@@ -85,18 +87,20 @@ class Sampler:
 # is their best at few steps. LCM and TCD choose among 50 timesteps, the distilled ones. None clips latents.
 SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(
-        "LCM", "LCMScheduler", {"clip_sample": False}, schedule="Simple", stochastic=True, most_steps=50,
-        for_adapter=True, option=TIMESTEP,
+        "LCM", "LCMScheduler", {"clip_sample": False}, schedule="Simple", in_pictures=("LCM", "Simple"),
+        stochastic=True, most_steps=50, for_adapter=True, option=TIMESTEP,
     ),
     "tcd": Sampler(
-        "TCD", "TCDScheduler", {"clip_sample": False}, stochastic=True, most_steps=50, for_adapter=True,
+        "TCD", "TCDScheduler", {"clip_sample": False}, in_pictures=("TCD", "Simple"), stochastic=True,
+        most_steps=50, for_adapter=True,
         instead="In apps without TCD: Euler a (without new noise Euler), scheduler / schedule type Simple.",
         call={"eta": 0.3}, option=GAMMA,  # its authors' choice and diffusers' word (arXiv:2402.19159)
     ),
     "ddim": Sampler(
         "DDIM", "DDIMScheduler",
         {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False},
-        app_title="DDIM, trailing timesteps", for_adapter=True, for_base=True,
+        app_title="DDIM, trailing timesteps", in_pictures=("Euler", "Simple"), for_adapter=True,
+        for_base=True,
         instead="In ComfyUI, A1111 and Forge: Euler, scheduler / schedule type Simple.",
     ),
     "dpmpp_2m": Sampler(
@@ -105,7 +109,7 @@ SAMPLERS: dict[str, Sampler] = {
             "timestep_spacing": "trailing", "algorithm_type": "dpmsolver++", "solver_order": 2,
             "final_sigmas_type": "zero",
         },
-        for_base=True,
+        in_pictures=("DPM++ 2M", "Simple"), for_base=True,
     ),
 }  # fmt: skip
 

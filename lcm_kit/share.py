@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def started_together() -> int:
+    """How many processes torchrun, accelerate or a scheduler started for one work; 1: this one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _nobody_to_wait_for() -> None:

@@ -175,7 +175,7 @@ def test_a_training_in_another_thread_prints_nothing(
     assert run == Path("runs/thread") and (run / "adapter" / "lora.safetensors").is_file()
     assert capfd.readouterr() == ("", "")
     assert lcm_kit.distill(output=run, verbose=True, **given) == run
-    assert "finished, 4 steps of 4; nothing to do" in capfd.readouterr().out
+    assert "finished, 4 of 4 steps; nothing to do" in capfd.readouterr().out
 
 
 def test_mistakes_are_exceptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,25 @@ def test_euler_with_simple_is_ddim_with_trailing_timesteps(steps: int) -> None:
     assert found < 2e-5 if 1000 % steps == 0 else found < (5e-3 if steps == 3 else 0.06)
 
 
+@pytest.mark.parametrize("steps", [2, 4, 8, 20, 50])
+def test_dpmpp_2m_with_simple_is_dpm_solver_with_trailing_timesteps(steps: int) -> None:
+    """As a picture's text names it: two steps' x0 drawn out to the middle of the next, but for the last."""
+    made = sample.scheduler("dpmpp_2m", BASE)
+    made.set_timesteps(steps)
+    wanted = NOISES[0]
+    for t in map(int, made.timesteps):
+        wanted = made.step(eps(wanted, t), t, wanted).prev_sample
+    sigmas = [TABLE[t] for t in simple(steps)]
+    x, before, last = NOISES[0] * math.sqrt(1 + sigmas[0] ** 2), None, 0.0
+    for now, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        x0 = denoised(x, now)
+        length = math.log(now / after) if after else math.inf
+        ahead = x0 if before is None or not after else x0 + (x0 - before) * length / (2 * last)
+        x = after / now * x + (1 - after / now) * ahead
+        before, last = x0, length
+    assert apart(x, wanted) < 2e-5 and apart(NOISES[0], wanted) > 0.1
+
+
 @pytest.mark.parametrize("steps", [2, 4, 8])
 def test_sgm_uniform_is_near_and_ddim_of_a1111_and_forge_is_not(steps: int) -> None:
     wanted = diffusers_ddim(steps)

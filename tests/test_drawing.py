@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.hooks import group_offloading
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Conv2d, Linear
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from lcm_kit.drawing import vae as drawing_vae
 from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.drawing.fused import TOLERANCE, fuse
 from lcm_kit.drawing.how import How
+from lcm_kit.drawing.placed import place
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw as drawing
@@ -228,6 +231,51 @@ def test_sampling_with_an_adapter_runs_the_bare_layers(monkeypatch: pytest.Monke
     assert max(abs(a - b) for a, b in zip(fused[0].tobytes(), plain[0].tobytes(), strict=True)) <= 1
 
 
+def test_fused_layers_are_called_without_peft_and_go_back_to_it(
+    adapted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: peft's forward of none of the 129 layers while they are fused, of all of them afterwards."""
+    passes: list[Any] = []
+    for kind in (Linear, Conv2d):
+        real = kind.forward
+        monkeypatch.setattr(
+            kind, "forward", lambda layer, x, real=real: passes.append(layer) or real(layer, x)
+        )
+    done = fuse(adapted)
+    fused = unet_of(adapted)
+    assert not passes
+    done.undo()
+    unet_of(adapted)
+    assert len(set(passes)) == 129
+    again = fuse(adapted)
+    assert torch.equal(unet_of(adapted), fused)
+    again.undo()
+
+
+def test_a_pipeline_is_where_diffusers_would_find_it_but_is_not_looked_through(
+    sd_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same place by diffusers' own search, and the same picture; counted: no search of the UNet."""
+    looked: list[Any] = []
+    real = group_offloading._get_top_level_group_offload_hook
+    monkeypatch.setattr(
+        group_offloading, "_get_top_level_group_offload_hook", lambda part: looked.append(part) or real(part)
+    )
+    for path, dtype in (("asset:tiny-sd", torch.float32), (str(sd_base()), torch.bfloat16)):
+        pipe = sample.pipeline(path, dtype=dtype)
+        plain = type(pipe).__mro__[1]
+        assert type(pipe).__name__ == plain.__name__ == "StableDiffusionPipeline"
+        assert pipe.device == plain.device.fget(pipe) and pipe._execution_device == torch.device("cpu")
+        assert pipe._execution_device == plain._execution_device.fget(pipe)
+        assert place(pipe) == (pipe.unet.device, pipe.unet.dtype) == (torch.device("cpu"), dtype)
+        looked.clear()
+        how: dict[str, Any] = {"sampler": "lcm", "steps": 2, "seed": 3}
+        drawn = sample.latents(pipe, ["a red cat"], **how)
+        assert pipe.unet not in looked
+        pipe.__class__ = plain
+        assert torch.equal(sample.latents(pipe, ["a red cat"], **how), drawn) and pipe.unet in looked
+
+
 def test_the_pipes_of_an_evaluation_give_the_base_back(monkeypatch: pytest.MonkeyPatch) -> None:
     base = inspect_base("asset:tiny-sd")
     monkeypatch.setattr(drawing, "warm_up", lambda pipe, samples: None)
@@ -394,7 +442,7 @@ def test_what_a_tiny_decoder_decoded_names_it(tmp_path: Path, capsys: pytest.Cap
     )
     for file in (sheet, tmp_path / "out" / "000-a-cat.png"):
         with Image.open(file) as picture:
-            assert picture.text == {"decoder": "AutoencoderTiny my-tiny"}
+            assert picture.text["decoder"] == "AutoencoderTiny my-tiny"
     assert "decoded by the tiny decoder my-tiny (" in capsys.readouterr().err
     sample.sample_to_folder("asset:tiny-sd", ["a cat"], tmp_path / "full", steps=1)
     with Image.open(tmp_path / "full" / "000-a-cat.png") as picture:

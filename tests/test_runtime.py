@@ -212,7 +212,7 @@ def test_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "adapter/adapter.json").write_text(json.dumps(facts))
     (tmp_path / "adapter/lora.safetensors").touch()
     assert not claim(tmp_path)
-    assert "finished, 4 steps of 4; nothing to do" in capsys.readouterr().out
+    assert "finished, 4 of 4 steps; nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="state/ is gone"):
         claim(tmp_path, steps=8)
 

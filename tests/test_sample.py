@@ -12,6 +12,7 @@ from diffusers import TCDScheduler
 from PIL import Image
 
 from lcm_kit import bases, sample, samplers
+from lcm_kit.api import editing
 from lcm_kit.errors import UserError
 
 PROMPTS = ["a cat", "a dog", "an owl", "a fox", "a fish"]
@@ -284,3 +285,18 @@ def test_missing_adapter_and_prompts(sd_base: Callable[..., Path], tmp_path: Pat
     with pytest.raises(UserError, match="no prompt"):
         sample.sample_to_folder(base, [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(sample, "draw_images", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(editing, "draw_edit", lambda *_: pytest.fail("drawn"))
+    for draw in (
+        lambda folder: sample.sample_to_folder("asset:tiny-sd", ["a red cat"], folder),
+        lambda folder: editing.edit_to_folder(None, None, folder),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match="file"):
+            draw(tmp_path / "file" / "drawn")
+    assert (tmp_path / "file").read_text() == "no folder"

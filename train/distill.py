@@ -181,6 +181,6 @@ def main(config: Distill) -> Path:
 
     # -- Save: the best of the measured weights; not their EMA, which is the target's affair -----------------
     measuring.finish(done)
-    say(accelerator, f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    run_folder.say_finished(accelerator, run, done)
     accelerator.end_training()
     return run

@@ -213,6 +213,6 @@ def main(config: Finetune) -> Path:
 
     # -- Save: the best of the measured weights, or of their EMA ---------------------------------------------
     measuring.finish(done)
-    say(accelerator, f"{run}: finished, {done} steps; next: lcm-kit export {run}")
+    run_folder.say_finished(accelerator, run, done)
     accelerator.end_training()
     return run

@@ -144,10 +144,12 @@ def edit_to_folder(wanted: Wanted, how: Drawing, output: Path, sign: Sign | None
     """
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
+    from lcm_kit.io.files import require_writable
     from lcm_kit.io.locks import sweep
 
     sign = sign or unsigned
     sweep(output, deep=False)
+    require_writable(output)
     pictures = []
     for number, picture in enumerate(draw_edit(wanted, how)):
         name = f"{number:03d}-{wanted.task}.png"

@@ -109,6 +109,7 @@ def sample(
         signing: dict[str, Any] = {}
         if signer := signer_of(sign, cert, sign_prompt):
             signing["sign"] = signer.of_drawing(how.base, how.settings)
+            signing["say_prompts"] = sign_prompt
         with console.working(how.title):
             sheet = sample_to_folder(how.base, how.prompts, output, **signing, **how.settings)
     console.say(sheet)

@@ -81,6 +81,16 @@ def serve(
         float,
         typer.Option(callback=within("--grace", 0, 86_400), help="Seconds to finish in when told to stop."),
     ] = 30.0,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep pictures and votes in it.", show_default="nothing is kept"),
+    ] = None,
+    history: Annotated[
+        int,
+        typer.Option(
+            callback=within("--history", 1, 10_000_000), help="Pictures kept in --data; the oldest go."
+        ),
+    ] = 1000,
     device: Device = None,
     dtype: Dtype = None,
     decoder: Decoder = None,
@@ -120,5 +130,6 @@ def serve(
                 device, None if dtype is None else getattr(torch, dtype),
                 None if decoder is None else str(decoder), tiling,
             ),
+            run.Kept(data, history),
             log_prompts=log_prompts,
         )  # fmt: skip

@@ -10,10 +10,9 @@ copy may have been cropped to; the cosines of a window are those of the whole, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -34,7 +33,6 @@ _FAR = 12  # bits: pairs no further apart are compared
 _SAME = 0.97  # correlation from which two pictures are one
 _MARGINS = (0.0, 0.05, 0.1)  # of a side that a copy may have been cropped by
 _HOPELESS = 0.9  # correlation of the coarse comparison below which no fitting helps
-_AT_ONCE = 256  # pictures whose copies threads look for before these are compared
 _ROUNDS = 4  # moves of a window a step
 _WAYS = (  # left, top, right, bottom: one side; all, as a shift; all, as a zoom
     (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (0, 1, 0, 1), (1, 1, -1, -1),
@@ -154,8 +152,8 @@ def near_duplicates(pictures: Sequence[Thumbnail]) -> Copies:
     proposals = _Proposals(pictures)
     alike, mirrored = np.arange(count), np.arange(count)  # the group that each is in, by any number
     turned: list[tuple[int, int, int]] = []  # once all that are alike are known
-    for place, likely in proposals.all(alike):
-        for copy, window in likely:
+    for place in range(count):
+        for copy, window in proposals.of(place, alike):
             if copy >= count:
                 turned.append((place, copy, window))
             elif alike[place] != alike[copy] and proposals.same(place, copy, window):
@@ -180,18 +178,12 @@ class _Proposals:
             hashed[place], self._coarse[place] = packed(hashes(copy))[0], coarse(copy)[0]
         self._index = HashIndex(hashed, _FAR)
 
-    def all(self, known: Groups) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """Each place with its copies and their windows, by threads; without pairs that are in one group.
+    def of(self, place: int, known: Groups) -> list[tuple[int, int]]:
+        """Copies whose hash is near that of a window, each with the window that fits best by few cosines.
 
-        `known` may grow meanwhile.
+        Without those that are in the picture's group already. One after the other: of threads, each call of
+        numpy is too short for another to gain by it, and they take half as long again.
         """
-        with ThreadPoolExecutor() as pool:
-            for first in range(0, self._count, _AT_ONCE):
-                some = range(first, min(first + _AT_ONCE, self._count))
-                yield from zip(some, pool.map(partial(self._of, known), some), strict=True)
-
-    def _of(self, known: Groups, place: int) -> list[tuple[int, int]]:
-        """Copies whose hash is near that of a window, each with the window that fits best by few cosines."""
         picture = self._copies[place]
         near = self._index.near_any(packed(hashes(picture, _MARGINS)))
         near = near[known[near % self._count] != known[place]]

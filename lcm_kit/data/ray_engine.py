@@ -32,6 +32,7 @@ from lcm_kit.data.stream_images import folder_of
 from lcm_kit.data.streams import SourceShard, identities
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import signed
+from lcm_kit.share import started_together
 
 _PATIENCE = 20  # seconds that a cluster has to answer in
 
@@ -57,10 +58,10 @@ class RayEngine:
             raise UserError(f"workers {self.workers} is out of range; give 1 or more")
         if self.gpus is not None and not 0 <= self.gpus <= 64:
             raise UserError(f"gpus {self.gpus} is out of range; give a number from 0 to 64")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if started_together() > 1:
             raise UserError(
                 "engine ray has workers of its own, and this is one process of several (WORLD_SIZE is "
-                f"{os.environ['WORLD_SIZE']}); start it without torchrun or accelerate, or leave --engine out"
+                f"{started_together()}); start it without torchrun or accelerate, or leave --engine out"
             )
         if importlib.util.find_spec("ray") is None:
             raise UserError("engine ray needs the package ray; install it with `pip install 'lcm-kit[ray]'`")

@@ -38,6 +38,7 @@ from lcm_kit.drawing.batches import AfterStep, Batches
 from lcm_kit.drawing.canvas import Canvas, cells, feathered, pasted
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.drawing.pictures import to_pil
+from lcm_kit.drawing.placed import place
 from lcm_kit.drawing.prompts import conditions
 
 Finish = Callable[[Tensor], list[Image.Image]]
@@ -91,12 +92,12 @@ def _predict(
     pipe: Any, schedule: Schedule, told: Condition, other: Condition, guidance_scale: float
 ) -> Predict:
     """The UNet's (x0, eps) under a condition for each picture, led away from `other` (B = 1)."""
-    guided = guidance_scale > 1
+    guided, (_, dtype) = guidance_scale > 1, place(pipe)
     if guided:
         told = Condition.cat([other.expand(len(told)), told])
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        x = x.to(pipe.unet.dtype)
+        x = x.to(dtype)
         if not guided:
             return pipe.unet(x, t, **told.kwargs(), return_dict=False)[0]
         both = pipe.unet(torch.cat([x, x]), torch.cat([t, t]), **told.kwargs(), return_dict=False)[0]

@@ -44,6 +44,7 @@ class Fused:
             weight = layer.module.base_layer.weight
             weight.data = layer.own.to(weight.device)
             layer.module._disable_adapters = False
+            layer.module.__dict__.pop("forward", None)
 
 
 @torch.no_grad()
@@ -73,6 +74,8 @@ def fuse(pipe: Any, *, keep: bool = True, keep_on: str | torch.device = "cpu") -
                 done.layers.append(_Layer(module, weight.data.to(keep_on)))
             weight.data = held
             module._disable_adapters = True
+            if pipe.unet._compiled_call_impl is None:  # else it is gone anyway, and what was traced may stay
+                module.forward = module.base_layer.forward  # peft's own, which looks for adapters, costs time
     return done
 
 

@@ -42,8 +42,19 @@ def tile_of(
     return sheet.crop((left, top, left + size[0], top + size[1]))
 
 
-def png_bytes(picture: Image.Image, text: PngInfo | None = None, *, quick: bool = False) -> bytes:
-    """The content of a PNG file of `picture`; `quick`: a larger one, for somebody who waits for it."""
+def png_bytes(picture: Image.Image, told: Mapping[str, str] | None = None, *, quick: bool = False) -> bytes:
+    """The content of a PNG file of `picture`, with what is `told` in its text, by keyword.
+
+    `quick`: a larger one, for somebody who waits for it.
+    """
+    text = PngInfo()
+    for keyword, words in (told or {}).items():
+        if words.isascii():
+            text.add_text(keyword, words)  # tEXt, which everything reads
+        else:
+            text.add_itxt(
+                keyword, words
+            )  # UTF-8; of a tEXt ComfyUI reads so too what the format calls Latin-1
     content = io.BytesIO()
     how: dict[str, Any] = {"compress_level": 1} if quick else {"optimize": True}
     picture.save(content, format="PNG", pnginfo=text, **how)
@@ -60,10 +71,7 @@ def save_png(
 
     `finish`: what is made of the file's content before it is written, as a signature in it.
     """
-    text = PngInfo()
-    for keyword, words in (told or {}).items():
-        text.add_itxt(keyword, words)
-    atomic_write(path, finish(png_bytes(picture, text)))
+    atomic_write(path, finish(png_bytes(picture, told)))
     return path
 
 

@@ -18,6 +18,7 @@ from lcm_kit.bases import Prompt
 from lcm_kit.bases.condition import Condition, Framing, joined
 from lcm_kit.bases.emphasis import notes, read
 from lcm_kit.bases.texts import chunks_of
+from lcm_kit.drawing.placed import place
 
 
 class Told(NamedTuple):
@@ -103,7 +104,7 @@ def conditions(
     other = code.empty_condition(text, 1) if negative is None else code.encode_text(text, [negative], None)
     both = Condition.cat([told, other])
     sizes = code.sizes([Framing(size, (0, 0), size)] * len(both))
-    both = replace(both, time_ids=sizes).to(pipe.device, pipe.unet.dtype)
+    both = replace(both, time_ids=sizes).to(*place(pipe))
     return both[: len(prompts)], both[len(prompts) :]
 
 

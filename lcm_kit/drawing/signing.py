@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lcm_kit import __version__
+from lcm_kit.drawing.made import base_name
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.io.files import sha256_file
 from lcm_kit.lora.locate import adapter_file
@@ -133,7 +134,7 @@ class Signer:
         `settings` are those of `sample.draw_images`, `adapter` the LoRA's `name` and `sha256`. Of what lies
         in a folder the name alone is said.
         """
-        told: dict[str, Any] = {"base": Path(base).name if Path(base).exists() else base}
+        told: dict[str, Any] = {"base": base_name(base)}
         told |= {name: settings[name] for name in _TOLD if settings.get(name) is not None}
         if adapter is not None:
             told["adapter"] = dict(adapter)

@@ -33,7 +33,7 @@ from lcm_kit.export import in_apps
 from lcm_kit.export.markdown import code, literal, text
 from lcm_kit.io import own_files
 from lcm_kit.io.files import atomic_write
-from lcm_kit.lora import inherited
+from lcm_kit.lora import animatediff, inherited
 from lcm_kit.lora.apps import CHECKED, TITLES, VERSIONS, WHOLE
 from lcm_kit.lora.layers import Lora, layer_group
 from lcm_kit.lora.structure import Structure
@@ -116,6 +116,7 @@ def write(
         comfy_sampling=_COMFY_SAMPLING.get(prediction(structure)),
         zero_snr=structure.zero_terminal_snr,
         clip=any(part != "unet" for part in lora.parts()),
+        motion=animatediff.names(structure) if animatediff.fits(structure) else None,
         versions=VERSIONS,
         checked=CHECKED,
         app_names=", ".join(TITLES[app] for app in WHOLE),

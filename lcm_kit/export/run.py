@@ -17,6 +17,7 @@ from lcm_kit.io import own_files, own_shapes
 from lcm_kit.lora import delivery, inherited, verified, verify
 from lcm_kit.lora.apps import VERSIONS
 from lcm_kit.lora.provenance import Provenance, Trained
+from lcm_kit.lora.rows import title_of
 from lcm_kit.lora.write import file_name
 
 
@@ -126,4 +127,4 @@ def _words(row: own_shapes.Row) -> str:
 
 def _title(app: str) -> str:
     """The app's name, and the version whose rules were read."""
-    return " ".join(filter(None, (verify.TITLES.get(app, app), VERSIONS.get(app))))
+    return " ".join(filter(None, (title_of(app), VERSIONS.get(app))))

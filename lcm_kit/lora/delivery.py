@@ -15,13 +15,15 @@ from lcm_kit.io.files import atomic_file, scratch, sha256_file
 from lcm_kit.io.locks import alone
 from lcm_kit.lora import verified, verify
 from lcm_kit.lora.apps import WHOLE
+from lcm_kit.lora.in_diffusers import DIFFUSERS
 from lcm_kit.lora.layers import Layer, Lora
 from lcm_kit.lora.provenance import Provenance
+from lcm_kit.lora.rows import ANIMATEDIFF
 from lcm_kit.lora.write import FORMATS, write
 
 # The kohya style is checked in every app, the diffusers style is for diffusers alone
-APPS_OF = {"diffusers": ("diffusers",), "kohya": verify.ALL}
-MUST = ("diffusers", *WHOLE)  # in which a file that is kept loads whole
+APPS_OF = {"diffusers": (DIFFUSERS, ANIMATEDIFF), "kohya": verify.ALL}
+MUST = (DIFFUSERS, *WHOLE)  # in which a file that is kept loads whole
 
 
 def styles_of(wanted: str) -> tuple[str, ...]:

@@ -81,23 +81,27 @@ def _from_folder(part: str, folder: Path, variant: str | None) -> Any:
 
 
 def _empty(part: str, structure: Structure) -> Any:
+    if part != "unet":
+        return empty_text(part, structure)
+    return empty_unet(structure.unet_config).to_empty(device="cpu")
+
+
+def empty_text(part: str, structure: Structure) -> Any:
+    """A text encoder whose weights were never filled in: memory that is never touched costs nothing."""
     from transformers import CLIPTextConfig
 
-    if part == "unet":
-        model = empty_unet(structure.unet_config)
-    else:
-        first = f"{part}.text_model.encoder.layers.0.mlp.fc1"
-        hidden, width = structure.modules[first]
-        layers = sum(name.startswith(f"{part}.") and name.endswith(".fc1") for name in structure.modules)
-        pooled = structure.projections.get(f"{part}.text_projection", (width,))[0]
-        config = CLIPTextConfig(
-            projection_dim=pooled, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 64), vocab_size=64,
-            bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
-        with torch.device("meta"):
-            model = PARTS[part].kind()(config)
-    return model.to_empty(device="cpu")  # memory that is never touched costs nothing
+    first = f"{part}.text_model.encoder.layers.0.mlp.fc1"
+    hidden, width = structure.modules[first]
+    layers = sum(name.startswith(f"{part}.") and name.endswith(".fc1") for name in structure.modules)
+    pooled = structure.projections.get(f"{part}.text_projection", (width,))[0]
+    config = CLIPTextConfig(
+        projection_dim=pooled, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64), vocab_size=64,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = PARTS[part].kind()(config)
+    return model.to_empty(device="cpu")
 
 
 def pipeline(structure: Structure, parts: Mapping[str, Any]) -> Any:

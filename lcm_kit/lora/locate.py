@@ -18,6 +18,13 @@ def named(text: str) -> bool:
     return text.startswith((_ASSET, _HUB))
 
 
+def called(adapter: str | Path) -> str:
+    """What apps call the LoRA that `adapter` means: its file without the ending, else its run or asset."""
+    text = str(adapter)
+    path = Path(text.rpartition(":")[2]) if named(text) else Path(text)
+    return path.stem if path.suffix == ".safetensors" else path.resolve().name
+
+
 def adapter_file(adapter: str | Path) -> Path:
     """The LoRA file that `adapter` means.
 

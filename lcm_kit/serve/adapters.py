@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_kit import assets, console
+from lcm_kit import console
 from lcm_kit.bases import BaseInfo, inspect_base
 from lcm_kit.config.numbers import require_in_range
 from lcm_kit.config.schema import Base
 from lcm_kit.core.methods import DEFAULT, MethodInfo
+from lcm_kit.drawing.made import Lora, Source, base_name
 from lcm_kit.drawing.pictures import slug
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings, method_of, of_adapter, settings
 from lcm_kit.io.files import sha256_file
 from lcm_kit.lora import convert, verify
-from lcm_kit.lora.locate import adapter_file, named
+from lcm_kit.lora.locate import adapter_file, called, named
 from lcm_kit.lora.provenance import Recommended
 
 
@@ -71,6 +72,12 @@ class Served:
         """The LoRA of that name."""
         return next((each for each in self.adapters if each.name == name), None)
 
+    @property
+    def source(self) -> Source:
+        """What a picture says of the base and the LoRAs that drew it."""
+        loras = {each.name: Lora(called(each.given), each.sha256) for each in self.adapters}
+        return Source(base_name(self.base.path), loras)
+
     def settings(self, first: Adapter | None, **asked: Any) -> Settings:
         """What is drawn with: by `first` of the LoRAs that are on, or as `lcm-kit sample` with none."""
         return settings(None, DEFAULT, **asked) if first is None else first.settings(**asked)
@@ -93,8 +100,7 @@ def parted(text: str) -> tuple[str, float | None]:
 
 def _free(place: str, taken: set[str]) -> str:
     """A name for the LoRA: its run's or file's, with a number where that is taken."""
-    path = Path(place.rpartition(":")[2]) if named(place) else Path(assets.resolve(place))
-    plain = slug(path.stem if path.suffix == ".safetensors" else path.resolve().name)
+    plain = slug(called(place))
     name, number = plain, 2
     while name in taken:
         name, number = f"{plain}-{number}", number + 1

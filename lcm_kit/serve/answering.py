@@ -42,6 +42,8 @@ async def answer(request: Request, parts: Parts, reply: Reply, media: str, began
         done = reply.done(course.tickets, time.monotonic() - began)
         if media == PNG:
             headers = {"Lcm-Kit-Settings": json.dumps(wordless(settings))}
+            if "kept" in done:
+                headers["Lcm-Kit-Kept"] = ", ".join(map(str, done["kept"]))
             return Response(shown[0].file, headers=headers, media_type=PNG)
         return JSONResponse(reply.whole([as_json(each) for each in shown], done))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +20,8 @@ from lcm_kit.io.written import tidied
 from lcm_kit.serve.adapters import Adapter, Served
 from lcm_kit.serve.limits import Limits
 
-_Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
+Request = TypeVar("Request", bound=BaseModel)
+Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the least": {"prompt": "a red circle"},
     "two of one size": {
@@ -33,13 +34,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _most(number: str) -> int:
+def highest(number: str) -> int:
     """What no server draws more of; each has limits of its own below."""
     return int(RANGES[number].high)
 
 
-class Wanted(BaseModel):
-    """Pictures of one prompt. What is left out is what serves the adapter that is on."""
+class Common(BaseModel):
+    """What is drawn of a prompt. What is left out is what serves the adapter that is on."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -50,21 +51,27 @@ class Wanted(BaseModel):
     seed: int = Field(
         0, ge=-SEED - 1, le=SEED, description="Picture i of a request is a function of (seed, i)."
     )
-    count: int = Field(1, ge=1, le=_most("count"), description="Pictures.")
     sampler: str | None = Field(None, description=f"One of {', '.join(samplers.names())}.")
-    steps: int | None = Field(None, ge=1, le=_most("steps"), description="Of the sampler.")
+    steps: int | None = Field(None, ge=1, le=highest("steps"), description="Of the sampler.")
     guidance_scale: float | None = Field(
         None, ge=1, le=RANGES["guidance_scale"].high, allow_inf_nan=False, description="1 is none."
     )
     width: int | None = Field(
-        None, ge=8, le=_most("width"), description="Pixels; the base's own, or a square if one is given."
+        None, ge=8, le=highest("width"), description="Pixels; the base's own, or a square if one is given."
     )
-    height: int | None = Field(None, ge=8, le=_most("height"), description="Pixels.")
-    adapters: dict[str, _Weight | None] | None = Field(
+    height: int | None = Field(None, ge=8, le=highest("height"), description="Pixels.")
+    adapters: dict[str, Weight | None] | None = Field(
         None,
         description="Adapters by name with their weights, null for an adapter's own; {} is the base alone, "
         "and null the first adapter.",
     )
+
+
+class Wanted(Common):
+    """Pictures of one prompt."""
+
+    count: int = Field(1, ge=1, le=highest("count"), description="Pictures.")
+    keep: bool = Field(False, description="Whether the server's history keeps them, which takes --data.")
 
 
 class Key(NamedTuple):
@@ -91,18 +98,23 @@ class Order:
     notes: tuple[str, ...] = ()  # sentences on what was asked
 
 
-def parsed(body: bytes) -> Wanted:
+def parsed(body: bytes, model: type[Request]) -> Request:
     """The request in `body`. Raises `UserError`, with all that is wrong, for JSON that is none."""
     try:
-        return Wanted.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
-        found = [_sentence(each) for each in error.errors(include_url=False)[:10]]
+        raise mistaken(error.errors(include_url=False), model.model_fields) from None
+
+
+def mistaken(errors: Sequence[Any], names: Iterable[str] = ()) -> UserError:
+    """What pydantic finds wrong with a request, of which `names` are the keys."""
+    found = [_sentence(each, names) for each in errors[:10]]
     if len(found) == 1:
-        raise UserError(found[0])
-    raise UserError(f"{len(found)} things are wrong with this request", found)
+        return UserError(found[0])
+    return UserError(f"{len(found)} things are wrong with this request", found)
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, names: Iterable[str]) -> str:
     kind, place = error["type"], [cut(str(part)) for part in error["loc"]]
     key = ".".join(place)
     if kind == "json_invalid":
@@ -110,7 +122,7 @@ def _sentence(error: Any) -> str:
     if not place:
         return "the request is no JSON object; send one as in /openapi.json"
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{did_you_mean(key, Wanted.model_fields)}"
+        return f"{key}: unknown key{did_you_mean(key, names)}"
     if kind == "missing":
         return f"{key}: missing; it must be given"
     said = error["msg"].removeprefix("Input should be ").rstrip(".")

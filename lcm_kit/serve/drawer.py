@@ -21,6 +21,7 @@ from lcm_kit.drawing.batches import AUTO, AfterStep, Batches, at_once
 from lcm_kit.drawing.fused import Fused, fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import to_pil
+from lcm_kit.drawing.placed import place
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import Key
 
@@ -86,8 +87,8 @@ class Drawer:
     @property
     def place(self) -> str:
         """The device, and what it computes in."""
-        kind = str(self._pipe.unet.dtype).removeprefix("torch.")
-        return f"{self._pipe.device} in {kind}"
+        device, dtype = place(self._pipe)
+        return f"{device} in {str(dtype).removeprefix('torch.')}"
 
     def most(self, key: Key) -> int:
         """Pictures of this size that are drawn at once, by the limit and by what memory has shown."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
-from lcm_kit.serve.asked import EXAMPLES, Wanted
 from lcm_kit.serve.gate import WATCHED
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
@@ -43,6 +43,8 @@ _PICTURES = {
         "batches": {"type": "array", "items": {"type": "integer"},
                     "description": "For each picture, how many were drawn together."},
         "seconds": {"type": "number"},
+        "kept": {"type": "array", "items": {"type": "integer"},
+                 "description": "With keep: the ids of the pictures in the history."},
     },
 }  # fmt: skip
 
@@ -74,16 +76,36 @@ def answers() -> dict[int | str, dict[str, Any]]:
     return {200: drawn, **said(*_WORDS)}
 
 
-def body(limits: Limits) -> dict[str, Any]:
-    """The request's schema with this server's limits in it."""
-    schema = Wanted.model_json_schema()
+def body(limits: Limits, model: type[BaseModel], examples: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's schema with this server's limits in it, whole in itself, and examples of it by name."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+    for part in (schema, *parts.values()):
+        _limit(part["properties"], limits)
+    shown = {name: {"value": value} for name, value in examples.items()}
+    content = {"schema": _without_references(schema, parts), "examples": shown}
+    return {"requestBody": {"required": True, "content": {JSON: content}}}
+
+
+def _limit(keys: dict[str, Any], limits: Limits) -> None:
     for name, most in (("count", "count"), ("steps", "steps"), ("width", "side"), ("height", "side")):
-        for option in schema["properties"][name].get("anyOf", [schema["properties"][name]]):
+        for option in keys.get(name, {}).get("anyOf", [keys.get(name, {})]):
             if option.get("type") == "integer":
                 option["maximum"] = getattr(limits, most)
-    schema["properties"]["prompt"]["maxLength"] = limits.prompt
-    examples = {name: {"value": value} for name, value in EXAMPLES.items()}
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema, "examples": examples}}}}
+    if "prompt" in keys:
+        keys["prompt"]["maxLength"] = limits.prompt
+
+
+def _without_references(schema: Any, parts: Mapping[str, Any]) -> Any:
+    """Parts of it in their places: where it stands in the page, `#/$defs` would lead elsewhere."""
+    if isinstance(schema, list):
+        return [_without_references(each, parts) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        own = {key: each for key, each in schema.items() if key != "$ref"}
+        return {**_without_references(parts[schema["$ref"].rpartition("/")[2]], parts), **own}
+    return {key: _without_references(each, parts) for key, each in schema.items()}
 
 
 def secure(app: FastAPI) -> None:

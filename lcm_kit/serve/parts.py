@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.made import Source
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.engine import Engine
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.log import Log
 from lcm_kit.serve.metrics import Metrics
+from lcm_kit.serve.problems import Problem
+from lcm_kit.serve.store import Store
+
+DATA = "start it with `lcm-kit serve --data FOLDER`"
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,16 @@ class Parts:
     metrics: Metrics
     token: bool  # whether one is needed: for OpenAPI's words
     how: How = PLAIN
+    store: Store | None = None  # what is kept; None: nothing
+
+    @property
+    def source(self) -> Source:
+        """What its pictures say of what drew them."""
+        decoder = None if self.how.decoder is None else str(self.how.decoder)
+        return replace(self.served.source, decoder=decoder)
+
+    def require_store(self) -> Store:
+        """The store. Raises `Problem` where nothing is kept."""
+        if self.store is None:
+            raise Problem(404, f"this server keeps no pictures and no votes; {DATA} to have them kept")
+        return self.store

@@ -12,7 +12,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lcm_kit.errors import UserError
 from lcm_kit.inert import line
+from lcm_kit.serve.database import NotKept
 from lcm_kit.serve.engine import Closed, Full, NoRoom
+from lcm_kit.serve.store import Unknown, Voted
 
 MEDIA, JSON, PNG = "application/problem+json", "application/json", "image/png"
 STREAM = "text/event-stream"
@@ -44,6 +46,12 @@ class Problem(UserError):
                 return cls(503, str(error), {"Retry-After": "5"})
             case NoRoom():
                 return cls(503, str(error), {"Retry-After": "30"})
+            case NotKept():
+                return cls(507, str(error))
+            case Unknown():
+                return cls(404, str(error))
+            case Voted():
+                return cls(409, str(error))
             case UserError():
                 sentence, items = error.args
                 return cls(422, line(sentence), found=[line(item) for item in items] or None)

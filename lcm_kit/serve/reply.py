@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from PIL.Image import Image
 
+from lcm_kit.drawing.made import Source
 from lcm_kit.drawing.pictures import png_bytes
+from lcm_kit.errors import UserError
 from lcm_kit.serve.asked import Order
 from lcm_kit.serve.engine import Ticket
+from lcm_kit.serve.parts import DATA, Parts
 from lcm_kit.serve.problems import PNG
+from lcm_kit.serve.store import Kind, Picture, Store
 
 
 class Shown(NamedTuple):
@@ -50,9 +54,20 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of one order, by their index."""
+    """The pictures of one order, by their index; each says how it was made. `store`: where they are kept."""
 
     order: Order
+    source: Source
+    kind: Kind = "picture"
+    store: Store | None = None
+    _kept: dict[int, Picture] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def of(cls, order: Order, parts: Parts, *, keep: bool, kind: Kind = "picture") -> Pictures:
+        """As a server has them drawn. Raises `UserError` if they are to be kept and nothing is."""
+        if keep and parts.store is None:
+            raise UserError(f"keep: this server keeps no pictures; {DATA}, or leave keep out")
+        return cls(order, parts.source, kind, parts.store if keep else None)
 
     @property
     def orders(self) -> Sequence[Order]:
@@ -66,14 +81,21 @@ class Pictures:
 
     def take(self, which: int, index: int, picture: Image) -> list[Shown]:
         """That picture."""
-        return [Shown({"index": index}, png_bytes(picture, quick=True))]
+        file = png_bytes(picture, self.source.told(self.settings, picture.size, index), quick=True)
+        if self.store is not None:
+            record = self.source.record(self.settings, index)
+            self._kept[index] = Picture(self.kind, record, picture.size, file)
+        return [Shown({"index": index}, file)]
 
     def done(self, tickets: Sequence[Ticket], seconds: float) -> dict[str, Any]:
-        """Settings, which draw the same again, notes, and how it was drawn."""
-        return {
+        """Settings, which draw the same again, notes, and how it was drawn; the ids of what is kept now."""
+        told = {
             "settings": dict(self.order.settings), "notes": list(self.order.notes),
             "batches": tickets[0].batches, "seconds": round(seconds, 4),
         }  # fmt: skip
+        if self.store is not None:
+            told["kept"] = self.store.keep([self._kept[index] for index in sorted(self._kept)])
+        return told
 
     def whole(self, pictures: list[dict[str, Any]], done: dict[str, Any]) -> dict[str, Any]:
         """In their order."""

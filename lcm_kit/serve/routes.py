@@ -14,7 +14,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
 from lcm_kit.serve.adapters import Adapter
 from lcm_kit.serve.answering import answer
-from lcm_kit.serve.asked import parsed, settled
+from lcm_kit.serve.asked import EXAMPLES, Wanted, parsed, settled
 from lcm_kit.serve.openapi import answers, body, said, secure
 from lcm_kit.serve.page import page
 from lcm_kit.serve.parts import Parts
@@ -108,6 +108,7 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
             "adapters": [_adapter(each) for each in served.adapters],
             "samplers": samplers.names(),
             "limits": {name: getattr(limits, name) for name in asked},
+            "history": parts.store is not None,
             "state": parts.engine.state,
         }  # fmt: skip
 
@@ -136,10 +137,11 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
 
     @app.post(
         "/v1/pictures", tags=["pictures"], summary="Draw pictures of a prompt",
-        response_class=Response, responses=answers(), openapi_extra=body(limits),
+        response_class=Response, responses=answers(), openapi_extra=body(limits, Wanted, EXAMPLES),
     )  # fmt: skip
     async def pictures(request: Request) -> Response:
         began = time.monotonic()
         media = chosen(request.headers.get("accept"))
-        order = settled(parsed(await read(request, limits.body, limits.seconds)), parts.served, limits)
-        return await answer(request, parts, Pictures(order), media, began)
+        wanted = parsed(await read(request, limits.body, limits.seconds), Wanted)
+        order = settled(wanted, parts.served, limits)
+        return await answer(request, parts, Pictures.of(order, parts, keep=wanted.keep), media, began)

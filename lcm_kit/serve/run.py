@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from lcm_kit.serve.log import Log, Uvicorn
 from lcm_kit.serve.metrics import Metrics
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.routes import application
+from lcm_kit.serve.store import Store
 from lcm_kit.serve.watched import Watched
 
 _ANSWERS = 5  # seconds for the last answers to go out
@@ -83,6 +85,18 @@ class Drawn:
     tiling: bool = False
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where pictures and votes are kept; without a folder nowhere."""
+
+    folder: Path | None = None
+    pictures: int = 1000  # at most
+
+    def store(self) -> AbstractContextManager[Store | None]:
+        """The store, or None. Raises `UserError` as `Store.opened`."""
+        return nullcontext() if self.folder is None else Store.opened(self.folder, self.pictures)
+
+
 @dataclass
 class App:
     """A server without its process: `asgi` is the whole application, `engine` is yet to be started."""
@@ -92,6 +106,7 @@ class App:
     limits: Limits
     place: Place
     log: Log
+    store: Store | None = None
     engine: Engine = field(init=False)
     asgi: Watched = field(init=False)
     metrics: Metrics = field(init=False)
@@ -101,7 +116,8 @@ class App:
         self.engine = Engine(self.drawer, self.limits, self._told)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.state == "ready")
         parts = Parts(
-            self.served, self.engine, self.limits, self.log, self.metrics, tokens is not None, self.drawer.how
+            self.served, self.engine, self.limits, self.log, self.metrics, tokens is not None,
+            self.drawer.how, self.store,
         )  # fmt: skip
         gate = Gate(application(parts), tokens, self.place.hosts(), Rate(self.limits.rate))
         self.asgi = Watched(gate, self.log, self.metrics)
@@ -143,7 +159,14 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    base: Base, adapters: list[str], place: Place, limits: Limits, drawn: Drawn, *, log_prompts: bool = False
+    base: Base,
+    adapters: list[str],
+    place: Place,
+    limits: Limits,
+    drawn: Drawn,
+    kept: Kept,
+    *,
+    log_prompts: bool = False,
 ) -> None:
     """Serve pictures until told to stop. Raises `UserError` for what cannot be served, before it listens."""
     if limits.count > limits.queue:
@@ -152,13 +175,19 @@ def serve(
         )
     place.tokens()  # what costs nothing to check goes first
     log = Log(log_prompts)
-    served = Served.of(base, adapters)
-    how = How.of(served.base, drawn.decoder, drawn.tiling, False)
-    app = App(served, Drawer(served, limits.batch, drawn.device, drawn.dtype, how), limits, place, log)
-    with place.listening() as listening:
+    with kept.store() as store:
+        served = Served.of(base, adapters)
+        how = How.of(served.base, drawn.decoder, drawn.tiling, False)
+        drawer = Drawer(served, limits.batch, drawn.device, drawn.dtype, how)
+        _run(App(served, drawer, limits, place, log, store))
+
+
+def _run(app: App) -> None:
+    log, served = app.log, app.served
+    with app.place.listening() as listening:
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        log.say("listening", url=url, base=base.path, adapters=[each.name for each in served.adapters])
+        log.say("listening", url=url, base=served.base.path, adapters=[each.name for each in served.adapters])
         _quiet_uvicorn(log)
         app.engine.start()
         Server(uvicorn.Config(app.asgi, **_settings()), app).run([listening])

@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 from lcm_kit import console
+from lcm_kit.share import started_together
 
 BEAT, SILENCE = 10.0, 300.0  # seconds
 _LEFT = 1 << 40  # more beats than anybody lives: it has ended as it should
@@ -71,7 +72,7 @@ def listen() -> None:
 
     To be called by all processes at the same place, when they have met.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = started_together()
     if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)) or "MASTER_ADDR" not in os.environ:
         return
     from torch.distributed import TCPStore, broadcast_object_list

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from lcm_kit import console
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import signed
-from lcm_kit.share import Share
+from lcm_kit.share import Share, started_together
 from lcm_kit.training import peers
 
 # How long processes wait for each other. One of them draws and encodes alone while the others wait, and
@@ -37,7 +36,7 @@ def state() -> Any:
 
 def share() -> Share:
     """This process's share of work. accelerate is only imported where there are several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started_together() < 2:
         return Share()
     here = state()
     wait = here.wait_for_everyone

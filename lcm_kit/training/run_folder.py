@@ -13,6 +13,7 @@ from lcm_kit.adapter.folder import FACTS, WEIGHTS, read_provenance
 from lcm_kit.config import schema
 from lcm_kit.config.continued import BASE, BATCH, CODE, DATA, LORAS, TOLD, flat, is_free
 from lcm_kit.config.load import dump, load, read
+from lcm_kit.data.findings import number
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write, require_writable
 from lcm_kit.training import run_files
@@ -34,7 +35,7 @@ def claim(config: schema.Training, accelerator: Accelerator) -> bool:
         for change in _changes(run / "config.yaml", config, states):
             say(accelerator, f"{run}: {change} from here on")
     if done >= config.steps:
-        say(accelerator, f"{run}: finished, {done} steps of {config.steps}; nothing to do")
+        say(accelerator, f"{run}: finished, {done} of {number(config.steps, 'step')}; nothing to do")
         return False
     if done and not states:
         raise UserError(
@@ -63,6 +64,11 @@ def write_config(config: schema.Training) -> None:
     file, text = Path(config.output) / "config.yaml", dump(config)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         atomic_write(file, text)
+
+
+def say_finished(accelerator: Accelerator, run: Path, done: int) -> None:
+    """Say that a run has made all its steps, and what comes next."""
+    say(accelerator, f"{run}: finished, {number(done, 'step')}; next: lcm-kit export {run}")
 
 
 def _changes(file: Path, config: schema.Training, states: Sequence[Path]) -> list[str]:

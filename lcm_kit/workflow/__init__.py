@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from lcm_kit.data.reconstruction import Reconstructions
 from lcm_kit.data.records import list_source
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import require_writable
+from lcm_kit.share import started_together
 from lcm_kit.workflow import configs, needs, show
 from lcm_kit.workflow.configs import Story
 from lcm_kit.workflow.stages import require_folder, stages_of
@@ -164,7 +164,7 @@ def _heading(number: int, title: str) -> None:
 
 def _alone() -> None:
     """Raise `UserError` under `accelerate launch`: the stages share work each in its own way."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started_together() > 1:
         raise UserError(
             "this runs all stages in one process; with several, run `lcm-kit encode`, `train`, `export` and "
             "`evaluate` one by one (docs/finetuning.md)"

@@ -255,7 +255,7 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(
     straight = Path(shutil.copytree(straight, tmp_path / "run"))  # other tests compare with the original
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
     distill.main(configure(distill_keys, straight, **SETTINGS))
-    assert "finished, 7 steps of 7; nothing to do" in capsys.readouterr().out
+    assert "finished, 7 of 7 steps; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()} == before
     distill.main(configure(distill_keys, straight, **{**SETTINGS, "steps": 8}))
     assert "continuing after step 7 of 8" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.engine import Engine
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.log import Log
-from lcm_kit.serve.run import App, Place
+from lcm_kit.serve.run import App, Kept, Place
 from tests.recipes.small import environment
 
 PATIENCE = 120  # seconds after which a test has failed, however slow the machine
@@ -121,13 +121,16 @@ def application(
     tokens: Path | None = None,
     prompts: bool = False,
     hosts: tuple[str, ...] = (),
+    data: Path | None = None,
+    history: int = 1000,
 ) -> Iterator[App]:
     """A whole application whose engine runs."""
     chosen = drawer or Drawer(what, limits.batch)
     place = Place(token_file=tokens, allowed_hosts=hosts)
-    app = App(what, chosen, limits, place, Log(prompts))  # type: ignore[arg-type]
-    with running(app.engine):
-        yield app
+    with Kept(data, history).store() as store:
+        app = App(what, chosen, limits, place, Log(prompts), store)  # type: ignore[arg-type]
+        with running(app.engine):
+            yield app
 
 
 def ask(app: App, *requests: dict[str, Any], together: bool = False) -> list[httpx.Response]:

@@ -12,14 +12,14 @@ import pytest
 from lcm_kit.cli import serve as cli_serve
 from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
-from lcm_kit.serve.asked import EXAMPLES, parsed, settled
+from lcm_kit.serve.asked import EXAMPLES, Wanted, parsed, settled
 from lcm_kit.serve.limits import Limits
 
 LIMITS = Limits(side=96, steps=10, count=3, prompt=20)
 
 
 def settle(what: Served, **asked: Any) -> Any:
-    return settled(parsed(json.dumps({"prompt": "a", **asked}).encode()), what, LIMITS)
+    return settled(parsed(json.dumps({"prompt": "a", **asked}).encode(), Wanted), what, LIMITS)
 
 
 def test_what_nobody_says_is_what_serves_the_lora(tiny: Served) -> None:
@@ -92,17 +92,17 @@ def test_what_cannot_be_drawn_is_a_sentence(tiny: Served, asked: dict[str, Any],
 )  # fmt: skip
 def test_a_body_that_is_none_of_ours_is_a_sentence(body: bytes, said: str) -> None:
     with pytest.raises(UserError, match=said) as refused:
-        parsed(body)
+        parsed(body, Wanted)
     assert len(str(refused.value)) < 400
 
 
 def test_all_that_is_wrong_is_said_at_once_and_not_without_end() -> None:
     with pytest.raises(UserError, match="2 things are wrong") as refused:
-        parsed(b'{"prompt": 1, "seed": "x"}')
+        parsed(b'{"prompt": 1, "seed": "x"}', Wanted)
     assert len(refused.value.args[1]) == 2
     many = {f"key{k}": k for k in range(1000)}
     with pytest.raises(UserError) as refused:
-        parsed(json.dumps(many).encode())
+        parsed(json.dumps(many).encode(), Wanted)
     assert len(refused.value.args[1]) == 10
 
 

@@ -1,0 +1,252 @@
+"""What `lcm-kit serve` adds to the drawing itself, and whether its memory stays what it was.
+
+    OMP_NUM_THREADS=1 python -m studies.serving load [SECONDS]
+    OMP_NUM_THREADS=1 python -m studies.serving memory [REQUESTS]
+
+Both start a real server with tiny-sd and its LCM-LoRA and send it requests over HTTP. `load`: 1, 4 and 16
+clients, each of which asks for its next picture of 4 steps when it has the last one. The limit is what nobody
+can be faster than: 4 bare calls of the UNet with the LoRA in its weights and one decode, of as many pictures
+as the server drew at once, timed in this process right before and after, while the server rests. `memory`:
+requests of one step that differ in size, seed, count, prompt and adapter weights, some of them given up by
+their client or refused. The figures stand in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median, quantiles
+from typing import Any
+
+import psutil
+import torch
+
+from lcm_kit import sample
+from lcm_kit.drawing import vae
+
+BASE, ADAPTER = "asset:tiny-sd", "asset:tiny-lcm-lora"
+STEPS, CLIENTS = 4, (1, 4, 16)
+WARM = 3  # seconds of load before it counts
+PROMPTS = ("a red circle", "a blue square on a striped ground", "two green triangles", "a yellow star")
+Figures = dict[str, float]
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    """A server that is ready: its process, and where it listens."""
+    command = [sys.executable, "-m", "lcm_kit", "serve", "--base", BASE, "--adapter", ADAPTER, "--port", "0"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        lines = [json.loads(line) for line in _until_ready(process.stderr)]
+        where = next(line["url"] for line in lines if line["event"] == "listening")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or its pipe is full one day
+        host, _, port = where.removeprefix("http://").rpartition(":")
+        yield process, host, int(port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _until_ready(lines: Any) -> Iterator[str]:
+    for line in lines:
+        if line.startswith("{"):
+            yield line
+            if json.loads(line)["event"] == "ready":
+                return
+    raise SystemExit("the server did not start; run lcm-kit serve and see what it says")
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, host: str, port: int) -> None:  # noqa: D107
+        self._where = host, port
+        self._connection = http.client.HTTPConnection(*self._where, timeout=600)
+
+    def ask(self, **asked: Any) -> int:
+        """The status of an answer that was read to its end."""
+        headers = {"Content-Type": "application/json", "Accept": "image/png, application/json;q=0.5"}
+        if asked.get("count", 1) > 1:
+            headers["Accept"] = "application/json"
+        self._connection.request("POST", "/v1/pictures", json.dumps(asked), headers)
+        answer = self._connection.getresponse()
+        answer.read()
+        return answer.status
+
+    def give_up(self, **asked: Any) -> None:
+        """Ask, and hang up before there is an answer."""
+        connection = http.client.HTTPConnection(*self._where, timeout=600)
+        connection.request("POST", "/v1/pictures", json.dumps(asked), {"Content-Type": "application/json"})
+        connection.close()
+
+
+# -- Load ----------------------------------------------------------------------------------------------------
+
+
+def limit() -> Callable[[int], float]:
+    """How many seconds 4 bare UNet calls and a decode of some pictures take, at best."""
+    pipe = sample.adapted(BASE, ADAPTER)
+    unet, side = pipe.unet, pipe.unet.config.sample_size
+    width = unet.config.cross_attention_dim
+
+    @torch.no_grad()
+    def once(count: int) -> float:
+        latents = torch.randn(count, unet.config.in_channels, side, side)
+        told = torch.randn(count, 77, width)
+        began = time.perf_counter()
+        for step in range(STEPS):
+            latents = unet(latents, torch.tensor(999 - 250 * step), encoder_hidden_states=told).sample
+        vae.decode(pipe.vae, latents)
+        return time.perf_counter() - began
+
+    def seconds(count: int) -> float:
+        once(count)
+        return median(once(count) for _ in range(max(5, 40 // count)))
+
+    return seconds
+
+
+def measured(host: str, port: int, clients: int, seconds: float) -> Figures:
+    """Latencies in seconds, and pictures a second, of so many clients at once."""
+    until = time.perf_counter() + WARM + seconds
+    taken: list[tuple[float, float]] = []  # when it was there, and how long it took
+
+    def work(number: int) -> None:
+        client = Client(host, port)
+        for k in itertools.count():
+            began = time.perf_counter()
+            if began > until:
+                return
+            asked = {
+                "prompt": PROMPTS[(number + k) % len(PROMPTS)],
+                "seed": 1000 * number + k,
+                "steps": STEPS,
+            }
+            status = client.ask(**asked)
+            if status != 200:
+                raise SystemExit(f"a request was answered by {status}")
+            taken.append((time.perf_counter(), time.perf_counter() - began))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counted = [(at, each) for at, each in taken if until - seconds <= at <= until]
+    cuts = quantiles([each for _, each in counted], n=100)
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "a second": len(counted) / seconds}
+
+
+def _figure(host: str, port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+def load(seconds: float) -> None:
+    """Print a line for each number of clients."""
+    bare = limit()
+    print(
+        "clients  pictures at once  p50 ms  p95 ms  p99 ms  pictures/s  limit ms  share of the limit",
+        flush=True,
+    )
+    with serving("--rate", "1000000", "--batch", str(max(CLIENTS))) as (_, host, port):
+        for clients in CLIENTS:
+            names = "lcm_kit_batch_pictures_sum", "lcm_kit_batch_pictures_count"
+            first = bare(clients)
+            before = [_figure(host, port, name) for name in names]
+            found = measured(host, port, clients, seconds)
+            drawn, batches = (
+                _figure(host, port, name) - was for name, was in zip(names, before, strict=True)
+            )
+            together = drawn / batches
+            least = (first + bare(clients)) / 2
+            share = found["a second"] * least / clients
+            print(
+                f"{clients:7}  {together:16.2f}  {1000 * found['p50']:6.0f}  {1000 * found['p95']:6.0f}  "
+                f"{1000 * found['p99']:6.0f}  {found['a second']:10.2f}  {1000 * least:8.0f}  {share:18.3f}",
+                flush=True,
+            )
+
+
+# -- Memory --------------------------------------------------------------------------------------------------
+
+
+def memory(requests: int) -> None:
+    """Print the server's own memory after each tenth of the requests, and its growth in the second half."""
+    told = 10
+    print("requests  own MiB", flush=True)
+    with serving("--rate", "1000000", "--queue", "256") as (process, host, port):
+        held, done = [], 0
+        for part in range(told):
+            until = (part + 1) * requests // told
+            _ask_for(host, port, range(done, until))
+            done = until
+            held.append(psutil.Process(process.pid).memory_info().rss / 2**20)
+            print(f"{done:8}  {held[-1]:7.1f}", flush=True)
+    half = held[told // 2 :]
+    print(f"growth in the last {len(half) - 1} parts: {half[-1] - half[0]:+.1f} MiB")
+
+
+def _ask_for(host: str, port: int, numbers: range, clients: int = 8) -> None:
+    left = iter(numbers)
+    taking = threading.Lock()
+
+    def work() -> None:
+        client = Client(host, port)
+        while True:
+            with taking:
+                number = next(left, None)
+            if number is None:
+                return
+            asked = request(number)
+            if number % 25 == 0:
+                client.give_up(**asked)
+                continue
+            status, refused = client.ask(**asked), number % 40 == 1
+            if status != (422 if refused else 200):
+                raise SystemExit(f"request {number} was answered by {status}")
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def request(number: int) -> dict[str, Any]:
+    """One of many: nearly each has another prompt and seed, one in forty is wrong."""
+    sides = 32, 40, 48, 64
+    asked: dict[str, Any] = {
+        "prompt": f"{PROMPTS[number % len(PROMPTS)]} number {number}", "seed": number, "steps": 1,
+        "width": sides[number // 64 % 4], "height": sides[number // 256 % 4],
+        "count": 1 + (number % 50 == 7),
+    }  # fmt: skip
+    if number // 512 % 4 == 1:
+        asked["adapters"] = {"tiny-lcm-lora": 0.25 * (1 + number // 2048 % 4)}
+    if number % 40 == 1:
+        asked["steps"] = 1000
+    return asked
+
+
+def main() -> None:
+    """One of the two studies."""
+    studies: dict[str, tuple[Callable[[Any], None], int]] = {"load": (load, 30), "memory": (memory, 10_000)}
+    name, *more = sys.argv[1:] or [""]
+    if name not in studies or len(more) > 1:
+        raise SystemExit(__doc__)
+    study, usual = studies[name]
+    study(int(more[0]) if more else usual)
+
+
+if __name__ == "__main__":
+    main()
