@@ -23,7 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SHOWN = """(image) => {
   const canvas = document.createElement("canvas");
-  Object.assign(canvas, { width: image.naturalWidth ?? image.width, height: image.naturalHeight ?? image.height });
+  canvas.width = image.naturalWidth ?? image.width;
+  canvas.height = image.naturalHeight ?? image.height;
   canvas.getContext("2d").drawImage(image, 0, 0);
   return canvas.toDataURL("image/png").split(",")[1];
 }"""
@@ -115,8 +116,20 @@ class Visit:
 
     def alert(self) -> str:
         """What it says of an error, when it does."""
-        self.page.wait_for_function("document.getElementById('alert').textContent")
+        self.until("document.getElementById('alert').textContent")
         return str(self.page.inner_text("#alert"))
+
+    def until(self, condition: str) -> None:
+        """Until a JavaScript expression is so."""
+        for _ in range(PATIENCE * 20):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never: {condition}; the page says {self.page.inner_text('#alert')!r}")
+
+    def until_drawn_of(self, end: str) -> None:
+        """Until the picture is one of a prompt that ends so."""
+        self.until(f"document.querySelector('#drawn .picture').alt.endsWith({json.dumps(end)})")
 
     def server_draws(self, path: str = "/v1/pictures", **body: Any) -> Image.Image:
         """What the server itself answers to that."""

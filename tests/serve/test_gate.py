@@ -50,8 +50,8 @@ def raw(
 
 
 PATHS = [
-    "/v1/pictures", "/v1/info", "/metrics", "/openapi.json", "/docs", "/", "//", "", "*", "/V1/info",
-    "//v1/info", "/v1//info", "/v1/info/", "/healthz/", "//healthz",
+    "/v1/pictures", "/v1/info", "/metrics", "/openapi.json", "/docs", "//", "/?", "/ ", "/.", "/index.html",
+    "", "*", "/V1/info", "//v1/info", "/v1//info", "/v1/info/", "/healthz/", "//healthz",
     "/healthz/../v1/info", "/healthz/../metrics",
     "/./v1/info", "/HEALTHZ", "/healthz;/v1/info", "/healthz%2f..%2fv1/info",
     "/readyz/v1/info", "/healthz\x00",
@@ -75,12 +75,15 @@ def test_every_other_spelling_of_a_path_needs_the_token(tiny: Served, file: Path
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "X"])
-@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/"])
 def test_the_open_paths_do_nothing_by_other_methods(tiny: Served, file: Path, path: str, method: str) -> None:
     drawer = going()
     with application(tiny, drawer, tokens=file) as app:
         assert get(app, path).status_code == 200
         assert ask(app, {"method": method, "url": path})[0].status_code == 405
+        sent = raw(app, "websocket", "GET", path, [])
+        assert [each["type"] for each in sent] == ["websocket.close"]
+    assert not drawer.batches
 
 
 @pytest.mark.parametrize(

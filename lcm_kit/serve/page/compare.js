@@ -5,9 +5,9 @@ const Compare = (() => {
   const WHO = { asked: "as it is set", against: "the base alone at 50 steps" };
   let current = null; // what the server said of the two, and whether there was a vote
   const bar = $("compare-bar");
-  const latest = new Latest((busy) => {
-    bar.classList.toggle("on", busy);
-    $("compare").disabled = busy;
+  const latest = new Latest((on) => {
+    busy(bar, on);
+    $("compare").disabled = on;
   }, (error) => Live.alert(error));
 
   const name = (side, leftIs) => WHO[(side === "left") === (leftIs === "asked") ? "asked" : "against"];
@@ -20,8 +20,7 @@ const Compare = (() => {
 
   const draw = async (signal) => {
     const body = { ...Settings.body(), blind: $("blind").checked };
-    const step = (done, steps) => { bar.firstElementChild.style.transform = `scaleX(${done / steps})`; };
-    step(0, 1);
+    const step = (done, steps) => progress(bar, done, steps);
     const answer = await Server.draw("/v1/comparisons", body, { signal, step, waiting: Live.waiting });
     Live.alert(null);
     for (const side of SIDES) {

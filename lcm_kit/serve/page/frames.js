@@ -3,9 +3,9 @@
 const Frames = (() => {
   let frames = [], request = null, timer = 0, at = 0, way = 1;
   const bar = document.querySelector("#panel-frames .bar");
-  const latest = new Latest((busy) => {
-    bar.classList.toggle("on", busy);
-    $("frames-draw").disabled = busy;
+  const latest = new Latest((on) => {
+    busy(bar, on);
+    $("frames-draw").disabled = on;
   }, (error) => Live.alert(error));
 
   const showFrame = (k) => {
@@ -32,8 +32,7 @@ const Frames = (() => {
     const body = {
       task: "interpolate", ...Settings.body({ sized: false }), prompt_to: $("prompt-to").value, frames: Number($("frames-count").value),
     };
-    const step = (done, steps) => { bar.firstElementChild.style.transform = `scaleX(${done / steps})`; };
-    step(0, 1);
+    const step = (done, steps) => progress(bar, done, steps);
     const answer = await Server.draw("/v1/edits", body, { signal, step, waiting: Live.waiting });
     Live.alert(null);
     for (const each of frames) URL.revokeObjectURL(each.url);

@@ -40,6 +40,16 @@ const show = (image, blob, alt) => {
   if (before.startsWith("blob:")) URL.revokeObjectURL(before);
 };
 
+/** How far a drawing is, on a bar that is seen while `on`. */
+const progress = (bar, done, steps) => {
+  bar.firstElementChild.style.transform = `scaleX(${done / steps})`;
+  Object.assign(bar, { ariaValueNow: done, ariaValueMax: steps });
+};
+const busy = (bar, on) => {
+  bar.classList.toggle("on", on);
+  if (on) progress(bar, 0, 1);
+};
+
 const save = (blob, name) => {
   const link = make("a", { href: URL.createObjectURL(blob), download: name });
   link.click();

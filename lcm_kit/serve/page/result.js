@@ -22,11 +22,8 @@ class Result {
 
   busy(on) {
     this.mat.setAttribute("aria-busy", on);
-    this.bar.classList.toggle("on", on);
-    if (on) this.step(0, 1);
+    busy(this.bar, on);
   }
-
-  step(done, steps) { this.bar.firstElementChild.style.transform = `scaleX(${done / steps})`; }
 
   /** Ask for a picture and show it. `files` are what the request holds besides `body`. */
   async draw({ path, body, files = {} }, signal, keep = false) {
@@ -34,7 +31,7 @@ class Result {
     for (const [key, blob] of Object.entries(files)) whole[key] = await base64Of(blob);
     if (keep) whole.keep = true;
     const answer = await Server.draw(path, whole, {
-      signal, step: (done, steps) => this.step(done, steps), waiting: Live.waiting,
+      signal, step: (done, steps) => progress(this.bar, done, steps), waiting: Live.waiting,
     });
     if (signal?.aborted) return;
     const blob = new Blob([bytesOf(answer.pictures[0].base64)], { type: "image/png" });

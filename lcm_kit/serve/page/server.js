@@ -117,13 +117,15 @@ const Server = (() => {
     return call(path, { ...options, method: "POST", body, accept }, async (answer) => {
       if (!answer.headers.get("Content-Type")?.startsWith("text/event-stream")) return answer.json();
       const pictures = [];
+      let last = null; // the stream is read to its end, or the server would take it that nobody waited for it
       for await (const { event, data } of events(answer)) {
         if (event === "step") step(data.step, data.steps);
         else if (event === "picture") pictures.push(data);
         else if (event === "problem") throw new Problem(data, data.status);
-        else if (event === "done") return { ...data, pictures };
+        else if (event === "done") last = data;
       }
-      throw new Lost(); // it ended before it was done
+      if (last === null) throw new Lost(); // it ended before it was done
+      return { ...last, pictures };
     });
   };
 

@@ -68,7 +68,7 @@ const Sketch = (() => {
       radio.addEventListener("change", () => { pick(colour); own.value = colour; });
       $("swatches").append(radio);
     }
-    $("swatches").after(make("label", { className: "row" }, "Another colour ", own));
+    $("swatches").append(own);
     surface.colour = chosen;
   };
 
