@@ -32,7 +32,7 @@ from lcm_kit.core.prediction import Predict
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import editing
 from lcm_kit.drawing.batches import Batches
-from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown
+from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown, meeting
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
@@ -256,6 +256,24 @@ def test_a_soft_edge_lies_within_the_hole_and_thin_parts_are_shown() -> None:
     assert torch.equal(feathered(hole, 0), hole.float())
     edge = torch.ones(8, 8, dtype=torch.bool)
     assert bool((feathered(edge, 3) == 1).all())  # beyond the picture nothing is kept
+
+
+def test_what_is_drawn_meets_the_picture_and_nothing_shines_through() -> None:
+    """Of a ramp drawn too bright by 0.3: exact at the edge's outer side, and its own where the edge ends."""
+    ramp = torch.linspace(-0.5, 0.5, 40).expand(1, 3, 20, 40)
+    hole = torch.zeros(20, 40, dtype=torch.bool)
+    hole[4:16, 8:32] = True
+    hidden = torch.where(hole, torch.full_like(ramp, 9.0), ramp)  # of which nothing may be seen
+    made = meeting(hidden, ramp + 0.3, hole, 3)
+    off = (made - ramp)[0, 0]
+    torch.testing.assert_close(off[10, 8:13], torch.tensor([0.075, 0.15, 0.225, 0.3, 0.3]))
+    assert float(off[~hole].abs().max()) < 1e-6 and float(off[hole].max()) < 0.3 + 1e-6
+    assert torch.equal(meeting(hidden, ramp + 0.3, hole, 0)[..., hole], (ramp + 0.3)[..., hole])
+    everything = torch.ones_like(hole)
+    assert torch.equal(meeting(hidden, ramp, everything, 3), ramp)
+    several = torch.cat([ramp + 0.3, ramp - 0.1])
+    wanted = torch.cat([made, meeting(hidden, ramp - 0.1, hole, 3)])
+    torch.testing.assert_close(meeting(hidden, several, hole, 3), wanted)
 
 
 @pytest.mark.parametrize("feather", [1, 2, 3, 4, 7, 30])

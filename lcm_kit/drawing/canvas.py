@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_kit.drawing.pictures import to_pil
-
 _WHITE = 128  # from here on a mask is white: neither a JPEG's noise nor a soft brush changes what is outside
 
 
@@ -38,12 +36,6 @@ class Canvas:
     def size(self) -> tuple[int, int]:
         """(height, width) of the pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
-
-    def without(self, hole: Tensor) -> Canvas:
-        """The same with a smooth filling in the place of what lies in `hole`, bool [H, W]."""
-        pixels = filled(self.pixels, hole)
-        filling = to_pil(pixels)[0].crop((0, 0, *self.picture.size))
-        return Canvas(pasted(self.picture, filling, hole.float()), pixels)
 
     def hole(self, mask: Image.Image) -> Tensor:
         """Where a mask of the picture's size is white, bool [H, W]; padding beside white is white."""
@@ -75,6 +67,16 @@ def _filled(pixels: Tensor, known: Tensor) -> Tensor:
     coarse = _filled(means / share.clamp_min(1e-6), (share > 0).float())
     fine = functional.interpolate(coarse, size=pixels.shape[2:], mode="bilinear", align_corners=False)
     return torch.where(known > 0, pixels, fine)
+
+
+def meeting(original: Tensor, drawn: Tensor, hole: Tensor, feather: int) -> Tensor:
+    """`drawn` pixels [B, 3, H, W] so that they meet the `original` [1, 3, H, W] at the edge of `hole`.
+
+    What the two differ by around the hole is carried smoothly into it, and fades over `feather` pixels (0:
+    nothing is moved). So no pixel of the original, nor a filling, shines through what is drawn.
+    """
+    differ = filled(original - drawn, hole)
+    return drawn + (1 - feathered(hole, feather)) * differ
 
 
 def cells(hole: Tensor, factor: int) -> Tensor:
@@ -119,11 +121,11 @@ def _largest(values: Tensor, radius: int) -> Tensor:
     return torch.maximum(found[:length], found[wide - size : wide - size + length])
 
 
-def pasted(original: Image.Image, drawn: Image.Image, share: Tensor) -> Image.Image:
-    """`drawn` on `original`, both of one size, by `share` [H, W]; where that is 0 `original` stays."""
+def pasted(original: Image.Image, drawn: Image.Image, hole: Tensor) -> Image.Image:
+    """`drawn` in the `hole`, bool [H, W], of `original`, both of one size; all else stays."""
     width, height = original.size
-    opacity = Image.fromarray((share[:height, :width] * 255).round().to(torch.uint8).numpy())
-    return Image.composite(drawn, original, opacity)
+    inside = Image.fromarray(hole[:height, :width].to(torch.uint8).numpy() * 255)
+    return Image.composite(drawn, original, inside)
 
 
 def grown(
