@@ -277,8 +277,32 @@ def frames(models: Models, count: int, strength: float = 0.5, inner: int = 3) ->
         print(f"| {name} | {' | '.join(told)} |")
 
 
+def seams(models: Models, count: int) -> None:
+    """How visible the edge of a mask is, by the width over which what is drawn goes over into the picture.
+
+    Of outpainting, whose truth is known on both sides: the mean difference, in levels, between the step
+    across the edge and that of the truth, and between the truth and the four columns beside the edge.
+    """
+    walk = Walk.of(editing.schedule_of(models.pipe), "lcm", STEPS, 1.0)
+    widths, found, edge = (0, 2, 4, 8), [], world.SIZE - CUT
+    for one, _ in scenes(count):
+        truth = levels(world.render(one))
+        picture, mask = grown(world.render(one).crop((0, 0, edge, world.SIZE)), 0, 0, CUT, 0)
+        canvas, row = Canvas.of(picture, 8), []
+        for width in widths:
+            edit = editing.inpainted(models.pipe, canvas, canvas.hole(mask), one.prompt, EACH, feather=width)
+            how = editing.Settings(walk)
+            for some in editing.drawn(models.pipe, edit, how, Batches(8, "", "")):
+                off = levels(some[0]) - truth
+                row.append((abs(off[:, edge] - off[:, edge - 1]).mean(), abs(off[:, edge : edge + 4]).mean()))
+        found.append(row)
+    print("\n| feather | step at the edge | beside it |\n| --- | --- | --- |")
+    for width, (step, beside) in zip(widths, np.mean(found, axis=0), strict=True):
+        print(f"| {width} | {step:.1f} | {beside:.1f} |")
+
+
 def main() -> None:
-    """Print both tables; with --sheet also write pictures of the first scenes."""
+    """Print the tables; with --sheet also write pictures of the first scenes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scenes", nargs="?", type=int, default=64)
     parser.add_argument("--sheet", type=Path)
@@ -292,6 +316,7 @@ def main() -> None:
         print(f"|{' --- |' * 10}")
         rows = measure(models, asked.scenes)
         frames(models, asked.scenes)
+        seams(models, asked.scenes)
     if asked.sheet is not None:
         best = [row for row in rows if row.strength == TASKS[row.task][1][0]]
         save_png(contact_sheet([each for row in best for each in row.shown[:SHOWN]], SHOWN), asked.sheet)
