@@ -10,15 +10,26 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException, HTTPMessage
-from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlencode, urlsplit
 
 from lcm_kit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 _MOST = 2**30  # bytes of an answer
+
+
+class Comparison(NamedTuple):
+    """Two pictures from the same noise; `left_is` and `settings` are None where it is judged blind."""
+
+    id: int | None  # to vote by; None where the server keeps nothing
+    left: Image
+    right: Image
+    left_is: str | None  # asked or against
+    settings: dict[str, Any] | None  # of both
 
 
 class Client:
@@ -51,42 +62,127 @@ class Client:
         width: int | None = None,
         height: int | None = None,
         adapters: Mapping[str, float | None] | None = None,
+        keep: bool = False,
     ) -> list[Image]:
         """Draw `count` pictures of `prompt`, 8-bit RGB; what is None is what the server finds best.
 
         `adapters`: weights by the names that `info` lists, None for an adapter's own; {} is the base alone.
-        The other settings are those of `sample_images`.
+        `keep`: whether the server's history keeps them. The other settings are those of `sample_images`.
         """
-        from PIL import Image, UnidentifiedImageError
+        return self._pictures(
+            "/v1/pictures", adapters, prompt=prompt, negative_prompt=negative_prompt, seed=seed, count=count,
+            sampler=sampler, steps=steps, guidance_scale=guidance_scale, width=width, height=height,
+            keep=keep or None,
+        )  # fmt: skip
 
+    def _pictures(self, path: str, adapters: Mapping[str, float | None] | None, **asked: Any) -> list[Image]:
+        """What is answered to what is asked and not None."""
+        asked["adapters"] = None if adapters is None else dict(adapters)
+        answer = self._json(path, {key: each for key, each in asked.items() if each is not None})
+        return [self._picture(each) for each in self._part(answer, "pictures", list)]
+
+    def compare(
+        self,
+        prompt: str,
+        *,
+        against: Mapping[str, Any] | None = None,
+        blind: bool = False,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        adapters: Mapping[str, float | None] | None = None,
+    ) -> Comparison:
+        """Draw a picture as `draw`, and from the same noise what it is to be judged `against`.
+
+        That is `steps`, `sampler`, `guidance_scale` and `adapters`; what is not said of it is the base alone
+        in 50 steps. `blind`: which of the two is which is said by `vote` alone.
+        """
         asked = {
-            "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "count": count,
-            "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale, "width": width,
-            "height": height, "adapters": None if adapters is None else dict(adapters),
+            "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "sampler": sampler,
+            "steps": steps, "guidance_scale": guidance_scale, "width": width, "height": height,
+            "adapters": None if adapters is None else dict(adapters), "blind": blind or None,
+            "against": None if against is None else dict(against),
         }  # fmt: skip
-        answer = self._json("/v1/pictures", {key: each for key, each in asked.items() if each is not None})
+        found = self._json("/v1/comparisons", {key: each for key, each in asked.items() if each is not None})
+        left, right = (self._picture(self._part(found, side, dict)) for side in ("left", "right"))
+        return Comparison(found.get("id"), left, right, found.get("left_is"), found.get("settings"))
+
+    def vote(
+        self, comparison: Comparison | int, choice: Literal["left", "right", "tie", "neither"]
+    ) -> dict[str, Any]:
+        """Vote on a comparison, or on that with this id, once; says what it was: `left_is`, `settings`.
+
+        `chosen` is what was chosen by it, asked or against.
+        """
+        number = comparison.id if isinstance(comparison, Comparison) else comparison
+        if number is None:
+            raise UserError(f"{self.url} keeps no votes; start it with `lcm-kit serve --data FOLDER`")
+        return self._json("/v1/votes", {"comparison": number, "choice": choice})
+
+    def votes(self) -> dict[str, Any]:
+        """How often which side was chosen, in all and by adapters."""
+        return self._json("/v1/votes")
+
+    def votes_csv(self) -> str:
+        """All votes, a line each, with all settings."""
         try:
-            files = [base64.b64decode(each["base64"], validate=True) for each in answer["pictures"]]
-            return [Image.open(io.BytesIO(each), formats=["PNG"]).convert("RGB") for each in files]
-        except (LookupError, TypeError, binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
+            return self._bytes("/v1/votes.csv").decode()
+        except UnicodeDecodeError as error:
             raise self._odd(error) from error
+
+    def history(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The newest pictures that were drawn with `keep`: `id`, `created`, `kind`, `settings` and more."""
+        found: list[dict[str, Any]] = []
+        more = True
+        while more and len(found) < limit:
+            query = {"limit": min(limit - len(found), 500)}
+            if found:
+                query["before"] = self._part(found[-1], "id", int)
+            answer = self._json(f"/v1/history?{urlencode(query)}")
+            page = self._part(answer, "pictures", list)
+            found += page
+            more = bool(page) and self._part(answer, "more", bool)
+        return found
+
+    def kept(self, number: int) -> Image:
+        """The picture of the history that has this id, with what its file says of it in `info`."""
+        return self._opened(self._bytes(f"/v1/history/{number:d}"))
+
+    def forget(self, number: int | None = None) -> None:
+        """Delete that picture of the history for good, or all of them."""
+        self._bytes("/v1/history" if number is None else f"/v1/history/{number:d}", method="DELETE")
 
     def info(self) -> dict[str, Any]:
         """The server's base, adapters with what serves them best, and limits."""
         return self._json("/v1/info")
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Accept": "application/json, application/problem+json"}
+        try:
+            found = json.loads(self._bytes(path, body))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise self._odd(error) from error
+        if not isinstance(found, dict):
+            raise self._odd(TypeError("no JSON object"))
+        return found
+
+    def _bytes(self, path: str, body: Mapping[str, Any] | None = None, method: str | None = None) -> bytes:
+        headers = {"Accept": "application/json, application/problem+json, */*;q=0.1"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         content = None
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, headers)
+        request = urllib.request.Request(self.url + path, content, headers, method=method)
         try:
             with self._opener.open(request, timeout=self.timeout) as answer:
-                found = json.loads(_read(answer))
+                return _read(answer)
         except urllib.error.HTTPError as error:
             with error:
                 raise UserError(self._said(error)) from error
@@ -98,9 +194,28 @@ class Client:
             ) from error
         except ValueError as error:
             raise self._odd(error) from error
-        if not isinstance(found, dict):
-            raise self._odd(TypeError("no JSON object"))
+
+    def _part(self, answer: Any, key: str, kind: type[T]) -> T:
+        found = answer.get(key) if isinstance(answer, dict) else None
+        if not isinstance(found, kind):
+            raise self._odd(TypeError(f"no {key}"))
         return found
+
+    def _picture(self, told: Any) -> Image:
+        """That which stands in an answer."""
+        try:
+            content = base64.b64decode(self._part(told, "base64", str), validate=True)
+        except binascii.Error as error:
+            raise self._odd(error) from error
+        return self._opened(content)
+
+    def _opened(self, content: bytes) -> Image:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            return Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise self._odd(error) from error
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         """The sentence of a problem, with what follows from its headers."""

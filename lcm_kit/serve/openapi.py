@@ -14,11 +14,13 @@ from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
 
 _WORDS = {
     400: "The request is not whole", 401: "No token, or an unknown one",
+    404: "There is no such thing, or this server keeps nothing", 409: "There is a vote already",
     406: "None of JSON, PNG and events is accepted",
     408: "The body came too slowly", 413: "The body is too large", 415: "The body is not said to be JSON",
     422: "What was asked for cannot be drawn; the detail says what and why",
     429: "The queue is full, or the client asks too often; Retry-After says when to try again",
     500: "A bug", 503: "Nothing is drawn now: loading, stopping, or memory ran out", 504: "The time is over",
+    507: "What is to be kept cannot be written",
 }  # fmt: skip
 _PROBLEM = {
     "type": "object", "required": ["type", "title", "status", "detail"],
@@ -28,7 +30,8 @@ _PROBLEM = {
         "errors": {"type": "array", "items": {"type": "string"}}, "request": {"type": "string"},
     },
 }  # fmt: skip
-_PICTURES = {
+FILE = {"schema": {"type": "string", "contentMediaType": PNG}}
+PICTURES = {
     "type": "object", "required": ["pictures", "settings", "notes", "batches", "seconds"],
     "properties": {
         "pictures": {"type": "array", "items": {
@@ -48,6 +51,69 @@ _PICTURES = {
     },
 }  # fmt: skip
 
+_SETTINGS = {
+    "type": "object", "required": ["asked", "against"], "description": "Of both, each as of pictures.",
+}  # fmt: skip
+_SIDE = {
+    "type": "object", "required": ["media_type", "base64"],
+    "properties": {
+        "media_type": {"type": "string"}, "base64": {"type": "string", "contentEncoding": "base64"},
+    },
+}  # fmt: skip
+_LEFT_IS = {"enum": ["asked", "against"], "description": "Which of the two stands on the left."}
+COMPARED = {
+    "type": "object", "required": ["id", "blind", "left", "right", "notes", "seconds"],
+    "properties": {
+        "id": {"type": ["integer", "null"], "description": "To vote by; null without --data."},
+        "blind": {"type": "boolean"}, "left": _SIDE, "right": _SIDE, "left_is": _LEFT_IS,
+        "settings": _SETTINGS, "notes": {"type": "array", "items": {"type": "string"}},
+        "seconds": {"type": "number"},
+    },
+    "if": {"properties": {"blind": {"const": False}}}, "then": {"required": ["left_is", "settings"]},
+    "else": {"properties": {"left_is": False, "settings": False}},
+}  # fmt: skip
+REVEALED = {
+    "required": ["choice", "left_is", "chosen", "settings"],
+    "properties": {
+        "choice": {"enum": ["left", "right", "tie", "neither"]}, "left_is": _LEFT_IS, "settings": _SETTINGS,
+        "chosen": {"enum": ["asked", "against", "tie", "neither"]},
+    },
+}  # fmt: skip
+_COUNTS: dict[str, Any] = {
+    name: {"type": "integer"} for name in ("votes", "blind", "asked", "against", "tie", "neither")
+}
+TALLY = {
+    "required": [*_COUNTS, "by_adapter"],
+    "properties": {
+        **_COUNTS,
+        "by_adapter": {"type": "array", "items": {
+            "type": "object", "required": ["base", "adapters", *_COUNTS],
+            "properties": {
+                "base": {"type": "string"}, **_COUNTS,
+                "adapters": {
+                    "type": "object", "additionalProperties": {"type": "string"},
+                    "description": "SHA-256 by name, of those that the side asked for was drawn with.",
+                },
+            },
+        }},
+    },
+}  # fmt: skip
+HISTORY = {
+    "required": ["pictures", "more"],
+    "properties": {
+        "more": {"type": "boolean"},
+        "pictures": {"type": "array", "items": {
+            "type": "object",
+            "required": ["id", "created", "kind", "base", "index", "settings", "width", "height"],
+            "properties": {
+                "id": {"type": "integer"}, "created": {"type": "string", "format": "date-time"},
+                "kind": {"enum": ["picture", "edit"]}, "base": {"type": "string"},
+                "index": {"type": "integer", "description": "Which picture of its request it is."},
+                "settings": {"type": "object"}, "width": {"type": "integer"}, "height": {"type": "integer"},
+            },
+        }},
+    },
+}  # fmt: skip
 _EVENTS = {
     "schema": {"type": "string", "description":
         "Server-sent events, the data of each one JSON object: `step` after each step of drawing, "
@@ -68,12 +134,16 @@ def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def answers() -> dict[int | str, dict[str, Any]]:
-    """What a request for pictures is answered with."""
-    own = {"schema": {"type": "string", "contentMediaType": PNG}}
-    content = {JSON: {"schema": _PICTURES}, PNG: own, STREAM: _EVENTS}
-    drawn = {"description": "The pictures", "content": content}
-    return {200: drawn, **said(*_WORDS)}
+def told(schema: dict[str, Any], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """An answer of JSON, and the problems that may be in its place."""
+    return {200: {"content": {JSON: {"schema": {"type": "object", **schema}}}}, **said(401, 429, *statuses)}
+
+
+def answers(*kinds: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What a request for pictures is answered with: one of these media types, or a problem."""
+    known = {JSON: {"schema": schema}, PNG: FILE, STREAM: _EVENTS}
+    drawn = {"description": "The pictures", "content": {kind: known[kind] for kind in kinds}}
+    return {200: drawn, **said(*(each for each in _WORDS if each not in (404, 409)))}
 
 
 def body(limits: Limits, model: type[BaseModel], examples: Mapping[str, Any]) -> dict[str, Any]:

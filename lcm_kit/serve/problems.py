@@ -18,6 +18,8 @@ from lcm_kit.serve.store import Unknown, Voted
 
 MEDIA, JSON, PNG = "application/problem+json", "application/json", "image/png"
 STREAM = "text/event-stream"
+CSV = "text/csv"
+NEW = {"Cache-Control": "no-store"}  # headers of what may be another the next time, or be deleted
 LEFT = 499  # nobody reads it: the client had left. In figures and logs alone, as proxies have it
 
 
@@ -67,9 +69,7 @@ class Problem(UserError):
 
     def response(self, request: str | None = None) -> Response:
         """As an answer."""
-        return Response(
-            json.dumps(self.body(request)), self.status, {"Cache-Control": "no-store", **self.headers}, MEDIA
-        )
+        return Response(json.dumps(self.body(request)), self.status, {**NEW, **self.headers}, MEDIA)
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:

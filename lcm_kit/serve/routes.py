@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
@@ -14,13 +15,17 @@ from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
 from lcm_kit.serve.adapters import Adapter
 from lcm_kit.serve.answering import answer
-from lcm_kit.serve.asked import EXAMPLES, Wanted, parsed, settled
-from lcm_kit.serve.openapi import answers, body, said, secure
+from lcm_kit.serve.asked import EXAMPLES, Wanted, mistaken, parsed, settled
+from lcm_kit.serve.history import history_routes
+from lcm_kit.serve.judging import judging_routes
+from lcm_kit.serve.openapi import PICTURES, answers, body, said, secure
 from lcm_kit.serve.page import page
 from lcm_kit.serve.parts import Parts
-from lcm_kit.serve.problems import Problem
+from lcm_kit.serve.problems import JSON, PNG, STREAM, Problem
 from lcm_kit.serve.reading import chosen, read
 from lcm_kit.serve.reply import Pictures
+
+_NOTHING = "there is nothing at this path; /openapi.json lists what there is"
 
 
 def application(parts: Parts) -> FastAPI:
@@ -32,10 +37,13 @@ def application(parts: Parts) -> FastAPI:
     app.add_exception_handler(UserError, _problem)
     app.add_exception_handler(Exception, _problem)  # `watched` logs it
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _odd_problem)
     _page_route(app)
     _watch_routes(app, parts)
     _info_route(app, parts)
     _picture_route(app, parts)
+    judging_routes(app, parts)
+    history_routes(app, parts)
     if parts.token:
         secure(app)
     return app
@@ -45,10 +53,17 @@ async def _problem(request: Request, error: Exception) -> Response:
     return Problem.of(error).response(request.scope.get("lcm_kit.request"))
 
 
+async def _odd_problem(request: Request, error: Exception) -> Response:
+    """Of a path or a query that is not as it should be."""
+    assert isinstance(error, RequestValidationError)
+    found = [{**each, "loc": each["loc"][1:]} for each in error.errors() if each["loc"][0] != "path"]
+    return await _problem(request, mistaken(found) if found else Problem(404, _NOTHING))
+
+
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Of the router: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
-    words = {404: "there is nothing at this path; /openapi.json lists what there is"}
+    words = {404: _NOTHING}
     words[405] = "this path does not take this method; /openapi.json says which it takes"
     sentence = words.get(error.status_code, "this request cannot be answered")
     found = Problem(error.status_code, sentence, error.headers)
@@ -137,7 +152,8 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
 
     @app.post(
         "/v1/pictures", tags=["pictures"], summary="Draw pictures of a prompt",
-        response_class=Response, responses=answers(), openapi_extra=body(limits, Wanted, EXAMPLES),
+        response_class=Response, responses=answers(JSON, PNG, STREAM, schema=PICTURES),
+        openapi_extra=body(limits, Wanted, EXAMPLES),
     )  # fmt: skip
     async def pictures(request: Request) -> Response:
         began = time.monotonic()

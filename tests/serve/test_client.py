@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
+from PIL import Image
 
 import lcm_kit
+from lcm_kit.api.client import Comparison
 from lcm_kit.errors import UserError
 
 
@@ -31,7 +33,7 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = _any
+    do_GET = do_POST = do_DELETE = _any
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -91,6 +93,45 @@ def test_only_what_was_said_is_sent(odd: str) -> None:
         "adapters": {},
     }  # fmt: skip
     assert all("Authorization" not in headers for _, headers, _ in Answers.asked)
+
+
+def test_an_odd_answer_is_a_sentence_whatever_was_asked(odd: str) -> None:
+    client = lcm_kit.Client(odd)
+    calls: list[tuple[Callable[[], Any], tuple[bytes, ...]]] = [
+        (lambda: client.compare("a"), (b"{}", b"[]", b'{"left": {}, "right": {}}', b'{"left": 1}')),
+        (lambda: client.vote(1, "tie"), (b"1", b"<html>")),
+        (client.votes, (b"null", b"\xff")),
+        (client.votes_csv, (b"\xff",)),
+        (client.history, (b"{}", b'{"pictures": [1], "more": true}', b'{"pictures": [{}], "more": 1}')),
+        (lambda: client.kept(1), (b"", b"GIF89a", b"\x89PNG\r\n\x1a\nand no more")),
+    ]
+    for call, contents in calls:
+        for content in contents:
+            Answers.answer = 200, {}, content
+            with pytest.raises(UserError, match="does not answer as `lcm-kit serve` does"):
+                call()
+
+
+def test_what_is_asked_of_history_and_votes(odd: str) -> None:
+    client = lcm_kit.Client(odd, "a-token")
+    Answers.answer = 200, {}, b'{"pictures": [{"id": 9}], "more": true}'
+    assert client.history(3) == [{"id": 9}] * 3
+    Answers.answer = 200, {}, b'{"pictures": [], "more": true}'
+    assert client.history(3) == []
+    Answers.answer = 204, {}, b""
+    client.forget(7)
+    client.forget()
+    Answers.answer = 200, {}, b'{"choice": "tie"}'
+    assert client.vote(3, "tie") == {"choice": "tie"}
+    assert [path for path, _, _ in Answers.asked] == [
+        "/v1/history?limit=3", "/v1/history?limit=2&before=9", "/v1/history?limit=1&before=9",
+        "/v1/history?limit=3", "/v1/history/7", "/v1/history", "/v1/votes",
+    ]  # fmt: skip
+    assert json.loads(Answers.asked[-1][2]) == {"comparison": 3, "choice": "tie"}
+    assert all(headers["Authorization"] == "Bearer a-token" for _, headers, _ in Answers.asked)
+    picture = Image.new("RGB", (1, 1))
+    with pytest.raises(UserError, match="keeps no votes; start it with `lcm-kit serve --data FOLDER`"):
+        client.vote(Comparison(None, picture, picture, "asked", {}), "tie")
 
 
 def test_a_server_that_is_not_there_is_a_sentence(odd: str) -> None:

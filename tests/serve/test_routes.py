@@ -95,7 +95,8 @@ def test_what_openapi_says_is_so(real: App, tiny: Served) -> None:
     page = get(real, "/openapi.json").json()
     OpenAPI.model_validate(page)
     assert page["openapi"].startswith("3.1") and page["paths"].keys() == {
-        "/v1/pictures", "/v1/info", "/healthz", "/readyz", "/metrics",
+        "/v1/pictures", "/v1/comparisons", "/v1/votes", "/v1/votes.csv", "/v1/history",
+        "/v1/history/{number}", "/v1/info", "/healthz", "/readyz", "/metrics",
     }  # fmt: skip
     post = page["paths"]["/v1/pictures"]["post"]
     content = post["requestBody"]["content"]["application/json"]
