@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,14 +100,17 @@ class Visit:
     def drawn(self, where: str = PICTURE, than: Image.Image | None = None) -> Image.Image:
         """The picture that is shown when nothing is being drawn; `than`: when it is another one."""
         mat = f"#{where.split()[0].removeprefix('#')} .mat"
-        for _ in range(PATIENCE * 10):
-            self.page.wait_for_timeout(100)
-            busy = self.page.get_attribute(mat, "aria-busy") == "true"
-            if not busy and self.page.is_visible(where):
-                found = self.picture(where)
-                if than is None or not same(found, than):
-                    return found
-        raise AssertionError(f"no picture came; the page says {self.page.inner_text('#alert')!r}")
+        found: list[Image.Image] = []
+
+        def there() -> bool:
+            if self.page.get_attribute(mat, "aria-busy") == "true" or not self.page.is_visible(where):
+                return False
+            found[:] = [self.picture(where)]
+            return than is None or not same(found[0], than)
+
+        self.page.wait_for_timeout(300)  # what was asked for just now begins within that
+        self.wait(there)
+        return found[0]
 
     def picture(self, where: str) -> Image.Image:
         """Of an <img> or a <canvas>, in its own pixels."""
@@ -121,11 +124,15 @@ class Visit:
 
     def until(self, condition: str) -> None:
         """Until a JavaScript expression is so."""
+        self.wait(lambda: self.page.evaluate(condition))
+
+    def wait(self, ready: Callable[[], Any]) -> None:
+        """Until it is so, while the page goes on."""
         for _ in range(PATIENCE * 20):
-            if self.page.evaluate(condition):
+            if ready():
                 return
             self.page.wait_for_timeout(50)
-        raise AssertionError(f"never: {condition}; the page says {self.page.inner_text('#alert')!r}")
+        raise AssertionError(f"never; the page says {self.page.inner_text('#alert')!r}")
 
     def until_drawn_of(self, end: str) -> None:
         """Until the picture is one of a prompt that ends so."""

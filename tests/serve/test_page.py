@@ -131,10 +131,7 @@ def test_the_latest_wins(visit: Visit) -> None:
 
     page.route("**/v1/pictures", hold)
     visit.type("a small blue star")
-    for _ in range(PATIENCE * 10):
-        page.wait_for_timeout(100)
-        if held:
-            break
+    visit.wait(lambda: held)
     visit.type(PROMPT)
     assert same(visit.drawn(), visit.server_draws(prompt=PROMPT))
     assert given_up[0] == "a small blue star" and len(held) == 2
