@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lcm_kit.bases import BaseInfo
     from lcm_kit.core.editing import Walk
+    from lcm_kit.drawing.animations import Animation
     from lcm_kit.drawing.editing import Edit
     from lcm_kit.drawing.signing import Sign
 
@@ -255,10 +256,13 @@ def _edit(pipe: Any, wanted: Wanted, info: BaseInfo, prompts: list[Any], count: 
 # -- Into a folder -------------------------------------------------------------------------------------------
 
 
-def edit_to_folder(wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None) -> Path:
+def edit_to_folder(
+    wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None, animation: Animation | None = None
+) -> Path:
     """Write `NNN-TASK.png` for each picture and `contact-sheet.png` into `output`; other files there stay.
 
-    Each is written when its batch is drawn, by `sign` (`drawing.signing`). Returns the contact sheet's path.
+    Each is written when its batch is drawn, by `sign` (`drawing.signing`), the `animation` of all at the end.
+    Returns the contact sheet's path.
     """
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
@@ -271,5 +275,7 @@ def edit_to_folder(wanted: Wanted, how: Drawing, output: Path, sign: Sign | None
         name = f"{number:03d}-{wanted.task}.png"
         save_png(picture, output / name, {}, partial(sign, name, how.prompts[0]))
         pictures.append(picture)
+    if animation is not None:
+        animation.write(pictures, partial(sign, animation.path.name, how.prompts[0]))
     sheet = output / "contact-sheet.png"
     return save_png(contact_sheet(pictures), sheet, {}, partial(sign, sheet.name, None))
