@@ -113,6 +113,8 @@ def test_verifys_model_is_that_of_diffusers(base: Path) -> None:
     theirs = UNetMotionModel.from_unet2d(UNet2DConditionModel.from_pretrained(base / "unet"), motion_of(base))
     shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (mine, theirs)]
     assert shapes[0] == shapes[1]
+    places = [dict(model.named_buffers()) for model in (mine, theirs)]
+    assert places[0] and all(torch.equal(places[0][name], value) for name, value in places[1].items())
     told = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in (mine, theirs)]
     assert told[0] == told[1]
 

@@ -672,7 +672,8 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
         "--seed", "9", "--weight", "0.5", "--batch-size", "2", "--dtype", "float16", "--tiling", "--compile",
     )  # fmt: skip
     assert done.output == "sheet.png\n", done.output
-    wanted, how, output, signing = calls[0]
+    wanted, how, output, signing, moving = calls[0]
+    assert moving is None
     assert (wanted.grow, wanted.feather, wanted.strength) == ((8, 0, 16, 4), 3, 0.9)
     assert (output, signing, how.prompts) == (Path("edits"), None, [""])
     keys = ("sampler", "steps", "guidance_scale", "negative_prompt", "seed", "lora_weight", "batch_size")

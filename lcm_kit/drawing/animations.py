@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from lcm_kit import console
 from lcm_kit.drawing import video
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import atomic_write, scratch
@@ -37,10 +37,14 @@ class Animation:
                 f"{', '.join([*_WRITERS][:-1])} or {[*_WRITERS][-1]}"
             )
         if kind == ".gif" and self.fps > _FASTEST_GIF:
-            raise UserError(f"a GIF has at most {_FASTEST_GIF} frames a second; give fewer, or a .webp or .mp4")
+            raise UserError(
+                f"a GIF has at most {_FASTEST_GIF} frames a second; give fewer, or a .webp or .mp4"
+            )
         if kind == ".mp4":
             if not self.loop:
-                raise UserError("an MP4 has no loop of its own and plays once wherever it is not told to loop")
+                raise UserError(
+                    "an MP4 has no loop of its own and plays once wherever it is not told to loop"
+                )
             video.library()
 
     def write(self, frames: Sequence[Image.Image], finish: Callable[[bytes], bytes] = bytes) -> Path:
@@ -57,6 +61,13 @@ class Animation:
             raise UserError(
                 f"frames of {width} x {height} and of {other[0]} x {other[1]} pixels make no animation; cut "
                 "them to one size"
+            )
+        if self.path.suffix.lower() == ".mp4" and video.even(sizes[0]) != sizes[0]:
+            (width, height), (wider, taller) = sizes[0], video.even(sizes[0])
+            console.say(
+                f"{width} x {height} pixels are {wider} x {taller} in {self.path.name}: an MP4 has one "
+                "colour for 2 x 2 pixels, so that an edge is there twice",
+                err=True,
             )
         played = [*frames, *frames[-2:0:-1]] if self.ping_pong else [*frames]
         with scratch(self.path.parent) as folder:
@@ -79,7 +90,9 @@ def _gif(frames: Sequence[Image.Image], file: Path, how: Animation) -> None:
     Of what Pillow offers that bands and flickers least, as seen through a window of 5 x 5 pixels
     (docs/editing.md). Pillow makes one frame of equal ones that follow one another, and adds up their times.
     """
-    indexed = [frame.quantize(palette=_palette(frame), dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+    indexed = [
+        frame.quantize(palette=_palette(frame), dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
+    ]
     loop = {"loop": 0} if how.loop else {}
     times = [10 * each for each in lengths(len(frames), how.fps, 100)]
     indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=times, **loop)
@@ -92,7 +105,13 @@ def _palette(frame: Image.Image) -> Image.Image:
 def _webp(frames: Sequence[Image.Image], file: Path, how: Animation) -> None:
     times = lengths(len(frames), how.fps, 1000)
     frames[0].save(
-        file, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0 if how.loop else 1, **_WEBP
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=times,
+        loop=0 if how.loop else 1,
+        **_WEBP,
     )
 
 

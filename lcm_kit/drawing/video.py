@@ -1,9 +1,9 @@
 """Frames as MP4: H.264 in 4:2:0, which browsers and telephones play, in the colours of the pictures.
 
 Y'CbCr is made here, by the formula of BT.709 in limited range, and the file says so in H.264's VUI and in the
-container: what is not tagged is taken for BT.601 by some players and for BT.709 by others, which shifts greens
-and reds by up to 20 levels. Colours are averaged where H.264 puts them if nothing else is said: in the middle
-of two rows, at the left of two columns.
+container: what is not tagged is taken for BT.601 by some players and for BT.709 by others, which shifts pure
+colours by some 20 levels. Colours are averaged where H.264 puts them if nothing else is said: between two
+rows, at the left of two columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lcm_kit.errors import UserError, first_line
 
 _RED, _BLUE = 0.2126, 0.0722  # of BT.709's luma; the rest is green's
 _BT709, _LIMITED = 1, 1  # as H.264 numbers matrix, primaries and transfer, and FFmpeg the range
-# Above 45 dB to what was drawn (docs/editing.md); x264's own 23 smears flat colours
+# What a quality of 12 loses is less than what 4:2:0 does (docs/editing.md). No frame refers to later ones, so
+# that the clip is exactly as long as its frames
 _QUALITY = {"crf": "12", "preset": "slow", "bf": "0"}
 
 
@@ -76,7 +77,7 @@ def _tag(what: Any) -> None:
 
 
 def yuv420(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """8-bit RGB [H, W, 3] as planes of 8-bit Y'CbCr below one another, [1.5 H', W'], of even H' and W'.
+    """8-bit RGB [H, W, 3] as planes of 8-bit Y'CbCr one after the other, [1.5 H', W'], of even H' and W'.
 
     BT.709 (ITU-R BT.709-6, 3.2 and 4.2), Y' from 16 to 235, Cb and Cr from 16 to 240.
     """
@@ -87,11 +88,11 @@ def yuv420(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     planes = [219 * luma + 16]
     for colour, weight in ((blue, _BLUE), (red, _RED)):
         planes.append(_halved(224 * (colour - luma) / (2 * (1 - weight)) + 128))
-    rows = [plane.round().clip(0, 255).astype(np.uint8).reshape(-1, luma.shape[1]) for plane in planes]
-    return np.concatenate(rows)
+    flat = np.concatenate([plane.ravel() for plane in planes])
+    return flat.round().clip(0, 255).astype(np.uint8).reshape(-1, luma.shape[1])
 
 
-def _halved(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+def _halved(plane: NDArray[np.floating]) -> NDArray[np.floating]:
     """[H, W] at half the size: the mean of two rows, and of columns 1/4, 1/2, 1/4 around every second one."""
     rows = (plane[::2] + plane[1::2]) / 2
     beside = np.pad(rows, ((0, 0), (1, 0)), mode="edge")
