@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown, meet
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
+from tests.app_text import a1111
 from tests.gaussians import BRAND, SD
 
 PLAIN = Schedule.from_config(SD)
@@ -657,6 +659,11 @@ def test_the_verb_from_files_to_files(base: str, tmp_path: Path) -> None:
     for name in names[:2]:
         with Image.open(tmp_path / "out" / name) as made:
             assert made.size == (64, 48) and (pixels(made) == pixels(picture))[outside].all()
+            told = a1111(made.info["parameters"])
+            assert told.prompt == "a cat" and told.fields["Denoising strength"] == "1"
+            assert (told.fields["Size"], told.fields["Batch pos"]) == ("64x48", str(int(name[:3])))
+            own = json.loads(made.info["lcm_kit"])["settings"]
+            assert (own["task"], own["feather"], own["steps"]) == ("inpaint", None, 2)
     assert "contact-sheet.png" in done.output
 
 
@@ -672,7 +679,7 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
         "--seed", "9", "--weight", "0.5", "--batch-size", "2", "--dtype", "float16", "--tiling", "--compile",
     )  # fmt: skip
     assert done.output == "sheet.png\n", done.output
-    wanted, how, output, signing = calls[0]
+    wanted, how, output, signing, _ = calls[0]
     assert (wanted.grow, wanted.feather, wanted.strength) == ((8, 0, 16, 4), 3, 0.9)
     assert (output, signing, how.prompts) == (Path("edits"), None, [""])
     keys = ("sampler", "steps", "guidance_scale", "negative_prompt", "seed", "lora_weight", "batch_size")

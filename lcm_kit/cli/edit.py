@@ -135,5 +135,5 @@ def edit(
         signer = signer_of(sign, cert, sign_prompt)
         signing = None if signer is None else signer.of_drawing(how.base, how.settings, EDITED)
         with console.working(how.title):
-            sheet = editing.edit_to_folder(wanted, how, output, signing)
+            sheet = editing.edit_to_folder(wanted, how, output, signing, sign_prompt or signer is None)
     console.say(sheet)
