@@ -37,10 +37,14 @@ class Animation:
                 f"{', '.join([*_WRITERS][:-1])} or {[*_WRITERS][-1]}"
             )
         if kind == ".gif" and self.fps > _FASTEST_GIF:
-            raise UserError(f"a GIF has at most {_FASTEST_GIF} frames a second; give fewer, or a .webp or .mp4")
+            raise UserError(
+                f"a GIF has at most {_FASTEST_GIF} frames a second; give fewer, or a .webp or .mp4"
+            )
         if kind == ".mp4":
             if not self.loop:
-                raise UserError("an MP4 has no loop of its own and plays once wherever it is not told to loop")
+                raise UserError(
+                    "an MP4 has no loop of its own and plays once wherever it is not told to loop"
+                )
             video.library()
 
     def write(self, frames: Sequence[Image.Image], finish: Callable[[bytes], bytes] = bytes) -> Path:
@@ -79,7 +83,9 @@ def _gif(frames: Sequence[Image.Image], file: Path, how: Animation) -> None:
     Of what Pillow offers that bands and flickers least, as seen through a window of 5 x 5 pixels
     (docs/editing.md). Pillow makes one frame of equal ones that follow one another, and adds up their times.
     """
-    indexed = [frame.quantize(palette=_palette(frame), dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+    indexed = [
+        frame.quantize(palette=_palette(frame), dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
+    ]
     loop = {"loop": 0} if how.loop else {}
     times = [10 * each for each in lengths(len(frames), how.fps, 100)]
     indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=times, **loop)
@@ -92,7 +98,13 @@ def _palette(frame: Image.Image) -> Image.Image:
 def _webp(frames: Sequence[Image.Image], file: Path, how: Animation) -> None:
     times = lengths(len(frames), how.fps, 1000)
     frames[0].save(
-        file, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0 if how.loop else 1, **_WEBP
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=times,
+        loop=0 if how.loop else 1,
+        **_WEBP,
     )
 
 
