@@ -139,13 +139,21 @@ def draw_edit(wanted: Wanted, how: Drawing) -> Iterator[Image]:
 
 
 def edit_to_folder(
-    wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None, animation: Animation | None = None
+    wanted: Wanted,
+    how: Drawing,
+    output: Path,
+    sign: Sign | None = None,
+    animation: Animation | None = None,
+    *,
+    say_prompts: bool = True,
 ) -> Path:
     """Write `NNN-TASK.png` for each picture and `contact-sheet.png` into `output`; other files there stay.
 
     Each is written when its batch is drawn, by `sign` (`drawing.signing`), the `animation` of all at the end.
-    Returns the contact sheet's path.
+    Its PNG text says how it was made (`drawing.made`), with `say_prompts` by which prompt too. Returns the
+    contact sheet's path.
     """
+    from lcm_kit.drawing.made import of_drawing
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
     from lcm_kit.io.files import require_writable
@@ -154,10 +162,17 @@ def edit_to_folder(
     sign = sign or unsigned
     sweep(output, deep=False)
     require_writable(output)
+    source, known = of_drawing(how.base, how.settings)
+    own = {name: getattr(wanted, name) for name in TASKS[wanted.task].takes if name not in ("mask", "to")}
+    known |= {"task": wanted.task, "prompt": how.prompts[0], "count": how.settings["count"], **own}
+    known["strength"] = wanted.strength
     pictures = []
     for number, picture in enumerate(draw_edit(wanted, how)):
         name = f"{number:03d}-{wanted.task}.png"
-        save_png(picture, output / name, {}, partial(sign, name, how.prompts[0]))
+        told = source.told(
+            known, picture.size, number, emphasis=how.settings["emphasis"], prompts=say_prompts
+        )
+        save_png(picture, output / name, told, partial(sign, name, how.prompts[0]))
         pictures.append(picture)
     if animation is not None:
         animation.write(pictures, partial(sign, animation.path.name, how.prompts[0]))

@@ -153,7 +153,9 @@ def edit(
         signer = signer_of(sign, cert, sign_prompt)
         signing = None if signer is None else signer.of_drawing(how.base, how.settings, EDITED)
         with console.working(how.title):
-            sheet = editing.edit_to_folder(wanted, how, output, signing, moving)
+            sheet = editing.edit_to_folder(
+                wanted, how, output, signing, moving, say_prompts=sign_prompt or signer is None
+            )
     console.say(sheet)
     if moving is not None:
         console.say(moving.path)

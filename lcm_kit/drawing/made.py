@@ -2,7 +2,8 @@
 
 A1111 (1.10) writes the prompt, a line that begins with `Negative prompt:`, and a last line of `Name: value`
 behind commas. ComfyUI reads that too, where a picture is dropped onto it: from the last line that begins with
-`Steps:`, and nothing at all where no line begins with `Negative prompt:`, so that one is always written.
+`Steps:`. Its older frontends (1.58.1 does better) read nothing where no line begins with `Negative prompt:`,
+so that one is always written.
 
 Each prompt is one line, so none can begin a line of its own, but the first. What apps read in a prompt, and
 was drawn as plain words, is spelled so that it is plain there too: in other spaces and letters, which make

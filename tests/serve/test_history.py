@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from PIL import Image
@@ -22,7 +25,7 @@ from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
 from lcm_kit.serve.store import NAME
 from tests.app_text import a1111, chunks, comfyui, texts
-from tests.serve.small import application, ask, draw, events, get, going
+from tests.serve.small import PATIENCE, application, ask, draw, events, get, going
 
 EXACT = Limits(batch=1)  # the same bytes each time
 
@@ -209,6 +212,31 @@ def test_two_clients_at_once_each_find_theirs(app: App, tmp_path: Path) -> None:
             assert picture.getpixel((0, 0)) == (k, 0, 7)
     with closing(sqlite3.connect(tmp_path / NAME)) as db:  # anybody may read along
         assert db.execute("SELECT count(*) FROM pictures").fetchone() == (5,)
+
+
+def test_a_disk_that_is_slow_keeps_nobody_else_waiting(app: App) -> None:
+    """While one request waits for the file, which the test holds, others are answered."""
+    store = app.store
+    assert store is not None
+    busy = store._file._lock
+
+    async def scene() -> tuple[int, bool, int]:
+        transport = httpx.ASGITransport(app.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            waiting = asyncio.create_task(client.get("/v1/history"))
+            asking = [client.get("/healthz"), client.post("/v1/pictures", json={"prompt": "a"})]
+            answers = [await each for each in asking]
+            early = waiting.done()
+            busy.release()
+            return max(each.status_code for each in answers), early, (await waiting).status_code
+
+    busy.acquire()
+    late = threading.Timer(PATIENCE, busy.release)  # else a loop that waits would wait for ever
+    late.start()
+    try:
+        assert asyncio.run(scene()) == (200, False, 200)
+    finally:
+        late.cancel()
 
 
 def test_openapi_says_what_the_history_answers(app: App) -> None:
