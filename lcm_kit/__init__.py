@@ -31,6 +31,7 @@ _PLACES = {
     "load_into": "lcm_kit.api.pictures",
     "Client": "lcm_kit.api.client",
     "edit": "lcm_kit.api.editing",
+    "save_animation": "lcm_kit.api.animations",
 }
 __all__ = ["__version__", *_PLACES]
 

@@ -1,3 +1,4 @@
+from lcm_kit.api.animations import save_animation as save_animation
 from lcm_kit.api.captions import accept_captions as accept_captions
 from lcm_kit.api.captions import caption as caption
 from lcm_kit.api.client import Client as Client

@@ -277,8 +277,37 @@ def frames(models: Models, count: int, strength: float = 0.5, inner: int = 3) ->
         print(f"| {name} | {' | '.join(told)} |")
 
 
+def seams(models: Models, count: int) -> None:
+    """How visible the edge of a mask is, by the width over which what is drawn goes over into the picture.
+
+    Of outpainting from amid a cell of the latents, on the ground, whose truth is known on both sides: the
+    mean difference, in levels, between the step across the edge and that of the truth, and between the truth
+    and the four columns beside the edge.
+    """
+    walk = Walk.of(editing.schedule_of(models.pipe), "lcm", STEPS, 1.0)
+    widths, edge = (0, 2, 4, 8), world.SIZE - CUT - 3
+    steps: dict[int, list[float]] = {width: [] for width in widths}
+    beside: dict[int, list[float]] = {width: [] for width in widths}
+    for one, _ in scenes(count):
+        truth = levels(world.render(one))
+        ground = (truth == levels(world.background(one))).all(-1)
+        left = world.render(one).crop((0, 0, edge, world.SIZE))
+        picture, mask = grown(left, 0, 0, world.SIZE - edge, 0)
+        canvas = Canvas.of(picture, 8)
+        for width in widths:
+            edit = editing.inpainted(models.pipe, canvas, canvas.hole(mask), one.prompt, 1, feather=width)
+            made = next(editing.drawn(models.pipe, edit, editing.Settings(walk), Batches(8, "", "")))[0]
+            off = levels(made) - truth
+            across = abs(off[:, edge] - off[:, edge - 1])[ground[:, edge] & ground[:, edge - 1]]
+            steps[width] += across.ravel().tolist()
+            beside[width] += abs(off[:, edge : edge + 4])[ground[:, edge : edge + 4]].ravel().tolist()
+    print("\n| feather | step at the edge | beside it |\n| --- | --- | --- |")
+    for width in widths:
+        print(f"| {width} | {np.mean(steps[width]):.1f} | {np.mean(beside[width]):.1f} |")
+
+
 def main() -> None:
-    """Print both tables; with --sheet also write pictures of the first scenes."""
+    """Print the tables; with --sheet also write pictures of the first scenes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scenes", nargs="?", type=int, default=64)
     parser.add_argument("--sheet", type=Path)
@@ -292,6 +321,7 @@ def main() -> None:
         print(f"|{' --- |' * 10}")
         rows = measure(models, asked.scenes)
         frames(models, asked.scenes)
+        seams(models, asked.scenes)
     if asked.sheet is not None:
         best = [row for row in rows if row.strength == TASKS[row.task][1][0]]
         save_png(contact_sheet([each for row in best for each in row.shown[:SHOWN]], SHOWN), asked.sheet)

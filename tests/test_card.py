@@ -194,7 +194,7 @@ def test_a_merged_lora_names_its_parents(write: Callable[..., str]) -> None:
 
 def test_sdxl_uses_its_own_pipeline(write: Callable[..., str]) -> None:
     sdxl = known("sdxl")
-    (source,) = snippets(write(sdxl, facts=facts(base="stabilityai/stable-diffusion-xl-base-1.0")))
+    source, _ = snippets(write(sdxl, facts=facts(base="stabilityai/stable-diffusion-xl-base-1.0")))
     compile(source, "card", "exec")
     assert "StableDiffusionXLPipeline.from_pretrained" in source and "StableDiffusionPipeline" not in source
     assert 'base = "stabilityai/stable-diffusion-xl-base-1.0"' in source
@@ -352,12 +352,13 @@ def test_foreign_text_breaks_nothing(text: str, write: Callable[..., str], tmp_p
     sizes = [[[len(row) for row in table] for table in tables(each)] for each in (page, plain)]
     assert sizes[0] == sizes[1]
     assert [[line] * 3] in [table[1:] for table in tables(page)]
-    (source,) = snippets(page)
-    names: dict[str, Any] = {}
-    exec("\n".join(row for row in source.splitlines() if row.startswith(("base =", "prompt ="))), names)
-    compile(source, "card", "exec")
-    assert names["base"] == text and names["prompt"] == text
-    assert sum(t.type == "fence" for t in parsed) == 2 and not any(t.type == "html_block" for t in parsed)
+    for source in (codes := snippets(page)):
+        names: dict[str, Any] = {}
+        exec("\n".join(row for row in source.splitlines() if row.startswith(("base =", "prompt ="))), names)
+        compile(source, "card", "exec")
+        assert names["base"] == text and names["prompt"] == text
+    assert len(codes) == 2 and sum(t.type == "fence" for t in parsed) == 3
+    assert not any(t.type == "html_block" for t in parsed)
     tags = [c.content for t in parsed for c in t.children or () if c.type == "html_inline"]
     assert set(tags) <= {"<code>", "</code>"}
 

@@ -32,7 +32,7 @@ from lcm_kit.core.prediction import Predict
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import editing
 from lcm_kit.drawing.batches import Batches
-from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown
+from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown, meeting
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
@@ -256,6 +256,40 @@ def test_a_soft_edge_lies_within_the_hole_and_thin_parts_are_shown() -> None:
     assert torch.equal(feathered(hole, 0), hole.float())
     edge = torch.ones(8, 8, dtype=torch.bool)
     assert bool((feathered(edge, 3) == 1).all())  # beyond the picture nothing is kept
+
+
+def test_what_is_drawn_meets_the_picture_and_nothing_shines_through() -> None:
+    """Of a ramp drawn too bright by 0.3: exact at the edge's outer side, and its own where the edge ends."""
+    ramp = torch.linspace(-0.5, 0.5, 40).expand(1, 3, 20, 40)
+    hole = torch.zeros(20, 40, dtype=torch.bool)
+    hole[4:16, 8:32] = True
+    hidden = torch.where(hole, torch.full_like(ramp, 9.0), ramp)  # of which nothing may be seen
+    made = meeting(hidden, ramp + 0.3, hole, 3)
+    off = (made - ramp)[0, 0]
+    torch.testing.assert_close(off[10, 8:13], torch.tensor([0.075, 0.15, 0.225, 0.3, 0.3]))
+    assert float(off[~hole].abs().max()) < 1e-6 and float(off[hole].max()) < 0.3 + 1e-6
+    assert torch.equal(meeting(hidden, ramp + 0.3, hole, 0)[..., hole], (ramp + 0.3)[..., hole])
+    everything = torch.ones_like(hole)
+    assert torch.equal(meeting(hidden, ramp, everything, 3), ramp)
+    several = torch.cat([ramp + 0.3, ramp - 0.1])
+    wanted = torch.cat([made, meeting(hidden, ramp - 0.1, hole, 3)])
+    torch.testing.assert_close(meeting(hidden, several, hole, 3), wanted)
+
+
+@pytest.mark.parametrize("feather", [1, 2, 3, 4, 7, 30])
+def test_the_soft_edge_of_any_hole_is_its_distance_over_the_largest_one_near(feather: int) -> None:
+    """By its words, pixel by pixel: how deep it lies, by that of the deepest within the same reach."""
+    random = torch.Generator().manual_seed(feather)
+    for share in (0.5, 0.95, 0.999):
+        hole = torch.rand(17, 23, generator=random) < share
+        places = torch.cartesian_prod(torch.arange(17), torch.arange(23))
+        apart = (places[:, None] - places[None]).abs().amax(-1)  # in pixels, diagonals are one
+        outside = apart[:, ~hole.flatten()]
+        far = torch.full((len(places),), feather + 1)
+        depth = outside.amin(1).clamp(max=feather + 1) if outside.shape[1] else far
+        near = (apart <= feather).float() * depth
+        wanted = (depth / near.amax(1).clamp_min(1)).view(17, 23)
+        assert torch.allclose(feathered(hole, feather), wanted.where(hole, 0.0))
 
 
 def test_a_cell_of_the_latents_is_new_if_one_of_its_pixels_is() -> None:
@@ -638,7 +672,8 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
         "--seed", "9", "--weight", "0.5", "--batch-size", "2", "--dtype", "float16", "--tiling", "--compile",
     )  # fmt: skip
     assert done.output == "sheet.png\n", done.output
-    wanted, how, output, signing = calls[0]
+    wanted, how, output, signing, moving = calls[0]
+    assert moving is None
     assert (wanted.grow, wanted.feather, wanted.strength) == ((8, 0, 16, 4), 3, 0.9)
     assert (output, signing, how.prompts) == (Path("edits"), None, [""])
     keys = ("sampler", "steps", "guidance_scale", "negative_prompt", "seed", "lora_weight", "batch_size")

@@ -27,7 +27,7 @@ from tests.loras import fuse, lcm_modules, random_lora, text_modules
 from tests.runs import build_run, load_adapter
 from tests.sweeps import build_sweep
 
-APPS = ("diffusers", "comfyui", "a1111", "forge", "invokeai", "sdnext", "sd-scripts", "sd.cpp")
+APPS = ("diffusers", "animatediff", "comfyui", "a1111", "forge", "invokeai", "sdnext", "sd-scripts", "sd.cpp")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_the_proof_lies_beside_the_files(real_run: Path) -> None:
     record = json.loads((real_run / "export" / "verified.json").read_text())["files"]
     assert record.keys() == {"pytorch_lora_weights.safetensors", "lumo.safetensors"}
     count = len(load_file(real_run / "adapter" / "lora.safetensors")) // 2
-    for style, apps in (("diffusers", APPS[:1]), ("kohya", APPS)):
+    for style, apps in (("diffusers", APPS[:2]), ("kohya", APPS)):
         told = record[files[style].name]
         assert (told["format"], told["dtype"]) == (style, "float16")
         assert tuple(told["apps"]) == apps
@@ -131,7 +131,7 @@ def test_ssd1bs_blocks_get_the_rows_of_the_apps_that_can_load_them(ssd1b_base: P
     run = build_run(tmp_path / "fast", ssd1b_base)
     export_run(run, "kohya")
     record = json.loads((run / "export" / "verified.json").read_text())["files"]["fast.safetensors"]["apps"]
-    assert tuple(record) == tuple(app for app in APPS if app != "sd-scripts")
+    assert tuple(record) == tuple(app for app in APPS if app not in ("sd-scripts", "animatediff"))
     assert {(row["loaded"], row["verdict"]) for row in record.values()} == {(423, "ok")}
     card = (run / "export" / "README.md").read_text()
     assert "| ComfyUI 0.19.3 | kohya | 423 of 423 modules |" in card

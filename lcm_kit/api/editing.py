@@ -17,6 +17,7 @@ from lcm_kit.edits.tasks import Task
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lcm_kit.drawing.animations import Animation
     from lcm_kit.drawing.signing import Sign
 
 
@@ -137,10 +138,13 @@ def draw_edit(wanted: Wanted, how: Drawing) -> Iterator[Image]:
 # -- Into a folder -------------------------------------------------------------------------------------------
 
 
-def edit_to_folder(wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None) -> Path:
+def edit_to_folder(
+    wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None, animation: Animation | None = None
+) -> Path:
     """Write `NNN-TASK.png` for each picture and `contact-sheet.png` into `output`; other files there stay.
 
-    Each is written when its batch is drawn, by `sign` (`drawing.signing`). Returns the contact sheet's path.
+    Each is written when its batch is drawn, by `sign` (`drawing.signing`), the `animation` of all at the end.
+    Returns the contact sheet's path.
     """
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
@@ -155,5 +159,7 @@ def edit_to_folder(wanted: Wanted, how: Drawing, output: Path, sign: Sign | None
         name = f"{number:03d}-{wanted.task}.png"
         save_png(picture, output / name, {}, partial(sign, name, how.prompts[0]))
         pictures.append(picture)
+    if animation is not None:
+        animation.write(pictures, partial(sign, animation.path.name, how.prompts[0]))
     sheet = output / "contact-sheet.png"
     return save_png(contact_sheet(pictures), sheet, {}, partial(sign, sheet.name, None))

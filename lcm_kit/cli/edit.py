@@ -75,6 +75,22 @@ def edit(
             show_default="8",
         ),
     ] = None,
+    animation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="interpolate: a .gif, .webp or .mp4 of the frames, too."),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            callback=in_range("fps", "--fps"), help="Frames a second of --animation.", show_default="8"
+        ),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="--animation plays once; GIF and WebP play for ever else.")
+    ] = False,
+    ping_pong: Annotated[
+        bool, typer.Option("--ping-pong", help="--animation goes to the last frame and back again.")
+    ] = False,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -115,6 +131,7 @@ def edit(
     """Edit a picture: fill a part, go beyond its edge, colour, enlarge, from a sketch, vary, interpolate."""
     from lcm_kit import console
     from lcm_kit.api import editing
+    from lcm_kit.api.animations import animation_of
     from lcm_kit.api.calls import call
     from lcm_kit.edits import options
 
@@ -126,6 +143,7 @@ def edit(
             task, picture, strength=strength, count=count, mask=mask, feather=feather, scale=scale, to=to,
             grow=None if grow is None else options.grow_of(grow), prompt_to=prompt_to, frames=frames,
         )  # fmt: skip
+        moving = animation_of(task, animation, fps=fps, once=once, ping_pong=ping_pong)
         how = editing.settled(
             wanted, prompt, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
             weight=weight, negative_prompt=negative, emphasis=emphasis, count=count, seed=seed,
@@ -135,5 +153,7 @@ def edit(
         signer = signer_of(sign, cert, sign_prompt)
         signing = None if signer is None else signer.of_drawing(how.base, how.settings, EDITED)
         with console.working(how.title):
-            sheet = editing.edit_to_folder(wanted, how, output, signing)
+            sheet = editing.edit_to_folder(wanted, how, output, signing, moving)
     console.say(sheet)
+    if moving is not None:
+        console.say(moving.path)

@@ -25,7 +25,7 @@ RANGES = {
     "width": Range(8, 8192), "height": Range(8, 8192), "alpha": Range(0, 1e9, above=True),
     "rank": Range(1, 65_536),
     "strength": Range(0, 1, above=True), "feather": Range(0, 512), "scale": Range(2, 8),
-    "frames": Range(2, 1000),
+    "frames": Range(2, 1000), "fps": Range(0.1, 60),
 }  # fmt: skip
 
 

@@ -48,11 +48,16 @@ def upright_size(image: Image.Image, content: bytes) -> Size:
     return (image.height, image.width) if turned else image.size
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8, which PIL would clip to white; anything else as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it: EXIF orientation, transparency on white, 16-bit grey scaled to 8."""
-    image = upright(image)
-    if image.mode.startswith("I"):  # PIL clips 16-bit grey to white instead of scaling it
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    image = eight_bits(upright(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

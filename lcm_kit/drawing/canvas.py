@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_kit.drawing.pictures import to_pil
-
 _WHITE = 128  # from here on a mask is white: neither a JPEG's noise nor a soft brush changes what is outside
 
 
@@ -38,12 +36,6 @@ class Canvas:
     def size(self) -> tuple[int, int]:
         """(height, width) of the pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
-
-    def without(self, hole: Tensor) -> Canvas:
-        """The same with a smooth filling in the place of what lies in `hole`, bool [H, W]."""
-        pixels = filled(self.pixels, hole)
-        filling = to_pil(pixels)[0].crop((0, 0, *self.picture.size))
-        return Canvas(pasted(self.picture, filling, hole.float()), pixels)
 
     def hole(self, mask: Image.Image) -> Tensor:
         """Where a mask of the picture's size is white, bool [H, W]; padding beside white is white."""
@@ -77,6 +69,16 @@ def _filled(pixels: Tensor, known: Tensor) -> Tensor:
     return torch.where(known > 0, pixels, fine)
 
 
+def meeting(original: Tensor, drawn: Tensor, hole: Tensor, feather: int) -> Tensor:
+    """`drawn` pixels [B, 3, H, W] so that they meet the `original` [1, 3, H, W] at the edge of `hole`.
+
+    What the two differ by around the hole is carried smoothly into it, and fades over `feather` pixels (0:
+    nothing is moved). So no pixel of the original, nor a filling, shines through what is drawn.
+    """
+    differ = filled(original - drawn, hole)
+    return drawn + (1 - feathered(hole, feather)) * differ
+
+
 def cells(hole: Tensor, factor: int) -> Tensor:
     """The latents' cells that a `hole`, bool [H, W], touches: bool [1, 1, H / factor, W / factor]."""
     return functional.max_pool2d(hole[None, None].float(), factor) > 0
@@ -87,21 +89,43 @@ def feathered(hole: Tensor, feather: int) -> Tensor:
 
     A part thinner than that is shown whole along its middle.
     """
-    inside = hole[None, None].float()
-    depth, eroded = inside.clone(), inside
+    depth, eroded = hole.to(torch.int16), hole
     for _ in range(feather):
-        # what is beyond the picture's edge is no outside: nothing is kept there
-        eroded = -functional.max_pool2d(-eroded, 3, stride=1, padding=1)
+        eroded = _eroded(eroded)
+        if not bool(eroded.any()):
+            break
         depth += eroded
-    reach = functional.max_pool2d(depth, 2 * feather + 1, stride=1, padding=feather)
-    return (depth / reach.clamp_min(1)).where(hole, 0.0)[0, 0]
+    reach = _largest(_largest(depth, feather).T, feather).T
+    return (depth / reach.clamp_min(1)).where(hole, 0.0)
 
 
-def pasted(original: Image.Image, drawn: Image.Image, share: Tensor) -> Image.Image:
-    """`drawn` on `original`, both of one size, by `share` [H, W]; where that is 0 `original` stays."""
+def _eroded(inside: Tensor) -> Tensor:
+    """Where a pixel of `inside`, bool [H, W], and its eight neighbours are all true.
+
+    What is beyond the picture's edge is no outside: nothing is kept there.
+    """
+    for _ in range(2):  # along one axis, and then along the other
+        both = inside.clone()
+        both[1:] &= inside[:-1]
+        both[:-1] &= inside[1:]
+        inside = both.T
+    return inside
+
+
+def _largest(values: Tensor, radius: int) -> Tensor:
+    """The largest of [H, W], none below 0, within `radius` along H; by windows of twice the size each."""
+    length, wide = len(values), 2 * radius + 1
+    found, size = functional.pad(values, (0, 0, radius, radius)), 1
+    while 2 * size <= wide:
+        found, size = torch.maximum(found[:-size], found[size:]), 2 * size
+    return torch.maximum(found[:length], found[wide - size : wide - size + length])
+
+
+def pasted(original: Image.Image, drawn: Image.Image, hole: Tensor) -> Image.Image:
+    """`drawn` in the `hole`, bool [H, W], of `original`, both of one size; all else stays."""
     width, height = original.size
-    opacity = Image.fromarray((share[:height, :width] * 255).round().to(torch.uint8).numpy())
-    return Image.composite(drawn, original, opacity)
+    inside = Image.fromarray(hole[:height, :width].to(torch.uint8).numpy() * 255)
+    return Image.composite(drawn, original, inside)
 
 
 def grown(

@@ -35,7 +35,7 @@ from lcm_kit.core.prediction import Predict, predictor
 from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AfterStep, Batches
-from lcm_kit.drawing.canvas import Canvas, cells, feathered, pasted
+from lcm_kit.drawing.canvas import Canvas, cells, filled, meeting, pasted
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.drawing.pictures import to_pil
 from lcm_kit.drawing.placed import place
@@ -173,11 +173,12 @@ def inpainted(
 
     `anew`: nothing of what lay in the hole is seen; else the noise is laid on it.
     """
-    seen = canvas.without(hole) if anew else canvas
-    whole, share = encode(pipe, seen.pixels), feathered(hole, feather)
+    whole = encode(pipe, filled(canvas.pixels, hole) if anew else canvas.pixels)
 
     def finish(pixels: Tensor) -> list[Image.Image]:
-        return [pasted(seen.picture, each, share) for each in _cropped(pixels, canvas.picture.size)]
+        made = meeting(canvas.pixels, pixels.clamp(-1, 1), hole, feather)
+        size = canvas.picture.size
+        return [pasted(canvas.picture, each, hole) for each in _cropped(made, size)]
 
     known = Outside(whole, cells(hole, pipe.vae_scale_factor).to(pipe.device))
     return Edit(canvas.size, [prompt], whole, range(count), known, finish)

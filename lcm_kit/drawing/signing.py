@@ -27,16 +27,17 @@ DRAWN, SHEET = f"{_IPTC}trainedAlgorithmicMedia", f"{_IPTC}compositeSynthetic"
 EDITED = f"{_IPTC}compositeWithTrainedAlgorithmicMedia"  # part of it is somebody's own picture
 _TOLD = ("sampler", "steps", "guidance_scale", "lora_weight", "seed")
 _LONGEST = 300  # characters of the library's own words
+_KINDS = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".mp4": "video/mp4"}
 _ALGORITHMS = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es512"}
 
 
 Sign = Callable[[str, str | None, bytes], bytes]
-"""(name, prompt, PNG) -> the file that is written; without a prompt it is the contact sheet."""
+"""(name, prompt, content) -> the file that is written; without a prompt it is the contact sheet."""
 
 
-def unsigned(name: str, prompt: str | None, png: bytes) -> bytes:
+def unsigned(name: str, prompt: str | None, content: bytes) -> bytes:
     """The file as it is."""
-    return png
+    return content
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,24 @@ class Signer:
             file = adapter_file(given)
             adapter = {"name": file.name, "sha256": sha256_file(file)}  # once: it may have hundreds of MB
 
-        def sign(name: str, prompt: str | None, png: bytes) -> bytes:
-            return self.signed(png, self.manifest(name, base, settings, adapter, prompt, source))
+        def sign(name: str, prompt: str | None, content: bytes) -> bytes:
+            return self.signed(content, self.manifest(name, base, settings, adapter, prompt, source))
 
         return sign
 
-    def signed(self, png: bytes, manifest: Mapping[str, Any]) -> bytes:
-        """A PNG file's content with the manifest in it. Raises `UserError` if the library does not sign."""
+    def signed(self, content: bytes, manifest: Mapping[str, Any]) -> bytes:
+        """A file's content with the manifest in it, whose title's suffix says of what kind it is, else PNG.
+
+        Raises `UserError` if the library does not sign.
+        """
         c2pa = _library()
-        made = io.BytesIO()
+        made, kind = io.BytesIO(), _KINDS.get(Path(manifest["title"]).suffix.lower(), _KINDS[".png"])
         try:
             info = c2pa.C2paSignerInfo(
                 alg=self.algorithm, sign_cert=self.certificates, private_key=self._key, ta_url=None
             )
             with c2pa.Signer.from_info(info) as signer, c2pa.Builder(dict(manifest)) as builder:
-                builder.sign(signer, "image/png", io.BytesIO(png), made)
+                builder.sign(signer, kind, io.BytesIO(content), made)
         except c2pa.C2paError as error:
             reason = " ".join(str(error).split())[:_LONGEST]
             raise UserError(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from lcm_kit.core.schedule import SD_BETAS
 from lcm_kit.lora.layers import Layer, Lora, Update
 from lcm_kit.lora.loading import empty_text
-from lcm_kit.lora.structure import Structure
+from lcm_kit.lora.structure import Structure, empty_unet
 
 # By the published model whose blocks a base has: the pipeline, and what the config.json of `ADAPTERS` says
 # besides sizes. None was published for SD2.x, and SSD-1B has no attention in the middle, which the motion
@@ -64,11 +64,10 @@ def models(lora: Lora, structure: Structure) -> dict[str, Any]:
 
 def unet(structure: Structure) -> Any:
     """diffusers' UNetMotionModel of this structure, with random weights that share one buffer."""
-    from accelerate import init_empty_weights
-    from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+    from diffusers import MotionAdapter, UNetMotionModel
 
-    with init_empty_weights(include_buffers=False):
-        plain = UNet2DConditionModel.from_config(dict(structure.unet_config))
+    plain = empty_unet(structure.unet_config)
+    with torch.device("meta"):
         motion = MotionAdapter(
             tuple(plain.config.block_out_channels), motion_norm_num_groups=plain.config.norm_num_groups,
             **_settings(structure),
@@ -79,17 +78,23 @@ def unet(structure: Structure) -> Any:
 
 
 def _fill(model: Any) -> None:
-    """Normal numbers as weights, and those about 1 where a norm multiplies."""
+    """Normal numbers as weights, those about 1 where a norm multiplies; and the places of frames."""
+    from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+
+    for module in model.modules():
+        if isinstance(module, SinusoidalPositionalEmbedding):
+            _, length, width = module.pe.shape
+            module.pe = SinusoidalPositionalEmbedding(width, length).pe
     named = list(model.named_parameters())
     longest = max(weight.numel() for _, weight in named)
     numbers = torch.randn(longest + _OFFSETS, generator=torch.Generator().manual_seed(0)) * _DEVIATION
     for k, (name, weight) in enumerate(named):
-        module, _, leaf = name.rpartition(".")
+        owner, _, leaf = name.rpartition(".")
         begin = 977 * k % _OFFSETS
         values = numbers[begin : begin + weight.numel()].view(weight.shape)
         if weight.ndim == 1 and leaf == "weight":
             values = values + 1
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(values, requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
 
 
 def pipeline(structure: Structure, parts: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from lcm_kit.io.written import tidied
 from lcm_kit.serve.adapters import Adapter, Served
 from lcm_kit.serve.limits import Limits
 
-Request = TypeVar("Request", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the least": {"prompt": "a red circle"},
@@ -39,8 +39,8 @@ def highest(number: str) -> int:
     return int(RANGES[number].high)
 
 
-class Common(BaseModel):
-    """What is drawn of a prompt. What is left out is what serves the adapter that is on."""
+class Asked(BaseModel):
+    """What every request for pictures may say. What is left out is what serves the adapter that is on."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -56,10 +56,6 @@ class Common(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=1, le=RANGES["guidance_scale"].high, allow_inf_nan=False, description="1 is none."
     )
-    width: int | None = Field(
-        None, ge=8, le=highest("width"), description="Pixels; the base's own, or a square if one is given."
-    )
-    height: int | None = Field(None, ge=8, le=highest("height"), description="Pixels.")
     adapters: dict[str, Weight | None] | None = Field(
         None,
         description="Adapters by name with their weights, null for an adapter's own; {} is the base alone, "
@@ -67,7 +63,16 @@ class Common(BaseModel):
     )
 
 
-class Wanted(Common):
+class Sized(Asked):
+    """That of a picture which nothing is given of."""
+
+    width: int | None = Field(
+        None, ge=8, le=highest("width"), description="Pixels; the base's own, or a square if one is given."
+    )
+    height: int | None = Field(None, ge=8, le=highest("height"), description="Pixels.")
+
+
+class Wanted(Sized):
     """Pictures of one prompt."""
 
     count: int = Field(1, ge=1, le=highest("count"), description="Pictures.")
@@ -98,12 +103,12 @@ class Order:
     notes: tuple[str, ...] = ()  # sentences on what was asked
 
 
-def parsed(body: bytes, model: type[Request]) -> Request:
+def parsed(body: bytes, kind: type[Body]) -> Body:
     """The request in `body`. Raises `UserError`, with all that is wrong, for JSON that is none."""
     try:
-        return model.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        raise mistaken(error.errors(include_url=False), model.model_fields) from None
+        raise mistaken(error.errors(include_url=False), kind.model_fields) from None
 
 
 def mistaken(errors: Sequence[Any], names: Iterable[str] = ()) -> UserError:

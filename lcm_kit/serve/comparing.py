@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lcm_kit.drawing.made import Source
 from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
-from lcm_kit.serve.asked import Common, Order, Wanted, Weight, highest, settled
+from lcm_kit.serve.asked import Order, Sized, Wanted, Weight, highest, settled
 from lcm_kit.serve.engine import Ticket
 from lcm_kit.serve.parts import DATA, Parts
 from lcm_kit.serve.reply import Shown
@@ -50,7 +50,7 @@ class Against(BaseModel):
     )
 
 
-class ToCompare(Common):
+class ToCompare(Sized):
     """A picture to be judged."""
 
     blind: bool = Field(

@@ -30,7 +30,7 @@ def judging_routes(app: FastAPI, parts: Parts) -> None:
     @app.post(
         "/v1/comparisons", tags=["judging"], summary="Draw a picture and what it is judged against",
         response_class=Response, responses=answers(JSON, STREAM, schema=COMPARED),
-        openapi_extra=body(limits, ToCompare, EXAMPLES),
+        openapi_extra=body(ToCompare, EXAMPLES, limits),
     )  # fmt: skip
     async def comparisons(request: Request) -> Response:
         began = time.monotonic()
@@ -41,7 +41,7 @@ def judging_routes(app: FastAPI, parts: Parts) -> None:
     @app.post(
         "/v1/votes", tags=["judging"], summary="Vote on a comparison, once",
         response_class=Response, responses=told(REVEALED, 400, 404, 408, 409, 413, 415, 422, 507),
-        openapi_extra=body(limits, Vote, {"the left one": {"comparison": 1, "choice": "left"}}),
+        openapi_extra=body(Vote, {"the left one": {"comparison": 1, "choice": "left"}}, limits),
     )  # fmt: skip
     async def vote(request: Request) -> Response:
         store = parts.require_store()

@@ -146,9 +146,9 @@ def answers(*kinds: str, schema: dict[str, Any]) -> dict[int | str, dict[str, An
     return {200: drawn, **said(*(each for each in _WORDS if each not in (404, 409)))}
 
 
-def body(limits: Limits, model: type[BaseModel], examples: Mapping[str, Any]) -> dict[str, Any]:
+def body(kind: type[BaseModel], examples: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """A request's schema with this server's limits in it, whole in itself, and examples of it by name."""
-    schema = model.model_json_schema()
+    schema = kind.model_json_schema()
     parts = schema.pop("$defs", {})
     for part in (schema, *parts.values()):
         _limit(part["properties"], limits)
@@ -157,9 +157,13 @@ def body(limits: Limits, model: type[BaseModel], examples: Mapping[str, Any]) ->
     return {"requestBody": {"required": True, "content": {JSON: content}}}
 
 
+_LIMITED = {"count": "count", "steps": "steps", "width": "side", "height": "side"}
+
+
 def _limit(keys: dict[str, Any], limits: Limits) -> None:
-    for name, most in (("count", "count"), ("steps", "steps"), ("width", "side"), ("height", "side")):
-        for option in keys.get(name, {}).get("anyOf", [keys.get(name, {})]):
+    for name, most in _LIMITED.items():
+        known = keys.get(name, {})
+        for option in known.get("anyOf", [known]):
             if option.get("type") == "integer":
                 option["maximum"] = getattr(limits, most)
     if "prompt" in keys:

@@ -153,7 +153,7 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
     @app.post(
         "/v1/pictures", tags=["pictures"], summary="Draw pictures of a prompt",
         response_class=Response, responses=answers(JSON, PNG, STREAM, schema=PICTURES),
-        openapi_extra=body(limits, Wanted, EXAMPLES),
+        openapi_extra=body(Wanted, EXAMPLES, limits),
     )  # fmt: skip
     async def pictures(request: Request) -> Response:
         began = time.monotonic()
