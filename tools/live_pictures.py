@@ -21,8 +21,12 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-PROMPTS = ("a large yellow banana", "a large red apple", "a small blue house", "a large green cat")
-PROMPT, OTHER = PROMPTS[1], "a large yellow banana in the middle, blue checkered background"
+PROMPTS = (
+    "a large banana on a dotted blue background, in the middle", "a large owl on a striped green background",
+    "a small house on a plain orange background", "a large penguin on a checkered yellow background",
+    "a large cactus on a striped purple background", "a small strawberry on a dotted pink background",
+)  # fmt: skip
+PROMPT, OTHER = "a large apple on a striped blue background, in the middle", PROMPTS[0]
 SIZES = ((1280, 900), (360, 740))
 DRAWN = "#drawn .mat[aria-busy=false] .picture:not([hidden])"
 
@@ -82,11 +86,11 @@ def use(page: Any, keep: bool) -> Iterator[str]:
     page.click("#drawn [data-do=edit]")
     settle(page)
     stroke(page, "#edit-surface canvas", (0.35, 0.35), (0.65, 0.35), (0.65, 0.6), (0.35, 0.6), (0.5, 0.45))
-    page.fill("#prompt", "a large blue star")
+    page.fill("#prompt", "a large owl on a striped blue background, in the middle")
     page.click("#inpaint")
     settle(page)
     yield "edit"
-    page.fill("#prompt", "a large red apple")
+    page.fill("#prompt", "a large strawberry on a plain yellow background")
     page.click("#tab-sketch")
     for colour, places in (
         ("blue", ((0.1, 0.15), (0.9, 0.15))),
