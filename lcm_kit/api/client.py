@@ -6,13 +6,16 @@ import base64
 import binascii
 import io
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException, HTTPMessage
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlencode, urlsplit
 
+from lcm_kit.edits.tasks import Task
 from lcm_kit.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MOST = 2**30  # bytes of an answer
+Place = str | os.PathLike[str]  # a file
 
 
 class Comparison(NamedTuple):
@@ -73,6 +77,44 @@ class Client:
             "/v1/pictures", adapters, prompt=prompt, negative_prompt=negative_prompt, seed=seed, count=count,
             sampler=sampler, steps=steps, guidance_scale=guidance_scale, width=width, height=height,
             keep=keep or None,
+        )  # fmt: skip
+
+    def edit(
+        self,
+        task: Task,
+        picture: Place | Image | None = None,
+        prompt: str = "",
+        *,
+        mask: Place | Image | None = None,
+        feather: int | None = None,
+        grow: tuple[int, int, int, int] | None = None,
+        scale: int | None = None,
+        strength: float | None = None,
+        to: Place | Image | None = None,
+        prompt_to: str | None = None,
+        frames: int | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        count: int = 1,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        adapters: Mapping[str, float | None] | None = None,
+        keep: bool = False,
+    ) -> list[Image]:
+        """Edit a picture, a PNG, JPEG or WebP file or PIL's; tasks and options are those of `lcm_kit.edit`.
+
+        All else is as in `draw`.
+
+            client.edit("inpaint", "room.png", "a red sofa", mask="hole.png")[0].save("room-with-sofa.png")
+        """
+        given = {"picture": picture, "mask": mask, "to": to}
+        files = {name: None if each is None else _file(name, each) for name, each in given.items()}
+        return self._pictures(
+            "/v1/edits", adapters, task=task, prompt=prompt, **files, feather=feather,
+            grow=None if grow is None else list(grow), scale=scale, strength=strength, prompt_to=prompt_to,
+            frames=frames, negative_prompt=negative_prompt, seed=seed, count=count, sampler=sampler,
+            steps=steps, guidance_scale=guidance_scale, keep=keep or None,
         )  # fmt: skip
 
     def _pictures(self, path: str, adapters: Mapping[str, float | None] | None, **asked: Any) -> list[Image]:
@@ -232,6 +274,21 @@ class Client:
         return UserError(
             f"{self.url} does not answer as `lcm-kit serve` does ({first_line(error)}); check the address"
         )
+
+
+def _file(name: str, given: Place | Image) -> str:
+    """A file's content, or PIL's picture as a PNG, in base64."""
+    if isinstance(given, str | os.PathLike):
+        try:
+            return base64.b64encode(Path(given).expanduser().read_bytes()).decode()
+        except OSError as error:
+            raise UserError(f"{name} {os.fspath(given)} cannot be read ({first_line(error)})") from error
+    content = io.BytesIO()
+    try:
+        given.save(content, "PNG", exif=given.getexif())
+    except OSError as error:
+        raise UserError(f"{name}: {first_line(error)}; convert it to RGB") from error
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def _read(answer: Any) -> bytes:

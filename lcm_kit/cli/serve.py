@@ -49,12 +49,19 @@ def serve(
     max_count: Annotated[
         int, typer.Option(callback=within("--max-count", 1, 1000), help="Pictures of a request.")
     ] = 4,
+    max_frames: Annotated[
+        int, typer.Option(callback=within("--max-frames", 2, 1000), help="Frames of an edit.")
+    ] = 16,
     max_prompt: Annotated[
         int, typer.Option(callback=within("--max-prompt", 1, 20_000), help="Characters of a prompt.")
     ] = 2000,
     max_body: Annotated[
         int, typer.Option(callback=within("--max-body", 64, 2**30), help="Bytes of a request.")
     ] = 65_536,
+    max_upload: Annotated[
+        int,
+        typer.Option(callback=within("--max-upload", 1024, 2**30), help="Bytes of a request with pictures."),
+    ] = 8_388_608,
     seconds: Annotated[
         float, typer.Option(callback=within("--seconds", 0, 86_400, above=True), help="Of a request.")
     ] = 120.0,
@@ -123,8 +130,9 @@ def serve(
         run.serve(
             found, given, run.Place(host, port, token_file, tuple(allowed_host or ())),
             Limits(
-                side=max_side, steps=max_steps, count=max_count, prompt=max_prompt, body=max_body,
-                seconds=seconds, queue=queue, batch=batch, window=window, rate=rate, grace=grace,
+                side=max_side, steps=max_steps, count=max_count, frames=max_frames, prompt=max_prompt,
+                body=max_body, upload=max_upload, seconds=seconds, queue=queue, batch=batch, window=window,
+                rate=rate, grace=grace,
             ),
             run.Drawn(
                 device, None if dtype is None else getattr(torch, dtype),

@@ -30,8 +30,9 @@ _SCANS = 100  # of a JPEG: each is a pass over all of it, and a progressive one 
 
 @dataclass(frozen=True)
 class Upload:
-    """The content of a file that a stranger sent, and what may be in it: so many pixels a side."""
+    """The content of a file that a stranger sent as `name`, and how many pixels a side may be in it."""
 
+    name: str
     content: bytes
     side: int
 
@@ -117,7 +118,7 @@ def _read(source: Any, what: str, use: Callable[[Image], Found]) -> Found:
         name = what
         read: Callable[[], Found] = lambda: one(source)  # noqa: E731
     elif upload is not None:
-        name = what
+        name = upload.name
         read = lambda: of_image(upload.content, one)  # noqa: E731
     else:
         name = f"{what} {os.fspath(source)}"

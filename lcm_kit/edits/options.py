@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lcm_kit.config.numbers import RANGES, require_in_range
-from lcm_kit.edits.given import Given, given_mask, given_picture
+from lcm_kit.edits.given import Given, Upload, given_mask, given_picture
 from lcm_kit.edits.tasks import Task
 from lcm_kit.errors import UserError
 
@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
 
 def checked(
     task: Task,
-    picture: str | os.PathLike[str] | Image | None,
+    picture: str | os.PathLike[str] | Image | Upload | None,
     *,
     strength: float | None = None,
     count: int = 1,

@@ -14,8 +14,9 @@ from lcm_kit.bases.emphasis import Prompt, read
 from lcm_kit.config.mistakes import cut, did_you_mean
 from lcm_kit.config.numbers import RANGES, SEED, WEIGHT, require_in_range
 from lcm_kit.drawing.schedulers import require_possible
+from lcm_kit.edits.plan import Plan
 from lcm_kit.errors import UserError
-from lcm_kit.evaluation.recommended import misfit, no_negative
+from lcm_kit.evaluation.recommended import Settings, misfit, no_negative
 from lcm_kit.io.written import tidied
 from lcm_kit.serve.adapters import Adapter, Served
 from lcm_kit.serve.limits import Limits
@@ -72,11 +73,19 @@ class Sized(Asked):
     height: int | None = Field(None, ge=8, le=highest("height"), description="Pixels.")
 
 
-class Wanted(Sized):
-    """Pictures of one prompt."""
+class Counted(Asked):
+    """That of several pictures, which may be kept."""
 
     count: int = Field(1, ge=1, le=highest("count"), description="Pictures.")
     keep: bool = Field(False, description="Whether the server's history keeps them, which takes --data.")
+
+
+class Wanted(Sized, Counted):
+    """Pictures of one prompt."""
+
+
+Weights = tuple[tuple[str, float], ...]
+"""Of the adapters that are on, in the server's order; without those of 0."""
 
 
 class Key(NamedTuple):
@@ -88,14 +97,36 @@ class Key(NamedTuple):
     steps: int
     guidance_scale: float
     negative: Prompt | None
-    weights: tuple[tuple[str, float], ...]  # of the adapters, in the server's order; without those of 0
+    weights: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class EditKey:
+    """An edit: its pictures are drawn together, and with no others."""
+
+    plan: Plan
+    prompts: tuple[Prompt, ...]  # one, or two that its pictures go between
+    steps: int
+    guidance_scale: float
+    negative: Prompt | None
+    weights: Weights
+
+    @property
+    def height(self) -> int:
+        """Pixels that the UNet draws."""
+        return self.plan.size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels that the UNet draws."""
+        return self.plan.size[1]
 
 
 @dataclass(frozen=True)
 class Order:
     """What is to be drawn."""
 
-    key: Key
+    key: Key | EditKey
     prompt: Prompt
     seed: int
     count: int
@@ -138,9 +169,20 @@ def _shown(value: Any) -> str:
     return cut(json.dumps(value) if isinstance(value, dict | list | bool | None) else repr(value))
 
 
-def settled(wanted: Wanted, served: Served, limits: Limits) -> Order:
-    """What is drawn by a request. Raises `UserError` for what cannot be, or is over a limit."""
-    prompt = _text(wanted.prompt, "prompt", limits)
+class Alike(NamedTuple):
+    """What every request settles in the same way."""
+
+    use: Settings
+    on: dict[str, Adapter]  # the adapters that are on, in the server's order
+    weights: Weights
+    negative: Prompt | None
+    facts: dict[str, Any]  # of it, as JSON
+    notes: tuple[str, ...]
+
+
+def alike(wanted: Counted, served: Served, limits: Limits) -> Alike:
+    """What a request says or leaves out of what all may say. Raises `UserError` as `settled`."""
+    prompt = text(wanted.prompt, "prompt", limits)
     weights = _weights(wanted.adapters, served)
     first = next((served.named(name) for name, weight in weights.items() if weight), None)
     use = served.settings(
@@ -149,33 +191,41 @@ def settled(wanted: Wanted, served: Served, limits: Limits) -> Order:
     )  # fmt: skip
     _require_within(limits, count=wanted.count, steps=use.steps)
     require_possible(use.sampler, use.steps, use.guidance_scale)
-    height, width = _size(wanted, served, limits)
     negative = None
     if wanted.negative_prompt is not None:
-        negative = _text(wanted.negative_prompt, "negative_prompt", limits)
+        negative = text(wanted.negative_prompt, "negative_prompt", limits)
         if use.guidance_scale <= 1:
             raise UserError(_no_negative(first))
     said = None if first is None else misfit(use, first.method)
-    on = tuple((each.name, weights[each.name]) for each in served.adapters if weights.get(each.name))
-    key = Key(
-        height, width, use.sampler, use.steps, use.guidance_scale,
-        None if negative is None else read(negative, None), on,
-    )  # fmt: skip
+    on = {each.name: each for each in served.adapters if weights.get(each.name)}
     facts = {
         "prompt": prompt, "negative_prompt": negative, "seed": wanted.seed, "count": wanted.count,
-        "sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale, "width": width,
-        "height": height, "adapters": dict(on),
+        "sampler": use.sampler, "steps": use.steps, "guidance_scale": use.guidance_scale,
+        "adapters": {name: weights[name] for name in on},
     }  # fmt: skip
-    return Order(key, read(prompt, None), wanted.seed, wanted.count, facts, () if said is None else (said,))
+    return Alike(
+        use, on, tuple((name, weights[name]) for name in on),
+        None if negative is None else read(negative, None), facts, () if said is None else (said,),
+    )  # fmt: skip
 
 
-def _text(given: str, name: str, limits: Limits) -> str:
+def settled(wanted: Wanted, served: Served, limits: Limits) -> Order:
+    """What is drawn by a request. Raises `UserError` for what cannot be, or is over a limit."""
+    same = alike(wanted, served, limits)
+    height, width = _size(wanted, served, limits)
+    use, facts = same.use, {**same.facts, "width": width, "height": height}
+    key = Key(height, width, use.sampler, use.steps, use.guidance_scale, same.negative, same.weights)
+    return Order(key, read(facts["prompt"], None), wanted.seed, wanted.count, facts, same.notes)
+
+
+def text(given: str, name: str, limits: Limits) -> str:
+    """A prompt, tidied. Raises `UserError` for what nobody writes, and for one that is too long."""
     if len(given) > limits.prompt:
         raise UserError(f"{name} has {len(given):,} characters; this server takes {limits.prompt:,}")
-    text, reason = tidied(given, name)
+    found, reason = tidied(given, name)
     if reason and given.strip():
         raise UserError(f"{reason}; write it without")
-    return text
+    return found
 
 
 def _weights(asked: Mapping[str, float | None] | None, served: Served) -> dict[str, float]:

@@ -8,7 +8,7 @@ peft's hot swap (one slot, equal ranks, a file each time) does not offer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,7 @@ from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.pictures import to_pil
 from lcm_kit.drawing.placed import place
 from lcm_kit.serve.adapters import Served
-from lcm_kit.serve.asked import Key
-
-Weights = tuple[tuple[str, float], ...]
+from lcm_kit.serve.asked import EditKey, Key, Weights
 
 
 class Piece(NamedTuple):
@@ -47,9 +45,10 @@ class Drawer:
     how: How = PLAIN
     fell_back: str | None = field(default=None, init=False)  # why it is on the CPU where a GPU was to be
     _pipe: Any = field(default=None, init=False)
+    _vae: Any = field(default=None, init=False)  # for edits; the pipeline's own where that reads pictures
     _on: Weights = field(default=(), init=False)
     _fused: Fused = field(default_factory=Fused, init=False)
-    _batches: dict[tuple[int, int], Batches] = field(default_factory=dict, init=False)
+    _batches: dict[tuple[int, int, bool], Batches] = field(default_factory=dict, init=False)
 
     def open(self) -> None:
         """Load everything and draw once. On the CPU if the GPU, which nobody asked for, has no room."""
@@ -61,7 +60,7 @@ class Drawer:
                 raise
             self.fell_back = str(error).partition(". ")[0]
         if self.fell_back is not None:  # out of the handler: the exception holds what was loaded
-            self._pipe, self._on, self._fused = None, (), Fused()
+            self._pipe, self._vae, self._on, self._fused = None, None, (), Fused()
             free()
             self._load(sample.placement("cpu", self.dtype))
 
@@ -70,6 +69,10 @@ class Drawer:
         self._pipe = sample.pipeline(
             base.path, revision=base.revision, variant=base.variant, how=self.how, **where
         )
+        self._vae = self._pipe.vae
+        if self.how.decoder is not None:
+            reads = replace(self.how, decoder=None).load(base, where["dtype"], where["device"])
+            self._vae = reads.to(where["device"])
         for adapter in self.served.adapters:
             sample.load_adapter(self._pipe, adapter.file, name=self._slot(adapter.name))
         if self.served.adapters:
@@ -90,17 +93,23 @@ class Drawer:
         device, dtype = place(self._pipe)
         return f"{device} in {str(dtype).removeprefix('torch.')}"
 
-    def most(self, key: Key) -> int:
+    def most(self, key: Key | EditKey) -> int:
         """Pictures of this size that are drawn at once, by the limit and by what memory has shown."""
         return self._batches_of(key).size
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
+    def draw(self, key: Key | EditKey, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
         """The pictures of `pieces`, in their order, by fewer at once where memory runs out.
 
         What `after_step`, by places in `pieces`, raises ends the drawing. Raises `UserError` where not one
         picture fits.
         """
         self._use(key.weights)
+        with console.silent():
+            if isinstance(key, EditKey):
+                return self._edited(key, pieces, after_step)
+            return self._drawn(key, pieces, after_step)
+
+    def _drawn(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
         drawn: list[Image] = []
 
         def work(first: int, some: Sequence[Piece]) -> torch.Tensor:
@@ -114,20 +123,33 @@ class Drawer:
                 negative_prompt=key.negative, after_step=stepped,
             )  # fmt: skip
 
-        with console.silent():
-            for pixels in self._batches_of(key).run(pieces, work):
-                drawn += to_pil(pixels)
+        for pixels in self._batches_of(key).run(pieces, work):
+            drawn += to_pil(pixels)
         return drawn
 
-    def _batches_of(self, key: Key) -> Batches:
-        size = (key.height, key.width)
-        if size not in self._batches:
-            device = str(self._pipe.device)
+    def _edited(self, key: EditKey, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
+        """By the base's own VAE, which reads pictures, whatever decodes others."""
+        decodes, self._pipe.vae = self._pipe.vae, self._vae
+        try:
+            return list(
+                key.plan.draw(
+                    self._pipe, key.prompts, guidance_scale=key.guidance_scale, negative=key.negative,
+                    seed=pieces[0].seed, batches=self._batches_of(key),
+                    numbers=[each.number for each in pieces], after_step=after_step,
+                )
+            )  # fmt: skip
+        finally:
+            self._pipe.vae = decodes
+
+    def _batches_of(self, key: Key | EditKey) -> Batches:
+        kind = (key.height, key.width, isinstance(key, EditKey))  # an edit takes more memory
+        if kind not in self._batches:
+            device, size = str(self._pipe.device), (key.height, key.width)
             most = min(self.batch, at_once(AUTO, *size, device))
             if len(self._batches) >= 64:  # of sizes that clients think of: no more than a bounded number
                 self._batches.pop(next(iter(self._batches)))
-            self._batches[size] = Batches.of_pictures(most, *size, device)
-        return self._batches[size]
+            self._batches[kind] = Batches.of_pictures(most, *size, device)
+        return self._batches[kind]
 
     def _use(self, weights: Weights) -> None:
         """Put the LoRAs into the weights, at these strengths; () draws with the base alone."""

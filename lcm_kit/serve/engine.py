@@ -21,7 +21,7 @@ from PIL.Image import Image
 
 from lcm_kit.drawing.batches import AfterStep
 from lcm_kit.errors import UserError
-from lcm_kit.serve.asked import Key, Order
+from lcm_kit.serve.asked import EditKey, Key, Order
 from lcm_kit.serve.drawer import Piece
 from lcm_kit.serve.limits import Limits
 
@@ -56,10 +56,10 @@ class Draws(Protocol):
     def open(self) -> None:
         """Load everything."""
 
-    def most(self, key: Key) -> int:
+    def most(self, key: Key | EditKey) -> int:
         """Pictures at once."""
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
+    def draw(self, key: Key | EditKey, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image]:
         """Draw them."""
 
 
@@ -234,7 +234,7 @@ class Engine:
                 self._company.append(len(batch))
                 return batch
 
-    def _wait_for_company(self, key: Key, expected: int) -> None:
+    def _wait_for_company(self, key: Key | EditKey, expected: int) -> None:
         until = time.monotonic() + self.limits.window
         while (left := until - time.monotonic()) > 0 and self._state == "ready":
             if sum(ticket.order.key == key for ticket, _ in self._waiting) >= expected:

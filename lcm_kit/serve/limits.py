@@ -12,8 +12,10 @@ class Limits:
     side: int = 1024  # pixels of a picture's width and height
     steps: int = 50
     count: int = 4  # pictures a request
+    frames: int = 16  # of an edit that goes from one picture to another
     prompt: int = 2000  # characters
     body: int = 65_536  # bytes of a request
+    upload: int = 8 * 2**20  # bytes of one with pictures
     seconds: float = 120.0  # from a request's first byte to its pictures
     queue: int = 64  # pictures that wait
     batch: int = 8  # pictures drawn at once

@@ -157,7 +157,7 @@ def body(kind: type[BaseModel], examples: Mapping[str, Any], limits: Limits) -> 
     return {"requestBody": {"required": True, "content": {JSON: content}}}
 
 
-_LIMITED = {"count": "count", "steps": "steps", "width": "side", "height": "side"}
+_LIMITED = {"count": "count", "steps": "steps", "width": "side", "height": "side", "frames": "frames"}
 
 
 def _limit(keys: dict[str, Any], limits: Limits) -> None:

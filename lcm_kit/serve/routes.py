@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -11,11 +12,14 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from lcm_kit import __version__, samplers
+from lcm_kit.edits.options import TASKS
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation.recommended import Settings
 from lcm_kit.serve.adapters import Adapter
 from lcm_kit.serve.answering import answer
 from lcm_kit.serve.asked import EXAMPLES, Wanted, mistaken, parsed, settled
+from lcm_kit.serve.asked_edits import EXAMPLES as EDIT_EXAMPLES
+from lcm_kit.serve.asked_edits import WantedEdit, settled_edit
 from lcm_kit.serve.history import history_routes
 from lcm_kit.serve.judging import judging_routes
 from lcm_kit.serve.openapi import PICTURES, answers, body, said, secure
@@ -42,6 +46,7 @@ def application(parts: Parts) -> FastAPI:
     _watch_routes(app, parts)
     _info_route(app, parts)
     _picture_route(app, parts)
+    _edit_route(app, parts)
     judging_routes(app, parts)
     history_routes(app, parts)
     if parts.token:
@@ -110,7 +115,9 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
     @app.get("/v1/info", tags=["pictures"], summary="The base, its adapters, and the limits")
     async def info() -> dict[str, Any]:
         served, limits = parts.served, parts.limits
-        asked = ("side", "steps", "count", "prompt", "body", "seconds", "queue", "rate")
+        asked = (
+            "side", "steps", "count", "frames", "prompt", "body", "upload", "seconds", "queue", "rate",
+        )  # fmt: skip
         return {
             "version": __version__,
             "base": {
@@ -122,6 +129,7 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
             },
             "adapters": [_adapter(each) for each in served.adapters],
             "samplers": samplers.names(),
+            "edits": {task: {"strength": kind.strength} for task, kind in TASKS.items()},
             "limits": {name: getattr(limits, name) for name in asked},
             "history": parts.store is not None,
             "state": parts.engine.state,
@@ -161,3 +169,24 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
         wanted = parsed(await read(request, limits.body, limits.seconds), Wanted)
         order = settled(wanted, parts.served, limits)
         return await answer(request, parts, Pictures.of(order, parts, keep=wanted.keep), media, began)
+
+
+def _edit_route(app: FastAPI, parts: Parts) -> None:
+    limits = parts.limits
+
+    @app.post(
+        "/v1/edits", tags=["pictures"], summary="Edit a picture",
+        response_class=Response, responses=answers(JSON, PNG, STREAM, schema=PICTURES),
+        openapi_extra=body(WantedEdit, EDIT_EXAMPLES, limits),
+    )  # fmt: skip
+    async def edits(request: Request) -> Response:
+        began = time.monotonic()
+        media = chosen(request.headers.get("accept"))
+        content = await read(request, limits.upload, limits.seconds)
+
+        def decoded() -> Pictures:  # which takes its time, in which others are answered
+            wanted = parsed(content, WantedEdit)
+            order = settled_edit(wanted, parts.served, limits)
+            return Pictures.of(order, parts, keep=wanted.keep, kind="edit")
+
+        return await answer(request, parts, await asyncio.to_thread(decoded), media, began)

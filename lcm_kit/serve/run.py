@@ -169,10 +169,11 @@ def serve(
     log_prompts: bool = False,
 ) -> None:
     """Serve pictures until told to stop. Raises `UserError` for what cannot be served, before it listens."""
-    if limits.count > limits.queue:
-        raise UserError(
-            f"--max-count {limits.count} pictures of a request do not fit into a --queue of {limits.queue}"
-        )
+    for name in ("count", "frames"):
+        if (most := getattr(limits, name)) > limits.queue:
+            raise UserError(
+                f"--max-{name} {most} pictures of a request do not fit into a --queue of {limits.queue}"
+            )
     place.tokens()  # what costs nothing to check goes first
     log = Log(log_prompts)
     with kept.store() as store:

@@ -114,7 +114,9 @@ class Visit:
 
     def picture(self, where: str) -> Image.Image:
         """Of an <img> or a <canvas>, in its own pixels."""
-        text = self.page.locator(where).evaluate(SHOWN)
+        image = self.page.locator(where).first
+        self.wait(lambda: image.evaluate("(it) => it.naturalWidth !== 0"))  # of a canvas there is none
+        text = image.evaluate(SHOWN)
         return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
 
     def alert(self) -> str:

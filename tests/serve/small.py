@@ -24,7 +24,7 @@ from lcm_kit.config.schema import Base
 from lcm_kit.drawing.batches import AfterStep
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.serve.adapters import Served
-from lcm_kit.serve.asked import Key, Order, Wanted, settled
+from lcm_kit.serve.asked import EditKey, Key, Order, Wanted, settled
 from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.engine import Engine
 from lcm_kit.serve.limits import Limits
@@ -45,7 +45,7 @@ class FakeDrawer:
     may_go: threading.Event = field(default_factory=threading.Event)
     one: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     began: queue.Queue[list[Piece]] = field(default_factory=queue.Queue)
-    batches: list[tuple[Key, list[Piece]]] = field(default_factory=list)
+    batches: list[tuple[Key | EditKey, list[Piece]]] = field(default_factory=list)
     error: Exception | None = None
     place: str = "nowhere"
     fell_back: None = None
@@ -54,14 +54,14 @@ class FakeDrawer:
     def open(self) -> None:
         pass
 
-    def most(self, key: Key) -> int:
+    def most(self, key: Key | EditKey) -> int:
         return self.size
 
     def let_one_go(self) -> None:
         """The batch that is being drawn, and no other."""
         self.one.release()
 
-    def draw(self, key: Key, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image.Image]:
+    def draw(self, key: Key | EditKey, pieces: Sequence[Piece], after_step: AfterStep) -> list[Image.Image]:
         self.batches.append((key, list(pieces)))
         self.began.put(list(pieces))
         while not self.may_go.wait(0.001) and not self.one.acquire(blocking=False):

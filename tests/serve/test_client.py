@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -132,6 +135,32 @@ def test_what_is_asked_of_history_and_votes(odd: str) -> None:
     picture = Image.new("RGB", (1, 1))
     with pytest.raises(UserError, match="keeps no votes; start it with `lcm-kit serve --data FOLDER`"):
         client.vote(Comparison(None, picture, picture, "asked", {}), "tie")
+
+
+def test_pictures_are_sent_as_the_files_that_they_are(odd: str, tmp_path: Path) -> None:
+    """PIL's as a PNG with the turn that it says; a file is not read, so anything may be in it."""
+    Answers.answer = 200, {}, b'{"pictures": []}'
+    client = lcm_kit.Client(odd)
+    (tmp_path / "a.jpg").write_bytes(b"anything")
+    image = Image.new("RGBA", (3, 2), (1, 2, 3, 4))
+    image.getexif()[0x0112] = 6
+    asked: dict[str, Any] = {"feather": 1, "strength": 0.5, "seed": 3, "adapters": {}}
+    assert client.edit("inpaint", tmp_path / "a.jpg", "b", mask=image, **asked) == []
+    client.edit("outpaint", str(tmp_path / "a.jpg"), grow=(1, 2, 3, 4))
+    sent = [json.loads(body) for _, _, body in Answers.asked]
+    assert [path for path, _, _ in Answers.asked] == ["/v1/edits"] * 2
+    with Image.open(io.BytesIO(base64.b64decode(sent[0].pop("mask")))) as mask:
+        assert (mask.format, mask.size, mask.getpixel((0, 0))) == ("PNG", (3, 2), (1, 2, 3, 4))
+        assert mask.getexif()[0x0112] == 6
+    file = base64.b64encode(b"anything").decode()
+    assert sent[0] == {"task": "inpaint", "picture": file, "prompt": "b", "count": 1, **asked}
+    assert sent[1] == {
+        "task": "outpaint", "picture": file, "prompt": "", "count": 1, "seed": 0, "grow": [1, 2, 3, 4],
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"^picture .*nowhere\.png cannot be read \("):
+        client.edit("vary", tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match="^mask: .*CMYK.*; convert it to RGB$"):
+        client.edit("inpaint", image, mask=Image.new("CMYK", (2, 2)))
 
 
 def test_a_server_that_is_not_there_is_a_sentence(odd: str) -> None:

@@ -74,6 +74,16 @@ def test_every_other_spelling_of_a_path_needs_the_token(tiny: Served, file: Path
     assert not drawer.batches
 
 
+@pytest.mark.parametrize("path", [*PATHS, "/v1/edits", "/healthz", "/readyz"])
+def test_there_are_no_websockets_with_a_token_either(tiny: Served, file: Path, path: str) -> None:
+    drawer = going()
+    with application(tiny, drawer, tokens=file) as app:
+        for headers in ([], [(b"authorization", b"Bearer " + TOKEN.encode())]):
+            sent = raw(app, "websocket", "GET", path, headers)
+            assert [each["type"] for each in sent] == ["websocket.close"], path
+    assert not drawer.batches
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "X"])
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/"])
 def test_the_open_paths_do_nothing_by_other_methods(tiny: Served, file: Path, path: str, method: str) -> None:

@@ -40,25 +40,33 @@ def visit(chrome: Any, server: Process) -> Iterator[Visit]:
 
 def both(visit: Visit) -> dict[str, Image.Image]:
     visit.page.click("#compare")
-    visit.until("!document.getElementById('vote').hidden && document.getElementById('right').complete")
+    visit.until("!document.getElementById('vote').hidden")
     return {side: visit.picture(f"#{side}") for side in ("left", "right")}
 
 
-def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, tmp_path: Path) -> None:
+def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, server: Process, tmp_path: Path) -> None:
     """What the page tells after the vote is what the pictures are; before it, it holds no word of it."""
     page = visit.page
     page.uncheck("#live")
     visit.type(PROMPT)
     page.fill("#seed", "3")
-    truth = {
-        ASKED: visit.server_draws(prompt=PROMPT, seed=3),
-        BASE: visit.server_draws(prompt=PROMPT, seed=3, steps=50, adapters={}),
-    }
+    against = json.loads(server.answer("/v1/comparisons", {"prompt": PROMPT, "seed": 3})[1])["settings"][
+        "against"
+    ]
+    assert against["steps"] == 50 and against["adapters"] == {} and against["seed"] == 3
+    truth = {ASKED: visit.server_draws(prompt=PROMPT, seed=3), BASE: visit.server_draws(**against)}
     page.click("#tab-compare")
     page.check("#blind")
-    with page.expect_response("**/v1/comparisons") as answer:
-        shown = both(visit)
-    said = answer.value.text()
+    answers: list[str] = []
+
+    def overheard(route: Any) -> None:
+        answer = route.fetch()
+        answers.append(answer.text())
+        route.fulfill(response=answer)
+
+    page.route("**/v1/comparisons", overheard)
+    shown = both(visit)
+    (said,) = answers
     assert '"left"' in said and "left_is" not in said and '"against"' not in said
     assert page.inner_text("#left-said") == "Left" and page.inner_text("#right-said") == "Right"
     assert visit.asked[-1]["blind"] is True
@@ -74,6 +82,7 @@ def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, tmp_path: Pa
     assert (tally["votes"], tally["asked"], tally["against"]) == (1, int(left == ASKED), int(left == BASE))
     visit.until("document.querySelector('#tally-list dd').textContent === '1'")
 
+    page.unroute("**/v1/comparisons")
     page.uncheck("#blind")
     both(visit)
     assert {page.inner_text(f"#{side}-said").partition(": ")[2] for side in ("left", "right")} == {
@@ -102,7 +111,6 @@ def test_kept_pictures_are_there_after_a_reload_with_their_settings(visit: Visit
     page.click("#drawn [data-do=keep]")
     page.wait_for_selector("#history button img:not([hidden])")
     assert page.inner_text("#drawn [data-do=keep]") == "Kept"
-    visit.until("document.querySelector('#history img').complete")
     assert same(visit.picture("#history img"), first)
     page.click("#reset")
     visit.type("a small yellow banana")

@@ -95,6 +95,15 @@ def test_a_client_that_hangs_up_is_drawn_for_no_further_and_no_prompt_is_logged(
     assert all(line.startswith("{") for line in server.lines), server.lines
 
 
+def websocket(path: str, token: str | None = None) -> bytes:
+    """A handshake."""
+    told = "" if token is None else f"Authorization: Bearer {token}\r\n"
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{told}"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
+
+
 def test_raw_requests_that_are_no_http_end_nothing(tmp_path: Path) -> None:
     """Tricks that no client library sends, at a server with a token."""
     (tmp_path / "tokens").write_text("a-token-of-some-length\n")
@@ -112,6 +121,9 @@ def test_raw_requests_that_are_no_http_end_nothing(tmp_path: Path) -> None:
             b"GET /v1/info HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /v1/info HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+            *map(websocket, ("/", "/healthz", "/v1/pictures", "/v1/edits", "/metrics", "/nothing")),
+            # with the token there is none either
+            *(websocket(path, "a-token-of-some-length") for path in ("/healthz", "/v1/pictures")),
         ]  # fmt: skip
         for trick in tricks:
             with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as line:

@@ -20,6 +20,7 @@ from PIL import Image
 from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import EXAMPLES
+from lcm_kit.serve.asked_edits import EXAMPLES as EDIT_EXAMPLES
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA, Problem
 from lcm_kit.serve.reading import chosen
@@ -95,27 +96,36 @@ def test_what_openapi_says_is_so(real: App, tiny: Served) -> None:
     page = get(real, "/openapi.json").json()
     OpenAPI.model_validate(page)
     assert page["openapi"].startswith("3.1") and page["paths"].keys() == {
-        "/v1/pictures", "/v1/comparisons", "/v1/votes", "/v1/votes.csv", "/v1/history",
+        "/v1/pictures", "/v1/edits", "/v1/comparisons", "/v1/votes", "/v1/votes.csv", "/v1/history",
         "/v1/history/{number}", "/v1/info", "/healthz", "/readyz", "/metrics",
     }  # fmt: skip
-    post = page["paths"]["/v1/pictures"]["post"]
+    for path, examples in (("/v1/pictures", EXAMPLES), ("/v1/edits", EDIT_EXAMPLES)):
+        assert_kept(real, page["paths"][path]["post"], path, examples)
+    assert "security" not in page
+
+
+def assert_kept(app: App, post: Any, path: str, examples: dict[str, Any]) -> None:
+    """The word that OpenAPI gives of a path."""
     content = post["requestBody"]["content"]["application/json"]
     drawn = post["responses"]["200"]["content"]["application/json"]["schema"]
     for schema in (content["schema"], drawn):
         jsonschema.Draft202012Validator.check_schema(schema)
-    assert content["examples"].keys() == EXAMPLES.keys()
+    assert content["examples"].keys() == examples.keys()
     for example in content["examples"].values():
         jsonschema.validate(example["value"], content["schema"])
-        answer = ask(real, {"json": example["value"]})[0]
+        answer = ask(app, {"json": example["value"], "url": path})[0]
         assert answer.status_code == 200
         jsonschema.validate(answer.json(), drawn)
-    for wrong in ({"prompt": "a", "steps": 51}, {"prompt": "a", "count": 5}, {"prompt": "a", "x": 1}, {}):
+    known: dict[str, Any] = next(iter(examples.values()))
+    wrongs: list[dict[str, Any]] = [{"steps": 51}, {"count": 5}, {"x": 1}]
+    if "task" in known:
+        wrongs += [{"frames": 17}, {"task": "draw"}, {"grow": [1, 2]}, {"strength": 0}]
+    for wrong in ({}, *({**known, **each} for each in wrongs)):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, content["schema"])
-        answer = ask(real, {"json": wrong})[0]
+        answer = ask(app, {"json": wrong, "url": path})[0]
         assert answer.status_code == 422
         jsonschema.validate(answer.json(), post["responses"]["422"]["content"][MEDIA]["schema"])
-    assert "security" not in page
 
 
 def test_openapi_says_of_the_token(tiny: Served, tmp_path: Path) -> None:
@@ -138,6 +148,12 @@ def test_info_says_what_there_is(tiny: Served) -> None:
     assert adapter["name"] == "tiny-lcm-lora" and adapter["weight"] == 1.0
     assert adapter["settings"] == {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0}
     assert (found["limits"]["side"], found["limits"]["steps"], found["state"]) == (512, 8, "ready")
+    assert (found["limits"]["upload"], found["limits"]["frames"]) == (8_388_608, 16)
+    assert found["edits"] == {
+        "inpaint": {"strength": 1.0}, "outpaint": {"strength": 1.0}, "colorize": {"strength": 1.0},
+        "upscale": {"strength": 0.5}, "sketch": {"strength": 0.8}, "vary": {"strength": 0.5},
+        "interpolate": {"strength": 0.5},
+    }  # fmt: skip
 
 
 # -- Limits --------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
+import lcm_kit
 from lcm_kit.errors import UserError
 from lcm_kit.serve import stream
 from lcm_kit.serve.adapters import Served
@@ -239,6 +241,15 @@ def test_a_stream_in_a_process(single: Process) -> None:
     assert files == [data["base64"] for name, data in own if name == "picture"]
     assert base64.b64decode(files[0]).startswith(b"\x89PNG")
     assert [files[0].encode() in each.replace(b"\r\n", b"") for each in streams] == [True, False, True]
+
+    client = lcm_kit.Client(single.url)
+    picture, mask = Image.new("RGB", (64, 64), "teal"), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    first, second = (client.edit("inpaint", picture, f"a {SECRET}", mask=mask, steps=1) for _ in range(2))
+    assert first[0].tobytes() == second[0].tobytes() and first[0].getpixel((40, 9)) == (0, 128, 128)
+    assert first[0].getpixel((9, 9)) != (0, 128, 128)
+    with pytest.raises(UserError, match="^inpaint needs a picture"):
+        client.edit("inpaint")
 
     line = opened(single, LONG)
     until(line, b"event: step")

@@ -57,18 +57,16 @@ const Compare = (() => {
       ["both alike", found.tie], ["neither", found.neither]];
     $("tally-list").replaceChildren(...rows.flatMap(([word, number]) => [make("dt", {}, word), make("dd", {}, String(number))]));
     $("tally").hidden = !found.votes;
-    const by = found.by_adapter ?? [];
-    $("tally-table").hidden = !by.length;
-    if (by.length) {
-      const keys = Object.keys(by[0]);
-      $("tally-table").replaceChildren(
-        make("thead", {}, make("tr", {}, ...keys.map((key) => Object.assign(make("th", {}, key), { scope: "col" })))),
-        make("tbody", {}, ...by.map((row) => make("tr", {}, ...keys.map((key) => make("td", {}, shown(row[key])))))),
-      );
-    }
+    const by = found.by_adapter, heads = ["with", "votes", "for it", "for the base", "alike", "neither"];
+    const cell = (name, value) => make(name, {}, String(value));
+    $("tally-table").hidden = by.length < 2;
+    $("tally-table").replaceChildren(
+      make("thead", {}, make("tr", {}, ...heads.map((each) => Object.assign(cell("th", each), { scope: "col" })))),
+      make("tbody", {}, ...by.map((row) => make("tr", {},
+        cell("td", [row.base, ...Object.keys(row.adapters)].join(" + ")),
+        ...["votes", "asked", "against", "tie", "neither"].map((key) => cell("td", row[key]))))),
+    );
   };
-  const shown = (value) => (value !== null && typeof value === "object"
-    ? Object.entries(value).map(([key, each]) => `${key} ${each}`).join(", ") || "none" : String(value ?? "none"));
 
   return {
     open(info) {

@@ -52,7 +52,8 @@ const Frames = (() => {
   const ask = () => { stop(); latest.now(draw); };
 
   return {
-    open() {
+    open(info) {
+      if (info.limits.frames) $("frames-count").max = info.limits.frames;
       $("prompt-to").value = Kept.get("promptTo", "");
       $("frames-count").value = Kept.get("frames", 8);
       $("rate").value = Kept.get("rate", 6);
