@@ -126,10 +126,7 @@ def serve(
                 side=max_side, steps=max_steps, count=max_count, prompt=max_prompt, body=max_body,
                 seconds=seconds, queue=queue, batch=batch, window=window, rate=rate, grace=grace,
             ),
-            run.Drawn(
-                device, None if dtype is None else getattr(torch, dtype),
-                None if decoder is None else str(decoder), tiling,
-            ),
+            run.Drawn(device, None if dtype is None else getattr(torch, dtype), decoder, tiling),
             run.Kept(data, history),
             log_prompts=log_prompts,
         )  # fmt: skip
