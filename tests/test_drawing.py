@@ -96,11 +96,11 @@ def test_pictures_are_the_same_where_memory_runs_out(
     whole = list(sample.draw_images(base, prompts, steps=1, batch_size=4))
     real, sizes = sample.decode, []
 
-    def decode(pipe: Any, latents: Tensor) -> Tensor:
+    def decode(pipe: Any, latents: Tensor, **of: Any) -> Tensor:
         sizes.append(len(latents))
         if len(latents) > 2:
             raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-        return real(pipe, latents)
+        return real(pipe, latents, **of)
 
     monkeypatch.setattr(sample, "decode", decode)
     parts = list(sample.draw_images(base, prompts, steps=1, batch_size=4))
