@@ -30,7 +30,7 @@ def build_preview() -> AutoencoderTiny:
 
 
 def build_consistency(vae: Any) -> ConsistencyDecoderVAE:
-    """A consistency decoder of f = 4 whose encoder is that of tiny-sd's `vae`, exactly.
+    """A consistency decoder of f = 4 whose encoder is that of tiny-sd's `vae`.
 
     Its class has attention in the encoder's middle, which that one lacks; here it adds nothing.
     """
