@@ -688,8 +688,8 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
     assert (how.settings["dtype"], how.settings["tiling"], how.settings["compile"]) == (
         torch.float16, True, True,
     )  # fmt: skip
-    cli("edit", "outpaint", tmp_path / "a.png", "--grow", "8", "--base", base)
-    assert calls[1][0].grow == (8, 8, 8, 8)
+    cli("edit", "outpaint", tmp_path / "a.png", "--grow", "8", "--base", base, "--decoder", "my/tiny")
+    assert calls[1][0].grow == (8, 8, 8, 8) and calls[1][1].settings["decoder"] == "my/tiny"
     for wrong in ("eight", "1,2", "1.5"):
         done = cli("edit", "outpaint", tmp_path / "a.png", "--grow", wrong, "--base", base)
         assert done.exit_code == 2 and "give one, or left,top,right,bottom" in " ".join(done.stderr.split())

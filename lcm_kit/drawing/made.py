@@ -22,6 +22,7 @@ from unicodedata import category
 
 from lcm_kit import __version__, samplers
 from lcm_kit.bases.emphasis import Weighted, read
+from lcm_kit.drawing import decoders
 from lcm_kit.drawing.pictures import slug
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_file
@@ -111,7 +112,7 @@ def of_drawing(base: str, use: Mapping[str, Any]) -> tuple[Source, dict[str, Any
         loras[slug(title)] = Lora(title, sha256_file(adapter_file(use["adapter"])))
         weights[slug(title)] = use["lora_weight"]
     names = "negative_prompt", "seed", "sampler", "steps", "guidance_scale"
-    decoder = None if use.get("decoder") is None else Path(use["decoder"]).name
+    decoder = None if use.get("decoder") is None else decoders.said(use["decoder"])
     source = Source(base_name(base), loras, decoder)
     return source, {name: use[name] for name in names} | {"adapters": weights}
 
