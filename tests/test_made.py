@@ -153,7 +153,7 @@ PROMPTS = st.one_of(st.lists(st.sampled_from(FORGED), max_size=8).map("".join), 
 
 
 @fuzz(
-    st.tuples(PROMPTS, PROMPTS), small=300, large=20_000,
+    st.tuples(PROMPTS, PROMPTS), small=300, large=5000,
     examples=[(each, other) for each in FORGED for other in ("", each)],
 )  # fmt: skip
 def test_no_prompt_forges_a_field(_: Path, prompts: tuple[str, str]) -> None:
@@ -171,7 +171,7 @@ def test_no_prompt_forges_a_field(_: Path, prompts: tuple[str, str]) -> None:
         assert (own["prompt"], own["negative_prompt"]) == (prompt, negative)
 
 
-@fuzz(PROMPTS.filter(lambda prompt: "\ufeff" not in prompt), small=300, large=20_000, examples=FORGED)
+@fuzz(PROMPTS.filter(lambda prompt: "\ufeff" not in prompt), small=300, large=5000, examples=FORGED)
 def test_the_apps_draw_what_was_drawn(_: Path, prompt: str) -> None:
     """Read as A1111 reads, it has the tokens and the weights of what the kit drew."""
     prompt = tidied(prompt)[0]
