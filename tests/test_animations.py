@@ -374,6 +374,9 @@ def test_interpolate_writes_its_frames_as_an_animation(
     frames, times, again = played(tmp_path / "moved" / "clip.webp")
     assert (frames == array([*map(Image.open, files)])).all()
     assert times == [200] * 6 and again == 1
+    texts = [Image.open(tmp_path / "out" / f"{k:03d}-interpolate.png").info for k in range(4)]
+    drawn = [("parameters" in text, bool(text)) for text in texts]  # pictures that were given say nothing
+    assert drawn == [(k in (1, 2) or ends == "prompts",) * 2 for k in range(4)]
     by_files = lcm_kit.save_animation(files, tmp_path / "again.webp", fps=5, loop=False)
     assert by_files.read_bytes() == (tmp_path / "moved" / "clip.webp").read_bytes()
 

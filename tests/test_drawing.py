@@ -112,7 +112,7 @@ def test_pictures_are_the_same_where_memory_runs_out(
 # -- Adapters in the weights ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def adapted() -> Any:
     """tiny-sd with two LoRAs, at the weights 0.7 and 0.4; `second` is the first one scaled by -0.5."""
     pipe = sample.pipeline("asset:tiny-sd")
