@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import sqlite3
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from lcm_kit import __version__
+from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA
@@ -93,6 +95,27 @@ def test_every_png_says_how_it_was_made_to_other_programs(app: App) -> None:
     assert web.prompt == dropped.prompt == "a caf\xe9 Steps : 3" and web.loras == [("tiny-lcm-lora", 1.0)]
     assert web.fields == fields and dropped.fields == {key.lower(): each for key, each in fields.items()}
     assert json.loads(texts(file)["lcm_kit"])["settings"]["prompt"] == "a caf\xe9 Steps: 3"
+
+
+def test_an_edit_is_kept_as_one_with_its_pictures_by_hash_alone(tiny: Served, tmp_path: Path) -> None:
+    """By the real drawer; sent again with the picture, the settings draw the same."""
+    given = png_bytes(Image.new("RGB", (64, 48), "navy"))
+    body = {"task": "vary", "prompt": "a red circle", "strength": 0.5, "steps": 2, "seed": 4}
+    body["picture"] = base64.b64encode(given).decode()
+    with application(tiny, limits=EXACT, data=tmp_path) as app:
+        answer = ask(app, {"url": "/v1/edits", "json": {**body, "keep": True}})[0].json()
+        (found,) = get(app, "/v1/history").json()["pictures"]
+        file = get(app, "/v1/history/1").content
+        again = {key: each for key, each in found["settings"].items() if each is not None}
+        redrawn = ask(app, {"url": "/v1/edits", "json": {**again, "picture": body["picture"]}})[0].json()
+    assert answer["kept"] == [1] and base64.b64decode(answer["pictures"][0]["base64"]) == file
+    assert (found["kind"], found["width"], found["height"]) == ("edit", 64, 48)
+    assert found["settings"] == answer["settings"] == redrawn["settings"]
+    assert redrawn["pictures"] == answer["pictures"]
+    assert found["settings"]["picture"] == {"sha256": hashlib.sha256(given).hexdigest()}
+    fields = a1111(texts(file)["parameters"]).fields
+    assert (fields["Denoising strength"], fields["Size"], fields["Seed"]) == ("0.5", "64x48", "4")
+    assert json.loads(texts(file)["lcm_kit"])["settings"] == found["settings"]
 
 
 def test_all_ways_of_answering_keep(app: App) -> None:
