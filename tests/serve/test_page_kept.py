@@ -15,7 +15,7 @@ from tests.serve.browser import Visit, browser, same
 from tests.serve.small import ADAPTER, Process
 from tests.serve.test_page import HTML, PROMPT
 
-ASKED, BASE = "as it is set", "the base alone at 50 steps"
+ASKED, BASE = "your settings", "the base alone at 50 steps"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, server: Proc
         who = page.inner_text(f"#{side}-said").partition(": ")[2]
         assert same(picture, truth[who]), side
     left = page.inner_text("#left-said").partition(": ")[2]
-    assert page.inner_text("#verdict") == f"Your vote: left, which is {left}."
+    assert page.inner_text("#verdict") == f"Your vote: left ({left})."
     assert page.is_disabled("#vote [data-choice=right]")
     tally = json.loads(visit.server.answer("/v1/votes")[1])
     assert (tally["votes"], tally["asked"], tally["against"]) == (1, int(left == ASKED), int(left == BASE))

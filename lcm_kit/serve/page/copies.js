@@ -43,7 +43,7 @@ const Copies = (() => {
     for (const [key, value] of Object.entries(asked)) {
       if (!["adapters", "task", "keep", "count"].includes(key)) options[names[key] ?? key] = Array.isArray(value) ? value.join(",") : value;
     }
-    const words = made.path === "/v1/pictures" ? ["lcm-kit", "sample"] : ["lcm-kit", "edit", asked.task];
+    const words = made.path === "/v1/pictures" ? ["lcm-kit sample"] : [`lcm-kit edit ${asked.task}`];
     for (const key of Object.keys(made.files ?? {})) {
       if (key === "picture") words.push(file(key));
       else options[key] = file(key);
