@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.serve.browser import Visit, browser, distance, same, unpacked
-from tests.serve.small import ADAPTER, Process
+from tests.serve.small import Process
 from tests.serve.test_page import AWKWARD, NO, PROMPT, copied, run_curl, run_python
 
 SKETCH, MASK = "#sketch-surface canvas", "#edit-surface canvas"
@@ -25,16 +25,9 @@ def chrome() -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def server(chrome: Any) -> Iterator[Process]:
-    found = Process.start("--adapter", ADAPTER)
-    yield found
-    found.end()
-
-
 @pytest.fixture
-def visit(chrome: Any, server: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, server)
+def visit(chrome: Any, live: Process) -> Iterator[Visit]:
+    found = Visit.begin(chrome, live)
     yield found
     found.end()
 
@@ -206,8 +199,8 @@ def test_a_painted_part_is_drawn_anew_and_every_pixel_outside_stays(visit: Visit
     assert same(run_curl(shown[0], tmp_path), after) and same(run_python(shown[1], tmp_path), after)
 
 
-def test_a_mask_that_is_empty_is_said_by_the_server_and_invert_is_all(chrome: Any, server: Process) -> None:
-    visit = Visit.begin(chrome, server)
+def test_a_mask_that_is_empty_is_said_by_the_server_and_invert_is_all(chrome: Any, live: Process) -> None:
+    visit = Visit.begin(chrome, live)
     drawing(visit)
     visit.page.click("#inpaint")
     assert visit.alert().startswith("the mask is black all over, so that there is nothing to draw")
@@ -259,9 +252,9 @@ def test_a_picture_of_ones_own_is_edited_at_a_size_that_is_drawn(visit: Visit) -
 # -- Frames --------------------------------------------------------------------------------------------------
 
 
-def test_frames_between_two_prompts_are_played(chrome: Any, server: Process, tmp_path: Path) -> None:
+def test_frames_between_two_prompts_are_played(chrome: Any, live: Process, tmp_path: Path) -> None:
     """Played where motion is wanted, and by hand where it is not; the first frame is the picture itself."""
-    visit = Visit.begin(chrome, server, reduced_motion="reduce")
+    visit = Visit.begin(chrome, live, reduced_motion="reduce")
     page = visit.page
     page.uncheck("#live")
     visit.type(PROMPT)
