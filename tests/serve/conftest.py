@@ -16,10 +16,23 @@ def pytest_report_header() -> str | None:
 
 
 if not MISSING:
+    from collections.abc import Iterator
+
     from lcm_kit.serve.adapters import Served
-    from tests.serve.small import served
+    from tests.serve.small import ADAPTER, Process, served
 
     @pytest.fixture(scope="session")
     def tiny() -> Served:
         """The embedded base with the LoRA that comes with it."""
         return served()
+
+    @pytest.fixture(scope="session")
+    def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+        """A server that keeps pictures and votes, for tests of the page."""
+        from tests.serve.browser import chromium
+
+        chromium()  # or the test is skipped before a server is started for it
+        data = str(tmp_path_factory.mktemp("live"))
+        found = Process.start("--adapter", ADAPTER, "--data", data)
+        yield found
+        found.end()

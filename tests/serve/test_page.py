@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.recipes.small import environment
 from tests.serve.browser import PICTURE, Visit, browser, same
-from tests.serve.small import ADAPTER, PATIENCE, Process, wait_for
+from tests.serve.small import PATIENCE, Process, wait_for
 
 PROMPT = "a large red apple in the middle"
 HTML = '<img src=x onerror="window.hacked = 1"><b>bold</b>'
@@ -30,16 +30,9 @@ def chrome() -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def server(chrome: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    found = Process.start("--adapter", ADAPTER)
-    yield found
-    found.end()
-
-
 @pytest.fixture
-def visit(chrome: Any, server: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, server)
+def visit(chrome: Any, live: Process) -> Iterator[Visit]:
+    found = Visit.begin(chrome, live)
     yield found
     found.end()
 
@@ -138,10 +131,10 @@ def test_the_latest_wins(visit: Visit) -> None:
     assert page.get_attribute(PICTURE, "alt") == f"Picture of: {PROMPT}"
 
 
-def test_the_server_stops_drawing_what_nobody_waits_for(chrome: Any, server: Process) -> None:
-    visit = Visit.begin(chrome, server)
+def test_the_server_stops_drawing_what_nobody_waits_for(chrome: Any, live: Process) -> None:
+    visit = Visit.begin(chrome, live)
     left = 'lcm_kit_requests_total{method="POST",route="/v1/pictures",status="499"}'
-    before = server.figure(left)
+    before = live.figure(left)
     visit.page.fill("#width", "256")
     visit.page.fill("#height", "256")
     visit.page.fill("#steps-number", "50")
@@ -149,15 +142,15 @@ def test_the_server_stops_drawing_what_nobody_waits_for(chrome: Any, server: Pro
     visit.until("document.querySelector('#drawn .bar').ariaValueNow > 0")
     visit.page.click("#reset")
     assert same(visit.drawn(), visit.server_draws(prompt="a small blue star"))
-    wait_for(lambda: server.figure(left) > before, "the first was left")
+    wait_for(lambda: live.figure(left) > before, "the first was left")
     visit.end()
 
 
 # -- What is wrong is said -----------------------------------------------------------------------------------
 
 
-def test_errors_are_said_in_the_servers_own_words(chrome: Any, server: Process) -> None:
-    visit = Visit.begin(chrome, server)
+def test_errors_are_said_in_the_servers_own_words(chrome: Any, live: Process) -> None:
+    visit = Visit.begin(chrome, live)
     visit.type(PROMPT)
     visit.drawn()
     visit.page.fill("#width", "65")
@@ -168,8 +161,8 @@ def test_errors_are_said_in_the_servers_own_words(chrome: Any, server: Process) 
     visit.end(f"{NO}422")
 
 
-def test_it_waits_as_long_as_the_server_says(chrome: Any, server: Process) -> None:
-    visit, times = Visit.begin(chrome, server), []
+def test_it_waits_as_long_as_the_server_says(chrome: Any, live: Process) -> None:
+    visit, times = Visit.begin(chrome, live), []
 
     def full(route: Any) -> None:
         times.append(visit.page.evaluate("performance.now()"))
@@ -188,8 +181,8 @@ def test_it_waits_as_long_as_the_server_says(chrome: Any, server: Process) -> No
     visit.end(f"{NO}429")
 
 
-def test_a_lost_connection_is_said_and_tried_again(chrome: Any, server: Process) -> None:
-    visit = Visit.begin(chrome, server)
+def test_a_lost_connection_is_said_and_tried_again(chrome: Any, live: Process) -> None:
+    visit = Visit.begin(chrome, live)
     visit.context.set_offline(True)
     visit.type(PROMPT)
     visit.until("document.getElementById('state').textContent.startsWith('Connection lost')")
@@ -199,11 +192,11 @@ def test_a_lost_connection_is_said_and_tried_again(chrome: Any, server: Process)
     visit.end("ERR_INTERNET_DISCONNECTED")
 
 
-def test_html_in_words_of_any_origin_is_text(chrome: Any, server: Process) -> None:
+def test_html_in_words_of_any_origin_is_text(chrome: Any, live: Process) -> None:
     """In prompts, adapters' names and words, and the server's sentences, which may quote what was asked."""
-    visit = Visit.begin(chrome, server, go=False)
+    visit = Visit.begin(chrome, live, go=False)
     page = visit.page
-    info = json.loads(server.answer("/v1/info")[1])
+    info = json.loads(live.answer("/v1/info")[1])
     info["adapters"].append({**info["adapters"][0], "name": HTML, "method": HTML, "warnings": [HTML]})
     info["base"]["path"] = HTML
     page.route("**/v1/info", lambda route: route.fulfill(json=info))
@@ -242,6 +235,8 @@ def test_the_token_is_asked_for_and_kept_for_the_tab_alone(
         visit.ready()
         visit.type(PROMPT)
         visit.drawn()
+        assert page.inner_text("#history-missing").endswith("lcm-kit serve --data FOLDER.")
+        assert not page.is_visible("#drawn [data-do=keep]")
         page.reload()
         visit.ready()
         visit.drawn()
@@ -351,9 +346,9 @@ def test_everything_is_reached_by_keys_and_has_a_name(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_telephone_needs_no_sideways_scrolling(chrome: Any, server: Process, scheme: str) -> None:
+def test_a_telephone_needs_no_sideways_scrolling(chrome: Any, live: Process, scheme: str) -> None:
     size = {"width": 360, "height": 740}
-    visit = Visit.begin(chrome, server, viewport=size, color_scheme=scheme, has_touch=True)
+    visit = Visit.begin(chrome, live, viewport=size, color_scheme=scheme, has_touch=True)
     page = visit.page
     visit.type("a" * 300 + " " + PROMPT)
     visit.drawn()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.recipes.small import environment
 from tests.serve.browser import Visit, browser, distance, same, unpacked
-from tests.serve.small import ADAPTER, Process
+from tests.serve.small import PATIENCE, Process
 from tests.serve.test_page import AWKWARD, NO, PROMPT, copied, run_curl, run_python
 
 SKETCH, MASK = "#sketch-surface canvas", "#edit-surface canvas"
@@ -25,16 +28,9 @@ def chrome() -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def server(chrome: Any) -> Iterator[Process]:
-    found = Process.start("--adapter", ADAPTER)
-    yield found
-    found.end()
-
-
 @pytest.fixture
-def visit(chrome: Any, server: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, server)
+def visit(chrome: Any, live: Process) -> Iterator[Visit]:
+    found = Visit.begin(chrome, live)
     yield found
     found.end()
 
@@ -206,8 +202,8 @@ def test_a_painted_part_is_drawn_anew_and_every_pixel_outside_stays(visit: Visit
     assert same(run_curl(shown[0], tmp_path), after) and same(run_python(shown[1], tmp_path), after)
 
 
-def test_a_mask_that_is_empty_is_said_by_the_server_and_invert_is_all(chrome: Any, server: Process) -> None:
-    visit = Visit.begin(chrome, server)
+def test_a_mask_that_is_empty_is_said_by_the_server_and_invert_is_all(chrome: Any, live: Process) -> None:
+    visit = Visit.begin(chrome, live)
     drawing(visit)
     visit.page.click("#inpaint")
     assert visit.alert().startswith("the mask is black all over, so that there is nothing to draw")
@@ -259,9 +255,9 @@ def test_a_picture_of_ones_own_is_edited_at_a_size_that_is_drawn(visit: Visit) -
 # -- Frames --------------------------------------------------------------------------------------------------
 
 
-def test_frames_between_two_prompts_are_played(chrome: Any, server: Process, tmp_path: Path) -> None:
+def test_frames_between_two_prompts_are_played(chrome: Any, live: Process, tmp_path: Path) -> None:
     """Played where motion is wanted, and by hand where it is not; the first frame is the picture itself."""
-    visit = Visit.begin(chrome, server, reduced_motion="reduce")
+    visit = Visit.begin(chrome, live, reduced_motion="reduce")
     page = visit.page
     page.uncheck("#live")
     visit.type(PROMPT)
@@ -281,6 +277,9 @@ def test_frames_between_two_prompts_are_played(chrome: Any, server: Process, tmp
     visit.until("document.getElementById('frame-said').textContent === '3 of 5'")
     page.click("#play")
     assert page.inner_text("#play") == "Play"
-    text = copied(visit, "python", "#frames-copy")
-    assert "'frames': 5" in text or '"frames": 5' in text
+    (tmp_path / "again.py").write_text(copied(visit, "python", "#frames-copy"))
+    env = {**environment(1), "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "again.py"], cwd=tmp_path, env=env, check=True, timeout=PATIENCE)
+    frames = [Image.open(each).convert("RGB") for each in sorted(tmp_path.glob("frame-*.png"))]
+    assert len(frames) == 5 and same(frames[0], first) and not same(frames[2], first)
     visit.end()

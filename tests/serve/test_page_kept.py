@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.serve.browser import Visit, browser, same
-from tests.serve.small import ADAPTER, Process
+from tests.serve.small import Process
 from tests.serve.test_page import HTML, PROMPT
 
-ASKED, BASE = "as it is set", "the base alone at 50 steps"
+ASKED, BASE = "your settings", "the base alone at 50 steps"
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +25,10 @@ def chrome() -> Iterator[Any]:
 
 
 @pytest.fixture
-def server(chrome: Any, tmp_path: Path) -> Iterator[Process]:
-    found = Process.start("--adapter", ADAPTER, "--data", str(tmp_path / "data"))
-    yield found
-    found.end()
-
-
-@pytest.fixture
-def visit(chrome: Any, server: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, server)
+def visit(chrome: Any, live: Process) -> Iterator[Visit]:
+    found = Visit.begin(chrome, live)
+    found.page.evaluate("Server.call('/v1/history', { method: 'DELETE' }, () => null)")  # of other tests
+    found.open()
     yield found
     found.end()
 
@@ -44,13 +39,14 @@ def both(visit: Visit) -> dict[str, Image.Image]:
     return {side: visit.picture(f"#{side}") for side in ("left", "right")}
 
 
-def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, server: Process, tmp_path: Path) -> None:
+def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, live: Process, tmp_path: Path) -> None:
     """What the page tells after the vote is what the pictures are; before it, it holds no word of it."""
     page = visit.page
+    before = json.loads(live.answer("/v1/votes")[1])
     page.uncheck("#live")
     visit.type(PROMPT)
     page.fill("#seed", "3")
-    against = json.loads(server.answer("/v1/comparisons", {"prompt": PROMPT, "seed": 3})[1])["settings"][
+    against = json.loads(live.answer("/v1/comparisons", {"prompt": PROMPT, "seed": 3})[1])["settings"][
         "against"
     ]
     assert against["steps"] == 50 and against["adapters"] == {} and against["seed"] == 3
@@ -76,11 +72,12 @@ def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, server: Proc
         who = page.inner_text(f"#{side}-said").partition(": ")[2]
         assert same(picture, truth[who]), side
     left = page.inner_text("#left-said").partition(": ")[2]
-    assert page.inner_text("#verdict") == f"Your vote: left, which is {left}."
+    assert page.inner_text("#verdict") == f"Your vote: left ({left})."
     assert page.is_disabled("#vote [data-choice=right]")
     tally = json.loads(visit.server.answer("/v1/votes")[1])
-    assert (tally["votes"], tally["asked"], tally["against"]) == (1, int(left == ASKED), int(left == BASE))
-    visit.until("document.querySelector('#tally-list dd').textContent === '1'")
+    more = {key: tally[key] - before[key] for key in ("votes", "asked", "against")}
+    assert more == {"votes": 1, "asked": int(left == ASKED), "against": int(left == BASE)}
+    visit.wait(lambda: page.inner_text("#tally-list dd >> nth=0") == str(before["votes"] + 1))
 
     page.unroute("**/v1/comparisons")
     page.uncheck("#blind")
@@ -90,15 +87,16 @@ def test_two_are_compared_blind_voted_for_and_counted(visit: Visit, server: Proc
         BASE,
     }
     page.click("#vote [data-choice=tie]")
-    visit.until("document.querySelector('#tally-list dd').textContent === '2'")
+    visit.wait(lambda: page.inner_text("#tally-list dd >> nth=0") == str(before["votes"] + 2))
     with page.expect_download() as download:
         page.click("#csv")
     download.value.save_as(tmp_path / "votes.csv")
     rows = list(csv.DictReader((tmp_path / "votes.csv").open(encoding="utf-8-sig")))
-    assert len(rows) == 2 and any(PROMPT in value for value in rows[0].values())
+    assert len(rows) == before["votes"] + 2 and any(PROMPT in value for value in rows[-1].values())
     page.reload()
     visit.ready()
-    visit.until("document.querySelector('#tally-list dd')?.textContent === '2'")
+    page.wait_for_selector("#tally:not([hidden])")
+    visit.wait(lambda: page.inner_text("#tally-list dd >> nth=0") == str(before["votes"] + 2))
 
 
 def test_kept_pictures_are_there_after_a_reload_with_their_settings(visit: Visit, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-// What is set beside the base alone at 50 steps, from the same noise; and votes for one of them.
+// What is set, beside the base alone at 50 steps, from the same noise; and votes for one of them.
 
 const Compare = (() => {
   const SIDES = ["left", "right"];
-  const WHO = { asked: "as it is set", against: "the base alone at 50 steps" };
+  const WHO = { asked: "your settings", against: "the base alone at 50 steps" };
   let current = null; // what the server said of the two, and whether there was a vote
   const bar = $("compare-bar");
   const latest = new Latest((on) => {
@@ -43,7 +43,7 @@ const Compare = (() => {
       Live.alert(null);
       reveal(said.left_is);
       const words = { tie: "both alike", neither: "neither" };
-      say($("verdict"), `Your vote: ${words[choice] ?? `${choice}, which is ${name(choice, said.left_is)}`}.`);
+      say($("verdict"), `Your vote: ${words[choice] ?? `${choice} (${name(choice, said.left_is)})`}.`);
       await tally();
     } catch (error) {
       for (const button of buttons) button.disabled = error.status === 409;
@@ -53,7 +53,7 @@ const Compare = (() => {
 
   const tally = async () => {
     const found = await Server.call("/v1/votes");
-    const rows = [["votes", found.votes], ["for what was set", found.asked], ["for the base", found.against],
+    const rows = [["votes", found.votes], ["for your settings", found.asked], ["for the base", found.against],
       ["both alike", found.tie], ["neither", found.neither]];
     $("tally-list").replaceChildren(...rows.flatMap(([word, number]) => [make("dt", {}, word), make("dd", {}, String(number))]));
     $("tally").hidden = !found.votes;

@@ -43,7 +43,7 @@ const Copies = (() => {
     for (const [key, value] of Object.entries(asked)) {
       if (!["adapters", "task", "keep", "count"].includes(key)) options[names[key] ?? key] = Array.isArray(value) ? value.join(",") : value;
     }
-    const words = made.path === "/v1/pictures" ? ["lcm-kit", "sample"] : ["lcm-kit", "edit", asked.task];
+    const words = made.path === "/v1/pictures" ? ["lcm-kit sample"] : [`lcm-kit edit ${asked.task}`];
     for (const key of Object.keys(made.files ?? {})) {
       if (key === "picture") words.push(file(key));
       else options[key] = file(key);
@@ -66,24 +66,18 @@ const Copies = (() => {
   };
 
   const inPython = (made) => {
-    const asked = exact(made), files = Object.keys(made.files ?? {}), name = python(fileName(made.settings));
+    const { prompt, task, ...rest } = exact(made), files = Object.keys(made.files ?? {});
     const token = Server.hasToken() ? `, token=os.environ["${TOKEN}"]` : "";
-    const { prompt, ...rest } = asked;
-    const options = Object.entries(rest).map(([key, value]) => `    ${key}=${python(value)},\n`).join("");
-    const head = `${token ? "import os\n\n" : ""}import lcm_kit\n\nclient = lcm_kit.Client(${python(location.origin)}${token})\n`;
-    if (made.path === "/v1/pictures") {
-      return [`${head}pictures = client.draw(\n    ${python(prompt)},\n${options})\npictures[0].save(${name})\n`, tokenNote()];
-    }
-    const auth = token ? `    "Authorization": f"Bearer {os.environ['${TOKEN}']}",\n` : "";
+    const given = made.path === "/v1/pictures" ? [prompt] : [task, files.includes("picture") ? file("picture") : null, prompt];
+    const options = Object.entries(rest).map(([key, value]) => `${key}=${python(value)}`);
+    for (const key of files) if (key !== "picture") options.push(`${key}=${python(file(key))}`);
     const lines = [
-      "import base64", "import json", ...(token ? ["import os"] : []), "import urllib.request", "from pathlib import Path", "",
-      `asked = {\n${Object.entries(asked).map(([key, value]) => `    ${python(key)}: ${python(value)},\n`).join("")}}`,
-      ...files.map((key) => `asked["${key}"] = base64.b64encode(Path("${file(key)}").read_bytes()).decode()`),
-      `headers = {\n    "Content-Type": "application/json",\n${auth}}`,
-      `request = urllib.request.Request(${python(location.origin + made.path)}, json.dumps(asked).encode(), headers)`,
-      "with urllib.request.urlopen(request) as answer:", '    pictures = json.load(answer)["pictures"]',
-      "for picture in pictures:",
-      `    name = f"{picture['index']}-" + ${name}`, '    Path(name).write_bytes(base64.b64decode(picture["base64"]))', "",
+      ...(token ? ["import os", ""] : []), "import lcm_kit", "", `client = lcm_kit.Client(${python(location.origin)}${token})`,
+      `pictures = client.${made.path === "/v1/pictures" ? "draw" : "edit"}(`,
+      ...[...given.map(python), ...options].map((each) => `    ${each},`), ")",
+      ...(task === "interpolate"
+        ? ["for number, picture in enumerate(pictures, 1):", '    picture.save(f"frame-{number:03}.png")']
+        : [`pictures[0].save(${python(fileName(made.settings))})`]), "",
     ];
     return [lines.join("\n"), tokenNote()];
   };

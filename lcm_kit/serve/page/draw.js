@@ -7,6 +7,10 @@ const Draw = (() => {
     result,
     open() {},
     press() { result.latest.now((signal) => result.draw(request(), signal)); },
+    /** Coming back to it: settings may have been moved meanwhile. */
+    enter() {
+      if (Settings.live && JSON.stringify(result.made?.body) !== JSON.stringify(request().body)) this.changed();
+    },
     changed() {
       if (!Settings.prompt.trim()) return result.latest.stop();
       result.latest.soon((signal) => result.draw(request(), signal));

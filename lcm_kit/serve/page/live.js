@@ -41,6 +41,7 @@ const Live = (() => {
       if (on && focus) tab.focus();
     }
     alert(null);
+    MODES[mode].enter?.();
     Kept.set({ mode });
   };
 
@@ -128,7 +129,7 @@ const Live = (() => {
     const old = Kept.get("mode", "draw");
     select(NAMES.includes(old) ? old : "draw");
     document.body.classList.add("ready");
-    if (Settings.live && Settings.prompt.trim()) Draw.changed(); // what was there before a reload
+    Draw.enter(); // what was there before a reload
   };
 
   return {
