@@ -29,7 +29,7 @@ from tests.loras import fuse, lcm_modules, random_lora, text_modules
 STYLES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "house.safetensors"}
 
 
-@pytest.fixture(params=["sd1", "sdxl"])
+@pytest.fixture(params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest) -> Path:
     """Bases with all blocks of the published ones, narrow."""
     return request.getfixturevalue({"sd1": "real_sd_base", "sdxl": "sdxl_base"}[request.param])
@@ -240,7 +240,11 @@ def page(folder: Path, base: structure.Structure, lora: Lora, **changed: Any) ->
     return card.write(folder, files={"kohya": folder / STYLES["kohya"]}, **about, **changed).read_text()
 
 
-@pytest.mark.parametrize(("base", "method"), [("sd1", "tcd"), ("sdxl", None)], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [("sd1", "tcd"), pytest.param("sdxl", None, marks=pytest.mark.slow)],
+    indirect=["base"],
+)
 def test_the_cards_code_animates_with_the_lora(
     method: str | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
