@@ -1,4 +1,4 @@
-"""Wrong-on-purpose edits of Python sources: those of a table, and those that syntax suggests.
+"""Wrong-on-purpose edits of sources: those of a table, and those that syntax suggests.
 
 An edit is a span of a file and what stands there instead. Those of the table give the exact old text, which
 must be in the file once; the others are made from the syntax tree: another operator, a comparison with its
@@ -66,7 +66,7 @@ def curated(table: Mapping[str, Any], root: Path) -> list[Edit]:
     """The edits of `table["edits"]`: by file its tests, and by name old text, new text, and tests of its own.
 
     Raises `TableError` if a file or test is missing, an old text is not in its file exactly once, or an edit
-    changes nothing or gives no Python.
+    changes nothing or, of a Python file, gives no Python.
     """
     edits, faults = [], []
     for file, group in table["edits"].items():
@@ -98,6 +98,8 @@ def curated(table: Mapping[str, Any], root: Path) -> list[Edit]:
 
 def _fault(edit: Edit, source: bytes) -> str:
     changed = edit.applied(source)
+    if not edit.file.endswith(".py"):
+        return "" if changed != source else "the edit changes nothing"
     try:
         compile(changed, edit.file, "exec", dont_inherit=True)
     except SyntaxError as error:
