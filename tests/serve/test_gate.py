@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,10 @@ def test_the_bucket_is_the_tokens_where_there_is_one(tiny: Served, file: Path) -
 def test_the_addresses_of_an_ipv6_network_are_one_client() -> None:
     places = [gate._address({"client": (each, 1)}) for each in ("2001:db8::1", "2001:db8::ffff", "10.0.0.1")]
     assert places == ["2001:db8::/64", "2001:db8::/64", "10.0.0.1"]
+
+
+def test_no_packet_of_an_answer_waits_for_the_receipt_of_another() -> None:
+    """Nagle's algorithm is off on a connection, which asyncio does of sockets that it makes itself alone."""
+    with Place(port=0).listening() as listening:
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
