@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lcm_kit import bases
 from lcm_kit.bases.emphasis import Prompt
-from lcm_kit.drawing import vae
+from lcm_kit.drawing import decoders, vae
 from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
 from lcm_kit.drawing.made import of_drawing
-from lcm_kit.drawing.noise import generators, numbered
+from lcm_kit.drawing.noise import generators, pictures, streams
 from lcm_kit.drawing.pictures import contact_sheet, save_png, slug, to_pil
 from lcm_kit.drawing.placed import place, placed
 from lcm_kit.drawing.prompts import as_read, told
@@ -194,19 +194,15 @@ def latents(
     height, width = size if isinstance(size, tuple) else (size or own_side,) * 2
     sides = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     shape = (pipe.unet.config.in_channels, *sides)
-    numbers = range(first, first + len(prompts)) if isinstance(first, int) else first
-    if isinstance(seed, int):
-        streams = numbered(seed, numbers)
-    else:
-        streams = [one for own, number in zip(seed, numbers, strict=True) for one in numbered(own, [number])]
-    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+    of = streams(pictures(len(prompts), seed, first))
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in of])
     drawn = torch.empty_like(noise)
     pipe.scheduler = scheduler(sampler, own.config)
     try:
         with _expecting(*_OWN_TIMESTEP):
             for rows, asked in told(pipe, prompts, negative_prompt, guidance_scale > 1, chunks):
                 drawn[rows] = pipe(
-                    **asked, generator=[streams[row] for row in rows], height=height, width=width,
+                    **asked, generator=[of[row] for row in rows], height=height, width=width,
                     output_type="latent", latents=noise[rows].to(*place(pipe)),
                     callback_on_step_end=None if after_step is None else _calling(after_step, rows),
                     **call_settings(sampler, steps, guidance_scale),
@@ -227,14 +223,27 @@ def _calling(after_step: AfterStep, rows: Sequence[int]) -> Callable[..., dict[s
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU."""
-    return vae.decode(pipe.vae, latents).cpu().clamp(-1, 1)
+def decode(
+    pipe: Any, latents: Tensor, *, seed: int | Sequence[int] = 0, first: int | Sequence[int] = 0
+) -> Tensor:
+    """Latents [B, C, h, w] as pixels [B, 3, H, W], clipped to [-1, 1], float32, on the CPU.
+
+    `seed` and `first` are those of `latents`: a decoder that draws takes its noise from them.
+    """
+    return vae.decode(pipe.vae, latents, pictures(len(latents), seed, first)).cpu().clamp(-1, 1)
 
 
-def sample(pipe: Any, prompts: Sequence[Prompt], **settings: Any) -> Tensor:
-    """Draw one batch as pixels [B, 3, H, W] in [-1, 1]; `settings` are those of `latents`."""
-    return decode(pipe, latents(pipe, prompts, **settings))
+def sample(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int | Sequence[int] = 0,
+    first: int | Sequence[int] = 0,
+    **settings: Any,
+) -> Tensor:
+    """Draw one batch as pixels [B, 3, H, W] in [-1, 1]; all settings are those of `latents`."""
+    drawn = latents(pipe, prompts, seed=seed, first=first, **settings)
+    return decode(pipe, drawn, seed=seed, first=first)
 
 
 def draw_images(
@@ -309,16 +318,16 @@ def sample_to_folder(
 
     `count` and `settings` are those of `draw_images`; several pictures of a prompt are `NNN-prompt-K.png`.
     Each is written when its batch is drawn, by `sign`; its PNG text says how it was made (`drawing.made`),
-    with `say_prompts` by which prompt too, and names a tiny decoder that decoded it. Returns the contact
+    with `say_prompts` by which prompt too, and names what decoded it, if not the VAE. Returns the contact
     sheet's path, with a row a prompt where there are several pictures. Raises `UserError` as `draw_images`.
     """
     sweep(output, deep=False)
     require_writable(output)
     decoder = settings.get("decoder")
-    told = {} if decoder is None else {"decoder": f"AutoencoderTiny {Path(decoder).name}"}
+    told = {} if decoder is None else {"decoder": decoders.said(decoder)}
     defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
     source, known = of_drawing(base, defaults | settings)
-    pictures: list[Image.Image] = []
+    drawn: list[Image.Image] = []
     for at, picture in enumerate(draw_images(base, prompts, count=count, **settings)):
         k, which = at % len(prompts), at // len(prompts) + 1
         more = f"-{which}" if count > 1 else ""
@@ -328,7 +337,7 @@ def sample_to_folder(
             emphasis=settings.get("emphasis"), prompts=say_prompts,
         )  # fmt: skip
         save_png(picture, output / name, told | made, partial(sign, name, prompts[k]))
-        pictures.append(picture)
-    rows = [pictures[k :: len(prompts)] for k in range(len(prompts))]
+        drawn.append(picture)
+    rows = [drawn[k :: len(prompts)] for k in range(len(prompts))]
     sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
     return save_png(sheet, output / "contact-sheet.png", told, partial(sign, "contact-sheet.png", None))

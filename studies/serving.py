@@ -1,14 +1,14 @@
 """What `lcm-kit serve` adds to the drawing itself, and whether its memory stays what it was.
 
     OMP_NUM_THREADS=1 python -m studies.serving load [SECONDS]
-    OMP_NUM_THREADS=1 python -m studies.serving memory [REQUESTS]
+    OMP_NUM_THREADS=1 python -m studies.serving memory [REQUESTS] [SIDES]
 
 Both start a real server with tiny-sd and its LCM-LoRA and send it requests over HTTP. `load`: 1, 4 and 16
 clients, each of which asks for its next picture of 4 steps when it has the last one. The limit is what nobody
 can be faster than: 4 bare calls of the UNet with the LoRA in its weights and one decode, of as many pictures
 as the server drew at once, timed in this process right before and after, while the server rests. `memory`:
-requests of one step that differ in size, seed, count, prompt and adapter weights, some of them given up by
-their client or refused. The figures stand in docs/benchmarks.md.
+requests of one step that differ in seed, count, prompt, adapter weights and size, with so many different
+sides (1 to 4), some of them given up by their client or refused. The figures stand in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def load(seconds: float) -> None:
 # -- Memory --------------------------------------------------------------------------------------------------
 
 
-def memory(requests: int) -> None:
+def memory(requests: int, sides: int = 4) -> None:
     """Print the server's own memory after each tenth of the requests, and its growth in the second half."""
     told = 10
     print("requests  own MiB", flush=True)
@@ -189,7 +189,7 @@ def memory(requests: int) -> None:
         held, done = [], 0
         for part in range(told):
             until = (part + 1) * requests // told
-            _ask_for(host, port, range(done, until))
+            _ask_for(host, port, range(done, until), sides)
             done = until
             held.append(psutil.Process(process.pid).memory_info().rss / 2**20)
             print(f"{done:8}  {held[-1]:7.1f}", flush=True)
@@ -197,7 +197,7 @@ def memory(requests: int) -> None:
     print(f"growth in the last {len(half) - 1} parts: {half[-1] - half[0]:+.1f} MiB")
 
 
-def _ask_for(host: str, port: int, numbers: range, clients: int = 8) -> None:
+def _ask_for(host: str, port: int, numbers: range, sides: int, clients: int = 8) -> None:
     left = iter(numbers)
     taking = threading.Lock()
 
@@ -208,7 +208,7 @@ def _ask_for(host: str, port: int, numbers: range, clients: int = 8) -> None:
                 number = next(left, None)
             if number is None:
                 return
-            asked = request(number)
+            asked = request(number, sides)
             if number % 25 == 0:
                 client.give_up(**asked)
                 continue
@@ -223,12 +223,12 @@ def _ask_for(host: str, port: int, numbers: range, clients: int = 8) -> None:
         thread.join()
 
 
-def request(number: int) -> dict[str, Any]:
+def request(number: int, sides: int) -> dict[str, Any]:
     """One of many: nearly each has another prompt and seed, one in forty is wrong."""
-    sides = 32, 40, 48, 64
+    all_sides = 32, 40, 48, 64
     asked: dict[str, Any] = {
         "prompt": f"{PROMPTS[number % len(PROMPTS)]} number {number}", "seed": number, "steps": 1,
-        "width": sides[number // 64 % 4], "height": sides[number // 256 % 4],
+        "width": all_sides[number // 64 % sides], "height": all_sides[number // 256 % sides],
         "count": 1 + (number % 50 == 7),
     }  # fmt: skip
     if number // 512 % 4 == 1:
@@ -240,12 +240,15 @@ def request(number: int) -> dict[str, Any]:
 
 def main() -> None:
     """One of the two studies."""
-    studies: dict[str, tuple[Callable[[Any], None], int]] = {"load": (load, 30), "memory": (memory, 10_000)}
-    name, *more = sys.argv[1:] or [""]
-    if name not in studies or len(more) > 1:
+    studies: dict[str, tuple[Callable[..., None], list[int]]] = {
+        "load": (load, [30]),
+        "memory": (memory, [10_000, 4]),
+    }
+    name, *given = sys.argv[1:] or [""]
+    if name not in studies or len(given) > len(studies[name][1]):
         raise SystemExit(__doc__)
     study, usual = studies[name]
-    study(int(more[0]) if more else usual)
+    study(*map(int, given), *usual[len(given) :])
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _without_files(prompt: str) -> tuple[str, list[tuple[str, float]]]:
 
 
 def comfyui(text: str) -> Read | None:
-    """None: it opens nothing. Fields by their names in small letters, a value ends at a second colon."""
+    """As older frontends do: None, it opens nothing. A value ends at a second colon."""
     steps = text.rfind("\nSteps:")
     if steps < 0:
         return None

@@ -101,16 +101,19 @@ def test_frames_times_and_loop_of_gif_and_webp(tmp_path: Path, kind: str, loop: 
 
 @pytest.mark.parametrize("fps", [8, 12.5, 23.976, 60, 0.5])
 def test_frames_and_times_of_an_mp4(av: Any, tmp_path: Path, fps: float) -> None:
-    path = lcm_kit.save_animation(moving(7), tmp_path / "clip.mp4", fps=fps)
+    path = lcm_kit.save_animation(moving(16), tmp_path / "clip.mp4", fps=fps)
     with av.open(str(path)) as opened:
         (stream,) = opened.streams
         rate = Fraction(fps).limit_denominator(1001)
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
-        assert (stream.average_rate, stream.frames, stream.start_time) == (rate, 7, 0)
+        assert (stream.average_rate, stream.frames, stream.start_time) == (rate, 16, 0)
         found = [frame.pts * frame.time_base for frame in opened.decode(stream)]
         unit = stream.time_base
-        assert max(abs(at - k / rate) for k, at in enumerate(found)) < unit and len(found) == 7
-        assert abs(stream.duration * unit - 7 / rate) < unit
+        assert max(abs(at - k / rate) for k, at in enumerate(found)) < unit and len(found) == 16
+        assert abs(stream.duration * unit - 16 / rate) < unit
+    with av.open(str(path)) as opened:
+        packets = [packet for packet in opened.demux(video=0) if packet.size]
+        assert len(packets) == 16 and all(packet.pts == packet.dts for packet in packets)  # shown as decoded
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # it plays before it is all there
 
@@ -150,7 +153,8 @@ def test_a_gif_bands_and_flickers_less_than_without_dither_or_with_one_palette(t
     plain = array([frame.quantize(256) for frame in frames]) - wanted
     shared = Image.fromarray(np.concatenate([*map(np.asarray, frames)])).quantize(256)
     one = array([frame.quantize(palette=shared) for frame in frames]) - wanted
-    assert seen(mine) < 0.6 and seen(np.diff(mine, axis=0)) < 0.6
+    cut = array([frame.quantize(palette=frame.quantize(256)) for frame in frames]) - wanted  # without k-means
+    assert (mine**2).mean() < 0.9 * (cut**2).mean()
     for other in (plain, one):
         assert seen(mine) < 0.8 * seen(other) and seen(np.diff(mine, axis=0)) < 0.8 * seen(
             np.diff(other, axis=0)
@@ -216,9 +220,8 @@ def test_an_mp4_shows_the_colours_of_the_pictures(av: Any, tmp_path: Path) -> No
         assert [int(tag) for tag in tags] == [1, 1, 1, 1]
         for frame, colour in zip(opened.decode(stream), COLOURS, strict=True):
             assert np.abs(rgb(frame.to_ndarray(), 48) - colour).max() <= 2.5, colour
-            assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - colour).max() <= 4, (
-                colour
-            )  # by swscale
+            theirs = frame.reformat(format="rgb24", src_colorspace="ITU709", dst_colorspace="ITU709")
+            assert np.abs(theirs.to_ndarray().astype(int) - colour).max() <= 4, colour  # by swscale
             wrong = np.abs(rgb(frame.to_ndarray(), 48, 0.299, 0.114) - colour).max()
             assert wrong > 8 or max(colour) - min(colour) < 80, colour
     place = (content := path.read_bytes()).index(b"colrnclx") + 8
@@ -375,6 +378,9 @@ def test_interpolate_writes_its_frames_as_an_animation(
     frames, times, again = played(tmp_path / "moved" / "clip.webp")
     assert (frames == array([*map(Image.open, files)])).all()
     assert times == [200] * 6 and again == 1
+    texts = [Image.open(tmp_path / "out" / f"{k:03d}-interpolate.png").info for k in range(4)]
+    drawn = [("parameters" in text, bool(text)) for text in texts]  # pictures that were given say nothing
+    assert drawn == [(k in (1, 2) or ends == "prompts",) * 2 for k in range(4)]
     by_files = lcm_kit.save_animation(files, tmp_path / "again.webp", fps=5, loop=False)
     assert by_files.read_bytes() == (tmp_path / "moved" / "clip.webp").read_bytes()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lcm_kit import assets
+from lcm_kit.drawing.canvas import Canvas
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
 from lcm_kit.tiny.probe import load_probe
@@ -49,6 +52,60 @@ def test_the_probe_reads_real_renders_that_it_has_not_seen() -> None:
     seen = load_probe().read(images)
     right = [all(got[n] == getattr(s, n) for n in got) for got, s in zip(seen, scenes, strict=True)]
     assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "world_least", "brand_least"),
+    [("preview", 0.2e6, 30, 23), ("consistency", 1.7e6, 31, 26)],
+)
+def test_the_decoders_of_the_base_give_pictures_back(
+    name: str, most: float, world_least: float, brand_least: float
+) -> None:
+    """Decibels between pictures that no training has seen and what is decoded of their latents."""
+    from lcm_kit import sample
+    from lcm_kit.bases import inspect_base
+    from lcm_kit.drawing import editing
+    from lcm_kit.drawing.how import How
+
+    rng = np.random.default_rng(4712)
+    drawn = [world.render(world.random_scene(rng)) for _ in range(24)]
+    shipped = [Image.open(path).convert("RGB") for path in sorted(assets.path("brand").glob("*.png"))[:24]]
+    how = How.of(inspect_base("asset:tiny-sd"), f"asset:tiny-sd-{name}", False, False)
+    pipe = sample.pipeline("asset:tiny-sd", how=how)
+    for pictures, least in ((drawn, world_least), (shipped, brand_least)):
+        pixels = torch.cat([Canvas.of(each.resize((64, 64), 1), 8).pixels for each in pictures])
+        found = sample.decode(pipe, editing.encode(pipe, pixels), seed=1)
+        error = ((found - pixels) / 2).square().mean((1, 2, 3))
+        assert float((-10 * error.log10()).mean()) >= least
+    assert size(assets.path(f"tiny-sd-{name}")) <= most
+
+
+def test_what_trains_the_consistency_decoder_is_what_diffusers_draws_with() -> None:
+    """The two steps of its `decode` written out, on tiny-sd's own, whose encoder is that of the VAE."""
+    from diffusers import AutoencoderKL, ConsistencyDecoderVAE
+
+    from lcm_kit.tiny import decoders
+
+    model = ConsistencyDecoderVAE.from_pretrained(assets.path("tiny-sd-consistency"))
+    vae = AutoencoderKL.from_pretrained(assets.path("tiny-sd") / "vae", dtype=torch.float32)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        raw = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(model.encode(pixels).latent_dist.mean, raw, rtol=0, atol=1e-4)
+        latents = raw * vae.config.scaling_factor
+        # as the README says for diffusers alone
+        told = json.loads((assets.path("tiny-sd-consistency") / "config.json").read_text())
+        for name, key in (("means", "latents_mean"), ("stds", "latents_std")):
+            setattr(model, name, torch.tensor(told[key]).view(1, -1, 1, 1))
+        drawn = model.decode(raw, torch.Generator().manual_seed(5)).sample
+        generator = torch.Generator().manual_seed(5)
+        scheduler, seen = model.decoder_scheduler, (latents - model.means) / model.stds
+        noisy = scheduler.sqrt_one_minus_alphas_cumprod[1008] * torch.randn(2, 3, 64, 64, generator=generator)
+        first = decoders.denoised(model, noisy, seen, 1008)
+        noise = torch.randn(2, 3, 64, 64, generator=generator)
+        noisy = scheduler.sqrt_alphas_cumprod[512] * first
+        noisy = noisy + scheduler.sqrt_one_minus_alphas_cumprod[512] * noise
+        torch.testing.assert_close(decoders.denoised(model, noisy, seen, 512), drawn, rtol=0, atol=1e-4)
 
 
 def test_names_that_are_not_shipped() -> None:

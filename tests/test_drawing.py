@@ -5,23 +5,19 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from diffusers.hooks import group_offloading
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Conv2d, Linear
-from PIL import Image
 from torch import Tensor, nn
 
 from lcm_kit import bases, sample
 from lcm_kit.bases.base import inspect_base
 from lcm_kit.drawing import how as how_module
-from lcm_kit.drawing import tiny_decoder
 from lcm_kit.drawing import vae as drawing_vae
 from lcm_kit.drawing.batches import Batches, at_once
 from lcm_kit.drawing.fused import TOLERANCE, fuse
@@ -32,7 +28,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw as drawing
 from lcm_kit.evaluation.cells import Cell
 from lcm_kit.evaluation.extract import FeatureExtractor
-from lcm_kit.share import ALONE, Share
+from lcm_kit.share import Share
 
 LORA = "asset:tiny-lcm-lora"
 
@@ -100,11 +96,11 @@ def test_pictures_are_the_same_where_memory_runs_out(
     whole = list(sample.draw_images(base, prompts, steps=1, batch_size=4))
     real, sizes = sample.decode, []
 
-    def decode(pipe: Any, latents: Tensor) -> Tensor:
+    def decode(pipe: Any, latents: Tensor, **of: Any) -> Tensor:
         sizes.append(len(latents))
         if len(latents) > 2:
             raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-        return real(pipe, latents)
+        return real(pipe, latents, **of)
 
     monkeypatch.setattr(sample, "decode", decode)
     parts = list(sample.draw_images(base, prompts, steps=1, batch_size=4))
@@ -116,7 +112,7 @@ def test_pictures_are_the_same_where_memory_runs_out(
 # -- Adapters in the weights ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def adapted() -> Any:
     """tiny-sd with two LoRAs, at the weights 0.7 and 0.4; `second` is the first one scaled by -0.5."""
     pipe = sample.pipeline("asset:tiny-sd")
@@ -398,99 +394,7 @@ def test_a_pipeline_decodes_by_a_vae_that_proves_itself(monkeypatch: pytest.Monk
     assert isinstance(sample.pipeline("asset:tiny-sd").vae, type(pipe.vae.full))  # float32 asks for none
 
 
-# -- Tiny decoders and tiles ---------------------------------------------------------------------------------
-
-
-def build_tiny(folder: Path, channels: int, blocks: int, **more: Any) -> Path:
-    """A random AutoencoderTiny for latents of `channels`, which makes 2^(blocks - 1) pixels of a side."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"encoder_block_out_channels": (8,) * blocks, "decoder_block_out_channels": (8,) * blocks}
-        numbers = {"num_encoder_blocks": (1,) * blocks, "num_decoder_blocks": (1,) * blocks}
-        AutoencoderTiny(latent_channels=channels, **sizes, **numbers, **more).save_pretrained(folder)
-    return folder
-
-
-def test_a_tiny_decoder_decodes_as_diffusers_does(tmp_path: Path) -> None:
-    """As a diffusers pipeline decodes with it in the VAE's place: latents as the UNet sees them."""
-    base = inspect_base("asset:tiny-sd")
-    folder = build_tiny(tmp_path / "tiny", base.latent_channels, 3)
-    how = How.of(base, str(folder), False, False)
-    pipe = sample.pipeline("asset:tiny-sd", how=how)
-    settings = {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "seed": 4}
-    latents = sample.latents(pipe, ["a cat", "a dog"], **settings)
-    theirs = AutoencoderTiny.from_pretrained(folder)
-    with torch.no_grad():
-        wanted = theirs.decode(latents / theirs.config.scaling_factor).sample.clamp(-1, 1)
-    assert wanted.shape == (2, 3, 64, 64)
-    torch.testing.assert_close(sample.decode(pipe, latents), wanted, rtol=0, atol=1e-6)
-    full = sample.decode(sample.pipeline("asset:tiny-sd"), latents)
-    assert relative(full, wanted) > 0.1
-    # the whole of diffusers' own call
-    pipe.scheduler = sample.scheduler("ddim", pipe.scheduler.config)
-    noise = torch.randn((base.latent_channels, 16, 16), generator=sample.generators(4, 0, 1)[0])[None]
-    shown = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="np").images
-    torch.testing.assert_close(
-        torch.as_tensor(shown[0]).permute(2, 0, 1), wanted[0] / 2 + 0.5, rtol=0, atol=1e-5
-    )
-
-
-def test_what_a_tiny_decoder_decoded_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = build_tiny(tmp_path / "my-tiny", 24, 3)
-    sheet = sample.sample_to_folder(
-        "asset:tiny-sd", ["a cat"], tmp_path / "out", steps=1, decoder=str(folder)
-    )
-    for file in (sheet, tmp_path / "out" / "000-a-cat.png"):
-        with Image.open(file) as picture:
-            assert picture.text["decoder"] == "AutoencoderTiny my-tiny"
-    assert "decoded by the tiny decoder my-tiny (" in capsys.readouterr().err
-    sample.sample_to_folder("asset:tiny-sd", ["a cat"], tmp_path / "full", steps=1)
-    with Image.open(tmp_path / "full" / "000-a-cat.png") as picture:
-        assert picture.text == {}
-
-
-@pytest.mark.parametrize(
-    ("channels", "blocks", "more", "words"),
-    [
-        (4, 3, {}, "decodes latents of 4 channels, and those of 'asset:tiny-sd' have 24"),
-        (24, 4, {}, "makes 8 pixels of a latent's side, and the VAE of 'asset:tiny-sd' 4"),
-        (24, 3, {"scaling_factor": 0.5}, "latents at another scale .scaling_factor 0.5, shift_factor 0.0"),
-    ],
-)
-def test_a_decoder_of_other_latents_is_refused(
-    tmp_path: Path, channels: int, blocks: int, more: dict[str, Any], words: str
-) -> None:
-    folder = build_tiny(tmp_path / "tiny", channels, blocks, **more)
-    with pytest.raises(UserError, match=words):
-        list(sample.draw_images("asset:tiny-sd", ["a"], decoder=str(folder)))
-
-
-def test_what_is_no_decoder_is_refused(tmp_path: Path, sd_base: Callable[..., Path]) -> None:
-    base = inspect_base("asset:tiny-sd")
-    with pytest.raises(UserError, match="not a folder with a config.json"):
-        How.of(base, str(tmp_path), False, False)
-    with pytest.raises(UserError, match="is a AutoencoderKL, not an AutoencoderTiny"):
-        How.of(base, str(sd_base() / "vae"), False, False)
-    folder = build_tiny(tmp_path / "tiny", 24, 3)
-    with pytest.raises(UserError, match="leave out decoder or tiling"):
-        How.of(base, str(folder), True, False)
-    before = How.of(base, str(folder), False, False).facts()
-    file = folder / "diffusion_pytorch_model.safetensors"
-    other = build_tiny(tmp_path / "other", 24, 3, latent_magnitude=4)
-    assert How.of(base, str(other), False, False).facts() != before
-    content = file.read_bytes()
-    file.write_bytes(content[:-4])
-    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
-        tiny_decoder.find(str(folder), base)
-    from safetensors.torch import load_file, save_file
-
-    file.write_bytes(content)
-    tensors = load_file(file)
-    save_file({k: v for k, v in tensors.items() if k != "decoder.layers.0.weight"}, file, {"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"not those that its config.json describes \(decoder.layers.0.weight"
-    ):
-        tiny_decoder.load(tiny_decoder.find(str(folder), base), torch.float32)
+# -- Tiles --------------------------------------------------------------------------------------------------
 
 
 def test_tiles_are_diffusers_own_and_named_where_they_are_used(
@@ -558,23 +462,3 @@ def test_rows_keep_their_places_where_memory_runs_out(
         torch.testing.assert_close(parts[0][name], whole[0][name], rtol=0, atol=2e-5)
     assert (parts[0]["pictures"].int() - whole[0]["pictures"].int()).abs().max() <= 1
     assert (parts[0]["seconds"] > 0).all()
-
-
-def test_cells_of_a_tiny_decoder_lie_apart(tmp_path: Path) -> None:
-    base = inspect_base("asset:tiny-sd")
-    cell, asked = Cell("plain", None, "ddim", 1, 1.0), drawing.Samples(("a cat",), 1, 0, 64, 1, 1)
-    tiny = replace(asked, how=How.of(base, str(build_tiny(tmp_path / "tiny", 24, 3)), False, False))
-    assert drawing.inputs(base, asked, look(), "cpu") != drawing.inputs(base, tiny, look(), "cpu")
-    for samples in (asked, tiny, asked):
-        pipes = drawing.Pipes(base, {}, samples)
-        made_by = drawing.inputs(base, samples, look(), "cpu")
-        drawn = drawing.draw_all(
-            [cell], tmp_path / "cells", pipes.get, samples, look(), lambda _, made_by=made_by: made_by, ALONE
-        )
-        if samples is tiny:
-            preview = drawn[cell]
-        else:
-            full = drawn[cell]
-            assert (pipes._pipe is None) == (len(list((tmp_path / "cells").rglob("*.safetensors"))) == 2)
-    assert torch.equal(preview["latents"], full["latents"])
-    assert not torch.equal(preview["pictures"], full["pictures"])

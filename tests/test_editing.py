@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown, meet
 from lcm_kit.drawing.noise import numbered
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
+from tests.app_text import a1111
 from tests.gaussians import BRAND, SD
 
 PLAIN = Schedule.from_config(SD)
@@ -657,6 +659,11 @@ def test_the_verb_from_files_to_files(base: str, tmp_path: Path) -> None:
     for name in names[:2]:
         with Image.open(tmp_path / "out" / name) as made:
             assert made.size == (64, 48) and (pixels(made) == pixels(picture))[outside].all()
+            told = a1111(made.info["parameters"])
+            assert told.prompt == "a cat" and told.fields["Denoising strength"] == "1"
+            assert (told.fields["Size"], told.fields["Batch pos"]) == ("64x48", str(int(name[:3])))
+            own = json.loads(made.info["lcm_kit"])["settings"]
+            assert (own["task"], own["feather"], own["steps"]) == ("inpaint", None, 2)
     assert "contact-sheet.png" in done.output
 
 
@@ -664,7 +671,7 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
     from lcm_kit.api import editing as front
 
     calls: list[Any] = []
-    monkeypatch.setattr(front, "edit_to_folder", lambda *given: calls.append(given) or Path("sheet.png"))
+    monkeypatch.setattr(front, "edit_to_folder", lambda *given, **_: calls.append(given) or Path("sheet.png"))
     picture_of(1).save(tmp_path / "a.png")
     done = cli(
         "edit", "outpaint", tmp_path / "a.png", "--grow", "8,0,16,4", "--feather", "3", "--strength", "0.9",
@@ -681,8 +688,8 @@ def test_the_verb_takes_every_option(base: str, tmp_path: Path, monkeypatch: pyt
     assert (how.settings["dtype"], how.settings["tiling"], how.settings["compile"]) == (
         torch.float16, True, True,
     )  # fmt: skip
-    cli("edit", "outpaint", tmp_path / "a.png", "--grow", "8", "--base", base)
-    assert calls[1][0].grow == (8, 8, 8, 8)
+    cli("edit", "outpaint", tmp_path / "a.png", "--grow", "8", "--base", base, "--decoder", "my/tiny")
+    assert calls[1][0].grow == (8, 8, 8, 8) and calls[1][1].settings["decoder"] == "my/tiny"
     for wrong in ("eight", "1,2", "1.5"):
         done = cli("edit", "outpaint", tmp_path / "a.png", "--grow", wrong, "--base", base)
         assert done.exit_code == 2 and "give one, or left,top,right,bottom" in " ".join(done.stderr.split())

@@ -229,8 +229,8 @@ def test_figures_of_other_weights_are_said_to_be_such(run: Path) -> None:
 
 
 def test_figures_of_a_tiny_decoder_are_said_to_be_such(run: Path) -> None:
-    words = "Pictures and figures: previews, decoded by the tiny decoder my-tiny (0a1b2c3d)"
+    words = "Pictures and figures: previews, decoded by AutoencoderTiny my-tiny (0a1b2c3d)"
     assert words not in write_report(run).read_text()
     found = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps({**found, "decoder": "my-tiny (0a1b2c3d)"}))
+    (run / "results.json").write_text(json.dumps({**found, "decoder": "AutoencoderTiny my-tiny (0a1b2c3d)"}))
     assert words in write_report(run).read_text()

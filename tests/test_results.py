@@ -120,14 +120,14 @@ def test_what_the_vae_did_not_decode_whole_is_told_and_goes_on_no_card(
 ) -> None:
     from lcm_kit.export import run as export
 
-    plain, tiny = quality(), quality(decoder="my-tiny (0a1b2c3d)")
+    plain, tiny = quality(), quality(decoder="AutoencoderTiny my-tiny (0a1b2c3d)")
     tiled = {**plain, "settings": {**plain["settings"], "tiling": True}}
     assert results.decoded(plain) is None
     assert results.decoded(tiled) == "decoded in tiles, which is not exact"
     told = results.decoded(tiny)
-    assert told == "previews, decoded by the tiny decoder my-tiny (0a1b2c3d) and not by the base's VAE"
+    assert told == "previews, decoded by AutoencoderTiny my-tiny (0a1b2c3d) and not by the base's VAE"
     monkeypatch.setattr(export.adapter, "is_of_these_weights", lambda run, name: True)
     for found, wanted in ((plain, plain), (tiny, None)):
         assert export._measured(tmp_path, "results.json", lambda run, found=found: found) is wanted
     said = capsys.readouterr().err
-    assert said.count("the card has no figures of") == 1 and "my-tiny (0a1b2c3d)" in said
+    assert said.count("the card has no figures of") == 1 and "AutoencoderTiny my-tiny (0a1b2c3d)" in said

@@ -476,9 +476,9 @@ def test_in_chromium(text: str, tmp_path: Path) -> None:
 
 
 def test_a_sweep_names_what_decoded_its_pictures(swept: tuple[Path, dict[str, Any]]) -> None:
-    plain, told = swept[1], "previews, decoded by the tiny decoder my-tiny (0a1b2c3d)"
+    plain, told = swept[1], "previews, decoded by AutoencoderTiny my-tiny (0a1b2c3d)"
     assert "pictures" not in dict(sweep._facts(plain))
-    assert told in dict(sweep._facts({**plain, "decoder": "my-tiny (0a1b2c3d)"}))["pictures"]
+    assert told in dict(sweep._facts({**plain, "decoder": "AutoencoderTiny my-tiny (0a1b2c3d)"}))["pictures"]
 
 
 @pytest.mark.parametrize("size", [(96, 64), (32, 128), (64, 64)])

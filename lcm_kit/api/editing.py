@@ -13,6 +13,7 @@ from lcm_kit.api.pictures import Drawing, drawing
 from lcm_kit.api.stages import Place
 from lcm_kit.edits.options import TASKS, Sides, Wanted, checked
 from lcm_kit.edits.tasks import Task
+from lcm_kit.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +48,7 @@ def edit(
     batch_size: int | Literal["auto"] = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    decoder: Place | None = None,
     tiling: bool = False,
     compile: bool = False,
     verbose: bool = False,
@@ -65,7 +67,8 @@ def edit(
     `feather`: pixels over which what is drawn goes over into what is kept, within the mask; by default half a
     cell of the latents. Pictures of any size are drawn at the next larger one that the base can, and cut
     back. `count` pictures are drawn; of interpolate one of each frame. All else is as in `sample_images`; of
-    the samplers lcm, tcd and ddim edit. Picture i is a function of (seed, i): no batch size changes it.
+    the samplers lcm, tcd and ddim edit, and colorize and upscale take no `decoder`. Picture i is a function
+    of (seed, i): no batch size changes it.
 
     Returns 8-bit RGB pictures. Raises `UserError`, before weights are loaded, for what cannot be: a picture
     that is none, a mask of another size or without white, options of other tasks, a LoRA whose student does
@@ -82,8 +85,8 @@ def edit(
         how = settled(
             wanted, prompt, adapter=adapter, base=base, sampler=sampler, steps=steps,
             guidance_scale=guidance_scale, weight=weight, negative_prompt=negative_prompt, emphasis=emphasis,
-            count=count, seed=seed, batch_size=batch_size, device=device, dtype=dtype, tiling=tiling,
-            compile=compile,
+            count=count, seed=seed, batch_size=batch_size, device=device, dtype=dtype, decoder=decoder,
+            tiling=tiling, compile=compile,
         )  # fmt: skip
         with console.working(how.title):
             return list(draw_edit(wanted, how))
@@ -104,6 +107,11 @@ def settled(wanted: Wanted, prompt: str, **options: Any) -> Drawing:
     adapter = how.settings["adapter"]
     require_edits(how.settings["sampler"], {} if adapter is None else {adapter: how.made_by})
     require_guided(how.settings["negative_prompt"], how.settings["guidance_scale"])
+    if how.settings["decoder"] is not None and TASKS[wanted.task].by_vae:
+        raise UserError(
+            f"{wanted.task} is decoded and encoded by the base's VAE after each step, so that what it keeps "
+            "is kept; leave out decoder"
+        )
     return how._replace(title=f"{TASKS[wanted.task].doing} in {how.settings['steps']} steps")
 
 
@@ -125,7 +133,7 @@ def draw_edit(wanted: Wanted, how: Drawing) -> Iterator[Image]:
     for note in plan.notes:
         console.say(note, err=True)
     prompts, negative = as_read(how.prompts, given["negative_prompt"], given["emphasis"])
-    drawn_by = How.of(info, None, given["tiling"], given["compile"])
+    drawn_by = How.of(info, given["decoder"], given["tiling"], given["compile"])
     where = sample.placement(given["device"], given["dtype"])
     pipe = sample.adapted(how.base, given["adapter"], given["lora_weight"], how=drawn_by, **named, **where)
     drawn_by.say(pipe.vae, *plan.size)
@@ -139,13 +147,22 @@ def draw_edit(wanted: Wanted, how: Drawing) -> Iterator[Image]:
 
 
 def edit_to_folder(
-    wanted: Wanted, how: Drawing, output: Path, sign: Sign | None = None, animation: Animation | None = None
+    wanted: Wanted,
+    how: Drawing,
+    output: Path,
+    sign: Sign | None = None,
+    animation: Animation | None = None,
+    *,
+    say_prompts: bool = True,
 ) -> Path:
     """Write `NNN-TASK.png` for each picture and `contact-sheet.png` into `output`; other files there stay.
 
     Each is written when its batch is drawn, by `sign` (`drawing.signing`), the `animation` of all at the end.
-    Returns the contact sheet's path.
+    Its PNG text says how it was made (`drawing.made`), with `say_prompts` by which prompt too. Returns the
+    contact sheet's path.
     """
+    from lcm_kit.drawing import decoders
+    from lcm_kit.drawing.made import of_drawing
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
     from lcm_kit.io.files import require_writable
@@ -154,12 +171,24 @@ def edit_to_folder(
     sign = sign or unsigned
     sweep(output, deep=False)
     require_writable(output)
+    source, known = of_drawing(how.base, how.settings)
+    own = {name: getattr(wanted, name) for name in TASKS[wanted.task].takes if name not in ("mask", "to")}
+    known |= {"task": wanted.task, "prompt": how.prompts[0], "count": how.settings["count"], **own}
+    known["strength"] = wanted.strength
+    decoder = how.settings["decoder"]
+    decoded = {} if decoder is None else {"decoder": decoders.said(decoder)}
+    ends = [each.image for each in (wanted.picture, wanted.to) if each is not None]
     pictures = []
     for number, picture in enumerate(draw_edit(wanted, how)):
         name = f"{number:03d}-{wanted.task}.png"
-        save_png(picture, output / name, {}, partial(sign, name, how.prompts[0]))
+        told: dict[str, str] = {}
+        if not any(picture is each for each in ends):  # those of interpolate were not drawn
+            told = decoded | source.told(
+                known, picture.size, number, emphasis=how.settings["emphasis"], prompts=say_prompts
+            )
+        save_png(picture, output / name, told, partial(sign, name, how.prompts[0]))
         pictures.append(picture)
     if animation is not None:
         animation.write(pictures, partial(sign, animation.path.name, how.prompts[0]))
     sheet = output / "contact-sheet.png"
-    return save_png(contact_sheet(pictures), sheet, {}, partial(sign, sheet.name, None))
+    return save_png(contact_sheet(pictures), sheet, decoded, partial(sign, sheet.name, None))

@@ -53,11 +53,12 @@ def sample_images(
     pixels, multiples of 8; the base's own by default, and a square if one is given. Picture i is a function
     of (seed, i): no batch size changes it, and where memory runs out fewer are drawn at once. `device` as
     "cuda:1", `dtype` as "float16": by default CUDA in float16 if there is one, else the CPU in float32.
-    `decoder`: the folder of a diffusers AutoencoderTiny, which decodes previews in the VAE's place. `tiling`
-    decodes what is larger than the VAE was made for in tiles, which is not exact. `compile` compiles the
-    UNet: minutes first, then faster pictures on a GPU. Prompts may be of any length. `emphasis`: True reads
-    `(more)`, `[less]` and `(word:1.2)` in them as apps do, False draws them as they stand, None reads those
-    that have a weight's number or an escaped bracket.
+    `decoder`: a folder, hub id or asset:NAME of what decodes in the VAE's place: a diffusers AutoencoderTiny
+    (previews), or a ConsistencyDecoderVAE, whose noise follows from (seed, i), too. `tiling` decodes what is
+    larger than the VAE was made for in tiles, which is not exact. `compile` compiles the UNet: minutes first,
+    then faster pictures on a GPU. Prompts may be of any length. `emphasis`: True reads `(more)`, `[less]` and
+    `(word:1.2)` in them as apps do, False draws them as they stand, None reads those that have a weight's
+    number or an escaped bracket.
 
     Returns 8-bit RGB pictures. Raises `UserError` for a LoRA that is not whole, not for this base, or not in
     a form that diffusers loads, before weights are loaded; and for settings that are impossible.

@@ -1,4 +1,4 @@
-"""What the kit ships: small bases and an LCM-LoRA, images (`brand`, `general`), probes, `glyphs`."""
+"""What the kit ships: small bases, decoders, an LCM-LoRA, images (`brand`, `general`), probes, `glyphs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lcm_kit.io.written import decoded, tidied
 _FOLDER = Path(__file__).resolve().parent
 _MOST_BYTES = 2**26  # of a file of prompts: a million lines
 NAMES = (
-    "tiny-sd", "tiny-sd-v", "tiny-lcm-lora", "brand", "general", "probe", "brand-probe", "glyphs", "everyday",
+    "tiny-sd", "tiny-sd-v", "tiny-sd-preview", "tiny-sd-consistency", "tiny-lcm-lora", "brand", "general",
+    "probe", "brand-probe", "glyphs", "everyday",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from lcm_kit.cli.options import (
     BaseOption,
     BatchSize,
     Compile,
+    Decoder,
     Device,
     Dtype,
     Emphasis,
@@ -121,6 +122,7 @@ def edit(
     batch_size: BatchSize = "auto",
     device: Device = None,
     dtype: Dtype = None,
+    decoder: Decoder = None,
     tiling: Tiling = False,
     compile: Compile = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("edits"),
@@ -147,13 +149,15 @@ def edit(
         how = editing.settled(
             wanted, prompt, adapter=adapter, base=base, sampler=sampler, steps=steps, guidance_scale=guidance,
             weight=weight, negative_prompt=negative, emphasis=emphasis, count=count, seed=seed,
-            batch_size=require_batch_size(batch_size), device=device, dtype=dtype, tiling=tiling,
-            compile=compile,
+            batch_size=require_batch_size(batch_size), device=device, dtype=dtype, decoder=decoder,
+            tiling=tiling, compile=compile,
         )  # fmt: skip
         signer = signer_of(sign, cert, sign_prompt)
         signing = None if signer is None else signer.of_drawing(how.base, how.settings, EDITED)
         with console.working(how.title):
-            sheet = editing.edit_to_folder(wanted, how, output, signing, moving)
+            sheet = editing.edit_to_folder(
+                wanted, how, output, signing, moving, say_prompts=sign_prompt or signer is None
+            )
     console.say(sheet)
     if moving is not None:
         console.say(moving.path)

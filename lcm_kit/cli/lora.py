@@ -77,7 +77,8 @@ def verify(
         list[str] | None,
         typer.Option(
             "--app",
-            help="diffusers, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; repeat it.",
+            help="diffusers, animatediff, comfyui, a1111, forge, invokeai, sdnext, sd-scripts or sd.cpp; "
+            "repeat it.",
             show_default="all",
         ),
     ] = None,

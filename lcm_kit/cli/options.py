@@ -84,7 +84,11 @@ Emphasis = Annotated[
     ),
 ]
 Decoder = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="A diffusers AutoencoderTiny, for previews.")
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Decodes in the VAE's place: an AutoencoderTiny (previews) or a ConsistencyDecoderVAE.",
+    ),
 ]
 Tiling = Annotated[
     bool, typer.Option("--tiling", help="Decode very large pictures in tiles, which is not exact.")

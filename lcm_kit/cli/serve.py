@@ -134,10 +134,7 @@ def serve(
                 body=max_body, upload=max_upload, seconds=seconds, queue=queue, batch=batch, window=window,
                 rate=rate, grace=grace,
             ),
-            run.Drawn(
-                device, None if dtype is None else getattr(torch, dtype),
-                None if decoder is None else str(decoder), tiling,
-            ),
+            run.Drawn(device, None if dtype is None else getattr(torch, dtype), decoder, tiling),
             run.Kept(data, history),
             log_prompts=log_prompts,
         )  # fmt: skip

@@ -45,7 +45,7 @@ class Brand:
     # pixels: of a side of squares, or [width, height]; null: the base's own
     resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
-    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    decoder: Place | None = None  # in the VAE's place: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality
     compile: bool = False  # as in evaluation/quality
     teacher_steps: Positive = 50  # of the base and of the styled teacher: DDIM

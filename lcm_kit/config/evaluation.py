@@ -44,8 +44,8 @@ class Quality:
     resolution: Resolution | None = None
     # pictures at once: a number, or auto, by device and size; half as many from where memory runs out
     batch_size: BatchSizeOrAuto = 32
-    # folder of a diffusers AutoencoderTiny that decodes in the VAE's place: previews, whose figures are kept
-    # apart from the VAE's; null: the VAE
+    # folder, hub id or asset:NAME of a diffusers AutoencoderTiny (previews) or ConsistencyDecoderVAE that
+    # decodes in the VAE's place, and whose figures are kept apart from the VAE's; null: the VAE
     decoder: Place | None = None
     tiling: bool = False  # decode what is larger than the VAE was made for in tiles, which is not exact
     compile: bool = False  # torch.compile of the UNet: minutes at the start, faster pictures on a GPU

@@ -96,7 +96,7 @@ class GuidanceSweep:
     # pixels: of a side of squares, or [width, height]; null: the base's own
     resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
-    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    decoder: Place | None = None  # in the VAE's place: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality
     compile: bool = False  # as in evaluation/quality
     teacher: SweptTeacher = field(default_factory=SweptTeacher)
@@ -147,7 +147,7 @@ class Compose:
     # pixels: of a side of squares, or [width, height]; null: the base's own
     resolution: Resolution | None = None
     batch_size: BatchSizeOrAuto = 32
-    decoder: Place | None = None  # a tiny decoder, for previews: as in evaluation/quality
+    decoder: Place | None = None  # in the VAE's place: as in evaluation/quality
     tiling: bool = False  # as in evaluation/quality
     compile: bool = False  # as in evaluation/quality
     teacher_steps: Positive = 50  # of the styled teacher: the base with the style at `teacher_weight`

@@ -36,7 +36,7 @@ from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AfterStep, Batches
 from lcm_kit.drawing.canvas import Canvas, cells, filled, meeting, pasted
-from lcm_kit.drawing.noise import numbered
+from lcm_kit.drawing.noise import Picture, streams
 from lcm_kit.drawing.pictures import to_pil
 from lcm_kit.drawing.placed import place
 from lcm_kit.drawing.prompts import conditions
@@ -56,6 +56,7 @@ class Edit:
     known: Known = field(default_factory=Nothing)
     finish: Finish = to_pil
     between: tuple[float, ...] = ()  # where each picture stands from the first prompt (0) to the second (1)
+    by_vae: bool = False  # decoded by the base's VAE, whatever else decodes for the pipeline
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,15 @@ def encode(pipe: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents as pixels [B, 3, H, W], about [-1, 1] and not clipped, float32, where the pipeline is."""
-    return vae.decode(pipe.vae, latents).to(pipe.device)
+def decode(
+    pipe: Any, latents: Tensor, of: Sequence[Picture] | None = None, *, by_vae: bool = False
+) -> Tensor:
+    """Latents as pixels [B, 3, H, W], about [-1, 1] and not clipped, float32, where the pipeline is.
+
+    `of` as in `vae.decode`; `by_vae`: by the base's own, though another decoder is in its place.
+    """
+    model = vae.own(pipe.vae) if by_vae else pipe.vae
+    return vae.decode(model, latents, of).to(pipe.device)
 
 
 def _predict(
@@ -128,10 +135,11 @@ def drawn(
 
     @torch.no_grad()
     def work(at: int, rows: Sequence[int]) -> list[Image.Image]:
-        streams = numbered(how.seed, [edit.numbers[row] for row in rows])
+        of = [(how.seed, edit.numbers[row]) for row in rows]
+        drawn_from = streams(of)
 
         def noise() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=each) for each in streams]).to(pipe.device)
+            return torch.stack([torch.randn(shape, generator=each) for each in drawn_from]).to(pipe.device)
 
         start = edit.start
         if start is not None:
@@ -144,7 +152,7 @@ def drawn(
                 after_step(range(at, at + len(rows)), step, len(how.walk.points))
 
         found = edited(predict, schedule, how.walk, start, noise, edit.known, stepped)
-        return edit.finish(decode(pipe, found).cpu())
+        return edit.finish(decode(pipe, found, of, by_vae=edit.by_vae).cpu())
 
     yield from batches.run(chosen, work)
 
@@ -211,14 +219,20 @@ def _measured(
     count: int,
     size: tuple[int, int],
 ) -> Edit:
-    """Of a measurement `value`, from the pixels `begin`; pictures are cut to `size` (width, height)."""
+    """Of a measurement `value`, from the pixels `begin`; pictures are cut to `size` (width, height).
+
+    Latents are made to agree with it by what the base's VAE makes of them, so that one decodes them, too.
+    """
 
     def finish(pixels: Tensor) -> list[Image.Image]:
         return _cropped(agreeing_in_range(measure, value, pixels), size)
 
-    known = Measured(measure, value.to(pipe.device), lambda x: decode(pipe, x), lambda x: encode(pipe, x))
+    def decoded(latents: Tensor) -> Tensor:
+        return decode(pipe, latents, by_vae=True)
+
+    known = Measured(measure, value.to(pipe.device), decoded, lambda x: encode(pipe, x))
     whole = begin.shape[2], begin.shape[3]
-    return Edit(whole, [prompt], encode(pipe, begin), range(count), known, finish)
+    return Edit(whole, [prompt], encode(pipe, begin), range(count), known, finish, by_vae=True)
 
 
 def redrawn(pipe: Any, canvas: Canvas, prompt: Prompt, count: int) -> Edit:

@@ -10,9 +10,9 @@ import torch
 from lcm_kit import bases, console
 from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.compiling import allow_graphs, require_compiler
-from lcm_kit.drawing import tiny_decoder
-from lcm_kit.drawing.tiny_decoder import TinyDecoder
-from lcm_kit.drawing.vae import ProvenVae, half_dtypes
+from lcm_kit.drawing import consistency_decoder, decoders
+from lcm_kit.drawing.decoders import CONSISTENCY, Decoder
+from lcm_kit.drawing.vae import ProvenVae, Replaced, by_vae, half_dtypes
 from lcm_kit.errors import UserError
 
 
@@ -20,7 +20,7 @@ from lcm_kit.errors import UserError
 class How:
     """How pictures are drawn, whatever they show; `of` makes it of options and keys."""
 
-    decoder: TinyDecoder | None = None  # None: the base's VAE
+    decoder: Decoder | None = None  # None: the base's VAE
     tiling: bool = False  # of what is larger than the VAE was made for
     compile: bool = False  # of the UNet
 
@@ -29,10 +29,10 @@ class How:
         """As asked. Raises `UserError` for a decoder that is none, or not for `base`, and for odd pairs."""
         if decoder is not None and tiling:
             raise UserError(
-                "tiling is of the base's VAE, and a tiny decoder takes little memory without; leave out "
-                "decoder or tiling"
+                "tiling is of the base's VAE and does nothing with another decoder; leave out decoder or "
+                "tiling"
             )
-        return cls(None if decoder is None else tiny_decoder.find(decoder, base), tiling, compile)
+        return cls(None if decoder is None else decoders.find(decoder, base), tiling, compile)
 
     def facts(self) -> dict[str, Any]:
         """What pictures and their seconds follow from, as JSON: part of a cell's key."""
@@ -43,8 +43,17 @@ class How:
 
     def load(self, base: BaseInfo, dtype: torch.dtype, device: str | torch.device) -> Any:
         """What decodes for a pipeline in `dtype`: on a GPU in half precision where that serves."""
-        if self.decoder is not None:
-            return tiny_decoder.load(self.decoder, torch.float32 if _is_cpu(device) else dtype)
+        if self.decoder is None:
+            return self._vae(base, dtype, device)
+        if self.decoder.kind != CONSISTENCY:
+            model = decoders.load(self.decoder, torch.float32 if _is_cpu(device) else dtype)
+            return Replaced(model, by_vae, lambda: self._vae(base, dtype, device))
+        model, decode = decoders.load(self.decoder, torch.float32), consistency_decoder.decoded
+        if halves := () if dtype == torch.float32 else half_dtypes(device, model.config.force_upcast):
+            model = ProvenVae(model, halves, decode=decode, name=str(self.decoder))
+        return Replaced(model, decode, lambda: self._vae(base, dtype, device))
+
+    def _vae(self, base: BaseInfo, dtype: torch.dtype, device: str | torch.device) -> Any:
         vae = bases.load_vae(base)
         if self.tiling:
             vae.enable_tiling()
@@ -66,11 +75,7 @@ class How:
         """Name what is not the base's own decoding, for pictures of this size; `vae`: what `load` gave."""
         tile = getattr(getattr(vae, "full", vae), "tile_sample_min_size", 0)
         if self.decoder is not None:
-            console.say(
-                f"decoded by the tiny decoder {self.decoder}: previews, without the fine detail that the "
-                "base's VAE draws",
-                err=True,
-            )
+            console.say(f"decoded by {self.decoder}: {self.decoder.means}", err=True)
         if self.tiling and max(height, width) > tile:
             console.say(
                 f"decoded in tiles of {tile} pixels, which is not exact: tiles do not see each other, so "

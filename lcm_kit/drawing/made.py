@@ -2,7 +2,8 @@
 
 A1111 (1.10) writes the prompt, a line that begins with `Negative prompt:`, and a last line of `Name: value`
 behind commas. ComfyUI reads that too, where a picture is dropped onto it: from the last line that begins with
-`Steps:`, and nothing at all where no line begins with `Negative prompt:`, so that one is always written.
+`Steps:`. Its older frontends (1.58.1 does better) read nothing where no line begins with `Negative prompt:`,
+so that one is always written.
 
 Each prompt is one line, so none can begin a line of its own, but the first. What apps read in a prompt, and
 was drawn as plain words, is spelled so that it is plain there too: in other spaces and letters, which make
@@ -21,6 +22,7 @@ from unicodedata import category
 
 from lcm_kit import __version__, samplers
 from lcm_kit.bases.emphasis import Weighted, read
+from lcm_kit.drawing import decoders
 from lcm_kit.drawing.pictures import slug
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_file
@@ -110,7 +112,7 @@ def of_drawing(base: str, use: Mapping[str, Any]) -> tuple[Source, dict[str, Any
         loras[slug(title)] = Lora(title, sha256_file(adapter_file(use["adapter"])))
         weights[slug(title)] = use["lora_weight"]
     names = "negative_prompt", "seed", "sampler", "steps", "guidance_scale"
-    decoder = None if use.get("decoder") is None else Path(use["decoder"]).name
+    decoder = None if use.get("decoder") is None else decoders.said(use["decoder"])
     source = Source(base_name(base), loras, decoder)
     return source, {name: use[name] for name in names} | {"adapters": weights}
 

@@ -52,9 +52,7 @@ def png_bytes(picture: Image.Image, told: Mapping[str, str] | None = None, *, qu
         if words.isascii():
             text.add_text(keyword, words)  # tEXt, which everything reads
         else:
-            text.add_itxt(
-                keyword, words
-            )  # UTF-8; of a tEXt ComfyUI reads so too what the format calls Latin-1
+            text.add_itxt(keyword, words)  # UTF-8, as which ComfyUI reads tEXt too, that is Latin-1
     content = io.BytesIO()
     how: dict[str, Any] = {"compress_level": 1} if quick else {"optimize": True}
     picture.save(content, format="PNG", pnginfo=text, **how)

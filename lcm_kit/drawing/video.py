@@ -61,6 +61,7 @@ def write_mp4(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = dict(_QUALITY)
             _tag(stream.codec_context)
+            stream.codec_context.color_primaries = stream.codec_context.color_trc = _BT709
             for number, picture in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(yuv420(np.asarray(picture.convert("RGB"))), "yuv420p")
                 _tag(frame)
@@ -73,7 +74,6 @@ def write_mp4(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
 
 def _tag(what: Any) -> None:
     what.colorspace, what.color_range = _BT709, _LIMITED
-    what.color_primaries, what.color_trc = _BT709, _BT709
 
 
 def yuv420(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -25,14 +25,15 @@ class Kind:
     doing: str  # at the beginning of a sentence on what is being done
     strength: float  # where none is given
     takes: tuple[str, ...] = ()  # of `OWN`
+    by_vae: bool = False  # decoded and encoded after each step, by the base's VAE alone
 
 
 OWN = "mask", "feather", "grow", "scale", "to", "prompt_to", "frames"  # that not every task takes
 TASKS: Mapping[Task, Kind] = {
     "inpaint": Kind("drawing the white of a mask", 1.0, ("mask", "feather")),
     "outpaint": Kind("drawing around", 1.0, ("grow", "feather")),
-    "colorize": Kind("colouring", 1.0),
-    "upscale": Kind("drawing larger", 0.5, ("scale",)),
+    "colorize": Kind("colouring", 1.0, by_vae=True),
+    "upscale": Kind("drawing larger", 0.5, ("scale",), by_vae=True),
     "sketch": Kind("drawing from a sketch", 0.8),
     "vary": Kind("varying", 0.5),
     "interpolate": Kind("drawing between", 0.5, ("to", "prompt_to", "frames")),

@@ -10,6 +10,7 @@ from typing import Any
 from PIL.Image import Image
 
 from lcm_kit.bases import BaseInfo, Prompt
+from lcm_kit.bases.out_of_memory import free, out_of_memory
 from lcm_kit.config.numbers import RANGES
 from lcm_kit.core.editing import Walk
 from lcm_kit.core.methods import MethodInfo
@@ -95,7 +96,7 @@ class Plan:
         yield from (ends[number] for number in numbers if number == 0 and ends)
         if rows:
             how = editing.Settings(self.walk, guidance_scale, negative, seed)
-            for pictures in editing.drawn(pipe, self._edit(pipe, prompts), how, batches, rows, stepped):
+            for pictures in editing.drawn(pipe, self._begun(pipe, prompts), how, batches, rows, stepped):
                 yield from pictures
         yield from (ends[number] for number in numbers if number and number in ends)
 
@@ -103,6 +104,20 @@ class Plan:
         """The pictures that are given and belong to what comes out, by number."""
         first, last = self.wanted.picture, self.wanted.to
         return {} if first is None or last is None else {0: first.image, self.count - 1: last.image}
+
+    def _begun(self, pipe: Any, prompts: Sequence[Prompt]) -> editing.Edit:
+        """`_edit`. Raises `UserError` where memory runs out while pictures are encoded."""
+        try:
+            return self._edit(pipe, prompts)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            said = str(error).partition(". ")[0]
+        free()  # out of the handler: the exception holds what the passes held
+        raise UserError(
+            f"memory ran out while reading a picture of {size_of(self.size[::-1])} pixels ({said}); make it "
+            "smaller, or stop what else uses this device's memory"
+        )
 
     def _edit(self, pipe: Any, prompts: Sequence[Prompt]) -> editing.Edit:
         """The task as the pipeline draws it."""

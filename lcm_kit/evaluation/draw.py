@@ -241,7 +241,7 @@ def draw(
                 pipe, told, sampler=cell.sampler, steps=cell.steps, guidance_scale=cell.guidance_scale,
                 seed=samples.seed, first=first, size=samples.size,
             )  # fmt: skip
-            pixels = sample.decode(pipe, latents)
+            pixels = sample.decode(pipe, latents, seed=samples.seed, first=first)
         seconds, n = time.perf_counter() - started, len(prompts)
         eight_bit = ((pixels + 1) * 127.5).round().to(torch.uint8)
         joules = float("nan") if energy.joules is None else energy.joules

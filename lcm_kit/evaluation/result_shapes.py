@@ -172,7 +172,7 @@ class Results(TypedDict):
     breaks: NotRequired[dict[str, list[Break]]]
     brand_pictures: NotRequired[list[str | None]]
     contract: NotRequired[Contract]
-    decoder: NotRequired[str | None]  # a tiny one, by name and hash; None: the base's VAE
+    decoder: NotRequired[str | None]  # its class, name and hash; None: the base's VAE
     seen: NotRequired[str]  # what models that compare pictures see of theirs, where that is not all of them
     brand_own: NotRequired[float | None]  # None: one picture alone
     frechet_floor: NotRequired[float | None]

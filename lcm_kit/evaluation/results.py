@@ -49,9 +49,10 @@ def read(file: Path) -> Results:
 
 
 def decoded(results: Results) -> str | None:
-    """What is said of pictures that a tiny decoder decoded; None where the base's VAE did, whole."""
+    """What is said of pictures that another decoder decoded; None where the base's VAE did, whole."""
     if name := results.get("decoder"):
-        return f"previews, decoded by the tiny decoder {name} and not by the base's VAE"
+        previews = "" if name.startswith("ConsistencyDecoderVAE ") else "previews, "
+        return f"{previews}decoded by {name} and not by the base's VAE"
     if results["settings"].get("tiling"):
         return "decoded in tiles, which is not exact"
     return None

@@ -1,8 +1,8 @@
 """AnimateDiff in diffusers: a base's UNet with a motion adapter between its layers, and a LoRA in both.
 
 What a file does to it depends on names, shapes and strengths, and not on what the base has learned. So the
-model has the structure of the base and random weights, all of them views of one buffer: SDXL's 2.6 billion
-take 250 MB, and no base is loaded. Frames are as small as the UNet takes them.
+model has the structure of the base and random weights, all of them views of one buffer: SDXL's 2.7
+thousand million take 120 MB, and no base is loaded. Frames are as small as the UNet takes them.
 """
 
 from __future__ import annotations

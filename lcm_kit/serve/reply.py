@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from PIL.Image import Image
@@ -67,7 +67,9 @@ class Pictures:
         """As a server has them drawn. Raises `UserError` if they are to be kept and nothing is."""
         if keep and parts.store is None:
             raise UserError(f"keep: this server keeps no pictures; {DATA}, or leave keep out")
-        return cls(order, parts.source, kind, parts.store if keep else None)
+        # edits are drawn by the base's own VAE, whatever decodes others
+        source = replace(parts.source, decoder=None) if kind == "edit" else parts.source
+        return cls(order, source, kind, parts.store if keep else None)
 
     @property
     def orders(self) -> Sequence[Order]:

@@ -14,6 +14,7 @@ from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import EXAMPLES, Wanted, parsed, settled
 from lcm_kit.serve.limits import Limits
+from lcm_kit.serve.run import Kept
 
 LIMITS = Limits(side=96, steps=10, count=3, prompt=20)
 
@@ -112,3 +113,4 @@ def test_the_options_of_the_verb_are_the_limits() -> None:
     for limit in fields(Limits):
         option = options.get(limit.name) or options[f"max_{limit.name}"]
         assert option.default == limit.default, limit.name
+    assert (options["data"].default, options["history"].default) == (Kept().folder, Kept().pictures)

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_kit import sample
+from lcm_kit.drawing.how import How
 from lcm_kit.errors import UserError
 from lcm_kit.lora import diffusers_format, structure
 from lcm_kit.serve.adapters import Served, parted
 from lcm_kit.serve.drawer import Drawer, Piece
+from tests.decoders import build_consistency
 from tests.loras import random_lora
 from tests.serve.small import order, served
 
@@ -110,6 +112,26 @@ def test_the_same_seed_is_the_same_picture_whatever_it_is_drawn_with(two: Served
     assert abs(again[0] - again[-1]).max() <= LEVEL
     assert (drawn(drawer, two, [mine], guidance_scale=guidance)[0] == alone).all()
     assert abs(drawn(drawer, two, [mine._replace(number=0)], guidance_scale=guidance)[0] - alone).max() > 10
+
+
+def test_a_decoder_that_draws_does_so_by_seed_and_number(two: Served, tmp_path: Path) -> None:
+    """Whatever is decoded with it; and it is what `sample_images` makes of them."""
+    folder = build_consistency(tmp_path / "drawing")
+    drawer = Drawer(two, 8, how=How.of(two.base, str(folder), False, False))
+    drawer.open()
+    found = order(two)
+    mine, others = Piece(found.prompt, 11, 1), [Piece("else", seed, 0) for seed in range(3)]
+    alone = drawn(drawer, two, [mine])[0]
+    for place in range(4):
+        together = drawn(drawer, two, [*others[:place], mine, *others[place:]])
+        assert abs(together[place] - alone).max() <= LEVEL
+    assert abs(drawn(opened(two), two, [mine])[0] - alone).max() > 30  # which the VAE does not draw
+    key = found.key
+    wanted = sample.draw_images(
+        two.base.path, [found.prompt], adapter=two.adapters[0].file, sampler=key.sampler, steps=2, count=2,
+        guidance_scale=key.guidance_scale, seed=11, decoder=str(folder),
+    )  # fmt: skip
+    assert abs(pixels(list(wanted))[1] - alone).max() <= LEVEL
 
 
 def test_it_is_the_picture_that_sample_images_draws(two: Served) -> None:

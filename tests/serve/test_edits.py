@@ -441,11 +441,32 @@ def test_a_tiny_decoder_decodes_no_edit(tiny: Served, tmp_path: Path) -> None:
     how = How.of(tiny.base, str(tmp_path / "tiny"), False, False)
     asked = {"task": "inpaint", "picture": sent(noise(1)), "mask": sent(hole())}
     with application(tiny, Drawer(tiny, 1, how=how)) as app, application(tiny, Drawer(tiny, 1)) as plain:
-        assert pixels(drawn(post(app, asked))).tolist() == pixels(drawn(post(plain, asked))).tolist()
+        found, other = drawn(post(app, asked)), drawn(post(plain, asked))
+        assert pixels(found).tolist() == pixels(other).tolist()
+        assert "decoder" not in json.loads(found[0].info["lcm_kit"])
         first, second = (ask(each, {"json": {"prompt": "a"}})[0].json() for each in (app, plain))
         assert first["pictures"][0]["base64"] != second["pictures"][0]["base64"]
         again = ask(app, {"json": {"prompt": "a"}})[0].json()
         assert again["pictures"] == first["pictures"]
+
+
+def test_a_picture_that_no_memory_can_read_is_a_sentence_and_the_next_is_drawn(
+    tiny: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from lcm_kit.drawing import editing
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    asked = {"task": "vary", "picture": sent(noise(1)), "steps": 2}
+    with application(tiny) as app:
+        with monkeypatch.context() as patch:
+            patch.setattr(editing, "encode", full)
+            said = detail(post(app, asked), 503)
+        assert said.startswith("memory ran out while reading a picture of 64 x 64 pixels (CUDA out")
+        assert len(drawn(post(app, asked))) == 1
 
 
 def test_what_cannot_be_edited_with_is_refused_whichever_of_the_adapters_it_is(
@@ -462,6 +483,18 @@ def test_what_cannot_be_edited_with_is_refused_whichever_of_the_adapters_it_is(
     with pytest.raises(UserError, match="^phased cannot edit with sampler lcm: .* choose ddim$"):
         settle(both, **asked, adapters={"tiny-lcm-lora": 1.0, "phased": 0.5})
     assert settle(both, **asked, adapters={"tiny-lcm-lora": 1.0, "phased": 0.0}).settings["adapters"]
+
+
+def test_an_edit_is_kept_where_that_is_asked(tiny: Served, tmp_path: Path) -> None:
+    asked = {"task": "vary", "picture": sent(noise(1)), "count": 2, "keep": True}
+    with application(tiny, going(), data=tmp_path) as app:
+        told = post(app, asked).json()
+        second, first = get(app, "/v1/history").json()["pictures"]
+    assert told["kept"] == [first["id"], second["id"]]
+    for index, each in enumerate((first, second)):
+        assert (each["kind"], each["index"], each["settings"]) == ("edit", index, told["settings"])
+    with application(tiny, going()) as app:
+        assert detail(post(app, asked)).startswith("keep: this server keeps no pictures")
 
 
 def test_a_full_queue_takes_no_edit(tiny: Served) -> None:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import hashlib
 import io
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from PIL import Image
 
 from lcm_kit import __version__
+from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
 from lcm_kit.serve.store import NAME
 from tests.app_text import a1111, chunks, comfyui, texts
-from tests.serve.small import application, ask, draw, events, get, going
+from tests.serve.small import PATIENCE, application, ask, draw, events, get, going
 
 EXACT = Limits(batch=1)  # the same bytes each time
 
@@ -90,6 +95,27 @@ def test_every_png_says_how_it_was_made_to_other_programs(app: App) -> None:
     assert web.prompt == dropped.prompt == "a caf\xe9 Steps : 3" and web.loras == [("tiny-lcm-lora", 1.0)]
     assert web.fields == fields and dropped.fields == {key.lower(): each for key, each in fields.items()}
     assert json.loads(texts(file)["lcm_kit"])["settings"]["prompt"] == "a caf\xe9 Steps: 3"
+
+
+def test_an_edit_is_kept_as_one_with_its_pictures_by_hash_alone(tiny: Served, tmp_path: Path) -> None:
+    """By the real drawer; sent again with the picture, the settings draw the same."""
+    given = png_bytes(Image.new("RGB", (64, 48), "navy"))
+    body = {"task": "vary", "prompt": "a red circle", "strength": 0.5, "steps": 2, "seed": 4}
+    body["picture"] = base64.b64encode(given).decode()
+    with application(tiny, limits=EXACT, data=tmp_path) as app:
+        answer = ask(app, {"url": "/v1/edits", "json": {**body, "keep": True}})[0].json()
+        (found,) = get(app, "/v1/history").json()["pictures"]
+        file = get(app, "/v1/history/1").content
+        again = {key: each for key, each in found["settings"].items() if each is not None}
+        redrawn = ask(app, {"url": "/v1/edits", "json": {**again, "picture": body["picture"]}})[0].json()
+    assert answer["kept"] == [1] and base64.b64decode(answer["pictures"][0]["base64"]) == file
+    assert (found["kind"], found["width"], found["height"]) == ("edit", 64, 48)
+    assert found["settings"] == answer["settings"] == redrawn["settings"]
+    assert redrawn["pictures"] == answer["pictures"]
+    assert found["settings"]["picture"] == {"sha256": hashlib.sha256(given).hexdigest()}
+    fields = a1111(texts(file)["parameters"]).fields
+    assert (fields["Denoising strength"], fields["Size"], fields["Seed"]) == ("0.5", "64x48", "4")
+    assert json.loads(texts(file)["lcm_kit"])["settings"] == found["settings"]
 
 
 def test_all_ways_of_answering_keep(app: App) -> None:
@@ -209,6 +235,31 @@ def test_two_clients_at_once_each_find_theirs(app: App, tmp_path: Path) -> None:
             assert picture.getpixel((0, 0)) == (k, 0, 7)
     with closing(sqlite3.connect(tmp_path / NAME)) as db:  # anybody may read along
         assert db.execute("SELECT count(*) FROM pictures").fetchone() == (5,)
+
+
+def test_a_disk_that_is_slow_keeps_nobody_else_waiting(app: App) -> None:
+    """While one request waits for the file, which the test holds, others are answered."""
+    store = app.store
+    assert store is not None
+    busy = store._file._lock
+
+    async def scene() -> tuple[int, bool, int]:
+        transport = httpx.ASGITransport(app.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            waiting = asyncio.create_task(client.get("/v1/history"))
+            asking = [client.get("/healthz"), client.post("/v1/pictures", json={"prompt": "a"})]
+            answers = [await each for each in asking]
+            early = waiting.done()
+            busy.release()
+            return max(each.status_code for each in answers), early, (await waiting).status_code
+
+    busy.acquire()
+    late = threading.Timer(PATIENCE, busy.release)  # else a loop that waits would wait for ever
+    late.start()
+    try:
+        assert asyncio.run(scene()) == (200, False, 200)
+    finally:
+        late.cancel()
 
 
 def test_openapi_says_what_the_history_answers(app: App) -> None:

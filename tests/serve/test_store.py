@@ -274,6 +274,13 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(store: Store) 
     assert store.keep([picture(3)]) == [2] and store.png(2) == picture(3).png
 
 
+def test_all_of_what_is_kept_together_is_there_or_none(store: Store) -> None:
+    odd = Picture("picture", {"settings": object()}, (8, 8), b"")
+    with pytest.raises(TypeError):
+        store.keep([picture(0), odd])
+    assert store.pictures(None, 9) == ([], False) and store.keep([picture(1)]) == [1]
+
+
 # -- What is no such file ------------------------------------------------------------------------------------
 
 
