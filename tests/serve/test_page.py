@@ -265,19 +265,26 @@ def copied(visit: Visit, kind: str, button: str = "#drawn [data-do=copy]") -> st
 
 
 def run_curl(text: str, folder: Path) -> Image.Image:
+    """The picture that it writes, which is taken away again."""
     before = set(folder.iterdir())
     subprocess.run(["bash", "-euc", text], cwd=folder, check=True, timeout=PATIENCE)
-    (found,) = set(folder.iterdir()) - before
-    return Image.open(found).convert("RGB")
+    return taken(folder, before)
 
 
 def run_python(text: str, folder: Path) -> Image.Image:
-    before = set(folder.iterdir())
+    """As `run_curl`."""
     (folder / "again.py").write_text(text)
+    before = set(folder.iterdir())
     env = {**environment(1), "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "again.py"], cwd=folder, env=env, check=True, timeout=PATIENCE)
-    (found,) = set(folder.iterdir()) - before - {folder / "again.py"}
-    return Image.open(found).convert("RGB")
+    return taken(folder, before)
+
+
+def taken(folder: Path, before: set[Path]) -> Image.Image:
+    (found,) = set(folder.iterdir()) - before
+    picture = Image.open(found).convert("RGB")
+    found.unlink()
+    return picture
 
 
 def test_copied_curl_and_python_draw_the_same_picture(visit: Visit, tmp_path: Path) -> None:

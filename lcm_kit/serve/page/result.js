@@ -51,7 +51,8 @@ class Result {
       settings.width === undefined ? null : `${settings.width} \u00d7 ${settings.height}`,
       seconds === undefined ? null : `${seconds.toFixed(2)} s`,
     ];
-    say(this.how, facts.filter(Boolean).join(" \u00b7 "));
+    const parts = facts.filter(Boolean).flatMap((each, k) => [...(k ? [" \u00b7 "] : []), make("span", {}, each)]);
+    this.how.replaceChildren(...parts);
     this.notes.replaceChildren(...(notes ?? []).map((each) => make("li", {}, each)));
     this.actions.hidden = false;
     this.kept(Boolean(made.kept?.length));
