@@ -6,7 +6,7 @@
 Both start a real server with tiny-sd and its LCM-LoRA and send it requests over HTTP. `load`: 1, 4 and 16
 clients, each of which asks for its next picture of 4 steps when it has the last one. The limit is what nobody
 can be faster than: 4 bare calls of the UNet with the LoRA in its weights and one decode, of as many pictures
-as the server drew at once, timed in this process right before and after, while the server rests. `memory`:
+as the server drew at once, timed in this process right afterwards, while the server rests. `memory`:
 requests of one step that differ in seed, count, prompt, adapter weights and size, with so many different
 sides (1 to 4), some of them given up by their client or refused. The figures stand in docs/benchmarks.md.
 """
@@ -162,15 +162,14 @@ def load(seconds: float) -> None:
     with serving("--rate", "1000000", "--batch", str(max(CLIENTS))) as (_, host, port):
         for clients in CLIENTS:
             names = "lcm_kit_batch_pictures_sum", "lcm_kit_batch_pictures_count"
-            first = bare(clients)
             before = [_figure(host, port, name) for name in names]
             found = measured(host, port, clients, seconds)
             drawn, batches = (
                 _figure(host, port, name) - was for name, was in zip(names, before, strict=True)
             )
             together = drawn / batches
-            least = (first + bare(clients)) / 2
-            share = found["a second"] * least / clients
+            least = bare(round(together))
+            share = found["a second"] * least / round(together)
             print(
                 f"{clients:7}  {together:16.2f}  {1000 * found['p50']:6.0f}  {1000 * found['p95']:6.0f}  "
                 f"{1000 * found['p99']:6.0f}  {found['a second']:10.2f}  {1000 * least:8.0f}  {share:18.3f}",

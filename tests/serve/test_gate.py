@@ -239,6 +239,9 @@ def test_the_addresses_of_an_ipv6_network_are_one_client() -> None:
 
 def test_no_packet_of_an_answer_waits_for_the_receipt_of_another() -> None:
     """Nagle's algorithm is off on a connection, which asyncio does of sockets that it makes itself alone."""
-    with Place(port=0).listening() as listening:
-        with socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
-            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+    with (
+        Place(port=0).listening() as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
