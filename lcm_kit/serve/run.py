@@ -73,7 +73,7 @@ class Place:
                 f"cannot listen at {self.host} port {self.port} ({first_line(error)}); give another --port "
                 "or --host"
             ) from error
-        # its connections have it too: asyncio asks for it where the socket's protocol is told, which is not so
+        # its connections have it too: asyncio asks for it where a socket's protocol is told, which is not so
         # here, and without it an answer's second packet waits for the first one's receipt, 40 ms
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return found
