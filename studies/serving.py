@@ -1,15 +1,17 @@
 """What `lcm-kit serve` adds to the drawing itself, and whether its memory stays what it was.
 
+    OMP_NUM_THREADS=1 python -m studies.serving draw
     OMP_NUM_THREADS=1 python -m studies.serving load [SECONDS]
     OMP_NUM_THREADS=1 python -m studies.serving memory [REQUESTS] [SIDES]
 
-Both start a real server with tiny-sd and its LCM-LoRA and send it requests over HTTP. `load`: 1, 4 and 16
-clients, each of which asks for its next picture of 4 steps when it has the last one. The limit is what nobody
-can be faster than: 4 bare calls of the UNet with the LoRA in its weights and one decode, of as many pictures
-as the server drew at once, timed in this process before and after each round, while the server rests.
-`memory`: requests of one step that differ in seed, count, prompt, adapter weights and size, with so many
-different sides (1 to 4), some of them given up by their client or refused. The figures stand in
-docs/benchmarks.md.
+With tiny-sd and its LCM-LoRA. The limit is what nobody can be faster than: 4 bare calls of the UNet with the
+LoRA in its weights and one decode. `draw`: processor seconds of it, and of what the server's thread does for
+the same number of pictures, in turns, in this process. The others start a real server and send it requests
+over HTTP. `load`: 1, 4 and 16 clients, each of which asks for its next picture of 4 steps when it has the last
+one; the limit is that of as many pictures as the server drew at once, timed in this process before and after
+each round, while the server rests. `memory`: requests of one step that differ in seed, count, prompt, adapter
+weights and size, with so many different sides (1 to 4), some of them given up by their client or refused. The
+figures stand in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ import psutil
 import torch
 
 from lcm_kit import sample
+from lcm_kit.config.schema import Base
 from lcm_kit.drawing import vae
+from lcm_kit.serve.adapters import Served
+from lcm_kit.serve.asked import Key
+from lcm_kit.serve.drawer import Drawer, Piece
 
 BASE, ADAPTER = "asset:tiny-sd", "asset:tiny-lcm-lora"
 STEPS, CLIENTS = 4, (1, 4, 16)
@@ -92,20 +98,30 @@ class Client:
 # -- Load ----------------------------------------------------------------------------------------------------
 
 
-def limit() -> Callable[[int], float]:
-    """How many seconds 4 bare UNet calls and a decode of some pictures take, at best."""
+def bare() -> Callable[[int], None]:
+    """4 UNet calls and a decode of so many pictures."""
     pipe = sample.adapted(BASE, ADAPTER)
     unet, side = pipe.unet, pipe.unet.config.sample_size
     width = unet.config.cross_attention_dim
 
     @torch.no_grad()
-    def once(count: int) -> float:
+    def draw(count: int) -> None:
         latents = torch.randn(count, unet.config.in_channels, side, side)
         told = torch.randn(count, 77, width)
-        began = time.perf_counter()
         for step in range(STEPS):
             latents = unet(latents, torch.tensor(999 - 250 * step), encoder_hidden_states=told).sample
         vae.decode(pipe.vae, latents)
+
+    return draw
+
+
+def limit() -> Callable[[int], float]:
+    """How many seconds that takes, for a number of pictures."""
+    draw = bare()
+
+    def once(count: int) -> float:
+        began = time.perf_counter()
+        draw(count)
         return time.perf_counter() - began
 
     def seconds(count: int) -> float:
@@ -113,6 +129,31 @@ def limit() -> Callable[[int], float]:
         return median(once(count) for _ in range(max(5, 20 // count)))
 
     return seconds
+
+
+def drawing(rounds: int = 20) -> None:
+    """Print a line for 1 and for 8 pictures at once: the medians over rounds."""
+    served = Served.of(Base(path=BASE), [ADAPTER])
+    drawer, draw = Drawer(served, 8), bare()
+    drawer.open()
+    use, side = served.settings(served.adapters[0]), served.base.resolution
+    name = served.adapters[0].name
+    key = Key(side, side, use.sampler, STEPS, use.guidance_scale, None, ((name, served.adapters[0].weight),))
+
+    def spent(what: Callable[..., Any], *given: Any) -> float:
+        began = time.process_time()
+        what(*given)
+        return 1000 * (time.process_time() - began)
+
+    print("at once  limit ms  drawn ms  share of the limit", flush=True)
+    for count in (1, 8):
+        least, taken = [], []
+        for number in range(rounds):
+            pieces = [Piece(PROMPTS[k % len(PROMPTS)], number, k) for k in range(count)]
+            least.append(spent(draw, count))
+            taken.append(spent(drawer.draw, key, pieces, lambda *_: None))
+        shares = [a / b for a, b in zip(least[2:], taken[2:], strict=True)]  # the first are slower
+        print(f"{count:7}  {median(least):8.0f}  {median(taken):8.0f}  {median(shares):18.2f}", flush=True)
 
 
 def measured(host: str, port: int, clients: int, seconds: float) -> list[float]:
@@ -155,7 +196,7 @@ def load(seconds: float) -> None:
 
     A machine is not equally fast all the time, so a share is of one round; told are the median and the range.
     """
-    bare = limit()
+    fastest = limit()
     print("clients  at once  p50 ms  p95 ms  p99 ms  pictures/s  limit ms  share of the limit", flush=True)
     names = "lcm_kit_batch_pictures_sum", "lcm_kit_batch_pictures_count"
     with serving("--rate", "1000000", "--batch", str(max(CLIENTS))) as (_, host, port):
@@ -164,15 +205,15 @@ def load(seconds: float) -> None:
             together = clients
             rates, limits, shares = [], [], []
             for _ in range(ROUNDS):
-                first, before = bare(together), [_figure(host, port, name) for name in names]
+                first, before = fastest(together), [_figure(host, port, name) for name in names]
                 some = measured(host, port, clients, seconds / ROUNDS)
                 drawn, batches = (
                     _figure(host, port, name) - was for name, was in zip(names, before, strict=True)
                 )
                 if round(drawn / batches) != together:  # the first round shows how many are drawn at once
                     together = round(drawn / batches)
-                    first = bare(together)
-                limits.append((first + bare(together)) / 2)
+                    first = fastest(together)
+                limits.append((first + fastest(together)) / 2)
                 rates.append(len(some) / (seconds / ROUNDS))
                 shares.append(rates[-1] * limits[-1] / together)
                 taken += some
@@ -246,8 +287,9 @@ def request(number: int, sides: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One of the two studies."""
+    """One of the studies."""
     studies: dict[str, tuple[Callable[..., None], list[int]]] = {
+        "draw": (drawing, []),
         "load": (load, [36]),
         "memory": (memory, [10_000, 4]),
     }
