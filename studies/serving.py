@@ -9,9 +9,9 @@ LoRA in its weights and one decode. `draw`: processor seconds of it, and of what
 the same number of pictures, in turns, in this process. The others start a real server and send it requests
 over HTTP. `load`: 1, 4 and 16 clients, each of which asks for its next picture of 4 steps when it has the
 last one; the limit is that of as many pictures as the server drew at once, timed in this process before and
-after each round, while the server rests. `memory`: requests of one step that differ in seed, count, prompt, adapter
-weights and size, with so many different sides (1 to 4), some of them given up by their client or refused. The
-figures stand in docs/benchmarks.md.
+after each round, while the server rests. `memory`: requests of one step that differ in seed, count, prompt,
+adapter weights and size, with so many different sides (1 to 4), some of them given up by their client or
+refused. The figures stand in docs/benchmarks.md.
 """
 
 from __future__ import annotations
