@@ -71,6 +71,12 @@ class Watched:
 
         try:
             await self.app(scope, receiving, sending)
+        except asyncio.CancelledError:  # by uvicorn, which ends
+            come = True
+            if not status:
+                wait = {"Retry-After": "5"}
+                stopped = Problem(503, "this server was stopped before it had answered; try again", wait)
+                await refuse(stopped, scope, receive, sending)
         except Exception as error:
             self.log.fault("failure", error, request=number)
             if not status:

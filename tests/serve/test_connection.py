@@ -113,7 +113,9 @@ def test_who_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_silent_clients_take_no_place_of_others(monkeypatch: pytest.MonkeyPatch, tiny: Served) -> None:
     """The longest idle goes where all places are taken."""
-    monkeypatch.setattr(connection, "MOST", 8)
+    for where in (connection, run):
+        monkeypatch.setattr(where, "MOST", 8)
+    monkeypatch.setattr(connection, "_HEAD", 10.0 * PATIENCE)
     with application(tiny, going()) as app, listening(app.asgi) as (server, port):
         lines = [connected(port) for _ in range(30)]
         try:
@@ -175,6 +177,22 @@ def test_a_body_that_nobody_wants_is_not_waited_for_without_end(
         head = f"POST /nothing HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {2**30}\r\nConnection: close"
         line.sendall(f"{head}\r\n\r\n".encode())
         assert ended(line).startswith(b"HTTP/1.1 404 ")
+
+
+def test_who_is_still_being_read_when_the_server_ends_is_told_so(
+    tiny: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_ANSWERS", 0)
+    with application(tiny, going()) as app, listening(app.asgi) as (server, port), connected(port) as line:
+        head = f"POST /v1/pictures HTTP/1.1\r\nHost: 127.0.0.1\r\n{JSON}\r\nContent-Length: 100\r\n\r\n{{"
+        line.sendall(head.encode())
+        wait_for(lambda: server.server_state.tasks, "it is read")
+        server.should_exit = True
+        said, _, body = ended(line).partition(b"\r\n\r\n")
+        assert said.startswith(b"HTTP/1.1 503 ") and b"retry-after" in said.lower()
+        assert json.loads(body)["detail"].startswith("this server was stopped before")
+        wait_for(lambda: 'status="503"' in app.metrics.text().decode(), "it is counted")
+    assert "failure" not in capsys.readouterr().err
 
 
 def test_nothing_else_is_spoken(tiny: Served) -> None:
