@@ -24,6 +24,7 @@ from lcm_kit.serve.asked_edits import EXAMPLES as EDIT_EXAMPLES
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA, Problem
 from lcm_kit.serve.reading import chosen
+from lcm_kit.serve.reply import wordless
 from lcm_kit.serve.run import App
 from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, going, wait_for
 
@@ -312,6 +313,13 @@ def test_a_client_that_likes_neither_gets_406(accept: str) -> None:
     with pytest.raises(Problem) as refused:
         chosen(accept)
     assert refused.value.status == 406
+
+
+def test_settings_without_words_are_whole_but_for_them() -> None:
+    """A LoRA whose name sounds like a prompt is no prompt: without it others would be drawn with them."""
+    known = {"seed": 1, "adapters": {"prompt-style": 0.5, "negative_prompt": 1.0}}
+    words = {"prompt": "a", "negative_prompt": "b", "prompt_to": "c"}
+    assert wordless({**words, **known, "against": {**words, **known}}) == {**known, "against": known}
 
 
 # -- Figures and logs ----------------------------------------------------------------------------------------
