@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -23,6 +25,8 @@ from lcm_kit.serve.limits import Limits
 
 Body = TypeVar("Body", bound=BaseModel)
 Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
+Sampler = Annotated[str, Field(max_length=40)]
+_SHOULD = re.compile(r"^\w+ should ")
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the least": {"prompt": "a red circle"},
     "two of one size": {
@@ -52,7 +56,7 @@ class Asked(BaseModel):
     seed: int = Field(
         0, ge=-SEED - 1, le=SEED, description="Picture i of a request is a function of (seed, i)."
     )
-    sampler: str | None = Field(None, description=f"One of {', '.join(samplers.names())}.")
+    sampler: Sampler | None = Field(None, description=f"One of {', '.join(samplers.names())}.")
     steps: int | None = Field(None, ge=1, le=highest("steps"), description="Of the sampler.")
     guidance_scale: float | None = Field(
         None, ge=1, le=RANGES["guidance_scale"].high, allow_inf_nan=False, description="1 is none."
@@ -137,9 +141,18 @@ class Order:
 def parsed(body: bytes, kind: type[Body]) -> Body:
     """The request in `body`. Raises `UserError`, with all that is wrong, for JSON that is none."""
     try:
-        return kind.model_validate_json(body)
+        found = kind.model_validate_json(body)
     except ValidationError as error:
         raise mistaken(error.errors(include_url=False), kind.model_fields) from None
+    json.loads(body, object_pairs_hook=_once)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Raise `UserError` for a key that is there twice: JSON does not say which of the two is meant."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise UserError(f"{cut(name)}: given {times} times; give it once")
 
 
 def mistaken(errors: Sequence[Any], names: Iterable[str] = ()) -> UserError:
@@ -147,7 +160,9 @@ def mistaken(errors: Sequence[Any], names: Iterable[str] = ()) -> UserError:
     found = [_sentence(each, names) for each in errors[:10]]
     if len(found) == 1:
         return UserError(found[0])
-    return UserError(f"{len(found)} things are wrong with this request", found)
+    more = len(errors) - len(found)
+    told = f", of which these are the first {len(found)}" if more else ""
+    return UserError(f"{len(errors)} things are wrong with this request{told}", found)
 
 
 def _sentence(error: Any, names: Iterable[str]) -> str:
@@ -161,8 +176,8 @@ def _sentence(error: Any, names: Iterable[str]) -> str:
         return f"{key}: unknown key{did_you_mean(key, names)}"
     if kind == "missing":
         return f"{key}: missing; it must be given"
-    said = error["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{key}: {_shown(error['input'])} is not allowed; it must be {said}"
+    must = _SHOULD.sub("it must ", error["msg"]).rstrip(".")  # of an input, a list, a string
+    return f"{key}: {_shown(error['input'])} is not allowed; {must}"
 
 
 def _shown(value: Any) -> str:

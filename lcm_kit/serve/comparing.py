@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lcm_kit.drawing.made import Source
 from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
-from lcm_kit.serve.asked import Order, Sized, Wanted, Weight, highest, settled
+from lcm_kit.serve.asked import Order, Sampler, Sized, Wanted, Weight, highest, settled
 from lcm_kit.serve.engine import Ticket
 from lcm_kit.serve.parts import DATA, Parts
 from lcm_kit.serve.reply import Shown
@@ -41,7 +41,7 @@ class Against(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     steps: int | None = Field(None, ge=1, le=highest("steps"), description="Of the sampler.")
-    sampler: str | None = Field(None, description="As above.")
+    sampler: Sampler | None = Field(None, description="As above.")
     guidance_scale: float | None = Field(
         None, ge=1, le=highest("guidance_scale"), allow_inf_nan=False, description="1 is none."
     )

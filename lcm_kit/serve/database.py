@@ -35,6 +35,7 @@ class Database:
             with contextlib.suppress(OSError):  # which SQLite has a reason for
                 os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # prompts are nobody else's
             self._db = sqlite3.connect(file, _WAIT, isolation_level=None, check_same_thread=False)
+            self._place = _place(file)
             try:
                 new = self._is_new(ours, version)
                 for each in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
@@ -55,8 +56,13 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """While nobody else does. Raises `NotKept` for what SQLite refuses."""
+        """While nobody else does. Raises `NotKept` for what SQLite refuses, and for a file that is gone."""
         with self._lock, self._sentences():
+            if _place(self.file) != self._place:  # what is written then is in no folder
+                raise NotKept(
+                    f"{self.file} was moved or deleted while it was in use; put it back, or stop the server "
+                    "and start it again"
+                )
             yield self._db
 
     @contextlib.contextmanager
@@ -111,3 +117,12 @@ class Database:
             else:
                 said = "put a copy of it that is whole in its place, or give another folder as --data"
             raise NotKept(f"{self.file} cannot be used ({error}); {said}") from error
+
+
+def _place(file: Path) -> tuple[int, int] | None:
+    """Which file lies there, whatever it is called."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

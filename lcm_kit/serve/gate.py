@@ -10,8 +10,9 @@ import hashlib
 import hmac
 import ipaddress
 import math
+import re
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ UNCOUNTED = {*WATCHED, "/metrics"}  # asked again and again by machines
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SHORTEST = 16  # characters of a token
 _CLIENTS = 4096  # whose tokens of the bucket are remembered
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/?#]*)(:[0-9]*)?")  # with or without a port (RFC 9110, 7.2)
 
 
 class Tokens:
@@ -94,12 +96,18 @@ class Rate:
 
 @dataclass
 class Gate:
-    """An ASGI application around another. `hosts`: those that a request may name; empty: any."""
+    """An ASGI application around another.
+
+    `hosts`: those that a request may name; empty: any. `most`: requests of a client that are answered at
+    the same time.
+    """
 
     app: ASGIApp
     tokens: Tokens | None
     hosts: frozenset[str]
     rate: Rate
+    most: int
+    _answering: Counter[str] = field(default_factory=Counter, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or say why not."""
@@ -108,20 +116,39 @@ class Gate:
             return
         try:
             self._check(scope)
+            counted = "" if scope["path"] in UNCOUNTED else scope["lcm_kit.client"]
+            if counted and self._answering[counted] >= self.most:
+                raise Problem(
+                    429, f"too many requests at once: {self.most} of this client are being answered; wait "
+                    "for some of them", {"Retry-After": "1"},
+                )  # fmt: skip
         except Problem as problem:
             await refuse(problem, scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        self._answering[counted] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._answering[counted] -= 1
+            if not self._answering[counted]:
+                del self._answering[counted]
 
     def _check(self, scope: Scope) -> None:
+        """Raise `Problem` for what does not come in; the scope has the client then, too."""
         host, path = _one(scope, b"host"), scope["path"]
         scope["lcm_kit.client"] = client = _address(scope)
         self._require_host(host)
         self._require_own_page(scope, host)
         if self.tokens is not None and path not in OPEN:
-            scope["lcm_kit.client"] = client = f"token {self._require_token(scope)}"
-        if path in UNCOUNTED:
-            return
+            try:
+                scope["lcm_kit.client"] = client = f"token {self._require_token(scope)}"
+            except Problem:
+                self._require_seldom(f"without token, {client}")  # whose bucket is no token's
+                raise
+        if path not in UNCOUNTED:
+            self._require_seldom(client)
+
+    def _require_seldom(self, client: str) -> None:
         if seconds := self.rate.wait(client):
             raise Problem(
                 429, f"too many requests: this server takes {self.rate.a_minute:g} a minute of each client",
@@ -140,7 +167,7 @@ class Gate:
         """Against a page of elsewhere that has a browser send requests here, WebSockets included."""
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         for origin in origins:
-            own = urlsplit(origin.decode("latin-1")).netloc.lower()
+            own = _place(origin)
             if host is None or own != host.decode("latin-1").lower():
                 raise Problem(403, "this server answers no pages of other origins")
 
@@ -173,11 +200,17 @@ def _one(scope: Scope, header: bytes) -> bytes | None:
 
 
 def _name(host: bytes) -> str:
-    """A Host without its port, in lower case."""
-    text = host.decode("latin-1").lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0]
+    """A Host without its port, in lower case; nothing for what is none."""
+    found = _HOST.fullmatch(host.decode("latin-1").lower())
+    return found[1].strip("[]") if found else ""
+
+
+def _place(origin: bytes) -> str:
+    """Name and port of an Origin; nothing for what is none."""
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _address(scope: Scope) -> str:

@@ -17,7 +17,7 @@ from lcm_kit.serve.comparing import EXAMPLES, Comparison, ToCompare, Vote
 from lcm_kit.serve.openapi import COMPARED, REVEALED, TALLY, answers, body, said, told
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import CSV, JSON, NEW, STREAM
-from lcm_kit.serve.reading import chosen, read
+from lcm_kit.serve.reading import accepted, read
 from lcm_kit.serve.store import Pair, Store
 
 _PAGE = 500  # votes that are read at once
@@ -34,7 +34,7 @@ def judging_routes(app: FastAPI, parts: Parts) -> None:
     )  # fmt: skip
     async def comparisons(request: Request) -> Response:
         began = time.monotonic()
-        media = chosen(request.headers.get("accept"), (JSON, STREAM))
+        media = accepted(request, (JSON, STREAM))
         wanted = parsed(await read(request, limits.body, limits.seconds), ToCompare)
         return await answer(request, parts, Comparison.of(wanted, parts), media, began)
 

@@ -12,7 +12,8 @@ from typing import Any
 from lcm_kit import console
 from lcm_kit.errors import UserError
 
-_REFUSED = "ASGI callable returned without"  # uvicorn's, of every WebSocket that was answered with a refusal
+# uvicorn's, of every answer that its client left, and of every WebSocket that was asked for
+_USUAL = "ASGI callable returned without", "Unsupported upgrade", "No supported WebSocket library"
 
 
 @dataclass(frozen=True)
@@ -48,5 +49,5 @@ class Uvicorn(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
             self._log.fault("uvicorn", error, level=record.levelname)
-        elif record.levelno >= logging.WARNING and not record.getMessage().startswith(_REFUSED):
+        elif record.levelno >= logging.WARNING and not record.getMessage().startswith(_USUAL):
             self._log.say("uvicorn", level=record.levelname, words=record.getMessage())

@@ -18,9 +18,7 @@ async def read(request: Request, most: int, seconds: float) -> bytes:
 
     Raises `Problem` for another media type, one that is larger or that takes longer than `seconds`.
     """
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != JSON:
-        raise Problem(415, f"the body of this request must be {JSON}, said in its Content-Type")
+    _require_json(request)
     too_large = Problem(413, f"the body of this request is larger than {most:,} bytes")
     length = request.headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and int(length[:20]) > most:
@@ -38,6 +36,28 @@ async def read(request: Request, most: int, seconds: float) -> bytes:
         request.scope["lcm_kit.status"] = LEFT
         raise Problem(400, "the client left before its request was whole") from None
     return bytes(found)
+
+
+def _require_json(request: Request) -> None:
+    """Of what the headers say of the body; one that says two things says nothing."""
+    kinds, codings = (request.headers.getlist(f"content-{name}") for name in ("type", "encoding"))
+    media, *parameters = (each.strip().lower() for each in ",".join(kinds).split(";"))
+    if media != JSON:
+        raise Problem(415, f"the body of this request must be {JSON}, said in its Content-Type")
+    for each in parameters:
+        name, _, value = each.partition("=")
+        if name == "charset" and value.strip('"') not in ("utf-8", "utf8"):
+            raise Problem(415, "the body of this request must be in UTF-8, as JSON is")
+    if any(each.strip().lower() not in ("", "identity") for each in ",".join(codings).split(",")):
+        raise Problem(
+            415, "the body of this request must not be compressed; leave out Content-Encoding",
+            {"Accept-Encoding": "identity"},
+        )  # fmt: skip
+
+
+def accepted(request: Request, kinds: Sequence[str] = DRAWN_AS) -> str:
+    """`chosen` of all the Accept headers of a request."""
+    return chosen(",".join(request.headers.getlist("accept")), kinds)
 
 
 def chosen(accept: str | None, kinds: Sequence[str] = DRAWN_AS) -> str:

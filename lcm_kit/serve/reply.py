@@ -105,9 +105,9 @@ class Pictures:
 
 
 def wordless(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without what somebody wrote, however deep."""
+    """Settings without what somebody wrote, however deep; adapters may be called as they like."""
     return {
-        key: wordless(each) if isinstance(each, Mapping) else each
+        key: wordless(each) if isinstance(each, Mapping) and key != "adapters" else each
         for key, each in settings.items() if "prompt" not in key
     }  # fmt: skip
 

@@ -26,7 +26,7 @@ from lcm_kit.serve.openapi import PICTURES, answers, body, said, secure
 from lcm_kit.serve.page import page
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import JSON, PNG, STREAM, Problem
-from lcm_kit.serve.reading import chosen, read
+from lcm_kit.serve.reading import accepted, read
 from lcm_kit.serve.reply import Pictures
 
 _NOTHING = "there is nothing at this path; /openapi.json lists what there is"
@@ -165,7 +165,7 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
     )  # fmt: skip
     async def pictures(request: Request) -> Response:
         began = time.monotonic()
-        media = chosen(request.headers.get("accept"))
+        media = accepted(request)
         wanted = parsed(await read(request, limits.body, limits.seconds), Wanted)
         order = settled(wanted, parts.served, limits)
         return await answer(request, parts, Pictures.of(order, parts, keep=wanted.keep), media, began)
@@ -181,7 +181,7 @@ def _edit_route(app: FastAPI, parts: Parts) -> None:
     )  # fmt: skip
     async def edits(request: Request) -> Response:
         began = time.monotonic()
-        media = chosen(request.headers.get("accept"))
+        media = accepted(request)
         content = await read(request, limits.upload, limits.seconds)
 
         def decoded() -> Pictures:  # which takes its time, in which others are answered

@@ -23,6 +23,7 @@ from lcm_kit.config.schema import Base
 from lcm_kit.drawing.how import How
 from lcm_kit.errors import UserError, first_line
 from lcm_kit.serve.adapters import Served
+from lcm_kit.serve.connection import MOST, Connection
 from lcm_kit.serve.drawer import Drawer
 from lcm_kit.serve.engine import Batch, Engine
 from lcm_kit.serve.gate import LOCAL, Gate, Rate, Tokens, is_local
@@ -35,7 +36,6 @@ from lcm_kit.serve.store import Store
 from lcm_kit.serve.watched import Watched
 
 _ANSWERS = 5  # seconds for the last answers to go out
-_CONNECTIONS = 1000  # open at once
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class App:
     log: Log
     store: Store | None = None
     engine: Engine = field(init=False)
+    gate: Gate = field(init=False)
     asgi: Watched = field(init=False)
     metrics: Metrics = field(init=False)
 
@@ -123,8 +124,11 @@ class App:
             self.served, self.engine, self.limits, self.log, self.metrics, tokens is not None,
             self.drawer.how, self.store,
         )  # fmt: skip
-        gate = Gate(application(parts), tokens, self.place.hosts(), Rate(self.limits.rate))
-        self.asgi = Watched(gate, self.log, self.metrics)
+        self.gate = Gate(
+            application(parts), tokens, self.place.hosts(), Rate(self.limits.rate),
+            most=self.limits.queue + self.limits.batch,
+        )  # fmt: skip
+        self.asgi = Watched(self.gate, self.log, self.metrics)
 
     def _told(self, batch: Batch) -> None:
         self.metrics.batch(batch)
@@ -202,10 +206,11 @@ def _run(app: App) -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Of uvicorn: nothing of its own is printed, and no header of a proxy is believed."""
+    """Of uvicorn: nothing of its own is printed, no header of a proxy is believed, nothing else spoken."""
     return {
         "log_config": None, "access_log": False, "proxy_headers": False, "server_header": False,
-        "lifespan": "off", "timeout_graceful_shutdown": _ANSWERS, "limit_concurrency": _CONNECTIONS,
+        "lifespan": "off", "timeout_graceful_shutdown": _ANSWERS, "limit_concurrency": MOST,
+        "http": Connection, "ws": "none",
     }  # fmt: skip
 
 

@@ -1,7 +1,14 @@
-"""Around everything: each request has an id, is counted and logged, and a bug in it is an answer."""
+"""Around everything: each request has an id, is counted and logged, and a bug in it is an answer.
+
+An answer goes out piece by piece, so that a client that does not read it waits within its request. What is
+left of a body that was refused is taken and thrown away before the answer ends: a client that sends first and
+reads then would find its connection broken, and not the sentence.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 import uuid
 from dataclasses import dataclass
@@ -16,6 +23,8 @@ _SAFE = (
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"), (b"x-frame-options", b"DENY"),
 )  # fmt: skip
+_PIECE = 2**16  # bytes of an answer that are given to the connection at once
+_REST = 10.0  # seconds in which the rest of a body that nobody wants may come
 
 
 @dataclass
@@ -31,8 +40,14 @@ class Watched:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status, come = time.monotonic(), 0, scope["type"] == "websocket"
         scope["lcm_kit.request"] = number = uuid.uuid4().hex
+
+        async def receiving() -> Message:
+            nonlocal come
+            message = await receive()
+            come = come or not (message["type"] == "http.request" and message.get("more_body"))
+            return message
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -44,10 +59,24 @@ class Watched:
                 status = 403  # which uvicorn makes of it
             elif message["type"] == "websocket.accept":
                 status = 101
+            message = await _last_piece(message, send)
+            if message["type"] == "http.response.body" and not message.get("more_body") and not come:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_REST):
+                        while not come:
+                            await receiving()
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self.app(scope, receive, sending)
+            await self.app(scope, receiving, sending)
+        except asyncio.CancelledError:  # by uvicorn, which ends
+            come = True
+            if not status:
+                wait = {"Retry-After": "5"}
+                stopped = Problem(503, "this server was stopped before it had answered; try again", wait)
+                await refuse(stopped, scope, receive, sending)
         except Exception as error:
             self.log.fault("failure", error, request=number)
             if not status:
@@ -65,3 +94,12 @@ class Watched:
             "request", request=number, method=method, route=route, status=status,
             seconds=round(seconds, 4), client=scope.get("lcm_kit.client"), **scope.get("lcm_kit.facts", {}),
         )  # fmt: skip
+
+
+async def _last_piece(message: Message, send: Send) -> Message:
+    """What is left of a message after all but the last piece of its body were sent."""
+    body, first = memoryview(message.get("body", b"")), 0
+    while len(body) - first > _PIECE:
+        await send({**message, "body": bytes(body[first : first + _PIECE]), "more_body": True})
+        first += _PIECE
+    return {**message, "body": bytes(body[first:])} if first else message

@@ -52,12 +52,14 @@ def test_the_settings_of_an_answer_are_a_request_for_the_same(tiny: Served) -> N
         ({"negative_prompt": "b", "adapters": {}}, "does nothing at guidance_scale 1; give"),
         ({"adapters": {"tiny-lcm-lor": 1}}, "has no 'tiny-lcm-lor'; choose of tiny-lcm-lora; did"),
         ({"sampler": "euler"}, "sampler 'euler' is unknown; choose one of lcm"),
+        ({"sampler": "e" * 60_000}, "sampler: 'e.*; it must have at most 40 characters"),
         ({"sampler": "lcm:399", "steps": 2}, "steps 2 is impossible with sampler lcm:399; give 1 to 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_a_sentence(tiny: Served, asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as refused:
         settle(tiny, **asked)
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,9 @@ def test_what_cannot_be_drawn_is_a_sentence(tiny: Served, asked: dict[str, Any],
         (b'{"prompt": "a", "adapters": ["b"]}', "adapters: "),
         (b'{"prompt": "a", "steps": ' + b"9" * 4000 + b"}", "steps: 9999"),
         (b'{"prompt": "a", "steps": ' + b"9" * 5000 + b"}", "number out of range"),
+        (b'{"prompt": "a", "prompt": "b"}', "^prompt: given 2 times; give it once$"),
+        (b'{"prompt": "a", "seed": 1, "\\u0073eed": 1, "seed": 2}', "^seed: given 3 times"),
+        (b'{"prompt": "a", "adapters": {"b": 1, "b": 0}}', "^b: given 2 times"),
         (b'{"prompt": "a", "height": 1000000000000000000}', "height: 1000000000000000000 is not allowed"),
     ],
 )  # fmt: skip
@@ -105,6 +110,9 @@ def test_all_that_is_wrong_is_said_at_once_and_not_without_end() -> None:
     with pytest.raises(UserError) as refused:
         parsed(json.dumps(many).encode(), Wanted)
     assert len(refused.value.args[1]) == 10
+    said = "^1001 things are wrong with this request, of which these are the first 10\n"  # and no prompt
+    with pytest.raises(UserError, match=said):
+        parsed(json.dumps(many).encode(), Wanted)
 
 
 def test_the_options_of_the_verb_are_the_limits() -> None:

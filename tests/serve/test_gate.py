@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lcm_kit.errors import UserError
@@ -15,7 +18,7 @@ from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.gate import Rate, Tokens, is_local
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.run import App, Place
-from tests.serve.small import application, ask, get, going
+from tests.serve.small import PATIENCE, application, ask, get, going
 
 TOKEN = "a-token-of-some-length"
 
@@ -169,6 +172,8 @@ def test_this_machine_is(host: str) -> None:
         ("[::1]:8000", 200),
         ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example:8000", 421),
         ("evil.example:127.0.0.1", 421), ("[::2]", 421), ("studio.lan", 200), ("", 421),
+        ("localhost:8000@evil.example", 421), ("localhost:evil.example", 421), ("[::1]evil.example", 421),
+        ("localhost:8000:8000", 421), ("localhost:", 200), ("localhost/evil.example", 421),
     ],
 )  # fmt: skip
 def test_a_name_that_was_made_to_lead_here_is_refused(tiny: Served, host: str, status: int) -> None:
@@ -181,7 +186,7 @@ def test_a_name_that_was_made_to_lead_here_is_refused(tiny: Served, host: str, s
 @pytest.mark.parametrize(
     ("origin", "status"),
     [(None, 200), ("http://127.0.0.1:8000", 200), ("http://evil.example", 403), ("null", 403),
-     ("http://127.0.0.1:9000", 403)],
+     ("http://127.0.0.1:9000", 403), ("http://[::1", 403), ("http://[no]/", 403), ("", 403)],
 )  # fmt: skip
 def test_a_page_of_elsewhere_is_refused(tiny: Served, origin: str | None, status: int) -> None:
     drawer = going()
@@ -230,6 +235,54 @@ def test_the_bucket_is_the_tokens_where_there_is_one(tiny: Served, file: Path) -
         one, other = ({"Authorization": f"Bearer {each}"} for each in (TOKEN, "another-token-of-length"))
         found = [get(app, "/v1/info", headers=each).status_code for each in (one, one, other, {})]
     assert found == [200, 429, 200, 401]
+
+
+def test_tokens_are_not_guessed_without_end_and_guesses_take_nothing_of_others(
+    tiny: Served, file: Path
+) -> None:
+    """Of one address, whose page and whose tokens have rates of their own."""
+    with application(tiny, going(), Limits(rate=20.0), tokens=file) as app:
+        guess = {"Authorization": "Bearer a-token-of-some-lengtH"}
+        found = [get(app, "/v1/info", headers=guess) for _ in range(3)]
+        assert [each.status_code for each in found] == [401, 401, 429]
+        assert int(found[2].headers["retry-after"]) >= 1
+        assert get(app, "/v1/info").status_code == 429
+        good = {"Authorization": f"Bearer {TOKEN}"}
+        assert [get(app, "/v1/info", headers=good).status_code, get(app, "/").status_code] == [200, 200]
+
+
+def test_a_client_has_a_bounded_number_of_requests_at_once(tiny: Served, file: Path) -> None:
+    """Those that are read count as those that are drawn; another client is let in, and so are watchers."""
+    limits = Limits(queue=4, batch=1, window=0.0)
+    one, other = ({"Authorization": f"Bearer {each}"} for each in (TOKEN, "another-token-of-length"))
+    with application(tiny, going(), limits, tokens=file) as app:
+
+        async def scene() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(app.asgi, client=("127.0.0.1", 5000))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                never = asyncio.Event()
+
+                async def slow() -> AsyncIterator[bytes]:
+                    yield b'{"prompt": '
+                    await never.wait()
+                    yield b'"a", "nothing of this": 1}'
+
+                head = {**one, "Content-Type": "application/json"}
+                post = partial(client.post, "/v1/pictures", headers=head, timeout=PATIENCE)
+                reading = [asyncio.create_task(post(content=slow())) for _ in range(5)]
+                while sum(app.gate._answering.values()) < 5:
+                    await asyncio.sleep(0.001)
+                asked = [("/v1/info", one), ("/v1/info", other), ("/healthz", {}), ("/metrics", one)]
+                found = [await client.get(path, headers=headers) for path, headers in asked]
+                never.set()
+                found += await asyncio.gather(*reading)
+                return [*found, await client.get("/v1/info", headers=one)]
+
+        found = asyncio.run(scene())
+        assert [each.status_code for each in found] == [429, 200, 200, 200, *[422] * 5, 200]
+        assert found[0].headers["retry-after"] == "1"
+        assert found[0].json()["detail"].startswith("too many requests at once: 5 of this client")
+        assert not app.gate._answering
 
 
 def test_the_addresses_of_an_ipv6_network_are_one_client() -> None:

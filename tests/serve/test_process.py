@@ -132,8 +132,11 @@ def test_raw_requests_that_are_no_http_end_nothing(tmp_path: Path) -> None:
                 answer = b""
                 while part := line.recv(65536):
                     answer += part
-            assert b'"adapters"' not in answer and b" 101 " not in answer, trick
-            assert not answer or answer.split(b" ")[1] in (b"400", b"401", b"403", b"405"), (trick, answer)
+            assert b'"adapters":' not in answer and b" 101 " not in answer, trick
+            said = {b"400", b"401", b"403", b"405"}
+            if b"websocket" in trick and trick.split()[1] in (b"/", b"/healthz"):
+                said = {b"200"}  # as if no WebSocket had been asked for
+            assert not answer or answer.split(b" ")[1] in said, (trick, answer)
         server.url = f"http://127.0.0.1:{port}"
         assert server.answer("/healthz")[0] == 200 and server.answer("/v1/info")[0] == 401
         assert lcm_kit.Client(server.url, "a-token-of-some-length").info()["adapters"] == []

@@ -24,6 +24,7 @@ from lcm_kit.serve.asked_edits import EXAMPLES as EDIT_EXAMPLES
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA, Problem
 from lcm_kit.serve.reading import chosen
+from lcm_kit.serve.reply import wordless
 from lcm_kit.serve.run import App
 from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, going, wait_for
 
@@ -275,6 +276,36 @@ def test_the_answer_is_what_the_client_likes_best(accept: str | None, media: str
     assert chosen(accept) == media
 
 
+def test_several_accept_headers_are_one(tiny: Served) -> None:
+    with application(tiny, going()) as app:
+        headers = [("Accept", "text/html"), ("Accept", "image/png")]
+        assert (
+            ask(app, {"json": {"prompt": "a"}, "headers": headers})[0].headers["content-type"] == "image/png"
+        )
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], 415), (["application/json"], 200), (["application/json", "application/json"], 415),
+        (["text/plain", "application/json"], 415), (["application/json; charset=UTF-8"], 200),
+        (['application/json; charset="utf-8"'], 200), (["application/json; charset=utf-16"], 415),
+        (["application/json; charset=latin1"], 415), (["application/jsonx"], 415),
+        (["Application/JSON "], 200),
+    ],
+)  # fmt: skip
+def test_the_body_is_what_it_is_said_to_be(tiny: Served, headers: list[str], status: int) -> None:
+    known = {"content": b'{"prompt": "a"}', "headers": [("Content-Type", each) for each in headers]}
+    with application(tiny, going()) as app:
+        assert ask(app, known)[0].status_code == status
+        known["headers"] = [("Content-Type", "application/json"), ("Content-Encoding", "identity")]
+        assert ask(app, known)[0].status_code == 200
+        for coding in ("gzip", "br", "identity, gzip", "zstd"):
+            answer = ask(app, {**known, "headers": [*known["headers"][:1], ("Content-Encoding", coding)]})[0]
+            assert "must not be compressed" in problem(answer, 415)
+            assert answer.headers["accept-encoding"] == "identity"
+
+
 @pytest.mark.parametrize(
     "accept", ["text/html", "image/jpeg", "image/png;q=0", "*/*;q=0", ",", "image/png;q=x"]
 )
@@ -282,6 +313,13 @@ def test_a_client_that_likes_neither_gets_406(accept: str) -> None:
     with pytest.raises(Problem) as refused:
         chosen(accept)
     assert refused.value.status == 406
+
+
+def test_settings_without_words_are_whole_but_for_them() -> None:
+    """A LoRA whose name sounds like a prompt is no prompt: without it others would be drawn with them."""
+    known = {"seed": 1, "adapters": {"prompt-style": 0.5, "negative_prompt": 1.0}}
+    words = {"prompt": "a", "negative_prompt": "b", "prompt_to": "c"}
+    assert wordless({**words, **known, "against": {**words, **known}}) == {**known, "against": known}
 
 
 # -- Figures and logs ----------------------------------------------------------------------------------------

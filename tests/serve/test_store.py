@@ -374,3 +374,24 @@ def test_the_file_is_its_owners_alone_and_safe(tmp_path: Path) -> None:
 
 def test_a_pair_without_a_vote_has_chosen_nothing() -> None:
     assert Pair(1, "", True, "asked", {}, {}, None, None).chosen == ""
+
+
+# -- A file that is gone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_nothing_is_kept_in_a_file_that_is_not_there_any_more(tmp_path: Path, how: str) -> None:
+    with Store.opened(tmp_path, 10) as store:
+        store.keep([picture(1)])
+        if how == "deleted":
+            (tmp_path / NAME).unlink()
+        else:
+            (tmp_path / NAME).rename(tmp_path / "elsewhere")
+        if how == "replaced":
+            (tmp_path / NAME).write_bytes(b"")
+        for work in (lambda: store.keep([picture(2)]), lambda: store.png(1), store.forget_all, store.tally):
+            with pytest.raises(NotKept, match="was moved or deleted while it was in use"):
+                work()
+        if how == "moved":
+            (tmp_path / "elsewhere").rename(tmp_path / NAME)
+            assert store.keep([picture(2)]) == [2]
