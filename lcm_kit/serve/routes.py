@@ -29,6 +29,7 @@ from lcm_kit.serve.problems import JSON, PNG, STREAM, Problem
 from lcm_kit.serve.reading import accepted, read
 from lcm_kit.serve.reply import Pictures
 
+_DECODED = 2  # uploads at once: the other threads are for the answers of others
 _NOTHING = "there is nothing at this path; /openapi.json lists what there is"
 
 
@@ -173,6 +174,7 @@ def _picture_route(app: FastAPI, parts: Parts) -> None:
 
 def _edit_route(app: FastAPI, parts: Parts) -> None:
     limits = parts.limits
+    decoding = asyncio.Semaphore(_DECODED)
 
     @app.post(
         "/v1/edits", tags=["pictures"], summary="Edit a picture",
@@ -189,4 +191,6 @@ def _edit_route(app: FastAPI, parts: Parts) -> None:
             order = settled_edit(wanted, parts.served, limits)
             return Pictures.of(order, parts, keep=wanted.keep, kind="edit")
 
-        return await answer(request, parts, await asyncio.to_thread(decoded), media, began)
+        async with decoding:
+            reply = await asyncio.to_thread(decoded)
+        return await answer(request, parts, reply, media, began)

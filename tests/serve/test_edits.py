@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy
 import pytest
 from PIL import Image
@@ -18,6 +22,7 @@ from PIL import Image
 import lcm_kit
 from lcm_kit.errors import UserError
 from lcm_kit.io.files import sha256_bytes
+from lcm_kit.serve import routes
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.asked import Order, parsed
 from lcm_kit.serve.asked_edits import WantedEdit, settled_edit
@@ -25,7 +30,18 @@ from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
-from tests.serve.small import ADAPTER, USUAL, FakeDrawer, application, ask, events, figure, get, going
+from tests.serve.small import (
+    ADAPTER,
+    PATIENCE,
+    USUAL,
+    FakeDrawer,
+    application,
+    ask,
+    events,
+    figure,
+    get,
+    going,
+)
 
 STREAM = {"Accept": "text/event-stream"}
 SECRET = "zanzibar"
@@ -501,3 +517,35 @@ def test_a_full_queue_takes_no_edit(tiny: Served) -> None:
     with application(tiny, FakeDrawer(), Limits(queue=4)) as app:
         answer = post(app, {"task": "interpolate", "prompt_to": "b"})
         assert detail(answer, 429).startswith("the queue is full") and answer.headers["retry-after"]
+
+
+def test_uploads_that_take_their_time_hold_up_no_pictures(
+    tiny: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many at once, of which few are decoded; another client's picture goes past them."""
+    let_go, inside, most = threading.Event(), threading.Semaphore(routes._DECODED), []
+    real = routes.settled_edit
+
+    def slow(*given: Any) -> Order:
+        most.append(inside.acquire(blocking=False))
+        let_go.wait(PATIENCE)
+        inside.release()
+        return real(*given)
+
+    monkeypatch.setattr(routes, "settled_edit", slow)
+    with application(tiny, going(), Limits(queue=64)) as app:
+
+        async def scene() -> list[int]:
+            transport = httpx.ASGITransport(app.asgi, client=("127.0.0.1", 5000))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                body = {"task": "interpolate", "prompt": "a", "prompt_to": "b", "frames": 2, "steps": 1}
+                post = partial(client.post, timeout=PATIENCE)
+                edits = [asyncio.create_task(post("/v1/edits", json=body)) for _ in range(30)]
+                while len(most) < routes._DECODED:
+                    await asyncio.sleep(0.001)
+                picture = await asyncio.wait_for(post("/v1/pictures", json={"prompt": "a"}), PATIENCE / 2)
+                let_go.set()
+                return [picture.status_code, *(each.status_code for each in await asyncio.gather(*edits))]
+
+        assert asyncio.run(scene()) == [200] * 31
+    assert most == [True] * 30
