@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lcm_kit.cli.main import app
 from lcm_kit.errors import UserError
-from lcm_kit.lora import peft_header, plain, reading, structure, verify
+from lcm_kit.lora import loading, peft_header, plain, reading, structure, verify
 from lcm_kit.lora.base_weights import BaseWeights
 from lcm_kit.lora.convert import require_diffusers, weights_of
 from lcm_kit.lora.diffusers_format import HEADER
@@ -300,7 +300,7 @@ def test_patterns_that_cannot_be_tried_are_named(
     read = reading.read(tmp_path / "a.safetensors", base)
     (problem,) = (each for each in read.problems if "header" in each)
     assert problem.startswith(f"its header's {where} has '")
-    monkeypatch.setattr(verify.loading, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("it was loaded"))
     (row,) = verify.verify(tmp_path / "a.safetensors", verify.Against(base), apps=["diffusers"]).rows
     assert row.wrong and row.verdict == f"is not asked to load it: {problem}"
 

@@ -96,6 +96,15 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """How AnimateDiff moves a generation: diffusers' pipeline, and a published motion adapter."""
+
+    pipeline: str
+    adapter: str  # on the hub, in diffusers' form
+    middle: bool  # whether it has modules in the UNet's middle: `use_motion_mid_block` of its config.json
+
+
+@dataclass(frozen=True)
 class Generation:
     """A published model of a family: sizes, names, marks."""
 
@@ -119,6 +128,7 @@ class Generation:
     pruned_from: str | None = None  # the generation that it has the text encoders and the names of
     checkpoint_lacks: tuple[str, ...] = ()  # beginnings of names that no file of it has
     unknown_to: tuple[str, ...] = ()  # apps that do not load a UNet with these blocks
+    motion: Motion | None = None  # None: no motion adapter was published for its blocks
 
     @property
     def width(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lcm_kit.families.kinds import CLIP_H, CLIP_L, Family, Generation
+from lcm_kit.families.kinds import CLIP_H, CLIP_L, Family, Generation, Motion
 
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
@@ -34,6 +34,7 @@ SD1 = Generation(
     kohya_version=("sd_v1", "sd_v1_v"),
     modelspec=("stable-diffusion-v1", "stable-diffusion-v1"),
     configs="sd15",
+    motion=Motion("AnimateDiffPipeline", "guoyww/animatediff-motion-adapter-v1-5-2", middle=True),
 )
 SD2 = Generation(
     name="sd2",

@@ -13,6 +13,7 @@ from lcm_kit.families.kinds import (
     SECOND_EMBEDDER,
     Family,
     Generation,
+    Motion,
 )
 
 # Shorter side: longer sides of the shapes that SDXL was trained on, lying and standing (arXiv:2307.01952,
@@ -69,6 +70,7 @@ SDXL = Generation(
     modelspec=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
     hub_hints=("xl",),
     configs="sdxl",
+    motion=Motion("AnimateDiffSDXLPipeline", "a-r-r-o-w/animatediff-motion-adapter-sdxl-beta", middle=False),
 )
 SSD1B = replace(
     SDXL,
@@ -85,6 +87,7 @@ SSD1B = replace(
     repositories=("segmind/SSD-1B",),
     hub_hints=("ssd-1b", "ssd1b"),
     pruned_from="sdxl",
+    motion=None,  # it has no attention in the middle, which diffusers' motion model wants
     checkpoint_lacks=(f"{CHECKPOINT_UNET}middle_block.1.",),  # no attention in the middle
     unknown_to=("sd-scripts",),
 )

@@ -17,22 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcm_kit.core.schedule import SD_BETAS
+from lcm_kit.families.kinds import Motion
 from lcm_kit.lora.layers import Layer, Lora, Update
 from lcm_kit.lora.loading import empty_text
 from lcm_kit.lora.structure import Structure, empty_unet
 
-# By the published model whose blocks a base has: the pipeline, and what the config.json of `ADAPTERS` says
-# besides sizes. None was published for SD2.x, and SSD-1B has no attention in the middle, which the motion
-# model wants.
-_KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "sd1": ("AnimateDiffPipeline", {"use_motion_mid_block": True}),
-    "sdxl": ("AnimateDiffSDXLPipeline", {"use_motion_mid_block": False}),
-}
-ADAPTERS = {
-    "sd1": "guoyww/animatediff-motion-adapter-v1-5-2",
-    "sdxl": "a-r-r-o-w/animatediff-motion-adapter-sdxl-beta",
-}
-"""The motion adapters on the hub, in diffusers' form."""
 _FRAMES, _SIDE, _STEPS, _TOKENS = 2, 8, 2, 8  # the side in latents
 _OFFSETS = 2**16  # two weights of one shape are not the same numbers
 _DEVIATION = 0.02  # keeps activations near 1 at the fan-ins of these UNets, between their norms
@@ -40,18 +29,23 @@ _DEVIATION = 0.02  # keeps activations near 1 at the fan-ins of these UNets, bet
 
 def fits(structure: Structure) -> bool:
     """Whether a motion adapter is published for the base's blocks, at any width."""
-    return structure.blocks is not None and structure.blocks.name in _KINDS
+    return structure.blocks is not None and structure.blocks.motion is not None
 
 
 def names(structure: Structure) -> tuple[str, str]:
     """diffusers' pipeline, and a motion adapter on the hub, for a base that one fits."""
-    assert structure.blocks is not None
-    return _KINDS[structure.blocks.name][0], ADAPTERS[structure.blocks.name]
+    motion = _motion(structure)
+    return motion.pipeline, motion.adapter
+
+
+def _motion(structure: Structure) -> Motion:
+    assert structure.blocks is not None and structure.blocks.motion is not None
+    return structure.blocks.motion
 
 
 def _settings(structure: Structure) -> dict[str, Any]:
-    assert structure.blocks is not None
-    return _KINDS[structure.blocks.name][1]
+    """What the config.json of its motion adapter says besides sizes."""
+    return {"use_motion_mid_block": _motion(structure).middle}
 
 
 def models(lora: Lora, structure: Structure) -> dict[str, Any]:
