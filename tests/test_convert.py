@@ -126,6 +126,7 @@ def test_convert_keeps_what_a_stranger_said_of_it_and_where_it_came_from(tmp_pat
     assert prefixes == {"lora_te", "lora_unet"}
 
 
+@pytest.mark.slow
 def test_measured_settings_and_triggers_survive_convert_and_merge(tmp_path: Path) -> None:
     """What was measured is told of the very file, or of the part of a merged or reduced one that it is of."""
     real = structure.known("sd1")

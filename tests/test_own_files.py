@@ -169,7 +169,8 @@ FOREIGN = {
         "lcm_kit/lora/untrusted.py", "lcm_kit/lora/peft_header.py", "lcm_kit/lora/reading.py",
         "lcm_kit/lora/metadata_reading.py", "lcm_kit/lora/metadata.py", "lcm_kit/lora/write.py",
         "lcm_kit/plan/probe.py", "lcm_kit/bench/measure.py", "lcm_kit/data/ray_engine.py",  # a child's answer
-        "lcm_kit/api/client.py", "lcm_kit/serve/store.py", "lcm_kit/serve/asked.py",  # a server's, its rows, what it is asked
+        # what a server answers, its rows, what it is asked
+        "lcm_kit/api/client.py", "lcm_kit/serve/store.py", "lcm_kit/serve/asked.py",
         "lcm_kit/adapter/adapted_unet.py",  # peft's config as JSON has it
         "lcm_kit/tiny/probe.py", "lcm_kit/tiny/models.py", "lcm_kit/bench/models.py",  # shipped
     },

@@ -112,6 +112,7 @@ class Step:
 # -- FLOPs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), CONSISTENT])
 def test_flops_of_a_step_are_those_of_the_real_one_in_the_mean(
     overrides: tuple[str, ...], planner: Planner

@@ -80,6 +80,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, env=environment(1), capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_nodes_write_the_bytes_of_one_process_and_go_on_at_the_shard(
     cluster: Any,
     write: Callable[..., Path],

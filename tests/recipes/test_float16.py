@@ -167,6 +167,7 @@ def test_a_step_without_a_number_is_skipped_and_halves_the_scale(
     assert not same(after.lora, later.lora) and all(t.isfinite().all() for t in later.lora.values())
 
 
+@pytest.mark.slow
 def test_the_fake_score_and_the_student_share_the_scale(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def test_runs_stages_and_calls_begin_without_what_another_left() -> None:
     assert not begun(lambda: None)  # nothing else frees it here
 
 
+@pytest.mark.slow
 def test_no_stage_of_a_story_begins_beside_a_unet(
     sd_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_run_stopped_by_an_exception_continues(
     assert contents(tmp_path) == whole and len(whole) == 2 * 4 + 2  # manifests and pickled moments too
 
 
+@pytest.mark.slow
 def test_a_constant_and_a_choice_of_t_that_depend_on_the_step_continue(
     distill_keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
