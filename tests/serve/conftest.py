@@ -17,9 +17,13 @@ def pytest_report_header() -> str | None:
 
 if not MISSING:
     from collections.abc import Iterator
+    from typing import TYPE_CHECKING, Any
 
     from lcm_kit.serve.adapters import Served
     from tests.serve.small import ADAPTER, Process, served
+
+    if TYPE_CHECKING:
+        from tests.serve.browser import Visit
 
     @pytest.fixture(scope="session")
     def tiny() -> Served:
@@ -34,5 +38,22 @@ if not MISSING:
         chromium()  # or the test is skipped before a server is started for it
         data = str(tmp_path_factory.mktemp("live"))
         found = Process.start("--adapter", ADAPTER, "--data", data)
+        yield found
+        found.end()
+
+    @pytest.fixture(scope="module")
+    def chrome() -> Iterator[Any]:
+        """Chromium, without a window."""
+        from tests.serve.browser import browser
+
+        with browser() as found:
+            yield found
+
+    @pytest.fixture
+    def visit(chrome: Any, live: Process) -> Iterator[Visit]:
+        """The page in a browser that has been nowhere; complaints that a test does not expect fail it."""
+        from tests.serve.browser import Visit
+
+        found = Visit.begin(chrome, live)
         yield found
         found.end()

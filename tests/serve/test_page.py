@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.recipes.small import environment
-from tests.serve.browser import PICTURE, Visit, browser, same
+from tests.serve.browser import PICTURE, Visit, same
 from tests.serve.small import PATIENCE, Process, wait_for
 
 PROMPT = "a large red apple in the middle"
@@ -22,19 +21,6 @@ AWKWARD = """it's a "red" $HOME `id` \\ apple; <b>&amp;</b> %s! ünï 🍎 (larg
 NO = "Failed to load resource: the server responded with a status of "
 TOKEN = "a-token-of-some-length"
 MODES = ("draw", "sketch", "edit", "frames", "compare")
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def visit(chrome: Any, live: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, live)
-    yield found
-    found.end()
 
 
 # -- Type, move, reload --------------------------------------------------------------------------------------

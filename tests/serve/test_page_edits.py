@@ -6,7 +6,6 @@ import base64
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,11 @@ import pytest
 from PIL import Image
 
 from tests.recipes.small import environment
-from tests.serve.browser import Visit, browser, distance, same, unpacked
+from tests.serve.browser import Visit, distance, same, unpacked
 from tests.serve.small import PATIENCE, Process
 from tests.serve.test_page import AWKWARD, NO, PROMPT, copied, run_curl, run_python
 
 SKETCH, MASK = "#sketch-surface canvas", "#edit-surface canvas"
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def visit(chrome: Any, live: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, live)
-    yield found
-    found.end()
 
 
 def stroke(visit: Visit, sheet: str, *places: tuple[float, float]) -> None:

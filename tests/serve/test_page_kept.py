@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.serve.browser import Visit, browser, same
+from tests.serve.browser import Visit, same
 from tests.serve.small import Process
 from tests.serve.test_page import HTML, PROMPT
 
 ASKED, BASE = "your settings", "the base alone at 50 steps"
 
 
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def visit(chrome: Any, live: Process) -> Iterator[Visit]:
-    found = Visit.begin(chrome, live)
-    found.page.evaluate("Server.call('/v1/history', { method: 'DELETE' }, () => null)")  # of other tests
-    found.open()
-    yield found
-    found.end()
+@pytest.fixture(autouse=True)
+def _nothing_kept(visit: Visit) -> None:
+    """No pictures of other tests."""
+    visit.page.evaluate("Server.call('/v1/history', { method: 'DELETE' }, () => null)")
+    visit.open()
 
 
 def both(visit: Visit) -> dict[str, Image.Image]:
