@@ -25,6 +25,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
@@ -93,6 +94,12 @@ class Client:
         connection = http.client.HTTPConnection(*self._where, timeout=600)
         connection.request("POST", "/v1/pictures", json.dumps(asked), {"Content-Type": "application/json"})
         connection.close()
+
+
+def _at_once(clients: int, work: Callable[[int], None]) -> None:
+    """Do the work of each in a thread of its own; what one raises ends the study."""
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(work, range(clients)))
 
 
 # -- Load ----------------------------------------------------------------------------------------------------
@@ -177,11 +184,7 @@ def measured(host: str, port: int, clients: int, seconds: float) -> list[float]:
                 raise SystemExit(f"a request was answered by {status}")
             taken.append((time.perf_counter(), time.perf_counter() - began))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _at_once(clients, work)
     return [each for at, each in taken if until - seconds <= at <= until]
 
 
@@ -249,7 +252,7 @@ def _ask_for(host: str, port: int, numbers: range, sides: int, clients: int = 8)
     left = iter(numbers)
     taking = threading.Lock()
 
-    def work() -> None:
+    def work(_: int) -> None:
         client = Client(host, port)
         while True:
             with taking:
@@ -264,11 +267,7 @@ def _ask_for(host: str, port: int, numbers: range, sides: int, clients: int = 8)
             if status != (422 if refused else 200):
                 raise SystemExit(f"request {number} was answered by {status}")
 
-    threads = [threading.Thread(target=work) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _at_once(clients, work)
 
 
 def request(number: int, sides: int) -> dict[str, Any]:
