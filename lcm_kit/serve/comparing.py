@@ -21,11 +21,10 @@ from lcm_kit.serve.asked import Order, Sampler, Sized, Wanted, Weight, highest, 
 from lcm_kit.serve.engine import Ticket
 from lcm_kit.serve.parts import DATA, Parts
 from lcm_kit.serve.reply import Shown
-from lcm_kit.serve.store import Choice, Side, Store
+from lcm_kit.serve.store import SIDES, Choice, Side, Store
 
 # As the base alone is drawn wherever the kit judges by it (`evaluation/quality`: `teacher_steps`)
 _STEPS, _SAMPLER, _GUIDANCE = 50, "ddim", 5.0
-SIDES: tuple[Side, Side] = ("asked", "against")
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the adapter and the base": {"prompt": "a red circle", "seed": 7},
     "blind, two weights": {
