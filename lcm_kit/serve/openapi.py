@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 
+from lcm_kit.serve.asked import Said
 from lcm_kit.serve.gate import WATCHED
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
@@ -138,7 +138,7 @@ def answers(*kinds: str, schema: dict[str, Any]) -> dict[int | str, dict[str, An
     return {200: drawn, **said(*(each for each in _WORDS if each not in (404, 409)))}
 
 
-def body(kind: type[BaseModel], examples: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def body(kind: type[Said], examples: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """A request's schema with this server's limits in it, whole in itself, and examples of it by name."""
     schema = kind.model_json_schema()
     parts = schema.pop("$defs", {})
