@@ -23,9 +23,6 @@ from lcm_kit.io.written import tidied
 from lcm_kit.serve.adapters import Adapter, Served
 from lcm_kit.serve.limits import Limits
 
-Body = TypeVar("Body", bound=BaseModel)
-Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
-Sampler = Annotated[str, Field(max_length=40)]
 _SHOULD = re.compile(r"^\w+ should ")
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the least": {"prompt": "a red circle"},
@@ -44,10 +41,23 @@ def highest(number: str) -> int:
     return int(RANGES[number].high)
 
 
-class Asked(BaseModel):
-    """What every request for pictures may say. What is left out is what serves the adapter that is on."""
+Weight = Annotated[float, Field(ge=-WEIGHT, le=WEIGHT, allow_inf_nan=False)]
+Sampler = Annotated[str, Field(max_length=40)]
+Steps = Annotated[int, Field(ge=1, le=highest("steps"))]
+Guidance = Annotated[float, Field(ge=1, le=highest("guidance_scale"), allow_inf_nan=False)]
+
+
+class Said(BaseModel):
+    """The JSON of a request: of no other keys and of the types that it says, which nothing is turned into."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Body = TypeVar("Body", bound=Said)
+
+
+class Asked(Said):
+    """What every request for pictures may say. What is left out is what serves the adapter that is on."""
 
     prompt: str = Field(description="What to draw; (word:1.2) weighs a word.")
     negative_prompt: str | None = Field(
@@ -57,10 +67,8 @@ class Asked(BaseModel):
         0, ge=-SEED - 1, le=SEED, description="Picture i of a request is a function of (seed, i)."
     )
     sampler: Sampler | None = Field(None, description=f"One of {', '.join(samplers.names())}.")
-    steps: int | None = Field(None, ge=1, le=highest("steps"), description="Of the sampler.")
-    guidance_scale: float | None = Field(
-        None, ge=1, le=RANGES["guidance_scale"].high, allow_inf_nan=False, description="1 is none."
-    )
+    steps: Steps | None = Field(None, description="Of the sampler.")
+    guidance_scale: Guidance | None = Field(None, description="1 is none.")
     adapters: dict[str, Weight | None] | None = Field(
         None,
         description="Adapters by name with their weights, null for an adapter's own; {} is the base alone, "
@@ -204,7 +212,8 @@ def alike(wanted: Counted, served: Served, limits: Limits) -> Alike:
         first, sampler=None if wanted.sampler is None else samplers.spelled(wanted.sampler),
         steps=wanted.steps, guidance_scale=wanted.guidance_scale,
     )  # fmt: skip
-    _require_within(limits, count=wanted.count, steps=use.steps)
+    require_at_most("count", wanted.count, limits.count)
+    require_at_most("steps", use.steps, limits.steps)
     require_possible(use.sampler, use.steps, use.guidance_scale)
     negative = None
     if wanted.negative_prompt is not None:
@@ -243,6 +252,12 @@ def text(given: str, name: str, limits: Limits) -> str:
     return found
 
 
+def require_at_most(name: str, value: int, most: int, least: int = 1) -> None:
+    """Raise `UserError` for a number over a limit."""
+    if value > most:
+        raise UserError(f"{name} {value} is more than this server draws; give {least} to {most}")
+
+
 def _weights(asked: Mapping[str, float | None] | None, served: Served) -> dict[str, float]:
     """Of each adapter that was asked for; of the first one where nothing was said."""
     if asked is None:
@@ -258,12 +273,6 @@ def _weights(asked: Mapping[str, float | None] | None, served: Served) -> dict[s
             )
         weights[name] = adapter.weight if weight is None else weight
     return weights
-
-
-def _require_within(limits: Limits, *, count: int, steps: int) -> None:
-    for name, value, most in (("count", count, limits.count), ("steps", steps, limits.steps)):
-        if value > most:
-            raise UserError(f"{name} {value} is more than this server draws; give 1 to {most}")
 
 
 def _size(wanted: Wanted, served: Served, limits: Limits) -> tuple[int, int]:

@@ -17,11 +17,11 @@ from lcm_kit.edits.plan import Plan, require_edits
 from lcm_kit.edits.tasks import Task
 from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
-from lcm_kit.serve.asked import Counted, EditKey, Order, alike, text
+from lcm_kit.serve.asked import Counted, EditKey, Order, alike, highest, require_at_most, text
 from lcm_kit.serve.limits import Limits
 
 PICTURES = "picture", "mask", "to"
-_Side = Annotated[int, Field(ge=0, le=int(RANGES["width"].high))]
+_Side = Annotated[int, Field(ge=0, le=highest("width"))]
 
 
 def _file(what: str) -> Any:
@@ -46,7 +46,7 @@ class WantedEdit(Counted):
         + ", ".join(f"{kind.strength:g} of {task}" for task, kind in TASKS.items()) + ".",
     )  # fmt: skip
     feather: int | None = Field(
-        None, ge=0, le=int(RANGES["feather"].high),
+        None, ge=0, le=highest("feather"),
         description="Of inpaint and outpaint: pixels of the soft edge, within what is drawn.",
     )  # fmt: skip
     grow: list[_Side] | None = Field(
@@ -54,11 +54,11 @@ class WantedEdit(Counted):
         description="Of outpaint: pixels to add at the left, top, right and bottom.",
     )  # fmt: skip
     scale: int | None = Field(
-        None, ge=int(RANGES["scale"].low), le=int(RANGES["scale"].high),
+        None, ge=int(RANGES["scale"].low), le=highest("scale"),
         description="Of upscale: how many times as large; 2 by default.",
     )  # fmt: skip
     frames: int | None = Field(
-        None, ge=int(RANGES["frames"].low), le=int(RANGES["frames"].high),
+        None, ge=int(RANGES["frames"].low), le=highest("frames"),
         description="Of interpolate: pictures in all, the ends among them; 8 by default.",
     )  # fmt: skip
 
@@ -75,8 +75,8 @@ def settled_edit(wanted: WantedEdit, served: Served, limits: Limits) -> Order:
         given["prompt_to"] = text(wanted.prompt_to, "prompt_to", limits)
     given |= {name: files[name] for name in ("mask", "to")}
     asked = checked(wanted.task, files["picture"], strength=wanted.strength, count=wanted.count, **given)
-    if wanted.task == "interpolate" and asked.frames > limits.frames:
-        raise UserError(f"frames {asked.frames} is more than this server draws; give 2 to {limits.frames}")
+    if wanted.task == "interpolate":
+        require_at_most("frames", asked.frames, limits.frames, 2)
     require_edits(same.use.sampler, {name: each.method for name, each in same.on.items()})
     plan = Plan.of(asked, served.base, same.use.sampler, same.use.steps, wanted.count)
     if max(plan.size) > limits.side:
@@ -112,8 +112,8 @@ def _told(upload: Upload | None) -> dict[str, str] | None:
     return None if upload is None else {"sha256": upload.sha256}
 
 
-def _example(colour: str, size: int = 16) -> str:
-    return base64.b64encode(png_bytes(Image.new("RGB", (size, size), colour))).decode()
+def _example(colour: str) -> str:
+    return base64.b64encode(png_bytes(Image.new("RGB", (16, 16), colour))).decode()
 
 
 EXAMPLES: dict[str, dict[str, Any]] = {

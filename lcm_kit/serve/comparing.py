@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lcm_kit.drawing.made import Source
 from lcm_kit.drawing.pictures import png_bytes
 from lcm_kit.errors import UserError
-from lcm_kit.serve.asked import Order, Sampler, Sized, Wanted, Weight, highest, settled
+from lcm_kit.serve.asked import Guidance, Order, Said, Sampler, Sized, Steps, Wanted, Weight, settled
 from lcm_kit.serve.engine import Ticket
 from lcm_kit.serve.parts import DATA, Parts
 from lcm_kit.serve.reply import Shown
-from lcm_kit.serve.store import Choice, Side, Store
+from lcm_kit.serve.store import SIDES, Choice, Side, Store
 
 # As the base alone is drawn wherever the kit judges by it (`evaluation/quality`: `teacher_steps`)
 _STEPS, _SAMPLER, _GUIDANCE = 50, "ddim", 5.0
-SIDES: tuple[Side, Side] = ("asked", "against")
 EXAMPLES: dict[str, dict[str, Any]] = {
     "the adapter and the base": {"prompt": "a red circle", "seed": 7},
     "blind, two weights": {
@@ -35,16 +34,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Against(BaseModel):
+class Against(Said):
     """What a picture is judged against; by default the base alone, in 50 steps of DDIM with guidance 5."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    steps: int | None = Field(None, ge=1, le=highest("steps"), description="Of the sampler.")
+    steps: Steps | None = Field(None, description="Of the sampler.")
     sampler: Sampler | None = Field(None, description="As above.")
-    guidance_scale: float | None = Field(
-        None, ge=1, le=highest("guidance_scale"), allow_inf_nan=False, description="1 is none."
-    )
+    guidance_scale: Guidance | None = Field(None, description="1 is none.")
     adapters: dict[str, Weight | None] = Field(
         {}, description="Adapters by name with their weights; {} is the base alone."
     )
@@ -59,10 +54,8 @@ class ToCompare(Sized):
     against: Against = Field(Against(), description="What it is judged against: what differs of it.")
 
 
-class Vote(BaseModel):
+class Vote(Said):
     """Which of two pictures is the better one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     comparison: int = Field(ge=1, description="Its id.")
     choice: Choice = Field(description="left or right; tie: as good; neither: none is any good.")

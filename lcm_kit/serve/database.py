@@ -109,7 +109,7 @@ class Database:
     def _sentences(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.DatabaseError, sqlite3.OperationalError) as error:
+        except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                 raise  # a bug
             if isinstance(error, sqlite3.OperationalError):

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from lcm_kit.serve.openapi import FILE, HISTORY, said, told
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import NEW, PNG
-from lcm_kit.serve.store import Shown
+from lcm_kit.serve.store import Entry
 
 _Before = Annotated[int | None, Query(ge=1, description="Only those with a smaller id.")]
 _Limit = Annotated[int, Query(ge=1, le=500, description="Pictures of an answer.")]
@@ -52,7 +52,7 @@ def history_routes(app: FastAPI, parts: Parts) -> None:
         return JSONResponse({"deleted": await asyncio.to_thread(parts.require_store().forget_all)})
 
 
-def _item(shown: Shown) -> dict[str, Any]:
-    known = shown._asdict()
+def _item(entry: Entry) -> dict[str, Any]:
+    known = entry._asdict()
     record = known.pop("record")
     return {**known, "base": record["base"], "index": record["index"], "settings": record["settings"]}

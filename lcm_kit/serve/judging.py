@@ -18,7 +18,7 @@ from lcm_kit.serve.openapi import COMPARED, REVEALED, TALLY, answers, body, said
 from lcm_kit.serve.parts import Parts
 from lcm_kit.serve.problems import CSV, JSON, NEW, STREAM
 from lcm_kit.serve.reading import accepted, read
-from lcm_kit.serve.store import Pair, Store
+from lcm_kit.serve.store import COUNTS, Pair, Store
 
 _PAGE = 500  # votes that are read at once
 
@@ -72,8 +72,7 @@ def judging_routes(app: FastAPI, parts: Parts) -> None:
 
 
 def _tally(found: list[tuple[dict[str, Any], dict[str, int]]]) -> dict[str, Any]:
-    names = ("votes", "blind", "asked", "against", "tie", "neither")
-    all_of_them = {name: sum(counted[name] for _, counted in found) for name in names}
+    all_of_them = {name: sum(counted[name] for _, counted in found) for name in COUNTS}
     return {**all_of_them, "by_adapter": [{**drawn_by, **counted} for drawn_by, counted in found]}
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 
+from lcm_kit.serve.asked import Said
 from lcm_kit.serve.gate import WATCHED
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
+from lcm_kit.serve.store import COUNTS, SIDES
 
 _WORDS = {
     400: "The request is not whole", 401: "No token, or an unknown one",
@@ -31,15 +32,13 @@ _PROBLEM = {
     },
 }  # fmt: skip
 FILE = {"schema": {"type": "string", "contentMediaType": PNG}}
+_SHOWN = {"media_type": {"type": "string"}, "base64": {"type": "string", "contentEncoding": "base64"}}
 PICTURES = {
     "type": "object", "required": ["pictures", "settings", "notes", "batches", "seconds"],
     "properties": {
         "pictures": {"type": "array", "items": {
-            "type": "object", "required": ["index", "media_type", "base64"],
-            "properties": {
-                "index": {"type": "integer"}, "media_type": {"type": "string"},
-                "base64": {"type": "string", "contentEncoding": "base64"},
-            },
+            "type": "object", "required": ["index", *_SHOWN],
+            "properties": {"index": {"type": "integer"}, **_SHOWN},
         }},
         "settings": {"type": "object", "description": "Every setting; sent again, it draws the same."},
         "notes": {"type": "array", "items": {"type": "string"}},
@@ -52,15 +51,10 @@ PICTURES = {
 }  # fmt: skip
 
 _SETTINGS = {
-    "type": "object", "required": ["asked", "against"], "description": "Of both, each as of pictures.",
+    "type": "object", "required": list(SIDES), "description": "Of both, each as of pictures.",
 }  # fmt: skip
-_SIDE = {
-    "type": "object", "required": ["media_type", "base64"],
-    "properties": {
-        "media_type": {"type": "string"}, "base64": {"type": "string", "contentEncoding": "base64"},
-    },
-}  # fmt: skip
-_LEFT_IS = {"enum": ["asked", "against"], "description": "Which of the two stands on the left."}
+_SIDE = {"type": "object", "required": [*_SHOWN], "properties": _SHOWN}
+_LEFT_IS = {"enum": list(SIDES), "description": "Which of the two stands on the left."}
 COMPARED = {
     "type": "object", "required": ["id", "blind", "left", "right", "notes", "seconds"],
     "properties": {
@@ -76,12 +70,10 @@ REVEALED = {
     "required": ["choice", "left_is", "chosen", "settings"],
     "properties": {
         "choice": {"enum": ["left", "right", "tie", "neither"]}, "left_is": _LEFT_IS, "settings": _SETTINGS,
-        "chosen": {"enum": ["asked", "against", "tie", "neither"]},
+        "chosen": {"enum": [*SIDES, "tie", "neither"]},
     },
 }  # fmt: skip
-_COUNTS: dict[str, Any] = {
-    name: {"type": "integer"} for name in ("votes", "blind", "asked", "against", "tie", "neither")
-}
+_COUNTS: dict[str, Any] = {name: {"type": "integer"} for name in COUNTS}
 TALLY = {
     "required": [*_COUNTS, "by_adapter"],
     "properties": {
@@ -146,7 +138,7 @@ def answers(*kinds: str, schema: dict[str, Any]) -> dict[int | str, dict[str, An
     return {200: drawn, **said(*(each for each in _WORDS if each not in (404, 409)))}
 
 
-def body(kind: type[BaseModel], examples: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def body(kind: type[Said], examples: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """A request's schema with this server's limits in it, whole in itself, and examples of it by name."""
     schema = kind.model_json_schema()
     parts = schema.pop("$defs", {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lcm_kit.drawing.how import PLAIN, How
+from lcm_kit.drawing.how import How
 from lcm_kit.drawing.made import Source
 from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.engine import Engine
@@ -27,8 +27,8 @@ class Parts:
     log: Log
     metrics: Metrics
     token: bool  # whether one is needed: for OpenAPI's words
-    how: How = PLAIN
-    store: Store | None = None  # what is kept; None: nothing
+    how: How
+    store: Store | None  # what is kept; None: nothing
 
     @property
     def source(self) -> Source:

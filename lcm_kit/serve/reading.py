@@ -75,7 +75,7 @@ def chosen(accept: str | None, kinds: Sequence[str] = DRAWN_AS) -> str:
             rank = {kind: 2, f"{kind.partition('/')[0]}/*": 1, "*/*": 0}.get(media, -1)
             if rank > exact[kind]:
                 exact[kind], weights[kind] = rank, q
-    best = max(weights, key=lambda kind: (weights[kind], exact[kind], kind == kinds[0]))
+    best = max(weights, key=lambda kind: (weights[kind], exact[kind]))  # the first of several
     if weights[best] <= 0:
         names = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise Problem(406, f"pictures come as {names}; name one of them in Accept")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from PIL.Image import Image
@@ -58,8 +58,8 @@ class Pictures:
 
     order: Order
     source: Source
-    kind: Kind = "picture"
-    store: Store | None = None
+    kind: Kind
+    store: Store | None
     _kept: dict[int, Picture] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -68,7 +68,7 @@ class Pictures:
         if keep and parts.store is None:
             raise UserError(f"keep: this server keeps no pictures; {DATA}, or leave keep out")
         # edits are drawn by the base's own VAE, whatever decodes others
-        source = replace(parts.source, decoder=None) if kind == "edit" else parts.source
+        source = parts.served.source if kind == "edit" else parts.source
         return cls(order, source, kind, parts.store if keep else None)
 
     @property

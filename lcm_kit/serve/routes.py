@@ -20,6 +20,7 @@ from lcm_kit.serve.answering import answer
 from lcm_kit.serve.asked import EXAMPLES, Wanted, mistaken, parsed, settled
 from lcm_kit.serve.asked_edits import EXAMPLES as EDIT_EXAMPLES
 from lcm_kit.serve.asked_edits import WantedEdit, settled_edit
+from lcm_kit.serve.engine import Closed
 from lcm_kit.serve.history import history_routes
 from lcm_kit.serve.judging import judging_routes
 from lcm_kit.serve.openapi import PICTURES, answers, body, said, secure
@@ -69,11 +70,9 @@ async def _odd_problem(request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Of the router: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
-    words = {404: _NOTHING}
-    words[405] = "this path does not take this method; /openapi.json says which it takes"
+    words = {404: _NOTHING, 405: "this path does not take this method; /openapi.json says which it takes"}
     sentence = words.get(error.status_code, "this request cannot be answered")
-    found = Problem(error.status_code, sentence, error.headers)
-    return found.response(request.scope.get("lcm_kit.request"))
+    return await _problem(request, Problem(error.status_code, sentence, error.headers))
 
 
 # -- For people ----------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def _watch_routes(app: FastAPI, parts: Parts) -> None:
     @app.get("/readyz", tags=["machines"], summary="Whether requests are drawn now", responses=said(503))
     async def readyz() -> dict[str, str]:
         if parts.engine.state != "ready":
-            raise Problem(503, f"this server is {parts.engine.state}", {"Retry-After": "5"})
+            raise Closed(f"this server is {parts.engine.state}")
         return {"status": "ready"}
 
     @app.get(
@@ -125,7 +124,7 @@ def _info_route(app: FastAPI, parts: Parts) -> None:
                 "path": served.base.path, "family": served.base.family.name, "side": served.base.resolution,
                 "multiple": max(8, served.base.factor),
                 "tiling": parts.how.tiling,
-                "decoder": None if parts.how.decoder is None else str(parts.how.decoder),
+                "decoder": parts.source.decoder,
                 "settings": _settings(served.settings(None)),
             },
             "adapters": [_adapter(each) for each in served.adapters],

@@ -20,6 +20,8 @@ from lcm_kit.serve.database import Database
 Side = Literal["asked", "against"]
 Choice = Literal["left", "right", "tie", "neither"]
 Kind = Literal["picture", "edit"]
+SIDES: tuple[Side, Side] = ("asked", "against")
+COUNTS = ("votes", "blind", *SIDES, "tie", "neither")  # what a tally has of votes
 NAME = "lcm-kit.sqlite"
 VERSION = 1  # of the tables below; a change of them is a new one, with a way there from those before
 _OURS = 0x6C636D6B
@@ -55,7 +57,7 @@ class Picture(NamedTuple):
     png: bytes
 
 
-class Shown(NamedTuple):
+class Entry(NamedTuple):
     """A picture that is kept, without its file."""
 
     id: int
@@ -124,7 +126,7 @@ class Store:
             self._prune(db)
         return ids[-self.most :]
 
-    def pictures(self, before: int | None, limit: int) -> tuple[list[Shown], bool]:
+    def pictures(self, before: int | None, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit`, or those with smaller ids than `before`; and whether there are more."""
         asked = (
             "SELECT id, created, kind, record, width, height FROM pictures WHERE id < ?"
@@ -133,7 +135,7 @@ class Store:
         below = _LARGEST if before is None else min(before, _LARGEST)
         with self._file.reading() as db:
             rows = db.execute(asked, (below, limit + 1)).fetchall()
-        found = [Shown(row[0], row[1], row[2], json.loads(row[3]), *row[4:]) for row in rows[:limit]]
+        found = [Entry(row[0], row[1], row[2], json.loads(row[3]), *row[4:]) for row in rows[:limit]]
         return found, len(rows) > limit
 
     def png(self, number: int) -> bytes:
@@ -202,8 +204,7 @@ class Store:
     def tally(self) -> list[tuple[dict[str, Any], dict[str, int]]]:
         """By what drew the side that was asked for (`base`, `adapters`), how often which side was chosen.
 
-        Of each: `votes`, `blind` (how many of them), `asked`, `against`, `tie` and `neither`. Those with most
-        votes first.
+        Of each `COUNTS`; `blind` is how many of the votes were. Those with most votes first.
         """
         asked = (
             "SELECT drawn_by, choice, left_is, sum(blind), count(*) FROM comparisons WHERE choice IS NOT NULL"
@@ -213,9 +214,7 @@ class Store:
             rows = db.execute(asked).fetchall()
         found: dict[str, dict[str, int]] = {}
         for drawn_by, choice, left_is, blind, count in rows:
-            told = found.setdefault(
-                drawn_by, dict.fromkeys(("votes", "blind", "asked", "against", "tie", "neither"), 0)
-            )
+            told = found.setdefault(drawn_by, dict.fromkeys(COUNTS, 0))
             told[_chosen(choice, left_is)] += count
             told["votes"] += count
             told["blind"] += blind

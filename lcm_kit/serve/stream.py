@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from lcm_kit.serve.course import Course, Left
 from lcm_kit.serve.engine import Drawn, Step
 from lcm_kit.serve.log import Log
-from lcm_kit.serve.problems import LEFT, STREAM, Problem
+from lcm_kit.serve.problems import LEFT, NEW, STREAM, Problem
 from lcm_kit.serve.reply import Reply, as_json
 
 BEAT = 15.0  # seconds after which a stream says something, so that nothing between here and there closes it
@@ -31,7 +31,7 @@ class Stream(Response):
     """
 
     def __init__(self, course: Course, reply: Reply, log: Log, began: float) -> None:  # noqa: D107
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, media_type=STREAM)
+        super().__init__(headers={**NEW, "X-Accel-Buffering": "no"}, media_type=STREAM)
         del self.headers["content-length"]
         self._course, self._reply, self._log, self._began = course, reply, log, began
 

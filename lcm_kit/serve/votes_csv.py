@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lcm_kit.serve.store import Pair
+from lcm_kit.serve.store import SIDES, Pair
 
 _SHARED = ("prompt", "negative_prompt", "seed", "width", "height")
 _OWN = ("sampler", "steps", "guidance_scale", "adapters")
 COLUMNS = (
     "id", "compared", "voted", "blind", "choice", "left_is", "chosen", "lcm_kit", "base", *_SHARED,
-    *(f"{side}_{key}" for side in ("asked", "against") for key in (*_OWN, "sha256")),
+    *(f"{side}_{key}" for side in SIDES for key in (*_OWN, "sha256")),
 )  # fmt: skip
 _FORMULA = re.compile(r"(^|;)(?=\s*['=+\-@\uff1d\uff0b\uff0d\uff20])")  # the last four are wide ones
 _DEFUSED = re.compile(r"(^|;)'")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lcm_kit.serve.engine import Closed
 from lcm_kit.serve.log import Log
 from lcm_kit.serve.metrics import Metrics
 from lcm_kit.serve.problems import Problem, refuse
@@ -74,9 +75,8 @@ class Watched:
         except asyncio.CancelledError:  # by uvicorn, which ends
             come = True
             if not status:
-                wait = {"Retry-After": "5"}
-                stopped = Problem(503, "this server was stopped before it had answered; try again", wait)
-                await refuse(stopped, scope, receive, sending)
+                stopped = Closed("this server was stopped before it had answered; try again")
+                await refuse(Problem.of(stopped), scope, receive, sending)
         except Exception as error:
             self.log.fault("failure", error, request=number)
             if not status:
