@@ -23,7 +23,7 @@ from lcm_kit.drawing import how as how_module
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas
 from lcm_kit.drawing.how import How
-from lcm_kit.drawing.noise import numbered
+from lcm_kit.drawing.noise import generators
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw as drawing
@@ -166,7 +166,7 @@ def test_its_noise_is_another_for_each_picture_and_no_batch_changes_it(
     torch.testing.assert_close(alone[0], together[1], rtol=0, atol=1e-5)
     # the noise that latents were drawn from is not drawn from again
     again = torch.randn(8, generator=decoding(7, 0))
-    assert not torch.equal(again, torch.randn(8, generator=numbered(7, [0])[0]))
+    assert not torch.equal(again, torch.randn(8, generator=generators(7, 0, 1)[0]))
 
 
 def decoding(seed: int, number: int) -> torch.Generator:
