@@ -181,7 +181,7 @@ def test_large_pictures_are_drawn_one_by_one(
     """Its UNet holds six times what a VAE does, so an eighth of the pixels go together."""
     pipe, latents = sample.pipeline(str(sd_base()), how=of(sd_base(), consistency)), latents_of(5)
     whole = sample.decode(pipe, latents, seed=3)
-    unet, sizes = pipe.vae.decoder.decoder_unet, []
+    unet, sizes = pipe.vae.decoder.full.decoder_unet, []
     unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     monkeypatch.setattr("lcm_kit.bases.base.DECODED_PIXELS", 8 * 2 * 64 * 64)
     parts = sample.decode(pipe, latents, seed=3)
