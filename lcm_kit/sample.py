@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lcm_kit import bases
 from lcm_kit.bases.emphasis import Prompt
-from lcm_kit.drawing import decoders, vae
+from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AUTO, AfterStep, Batches
 from lcm_kit.drawing.fused import fuse
 from lcm_kit.drawing.how import PLAIN, How
@@ -323,8 +323,6 @@ def sample_to_folder(
     """
     sweep(output, deep=False)
     require_writable(output)
-    decoder = settings.get("decoder")
-    told = {} if decoder is None else {"decoder": decoders.said(decoder)}
     defaults = {name: each.default for name, each in inspect.signature(draw_images).parameters.items()}
     source, known = of_drawing(base, defaults | settings)
     drawn: list[Image.Image] = []
@@ -336,8 +334,9 @@ def sample_to_folder(
             {"prompt": prompts[k], "count": len(prompts) * count, **known}, picture.size, at,
             emphasis=settings.get("emphasis"), prompts=say_prompts,
         )  # fmt: skip
-        save_png(picture, output / name, told | made, partial(sign, name, prompts[k]))
+        save_png(picture, output / name, source.decoded | made, partial(sign, name, prompts[k]))
         drawn.append(picture)
     rows = [drawn[k :: len(prompts)] for k in range(len(prompts))]
-    sheet = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
-    return save_png(sheet, output / "contact-sheet.png", told, partial(sign, "contact-sheet.png", None))
+    tiled = contact_sheet([each for row in rows for each in row], count if count > 1 else None)
+    sheet = output / "contact-sheet.png"
+    return save_png(tiled, sheet, source.decoded, partial(sign, sheet.name, None))

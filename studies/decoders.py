@@ -57,7 +57,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
 
 def weights(vae: Any) -> int:
     """Numbers of what decodes."""
-    model = vae.decoder if isinstance(vae, Replaced) else vae
+    model = vae.decoder.full if isinstance(vae, Replaced) else vae
     parts = [getattr(model, name, None) for name in ("decoder_unet", "post_quant_conv", "decoder")]
     return sum(each.numel() for part in parts if part is not None for each in part.parameters())
 

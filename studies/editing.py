@@ -35,7 +35,7 @@ from lcm_kit.core.editing import Grey, Pooled, Walk
 from lcm_kit.drawing import editing
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas, grown
-from lcm_kit.drawing.noise import numbered
+from lcm_kit.drawing.noise import streams
 from lcm_kit.drawing.pictures import contact_sheet, save_png
 from lcm_kit.evaluation.metrics.accuracy import attributes_right
 from lcm_kit.evaluation.metrics.bootstrap import Resamples, paired_difference, percentiles
@@ -181,16 +181,16 @@ class Models:
     def plain(self, edit: editing.Edit, strength: float) -> list[Image.Image]:
         """By image-to-image from the same start and noise; what is known is pasted at the end."""
         assert edit.start is not None
-        count, streams = len(edit.numbers), numbered(0, edit.numbers)
+        count, of = len(edit.numbers), streams((0, number) for number in edit.numbers)
         start = edit.start.expand(count, -1, -1, -1)
-        noise = torch.stack([torch.randn(start.shape[1:], generator=each) for each in streams])
+        noise = torch.stack([torch.randn(start.shape[1:], generator=each) for each in of])
         self.theirs.set_timesteps(STEPS, strength=strength)
         points = self.theirs.timesteps
         own, self.pipe.scheduler = self.pipe.scheduler, self.theirs
         try:
             latents = self.pipe(
                 prompt=[edit.prompts[0]] * count, latents=self.theirs.add_noise(start, noise, points[:1]),
-                timesteps=points.tolist(), guidance_scale=1.0, generator=streams, output_type="latent",
+                timesteps=points.tolist(), guidance_scale=1.0, generator=of, output_type="latent",
             ).images  # fmt: skip
         finally:
             self.pipe.scheduler = own

@@ -23,7 +23,7 @@ from lcm_kit.drawing import how as how_module
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas
 from lcm_kit.drawing.how import How
-from lcm_kit.drawing.noise import numbered
+from lcm_kit.drawing.noise import generators
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw as drawing
@@ -166,7 +166,7 @@ def test_its_noise_is_another_for_each_picture_and_no_batch_changes_it(
     torch.testing.assert_close(alone[0], together[1], rtol=0, atol=1e-5)
     # the noise that latents were drawn from is not drawn from again
     again = torch.randn(8, generator=decoding(7, 0))
-    assert not torch.equal(again, torch.randn(8, generator=numbered(7, [0])[0]))
+    assert not torch.equal(again, torch.randn(8, generator=generators(7, 0, 1)[0]))
 
 
 def decoding(seed: int, number: int) -> torch.Generator:
@@ -181,7 +181,7 @@ def test_large_pictures_are_drawn_one_by_one(
     """Its UNet holds six times what a VAE does, so an eighth of the pixels go together."""
     pipe, latents = sample.pipeline(str(sd_base()), how=of(sd_base(), consistency)), latents_of(5)
     whole = sample.decode(pipe, latents, seed=3)
-    unet, sizes = pipe.vae.decoder.decoder_unet, []
+    unet, sizes = pipe.vae.decoder.full.decoder_unet, []
     unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     monkeypatch.setattr("lcm_kit.bases.base.DECODED_PIXELS", 8 * 2 * 64 * 64)
     parts = sample.decode(pipe, latents, seed=3)

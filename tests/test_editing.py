@@ -34,7 +34,7 @@ from lcm_kit.core.schedule import Schedule
 from lcm_kit.drawing import editing
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas, cells, feathered, filled, grown, meeting
-from lcm_kit.drawing.noise import numbered
+from lcm_kit.drawing.noise import streams
 from lcm_kit.errors import UserError
 from lcm_kit.tiny import world
 from tests.app_text import a1111
@@ -707,4 +707,4 @@ def test_noise_is_a_function_of_seed_number_and_step(pipe: Any) -> None:
     list(editing.drawn(pipe, edit, editing.Settings(walk, seed=2), Batches(1, "", "")))
     theirs = sample.latents(pipe, ["a cat"], sampler="lcm", steps=2, seed=2, first=5)
     assert torch.allclose(found[0], editing.decode(pipe, theirs), atol=1e-4)
-    assert len(numbered(2, [5])) == 1
+    assert len(streams([(2, 5)])) == 1

@@ -161,7 +161,6 @@ def edit_to_folder(
     Its PNG text says how it was made (`drawing.made`), with `say_prompts` by which prompt too. Returns the
     contact sheet's path.
     """
-    from lcm_kit.drawing import decoders
     from lcm_kit.drawing.made import of_drawing
     from lcm_kit.drawing.pictures import contact_sheet, save_png
     from lcm_kit.drawing.signing import unsigned
@@ -175,15 +174,13 @@ def edit_to_folder(
     own = {name: getattr(wanted, name) for name in TASKS[wanted.task].takes if name not in ("mask", "to")}
     known |= {"task": wanted.task, "prompt": how.prompts[0], "count": how.settings["count"], **own}
     known["strength"] = wanted.strength
-    decoder = how.settings["decoder"]
-    decoded = {} if decoder is None else {"decoder": decoders.said(decoder)}
     ends = [each.image for each in (wanted.picture, wanted.to) if each is not None]
     pictures = []
     for number, picture in enumerate(draw_edit(wanted, how)):
         name = f"{number:03d}-{wanted.task}.png"
         told: dict[str, str] = {}
         if not any(picture is each for each in ends):  # those of interpolate were not drawn
-            told = decoded | source.told(
+            told = source.decoded | source.told(
                 known, picture.size, number, emphasis=how.settings["emphasis"], prompts=say_prompts
             )
         save_png(picture, output / name, told, partial(sign, name, how.prompts[0]))
@@ -191,4 +188,4 @@ def edit_to_folder(
     if animation is not None:
         animation.write(pictures, partial(sign, animation.path.name, how.prompts[0]))
     sheet = output / "contact-sheet.png"
-    return save_png(contact_sheet(pictures), sheet, decoded, partial(sign, sheet.name, None))
+    return save_png(contact_sheet(pictures), sheet, source.decoded, partial(sign, sheet.name, None))

@@ -38,6 +38,14 @@ Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="Precision.", show_default="float16 on a GPU, float32 on a CPU"),
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        callback=in_range("steps", "--steps"),
+        help="Sampler steps: 1 to 8 for an adapter.",
+        show_default="what a sweep recommends for the LoRA, else 4",
+    ),
+]
 Seed = Annotated[int, typer.Option(callback=in_range("seed", "--seed"), help="Of the initial noise.")]
 Weight = Annotated[
     float | None,

@@ -23,6 +23,7 @@ from lcm_kit.cli.options import (
     SignCert,
     SignKey,
     SignPrompt,
+    Steps,
     Tiling,
     Weight,
     require_signing,
@@ -44,14 +45,7 @@ def sample(
     ] = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            callback=in_range("steps", "--steps"),
-            help="Sampler steps: 1 to 8 for an adapter.",
-            show_default="what a sweep recommends for the LoRA, else 4",
-        ),
-    ] = None,
+    steps: Steps = None,
     seed: Seed = 0,
     weight: Weight = None,
     guidance: Guidance = None,

@@ -12,7 +12,7 @@ from lcm_kit.bases import BaseInfo
 from lcm_kit.bases.compiling import allow_graphs, require_compiler
 from lcm_kit.drawing import consistency_decoder, decoders
 from lcm_kit.drawing.decoders import CONSISTENCY, Decoder
-from lcm_kit.drawing.vae import ProvenVae, Replaced, by_vae, half_dtypes
+from lcm_kit.drawing.vae import ProvenVae, Replaced, half_dtypes
 from lcm_kit.errors import UserError
 
 
@@ -45,13 +45,13 @@ class How:
         """What decodes for a pipeline in `dtype`: on a GPU in half precision where that serves."""
         if self.decoder is None:
             return self._vae(base, dtype, device)
-        if self.decoder.kind != CONSISTENCY:
-            model = decoders.load(self.decoder, torch.float32 if _is_cpu(device) else dtype)
-            return Replaced(model, by_vae, lambda: self._vae(base, dtype, device))
-        model, decode = decoders.load(self.decoder, torch.float32), consistency_decoder.decoded
-        if halves := () if dtype == torch.float32 else half_dtypes(device, model.config.force_upcast):
-            model = ProvenVae(model, halves, decode=decode, name=str(self.decoder))
-        return Replaced(model, decode, lambda: self._vae(base, dtype, device))
+        if self.decoder.kind == CONSISTENCY:
+            model, decode = decoders.load(self.decoder, torch.float32), consistency_decoder.decoded
+            halves = () if dtype == torch.float32 else half_dtypes(device, model.config.force_upcast)
+            decoder = ProvenVae(model, halves, decode=decode, name=str(self.decoder))
+        else:
+            decoder = ProvenVae(decoders.load(self.decoder, torch.float32 if _is_cpu(device) else dtype))
+        return Replaced(decoder, lambda: self._vae(base, dtype, device))
 
     def _vae(self, base: BaseInfo, dtype: torch.dtype, device: str | torch.device) -> Any:
         vae = bases.load_vae(base)

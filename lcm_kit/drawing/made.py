@@ -51,12 +51,16 @@ class Source:
     loras: Mapping[str, Lora] = field(default_factory=dict)
     decoder: str | None = None  # the name of what decodes in the VAE's place
 
+    @property
+    def decoded(self) -> dict[str, str]:
+        """What a PNG and a record say of what decodes in the VAE's place: nothing of the VAE itself."""
+        return {} if self.decoder is None else {"decoder": self.decoder}
+
     def record(self, settings: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
         """All that is known of picture `index` of a request of these settings, as JSON."""
         on = settings.get("adapters") or {}
-        decoder = {} if self.decoder is None else {"decoder": self.decoder}
         return {
-            "lcm_kit": __version__, "base": self.base, **decoder,
+            "lcm_kit": __version__, "base": self.base, **self.decoded,
             "adapters": {name: self.loras[name].sha256 for name in on}, "index": index,
             "settings": dict(settings),
         }  # fmt: skip
@@ -112,7 +116,7 @@ def of_drawing(base: str, use: Mapping[str, Any]) -> tuple[Source, dict[str, Any
         loras[slug(title)] = Lora(title, sha256_file(adapter_file(use["adapter"])))
         weights[slug(title)] = use["lora_weight"]
     names = "negative_prompt", "seed", "sampler", "steps", "guidance_scale"
-    decoder = None if use.get("decoder") is None else decoders.said(use["decoder"])
+    decoder = None if use["decoder"] is None else decoders.said(use["decoder"])
     source = Source(base_name(base), loras, decoder)
     return source, {name: use[name] for name in names} | {"adapters": weights}
 

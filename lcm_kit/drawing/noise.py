@@ -13,12 +13,7 @@ Picture = tuple[int, int]
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     """CPU generators of samples first .. first+count-1: each depends on (seed, its own index) alone."""
-    return numbered(seed, range(first, first + count))
-
-
-def numbered(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
-    """As `generators`, of the samples of any numbers."""
-    return streams((seed, number) for number in numbers)
+    return streams(pictures(count, seed, first))
 
 
 def pictures(count: int, seed: int | Sequence[int] = 0, first: int | Sequence[int] = 0) -> list[Picture]:

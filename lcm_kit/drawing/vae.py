@@ -49,7 +49,7 @@ def near_latents(found: Tensor, exact: Tensor) -> bool:
     return bool(found.isfinite().all() and (found - exact).norm() <= NEAR_LATENTS * exact.norm())
 
 
-def by_vae(vae: Any, latents: Tensor, _: Sequence[Picture]) -> Tensor:
+def _by_vae(vae: Any, latents: Tensor, _: Sequence[Picture]) -> Tensor:
     """As `bases.decode_latents`: what is decoded follows from the latents alone."""
     return bases.decode_latents(vae, latents)
 
@@ -69,7 +69,7 @@ class ProvenVae(nn.Module):
         halves: Sequence[torch.dtype] = (),
         *,
         settled: bool = False,
-        decode: Decode = by_vae,
+        decode: Decode = _by_vae,
         name: str = "the base's VAE",
     ) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ProvenVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes: float32 until something else has proved itself."""
+        """In which it computes: as it was loaded until something else has proved itself."""
         return next((self.full if self.fast is None else self.fast).parameters()).dtype
 
     def decoded(self, latents: Tensor, of: Sequence[Picture] | None = None) -> Tensor:
@@ -165,14 +165,13 @@ class ProvenVae(nn.Module):
 class Replaced(nn.Module):
     """Another decoder in the VAE's place; what is encoded, its VAE encodes.
 
-    `decoder`: diffusers' model, or a `ProvenVae` of it, which then knows how it decodes. `decode`: how the
-    bare model does. `load`: gives the base's VAE, when it is first asked for.
+    `load`: gives the base's VAE, when it is first asked for.
     """
 
-    def __init__(self, decoder: Any, decode: Decode, load: Callable[[], Any]) -> None:  # noqa: D107
+    def __init__(self, decoder: ProvenVae, load: Callable[[], Any]) -> None:  # noqa: D107
         super().__init__()
         self.decoder = decoder
-        self._decode, self._load = decode, load
+        self._load = load
         self._vae: list[Any] = []  # no part of this module: a pipeline that is moved needs no VAE for it
 
     @property
@@ -199,9 +198,7 @@ class Replaced(nn.Module):
 
     def decoded(self, latents: Tensor, of: Sequence[Picture] | None = None) -> Tensor:
         """Pixels, as `decode`."""
-        if isinstance(self.decoder, ProvenVae):
-            return self.decoder.decoded(latents, of)
-        return self._decode(self.decoder, latents, pictures(len(latents)) if of is None else of)
+        return self.decoder.decoded(latents, of)
 
 
 def own(vae: Any) -> Any:

@@ -114,19 +114,16 @@ def _read(source: Any, what: str, use: Callable[[Image], Found]) -> Found:
             raise UserError("its colours are CMYK, a printer's; export it as RGB")
         return use(image)
 
+    content: bytes | None = None
     if isinstance(source, pil.Image):
         name = what
-        read: Callable[[], Found] = lambda: one(source)  # noqa: E731
     elif upload is not None:
-        name = upload.name
-        read = lambda: of_image(upload.content, one)  # noqa: E731
+        name, content = upload.name, upload.content
     else:
-        name = f"{what} {os.fspath(source)}"
-        content = Path(source).expanduser().read_bytes()
-        read = lambda: of_image(content, one)  # noqa: E731
+        name, content = f"{what} {os.fspath(source)}", Path(source).expanduser().read_bytes()
     try:
         if upload is not None:
             upload.require_plain()
-        return read()
+        return one(source) if content is None else of_image(content, one)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

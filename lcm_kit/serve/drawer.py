@@ -8,7 +8,7 @@ peft's hot swap (one slot, equal ranks, a file each time) does not offer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from PIL.Image import Image
 from lcm_kit import console, sample
 from lcm_kit.bases.emphasis import Prompt
 from lcm_kit.bases.out_of_memory import free, out_of_memory
+from lcm_kit.drawing import vae
 from lcm_kit.drawing.batches import AUTO, AfterStep, Batches, at_once
 from lcm_kit.drawing.fused import Fused, fuse
 from lcm_kit.drawing.how import PLAIN, How
@@ -69,10 +70,7 @@ class Drawer:
         self._pipe = sample.pipeline(
             base.path, revision=base.revision, variant=base.variant, how=self.how, **where
         )
-        self._vae = self._pipe.vae
-        if self.how.decoder is not None:
-            reads = replace(self.how, decoder=None).load(base, where["dtype"], where["device"])
-            self._vae = reads.to(where["device"])
+        self._vae = vae.own(self._pipe.vae)
         for adapter in self.served.adapters:
             sample.load_adapter(self._pipe, adapter.file, name=self._slot(adapter.name))
         if self.served.adapters:
