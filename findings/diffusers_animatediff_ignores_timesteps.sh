@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# diffusers 0.42.1: `AnimateDiffPipeline` takes `timesteps=[399]`, says nothing, and draws at 999, for its call
-# takes any keyword at all and drops it; `StableDiffusionPipeline` draws at 399, and `AnimateDiffSDXLPipeline` has the parameter.
+# diffusers 0.42.1: `AnimateDiffPipeline` takes `timesteps=[399]`, says nothing, and draws at 999, for its call takes
+# any keyword at all and drops it; `StableDiffusionPipeline` draws at 399, and `AnimateDiffSDXLPipeline` has the
+# parameter.
 # A good guess: the pipelines of one family take the same call, and one that does not know a keyword refuses it.
 set -euo pipefail
 folder=$(mktemp -d)

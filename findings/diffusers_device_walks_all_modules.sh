@@ -8,7 +8,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/python -m pip install --quiet diffusers==0.42.1 peft==0.21.2 torch==2.13.0 transformers==5.3.0 accelerate==1.15.0
+venv/bin/python -m pip install --quiet \
+  diffusers==0.42.1 peft==0.21.2 torch==2.13.0 transformers==5.3.0 accelerate==1.15.0
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 venv/bin/python - <<'PY'
 import torch

@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lcm_kit import families
 from lcm_kit.lora import structure, verify, write
+from lcm_kit.lora.apps import APPS
+from lcm_kit.lora.in_diffusers import DIFFUSERS
 from lcm_kit.lora.provenance import Provenance
+from lcm_kit.lora.rows import Row, title_of
 from lcm_kit.quiet import quiet
 from tests import broken
 from tests.loras import random_lora
@@ -27,11 +30,12 @@ CASES = [
     ("sdxl", "half converted", broken.kohya_two_spellings),
     ("sd1", "kohya format without alphas", broken.kohya_without_alphas),
 ]
+COLUMNS = (DIFFUSERS, *APPS)
 # Short titles, so that a row of the page is at most 120 characters long
 SHORT = {"Stable Diffusion 1.x": "SD1.x", "Stable Diffusion 2.x": "SD2.x", "stable-diffusion.cpp": "sd.cpp"}
 
 
-def cell(row: verify.Row) -> str:
+def cell(row: Row) -> str:
     """How many modules are loaded, with an asterisk where their strength is lost."""
     if row.ok:
         return "all"
@@ -43,7 +47,7 @@ def cell(row: verify.Row) -> str:
 def main() -> None:
     """Print the table."""
     quiet()
-    titles = [verify.TITLES.get(app, app) for app in verify.ALL]
+    titles = [title_of(app) for app in COLUMNS]
     titles = [SHORT.get(title, title) for title in titles]
     print(f"| file | base (modules) | {' | '.join(titles)} |")
     print("| --- " * (len(titles) + 2) + "|")
@@ -62,9 +66,9 @@ def main() -> None:
 
 def show(what: str, base: structure.Structure, file: Path) -> None:
     """One row; a file without alpha is held against the alpha that it was trained with."""
-    report = verify.verify(file, verify.Against(base), alpha=8.0)
+    report = verify.verify(file, verify.Against(base), apps=COLUMNS, alpha=8.0)
     found = {row.app: cell(row) for row in report.rows}
-    cells = [found.get(app, "no base") for app in verify.ALL]
+    cells = [found.get(app, "no base") for app in COLUMNS]
     label = f"{SHORT.get(base.label, base.label)} ({report.rows[0].of})"
     print(f"| {what} | {label} | {' | '.join(cells)} |", flush=True)
 

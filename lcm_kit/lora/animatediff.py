@@ -43,11 +43,6 @@ def _motion(structure: Structure) -> Motion:
     return structure.blocks.motion
 
 
-def _settings(structure: Structure) -> dict[str, Any]:
-    """What the config.json of its motion adapter says besides sizes."""
-    return {"use_motion_mid_block": _motion(structure).middle}
-
-
 def models(lora: Lora, structure: Structure) -> dict[str, Any]:
     """The models that `lora` changes, by part: a motion UNet, float32, and text encoders without weights."""
     parts = {part: empty_text(part, structure) for part in lora.parts() if part != "unet"}
@@ -64,7 +59,7 @@ def unet(structure: Structure) -> Any:
     with torch.device("meta"):
         motion = MotionAdapter(
             tuple(plain.config.block_out_channels), motion_norm_num_groups=plain.config.norm_num_groups,
-            **_settings(structure),
+            use_motion_mid_block=_motion(structure).middle,
         )  # fmt: skip
         model = UNetMotionModel.from_unet2d(plain, motion, load_weights=False)
     _fill(model)

@@ -79,12 +79,13 @@ def verify(
     read = reading.read(file, against.structure if against else None, alpha=alpha)
     place = against or Against(read.structure)
     wanted = reference or read.lora
-    rows = [_app_row(app, read) for app in able(read.structure) if app in apps]
-    if ANIMATEDIFF in apps and (row := in_diffusers.animated(read, place.structure, wanted, tolerance)):
-        rows.insert(0, row)
+    rows = []
     if DIFFUSERS in apps:
         own = place.folder, place.variant
-        rows.insert(0, in_diffusers.plain(read, place.structure, own, wanted, tolerance))
+        rows.append(in_diffusers.plain(read, place.structure, own, wanted, tolerance))
+    if ANIMATEDIFF in apps and (row := in_diffusers.animated(read, place.structure, wanted, tolerance)):
+        rows.append(row)
+    rows += [_app_row(app, read) for app in able(read.structure) if app in apps]
     return Report(read, tuple(rows))
 
 

@@ -1,52 +1,48 @@
 // What is set, beside the base alone at 50 steps, from the same noise; and votes for one of them.
 
 const Compare = (() => {
-  const SIDES = ["left", "right"];
+  const TITLES = { left: "Left", right: "Right" };
   const WHO = { asked: "your settings", against: "the base alone at 50 steps" };
-  let current = null; // what the server said of the two, and whether there was a vote
+  let current = null; // what the server calls the two that are shown
   const bar = $("compare-bar");
   const latest = new Latest((on) => {
     busy(bar, on);
     $("compare").disabled = on;
-  }, (error) => Live.alert(error));
+  });
 
   const name = (side, leftIs) => WHO[(side === "left") === (leftIs === "asked") ? "asked" : "against"];
   const reveal = (leftIs) => {
-    for (const side of SIDES) {
-      const title = side === "left" ? "Left" : "Right";
+    for (const [side, title] of Object.entries(TITLES)) {
       say($(`${side}-said`), leftIs ? `${title}: ${name(side, leftIs)}` : title);
     }
   };
 
+  const votable = (on) => { for (const button of $("vote").querySelectorAll("button")) button.disabled = !on; };
+
   const draw = async (signal) => {
     const body = { ...Settings.body(), blind: $("blind").checked };
-    const step = (done, steps) => progress(bar, done, steps);
-    const answer = await Server.draw("/v1/comparisons", body, { signal, step, waiting: Live.waiting });
+    const answer = await answerOf("/v1/comparisons", body, bar, signal);
     Live.alert(null);
-    for (const side of SIDES) {
-      const found = answer[side] ?? answer.pictures.find((each) => each.side === side);
-      show($(side), new Blob([bytesOf(found.base64)], { type: "image/png" }), `${side === "left" ? "Left" : "Right"}: ${body.prompt}`);
-    }
-    current = { ...answer, voted: false };
+    for (const each of answer.pictures) show($(each.side), pictureOf(each), `${TITLES[each.side]}: ${body.prompt}`);
+    current = answer.id;
     reveal(answer.left_is);
     say($("verdict"), "");
     $("vote").hidden = !answer.id;
-    for (const button of $("vote").querySelectorAll("button")) button.disabled = false;
+    votable(true);
     Live.told("Both pictures are drawn");
   };
 
   const vote = async (choice) => {
-    const buttons = [...$("vote").querySelectorAll("button")];
-    for (const button of buttons) button.disabled = true;
+    votable(false);
     try {
-      const said = await Server.call("/v1/votes", { method: "POST", body: { comparison: current.id, choice }, again: false });
+      const said = await Server.call("/v1/votes", { method: "POST", body: { comparison: current, choice }, again: false });
       Live.alert(null);
       reveal(said.left_is);
       const words = { tie: "both alike", neither: "neither" };
       say($("verdict"), `Your vote: ${words[choice] ?? `${choice} (${name(choice, said.left_is)})`}.`);
       await tally();
     } catch (error) {
-      for (const button of buttons) button.disabled = error.status === 409;
+      votable(error.status !== 409);
       Live.alert(error);
     }
   };

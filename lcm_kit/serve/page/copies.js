@@ -44,7 +44,7 @@ const Copies = (() => {
       if (!["adapters", "task", "keep", "count"].includes(key)) options[names[key] ?? key] = Array.isArray(value) ? value.join(",") : value;
     }
     const words = made.path === "/v1/pictures" ? ["lcm-kit sample"] : [`lcm-kit edit ${asked.task}`];
-    for (const key of Object.keys(made.files ?? {})) {
+    for (const key of Object.keys(made.files)) {
       if (key === "picture") words.push(file(key));
       else options[key] = file(key);
     }
@@ -53,7 +53,7 @@ const Copies = (() => {
   };
 
   const curl = (made) => {
-    const asked = exact(made), files = Object.keys(made.files ?? {}), many = asked.task === "interpolate";
+    const asked = exact(made), files = Object.keys(made.files), many = asked.task === "interpolate";
     const words = [`curl ${quoted(location.origin + made.path)}`, "-H 'Content-Type: application/json'"];
     words.push(`-H 'Accept: ${many ? "application/json" : "image/png"}'`);
     if (Server.hasToken()) words.push(`-H "Authorization: Bearer $${TOKEN}"`);
@@ -66,7 +66,7 @@ const Copies = (() => {
   };
 
   const inPython = (made) => {
-    const { prompt, task, ...rest } = exact(made), files = Object.keys(made.files ?? {});
+    const { prompt, task, ...rest } = exact(made), files = Object.keys(made.files);
     const token = Server.hasToken() ? `, token=os.environ["${TOKEN}"]` : "";
     const given = made.path === "/v1/pictures" ? [prompt] : [task, files.includes("picture") ? file("picture") : null, prompt];
     const options = Object.entries(rest).map(([key, value]) => `${key}=${python(value)}`);
@@ -94,7 +94,7 @@ const Copies = (() => {
     const [text, note] = KINDS[kind](made);
     $("copy-text").value = text ?? "";
     $("copy-go").disabled = text === null;
-    const files = Object.entries(made.files ?? {});
+    const files = Object.entries(made.files);
     const lacking = files.filter(([, blob]) => !(blob instanceof Blob));
     const names = files.map(([key]) => file(key)).join(" and ");
     const where = !files.length ? "" : lacking.length

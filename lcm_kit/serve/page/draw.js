@@ -2,18 +2,17 @@
 
 const Draw = (() => {
   const result = new Result($("drawn"), "Write what the picture shows. It is drawn as you type.");
-  const request = () => ({ path: "/v1/pictures", body: Settings.body() });
+  const draw = (signal) => result.draw({ path: "/v1/pictures", body: Settings.body() }, signal);
   return {
-    result,
     open() {},
-    press() { result.latest.now((signal) => result.draw(request(), signal)); },
+    press() { result.latest.now(draw); },
     /** Coming back to it: settings may have been moved meanwhile. */
     enter() {
-      if (Settings.live && JSON.stringify(result.made?.body) !== JSON.stringify(request().body)) this.changed();
+      if (Settings.live && JSON.stringify(result.made?.body) !== JSON.stringify(Settings.body())) this.changed();
     },
     changed() {
       if (!Settings.prompt.trim()) return result.latest.stop();
-      result.latest.soon((signal) => result.draw(request(), signal));
+      result.latest.soon(draw);
     },
   };
 })();

@@ -2,8 +2,9 @@
 
 const Edit = (() => {
   const MASK = "#e11d48"; // as it is shown over the picture
-  let surface, result, erasing;
-  let source = null; // {blob, width, height}
+  const SIDES = ["left", "top", "right", "bottom"];
+  let surface, result;
+  let source = null; // a blob
   let before = []; // sources that were edited earlier
   let last = null; // the task that was asked for last
   const picture = make("img", { className: "below", alt: "" });
@@ -27,7 +28,7 @@ const Edit = (() => {
 
   const TASKS = {
     inpaint: async () => ({ files: { mask: await mask() } }),
-    outpaint: () => ({ body: { grow: ["left", "top", "right", "bottom"].map((side) => Number($(`grow-${side}`).value) || 0) } }),
+    outpaint: () => ({ body: { grow: SIDES.map((side) => Number($(`grow-${side}`).value) || 0) } }),
     vary: () => ({}), colorize: () => ({}), upscale: () => ({ body: { scale: 2 } }),
   };
 
@@ -35,7 +36,7 @@ const Edit = (() => {
     const own = await TASKS[last]();
     const body = { task: last, ...Settings.body({ sized: false }), ...own.body };
     if (!$("edit-auto").checked) body.strength = Number($("edit-strength").value);
-    await result.draw({ path: "/v1/edits", body, files: { picture: source.blob, ...own.files } }, signal);
+    await result.draw({ path: "/v1/edits", body, files: { picture: source, ...own.files } }, signal);
   };
   const ask = (task) => {
     last = task;
@@ -52,7 +53,7 @@ const Edit = (() => {
 
   const put = async (blob) => {
     const bitmap = await opened(blob);
-    source = { blob, width: bitmap.width, height: bitmap.height };
+    source = blob;
     surface.empty = true;
     surface.forget();
     surface.resize(bitmap.width, bitmap.height, null);
@@ -76,19 +77,11 @@ const Edit = (() => {
     return blobOf(canvas);
   };
 
-  const guarded = async (work) => {
-    try {
-      await work();
-      Live.alert(null);
-    } catch (error) {
-      Live.alert(error);
-    }
-  };
-  const take = (blob) => guarded(async () => {
-    if (source) before.push(source.blob);
+  const take = async (blob) => {
+    if (source) before.push(source);
     before = before.slice(-20);
     await put(blob);
-  });
+  };
 
   const invert = () => {
     surface.remember();
@@ -102,31 +95,25 @@ const Edit = (() => {
   const changed = () => { if (last === "inpaint") again(60); };
 
   return {
-    get result() { return result; },
-    take,
-    fill: (file) => guarded(async () => take(await fitted(file))),
+    take: (blob) => Live.guarded(() => take(blob)),
+    fill: (file) => Live.guarded(async () => take(await fitted(file))),
     open(info) {
       result = new Result($("edited"), "What you ask for is shown here.");
       surface = new Surface($("edit-surface"), "Mask over the picture", changed);
       surface.frame.prepend(picture);
       surface.frame.classList.add("masked");
       surface.colour = MASK;
-      erasing = tools("mask", surface);
-      erasing(false);
+      tools("mask", surface);
       for (const task of Object.keys(TASKS)) $(task).addEventListener("click", () => ask(task));
-      for (const side of ["left", "top", "right", "bottom"]) {
+      for (const side of SIDES) {
         $(`grow-${side}`).value = Math.round(info.base.side / 32) * 8;
         $(`grow-${side}`).addEventListener("input", () => { if (last === "outpaint") again(400); });
       }
       $("edit-strength").value = 0.5;
       for (const id of ["edit-auto", "edit-strength"]) $(id).addEventListener("input", () => { said(); again(); });
       $("mask-invert").addEventListener("click", invert);
-      $("edit-back").addEventListener("click", () => guarded(async () => { await put(before.pop()); enable(); }));
-      $("edit-file").addEventListener("change", (event) => {
-        const [file] = event.target.files;
-        event.target.value = "";
-        if (file) this.fill(file);
-      });
+      $("edit-back").addEventListener("click", () => Live.guarded(() => put(before.pop())));
+      whenChosen($("edit-file"), this.fill);
       said();
       enable();
     },

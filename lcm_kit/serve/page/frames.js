@@ -6,7 +6,7 @@ const Frames = (() => {
   const latest = new Latest((on) => {
     busy(bar, on);
     $("frames-draw").disabled = on;
-  }, (error) => Live.alert(error));
+  });
 
   const showFrame = (k) => {
     at = clamp(k, 0, frames.length - 1);
@@ -32,15 +32,11 @@ const Frames = (() => {
     const body = {
       task: "interpolate", ...Settings.body({ sized: false }), prompt_to: $("prompt-to").value, frames: Number($("frames-count").value),
     };
-    const step = (done, steps) => progress(bar, done, steps);
-    const answer = await Server.draw("/v1/edits", body, { signal, step, waiting: Live.waiting });
+    const answer = await answerOf("/v1/edits", body, bar, signal);
     Live.alert(null);
     for (const each of frames) URL.revokeObjectURL(each.url);
-    frames = answer.pictures.map(({ base64 }) => {
-      const blob = new Blob([bytesOf(base64)], { type: "image/png" });
-      return { blob, url: URL.createObjectURL(blob) };
-    });
-    request = { path: "/v1/edits", body, settings: answer.settings };
+    frames = answer.pictures.map(pictureOf).map((blob) => ({ blob, url: URL.createObjectURL(blob) }));
+    request = { path: "/v1/edits", body, files: {}, settings: answer.settings };
     $("frame").alt = `Frames from "${body.prompt}" to "${body.prompt_to}"`;
     $("frame").hidden = $("player").hidden = false;
     $("frame-number").max = frames.length;
@@ -53,7 +49,7 @@ const Frames = (() => {
 
   return {
     open(info) {
-      if (info.limits.frames) $("frames-count").max = info.limits.frames;
+      $("frames-count").max = info.limits.frames;
       $("prompt-to").value = Kept.get("promptTo", "");
       $("frames-count").value = Kept.get("frames", 8);
       $("rate").value = Kept.get("rate", 6);

@@ -3,7 +3,6 @@
 const History = (() => {
   const PAGE = 12;
   let entries = []; // newest first
-  let more = false;
   const blobs = new Map(); // of pictures by id
   let current = null;
 
@@ -26,17 +25,13 @@ const History = (() => {
     return { path: edit ? "/v1/edits" : "/v1/pictures", body, files, settings: entry.settings, blob: await blob(entry.id) };
   };
 
-  const refresh = async () => {
-    const found = await Server.call(`/v1/history?limit=${PAGE}`);
-    entries = found.pictures;
-    more = found.more;
+  /** The newest ones; below `newer`, those that come after them. */
+  const load = async (newer = []) => {
+    const before = newer.length ? `&before=${encodeURIComponent(newer.at(-1).id)}` : "";
+    const found = await Server.call(`/v1/history?limit=${PAGE}${before}`);
+    entries = [...newer, ...found.pictures];
     list();
-  };
-  const older = async () => {
-    const found = await Server.call(`/v1/history?limit=${PAGE}&before=${encodeURIComponent(entries.at(-1).id)}`);
-    entries.push(...found.pictures);
-    more = found.more;
-    list();
+    $("history-more").hidden = !found.more;
   };
 
   const list = () => {
@@ -50,7 +45,6 @@ const History = (() => {
     }));
     for (const id of blobs.keys()) if (!entries.some((entry) => entry.id === id)) blobs.delete(id);
     $("history-empty").hidden = entries.length > 0;
-    $("history-more").hidden = !more;
     $("history-clear").hidden = !entries.length;
   };
 
@@ -82,29 +76,29 @@ const History = (() => {
     const k = entries.indexOf(current);
     await Server.call(`/v1/history/${encodeURIComponent(current.id)}`, { method: "DELETE" }, () => null);
     $("kept").close();
-    await refresh();
+    await load();
     ($("history").querySelectorAll("button")[Math.min(k, entries.length - 1)] ?? $("stage")).focus();
   };
   const clear = async () => {
     if (!await sure("Delete all kept pictures for good?", "Delete")) return;
     await Server.call("/v1/history", { method: "DELETE" }, () => null);
-    await refresh();
+    await load();
   };
 
   return {
-    refresh: () => (Settings.info.history ? refresh() : undefined),
+    refresh: () => load(),
     open(info) {
       if (!info.history) return Live.missing("history", "Pictures are not kept here: the server keeps them with lcm-kit serve --data FOLDER.");
       const act = (id, work) => $(id).addEventListener("click", guarded(work));
       act("kept-restore", () => { $("kept").close(); Live.mode("draw"); Settings.restore(current.settings); });
-      act("kept-edit", async () => { const found = await made(current); $("kept").close(); Live.edit(found); });
+      act("kept-edit", async () => { const found = await blob(current.id); $("kept").close(); Live.edit(found); });
       act("kept-sketch", async () => { const found = await blob(current.id); $("kept").close(); Live.sketch(found); });
       act("kept-save", async () => save(await blob(current.id), fileName(current.settings)));
       act("kept-copy", async () => Copies.open(await made(current)));
       act("kept-delete", remove);
-      act("history-more", older);
+      act("history-more", () => load(entries));
       act("history-clear", clear);
-      refresh().catch((error) => Live.alert(error));
+      load().catch((error) => Live.alert(error));
     },
   };
 })();

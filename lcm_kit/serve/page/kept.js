@@ -8,7 +8,7 @@ const Kept = (() => {
     if (found && typeof found === "object" && !Array.isArray(found)) known = found;
   } catch { /* nothing usable is kept: begin anew */ }
   return {
-    get: (name, otherwise) => (typeof known[name] === typeof otherwise || otherwise === null ? known[name] ?? otherwise : otherwise),
+    get: (name, otherwise) => (typeof known[name] === typeof otherwise ? known[name] ?? otherwise : otherwise),
     set: (changes) => {
       Object.assign(known, changes);
       try {

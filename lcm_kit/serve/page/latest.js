@@ -1,9 +1,9 @@
 // The latest wins: what is asked takes the place of what was asked before, which the server is told to leave.
 
 class Latest {
-  /** `during(busy)` is told when work begins and ends, `failed(error)` of what went wrong. */
-  constructor(during, failed) {
-    Object.assign(this, { during, failed, seconds: 0.3, controller: null, timer: 0, since: 0 });
+  /** `during(busy)` is told when work begins and ends. What went wrong is said. */
+  constructor(during) {
+    Object.assign(this, { during, seconds: 0.3, controller: null, timer: 0, since: 0 });
   }
 
   /**
@@ -27,7 +27,7 @@ class Latest {
       await work(mine.signal);
       this.seconds = (performance.now() - began) / 1000;
     } catch (error) {
-      if (!mine.signal.aborted) this.failed(error);
+      if (!mine.signal.aborted) Live.alert(error);
     } finally {
       if (this.controller === mine) {
         this.controller = null;

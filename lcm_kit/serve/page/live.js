@@ -8,6 +8,16 @@ const Live = (() => {
   /** What went wrong, in the sentence that says so; null when it is over. */
   const alert = (error) => say($("alert"), error === null ? "" : error.message || String(error));
 
+  /** Do `work`, and say what went wrong. */
+  const guarded = async (work) => {
+    try {
+      await work();
+      alert(null);
+    } catch (error) {
+      alert(error);
+    }
+  };
+
   let counting = 0;
   const waiting = (seconds, said) => {
     clearInterval(counting);
@@ -50,7 +60,7 @@ const Live = (() => {
     MODES[mode].press();
   };
   const changed = () => {
-    if (mode !== "sketch") Sketch.sized();
+    Sketch.sized();
     if (Settings.live) MODES[mode].changed();
   };
 
@@ -120,21 +130,15 @@ const Live = (() => {
     Settings.open(info, changed);
     for (const each of Object.values(MODES)) each.open(info);
     History.open(info);
-    for (const name of ["sketch", "edit", "frames"]) {
-      if (info.edits) continue;
-      missing(name, "This server edits no pictures: its version has no /v1/edits.");
-      $(`${name}-room`).hidden = true;
-    }
     listen();
     const old = Kept.get("mode", "draw");
     select(NAMES.includes(old) ? old : "draw");
     document.body.classList.add("ready");
-    Draw.enter(); // what was there before a reload
   };
 
   return {
-    alert, waiting, told, missing, begin, mode: select,
-    edit(made) { select("edit", { focus: true }); Edit.take(made.blob); },
+    alert, guarded, waiting, told, missing, begin, mode: select,
+    edit(blob) { select("edit", { focus: true }); Edit.take(blob); },
     sketch(blob) { select("sketch", { focus: true }); Sketch.fill(blob); },
   };
 })();

@@ -22,8 +22,9 @@ const pause = (milliseconds, signal) => new Promise((done, stop) => {
   else signal?.addEventListener("abort", ended, { once: true });
 });
 
-/** Bytes to and from base64, in pieces that a call takes as arguments. */
-const bytesOf = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+/** A picture of an answer as a blob; and a blob in base64, in pieces that a call takes as arguments. */
+const pictureOf = ({ base64 }) =>
+  new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: "image/png" });
 const base64Of = async (blob) => {
   const bytes = new Uint8Array(await blob.arrayBuffer());
   let text = "";
@@ -72,6 +73,13 @@ const opened = async (file) => {
     throw new Error(`${file.name || "what was pasted"} is no picture that this browser reads; try PNG or JPEG`);
   }
 };
+
+/** `take` each file that is chosen in `field`, also the same one again. */
+const whenChosen = (field, take) => field.addEventListener("change", () => {
+  const [file] = field.files;
+  field.value = "";
+  if (file) take(file);
+});
 
 const blobOf = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"));
 const canvasOf = (width, height) => make("canvas", { width, height });

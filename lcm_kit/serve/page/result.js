@@ -1,12 +1,15 @@
 // A picture that is being drawn or was drawn: progress, how it was made, and what can be done with it.
 
+/** The answer to a request for pictures, whose steps are seen on `bar`. */
+const answerOf = (path, body, bar, signal) => Server.draw(path, body, {
+  signal, step: (done, steps) => progress(bar, done, steps), waiting: Live.waiting,
+});
+
 /**
  * What was made: {blob, path, body, files, settings, notes, seconds, kept}. `body` draws it again when it is sent to
  * `path` with `files` (blobs of pictures by key) in base64.
  */
 class Result {
-  static all = [];
-
   constructor(root, nothing) {
     root.append($("result").content.cloneNode(true));
     const part = (name) => root.querySelector(`.${name}`);
@@ -15,9 +18,8 @@ class Result {
       actions: part("actions"), nothing: part("nothing"),
     });
     say(this.nothing, nothing);
-    this.latest = new Latest((busy) => this.busy(busy), (error) => Live.alert(error));
+    this.latest = new Latest((on) => this.busy(on));
     this.actions.addEventListener("click", (event) => this.act(event.target.dataset.do));
-    Result.all.push(this);
   }
 
   busy(on) {
@@ -30,12 +32,9 @@ class Result {
     const whole = { ...body };
     for (const [key, blob] of Object.entries(files)) whole[key] = await base64Of(blob);
     if (keep) whole.keep = true;
-    const answer = await Server.draw(path, whole, {
-      signal, step: (done, steps) => progress(this.bar, done, steps), waiting: Live.waiting,
-    });
-    if (signal?.aborted) return;
-    const blob = new Blob([bytesOf(answer.pictures[0].base64)], { type: "image/png" });
-    this.show({ path, body, files, blob, ...answer });
+    const answer = await answerOf(path, whole, this.bar, signal);
+    if (signal.aborted) return;
+    this.show({ path, body, files, blob: pictureOf(answer.pictures[0]), ...answer });
   }
 
   show(made) {
@@ -71,7 +70,7 @@ class Result {
     if (!what || !made) return;
     if (what === "save") save(made.blob, fileName(made.settings));
     else if (what === "copy") Copies.open(made);
-    else if (what === "edit") Live.edit(made);
+    else if (what === "edit") Live.edit(made.blob);
     else if (what === "sketch") Live.sketch(made.blob);
     else if (what === "keep") this.keep();
   }

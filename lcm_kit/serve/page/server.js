@@ -111,11 +111,9 @@ const Server = (() => {
     }
   }
 
-  /** Ask for pictures; `step(k, n)` is told of steps. What JSON answers: {pictures: [...], ...}. */
-  const draw = (path, body, { step = () => {}, ...options } = {}) => {
-    const accept = "text/event-stream, application/json;q=0.5";
-    return call(path, { ...options, method: "POST", body, accept }, async (answer) => {
-      if (!answer.headers.get("Content-Type")?.startsWith("text/event-stream")) return answer.json();
+  /** Ask for pictures; `step(k, n)` is told of steps. What `done` says, with all `pictures`. */
+  const draw = (path, body, { step, ...options }) =>
+    call(path, { ...options, method: "POST", body, accept: "text/event-stream" }, async (answer) => {
       const pictures = [];
       let last = null; // the stream is read to its end, or the server would take it that nobody waited for it
       for await (const { event, data } of events(answer)) {
@@ -127,9 +125,8 @@ const Server = (() => {
       if (last === null) throw new Lost(); // it ended before it was done
       return { ...last, pictures };
     });
-  };
 
-  const blob = (path, options) => call(path, { ...options, accept: "image/png, text/csv, */*" }, (answer) => answer.blob());
+  const blob = (path) => call(path, { accept: "image/png, text/csv, */*" }, (answer) => answer.blob());
 
   return {
     call, draw, blob, listeners,

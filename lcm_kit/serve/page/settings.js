@@ -2,9 +2,9 @@
 
 const Settings = (() => {
   let info = null, changed = () => {};
-  let weights = {}; // of the adapters, by name; 0 is off
-  let own = { steps: null, guidance: null, sampler: null }; // null: as recommended
-  let size = { width: 0, height: 0, shape: "1:1" };
+  let weights; // of the adapters, by name; 0 is off
+  let own; // steps, guidance and sampler; null: as recommended
+  let size; // width, height, and the shape that is named
 
   const sliders = {
     steps: { range: $("steps"), number: $("steps-number"), reset: $("steps-reset") },
@@ -24,10 +24,7 @@ const Settings = (() => {
     locked: locked(), live: $("live").checked, weights, own, size,
   });
   const locked = () => $("lock").getAttribute("aria-pressed") === "true";
-  const lock = (on) => {
-    $("lock").setAttribute("aria-pressed", on);
-    $("lock").setAttribute("aria-label", "Keep this seed");
-  };
+  const lock = (on) => $("lock").setAttribute("aria-pressed", on);
 
   /** Controls as the values are, but for the one in which somebody types just now. */
   const refresh = ({ all = false } = {}) => {
@@ -65,7 +62,7 @@ const Settings = (() => {
   };
 
   /** A number that was typed; null while it is none yet. */
-  const typed = (field) => (field.value === "" || !field.validity.valid && field.validity.badInput ? null : Number(field.value));
+  const typed = (field) => (field.value === "" ? null : Number(field.value));
 
   const both = (range, number, set) => {
     range.addEventListener("input", () => { set(Number(range.value)); done(); });
@@ -137,8 +134,7 @@ const Settings = (() => {
     open(found, told) {
       info = found;
       $("sampler").append(make("option", { value: "" }));
-      for (const name of info.samplers ?? []) $("sampler").append(make("option", { value: name }, name));
-      $("sampler-field").hidden = !info.samplers;
+      for (const name of info.samplers) $("sampler").append(make("option", { value: name }, name));
       $("adapters").hidden = !info.adapters.length;
       for (const each of info.adapters) $("adapter-list").append(adapterRow(each));
       $("prompt").maxLength = $("negative").maxLength = info.limits.prompt;
@@ -148,7 +144,7 @@ const Settings = (() => {
       const old = Kept.get("weights", {}), numbers = Kept.get("own", {}), sides = Kept.get("size", {});
       for (const each of info.adapters) if (Number.isFinite(old[each.name])) weights[each.name] = old[each.name];
       for (const name of ["steps", "guidance"]) if (Number.isFinite(numbers[name])) own[name] = numbers[name];
-      if (info.samplers?.includes(numbers.sampler)) own.sampler = numbers.sampler;
+      if (info.samplers.includes(numbers.sampler)) own.sampler = numbers.sampler;
       if (sides.width > 0 && sides.width <= info.limits.side && sides.height > 0 && sides.height <= info.limits.side) {
         size = { width: sides.width, height: sides.height, shape: `${sides.shape}` };
       }

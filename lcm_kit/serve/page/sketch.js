@@ -45,14 +45,7 @@ const Sketch = (() => {
     surface.resize(Math.round(width) * fine, Math.round(height) * fine, PAPER);
   };
 
-  const fill = async (file) => {
-    try {
-      surface.fill(await opened(file));
-      Live.alert(null);
-    } catch (error) {
-      Live.alert(error);
-    }
-  };
+  const fill = (file) => Live.guarded(async () => surface.fill(await opened(file)));
 
   const swatches = () => {
     const chosen = Kept.get("colour", COLOURS[0][1]);
@@ -73,7 +66,6 @@ const Sketch = (() => {
   };
 
   return {
-    get result() { return result; },
     open(info) {
       result = new Result($("sketched"), "Draw something: the picture follows.");
       surface = new Surface($("sketch-surface"), "Sketch", changed);
@@ -84,22 +76,21 @@ const Sketch = (() => {
       const old = Kept.get("sketch", "");
       if (old.startsWith("data:image/png;base64,")) {
         const image = new Image();
-        image.onload = () => { surface.context.drawImage(image, 0, 0, surface.canvas.width, surface.canvas.height); touched = true; surface.empty = false; };
+        image.onload = () => {
+          surface.context.drawImage(image, 0, 0, surface.canvas.width, surface.canvas.height);
+          touched = true;
+          surface.empty = false;
+        };
         image.src = old;
       }
-      strength.value = Kept.get("sketchStrength", info.edits?.sketch?.strength ?? 0.8);
+      strength.value = Kept.get("sketchStrength", info.edits.sketch.strength);
       said();
       strength.addEventListener("input", () => { said(); Kept.set({ sketchStrength: Number(strength.value) }); changed(); });
-      $("sketch-file").addEventListener("change", (event) => {
-        const [file] = event.target.files;
-        event.target.value = "";
-        if (file) fill(file);
-      });
+      whenChosen($("sketch-file"), fill);
     },
     fill,
     press() { result.latest.now(draw); },
     changed() {
-      fit();
       if (touched && Settings.prompt.trim()) result.latest.soon(draw);
     },
     sized: fit,
