@@ -23,7 +23,7 @@ from lcm_kit.drawing import how as how_module
 from lcm_kit.drawing.batches import Batches
 from lcm_kit.drawing.canvas import Canvas
 from lcm_kit.drawing.how import How
-from lcm_kit.drawing.noise import generators
+from lcm_kit.drawing.noise import for_decoding, generators
 from lcm_kit.drawing.vae import ProvenVae
 from lcm_kit.errors import UserError
 from lcm_kit.evaluation import draw as drawing
@@ -170,8 +170,6 @@ def test_its_noise_is_another_for_each_picture_and_no_batch_changes_it(
 
 
 def decoding(seed: int, number: int) -> torch.Generator:
-    from lcm_kit.drawing.noise import for_decoding
-
     return for_decoding([(seed, number)])[0]
 
 

@@ -30,6 +30,7 @@ from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
+from tests.decoders import build_tiny
 from tests.serve.small import (
     ADAPTER,
     PATIENCE,
@@ -444,17 +445,10 @@ def test_a_mask_of_16_bits_is_white_from_the_middle_on(tiny: Served) -> None:
 
 def test_a_tiny_decoder_decodes_no_edit(tiny: Served, tmp_path: Path) -> None:
     """It reads no pictures; edits are drawn by the base's own VAE, as ever."""
-    from diffusers import AutoencoderTiny
-
     from lcm_kit.drawing.how import How
 
-    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    small = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
-    channels, factor = tiny.base.latent_channels, tiny.base.factor
-    depth = factor.bit_length()
-    cut = {key: each[:depth] for key, each in {**blocks, **small}.items()}
-    AutoencoderTiny(latent_channels=channels, **cut).save_pretrained(tmp_path / "tiny")
-    how = How.of(tiny.base, str(tmp_path / "tiny"), False, False)
+    folder = build_tiny(tmp_path / "tiny", tiny.base.latent_channels, tiny.base.factor.bit_length())
+    how = How.of(tiny.base, str(folder), False, False)
     asked = {"task": "inpaint", "picture": sent(noise(1)), "mask": sent(hole())}
     with application(tiny, Drawer(tiny, 1, how=how)) as app, application(tiny, Drawer(tiny, 1)) as plain:
         found, other = drawn(post(app, asked)), drawn(post(plain, asked))
