@@ -73,11 +73,12 @@ class Client:
         `adapters`: weights by the names that `info` lists, None for an adapter's own; {} is the base alone.
         `keep`: whether the server's history keeps them. The other settings are those of `sample_images`.
         """
-        return self._pictures(
-            "/v1/pictures", adapters, prompt=prompt, negative_prompt=negative_prompt, seed=seed, count=count,
+        answer = self._asked(
+            "/v1/pictures", prompt=prompt, negative_prompt=negative_prompt, seed=seed, count=count,
             sampler=sampler, steps=steps, guidance_scale=guidance_scale, width=width, height=height,
-            keep=keep or None,
+            adapters=adapters, keep=keep or None,
         )  # fmt: skip
+        return self._pictures(answer)
 
     def edit(
         self,
@@ -110,18 +111,13 @@ class Client:
         """
         given = {"picture": picture, "mask": mask, "to": to}
         files = {name: None if each is None else _file(name, each) for name, each in given.items()}
-        return self._pictures(
-            "/v1/edits", adapters, task=task, prompt=prompt, **files, feather=feather,
+        answer = self._asked(
+            "/v1/edits", task=task, prompt=prompt, **files, feather=feather,
             grow=None if grow is None else list(grow), scale=scale, strength=strength, prompt_to=prompt_to,
             frames=frames, negative_prompt=negative_prompt, seed=seed, count=count, sampler=sampler,
-            steps=steps, guidance_scale=guidance_scale, keep=keep or None,
+            steps=steps, guidance_scale=guidance_scale, adapters=adapters, keep=keep or None,
         )  # fmt: skip
-
-    def _pictures(self, path: str, adapters: Mapping[str, float | None] | None, **asked: Any) -> list[Image]:
-        """What is answered to what is asked and not None."""
-        asked["adapters"] = None if adapters is None else dict(adapters)
-        answer = self._json(path, {key: each for key, each in asked.items() if each is not None})
-        return [self._picture(each) for each in self._part(answer, "pictures", list)]
+        return self._pictures(answer)
 
     def compare(
         self,
@@ -143,13 +139,11 @@ class Client:
         That is `steps`, `sampler`, `guidance_scale` and `adapters`; what is not said of it is the base alone
         in 50 steps. `blind`: which of the two is which is said by `vote` alone.
         """
-        asked = {
-            "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "sampler": sampler,
-            "steps": steps, "guidance_scale": guidance_scale, "width": width, "height": height,
-            "adapters": None if adapters is None else dict(adapters), "blind": blind or None,
-            "against": None if against is None else dict(against),
-        }  # fmt: skip
-        found = self._json("/v1/comparisons", {key: each for key, each in asked.items() if each is not None})
+        found = self._asked(
+            "/v1/comparisons", prompt=prompt, negative_prompt=negative_prompt, seed=seed, sampler=sampler,
+            steps=steps, guidance_scale=guidance_scale, width=width, height=height, adapters=adapters,
+            blind=blind or None, against=against,
+        )  # fmt: skip
         left, right = (self._picture(self._part(found, side, dict)) for side in ("left", "right"))
         return Comparison(found.get("id"), left, right, found.get("left_is"), found.get("settings"))
 
@@ -202,6 +196,14 @@ class Client:
         """The server's base, adapters with what serves them best, and limits."""
         return self._json("/v1/info")
 
+    def _asked(self, path: str, **asked: Any) -> dict[str, Any]:
+        """What is answered to what is asked and not None."""
+        said = {
+            key: dict(each) if isinstance(each, Mapping) else each
+            for key, each in asked.items() if each is not None
+        }  # fmt: skip
+        return self._json(path, said)
+
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
             found = json.loads(self._bytes(path, body))
@@ -242,6 +244,10 @@ class Client:
         if not isinstance(found, kind):
             raise self._odd(TypeError(f"no {key}"))
         return found
+
+    def _pictures(self, answer: Any) -> list[Image]:
+        """Those that stand in an answer."""
+        return [self._picture(each) for each in self._part(answer, "pictures", list)]
 
     def _picture(self, told: Any) -> Image:
         """That which stands in an answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ class Served:
         """The LoRA of that name."""
         return next((each for each in self.adapters if each.name == name), None)
 
-    @property
+    @cached_property
     def source(self) -> Source:
-        """What a picture says of the base and the LoRAs that drew it."""
+        """What a picture says of the base and the LoRAs that drew it; looked up on the disk once."""
         loras = {each.name: Lora(called(each.given), each.sha256) for each in self.adapters}
         return Source(base_name(self.base.path), loras)
 

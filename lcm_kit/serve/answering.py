@@ -9,9 +9,9 @@ import time
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from lcm_kit.serve.course import Course, Left
+from lcm_kit.serve.course import Course
 from lcm_kit.serve.parts import Parts
-from lcm_kit.serve.problems import JSON, LEFT, PNG, STREAM, Problem
+from lcm_kit.serve.problems import JSON, PNG, STREAM, Problem
 from lcm_kit.serve.reply import Reply, Shown, as_json, wordless
 from lcm_kit.serve.stream import Stream
 
@@ -19,7 +19,7 @@ from lcm_kit.serve.stream import Stream
 async def answer(request: Request, parts: Parts, reply: Reply, media: str, began: float) -> Response:
     """Draw and answer as `media`. `began`: when the request came, by `time.monotonic`.
 
-    Raises `Problem` when its time is over, and what `Engine.submit_all` does.
+    Raises `Problem` when its time is over, `Left` if its client is gone, and what `Engine.submit_all` does.
     """
     settings = reply.settings
     request.scope["lcm_kit.facts"] = dict(settings) if parts.log.prompts else wordless(settings)
@@ -30,13 +30,9 @@ async def answer(request: Request, parts: Parts, reply: Reply, media: str, began
     if media == STREAM:
         return Stream(course, reply, parts.log, began)
     shown: list[Shown] = []
-    try:
-        async with course:
-            async for which, drawn in course.drawn():
-                shown += await asyncio.to_thread(reply.take, which, *drawn)
-    except Left:
-        request.scope["lcm_kit.status"] = LEFT
-        return Response(status_code=204)
+    async with course:
+        async for which, drawn in course.drawn():
+            shown += await asyncio.to_thread(reply.take, which, *drawn)
 
     def told() -> Response:
         done = reply.done(course.tickets, time.monotonic() - began)

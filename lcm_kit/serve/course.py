@@ -13,11 +13,7 @@ from fastapi import Request
 
 from lcm_kit.serve.asked import Order
 from lcm_kit.serve.engine import Drawn, Engine, Heard, Ticket
-from lcm_kit.serve.problems import Problem
-
-
-class Left(Exception):  # noqa: N818 - nothing is wrong
-    """The client is gone; nobody waits for an answer."""
+from lcm_kit.serve.problems import Left, Problem
 
 
 class _Gone:

@@ -144,13 +144,7 @@ class Engine:
         with self._changed:
             return not self._waiting and not self._drawing
 
-    def submit(self, order: Order) -> Ticket:
-        """Put an order into the queue. Raises `Full` and `Closed`."""
-        return self.submit_all([order])[0]
-
-    def submit_all(
-        self, orders: Sequence[Order], hear: Callable[[int, Heard], None] = lambda *_: None
-    ) -> list[Ticket]:
+    def submit_all(self, orders: Sequence[Order], hear: Callable[[int, Heard], None]) -> list[Ticket]:
         """Put all of these into the queue, or none. Raises `Full` and `Closed`.
 
         `hear` is told which of them something happens to, in the thread that draws.

@@ -40,7 +40,7 @@ def judging_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.post(
         "/v1/votes", tags=["judging"], summary="Vote on a comparison, once",
-        response_class=Response, responses=told(REVEALED, 400, 404, 408, 409, 413, 415, 422, 507),
+        response_class=Response, responses=told(REVEALED, 404, 408, 409, 413, 415, 422, 507),
         openapi_extra=body(Vote, {"the left one": {"comparison": 1, "choice": "left"}}, limits),
     )  # fmt: skip
     async def vote(request: Request) -> Response:

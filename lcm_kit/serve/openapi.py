@@ -14,7 +14,7 @@ from lcm_kit.serve.problems import JSON, MEDIA, PNG, STREAM
 from lcm_kit.serve.store import COUNTS, SIDES
 
 _WORDS = {
-    400: "The request is not whole", 401: "No token, or an unknown one",
+    401: "No token, or an unknown one",
     404: "There is no such thing, or this server keeps nothing", 409: "There is a vote already",
     406: "None of JSON, PNG and events is accepted",
     408: "The body came too slowly", 413: "The body is too large", 415: "The body is not said to be JSON",

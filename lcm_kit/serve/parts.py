@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lcm_kit.drawing.how import How
 from lcm_kit.drawing.made import Source
@@ -30,7 +31,7 @@ class Parts:
     how: How
     store: Store | None  # what is kept; None: nothing
 
-    @property
+    @cached_property
     def source(self) -> Source:
         """What its pictures say of what drew them."""
         decoder = None if self.how.decoder is None else str(self.how.decoder)

@@ -23,6 +23,10 @@ NEW = {"Cache-Control": "no-store"}  # headers of what may be another the next t
 LEFT = 499  # nobody reads it: the client had left. In figures and logs alone, as proxies have it
 
 
+class Left(Exception):  # noqa: N818 - nothing is wrong
+    """The client is gone; nobody waits for an answer."""
+
+
 class Problem(UserError):
     """An answer that is an error: its status, its sentence and what headers go with it."""
 

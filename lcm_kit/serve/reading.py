@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from lcm_kit.serve.problems import JSON, LEFT, PNG, STREAM, Problem
+from lcm_kit.serve.problems import JSON, PNG, STREAM, Left, Problem
 
 DRAWN_AS = JSON, PNG, STREAM  # what pictures may come as; the first one where a client likes several as much
 
@@ -16,7 +16,8 @@ DRAWN_AS = JSON, PNG, STREAM  # what pictures may come as; the first one where a
 async def read(request: Request, most: int, seconds: float) -> bytes:
     """The JSON of a body of `most` bytes.
 
-    Raises `Problem` for another media type, one that is larger or that takes longer than `seconds`.
+    Raises `Problem` for another media type, one that is larger or that takes longer than `seconds`, and
+    `Left` if the client is gone before it is whole.
     """
     _require_json(request)
     too_large = Problem(413, f"the body of this request is larger than {most:,} bytes")
@@ -33,8 +34,7 @@ async def read(request: Request, most: int, seconds: float) -> bytes:
     except TimeoutError:
         raise Problem(408, f"the body of this request did not come within {seconds:g} s") from None
     except ClientDisconnect:
-        request.scope["lcm_kit.status"] = LEFT
-        raise Problem(400, "the client left before its request was whole") from None
+        raise Left from None
     return bytes(found)
 
 

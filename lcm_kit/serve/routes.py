@@ -1,4 +1,4 @@
-"""The routes, and what OpenAPI says of them. Each reads a request, asks for what is drawn and answers."""
+"""The application and its routes of pictures; each reads a request, asks for what is drawn and answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lcm_kit.serve.judging import judging_routes
 from lcm_kit.serve.openapi import PICTURES, answers, body, said, secure
 from lcm_kit.serve.page import page
 from lcm_kit.serve.parts import Parts
-from lcm_kit.serve.problems import JSON, PNG, STREAM, Problem
+from lcm_kit.serve.problems import JSON, LEFT, PNG, STREAM, Left, Problem
 from lcm_kit.serve.reading import accepted, read
 from lcm_kit.serve.reply import Pictures
 
@@ -42,6 +42,7 @@ def application(parts: Parts) -> FastAPI:
     )  # fmt: skip
     app.add_exception_handler(UserError, _problem)
     app.add_exception_handler(Exception, _problem)  # `watched` logs it
+    app.add_exception_handler(Left, _left)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _odd_problem)
     _page_route(app)
@@ -58,6 +59,12 @@ def application(parts: Parts) -> FastAPI:
 
 async def _problem(request: Request, error: Exception) -> Response:
     return Problem.of(error).response(request.scope.get("lcm_kit.request"))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Of nothing, which nobody reads."""
+    request.scope["lcm_kit.status"] = LEFT
+    return Response(status_code=204)
 
 
 async def _odd_problem(request: Request, error: Exception) -> Response:

@@ -91,7 +91,7 @@ class Store:
 
     def __init__(self, file: Path, most: int) -> None:
         """Raises `UserError` for a file that is no whole history of ours, or cannot be written."""
-        self.file, self.most = file, most
+        self._most = most
         self._file = Database(file, _OURS, VERSION, _TABLES)
         with self._file.writing() as db:
             self._prune(db)
@@ -124,7 +124,7 @@ class Store:
                 for each in pictures
             ]
             self._prune(db)
-        return ids[-self.most :]
+        return ids[-self._most :]
 
     def pictures(self, before: int | None, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit`, or those with smaller ids than `before`; and whether there are more."""
@@ -163,7 +163,7 @@ class Store:
 
     def _prune(self, db: Any) -> None:
         oldest = "SELECT id FROM pictures ORDER BY id DESC LIMIT 1 OFFSET ?"
-        db.execute(f"DELETE FROM pictures WHERE id <= ({oldest})", (self.most,))
+        db.execute(f"DELETE FROM pictures WHERE id <= ({oldest})", (self._most,))
 
     # -- Comparisons and votes -------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lcm_kit.serve.course import Course, Left
+from lcm_kit.serve.course import Course
 from lcm_kit.serve.engine import Drawn, Step
 from lcm_kit.serve.log import Log
-from lcm_kit.serve.problems import LEFT, NEW, STREAM, Problem
+from lcm_kit.serve.problems import LEFT, NEW, STREAM, Left, Problem
 from lcm_kit.serve.reply import Reply, as_json
 
 BEAT = 15.0  # seconds after which a stream says something, so that nothing between here and there closes it

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 
 from lcm_kit.config.schema import Base
@@ -29,6 +30,7 @@ from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.engine import Engine
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.log import Log
+from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App, Kept, Place
 from tests.recipes.small import environment
 
@@ -151,12 +153,31 @@ def ask(app: App, *requests: dict[str, Any], together: bool = False) -> list[htt
     return asyncio.run(all_of_them())
 
 
+def scope_of(kind: str, method: str, path: str, headers: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """ASGI's of a request to 127.0.0.1, for what no client library sends."""
+    return {
+        "type": kind, "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"host", b"127.0.0.1"), *headers], "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+
+
 def get(app: App, path: str, **more: Any) -> httpx.Response:
     return ask(app, {"method": "GET", "url": path, **more})[0]
 
 
 def draw(app: App, **asked: Any) -> httpx.Response:
     return ask(app, {"json": {"prompt": "a red circle", **asked}})[0]
+
+
+def detail(answer: httpx.Response, status: int = 422) -> str:
+    """The sentence of a problem, which is one in all of its parts."""
+    assert answer.status_code == status and answer.headers["content-type"] == MEDIA, answer.text
+    found = answer.json()
+    assert found["status"] == status and found["type"] == "about:blank" and found["title"]
+    assert found["request"] == answer.headers["x-request-id"]
+    return str(found["detail"])
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -170,6 +191,12 @@ def events(text: str) -> list[tuple[str, dict[str, Any]]]:
         assert name.startswith("event: ") and data.startswith("data: ")
         found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The requests in the log since it was last read."""
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return [line for line in lines if line["event"] == "request"]
 
 
 def figure(text: str, name: str) -> float:

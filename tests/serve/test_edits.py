@@ -28,7 +28,6 @@ from lcm_kit.serve.asked import Order, parsed
 from lcm_kit.serve.asked_edits import WantedEdit, settled_edit
 from lcm_kit.serve.drawer import Drawer, Piece
 from lcm_kit.serve.limits import Limits
-from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
 from tests.decoders import build_tiny
 from tests.serve.small import (
@@ -38,6 +37,7 @@ from tests.serve.small import (
     FakeDrawer,
     application,
     ask,
+    detail,
     events,
     figure,
     get,
@@ -82,11 +82,6 @@ def drawn(answer: Any) -> list[Image.Image]:
 
 def pixels(images: list[Image.Image]) -> Any:
     return numpy.stack([numpy.asarray(each.convert("RGB")) for each in images]).astype(int)
-
-
-def detail(answer: Any, status: int = 422) -> str:
-    assert (answer.status_code, answer.headers["content-type"]) == (status, MEDIA), answer.text
-    return str(answer.json()["detail"])
 
 
 def settle(what: Served, limits: Limits = USUAL, **asked: Any) -> Order:

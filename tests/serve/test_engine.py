@@ -9,7 +9,8 @@ import pytest
 
 from lcm_kit.errors import UserError
 from lcm_kit.serve.adapters import Served
-from lcm_kit.serve.engine import Batch, Closed, Engine, Full, NoRoom
+from lcm_kit.serve.asked import Order
+from lcm_kit.serve.engine import Batch, Closed, Engine, Full, NoRoom, Ticket
 from lcm_kit.serve.limits import Limits
 from tests.serve.small import PATIENCE, FakeDrawer, colour, order, running, wait_for
 
@@ -17,6 +18,10 @@ from tests.serve.small import PATIENCE, FakeDrawer, colour, order, running, wait
 def engine(drawer: FakeDrawer, **limits: Any) -> tuple[Engine, list[Batch]]:
     told: list[Batch] = []
     return Engine(drawer, Limits(**{"window": 0.0, **limits}), told.append), told
+
+
+def submit(where: Engine, what: Order) -> Ticket:
+    return where.submit_all([what], lambda *_: None)[0]
 
 
 def pixels(pictures: list[Any]) -> list[Any]:
@@ -28,10 +33,10 @@ def test_what_waits_and_belongs_together_is_drawn_together(tiny: Served) -> None
     drawer = FakeDrawer(size=3)
     found, told = engine(drawer)
     with running(found):
-        first = found.submit(order(tiny, seed=1))
+        first = submit(found, order(tiny, seed=1))
         drawer.began.get(timeout=PATIENCE)  # it is being drawn, and all that comes now waits
         others = [
-            found.submit(order(tiny, seed=seed, steps=steps, count=count))
+            submit(found, order(tiny, seed=seed, steps=steps, count=count))
             for seed, steps, count in ((2, 1, 2), (3, 2, 1), (4, 1, 1), (5, 1, 1), (6, 2, 1))
         ]
         assert found.waiting == 6
@@ -70,11 +75,11 @@ def test_a_batch_waits_for_company_only_where_there_was_some(tiny: Served) -> No
     drawer.may_go.set()
     found, _ = engine(drawer, window=3600.0)
     with running(found):
-        found.submit(order(tiny)).future.result(PATIENCE)
-        found.submit(order(tiny, count=2)).future.result(PATIENCE)
-        pair = [found.submit(order(tiny, seed=1))]
+        submit(found, order(tiny)).future.result(PATIENCE)
+        submit(found, order(tiny, count=2)).future.result(PATIENCE)
+        pair = [submit(found, order(tiny, seed=1))]
         wait_for(lambda: found.waiting == 1, "it waits for another")
-        pair.append(found.submit(order(tiny, seed=2)))
+        pair.append(submit(found, order(tiny, seed=2)))
         for ticket in pair:
             ticket.future.result(PATIENCE)
     assert [len(pieces) for _, pieces in drawer.batches] == [1, 2, 2]
@@ -84,13 +89,13 @@ def test_a_full_queue_refuses_and_says_when(tiny: Served) -> None:
     drawer = FakeDrawer()
     found, _ = engine(drawer, queue=3)
     with running(found):
-        found.submit(order(tiny))
+        submit(found, order(tiny))
         drawer.began.get(timeout=PATIENCE)
-        found.submit(order(tiny, count=2))
+        submit(found, order(tiny, count=2))
         with pytest.raises(Full, match="the queue is full: 2 pictures wait, of 3") as refused:
-            found.submit(order(tiny, count=2))
+            submit(found, order(tiny, count=2))
         assert refused.value.seconds >= 1
-        last = found.submit(order(tiny, seed=8))  # which fits
+        last = submit(found, order(tiny, seed=8))  # which fits
         drawer.may_go.set()
         assert pixels(last.future.result(PATIENCE)) == [(8, 0, 7)]
 
@@ -99,9 +104,9 @@ def test_who_leaves_takes_his_pictures_out_of_the_queue(tiny: Served) -> None:
     drawer = FakeDrawer()
     found, told = engine(drawer)
     with running(found):
-        stays = found.submit(order(tiny, seed=1))
+        stays = submit(found, order(tiny, seed=1))
         drawer.began.get(timeout=PATIENCE)
-        leaves, other = found.submit(order(tiny, seed=2, count=3)), found.submit(order(tiny, seed=3))
+        leaves, other = submit(found, order(tiny, seed=2, count=3)), submit(found, order(tiny, seed=3))
         found.leave(leaves)
         assert found.waiting == 1
         drawer.may_go.set()
@@ -116,9 +121,9 @@ def test_a_batch_that_nobody_waits_for_ends_at_its_next_step(tiny: Served) -> No
     drawer = FakeDrawer()
     found, told = engine(drawer)
     with running(found):
-        one = found.submit(order(tiny, seed=3, count=2))
+        one = submit(found, order(tiny, seed=3, count=2))
         drawer.began.get(timeout=PATIENCE)
-        other = found.submit(order(tiny, seed=4))
+        other = submit(found, order(tiny, seed=4))
         found.leave(one)
         drawer.began.get(timeout=PATIENCE)
         assert [(each.size, each.outcome) for each in told] == [(2, "stopped")]
@@ -131,9 +136,9 @@ def test_one_of_a_batch_that_leaves_ends_nothing_for_the_others(tiny: Served) ->
     drawer = FakeDrawer()
     found, told = engine(drawer)
     with running(found):
-        found.submit(order(tiny))
+        submit(found, order(tiny))
         drawer.began.get(timeout=PATIENCE)
-        leaves, stays = found.submit(order(tiny, seed=1)), found.submit(order(tiny, seed=2))
+        leaves, stays = submit(found, order(tiny, seed=1)), submit(found, order(tiny, seed=2))
         drawer.let_one_go()
         assert [each.seed for each in drawer.began.get(timeout=PATIENCE)] == [1, 2]
         found.leave(leaves)
@@ -149,12 +154,12 @@ def test_a_bug_in_a_batch_is_told_to_its_clients_and_ends_nothing_else(tiny: Ser
     found, told = engine(drawer)
     with running(found):
         with pytest.raises(RuntimeError, match="a shape is wrong"):
-            found.submit(order(tiny)).future.result(PATIENCE)
+            submit(found, order(tiny)).future.result(PATIENCE)
         drawer.error = UserError("memory ran out")
         with pytest.raises(NoRoom, match="memory ran out"):
-            found.submit(order(tiny)).future.result(PATIENCE)
+            submit(found, order(tiny)).future.result(PATIENCE)
         drawer.error = None
-        assert pixels(found.submit(order(tiny, seed=3)).future.result(PATIENCE)) == [(3, 0, 7)]
+        assert pixels(submit(found, order(tiny, seed=3)).future.result(PATIENCE)) == [(3, 0, 7)]
     assert [each.outcome for each in told] == ["failed", "refused", "drawn"]
 
 
@@ -162,11 +167,11 @@ def test_draining_finishes_what_was_taken_and_takes_nothing_new(tiny: Served) ->
     drawer = FakeDrawer(size=1)
     found, _ = engine(drawer)
     with running(found):
-        taken = [found.submit(order(tiny, seed=seed)) for seed in (1, 2)]
+        taken = [submit(found, order(tiny, seed=seed)) for seed in (1, 2)]
         drawer.began.get(timeout=PATIENCE)
         found.drain()
         with pytest.raises(Closed, match="it is being stopped"):
-            found.submit(order(tiny))
+            submit(found, order(tiny))
         assert not found.idle
         drawer.may_go.set()
         assert [pixels(ticket.future.result(PATIENCE)) for ticket in taken] == [[(1, 0, 7)], [(2, 0, 7)]]
@@ -177,7 +182,7 @@ def test_halting_refuses_what_is_left_and_ends_the_thread(tiny: Served) -> None:
     drawer = FakeDrawer(size=1)
     found, told = engine(drawer)
     with running(found):
-        drawn, waits = found.submit(order(tiny, seed=1)), found.submit(order(tiny, seed=2))
+        drawn, waits = submit(found, order(tiny, seed=1)), submit(found, order(tiny, seed=2))
         drawer.began.get(timeout=PATIENCE)
         found.halt()
         for ticket in (drawn, waits):
@@ -197,9 +202,9 @@ def test_nothing_is_taken_while_it_loads_and_a_failure_is_kept(tiny: Served) -> 
     found, _ = engine(drawer)
     found.start()
     with pytest.raises(Closed, match="it is still loading"):
-        found.submit(order(tiny))
+        submit(found, order(tiny))
     drawer.may_go.set()
     wait_for(lambda: found.state == "stopped", "stopped")
     assert str(found.failure) == "the base has no weights"
     with pytest.raises(Closed):
-        found.submit(order(tiny))
+        submit(found, order(tiny))

@@ -18,7 +18,7 @@ from lcm_kit.serve.adapters import Served
 from lcm_kit.serve.gate import Rate, Tokens, is_local
 from lcm_kit.serve.limits import Limits
 from lcm_kit.serve.run import App, Place
-from tests.serve.small import PATIENCE, application, ask, get, going
+from tests.serve.small import PATIENCE, application, ask, get, going, scope_of
 
 TOKEN = "a-token-of-some-length"
 
@@ -34,12 +34,6 @@ def raw(
     app: App, kind: str, method: str, path: str, headers: list[tuple[bytes, bytes]]
 ) -> list[dict[str, Any]]:
     """What the application sends for a request whose path no client has tidied."""
-    scope = {
-        "type": kind, "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-        "headers": [(b"host", b"127.0.0.1"), *headers], "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }  # fmt: skip
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -49,7 +43,7 @@ def raw(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(app.asgi(scope, receive, send))
+    asyncio.run(app.asgi(scope_of(kind, method, path, headers), receive, send))
     return sent
 
 

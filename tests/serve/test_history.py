@@ -27,7 +27,7 @@ from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
 from lcm_kit.serve.store import NAME
 from tests.app_text import a1111, chunks, comfyui, texts
-from tests.serve.small import PATIENCE, application, ask, draw, events, get, going
+from tests.serve.small import PATIENCE, application, ask, detail, draw, events, get, going
 
 EXACT = Limits(batch=1)  # the same bytes each time
 
@@ -45,11 +45,6 @@ def delete(app: App, path: str) -> Any:
 
 def ids(app: App) -> list[int]:
     return [each["id"] for each in get(app, "/v1/history").json()["pictures"]]
-
-
-def detail(answer: Any, status: int) -> str:
-    assert answer.status_code == status and answer.headers["content-type"] == MEDIA, answer.text
-    return str(answer.json()["detail"])
 
 
 def test_what_is_kept_is_what_was_answered(tiny: Served, tmp_path: Path) -> None:

@@ -26,13 +26,12 @@ from lcm_kit.serve.asked import Key
 from lcm_kit.serve.comparing import EXAMPLES, Comparison, ToCompare
 from lcm_kit.serve.drawer import Piece
 from lcm_kit.serve.limits import Limits
-from lcm_kit.serve.problems import MEDIA
 from lcm_kit.serve.run import App
 from lcm_kit.serve.store import Pair
 from lcm_kit.serve.votes_csv import COLUMNS, header, plain, rows
 from tests.app_text import chunks, texts
 from tests.fuzz.doors import fuzz, text
-from tests.serve.small import FakeDrawer, application, ask, events, get
+from tests.serve.small import FakeDrawer, application, ask, detail, events, get, logged
 
 ASKED = {
     "prompt": "a red circle", "negative_prompt": None, "seed": 5, "count": 1, "sampler": "lcm", "steps": 4,
@@ -81,11 +80,6 @@ def compare(app: App, stream: bool = False, **asked: Any) -> Any:
 
 def vote(app: App, comparison: Any, choice: Any) -> Any:
     return ask(app, {"url": "/v1/votes", "json": {"comparison": comparison, "choice": choice}})[0]
-
-
-def detail(answer: Any, status: int) -> str:
-    assert answer.status_code == status and answer.headers["content-type"] == MEDIA, answer.text
-    return str(answer.json()["detail"])
 
 
 def file(side: Any) -> bytes:
@@ -226,8 +220,7 @@ def test_the_log_does_not_say_which_is_left(
     for left_is in SIDES:
         lot(left_is)
         compare(app, blind=True)
-        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-        (request,) = (line for line in lines if line["event"] == "request")
+        (request,) = logged(capsys)
         said.append({key: each for key, each in request.items() if key not in ("time", "request", "seconds")})
     assert said[0] == said[1] and said[0]["blind"] is True and "prompt" not in said[0]["asked"]
 

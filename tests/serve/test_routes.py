@@ -26,7 +26,20 @@ from lcm_kit.serve.problems import MEDIA, Problem
 from lcm_kit.serve.reading import chosen
 from lcm_kit.serve.reply import wordless
 from lcm_kit.serve.run import App
-from tests.serve.small import PATIENCE, FakeDrawer, application, ask, draw, figure, get, going, wait_for
+from tests.serve.small import (
+    PATIENCE,
+    FakeDrawer,
+    application,
+    ask,
+    detail,
+    draw,
+    figure,
+    get,
+    going,
+    logged,
+    scope_of,
+    wait_for,
+)
 
 SECRET = "zanzibar"  # a word of prompts, which stands nowhere else
 
@@ -44,14 +57,6 @@ def pictures(answer: Any) -> list[bytes]:
 
 def pixels(png: bytes) -> Any:
     return numpy.asarray(Image.open(io.BytesIO(png))).astype(int)
-
-
-def problem(answer: Any, status: int) -> str:
-    assert answer.status_code == status and answer.headers["content-type"] == MEDIA
-    found = answer.json()
-    assert found["status"] == status and found["type"] == "about:blank" and found["title"]
-    assert found["request"] == answer.headers["x-request-id"]
-    return str(found["detail"])
 
 
 def test_pictures_as_json_and_as_a_file(real: App) -> None:
@@ -170,7 +175,7 @@ def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(tiny: Se
         headers = {"Content-Type": "application/json"}
         assert ask(app, {"content": fits, "headers": headers})[0].status_code == 200
         for content in (fits + " " * 200, parts()):
-            said = problem(ask(app, {"content": content, "headers": headers})[0], 413)
+            said = detail(ask(app, {"content": content, "headers": headers})[0], 413)
             assert said == "the body of this request is larger than 200 bytes"
 
 
@@ -178,7 +183,7 @@ def test_a_body_over_the_limit_is_413_whether_it_says_its_length_or_not(tiny: Se
 def test_a_body_of_another_media_type_is_415(tiny: Served, media: str) -> None:
     with application(tiny, going()) as app:
         request = {"content": b'{"prompt": "a"}', "headers": {"Content-Type": media}}
-        assert "must be application/json" in problem(ask(app, request)[0], 415)
+        assert "must be application/json" in detail(ask(app, request)[0], 415)
         request["headers"] = {"Content-Type": "Application/JSON; charset=utf-8"}
         assert ask(app, request)[0].status_code == 200
 
@@ -186,15 +191,15 @@ def test_a_body_of_another_media_type_is_415(tiny: Served, media: str) -> None:
 def test_bad_input_is_422_with_what_is_wrong(tiny: Served) -> None:
     drawer = going()
     with application(tiny, drawer) as app:
-        assert problem(draw(app, steps=51), 422) == "steps 51 is more than this server draws; give 1 to 50"
+        assert detail(draw(app, steps=51), 422) == "steps 51 is more than this server draws; give 1 to 50"
         answer = draw(app, steps="4", seed=None)
-        assert problem(answer, 422) == "2 things are wrong with this request"
+        assert detail(answer, 422) == "2 things are wrong with this request"
         assert answer.json()["errors"] == [
             "seed: null is not allowed; it must be a valid integer",
             "steps: '4' is not allowed; it must be a valid integer",
         ]
         png = {"json": {"prompt": "a", "count": 2}, "headers": {"Accept": "image/png"}}
-        assert "a PNG file holds one picture" in problem(ask(app, png)[0], 422)
+        assert "a PNG file holds one picture" in detail(ask(app, png)[0], 422)
     assert not drawer.batches
 
 
@@ -209,7 +214,7 @@ def test_a_full_queue_is_429_with_retry_after(tiny: Served) -> None:
         more = loop.run_in_executor(None, lambda: draw(app, count=2))
         await loop.run_in_executor(None, wait_for, lambda: app.engine.waiting == 2, "two wait")
         answer = await loop.run_in_executor(None, lambda: draw(app))
-        said = problem(answer, 429)
+        said = detail(answer, 429)
         drawer.may_go.set()
         assert [(await each).status_code for each in (first, more)] == [200, 200]
         return int(answer.headers["retry-after"]), said
@@ -223,7 +228,7 @@ def test_a_full_queue_is_429_with_retry_after(tiny: Served) -> None:
 def test_a_request_whose_time_is_over_is_504_and_is_drawn_no_further(tiny: Served) -> None:
     drawer = FakeDrawer()
     with application(tiny, drawer, Limits(seconds=0.2)) as app:
-        assert "the time for this request is over" in problem(draw(app), 504)
+        assert "the time for this request is over" in detail(draw(app), 504)
         wait_for(lambda: app.engine.idle, "idle")
         text = get(app, "/metrics").text
     assert figure(text, 'lcm_kit_batches_total{outcome="stopped"}') == 1.0
@@ -234,8 +239,8 @@ def test_while_it_loads_and_when_it_stops_it_is_503(tiny: Served) -> None:
     with application(tiny, drawer) as app:
         app.engine.drain()
         answer = draw(app)
-        assert "it is being stopped" in problem(answer, 503) and answer.headers["retry-after"]
-        assert problem(get(app, "/readyz"), 503) == "this server is stopping"
+        assert "it is being stopped" in detail(answer, 503) and answer.headers["retry-after"]
+        assert detail(get(app, "/readyz"), 503) == "this server is stopping"
         assert get(app, "/healthz").json() == {"status": "alive"}
 
 
@@ -245,9 +250,9 @@ def test_memory_that_ran_out_is_503_and_a_bug_is_500_without_its_words(
     drawer = going()
     with application(tiny, drawer) as app:
         drawer.error = UserError("memory ran out while drawing a picture, one at a time; draw smaller ones")
-        assert problem(draw(app), 503).startswith("memory ran out while drawing")
+        assert detail(draw(app), 503).startswith("memory ran out while drawing")
         drawer.error = RuntimeError(f"cannot tokenize {SECRET}")
-        assert SECRET not in problem(draw(app), 500)
+        assert SECRET not in detail(draw(app), 500)
         drawer.error = None
         assert draw(app).status_code == 200
     said = capsys.readouterr().err
@@ -256,9 +261,9 @@ def test_memory_that_ran_out_is_503_and_a_bug_is_500_without_its_words(
 
 def test_unknown_paths_and_methods_are_problems_too(tiny: Served) -> None:
     with application(tiny, going()) as app:
-        assert "there is nothing at this path" in problem(get(app, "/v1/pictures/7"), 404)
+        assert "there is nothing at this path" in detail(get(app, "/v1/pictures/7"), 404)
         answer = get(app, "/v1/pictures")
-        assert "does not take this method" in problem(answer, 405) and answer.headers["allow"] == "POST"
+        assert "does not take this method" in detail(answer, 405) and answer.headers["allow"] == "POST"
         assert get(app, "/docs").status_code == get(app, "/redoc").status_code == 404  # which load a CDN
 
 
@@ -302,7 +307,7 @@ def test_the_body_is_what_it_is_said_to_be(tiny: Served, headers: list[str], sta
         assert ask(app, known)[0].status_code == 200
         for coding in ("gzip", "br", "identity, gzip", "zstd"):
             answer = ask(app, {**known, "headers": [*known["headers"][:1], ("Content-Encoding", coding)]})[0]
-            assert "must not be compressed" in problem(answer, 415)
+            assert "must not be compressed" in detail(answer, 415)
             assert answer.headers["accept-encoding"] == "identity"
 
 
@@ -379,39 +384,36 @@ def test_prompts_stand_in_the_log_only_where_that_was_asked_for(
         assert requests[0]["prompt"] == f"a {SECRET} [bold]x" and requests[0]["negative_prompt"] == SECRET
 
 
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_client_that_leaves_is_drawn_for_no_further(
-    tiny: Served, capsys: pytest.CaptureFixture[str]
+    tiny: Served, capsys: pytest.CaptureFixture[str], whole: bool
 ) -> None:
-    """Through ASGI: the disconnect comes while the drawer, which is never let go, is at it."""
+    """Through ASGI: amid its body, or while the drawer, which is never let go, is at it."""
     drawer = FakeDrawer()
     body = json.dumps({"prompt": "a", "count": 2}).encode()
 
-    async def scene(app: App) -> list[dict[str, Any]]:
-        sent: list[dict[str, Any]] = []
-        coming = [{"type": "http.request", "body": body, "more_body": False}]
+    async def scene(app: App) -> None:
+        coming = [{"type": "http.request", "body": body if whole else body[:9], "more_body": not whole}]
 
         async def receive() -> dict[str, Any]:
             if coming:
                 return coming.pop()
-            await asyncio.get_running_loop().run_in_executor(None, lambda: drawer.began.get(timeout=PATIENCE))
+            if whole:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, lambda: drawer.began.get(timeout=PATIENCE))
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            pass
 
-        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-        await app.asgi(
-            {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-             "path": "/v1/pictures", "raw_path": b"/v1/pictures", "query_string": b"", "root_path": "",
-             "scheme": "http", "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80)},
-            receive, send,
-        )  # fmt: skip
-        return sent
+        headers = [(b"content-type", b"application/json")]
+        await app.asgi(scope_of("http", "POST", "/v1/pictures", headers), receive, send)
 
     with application(tiny, drawer) as app:
         asyncio.run(scene(app))
         wait_for(lambda: app.engine.idle, "idle")
         text = get(app, "/metrics").text
-    assert figure(text, 'lcm_kit_batches_total{outcome="stopped"}') == 1.0
+    assert [line["status"] for line in logged(capsys)][:1] == [499]
+    assert figure(text, 'lcm_kit_batches_total{outcome="stopped"}') == float(whole)
     assert figure(text, 'lcm_kit_requests_total{method="POST",route="/v1/pictures",status="499"}') == 1.0
     assert figure(text, "lcm_kit_pictures_total") == 0.0

@@ -32,6 +32,8 @@ from tests.serve.small import (
     figure,
     get,
     going,
+    logged,
+    scope_of,
     wait_for,
 )  # fmt: skip
 
@@ -42,11 +44,6 @@ SECRET = "zanzibar"
 
 def streamed(app: App, **asked: Any) -> Any:
     return ask(app, {"json": {"prompt": "a red circle", **asked}, "headers": STREAM})[0]
-
-
-def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    return [line for line in lines if line["event"] == "request"]
 
 
 def test_each_step_each_picture_and_then_what_else_the_answer_says(
@@ -142,13 +139,7 @@ def test_a_client_that_leaves_or_does_not_read_is_drawn_for_no_further(
 ) -> None:
     """Through ASGI: one goes when it has its first event, the other takes none."""
     body = json.dumps({"prompt": "a", "count": 2, "steps": 3}).encode()
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-        "path": "/v1/pictures", "raw_path": b"/v1/pictures", "query_string": b"", "root_path": "",
-        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
-        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
-                    (b"accept", b"text/event-stream")],
-    }  # fmt: skip
+    headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
     monkeypatch.setattr(stream, "_LAST", 0.0)
 
     async def scene(app: App, drawer: FakeDrawer, reads: bool) -> list[dict[str, Any]]:
@@ -171,7 +162,7 @@ def test_a_client_that_leaves_or_does_not_read_is_drawn_for_no_further(
             if len(sent) > 1 and not reads:
                 await asyncio.Event().wait()
 
-        await app.asgi(dict(scope), receive, send)
+        await app.asgi(scope_of("http", "POST", "/v1/pictures", headers), receive, send)
         return sent
 
     for reads, limits in ((True, Limits()), (False, Limits(seconds=1.0))):
