@@ -8,18 +8,14 @@ writes FOLDER/TAB-WIDTH-SCHEME.png: a real `lcm-kit serve` of the embedded base 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
+from tests.serve.browser import browser
+from tests.serve.small import Process
 
 PROMPTS = (
     "a large banana on a dotted blue background, in the middle", "a large owl on a striped green background",
@@ -28,27 +24,17 @@ PROMPTS = (
 )  # fmt: skip
 PROMPT, OTHER = "a large apple on a striped blue background, in the middle", PROMPTS[0]
 SIZES = ((1280, 900), (360, 740))
-DRAWN = "#drawn .mat[aria-busy=false] .picture:not([hidden])"
 
 
 @contextmanager
 def server(data: Path) -> Iterator[str]:
     """The address of one that is ready."""
-    adapter = ["--base", "asset:tiny-sd", "--adapter", "asset:tiny-lcm-lora"]
-    command = [sys.executable, "-m", "lcm_kit", "serve", *adapter, "--port", "0", "--data", str(data)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    url = ""
-    for line in process.stderr:
-        event = json.loads(line)
-        url = event.get("url", url)
-        if event["event"] == "ready":
-            break
+    adapter = "--base", "asset:tiny-sd", "--adapter", "asset:tiny-lcm-lora"
+    process = Process.start(*adapter, "--data", str(data))
     try:
-        yield url
+        yield process.url
     finally:
-        process.terminate()
-        process.communicate()
+        process.end()
 
 
 def stroke(page: Any, sheet: str, *places: tuple[float, float]) -> None:
@@ -130,18 +116,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    program = os.environ.get("LCM_KIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    with (
-        tempfile.TemporaryDirectory() as data,
-        server(Path(data)) as url,
-        sync_playwright() as playwright,
-    ):
-        browser = playwright.chromium.launch(executable_path=program)
+    with tempfile.TemporaryDirectory() as data, server(Path(data)) as url, browser() as chromium:
         first = True
         for scheme in ("light", "dark"):
             for width, height in SIZES:
                 size: Any = {"width": width, "height": height}
-                context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
+                context = chromium.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
                 page = context.new_page()
                 page.on("console", lambda message: print(message.type, message.text))
                 page.goto(url)
@@ -152,7 +132,6 @@ def main() -> None:
                     assert wide <= width, (tab, wide)
                 context.close()
                 first = False
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ const History = (() => {
       const image = make("img", { alt: "", loading: "lazy" });
       const words = `${entry.settings.prompt || "no prompt"}, seed ${entry.settings.seed}`;
       const button = make("button", { type: "button", label: words, title: words, data: { id: entry.id } }, image);
-      button.addEventListener("click", () => open(entry));
+      button.addEventListener("click", guarded(() => open(entry)));
       blob(entry.id).then((found) => show(image, found, "")).catch((error) => Live.alert(error));
       return make("li", {}, button);
     }));
